@@ -1,0 +1,63 @@
+"""What can run here, and why the rest can't.
+
+A backend of an op is a module `<room>.<op>` with a function named like the op and `not_supported(...)` of the same arguments, which
+returns the reasons it can't run them. The reference runs everything.
+"""
+
+import importlib
+import logging
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+log = logging.getLogger("pyglobenc")
+
+ROOMS = {"reference": "pyglobenc.reference", "cpu": "pyglobenc.cpu", "triton": "pyglobenc.kernels", "cuda": "pyglobenc.cuda"}
+BACKENDS = ("auto", *ROOMS)
+
+
+def check_backend(backend: str, who: str) -> None:
+    """Raise ValueError unless backend is a name in BACKENDS."""
+    if backend not in BACKENDS:
+        raise ValueError(f"{who}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+@lru_cache(maxsize=None)
+def load(op: str, backend: str) -> tuple[Any, str | None]:
+    """The backend's module for an op and None, or None and the reason that it doesn't load."""
+    try:
+        return importlib.import_module(f"{ROOMS[backend]}.{op}"), None
+    except ImportError as error:
+        return None, f"{backend} is not available: {error}"
+
+
+def reasons(op: str, backend: str, args: tuple) -> list[str]:
+    """Why a backend can't run an op on these arguments; empty when it can."""
+    module, missing = load(op, backend)
+    if module is None:
+        return [missing]
+    return [] if backend == "reference" else module.not_supported(*args)
+
+
+def pick(op: str, backend: str, available: tuple[str, ...], args: tuple) -> Callable:
+    """Function of the backend asked for, or, with "auto", of the first of `available` that can run.
+
+    Raises:
+        ValueError: unknown name, or the backend asked for by name can't run; the reasons are in the message.
+    """
+    check_backend(backend, op)
+    refused = []
+    for name in available if backend == "auto" else (backend,):
+        why = reasons(op, name, args) if name in available else [f"{op} has no {name} kernel"]
+        if not why:
+            if refused and backend == "auto":
+                log_once(f"{op}: running on {name}; " + "; ".join(refused))
+            return getattr(load(op, name)[0], op)
+        refused += [f"{name}: {reason}" for reason in why]
+    raise ValueError(f"{op}: backend {backend!r} can't run: " + "; ".join(refused))
+
+
+@lru_cache(maxsize=None)
+def log_once(message: str) -> None:
+    """Log a fallback the first time it happens."""
+    log.info(message)

@@ -1,0 +1,147 @@
+"""Run a stock transformers model once and keep what attribution needs of every layer."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pyglobenc.hf.attention import NAME, RECORDERS
+from pyglobenc.hf.layers import LayerModules, LayerTrace, NormStats
+from pyglobenc.hf.registry import find_layers
+
+
+class Trace:
+    """Tensors of the last forward pass under `capture`."""
+
+    def __init__(self, modules: list[LayerModules]):
+        self._modules = modules
+        self._calls: dict[tuple[str, nn.Module], int] = {}
+        self._order: dict[tuple[str, nn.Module], list[int]] = defaultdict(list)
+        for index, layer in enumerate(modules):
+            for part in ("block", "attention", "attention_norm", "output_norm"):
+                self._order[part, getattr(layer, part)].append(index)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the last forward pass."""
+        self._calls = defaultdict(int)
+        self._layers = [LayerTrace(layer) for layer in self._modules]
+        self.io: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # of the extra modules, input and output of the last call
+
+    def next_layer(self, part: str, module: nn.Module) -> LayerTrace:
+        """Layer that this call of a module belongs to: the k-th that has it, at its k-th call, since layers may share modules."""
+        indices = self._order[part, module]
+        index = indices[self._calls[part, module] % len(indices)]
+        self._calls[part, module] += 1
+        return self._layers[index]
+
+    @property
+    def layers(self) -> list[LayerTrace]:
+        """Every layer's tensors, first to last.
+
+        Raises:
+            RuntimeError: no forward pass ran yet, or one that didn't go through the attention function of every layer.
+        """
+        if not self._calls:
+            raise RuntimeError("capture: nothing captured; run the model's forward pass inside the context")
+        missing = [index for index, layer in enumerate(self._layers) if layer.q is None]
+        if missing:
+            raise RuntimeError(
+                f"capture: layers {missing} never called the attention function; the model ignores transformers' attention interface"
+            )
+        return self._layers
+
+
+@contextmanager
+def capture(model: PreTrainedModel, modules: Iterable[nn.Module] = ()) -> Iterator[Trace]:
+    """Capture the forward passes of a stock transformers model.
+
+        with capture(model) as trace:
+            output = model(**batch)
+        trace.layers[0].q  # (B, H, n, dh)
+
+    The model runs torch's fused attention, whatever attention implementation it is set to. On exit, also after an exception, every
+    hook is removed and the model's own implementation restored. Tensors stay in the autograd graph when the forward pass records one.
+
+    Args:
+        model: a known architecture, in evaluation mode.
+        modules: further modules whose input and output are kept, in `trace.io`.
+
+    Yields:
+        Trace, filled by each forward pass; the next pass replaces what the last one left.
+
+    Raises:
+        TypeError: model is not a transformers model.
+        ValueError: unknown architecture, or the model is in training mode.
+        RuntimeError: the model is being captured already.
+    """
+    found = find_layers(model)
+    if model.training:
+        raise ValueError("capture: the model is in training mode, where dropout changes the result; call model.eval() first")
+    if any(layer.attention in RECORDERS for layer in found):
+        raise RuntimeError("capture: the model is being captured already")
+    trace = Trace(found)
+    with ExitStack() as stack:
+        for handle in _hooks(model, trace, found, modules):
+            stack.callback(handle.remove)
+        for layer in found:
+            if layer.attention not in RECORDERS:
+                RECORDERS[layer.attention] = _recorder(trace, layer.attention)
+                stack.callback(RECORDERS.pop, layer.attention)
+        stack.enter_context(_attention_implementation(model))
+        yield trace
+
+
+def _hooks(model: PreTrainedModel, trace: Trace, found: list[LayerModules], extra: Iterable[nn.Module]) -> Iterator[Any]:
+    yield model.register_forward_pre_hook(lambda module, args: trace.clear())
+
+    def keep_input(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        trace.next_layer("block", module).x = args[0] if args else kwargs["hidden_states"]
+
+    def keep_stats(part: str):
+        def hook(module: nn.Module, args: tuple) -> None:
+            trace.next_layer(part, module).norms[part] = _stats(args[0], module.eps)
+
+        return hook
+
+    for module in {layer.block for layer in found}:
+        yield module.register_forward_pre_hook(keep_input, with_kwargs=True)
+    for part in ("attention_norm", "output_norm"):
+        for module in {getattr(layer, part) for layer in found}:
+            yield module.register_forward_pre_hook(keep_stats(part))
+    for module in extra:
+        yield module.register_forward_hook(lambda module, args, output: trace.io.__setitem__(module, (args[0], output)))
+
+
+def _recorder(trace: Trace, module: nn.Module):
+    def record(**tensors: Any) -> None:
+        layer = trace.next_layer("attention", module)
+        for name, value in tensors.items():
+            setattr(layer, name, value)
+
+    return record
+
+
+def _stats(z: Tensor, eps: float) -> NormStats:
+    z = z.detach()
+    if z.dtype in (torch.float16, torch.bfloat16):
+        z = z.float()
+    var, mean = torch.var_mean(z, dim=-1, correction=0)
+    return NormStats(mean, (var + eps).rsqrt())
+
+
+@contextmanager
+def _attention_implementation(model: PreTrainedModel) -> Iterator[None]:
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    saved = [(config, config._attn_implementation) for config in configs.values()]
+    try:
+        for config, _ in saved:
+            config._attn_implementation = NAME
+        yield
+    finally:
+        for config, name in saved:
+            config._attn_implementation = name

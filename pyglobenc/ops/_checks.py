@@ -1,0 +1,50 @@
+"""Argument checks shared by the ops: each error names the op, what it expects and what came."""
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_shape(op: str, name: str, t: Tensor | None, symbols: str, sizes: dict[str, int]) -> None:
+    """Check t against symbols such as "B H n dh"; sizes learns the symbols not met before. None passes."""
+    if t is None:
+        return
+    expected = symbols.split()
+    ok = t.dim() == len(expected)
+    if ok:
+        for symbol, size in zip(expected, t.shape):
+            ok = ok and sizes.setdefault(symbol, size) == size
+    if not ok:
+        shape = ", ".join(expected)
+        known = ", ".join(f"{s}={sizes[s]}" for s in dict.fromkeys(expected) if s in sizes) if t.dim() == len(expected) else ""
+        raise ValueError(f"{op}: {name} must be ({shape}){f' with {known}' if known else ''}, got {tuple(t.shape)}")
+
+
+def check_floats(op: str, **tensors: Tensor | None) -> None:
+    """All given tensors have one floating-point dtype."""
+    dtypes = {name: t.dtype for name, t in tensors.items() if t is not None}
+    for name, dtype in dtypes.items():
+        if dtype not in FLOATS:
+            raise TypeError(f"{op}: {name} must be a floating-point tensor, got {dtype}")
+    if len(set(dtypes.values())) > 1:
+        raise TypeError(f"{op}: tensors must have one dtype, got " + ", ".join(f"{n} {d}" for n, d in dtypes.items()))
+
+
+def check_heads(op: str, heads: int, kv_heads: int) -> None:
+    """Query heads come in equal groups for each key-value head."""
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"{op}: the number of query heads must be a multiple of that of key-value heads, got {heads} and {kv_heads}")
+
+
+def check_mask(op: str, key_mask: Tensor | None, sizes: dict[str, int]) -> None:
+    """key_mask is a (B, n) bool tensor, True for real tokens."""
+    check_shape(op, "key_mask", key_mask, "B n", sizes)
+    if key_mask is not None and key_mask.dtype != torch.bool:
+        raise TypeError(f"{op}: key_mask must be bool, True for real tokens, got {key_mask.dtype}")
+
+
+def check_window(op: str, window: tuple[int, int]) -> None:
+    """A query always sees itself, so a window is (left, right) of -1 (unlimited) or more."""
+    if len(window) != 2 or min(window) < -1:
+        raise ValueError(f"{op}: window must be (left, right), each -1 for unlimited or at least 0, got {tuple(window)}")

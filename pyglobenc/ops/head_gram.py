@@ -1,0 +1,72 @@
+"""Op `head_gram`: per-token Gram matrices of the heads' transformed vectors."""
+
+import torch
+from torch import Tensor
+
+from pyglobenc.backends import pick
+from pyglobenc.ops._checks import check_floats, check_heads, check_shape
+from pyglobenc.reference.head_gram import gram_kernels
+
+__all__ = ["gram_kernels", "head_gram"]
+
+BACKENDS = ("reference",)
+
+
+def head_gram(
+    v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: Tensor | None = None, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor | None]:
+    """Gram matrix over heads of each token's transformed vectors, and their products with the residual.
+
+        G[j][h, h'] = <f[h, j] M, f[h', j] M>        c[i][h] = <f[h, i] M, x[i] M>
+
+    with f[h, j] = v[h, j] W_O[h] and M the stage's matrix. Neither f nor anything of size n*H*d is formed.
+
+    Args:
+        v: values with their bias, (B, Hkv, n, dh), any float dtype.
+        kernel: (W_O[h] M)(W_O[h'] M)^T of `gram_kernels`, (H, dh, H, dh).
+        x: residual input of the layer, (B, n, d), or None for a stage without it.
+        cross_kernel: W_O M M^T of `gram_kernels`, (H, dh, d); given together with x.
+        backend: "auto" or a backend's name.
+
+    Returns:
+        G (B, n, H, H) and c (B, n, H), or None without x; the dtype of v.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes that don't fit, or a backend that can't run.
+
+    Source: Modarressi et al., 2022, eq. 6 to 10, with the square expanded over heads.
+    """
+    op, sizes = "head_gram", {}
+    check_shape(op, "v", v, "B Hkv n dh", sizes)
+    check_shape(op, "kernel", kernel, "H dh H dh", sizes)
+    check_shape(op, "x", x, "B n d", sizes)
+    check_shape(op, "cross_kernel", cross_kernel, "H dh d", sizes)
+    check_heads(op, sizes["H"], sizes["Hkv"])
+    check_floats(op, v=v, kernel=kernel, x=x, cross_kernel=cross_kernel)
+    if (x is None) != (cross_kernel is None):
+        raise ValueError(f"{op}: x and cross_kernel must be given together")
+    if x is None:
+        return _head_gram(v, kernel, backend), None
+    return _head_gram_cross(v, kernel, x, cross_kernel, backend)
+
+
+@torch.library.custom_op("pyglobenc::head_gram", mutates_args=())
+def _head_gram(v: Tensor, kernel: Tensor, backend: str) -> Tensor:
+    return pick("head_gram", backend, BACKENDS, (v, kernel, None, None))(v, kernel)[0]
+
+
+@_head_gram.register_fake
+def _(v, kernel, backend):
+    return v.new_empty(v.shape[0], v.shape[2], kernel.shape[0], kernel.shape[0])
+
+
+@torch.library.custom_op("pyglobenc::head_gram_cross", mutates_args=())
+def _head_gram_cross(v: Tensor, kernel: Tensor, x: Tensor, cross_kernel: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    args = (v, kernel, x, cross_kernel)
+    return pick("head_gram", backend, BACKENDS, args)(*args)
+
+
+@_head_gram_cross.register_fake
+def _(v, kernel, x, cross_kernel, backend):
+    gram = v.new_empty(v.shape[0], v.shape[2], kernel.shape[0], kernel.shape[0])
+    return gram, v.new_empty(v.shape[0], v.shape[2], kernel.shape[0])

@@ -1,0 +1,77 @@
+"""Op `mixing_ratio`: how much of a token's output comes from other tokens."""
+
+import torch
+from torch import Tensor
+
+from pyglobenc.backends import pick
+from pyglobenc.ops._checks import check_floats, check_heads, check_shape
+
+BACKENDS = ("reference",)
+
+
+def mixing_ratio(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    mapped_weight: Tensor,
+    mapped_x: Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Norm of what other tokens contribute, over that plus the norm of what the token keeps of itself.
+
+        ratio[i] = |S[i] - t_ii| / (|S[i] - t_ii| + |t_ii|),   S[i] = sum_j t_ij
+
+    Args:
+        q, o: queries and attention output, (B, H, n, dh), any float dtype.
+        k, v: keys and values, (B, Hkv, n, dh); same dtype.
+        lse: log-sum-exp of each query's scaled scores, (B, H, n).
+        mapped_weight: W_O[h] M of the stage, (H, dh, d).
+        mapped_x: x M, (B, n, d), or None for the stage without residual.
+        scaling: factor of q . k, default dh ** -0.5.
+        backend: "auto" or a backend's name.
+
+    Returns:
+        (B, n), in [0, 1], 0 for a token that mixes nothing.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes that don't fit, or a backend that can't run.
+
+    Source: Kobayashi et al., 2021, eq. 7.
+    """
+    op, sizes = "mixing_ratio", {}
+    check_shape(op, "q", q, "B H n dh", sizes)
+    check_shape(op, "o", o, "B H n dh", sizes)
+    check_shape(op, "k", k, "B Hkv n dh", sizes)
+    check_shape(op, "v", v, "B Hkv n dh", sizes)
+    check_heads(op, sizes["H"], sizes["Hkv"])
+    check_shape(op, "lse", lse, "B H n", sizes)
+    check_shape(op, "mapped_weight", mapped_weight, "H dh d", sizes)
+    check_shape(op, "mapped_x", mapped_x, "B n d", sizes)
+    check_floats(op, q=q, k=k, v=v, o=o, mapped_weight=mapped_weight, mapped_x=mapped_x)
+    scaling = sizes["dh"] ** -0.5 if scaling is None else float(scaling)
+    return _mixing_ratio(q, k, v, o, lse, mapped_weight, mapped_x, scaling, backend)
+
+
+@torch.library.custom_op("pyglobenc::mixing_ratio", mutates_args=())
+def _mixing_ratio(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    mapped_weight: Tensor,
+    mapped_x: Tensor | None,
+    scaling: float,
+    backend: str,
+) -> Tensor:
+    args = (q, k, v, o, lse, mapped_weight, mapped_x, scaling)
+    return pick("mixing_ratio", backend, BACKENDS, args)(*args)
+
+
+@_mixing_ratio.register_fake
+def _(q, k, v, o, lse, mapped_weight, mapped_x, scaling, backend):
+    return q.new_empty(q.shape[0], q.shape[2])

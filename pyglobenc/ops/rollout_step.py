@@ -1,0 +1,81 @@
+"""Op `rollout_step`: one layer of the rollout in row mode."""
+
+import torch
+from torch import Tensor
+
+from pyglobenc.backends import pick
+from pyglobenc.ops._checks import check_floats, check_shape
+from pyglobenc.ops.token_norms import check_attention_args
+from pyglobenc.reference.rollout_step import rescale_rows
+
+BACKENDS = ("cpu", "reference")
+
+
+def rollout_step(
+    r: Tensor,
+    log_scale: Tensor,
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    gram: Tensor,
+    *,
+    cross: Tensor | None = None,
+    residual_sq: Tensor | None = None,
+    rstd: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    scaling: float | None = None,
+    window: tuple[int, int] = (-1, -1),
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Multiply rows of the rollout by a layer's norms, `r @ norms`, without ever storing the norms.
+
+    Rows are kept at maximum 1 and their scale in log_scale: row sums of the norms are about 50 for BERT-base, so the plain product
+    over 24 layers overflows float32.
+
+    Args:
+        r: rows of the rollout down to this layer, (B, T, n), non-negative; the dtype of gram.
+        log_scale: natural logarithm of the scale of each row, (B, T).
+        q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, window, backend: as for `token_norms`.
+
+    Returns:
+        r @ norms, each row scaled to maximum 1, (B, T, n), and the new log_scale (B, T): the plain product times exp(log_scale) is
+        r_out * exp(log_scale_out). Rows of zeros stay zero.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes that don't fit, or a backend that can't run.
+
+    Source: Modarressi et al., 2022, section 3.3 (rollout, Abnar and Zuidema, 2020).
+    """
+    op = "rollout_step"
+    scaling = check_attention_args(op, q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, window)
+    sizes = {"B": q.shape[0], "n": q.shape[2]}
+    check_shape(op, "r", r, "B T n", sizes)
+    check_shape(op, "log_scale", log_scale, "B T", sizes)
+    check_floats(op, r=r, gram=gram)
+    out = _rollout_step(r, q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, *window, backend)
+    return rescale_rows(out, log_scale)
+
+
+@torch.library.custom_op("pyglobenc::rollout_step", mutates_args=())
+def _rollout_step(
+    r: Tensor,
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    gram: Tensor,
+    cross: Tensor | None,
+    residual_sq: Tensor | None,
+    rstd: Tensor | None,
+    key_mask: Tensor | None,
+    scaling: float,
+    left: int,
+    right: int,
+    backend: str,
+) -> Tensor:
+    args = (r, q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, (left, right))
+    return pick("rollout_step", backend, BACKENDS, args)(*args)
+
+
+@_rollout_step.register_fake
+def _(r, q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, left, right, backend):
+    return torch.empty_like(r)

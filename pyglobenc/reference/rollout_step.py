@@ -1,0 +1,42 @@
+"""One layer of the rollout in row mode: r_(l-1) = r_l N_l, N_l rebuilt tile by tile and never stored (section 2.2 of the design).
+
+The cost is that of `token_norms`; memory O(n*d + T*n).
+"""
+
+import torch
+from torch import Tensor
+
+from pyglobenc.reference.token_norms import diagonal_sq, key_tiles
+
+
+def rollout_step(
+    r: Tensor,
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    gram: Tensor,
+    cross: Tensor | None,
+    residual_sq: Tensor | None,
+    rstd: Tensor | None,
+    key_mask: Tensor | None,
+    scaling: float,
+    window: tuple[int, int],
+) -> Tensor:
+    """See `pyglobenc.ops.rollout_step`: -> r @ norms (B, T, n), not yet rescaled."""
+    q, k, lse = q.to(gram.dtype), k.to(gram.dtype), lse.to(gram.dtype)
+    diagonal = None if cross is None else diagonal_sq(q, k, lse, gram, cross, residual_sq, scaling)
+    weights = r if rstd is None else r * rstd[:, None]
+    if key_mask is not None:
+        weights = weights.masked_fill(~key_mask[:, None], 0)
+    weights = weights.transpose(1, 2)
+    out = torch.empty_like(r)
+    for start, sq in key_tiles(q, k, lse, gram, diagonal, key_mask, None, scaling, window):
+        out[:, :, start : start + sq.shape[1]] = (sq.clamp_(min=0).sqrt_() @ weights).transpose(1, 2)
+    return out
+
+
+def rescale_rows(r: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale each row to maximum 1 and move its scale to log_scale: r (B, T, n), log_scale (B, T); rows of zeros stay."""
+    top = r.amax(-1)
+    top = torch.where(top > 0, top, torch.ones_like(top))
+    return r / top[..., None], log_scale + top.log()

@@ -1,0 +1,26 @@
+"""Set-up of every test: a fixed seed, uninitialised memory filled with NaN, Triton interpreted where there is no GPU."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    # triton reads it when it is imported, and transformers imports triton
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(autouse=True)
+def seeded_and_poisoned():
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
