@@ -2,6 +2,7 @@
 
 from pyglobenc._version import __version__
 from pyglobenc.hf import capture
+from pyglobenc.methods.family import Rollout
 from pyglobenc.methods.globenc import GlobEnc
 
-__all__ = ["GlobEnc", "__version__", "capture"]
+__all__ = ["GlobEnc", "Rollout", "__version__", "capture"]

@@ -32,7 +32,9 @@ def attention_function(
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(f"capture: {name}: attention_mask must be (B, n) of 0 and 1, got {tuple(attention_mask.shape)}")
     if query.shape[2] != key.shape[2]:
-        raise ValueError(f"capture: {name} attends to {key.shape[2]} keys from {query.shape[2]} queries; cached or cross attention is not supported")
+        raise ValueError(
+            f"capture: {name} attends to {key.shape[2]} keys from {query.shape[2]} queries; cached or cross attention is not supported"
+        )
     causal = kwargs["is_causal"] if kwargs.get("is_causal") is not None else getattr(module, "is_causal", False)
     window = (-1, 0) if causal else (-1, -1)
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyglobenc.ops import rollout_step, token_norms
+from pyglobenc.reference.rollout_step import rescale_rows
 
 ROW_BLOCK = 64
 
@@ -64,6 +65,22 @@ class NormMatrix:
 
 
 @dataclass
+class StoredMatrix:
+    """A matrix that exists, (B, n, n)."""
+
+    matrix: Tensor
+
+    def rows(self, targets: Tensor) -> Tensor:
+        return self.matrix.gather(1, targets[..., None].expand(-1, -1, self.matrix.shape[2]))
+
+    def step(self, r: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+        return rescale_rows(r @ self.matrix, log_scale)
+
+    def full(self) -> Tensor:
+        return self.matrix
+
+
+@dataclass
 class ResidualMatrix:
     """diag(weight) (A - diag(own)) + diag(kept): a layer's matrix A beside an explicit residual connection, each vector (B, n)."""
 
@@ -85,9 +102,7 @@ class ResidualMatrix:
         mixed = mixed * mixed_log.exp()[..., None]
         if self.own is not None:
             mixed = (mixed - weighted * self.own[:, None]).clamp_(min=0)
-        out = mixed + r * self.kept[:, None]
-        top = out.amax(-1).clamp_min(torch.finfo(out.dtype).tiny)
-        return out / top[..., None], log_scale + top.log()
+        return rescale_rows(mixed + r * self.kept[:, None], log_scale)
 
     def full(self) -> Tensor:
         matrix = self.inner.full()

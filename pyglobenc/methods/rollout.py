@@ -1,11 +1,14 @@
 """Rollout: the layers' matrices multiplied from the top down for chosen rows, or in full (Abnar and Zuidema, 2020)."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyglobenc.methods.layer_matrix import LayerMatrix
+from pyglobenc.reference.rollout_step import rescale_rows
 
 
 def roll_out_rows(matrices: Sequence[LayerMatrix], targets: Tensor, layers: bool = False) -> tuple[Tensor, Tensor]:
@@ -26,8 +29,7 @@ def roll_out_rows(matrices: Sequence[LayerMatrix], targets: Tensor, layers: bool
             r, log_scale = matrix.step(r, log_scale)
         if r is None or layers:
             rows = matrix.rows(targets)
-            top = rows.amax(-1).clamp_min(torch.finfo(rows.dtype).tiny)
-            rows, scale = rows / top[..., None], top.log()
+            rows, scale = rescale_rows(rows, torch.zeros_like(rows[..., 0]))
             r = rows if r is None else torch.cat([rows, r], dim=1)
             log_scale = scale if log_scale is None else torch.cat([scale, log_scale], dim=1)
     return r.unflatten(1, (-1, count)), log_scale.unflatten(1, (-1, count))
@@ -39,3 +41,33 @@ def roll_out(matrices: Sequence[Tensor]) -> Tensor:
     for matrix in matrices:
         out = matrix.double() if out is None else matrix.double() @ out
     return out
+
+
+@dataclass
+class RolloutResult:
+    """Rows of a rollout.
+
+    Attributes:
+        scores: (B, T, n), row `target` of the rollout, largest entry of each row 1; padding 0.
+        log_scale: (B, T); the unnormalised value is scores * exp(log_scale).
+        layer_scores: (B, L, T, n), the rollout up to each layer, scaled the same way; None unless asked for.
+        layer_log_scale: (B, L, T), or None.
+        maps: the maps asked for, by name.
+        output: what the model returned.
+    """
+
+    scores: Tensor
+    log_scale: Tensor
+    layer_scores: Tensor | None = None
+    layer_log_scale: Tensor | None = None
+    maps: dict[str, Tensor] = field(default_factory=dict)
+    output: Any = None
+
+
+def rollout_result(who: str, scores: Tensor, log_scale: Tensor, layers: bool) -> RolloutResult:
+    """Result from what `roll_out_rows` returned for (B, L, T, n); ValueError when it isn't finite, who is named in it."""
+    if not (torch.isfinite(scores).all() and torch.isfinite(log_scale).all()):
+        raise ValueError(f"{who}: the attribution is not finite; the model's activations hold NaN or infinity for this input")
+    if not layers:
+        return RolloutResult(scores[:, -1], log_scale[:, -1])
+    return RolloutResult(scores[:, -1], log_scale[:, -1], scores, log_scale)

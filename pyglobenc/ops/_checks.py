@@ -13,7 +13,7 @@ def check_shape(op: str, name: str, t: Tensor | None, symbols: str, sizes: dict[
     expected = symbols.split()
     ok = t.dim() == len(expected)
     if ok:
-        for symbol, size in zip(expected, t.shape):
+        for symbol, size in zip(expected, t.shape, strict=True):
             ok = ok and sizes.setdefault(symbol, size) == size
     if not ok:
         shape = ", ".join(expected)

@@ -55,7 +55,7 @@ def token_norms(
         check_shape("token_norms", "rows", rows, "B T", {"B": q.shape[0]})
         if rows.dtype != torch.int64:
             raise TypeError(f"token_norms: rows must be int64, got {rows.dtype}")
-        if rows.numel() and not (0 <= int(rows.min()) and int(rows.max()) < q.shape[2]):
+        if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= q.shape[2]):
             raise ValueError(f"token_norms: rows must lie in [0, {q.shape[2]}), got {int(rows.min())} to {int(rows.max())}")
     return _token_norms(q, k, lse, gram, cross, residual_sq, rstd, key_mask, rows, scaling, *window, backend)
 

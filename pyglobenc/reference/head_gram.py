@@ -6,7 +6,6 @@
 so no transformed vector is formed. G is symmetric: n*d^2/2 multiply-adds, the cross terms n*d^2, n*d floats at a time.
 """
 
-import torch
 from torch import Tensor
 
 from pyglobenc.reference.stage_map import stage_map, stage_map_transposed
@@ -35,8 +34,9 @@ def head_gram(v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: 
     gram = v.new_empty(*v.shape[:3], n_heads)
     for h in range(n_heads):
         mixed = v[:, :, h] @ kernel[h, :, h:].reshape(dh, -1)
-        gram[:, :, h, h:] = (mixed.view(*v.shape[:2], -1, dh) * v[:, :, h:]).sum(-1)
-        gram[:, :, h:, h] = gram[:, :, h, h:]
+        products = (mixed.view(*v.shape[:2], -1, dh) * v[:, :, h:]).sum(-1)
+        gram[:, :, h, h:] = products
+        gram[:, :, h:, h] = products
     if x is None:
         return gram, None
     projected = x @ cross_kernel.flatten(0, 1).T

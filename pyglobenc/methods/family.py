@@ -1,0 +1,128 @@
+"""The relatives that GlobEnc is compared with, on the same capture and the same kernels.
+
+Averaging attention over heads is a norm too, with 1/H^2 for the Gram matrix, so every method but the flow runs in row mode.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pyglobenc.hf import LayerTrace
+from pyglobenc.methods.flow import attention_flow
+from pyglobenc.methods.inputs import check_model, run_captured, target_rows
+from pyglobenc.methods.layer_matrix import LayerMatrix, ResidualMatrix
+from pyglobenc.methods.rollout import RolloutResult, roll_out, roll_out_rows, rollout_result
+from pyglobenc.methods.stages import STAGES, StageOps
+from pyglobenc.reference.rollout_step import rescale_rows
+from pyglobenc.reference.token_norms import own_attention
+
+METHODS = {
+    "raw-attention": "attention of the last layer, averaged over heads",
+    "attention-rollout": "rollout of attention with a fixed residual of one half (W-FixedRes; Abnar and Zuidema, 2020)",
+    "w-res": "rollout of attention with the measured mixing ratio as residual (W-Res; Modarressi et al., 2022)",
+    "n-fixedres": "rollout of the norms N, rows summing to 1, with a fixed residual of one half (N-FixedRes)",
+    "n": "rollout of the norms N: attention and value vectors (Kobayashi et al., 2020)",
+    "n-res": "rollout of the norms N_Res: with the residual",
+    "n-resln": "rollout of the norms N_ResLN: with the residual and the first LayerNorm (Kobayashi et al., 2021)",
+    "globenc": "rollout of the norms N_Enc: the whole encoder layer (Modarressi et al., 2022)",
+    "attention-flow": "maximum flow through attention with a fixed residual of one half (Abnar and Zuidema, 2020)",
+}
+OF_STAGE = {name.lower().replace("_", "-"): name for name in STAGES} | {"globenc": "N_Enc"}
+MAPS = ("layers", "rollout")
+
+
+class Rollout:
+    """A method of the rollout family on a stock transformers encoder.
+
+    Args:
+        model: a known architecture, in evaluation mode; left as it is.
+        method: a name in METHODS.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+        dtype: of the attribution arithmetic; None is float32, or float64 for a float64 model.
+
+    Raises:
+        TypeError, ValueError: unknown method, architecture or backend, training mode, weights that are NaN or infinite.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, method: str = "attention-rollout", backend: str = "auto", dtype: torch.dtype | None = None
+    ):
+        if method not in METHODS:
+            raise ValueError(f"Rollout: method must be one of {', '.join(METHODS)}, got {method!r}")
+        check_model("Rollout", model, backend, dtype)
+        self.model, self.method, self.dtype = model, method, dtype
+        self.ops = StageOps(backend)
+
+    @torch.no_grad()
+    def __call__(
+        self, *, targets: Sequence[int] | Tensor = (0,), layers: bool = False, maps: Sequence[str] = (), **batch: Any
+    ) -> RolloutResult:
+        """Attribute target tokens of a batch to the input tokens.
+
+        Args:
+            targets: token positions, T for every example or (B, T); 0 is [CLS].
+            layers: also return the result up to every layer; for raw attention, every layer's own.
+            maps: "layers", every layer's matrix (B, L, n, n), and "rollout", their product (B, n, n), float64.
+            batch: the model's inputs, as its tokenizer returns them.
+
+        Returns:
+            RolloutResult; the flow's rows sum to 1 before scaling.
+
+        Raises:
+            TypeError, ValueError: as `GlobEnc`.
+        """
+        if isinstance(maps, str) or any(name not in MAPS for name in maps):
+            raise ValueError(f"Rollout: maps must be a sequence of names among {', '.join(MAPS)}, got {maps!r}")
+        captured, output = run_captured("Rollout", self.model, batch, self.dtype)
+        rows = target_rows("Rollout", targets, captured[-1])
+        matrices = [self._matrix(layer) for layer in captured]
+        result = rollout_result("Rollout", *self._rows(captured, matrices, rows, layers), layers)
+        result.output = output
+        full = [matrix.full() for matrix in matrices] if maps else []
+        for name in maps:
+            result.maps[name] = torch.stack(full, dim=1) if name == "layers" else roll_out(full)
+        return result
+
+    def _rows(
+        self, captured: list[LayerTrace], matrices: list[LayerMatrix], rows: Tensor, layers: bool
+    ) -> tuple[Tensor, Tensor]:
+        if self.method not in ("raw-attention", "attention-flow"):
+            return roll_out_rows(matrices, rows, layers)
+        if self.method == "raw-attention":
+            scores = torch.stack([matrix.rows(rows) for matrix in (matrices if layers else matrices[-1:])], dim=1)
+        else:
+            stacked = torch.stack([matrix.full() for matrix in matrices], dim=1)
+            scores = attention_flow(stacked, rows, captured[-1].key_mask, layers)
+        return rescale_rows(scores, torch.zeros_like(scores[..., 0]))
+
+    def _matrix(self, layer: LayerTrace) -> LayerMatrix:
+        if self.method in OF_STAGE:
+            return self.ops.norm_matrix(layer, OF_STAGE[self.method])
+        if self.method == "n-fixedres":
+            norms = self.ops.norm_matrix(layer, "N")
+            sums = norms.row_sums()
+            weight = torch.where(sums > 0, 0.5 / sums, sums)
+            return ResidualMatrix(norms, weight, None, self._half(layer, weight))
+        attention = self.ops.attention_matrix(layer)
+        if self.method == "raw-attention":
+            return attention
+        if self.method == "w-res":
+            return self._measured(layer, attention)
+        half = self._half(layer, attention.gram[:, :, 0, 0])
+        return ResidualMatrix(attention, half, None, half)
+
+    @staticmethod
+    def _half(layer: LayerTrace, like: Tensor) -> Tensor:
+        half = torch.full_like(like, 0.5)
+        return half if layer.key_mask is None else half * layer.key_mask
+
+    def _measured(self, layer: LayerTrace, attention: LayerMatrix) -> ResidualMatrix:
+        ratio = self.ops.mixing_ratio(layer, "N_Enc")
+        own = own_attention(attention.q.to(ratio.dtype), attention.k.to(ratio.dtype), attention.lse.to(ratio.dtype), layer.scaling).mean(1)
+        others = 1 - own
+        weight = torch.where(others > 0, ratio / others, torch.zeros_like(ratio))
+        kept = 1 - ratio
+        return ResidualMatrix(attention, weight, own, kept if layer.key_mask is None else kept * layer.key_mask)

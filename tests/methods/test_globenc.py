@@ -1,0 +1,199 @@
+import pytest
+import torch
+from models import ARCHITECTURES, build, golden, random_batch
+from published import published_maps, published_rollout
+
+from pyglobenc import GlobEnc
+from pyglobenc.methods.globenc import MAPS
+
+GOLDEN = ["globenc_bert", "globenc_bert_padded", "globenc_bert_h12", "globenc_electra"]
+
+
+def inputs(published):
+    return {name: published[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
+
+
+def real_rows(name, t, mask):
+    """Entries of queries that aren't padding: the published maps of the others mean nothing."""
+    mask = mask.bool()
+    if name == "rollout":
+        return t[mask]
+    if name == "head_N":
+        return t.permute(0, 3, 1, 2, 4)[mask]
+    return t.transpose(1, 2)[mask]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("name", GOLDEN)
+def test_equals_published_outputs(name, dtype, tolerance):
+    model, published = golden(name)
+    depth = model.config.num_hidden_layers
+    result = GlobEnc(model.to(dtype))(**inputs(published), targets=[0, 3], layers=True, maps=MAPS)
+    for kind in MAPS:
+        exact = published["globenc"] if kind == "rollout" else torch.stack([published[f"{kind}.{i}"] for i in range(depth)], dim=1)
+        out = real_rows(kind, result.maps[kind], published["attention_mask"])
+        exact = real_rows(kind, exact, published["attention_mask"])
+        assert (out - exact).abs().max() <= tolerance * exact.abs().max(), kind
+    rows = result.scores * result.log_scale.exp()[..., None]
+    exact = published["globenc"][:, [0, 3]]
+    assert (rows - exact).abs().max() <= tolerance * exact.abs().max()
+    assert torch.equal(result.scores.amax(-1), torch.ones_like(result.log_scale))
+    assert (result.output.logits - published["logits"]).abs().max() <= 10 * tolerance
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_equals_direct_computation(name, attention):
+    model = build(name, attention=attention)
+    batch = random_batch(model, batch=3, n=11, pads=[0, 4, 7])
+    maps = published_maps(model, batch)
+    result = GlobEnc(model)(**batch, maps=MAPS, layers=True)
+    for kind in MAPS[:-1]:
+        assert (result.maps[kind] - maps[kind]).abs().max() <= 1e-10 * maps[kind].abs().max(), kind
+    rollout = published_rollout(maps["N_Enc"])
+    rows = result.layer_scores * result.layer_log_scale.exp()[..., None]
+    assert (rows[:, :, 0] - rollout[:, :, 0]).abs().max() <= 1e-10 * rollout.abs().max()
+
+
+@pytest.mark.parametrize("stage", ["N", "N_Res", "N_ResLN", "N_Enc"])
+def test_row_mode_agrees_with_full_mode(stage):
+    model = build("bert")
+    batch = random_batch(model, batch=2, n=9, pads=[0, 3])
+    rows = GlobEnc(model)(**batch, stage=stage, targets=torch.tensor([[0, 8], [5, 2]]), layers=True)
+    full = GlobEnc(model)(**batch, stage=stage, targets=torch.tensor([[0, 8], [5, 2]]), layers=True, maps=["rollout", stage])
+    torch.testing.assert_close(rows.layer_scores, full.layer_scores, rtol=1e-11, atol=0)
+    exact = full.maps["rollout"].gather(1, torch.tensor([[0, 8], [5, 2]])[..., None].expand(-1, -1, 9))
+    torch.testing.assert_close(rows.scores * rows.log_scale.exp()[..., None], exact, rtol=1e-11, atol=0)
+    torch.testing.assert_close(published_rollout(full.maps[stage])[:, -1], full.maps["rollout"], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", ["bert", "distilbert"])
+def test_padded_batch_equals_each_example_alone(name, side):
+    model = build(name)
+    pads = [0, 6, 10]
+    batch = random_batch(model, batch=3, n=12, pads=pads, side=side)
+    batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    if name == "distilbert" and side == "left":
+        pytest.skip("DistilBERT takes no position ids, so left padding moves its tokens")
+    if name == "distilbert":
+        del batch["position_ids"]
+    first = [0 if side == "right" else count for count in pads]
+    together = GlobEnc(model)(**batch, targets=torch.tensor(first)[:, None], layers=True)
+    for b, count in enumerate(pads):
+        real = slice(first[b], first[b] + 12 - count)
+        alone = GlobEnc(model)(input_ids=batch["input_ids"][b : b + 1, real], layers=True)
+        torch.testing.assert_close(together.layer_scores[b : b + 1, ..., real], alone.layer_scores, rtol=1e-9, atol=0)
+        torch.testing.assert_close(together.layer_log_scale[b : b + 1], alone.layer_log_scale, rtol=1e-9, atol=1e-12)
+        padding = batch["attention_mask"][b] == 0
+        assert not together.layer_scores[b, ..., padding].any()
+
+
+@pytest.mark.parametrize("depth", [24, 48])
+def test_deep_models_do_not_overflow(depth):
+    model = build("bert", torch.float32, num_hidden_layers=depth)
+    for name, parameter in model.named_parameters():
+        # row sums of the norms grow with the LayerNorm weights
+        if "output.LayerNorm.weight" in name:
+            parameter.data *= 12
+    batch = random_batch(model, batch=1, n=10)
+    result = GlobEnc(model)(**batch, layers=True, maps=["rollout"])
+    exact = GlobEnc(model, dtype=torch.float64)(**batch, layers=True, maps=["rollout"])
+    assert result.log_scale.item() > 89, "exp of this overflows float32, as the plain product would"
+    assert torch.isfinite(result.maps["rollout"]).all()
+    torch.testing.assert_close(result.maps["rollout"], exact.maps["rollout"], rtol=1e-3, atol=0)
+    torch.testing.assert_close(result.layer_scores.double(), exact.layer_scores, rtol=1e-3, atol=1e-6)
+
+
+def test_one_token():
+    model = build("bert")
+    batch = {"input_ids": torch.tensor([[7]])}
+    result = GlobEnc(model)(**batch, maps=MAPS)
+    assert result.scores.item() == 1
+    assert torch.equal(result.maps["mix_N_Enc"], torch.zeros(1, 3, 1, dtype=torch.float64))
+    torch.testing.assert_close(result.maps["N_Enc"], published_maps(model, batch)["N_Enc"], rtol=1e-10, atol=0)
+
+
+def test_changed_weights_are_seen():
+    model = build("bert")
+    batch = random_batch(model, batch=1, n=8)
+    globenc = GlobEnc(model)
+    before = globenc(**batch).scores
+    with torch.no_grad():
+        model.encoder.layer[1].attention.output.dense.weight.mul_(torch.rand(48, 48, dtype=torch.float64))
+    after = globenc(**batch).scores
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, GlobEnc(model)(**batch).scores, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_model(half):
+    model = build("bert", half)
+    batch = random_batch(model, batch=2, n=9, pads=[0, 2])
+    result = GlobEnc(model)(**batch)
+    assert result.scores.dtype == torch.float32
+    # the same rounded activations, attributed in float64
+    exact = GlobEnc(model, dtype=torch.float64)(**batch)
+    torch.testing.assert_close(result.scores.double(), exact.scores, rtol=1e-4, atol=1e-5)
+
+
+def test_float64_arithmetic_on_a_float32_model():
+    model = build("bert", torch.float32)
+    batch = random_batch(model, batch=1, n=9)
+    result = GlobEnc(model, dtype=torch.float64)(**batch)
+    assert result.scores.dtype == torch.float64
+    torch.testing.assert_close(result.scores, GlobEnc(model.double())(**batch).scores, rtol=1e-4, atol=1e-6)
+
+
+class TestBadInput:
+    model = build("bert")
+    batch = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 0]]), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
+
+    def fails(self, message, error=ValueError, model=None, batch=None, init=None, **call):
+        with pytest.raises(error, match=message):
+            GlobEnc(model or self.model, **(init or {}))(**(self.batch if batch is None else batch), **call)
+
+    def test_options(self):
+        self.fails("stage must be one of", stage="N_Attn")
+        self.fails("maps must be a sequence", maps=["N_Enc", "nothing"])
+        self.fails("maps must be a sequence", maps="N_Enc")
+        self.fails("backend must be one of auto", init=dict(backend="gpu"))
+        self.fails("dtype must be None", init=dict(dtype=torch.float16))
+
+    def test_targets(self):
+        self.fails(r"targets must lie in \[0, 3\)", targets=[3])
+        self.fails(r"targets must lie in \[0, 3\)", targets=[-1])
+        self.fails("a target is a padding token", targets=[2])
+        self.fails("targets must be integers", TypeError, targets=[0.5])
+        self.fails(r"targets must be T positions", targets=torch.zeros(3, 1, dtype=torch.long))
+        self.fails(r"targets must be T positions", targets=[])
+
+    def test_inputs(self):
+        self.fails("neither input_ids nor inputs_embeds", batch={})
+        self.fails("at least one example and one token", batch={"input_ids": torch.zeros(1, 0, dtype=torch.long)})
+        self.fails("must be a tensor", TypeError, batch={"input_ids": [[1, 2]]})
+        self.fails("41 tokens and the model takes 40", batch={"input_ids": torch.ones(1, 41, dtype=torch.long)})
+        self.fails("attention_mask must be", batch=self.batch | {"attention_mask": torch.ones(2, 4)})
+        self.fails("no real token", batch=self.batch | {"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])})
+
+    def test_roberta_positions_start_after_padding(self):
+        model = build("roberta")
+        GlobEnc(model)(input_ids=torch.full((1, 38), 7))
+        self.fails("39 tokens and the model takes 38", model=model, batch={"input_ids": torch.full((1, 39), 7)})
+
+    def test_training_mode(self):
+        self.fails("training mode", model=build("bert").train())
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_weights_not_finite(self, value):
+        model = build("bert")
+        model.encoder.layer[1].output.dense.weight.data[3, 4] = value
+        self.fails(r"parameter encoder.layer.1.output.dense.weight holds NaN or infinity", model=model)
+
+    def test_activations_not_finite(self):
+        model = build("bert", torch.float32)
+        model.encoder.layer[0].attention.self.value.weight.data *= 1e38
+        self.fails("not finite", model=model)
+
+    def test_not_a_transformers_model(self):
+        self.fails("PreTrainedModel", TypeError, model=torch.nn.Linear(2, 2))
