@@ -78,24 +78,21 @@ class Rollout:
             raise ValueError(f"Rollout: maps must be a sequence of names among {', '.join(MAPS)}, got {maps!r}")
         captured, output = run_captured("Rollout", self.model, batch, self.dtype)
         rows = target_rows("Rollout", targets, captured[-1])
-        matrices = [self._matrix(layer) for layer in captured]
-        result = rollout_result("Rollout", *self._rows(captured, matrices, rows, layers), layers)
+        result = rollout_result("Rollout", *self._rows(captured, rows, layers), layers)
         result.output = output
-        full = [matrix.full() for matrix in matrices] if maps else []
+        full = [self._matrix(layer).full() for layer in captured] if maps else []
         for name in maps:
             result.maps[name] = torch.stack(full, dim=1) if name == "layers" else roll_out(full)
         return result
 
-    def _rows(
-        self, captured: list[LayerTrace], matrices: list[LayerMatrix], rows: Tensor, layers: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _rows(self, captured: list[LayerTrace], rows: Tensor, layers: bool) -> tuple[Tensor, Tensor]:
         if self.method not in ("raw-attention", "attention-flow"):
-            return roll_out_rows(matrices, rows, layers)
+            return roll_out_rows((self._matrix(layer) for layer in reversed(captured)), rows, layers)
         if self.method == "raw-attention":
-            scores = torch.stack([matrix.rows(rows) for matrix in (matrices if layers else matrices[-1:])], dim=1)
+            scores = torch.stack([self._matrix(layer).rows(rows) for layer in (captured if layers else captured[-1:])], dim=1)
         else:
-            stacked = torch.stack([matrix.full() for matrix in matrices], dim=1)
-            scores = attention_flow(stacked, rows, captured[-1].key_mask, layers)
+            full = torch.stack([self._matrix(layer).full() for layer in captured], dim=1)
+            scores = attention_flow(full, rows, captured[-1].key_mask, layers)
         return rescale_rows(scores, torch.zeros_like(scores[..., 0]))
 
     def _matrix(self, layer: LayerTrace) -> LayerMatrix:

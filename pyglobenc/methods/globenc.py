@@ -1,6 +1,6 @@
 """GlobEnc: norms of decomposed vectors through the whole encoder layer, rolled out (Modarressi et al., NAACL 2022)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -65,22 +65,26 @@ class GlobEnc:
             raise ValueError(f"GlobEnc: maps must be a sequence of names among {', '.join(MAPS)}, got {maps!r}")
         captured, output = run_captured("GlobEnc", self.model, batch, self.dtype)
         rows = target_rows("GlobEnc", targets, captured[-1])
-        matrices: list[LayerMatrix] = [self.ops.norm_matrix(layer, stage) for layer in captured]
-        if stage in maps or "rollout" in maps:
-            matrices = [StoredMatrix(matrix.full()) for matrix in matrices]
+        full = self._full(captured, stage) if stage in maps or "rollout" in maps else None
+        if full is None:
+            matrices: Iterable[LayerMatrix] = (self.ops.norm_matrix(layer, stage) for layer in reversed(captured))
+        else:
+            matrices = [StoredMatrix(matrix) for matrix in reversed(full)]
         result = rollout_result("GlobEnc", *roll_out_rows(matrices, rows, layers), layers)
         result.output = output
         for name in maps:
-            result.maps[name] = self._map(name, captured, matrices if name in (stage, "rollout") else None)
+            if name == "rollout":
+                result.maps[name] = roll_out(full)
+            else:
+                result.maps[name] = torch.stack(full if name == stage else self._maps(name, captured), dim=1)
         return result
 
-    def _map(self, name: str, captured: list[LayerTrace], stored: list[StoredMatrix] | None) -> Tensor:
-        if name == "rollout":
-            return roll_out([matrix.full() for matrix in stored])
-        if stored is not None:
-            return torch.stack([matrix.full() for matrix in stored], dim=1)
+    def _full(self, captured: list[LayerTrace], stage: str) -> list[Tensor]:
+        return [self.ops.norm_matrix(layer, stage).full() for layer in captured]
+
+    def _maps(self, name: str, captured: list[LayerTrace]) -> list[Tensor]:
         if name == "head_N":
-            return torch.stack([self.ops.head_maps(layer) for layer in captured], dim=1)
+            return [self.ops.head_maps(layer) for layer in captured]
         if name in MIXING:
-            return torch.stack([self.ops.mixing_ratio(layer, MIXING[name]) for layer in captured], dim=1)
-        return torch.stack([self.ops.norm_matrix(layer, name).full() for layer in captured], dim=1)
+            return [self.ops.mixing_ratio(layer, MIXING[name]) for layer in captured]
+        return self._full(captured, name)

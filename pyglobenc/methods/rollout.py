@@ -1,6 +1,6 @@
 """Rollout: the layers' matrices multiplied from the top down for chosen rows, or in full (Abnar and Zuidema, 2020)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,11 +11,11 @@ from pyglobenc.methods.layer_matrix import LayerMatrix
 from pyglobenc.reference.rollout_step import rescale_rows
 
 
-def roll_out_rows(matrices: Sequence[LayerMatrix], targets: Tensor, layers: bool = False) -> tuple[Tensor, Tensor]:
+def roll_out_rows(matrices: Iterable[LayerMatrix], targets: Tensor, layers: bool = False) -> tuple[Tensor, Tensor]:
     """Rows of N_L ... N_2 N_1, without a matrix: O(T*n) memory beside the layers' own.
 
     Args:
-        matrices: one a layer, first layer first.
+        matrices: one a layer, last layer first; taken one at a time, so that a generator holds one layer's at once.
         targets: rows wanted, (B, T) int64.
         layers: also the rollout up to every layer.
 
@@ -24,7 +24,7 @@ def roll_out_rows(matrices: Sequence[LayerMatrix], targets: Tensor, layers: bool
     """
     count = targets.shape[1]
     r = log_scale = None
-    for matrix in reversed(matrices):
+    for matrix in matrices:
         if r is not None:
             r, log_scale = matrix.step(r, log_scale)
         if r is None or layers:

@@ -1,0 +1,165 @@
+import gc
+
+import pytest
+import torch
+import transformers
+from models import ARCHITECTURES, build, random_batch
+
+from pyglobenc import capture
+from pyglobenc.hf.attention import RECORDERS
+
+
+def hooks_of(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.fixture
+def model():
+    return build("bert-classifier")
+
+
+def assert_untouched(model, attention="sdpa", hooks=0):
+    assert hooks_of(model) == hooks
+    assert model.config._attn_implementation == attention
+    assert not any(module in RECORDERS for module in model.modules())
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_layers_hold_what_the_model_computed(name, attention):
+    model = build(name, attention=attention)
+    batch = random_batch(model, batch=2, n=9, pads=[0, 4])
+    with torch.no_grad():
+        model.set_attn_implementation("eager")
+        exact = model(**batch, output_hidden_states=True, output_attentions=True)
+        model.set_attn_implementation(attention)
+        # transformers leaves hooks of its own after the pass above
+        hooks = hooks_of(model)
+        with capture(model) as trace:
+            output = model(**batch)
+    assert_untouched(model, attention, hooks)
+    torch.testing.assert_close(output[0], exact[0], rtol=1e-10, atol=1e-12)
+    real = batch["attention_mask"].bool()
+    for index, layer in enumerate(trace.layers):
+        torch.testing.assert_close(layer.x[real], exact.hidden_states[index][real], rtol=1e-10, atol=1e-12)
+        scores = layer.q @ layer.k.transpose(2, 3) * layer.scaling - layer.lse[..., None]
+        alpha = scores.masked_fill(~real[:, None, None], float("-inf")).exp()
+        torch.testing.assert_close(alpha, exact.attentions[index], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(layer.o, alpha @ layer.v, rtol=1e-9, atol=1e-12)
+        assert torch.equal(layer.key_mask, real)
+        following = layer.norms["output_norm"]
+        norm = layer.modules.output_norm
+        following_x = (exact.hidden_states[index + 1] - norm.bias) / norm.weight
+        # the LayerNorm's output has mean 0 and its rstd times the input's spread is 1
+        torch.testing.assert_close(following_x[real].mean(-1), torch.zeros(int(real.sum()), dtype=torch.float64), rtol=0, atol=1e-9)
+        assert following.rstd.shape == following.mean.shape == (2, 9)
+
+
+def test_layernorm_statistics(model):
+    batch = random_batch(model, batch=1, n=6)
+    sums = []
+    norm = model.bert.encoder.layer[1].attention.output.LayerNorm
+    handle = norm.register_forward_pre_hook(lambda module, args: sums.append(args[0]))
+    with torch.no_grad(), capture(model) as trace:
+        model(**batch)
+    handle.remove()
+    stats = trace.layers[1].norms["attention_norm"]
+    torch.testing.assert_close(stats.mean, sums[0].mean(-1))
+    torch.testing.assert_close(stats.rstd, 1 / (sums[0].var(-1, correction=0) + norm.eps).sqrt())
+
+
+def test_no_mask_without_padding(model):
+    with torch.no_grad(), capture(model) as trace:
+        model(**random_batch(model, batch=2, n=5))
+    assert all(layer.key_mask is None for layer in trace.layers)
+
+
+def test_second_forward_replaces_the_first(model):
+    with torch.no_grad(), capture(model) as trace:
+        model(**random_batch(model, batch=1, n=5))
+        model(**random_batch(model, batch=2, n=7))
+    assert [layer.x.shape[:2] for layer in trace.layers] == [(2, 7)] * 3
+
+
+def test_restored_after_exception(model):
+    with pytest.raises(RuntimeError, match="from inside"), capture(model):
+        raise RuntimeError("from inside")
+    assert_untouched(model)
+    model.bert.encoder.layer[2].output.dense.weight = torch.nn.Parameter(torch.zeros(3, 3))
+    with pytest.raises(RuntimeError), capture(model):
+        model(**random_batch(model, batch=1, n=5))
+    assert_untouched(model)
+
+
+def test_refused_models(model):
+    with pytest.raises(ValueError, match="training mode"), capture(model.train()):
+        pass
+    with pytest.raises(TypeError, match="PreTrainedModel"), capture(torch.nn.Linear(2, 2)):
+        pass
+    small = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+    for kind in ("DebertaV2", "Deberta", "MPNet"):
+        other = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**small)).eval()
+        with pytest.raises(ValueError, match="ignores transformers' attention interface.*known architectures: bert"), capture(other):
+            pass
+    other = transformers.T5EncoderModel(transformers.T5Config(d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)).eval()
+    with pytest.raises(ValueError, match="unknown architecture 't5'.*known architectures: bert"), capture(other):
+        pass
+    assert_untouched(model)
+
+
+def test_model_that_ignores_the_interface(model):
+    class OwnAttention(torch.nn.Module):
+        def forward(self, hidden_states, *args, **kwargs):
+            return hidden_states, None
+
+    model.bert.encoder.layer[1].attention.self.forward = OwnAttention().forward
+    with torch.no_grad(), capture(model) as trace:
+        model(**random_batch(model, batch=1, n=5))
+    with pytest.raises(RuntimeError, match=r"layers \[1\] never called the attention function"):
+        trace.layers  # noqa: B018
+    with pytest.raises(RuntimeError, match="nothing captured"), capture(model) as trace:
+        trace.layers  # noqa: B018
+
+
+def test_captured_twice(model):
+    with capture(model), pytest.raises(RuntimeError, match="captured already"), capture(model):
+        pass
+    assert_untouched(model)
+
+
+def test_custom_masks_are_refused(model):
+    batch = random_batch(model, batch=1, n=5)
+    batch["attention_mask"] = torch.ones(1, 1, 5, 5).tril()
+    with pytest.raises(ValueError, match=r"attention_mask must be \(B, n\)"), torch.no_grad(), capture(model):
+        model(**batch)
+
+
+def test_gradients_flow_through(model):
+    batch = random_batch(model, batch=2, n=6, pads=[0, 2])
+    exact = torch.autograd.grad(model(**batch).logits.sum(), model.bert.embeddings.word_embeddings.weight)[0]
+    with capture(model) as trace:
+        output = model(**batch)
+    assert all(layer.o.requires_grad for layer in trace.layers)
+    grad = torch.autograd.grad(output.logits.sum(), model.bert.embeddings.word_embeddings.weight)[0]
+    torch.testing.assert_close(grad, exact, rtol=1e-9, atol=1e-12)
+
+
+def test_extra_modules(model):
+    dense = model.bert.encoder.layer[0].intermediate.dense
+    with torch.no_grad(), capture(model, modules=[dense]) as trace:
+        model(**random_batch(model, batch=1, n=5))
+    given, output = trace.io[dense]
+    assert torch.equal(output, dense(given))
+    assert_untouched(model)
+
+
+def test_model_is_freed():
+    import weakref
+
+    model = build("bert")
+    with torch.no_grad(), capture(model) as trace:
+        model(**random_batch(model, batch=1, n=5))
+    alive = weakref.ref(model)
+    del model, trace
+    gc.collect()
+    assert alive() is None
