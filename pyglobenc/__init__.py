@@ -1,8 +1,24 @@
 """Token attribution for transformers at the price of the forward pass."""
 
-from pyglobenc._version import __version__
-from pyglobenc.hf import capture
-from pyglobenc.methods.family import Rollout
-from pyglobenc.methods.globenc import GlobEnc
+from importlib import import_module
+from typing import Any
 
-__all__ = ["GlobEnc", "Rollout", "__version__", "capture"]
+from pyglobenc._version import __version__
+from pyglobenc.explain import explain
+from pyglobenc.results import Attribution, load
+
+# imported when first used: transformers' models take seconds
+_MODULES = {
+    "GlobEnc": "pyglobenc.methods.globenc",
+    "Rollout": "pyglobenc.methods.family",
+    "capture": "pyglobenc.hf",
+}
+
+__all__ = ["Attribution", "GlobEnc", "Rollout", "__version__", "capture", "explain", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'pyglobenc' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+    return value

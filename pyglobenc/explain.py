@@ -1,0 +1,160 @@
+"""`explain`: texts in, attributions out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pyglobenc.results import Attribution, Attributions
+from pyglobenc.windows import LONG, Encoded, encode
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from pyglobenc.batches import Runner
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `explain`, checked."""
+
+    method: str = "globenc"
+    target: int | None = None
+    merge_words: bool = False
+    long: str = "error"
+    max_length: int | None = None
+    stride: int | None = None
+    batch_size: int = 8
+    backend: str = "auto"
+    dtype: torch.dtype | None = None
+    progress: bool = True
+
+    def __post_init__(self):
+        if self.long not in LONG:
+            raise ValueError(f"explain: long must be one of {', '.join(LONG)}, got {self.long!r}")
+        for name in ("target", "max_length", "stride", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                raise TypeError(f"explain: {name} must be an integer, got {value!r}")
+        if self.batch_size < 1:
+            raise ValueError(f"explain: batch_size must be at least 1, got {self.batch_size}")
+
+    def record(self) -> dict[str, Any]:
+        """What an attribution keeps of them, as JSON knows it."""
+        names = ("target", "long", "max_length", "stride", "batch_size", "backend")
+        return {name: getattr(self, name) for name in names} | {"dtype": None if self.dtype is None else str(self.dtype).split(".")[-1]}
+
+
+def explain(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | Sequence[str],
+    method: str = "globenc",
+    *,
+    target: int | None = None,
+    merge_words: bool = False,
+    long: str = "error",
+    max_length: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+    backend: str = "auto",
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> Attribution | Attributions:
+    """Which tokens of a text a model's result rests on.
+
+    Args:
+        model: a transformers model of a known architecture, in evaluation mode.
+        tokenizer: the model's.
+        text: one text, or several.
+        method: a name in `pyglobenc.methods.registry.METHODS`.
+        target: what is explained: of most methods a token's position, special tokens counted, negative from the end, None for 0
+            ([CLS]); of methods that explain a class its index, None for the class predicted.
+        merge_words: pictures show words, the scores of their pieces summed. The result keeps the tokens.
+        long: what is done with a text of more than max_length tokens: "error" raises, "truncate" leaves out its end, "windows" joins
+            the scores of overlapping windows as `pyglobenc.windows.join` says, of those windows that hold the target.
+        max_length: tokens, special tokens included; None for all that model and tokenizer take.
+        stride: of windows: tokens from the start of one to the start of the next; None for half a window.
+        batch_size: texts or windows that the model sees at once.
+        backend, dtype: as for `GlobEnc`.
+        progress: show a bar on stderr when there is more than one text.
+
+    Returns:
+        Attribution, scores (n,); for several texts Attributions, a list in their order.
+
+    Raises:
+        TypeError, ValueError: text that is empty, not a string, or too long; unknown method, backend or architecture; target out of
+            range; anything else that the method refuses. All texts are checked before the first is computed.
+    """
+    single = isinstance(text, str)
+    done = explain_each(
+        model,
+        tokenizer,
+        [text] if single else text,
+        method=method,
+        target=target,
+        merge_words=merge_words,
+        long=long,
+        max_length=max_length,
+        stride=stride,
+        batch_size=batch_size,
+        backend=backend,
+        dtype=dtype,
+        progress=progress,
+    )
+    return next(done) if single else Attributions(done)
+
+
+def explain_each(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options: Any) -> Iterator[Attribution]:
+    """`explain` for several texts, with its options, one attribution at a time: when it is stopped, the caller has those before.
+
+    Returns:
+        Iterator of Attribution, scores (n,), in the order of texts.
+
+    Raises:
+        TypeError, ValueError: as `explain`, at once.
+    """
+    # transformers takes seconds to import
+    from pyglobenc.batches import Runner, check_target, longest
+
+    chosen = Options(**options)
+    names = _check_texts(texts)
+    runner = Runner(model, tokenizer, chosen)
+    limit = longest(model, tokenizer, chosen.max_length)
+    encoded = [encode(tokenizer, text, name, limit, chosen.long, chosen.stride) for text, name in zip(texts, names, strict=True)]
+    for one, name in zip(encoded, names, strict=True):
+        check_target(runner, one, name)
+    return _attributions(runner, encoded, chosen)
+
+
+def _attributions(runner: Runner, encoded: list[Encoded], options: Options) -> Iterator[Attribution]:
+    common = dict(method=options.method, model=runner.model_name, merge_words=options.merge_words)
+    for one, scored in zip(encoded, _with_bar(runner.run(encoded), len(encoded), options.progress), strict=True):
+        columns = dict(token_ids=one.inputs["input_ids"], special=one.special, word_ids=one.word_ids, offsets=one.offsets)
+        settings = options.record() | runner.versions
+        yield Attribution(one.text, one.tokens, cut=one.cut, settings=settings, **columns, **common, **scored)
+
+
+def _check_texts(texts: Sequence[str]) -> list[str]:
+    """What errors call each text."""
+    if not isinstance(texts, Sequence) or isinstance(texts, (str, bytes)):
+        raise TypeError(f"explain: text must be a string or a list of strings, got {type(texts).__name__}")
+    if not texts:
+        raise ValueError("explain: there is no text, got an empty list")
+    names = ["text"] if len(texts) == 1 else [f"text {number}" for number in range(1, len(texts) + 1)]
+    for text, name in zip(texts, names, strict=True):
+        if not isinstance(text, str):
+            raise TypeError(f"explain: {name} must be a string, got {type(text).__name__}")
+        if not text.strip():
+            raise ValueError(f"explain: {name} is empty" if not text else f"explain: {name} is nothing but white space")
+    return names
+
+
+def _with_bar(items: Iterator[Any], total: int, show: bool) -> Iterator[Any]:
+    if total == 1 or not show:
+        return items
+    from tqdm import tqdm
+
+    return iter(tqdm(items, total=total, desc="explain", unit="text"))

@@ -1,0 +1,121 @@
+"""Texts as a model takes them: tokens, what is left out, overlapping windows, and the windows' scores joined."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+LONG = ("error", "truncate", "windows")
+
+
+@dataclass
+class Encoded:
+    """A text's n tokens, and the windows of them that the model sees one at a time; fields as those of `Attribution`."""
+
+    text: str
+    inputs: dict[str, list[int]]  # the model's, n entries each
+    tokens: list[str]
+    special: list[bool]
+    word_ids: list[int | None] | None
+    offsets: list[tuple[int, int]] | None
+    cut: int
+    windows: list[list[int]]  # positions of tokens; all n of them where the text fits
+
+    def spans(self, windows: list[list[int]]) -> list[tuple[int, int]] | None:
+        """(start, stop) of the text tokens in each of some windows; None where one window holds the text."""
+        if len(self.windows) == 1:
+            return None
+        inside = [[i for i in window if not self.special[i]] for window in windows]
+        return [(positions[0], positions[-1] + 1) for positions in inside]
+
+
+def encode(tokenizer: Any, text: str, name: str, limit: int | None, long: str = "error", stride: int | None = None) -> Encoded:
+    """Tokenize a text; what doesn't fit is refused, cut with its length kept, or split, as long says; never cut silently.
+
+    Args:
+        tokenizer: of transformers.
+        text: one text.
+        name: the text's, in errors: "text" or "text 3".
+        limit: tokens that the model takes, special tokens included; None for no limit.
+        long: "error", "truncate" or "windows".
+        stride: tokens from the start of one window to the start of the next; None for half a window.
+
+    Raises:
+        ValueError: no token, or more than limit with long="error"; stride that leaves gaps, limit without room for text.
+    """
+    try:
+        found = tokenizer(
+            text, truncation=False, padding=False, verbose=False, return_special_tokens_mask=True, return_offsets_mapping=tokenizer.is_fast
+        )
+    except UnicodeEncodeError as error:
+        raise ValueError(f"explain: {name} isn't valid Unicode (a lone surrogate at character {error.start})") from error
+    special = [bool(flag) for flag in found["special_tokens_mask"]]
+    if all(special):
+        raise ValueError(f"explain: {name} holds nothing that the tokenizer knows: {text[:40]!r}")
+    head = special.index(False)
+    body = len(special) - special[::-1].index(False) - head
+    positions, windows, cut = _fit(len(special), head, body, name, limit, long, stride)
+    inputs = {key: found[key] for key in tokenizer.model_input_names if key in found}
+    words = found.word_ids() if tokenizer.is_fast else None
+    offsets = found["offset_mapping"] if tokenizer.is_fast else None
+    keep = [None if column is None else [column[i] for i in positions] for column in (special, words, offsets)]
+    inputs = {key: [column[i] for i in positions] for key, column in inputs.items()}
+    tokens = tokenizer.convert_ids_to_tokens(inputs["input_ids"])
+    return Encoded(text, inputs, tokens, *keep, cut, windows)
+
+
+def _fit(n: int, head: int, body: int, name: str, limit: int | None, long: str, stride: int | None):
+    """Positions of n tokens that are kept, windows of them, and how many are cut; head special tokens, then body text tokens."""
+    everything = list(range(n))
+    extra = n - body
+    if limit is not None and limit <= extra:
+        raise ValueError(f"explain: max_length must be above the {extra} special tokens that the tokenizer adds, got {limit}")
+    size = None if limit is None else limit - extra
+    if stride is not None and (stride < 1 or (size is not None and stride > size)):
+        raise ValueError(f"explain: stride must lie in [1, {size}], the text tokens of a window, got {stride}")
+    if size is None or body <= size:
+        return everything, [everything], 0
+    if long == "error":
+        raise ValueError(
+            f"explain: {name} has {n} tokens and at most {limit} fit; choose long=truncate to leave out the last {body - size}, "
+            f"or long=windows to join overlapping windows"
+        )
+    if long == "truncate":
+        kept = everything[: head + size] + everything[head + body :]
+        return kept, [list(range(limit))], body - size
+    # the last window ends with the text, so that all windows are equally long and their scores compare
+    starts = [*range(0, body - size, stride or max(1, size // 2)), body - size]
+    windows = [everything[:head] + everything[head + a : head + a + size] + everything[head + body :] for a in starts]
+    return everything, windows, 0
+
+
+def join(n: int, windows: Sequence[Sequence[int]], rows: Sequence[np.ndarray], log_scales: Sequence[float]) -> tuple[np.ndarray, float]:
+    """One row of scores from those of overlapping windows.
+
+    Each window's row is divided by the sum of its absolute values, so that every window has the same say whatever the scale of its
+    rollout; a token's score is the mean over the windows that hold it. Windows are equally long, so a token's share of one compares with
+    its share of another. A single window is passed on as it is.
+
+    Args:
+        n: tokens of the text.
+        windows: positions of each window's tokens.
+        rows: scores of each, as long as its window, float32 or float64.
+        log_scales: of each; what a window's own scores are multiplied by doesn't matter to more than one.
+
+    Returns:
+        scores (n,), largest absolute value 1, 0 for tokens in no window, the dtype of rows; and log_scale, with which
+        scores * exp(log_scale) is the mean share.
+    """
+    if len(windows) == 1 and len(windows[0]) == n:
+        return rows[0], log_scales[0]
+    total, count = np.zeros(n), np.zeros(n)
+    for window, row in zip(windows, rows, strict=True):
+        mass = np.abs(row).sum(dtype=np.float64)
+        total[list(window)] += row / mass if mass > 0 else 0
+        count[list(window)] += 1
+    mean = total / np.maximum(count, 1)
+    top = np.abs(mean).max()
+    if top == 0:
+        return mean.astype(rows[0].dtype), 0.0
+    return (mean / top).astype(rows[0].dtype), float(np.log(top))
