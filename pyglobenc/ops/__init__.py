@@ -1,10 +1,30 @@
 """Public ops: each takes and returns tensors, checks its arguments and runs on the backend asked for."""
 
+from pyglobenc.ops.add_relevance import add_relevance
 from pyglobenc.ops.attention import attention
+from pyglobenc.ops.clone_relevance import clone_relevance
 from pyglobenc.ops.head_gram import gram_kernels, head_gram
 from pyglobenc.ops.head_norms import head_norms
+from pyglobenc.ops.linear_relevance import linear_relevance
 from pyglobenc.ops.mixing_ratio import mixing_ratio
+from pyglobenc.ops.relevance_attention import relevance_attention
+from pyglobenc.ops.relevance_maps import relevance_maps
+from pyglobenc.ops.relevance_rollout_step import relevance_rollout_step
 from pyglobenc.ops.rollout_step import rollout_step
 from pyglobenc.ops.token_norms import token_norms
 
-__all__ = ["attention", "gram_kernels", "head_gram", "head_norms", "mixing_ratio", "rollout_step", "token_norms"]
+__all__ = [
+    "add_relevance",
+    "attention",
+    "clone_relevance",
+    "gram_kernels",
+    "head_gram",
+    "head_norms",
+    "linear_relevance",
+    "mixing_ratio",
+    "relevance_attention",
+    "relevance_maps",
+    "relevance_rollout_step",
+    "rollout_step",
+    "token_norms",
+]

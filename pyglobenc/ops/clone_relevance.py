@@ -1,0 +1,47 @@
+"""Op `clone_relevance`: relevance of a tensor that several branches read."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyglobenc.backends import pick
+from pyglobenc.ops._checks import check_floats, check_shape
+
+BACKENDS = ("reference",)
+
+
+def clone_relevance(parts: Sequence[Tensor], x: Tensor, *, backend: str = "auto") -> Tensor:
+    """Relevance of x from that of its copies: x * sum_k R_k / safe(x), safe(x) = x + 1e-9, 0 where x is 0.
+
+    Args:
+        parts: relevance of each copy, (B, n, d), at least one; float32 or float64.
+        x: the tensor in the forward pass, (B, n, d), same dtype.
+        backend: "auto" or a backend's name.
+
+    Returns:
+        (B, n, d): the sum of the parts, less what the guard takes.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes that don't fit, or a backend that can't run.
+
+    Source: the Clone and IndexSelect modules of the published code of Chefer et al., 2021.
+    """
+    op, sizes = "clone_relevance", {}
+    if not parts:
+        raise ValueError(f"{op}: parts must hold at least one tensor")
+    check_shape(op, "x", x, "B n d", sizes)
+    for index, part in enumerate(parts):
+        check_shape(op, f"parts[{index}]", part, "B n d", sizes)
+        check_floats(op, x=x, part=part)
+    return _clone_relevance(list(parts), x, backend)
+
+
+@torch.library.custom_op("pyglobenc::clone_relevance", mutates_args=())
+def _clone_relevance(parts: list[Tensor], x: Tensor, backend: str) -> Tensor:
+    return pick("clone_relevance", backend, BACKENDS, (parts, x))(parts, x)
+
+
+@_clone_relevance.register_fake
+def _(parts, x, backend):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
