@@ -1,0 +1,115 @@
+// Python module pyglobenc._cpu: takes tensors as they are (data_ptr, shape, stride, dtype), without torch's headers.
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+
+namespace pyglobenc {
+
+void* allocate(int64_t bytes) {
+    const size_t size = (size_t(bytes) + 64) / 64 * 64;
+    void* memory = std::aligned_alloc(64, size);
+    if (!memory) throw std::bad_alloc();
+    return memory;
+}
+
+void release(void* memory) { std::free(memory); }
+
+static std::vector<const Kernels*> available() {
+    std::vector<const Kernels*> out;
+#ifdef PYGLOBENC_HAS_AVX512
+    if (kernels_avx512.supported()) out.push_back(&kernels_avx512);
+#endif
+#ifdef PYGLOBENC_HAS_AVX2
+    if (kernels_avx2.supported()) out.push_back(&kernels_avx2);
+#endif
+    out.push_back(&kernels_portable);
+    return out;
+}
+
+static const Kernels* in_use = available().front();
+
+static void use(const std::string& name) {
+    for (const Kernels* kernels : available())
+        if (name == kernels->name) {
+            in_use = kernels;
+            return;
+        }
+    throw py::value_error("instruction set " + name + " is not available on this machine");
+}
+
+static View view(const py::handle& tensor) {
+    static const std::pair<const char*, Type> types[] = {
+        {"torch.float32", Type::f32}, {"torch.float16", Type::f16}, {"torch.bfloat16", Type::bf16}, {"torch.int64", Type::i64},
+        {"torch.bool", Type::u8}};
+    View out;
+    if (tensor.is_none()) return out;
+    const std::string name = py::str(tensor.attr("dtype"));
+    const std::pair<const char*, Type>* found = nullptr;
+    for (const auto& type : types)
+        if (name == type.first) found = &type;
+    const py::tuple shape = tensor.attr("shape"), stride = tensor.attr("stride")();
+    if (!found || shape.size() > 4) throw py::type_error("unsupported tensor of " + name);
+    out.type = found->second;
+    out.data = reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
+    for (size_t axis = 0; axis < shape.size(); ++axis) {
+        out.shape[axis] = shape[axis].cast<int64_t>();
+        out.stride[axis] = stride[axis].cast<int64_t>();
+    }
+    return out;
+}
+
+static PairArgs pair_args(const py::tuple& given, int threads) {
+    PairArgs args;
+    View* const views[] = {&args.q, &args.k, &args.lse, &args.gram, &args.cross, &args.residual_sq, &args.rstd, &args.key_mask, &args.rows};
+    for (size_t index = 0; index < 9; ++index) *views[index] = view(given[index]);
+    args.scaling = given[9].cast<float>();
+    const py::tuple window = given[10];
+    args.left = window[0].cast<int64_t>();
+    args.right = window[1].cast<int64_t>();
+    args.threads = threads < 1 ? 1 : threads;
+    return args;
+}
+
+static void token_norms(const py::tuple& given, const py::object& out, int threads) {
+    const PairArgs args = pair_args(given, threads);
+    const View to = view(out);
+    py::gil_scoped_release nogil;
+    in_use->token_norms(args, to);
+}
+
+static void rollout_step(const py::tuple& given, const py::object& r, const py::object& out, int threads) {
+    const PairArgs args = pair_args(given, threads);
+    const View from = view(r), to = view(out);
+    py::gil_scoped_release nogil;
+    in_use->rollout_step(args, from, to);
+}
+
+static void exp2_of(const py::object& x, const py::object& out) {
+    const View from = view(x), to = view(out);
+    in_use->exp2(static_cast<const float*>(from.data), static_cast<float*>(to.data), from.shape[0]);
+}
+
+}  // namespace pyglobenc
+
+PYBIND11_MODULE(_cpu, m) {
+    using namespace pyglobenc;
+    m.doc() = "CPU kernels; see pyglobenc/cpu for the launchers.";
+    m.def("instruction_sets", [] {
+        py::list names;
+        for (const Kernels* kernels : available()) names.append(kernels->name);
+        return names;
+    }, "Those of this build that this machine has, fastest first.");
+    m.def("instruction_set", [] { return in_use->name; }, "The one in use.");
+    m.def("use", use, "Use the instruction set of this name.");
+    m.def("token_norms", token_norms);
+    m.def("rollout_step", rollout_step);
+    m.def("exp2", exp2_of);
+}

@@ -1,0 +1,52 @@
+// What the kernels are called with, and the table of one instruction set's entries. Included by code compiled for any machine: no
+// intrinsics, no templates.
+#pragma once
+
+#include <cstdint>
+
+namespace pyglobenc {
+
+enum class Type : int { f32, f16, bf16, i64, u8 };
+
+// A tensor of up to four axes; strides in elements. data is null for an argument left out.
+struct View {
+    void* data = nullptr;
+    Type type = Type::f32;
+    int64_t shape[4] = {0, 0, 0, 0};
+    int64_t stride[4] = {0, 0, 0, 0};
+
+    explicit operator bool() const { return data != nullptr; }
+};
+
+// Arguments that token_norms and rollout_step share; see pyglobenc/ops/token_norms.py.
+struct PairArgs {
+    View q;            // [B, H, n, dh] f32, f16 or bf16
+    View k;            // [B, Hkv, n, dh] the type of q
+    View lse;          // [B, H, n]
+    View gram;         // [B, n, H, H]
+    View cross;        // [B, n, H] or none
+    View residual_sq;  // [B, n] or none
+    View rstd;         // [B, n] or none
+    View key_mask;     // [B, n] u8 or none
+    View rows;         // [B, T] i64 or none
+    float scaling = 1;
+    int64_t left = -1, right = -1;
+    int threads = 1;
+};
+
+struct Kernels {
+    const char* name;
+    bool (*supported)();
+    void (*token_norms)(const PairArgs& args, const View& out);                    // out [B, T or n, n]
+    void (*rollout_step)(const PairArgs& args, const View& r, const View& out);    // r, out [B, T, n]
+    void (*exp2)(const float* x, float* out, int64_t count);
+};
+
+extern const Kernels kernels_portable;
+extern const Kernels kernels_avx2, kernels_avx512;  // in builds that have them
+
+// Memory aligned to cache lines; throws std::bad_alloc. Not inline: it must be compiled for the oldest machine.
+void* allocate(int64_t bytes);
+void release(void* memory);
+
+}  // namespace pyglobenc

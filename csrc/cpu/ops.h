@@ -1,0 +1,14 @@
+// Entries of one instruction set.
+#pragma once
+
+#include "kernels.h"
+
+namespace pyglobenc {
+namespace PYGLOBENC_ISA {
+
+void token_norms(const PairArgs& args, const View& out);
+void rollout_step(const PairArgs& args, const View& r, const View& out);
+void exp2(const float* x, float* out, int64_t count);
+
+}  // namespace PYGLOBENC_ISA
+}  // namespace pyglobenc

@@ -1,0 +1,28 @@
+// The table of one instruction set, and whether this machine has it.
+#include "ops.h"
+
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+#define TEXT_(a) #a
+#define TEXT(a) TEXT_(a)
+
+namespace pyglobenc {
+namespace PYGLOBENC_ISA {
+
+static bool supported() {
+#if defined(__AVX512F__)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq");
+#elif defined(__AVX2__)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+    return true;
+#endif
+}
+
+}  // namespace PYGLOBENC_ISA
+
+const Kernels JOIN(kernels_, PYGLOBENC_ISA) = {TEXT(PYGLOBENC_ISA), PYGLOBENC_ISA::supported, PYGLOBENC_ISA::token_norms,
+                                               PYGLOBENC_ISA::rollout_step, PYGLOBENC_ISA::exp2};
+
+}  // namespace pyglobenc

@@ -1,0 +1,104 @@
+// Norms of a tile of J keys and V vectors of queries, all heads: scores, probabilities and quadratic form.
+#pragma once
+
+#include "pack.h"
+
+namespace pyglobenc {
+namespace PYGLOBENC_ISA {
+
+// Probabilities of one head, alpha[j, i] = 2^(scale * q_i . k_j + offset_i), to alpha[j * key_stride + i].
+template <int VT>
+static void probabilities(const float* q,       // [dh, I]
+                          const float* k,       // [dh, J]
+                          const float* offset,  // [I]
+                          float scale, int64_t dh, float* alpha, int64_t key_stride) {
+    Floats acc[J][VT] = {};
+    for (int64_t c = 0; c < dh; ++c, q += I, k += J) {
+        Floats x[VT];
+        for (int v = 0; v < VT; ++v) x[v] = load(q + v * W);
+        for (int j = 0; j < J; ++j) {
+            const Floats y = splat(k[j]);
+            for (int v = 0; v < VT; ++v) acc[j][v] += x[v] * y;
+        }
+    }
+    for (int j = 0; j < J; ++j)
+        for (int v = 0; v < VT; ++v) store(alpha + j * key_stride + v * W, exp2(acc[j][v] * scale + load(offset + v * W)));
+}
+
+// a^T G a of one key for VT vectors of queries; form as pack_form leaves it.
+template <int VT>
+static inline void quadratic_form(const float* alpha,  // [H, I]
+                                  const float* form, int64_t H, Floats out[VT]) {
+    for (int v = 0; v < VT; ++v) out[v] = Floats{};
+    int64_t g = 0;
+    for (; g + 1 < H; g += 2) {
+        Floats even[VT] = {}, odd[VT] = {};
+        const float* a = alpha + g * I;
+        for (int64_t h = g; h < H; ++h, form += 2, a += I) {
+            const Floats e = splat(form[0]), o = splat(form[1]);
+            for (int v = 0; v < VT; ++v) {
+                const Floats x = load(a + v * W);
+                even[v] += e * x;
+                odd[v] += o * x;
+            }
+        }
+        for (int v = 0; v < VT; ++v) {
+            out[v] += load(alpha + g * I + v * W) * even[v];
+            out[v] += load(alpha + (g + 1) * I + v * W) * odd[v];
+        }
+    }
+    if (g < H)
+        for (int v = 0; v < VT; ++v) {
+            const Floats x = load(alpha + g * I + v * W);
+            out[v] += splat(form[0]) * x * x;
+        }
+}
+
+// What the residual connection adds to the square of query i and key j, if they are one token.
+static inline void add_own(const PairArgs& args, int64_t b, int32_t key, const int32_t* position, const float* alpha, float* sq) {
+    const int64_t H = args.q.shape[1];
+    for (int l = 0; l < I; ++l) {
+        if (position[l] != key) continue;
+        float cross = 0;
+        for (int64_t h = 0; h < H; ++h) cross += alpha[h * I + l] * number(args.cross, b, key, h);
+        sq[l] += 2 * cross + number(args.residual_sq, b, key);
+    }
+}
+
+// Norms that the window hides become 0.
+static inline void hide(int32_t key, const int32_t* position, int64_t left, int64_t right, float* norm) {
+    for (int l = 0; l < I; ++l) {
+        const int64_t ahead = int64_t(key) - position[l];
+        if ((right >= 0 && ahead > right) || (left >= 0 && ahead < -left)) norm[l] = 0;
+    }
+}
+
+// How a tile of keys [low_key, high_key] lies to a block of queries [low, high].
+struct Overlap {
+    bool hidden, partly, own;
+
+    Overlap(const PairArgs& args, int64_t low_key, int64_t high_key, int64_t low, int64_t high) {
+        const bool right = args.right >= 0, left = args.left >= 0;
+        hidden = (right && low_key - high > args.right) || (left && high_key - low < -args.left);
+        partly = (right && high_key - low > args.right) || (left && low_key - high < -args.left);
+        own = args.cross && low_key <= high && low <= high_key;
+    }
+};
+
+// Norms of the keys of one tile from their probabilities, without the row scale.
+template <int VT>
+static void tile_norms(const PairArgs& args, const Example& example, const Overlap& overlap, const int32_t* keys, int64_t count,
+                       const float* form, const int32_t* position, const float* alpha, float* norm) {
+    const int64_t H = args.q.shape[1], size = form_size(H);
+    for (int64_t j = 0; j < count; ++j, form += size, alpha += H * I, norm += I) {
+        Floats sq[VT];
+        quadratic_form<VT>(alpha, form, H, sq);
+        for (int v = 0; v < VT; ++v) store(norm + v * W, sq[v]);
+        if (overlap.own) add_own(args, example.b, keys[j], position, alpha, norm);
+        for (int v = 0; v < VT; ++v) store(norm + v * W, root(load(norm + v * W)));
+        if (overlap.partly) hide(keys[j], position, args.left, args.right, norm);
+    }
+}
+
+}  // namespace PYGLOBENC_ISA
+}  // namespace pyglobenc

@@ -1,0 +1,228 @@
+// Walks every (key, query) pair of a batch tile by tile and hands the tiles' norms to a sink.
+//
+// Work is split over (example, block of keys): each key's norms are taken by one thread, in the order of the queries, so that results
+// depend neither on the number of threads nor on the size of the blocks.
+#pragma once
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "tile.h"
+
+namespace pyglobenc {
+namespace PYGLOBENC_ISA {
+
+constexpr int64_t KEYS = 48 / J * J;            // most keys of a block
+constexpr int64_t SCRATCH = 384 * 1024;         // bytes a block of keys may take of the second-level cache
+constexpr int64_t CHUNK = 8192;                 // packed queries at a time, unless one example has more
+constexpr int64_t SERIAL = int64_t(1) << 20;    // multiply-adds that aren't worth waking a thread for
+
+struct Memory {
+    void* start;
+    explicit Memory(int64_t bytes) : start(allocate(bytes)) {}
+    ~Memory() { release(start); }
+    Memory(const Memory&) = delete;
+    Memory& operator=(const Memory&) = delete;
+    template <class T>
+    T* as(int64_t offset = 0) const {
+        return reinterpret_cast<T*>(static_cast<char*>(start) + offset);
+    }
+};
+
+// Norms of one tile, for a sink.
+struct Tile {
+    const Example& example;
+    int64_t slot;             // of the block of queries, in the chunk
+    int64_t query, n_queries; // first query of the block among the example's, and how many
+    int64_t key, count;       // first key of the tile among the example's, and how many
+    int64_t offset;           // of the tile's first key in its block
+    const float* norm;        // [J, I]
+};
+
+// Positions of the batch's real tokens and of the queries to compute.
+struct Tokens {
+    Memory memory;
+    int64_t batch;
+
+    explicit Tokens(const PairArgs& args) : memory(size(args)), batch(args.q.shape[0]) {
+        const int64_t n = args.q.shape[2], m = args.rows ? args.rows.shape[1] : n;
+        int32_t* next = memory.as<int32_t>(batch * sizeof(Example));
+        for (int64_t b = 0; b < batch; ++b) {
+            Example& e = example(b);
+            e.b = b;
+            e.n_keys = e.n_queries = e.first_block = 0;
+            e.keys = e.queries = next;
+            for (int64_t j = 0; j < n; ++j)
+                if (real(args, b, j)) next[e.n_keys++] = int32_t(j);
+            e.n_queries = e.n_keys;
+            e.rows = e.keys;
+            next += n;
+            if (!args.rows) continue;
+            e.queries = next;
+            e.rows = next + m;
+            e.n_queries = 0;
+            for (int64_t t = 0; t < m; ++t) {
+                const int64_t i = static_cast<const int64_t*>(args.rows.data)[at(args.rows, b, t)];
+                if (!real(args, b, i)) continue;
+                next[e.n_queries] = int32_t(i);
+                next[m + e.n_queries++] = int32_t(t);
+            }
+            next += 2 * m;
+        }
+    }
+
+    Example& example(int64_t b) const { return memory.as<Example>()[b]; }
+
+    static bool real(const PairArgs& args, int64_t b, int64_t j) {
+        return !args.key_mask || static_cast<const uint8_t*>(args.key_mask.data)[at(args.key_mask, b, j)];
+    }
+
+    static int64_t size(const PairArgs& args) {
+        const int64_t m = args.rows ? args.rows.shape[1] : 0;
+        return args.q.shape[0] * int64_t(sizeof(Example) + sizeof(int32_t) * (args.q.shape[2] + 2 * m));
+    }
+};
+
+// Examples whose packed queries are held at one time, and how their work is cut.
+struct Chunk {
+    int64_t first, last;  // examples
+    int64_t blocks;       // of queries
+    int64_t keys;         // of a block of keys
+    int64_t tasks;
+
+    Chunk(const Tokens& tokens, int64_t start, int64_t most_keys, int threads) : first(start), last(start), blocks(0), tasks(0) {
+        int64_t n_keys = 0;
+        while (last < tokens.batch && (last == first || blocks * I < CHUNK)) {
+            Example& e = tokens.example(last++);
+            e.first_block = blocks;
+            blocks += (e.n_queries + I - 1) / I;
+            n_keys += e.n_keys;
+        }
+        keys = n_keys / (4 * threads) / J * J;
+        keys = keys < J ? J : keys > most_keys ? most_keys : keys;
+        for (int64_t b = first; b < last; ++b) tasks += count(tokens.example(b));
+    }
+
+    int64_t count(const Example& e) const { return (e.n_keys + keys - 1) / keys; }
+
+    // Example of a task; task becomes its number within the example.
+    const Example& find(const Tokens& tokens, int64_t& task) const {
+        int64_t b = first;
+        while (task >= count(tokens.example(b))) task -= count(tokens.example(b++));
+        return tokens.example(b);
+    }
+};
+
+// Sizes, in floats, of what one thread works on.
+struct Layout {
+    int64_t k, form, alpha, norm, sink;
+
+    Layout(const PairArgs& args, int64_t keys, int64_t sink_size) : sink(aligned(sink_size)) {
+        const int64_t H = args.q.shape[1];
+        k = aligned(args.k.shape[1] * keys * args.q.shape[3]);
+        form = aligned(keys * form_size(H));
+        alpha = keys * H * I;
+        norm = J * I;
+    }
+
+    int64_t total() const { return k + form + alpha + norm + sink; }
+
+    static int64_t most_keys(const PairArgs& args, int64_t sink_size) {
+        const int64_t H = args.q.shape[1];
+        const int64_t one = 4 * (args.k.shape[1] * args.q.shape[3] + form_size(H) + H * I + sink_size);
+        const int64_t keys = SCRATCH / one / J * J;
+        return keys < J ? J : keys > KEYS ? KEYS : keys;
+    }
+};
+
+// One block of queries against one block of keys.
+template <int VT, class Sink>
+static void visit(const PairArgs& args, const Example& example, const Keys& keys, const Queries& queries, int64_t block, float* alpha,
+                  float* norm, float* sink_memory, Sink& sink) {
+    const int64_t H = args.q.shape[1], dh = args.q.shape[3], group = H / args.k.shape[1], size = form_size(H);
+    const int64_t slot = example.first_block + block, tiles = (keys.count + J - 1) / J;
+    const int64_t n_queries = example.n_queries - block * I < I ? example.n_queries - block * I : I;
+    const int32_t* position = queries.position + slot * I;
+    const int32_t* key = example.keys + keys.first;
+    int32_t low = position[0], high = position[0];
+    for (int64_t l = 1; l < n_queries; ++l) {
+        low = position[l] < low ? position[l] : low;
+        high = position[l] > high ? position[l] : high;
+    }
+    if (Overlap(args, key[0], key[keys.count - 1], low, high).hidden) return;
+    for (int64_t h = 0; h < H; ++h)
+        for (int64_t t = 0; t < tiles; ++t)
+            probabilities<VT>(queries.q + (slot * H + h) * dh * I, keys.k + (h / group * tiles + t) * dh * J,
+                              queries.offset + (slot * H + h) * I, args.scaling * LOG2E, dh, alpha + (t * J * H + h) * I, H * I);
+    for (int64_t j = 0; j < keys.count; j += J) {
+        const int64_t count = keys.count - j < J ? keys.count - j : J;
+        const Overlap overlap(args, key[j], key[j + count - 1], low, high);
+        if (overlap.hidden) continue;
+        tile_norms<VT>(args, example, overlap, key + j, count, keys.form + j * size, position, alpha + j * H * I, norm);
+        sink.take(Tile{example, slot, block * I, n_queries, keys.first + j, count, j, norm}, sink_memory);
+    }
+}
+
+template <class Sink>
+static void run_task(const PairArgs& args, const Example& example, int64_t first, int64_t most, const Queries& queries, float* scratch,
+                     const Layout& layout, Sink& sink) {
+    const Keys keys{first, example.n_keys - first < most ? example.n_keys - first : most, scratch, scratch + layout.k};
+    float* alpha = keys.form + layout.form;
+    float* norm = alpha + layout.alpha;
+    float* sink_memory = norm + layout.norm;
+    pack_keys(args, example, keys);
+    sink.begin(keys.count, sink_memory);
+    for (int64_t block = 0; block * I < example.n_queries; ++block) {
+        const int64_t rest = example.n_queries - block * I;
+        if (rest > (V - 1) * W) visit<V>(args, example, keys, queries, block, alpha, norm, sink_memory, sink);
+        else if (V > 2 && rest > 2 * W) visit<V - 1>(args, example, keys, queries, block, alpha, norm, sink_memory, sink);
+        else if (V > 2 && rest > W) visit<2>(args, example, keys, queries, block, alpha, norm, sink_memory, sink);
+        else visit<1>(args, example, keys, queries, block, alpha, norm, sink_memory, sink);
+    }
+    sink.end(example, first, keys.count, sink_memory);
+}
+
+// Every pair of a batch. A sink has size(keys) floats of scratch, pack(example, block, slot), begin, take and end.
+template <class Sink>
+static void walk(const PairArgs& args, Sink& sink) {
+    const int64_t H = args.q.shape[1], dh = args.q.shape[3], n = args.q.shape[2], most_keys = Layout::most_keys(args, sink.size(1));
+    const Tokens tokens(args);
+    for (int64_t start = 0; start < tokens.batch;) {
+        Chunk chunk(tokens, start, most_keys, args.threads);
+        start = chunk.last;
+        const Layout layout(args, chunk.keys, sink.size(chunk.keys));
+        const bool serial = chunk.blocks * I * n * H * (dh + H) < SERIAL;
+        const int threads = serial ? 1 : args.threads;
+        const int64_t q = chunk.blocks * H * dh * I, offset = chunk.blocks * H * I, position = aligned(chunk.blocks * I);
+        const Memory memory(4 * (q + offset + position + threads * layout.total()));
+        const Queries queries{memory.as<float>(), memory.as<float>(4 * q), memory.as<int32_t>(4 * (q + offset))};
+        float* const scratch = memory.as<float>(4 * (q + offset + position));
+        sink.open(chunk.blocks);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+        {
+#ifdef _OPENMP
+            float* const mine = scratch + omp_get_thread_num() * layout.total();
+#else
+            float* const mine = scratch;
+#endif
+#pragma omp for schedule(dynamic)
+            for (int64_t slot = 0; slot < chunk.blocks; ++slot) {
+                int64_t b = chunk.first;
+                while (b + 1 < chunk.last && tokens.example(b + 1).first_block <= slot) ++b;
+                const Example& example = tokens.example(b);
+                pack_queries(args, example, slot - example.first_block, queries);
+                sink.pack(example, slot - example.first_block, slot);
+            }
+#pragma omp for schedule(dynamic)
+            for (int64_t item = 0; item < chunk.tasks; ++item) {
+                int64_t task = item;
+                const Example& example = chunk.find(tokens, task);
+                run_task(args, example, task * chunk.keys, chunk.keys, queries, mine, layout, sink);
+            }
+        }
+    }
+}
+
+}  // namespace PYGLOBENC_ISA
+}  // namespace pyglobenc

@@ -1,0 +1,32 @@
+"""One layer of the rollout in row mode, tile by tile in C++, nothing (n, n) stored: csrc/cpu/rollout_step.cpp."""
+
+import torch
+from torch import Tensor
+
+from pyglobenc.cpu._extension import kernels, limits
+
+
+def not_supported(r, q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, window) -> list[str]:
+    """Reasons that these arguments of `pyglobenc.ops.rollout_step` can't run here."""
+    return limits(gram, q, k)
+
+
+def rollout_step(
+    r: Tensor,
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    gram: Tensor,
+    cross: Tensor | None,
+    residual_sq: Tensor | None,
+    rstd: Tensor | None,
+    key_mask: Tensor | None,
+    scaling: float,
+    window: tuple[int, int],
+) -> Tensor:
+    """See `pyglobenc.ops.rollout_step`: -> r @ norms (B, T, n), not yet rescaled."""
+    out = torch.zeros(r.shape)
+    if out.numel():
+        args = (q, k, lse.float(), gram, cross, residual_sq, rstd, key_mask, None, scaling, window)
+        kernels.rollout_step(args, r, out, torch.get_num_threads())
+    return out
