@@ -1,0 +1,85 @@
+"""What the three pictures share: colours, the scale of scores, captions, and characters that are safe to show."""
+
+import unicodedata
+from collections.abc import Sequence
+
+from pyglobenc.results import Attribution, Unit
+
+RGB = tuple[int, int, int]
+
+# orange for and blue against, which every common colour blindness tells apart; both darken evenly, so they survive grey print
+RAMPS: dict[bool, tuple[RGB, ...]] = {
+    True: ((255, 255, 255), (254, 232, 200), (253, 190, 120), (241, 134, 51), (166, 72, 5)),
+    False: ((255, 255, 255), (214, 230, 244), (146, 195, 223), (66, 139, 196), (8, 72, 140)),
+}
+DARK, LIGHT = (20, 20, 20), (255, 255, 255)
+# joiners that scripts and emoji need
+KEPT = "\u200c\u200d"
+REPLACED = "\ufffd"
+
+
+def color(value: float) -> RGB:
+    """Background of a score divided by the scale; beyond [-1, 1] as at its end."""
+    ramp = RAMPS[value >= 0]
+    place = min(abs(value), 1.0) * (len(ramp) - 1)
+    low = min(int(place), len(ramp) - 2)
+    return tuple(round(a + (b - a) * (place - low)) for a, b in zip(ramp[low], ramp[low + 1], strict=True))
+
+
+def ink(background: RGB) -> RGB:
+    """Dark or light, whichever contrasts more with a background."""
+    return max((DARK, LIGHT), key=lambda text: contrast(text, background))
+
+
+def contrast(a: RGB, b: RGB) -> float:
+    """Contrast ratio of two colours, 1 to 21 (WCAG 2.2, relative luminance)."""
+    luminance = []
+    for rgb in (a, b):
+        channels = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in rgb]
+        luminance.append(0.2126 * channels[0] + 0.7152 * channels[1] + 0.0722 * channels[2])
+    return (max(luminance) + 0.05) / (min(luminance) + 0.05)
+
+
+def scale_of(units: Sequence[Unit]) -> float:
+    """Largest absolute score of text, which gets the full colour; special tokens, which often top it, count only if there is no other."""
+    scores = [abs(unit.score) for unit in units if not unit.special] or [abs(unit.score) for unit in units]
+    return max(scores, default=0.0) or 1.0
+
+
+def top_units(units: Sequence[Unit], count: int) -> list[Unit]:
+    """The units of text with the largest absolute scores, largest first."""
+    return sorted((unit for unit in units if not unit.special), key=lambda unit: -abs(unit.score))[:count]
+
+
+def printable(text: str, newlines: bool = False) -> str:
+    """Text without characters that would steer a terminal or a page: they become U+FFFD, every other space a space."""
+    return "".join(_printable(char, newlines) for char in text)
+
+
+def _printable(char: str, newlines: bool) -> str:
+    if char.isprintable() or char in KEPT or (char == "\n" and newlines):
+        return char
+    return " " if char.isspace() or unicodedata.category(char) == "Zs" else REPLACED
+
+
+def remainder(attribution: Attribution, limit: int = 200) -> str:
+    """Beginning of the text that truncation left out; empty where nothing was or where it isn't known."""
+    if not attribution.cut or attribution.offsets is None:
+        return ""
+    end = max(stop for _, stop in attribution.offsets)
+    rest = attribution.text[end:]
+    return rest if len(rest) <= limit else rest[:limit] + "..."
+
+
+def caption(attribution: Attribution) -> list[tuple[str, str]]:
+    """What a reader must know beside the colours, as names and values."""
+    kind = "target" if attribution.target_kind == "token" else "target class"
+    out = [("method", attribution.method), (kind, f"{attribution.target_name} ({attribution.target})"), ("model", attribution.model)]
+    if attribution.label is not None:
+        chance = "" if attribution.probability is None else f" ({attribution.probability:.1%})"
+        out.append(("predicted", f"{attribution.label}{chance}"))
+    if attribution.windows:
+        out.append(("windows", f"{len(attribution.windows)} overlapping, scores joined"))
+    if attribution.cut:
+        out.append(("left out", f"the last {attribution.cut} tokens of the text"))
+    return [(name, printable(value)) for name, value in out]

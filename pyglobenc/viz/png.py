@@ -1,0 +1,200 @@
+"""Coloured text as a PNG picture, drawn by matplotlib without a display."""
+
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from io import BytesIO
+
+from matplotlib import font_manager
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Rectangle
+from matplotlib.transforms import IdentityTransform
+
+from pyglobenc.results import Attribution, Unit
+from pyglobenc.viz.common import DARK, RGB, caption, color, ink, printable, remainder, scale_of
+
+log = logging.getLogger("pyglobenc")
+
+# pixels at DPI
+DPI = 150
+WIDTH, MARGIN, LINE, GAP, PAD = 1500, 45, 46, 50, 5
+SIZE, SMALL = 13, 9  # points
+ASCENT, DESCENT = 1.75, 0.75  # of a box above and below the base line, in pixels a point
+LEGEND_WIDTH, LEGEND_STEPS = 300, 60
+# Agg draws less than 2**16 pixels a side; taller pictures aren't looked at anyway
+TALLEST = 30_000
+# tried in turn for what the first one lacks
+FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Noto Sans", "Noto Emoji", "Symbola")
+GREY = (110, 110, 110)
+
+
+@dataclass
+class Piece:
+    """Some text, its looks, and where it is put."""
+
+    text: str
+    before: str = " "
+    size: int = SIZE
+    ink: RGB = DARK
+    fill: RGB | None = None
+    edge: str = "none"  # or "target", "special"
+    x: float = 0.0  # left end, in pixels from the left
+    y: float = 0.0  # base line, in pixels from the top
+    width: float = 0.0
+
+
+def picture(attributions: Sequence[Attribution], merge_words: bool | None = None) -> bytes:
+    """A PNG file of one or more attributions, one above the other.
+
+    Args:
+        attributions: of one or more texts.
+        merge_words: as in `Attribution.units`.
+
+    Raises:
+        ValueError: too much text for a picture.
+    """
+    placed, legends, y = [], [], float(MARGIN)
+    with warnings.catch_warnings():
+        # said once, by _warn_of_missing
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        for attribution in attributions:
+            units = attribution.units(merge_words)
+            scale = scale_of(units)
+            y = _lay_out(_caption(attribution), placed, y, LINE * 0.6) + LINE * 1.4
+            y = _lay_out(_text(attribution, units, scale), placed, y, LINE) + LINE
+            legends.append((y, -scale if any(unit.score < 0 for unit in units) else 0.0, scale))
+            y += LINE + GAP
+            if y > TALLEST:
+                raise ValueError(f"png: the text needs a picture more than {TALLEST} pixels high; write HTML instead")
+        _warn_of_missing(piece.text for piece in placed)
+        return _draw(placed, legends, round(y - GAP))
+
+
+def _caption(attribution: Attribution) -> Iterator[Piece]:
+    for index, (name, value) in enumerate(caption(attribution)):
+        yield Piece(name, "   " if index else "", SMALL, GREY)
+        yield Piece(value, " ", SMALL)
+
+
+def _text(attribution: Attribution, units: Sequence[Unit], scale: float) -> Iterator[Piece]:
+    for unit in units:
+        fill = color(unit.score / scale)
+        is_target = attribution.target_kind == "token" and attribution.target in unit.positions
+        edge = "target" if is_target else "special" if unit.special else "none"
+        yield Piece(printable(unit.text), printable(unit.before, newlines=True), SIZE, ink(fill), fill, edge)
+    for line in printable(remainder(attribution), newlines=True).splitlines():
+        for word in line.split(" "):
+            yield Piece(word, " ", SIZE, GREY)
+
+
+def _lay_out(pieces: Iterable[Piece], placed: list[Piece], y: float, spacing: float) -> float:
+    """Place pieces in lines from base line y down, append them to placed, and return the last base line."""
+    x = float(MARGIN)
+    for piece in pieces:
+        lines, pad = piece.before.count("\n"), PAD * (piece.fill is not None)
+        if lines:
+            x, y = float(MARGIN), y + spacing * min(lines, 2)
+        elif piece.before and x > MARGIN:
+            x += _width(" ", piece.size) * min(len(piece.before), 3)
+        for text in _split(piece.text, piece.size):
+            width = _width(text, piece.size) + 2 * pad
+            if x + width > WIDTH - MARGIN and x > MARGIN:
+                x, y = float(MARGIN), y + spacing
+            placed.append(Piece(text, "", piece.size, piece.ink, piece.fill, piece.edge, x, y, width))
+            x += width
+    return y
+
+
+def _split(text: str, size: int) -> Iterator[str]:
+    """Text in parts that fit a line each."""
+    room = WIDTH - 2 * MARGIN - 2 * PAD
+    while _width(text, size) > room:
+        count = max(1, int(len(text) * room / _width(text, size)))
+        while count > 1 and _width(text[:count], size) > room:
+            count -= 1
+        yield text[:count]
+        text = text[count:]
+    yield text
+
+
+@cache
+def _fonts() -> list[str]:
+    have = set(font_manager.get_font_names())
+    return [name for name in FONTS if name in have] or ["sans-serif"]
+
+
+@cache
+def _properties(size: int) -> font_manager.FontProperties:
+    return font_manager.FontProperties(family=_fonts(), size=size)
+
+
+@cache
+def _renderer():
+    return FigureCanvasAgg(Figure(dpi=DPI)).get_renderer()
+
+
+def _width(text: str, size: int) -> float:
+    return _renderer().get_text_width_height_descent(text, _properties(size), ismath=False)[0]
+
+
+def _warn_of_missing(texts: Iterable[str]) -> None:
+    fonts = [font_manager.get_font(font_manager.findfont(name)) for name in _fonts()]
+    missing = {char for text in texts for char in text if not any(font.get_char_index(ord(char)) for font in fonts)}
+    if missing:
+        log.warning("png: no font here has %s; they are drawn as boxes (install a Noto font, or write HTML)", "".join(sorted(missing))[:20])
+
+
+def _draw(pieces: Sequence[Piece], legends: Sequence[tuple[float, float, float]], height: int) -> bytes:
+    figure = Figure(figsize=(WIDTH / DPI, height / DPI), dpi=DPI, facecolor="white")
+    for piece in pieces:
+        if piece.fill is not None:
+            _box(figure, piece, height)
+        _write(figure, piece, height)
+    for y, low, high in legends:
+        _legend(figure, y, low, high, height)
+    out = BytesIO()
+    FigureCanvasAgg(figure).print_png(out)
+    return out.getvalue()
+
+
+def _unit(rgb: RGB) -> tuple[float, ...]:
+    return tuple(channel / 255 for channel in rgb)
+
+
+def _box(figure: Figure, piece: Piece, height: int) -> None:
+    edge, line, style = {"none": ("none", 0, "-"), "target": ("black", 1.5, "-"), "special": ("#777777", 0.8, "--")}[piece.edge]
+    corner = (piece.x + 1, height - piece.y - DESCENT * piece.size)
+    size = (max(piece.width - 2, 1), (ASCENT + DESCENT) * piece.size)
+    patch = FancyBboxPatch(corner, *size, boxstyle="round,pad=0,rounding_size=5", facecolor=_unit(piece.fill), edgecolor=edge)
+    figure.add_artist(patch).set(linewidth=line, linestyle=style, transform=IdentityTransform())
+
+
+def _write(figure: Figure, piece: Piece, height: int) -> None:
+    looks = dict(fontproperties=_properties(piece.size), color=_unit(piece.ink), va="baseline", ha="left")
+    # a text's dollar signs are no formulas, whatever the user's settings
+    looks |= dict(parse_math=False, usetex=False, transform=IdentityTransform())
+    figure.text(piece.x + PAD * (piece.fill is not None), height - piece.y, piece.text, **looks)
+
+
+def _legend(figure: Figure, y: float, low: float, high: float, height: int) -> None:
+    left = Piece(f"{low:.4g}", "", SMALL, GREY, x=MARGIN, y=y)
+    start = MARGIN + _width(left.text, SMALL) + 12
+    right = Piece(
+        f"{high:.4g}, the largest score of the text; framed: the target; dashed: special tokens",
+        "",
+        SMALL,
+        GREY,
+        x=start + LEGEND_WIDTH + 12,
+        y=y,
+    )
+    _write(figure, left, height)
+    _write(figure, right, height)
+    step = LEGEND_WIDTH / LEGEND_STEPS
+    for index in range(LEGEND_STEPS):
+        value = (low + (high - low) * index / (LEGEND_STEPS - 1)) / high
+        corner = (start + index * step, height - y - DESCENT * SMALL)
+        patch = Rectangle(corner, step, (ASCENT + DESCENT) * SMALL, facecolor=_unit(color(value)), linewidth=0)
+        figure.add_artist(patch).set(transform=IdentityTransform(), antialiased=False)
