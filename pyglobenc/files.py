@@ -1,4 +1,4 @@
-"""Reading text and writing files so that a full disk or Ctrl-C never leaves half a file."""
+"""Reading text, and writing files so that a full disk or Ctrl-C never leaves half a file."""
 
 import os
 import stat
@@ -45,6 +45,13 @@ def check_writable(path: str | Path) -> None:
         raise FileNotFoundError(2, f"there is no folder {path.parent}", str(path))
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise PermissionError(13, "not writable", str(path))
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message in one line, the file's name first if it is about one."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def decode(data: bytes, name: str) -> str:

