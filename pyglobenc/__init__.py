@@ -11,10 +11,11 @@ from pyglobenc.results import Attribution, load
 _MODULES = {
     "GlobEnc": "pyglobenc.methods.globenc",
     "Rollout": "pyglobenc.methods.family",
+    "TransformerAttribution": "pyglobenc.methods.transformer_attribution",
     "capture": "pyglobenc.hf",
 }
 
-__all__ = ["Attribution", "GlobEnc", "Rollout", "__version__", "capture", "explain", "load"]
+__all__ = ["Attribution", "GlobEnc", "Rollout", "TransformerAttribution", "__version__", "capture", "explain", "load"]
 
 
 def __getattr__(name: str) -> Any:

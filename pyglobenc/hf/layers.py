@@ -15,10 +15,11 @@ class LayerModules:
     key: nn.Module
     value: nn.Module
     output: nn.Module  # W_O
-    attention_norm: nn.Module  # post-norm: after the attention's residual sum
+    attention_norm: nn.Module  # post-norm: after the attention's residual sum; pre-norm: before the attention
     intermediate: nn.Module  # first Linear of the MLP
     mlp_output: nn.Module
-    output_norm: nn.Module  # post-norm: after the MLP's residual sum
+    output_norm: nn.Module  # post-norm: after the MLP's residual sum; pre-norm: before the MLP
+    pre_norm: bool = False
 
 
 @dataclass

@@ -3,10 +3,10 @@
 from torch import nn
 from transformers import PreTrainedModel
 
-from pyglobenc.hf import bert, distilbert
+from pyglobenc.hf import bert, distilbert, vit
 from pyglobenc.hf.layers import LayerModules
 
-BINDINGS = {model_type: binding for binding in (bert, distilbert) for model_type in binding.MODEL_TYPES}
+BINDINGS = {model_type: binding for binding in (bert, distilbert, vit) for model_type in binding.MODEL_TYPES}
 
 # these compute attention themselves: nothing would be captured, without an error
 IGNORE_THE_INTERFACE = ("deberta", "deberta-v2", "mpnet")

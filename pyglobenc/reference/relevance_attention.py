@@ -25,10 +25,9 @@ LEAST_QUERIES = 16
 
 @dataclass
 class Tile:
-    """Pairs of the queries start to stop with all keys; dots, alpha and relevance are (B, H, I, n)."""
+    """Pairs of a block of queries with all keys; dots, alpha and relevance are (B, H, I, n)."""
 
-    start: int
-    stop: int
+    rows: slice
     dots: Tensor  # q . k, unscaled
     alpha: Tensor  # 0 for masked keys
     relevance: Tensor  # R_alpha
@@ -49,14 +48,18 @@ def relevance_attention(
     additive_mask: bool,
     normalize: bool,
     stabilizer: float,
+    rescale: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """See `pyglobenc.ops.relevance_attention`: -> R_q, R_k, R_v (B, H, n, dh), row_sums (B, n), r_out (B, T, n) or None."""
+    """See `pyglobenc.ops.relevance_attention`: -> R_q, R_k, R_v (B, H, n, dh), row_sums (B, n), r_out (B, T, n) or None.
+
+    Without rescale the factor c of the additive mask is 1 (the LRP baseline's rule).
+    """
     r_q, r_k, r_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     row_sums = q.new_empty(q.shape[0], q.shape[2])
     r_out = None if r is None else torch.zeros_like(r)
     total = kept = q.new_zeros(q.shape[0], dtype=torch.float64)
     for tile in query_tiles(q, k, v, lse, grad_o, s, key_mask, scaling, window):
-        rows = slice(tile.start, tile.stop)
+        rows = tile.rows
         row_sums[:, rows] = tile.weighted.sum(-1)
         if r is not None:
             roll_rows(r_out, r, tile, row_sums[:, rows], normalize)
@@ -72,7 +75,7 @@ def relevance_attention(
         r_k += u.transpose(2, 3) @ q[:, :, rows]
     for out, operand in ((r_q, q), (r_k, k), (r_v, v)):
         out.mul_(operand).mul_(0.5)
-    if additive_mask:
+    if additive_mask and rescale:
         # the add rule with the mask as second branch, whose relevance is 0: masked keys have alpha = 0
         factor = safe_divide(safe_divide(kept.abs(), kept.abs()) * total, kept).to(q.dtype).view(-1, 1, 1, 1)
         r_q *= factor
@@ -81,13 +84,12 @@ def relevance_attention(
 
 
 def roll_rows(r_out: Tensor, r: Tensor, tile: Tile, row_sums: Tensor, normalize: bool) -> None:
-    """Add rows start to stop of the step to r_out (B, T, n): r (I + A), each row divided by its sum if normalize."""
-    rows = slice(tile.start, tile.stop)
-    weights = r[:, :, rows]
+    """Add what a tile's rows give to r_out (B, T, n): r (I + A), each row divided by its sum if normalize."""
+    weights = r[:, :, tile.rows]
     if normalize:
         weights = weights / (1 + row_sums)[:, None]
     r_out += weights @ tile.weighted
-    r_out[:, :, rows] += weights
+    r_out[:, :, tile.rows] += weights
 
 
 def query_tiles(
@@ -103,9 +105,26 @@ def query_tiles(
     positions: Tensor | None = None,
 ) -> Iterator[Tile]:
     """Tiles over blocks of queries; positions (B, m) says which query each of the m rows of q is, None: row i is query i."""
+    values = v.transpose(2, 3)
+    for rows, dots, alpha in probability_tiles(q, k, lse, key_mask, scaling, window, positions):
+        relevance = (s[:, :, rows] @ values).mul_(alpha).mul_(0.5)
+        weighted = relevance if grad_o is None else (grad_o[:, :, rows] @ values).mul_(relevance)
+        yield Tile(rows, dots, alpha, relevance, weighted.clamp(min=0).mean(1))
+
+
+def probability_tiles(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    key_mask: Tensor | None,
+    scaling: float,
+    window: tuple[int, int],
+    positions: Tensor | None = None,
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield (block of queries, q . k, alpha), both (B, H, I, n); arguments as for `query_tiles`."""
     batch, heads, m, _ = q.shape
     n = k.shape[2]
-    keys, values = k.transpose(2, 3), v.transpose(2, 3)
+    keys = k.transpose(2, 3)
     hidden = None if key_mask is None else ~key_mask[:, None, None, :]
     block = max(LEAST_QUERIES, TILE_FLOATS // max(1, batch * heads * n))
     for start in range(0, m, block):
@@ -118,9 +137,7 @@ def query_tiles(
         if hidden is not None:
             # their scores are not in lse: the exponential may be inf
             alpha.masked_fill_(hidden, 0)
-        relevance = (s[:, :, rows] @ values).mul_(alpha).mul_(0.5)
-        weighted = relevance if grad_o is None else (grad_o[:, :, rows] @ values).mul_(relevance)
-        yield Tile(start, rows.stop, dots, alpha, relevance, weighted.clamp(min=0).mean(1))
+        yield rows, dots, alpha
 
 
 def outside(positions: Tensor | None, rows: slice, n: int, window: tuple[int, int], device: torch.device) -> Tensor:

@@ -27,5 +27,5 @@ def relevance_maps(
         grad_o = None if grad_o is None else take_queries(grad_o, rows)
     out = q.new_empty(q.shape[0], q.shape[2], k.shape[2])
     for tile in query_tiles(q, k, v, lse, grad_o, s, key_mask, scaling, window, rows):
-        out[:, tile.start : tile.stop] = tile.weighted
+        out[:, tile.rows] = tile.weighted
     return out

@@ -1,0 +1,107 @@
+"""Relevance from the explained logit down the layers, with what each variant takes from them on the way."""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from pyglobenc.methods.relevance_layers import below_attention, down_to_attention, head_relevance
+from pyglobenc.methods.relevance_rules import Rules
+from pyglobenc.methods.relevance_states import States
+from pyglobenc.ops import relevance_maps
+
+HEAD_MAPS = ("alpha", "R_alpha", "grad_alpha")
+MAPS = ("map", *HEAD_MAPS, "R_in")
+
+
+class Descent:
+    """One pass of relevance from the top layer down.
+
+    Args:
+        states: of the forward pass.
+        rules: relevance rules.
+        gradient: weigh the maps with the gradient of the logit.
+        normalize: divide the rows of I + A by their sums, as the published BERT code does.
+
+    Attributes:
+        token_sums: by layer, (B, n): relevance of the layer's input summed over the hidden size; by the number of layers, that of the
+            last layer's output.
+        maps: by name and layer; see `Descent.keep`.
+    """
+
+    def __init__(self, states: States, rules: Rules, gradient: bool, normalize: bool):
+        self.states = states
+        self.rules = rules
+        self.gradient = gradient
+        self.normalize = normalize
+        self.token_sums: dict[int, Tensor] = {}
+        self.maps: dict[str, dict[int, Tensor]] = defaultdict(dict)
+
+    def start_row(self) -> Tensor:
+        """The unit row of the pooled token, (B, 1, n), that a rollout starts from."""
+        row = torch.zeros_like(self.states.layers[-1].x[:, None, :, 0])
+        return row.scatter_(2, self.states.target.position[:, None, None], 1)
+
+    def roll_out(self, start_layer: int, lowest: int, names: tuple[str, ...] = ()) -> tuple[Tensor, Tensor | None]:
+        """Row of the rollout from the top layer to start_layer, (B, n), and the relevance of the input, (B, n, d).
+
+        Relevance goes down to the input of layer `lowest`; with lowest = start_layer + 1 the last layer only takes part in the rollout
+        and the relevance is None. names: maps to keep, of MAPS.
+        """
+        states, rules, depth = self.states, self.rules, len(self.states.layers)
+        roll, r = self.start_row(), head_relevance(states, rules)
+        self.token_sums[depth] = r.sum(-1)
+        for index in reversed(range(min(start_layer, lowest), depth)):
+            layer = states.layers[index]
+            grad = states.grads[index] if self.gradient else None
+            s, residual = down_to_attention(states, index, r, rules)
+            self._keep(names, index, s)
+            rolling = index >= start_layer
+            if index < lowest:
+                return rules.roll(layer, grad, s, roll, self.normalize)[:, 0], None
+            *parts, _, rolled = rules.attention(layer, grad, s, roll if rolling else None, self.normalize)
+            roll = rolled if rolling else roll
+            r = below_attention(states, residual, tuple(parts), rules)
+            self.token_sums[index] = r.sum(-1)
+            if "R_in" in names:
+                self.maps["R_in"][index] = r
+        return roll[:, 0], r
+
+    def layer_row(self, index: int) -> Tensor:
+        """Row of the pooled token in the map of one layer, (B, n)."""
+        _, r = self.roll_out(len(self.states.layers), index + 1)
+        s, _ = down_to_attention(self.states, index, r, self.rules)
+        return self._map(index, s, self.states.target.position[:, None])[:, 0]
+
+    def _map(self, index: int, s: Tensor, rows: Tensor | None = None) -> Tensor:
+        layer = self.states.layers[index]
+        return relevance_maps(
+            layer.q,
+            layer.k,
+            layer.v,
+            layer.lse,
+            self.states.grads[index] if self.gradient else None,
+            s,
+            rows=rows,
+            key_mask=layer.key_mask,
+            scaling=layer.scaling,
+            window=layer.window,
+            backend=self.rules.backend,
+        )
+
+    def _keep(self, names: tuple[str, ...], index: int, s: Tensor) -> None:
+        if "map" in names:
+            self.maps["map"][index] = self._map(index, s)
+        if set(names) & set(HEAD_MAPS):
+            for name, value in self._head_maps(index, s).items():
+                if name in names:
+                    self.maps[name][index] = value
+
+    def _head_maps(self, index: int, s: Tensor) -> dict[str, Tensor]:
+        """alpha, R_alpha and the gradient of alpha, (B, H, n, n)."""
+        layer = self.states.layers[index]
+        alpha = (layer.q @ layer.k.transpose(2, 3)).mul_(layer.scaling).sub_(layer.lse[..., None]).exp_()
+        if layer.key_mask is not None:
+            alpha.masked_fill_(~layer.key_mask[:, None, None, :], 0)
+        values = layer.v.transpose(2, 3)
+        return {"alpha": alpha, "R_alpha": alpha * (s @ values) / 2, "grad_alpha": self.states.grads[index] @ values}

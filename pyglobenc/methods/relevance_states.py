@@ -1,0 +1,118 @@
+"""One forward pass with gradients: everything that the relevance rules read."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pyglobenc.hf import LayerModules, LayerTrace, capture, find_layers
+from pyglobenc.methods.relevance_target import Index, Target, find_target
+from pyglobenc.methods.wide import WideParameters
+
+
+@dataclass
+class States:
+    """Tensors of one forward pass; n includes padding.
+
+    Attributes:
+        layers: captured layers, first to last, detached.
+        grads: gradient of the explained logit with respect to each layer's attention output, (B, H, n, dh); None below the lowest
+            layer asked for.
+        io: input and output of every Linear module, and of ViT's convolution, detached; see `take`.
+        head: the Linear modules of the head, top down.
+        target: the logit explained.
+        output: what the model returned.
+        dtype: of the relevance arithmetic.
+    """
+
+    layers: list[LayerTrace]
+    grads: list[Tensor | None]
+    io: dict[nn.Module, tuple[Tensor, Tensor]]
+    head: list[nn.Linear]
+    target: Target
+    output: Any
+    dtype: torch.dtype
+
+    def take(self, module: nn.Module) -> tuple[Tensor, Tensor]:
+        """Input and output of a module, in the dtype of the arithmetic."""
+        given, returned = self.io[module]
+        return given.to(self.dtype), returned.to(self.dtype)
+
+
+def run_forward(
+    model: PreTrainedModel,
+    batch: Mapping[str, Any],
+    kind: str,
+    target: tuple[Any, Index, Index],
+    dtype: torch.dtype | None,
+    lowest: int,
+) -> States:
+    """Run the model on a batch and take the gradient of the explained logit.
+
+    Parameters get no gradient and keep their flags: the graph starts at the first layer's input.
+
+    Args:
+        model: a known architecture, in evaluation mode.
+        batch: its inputs, checked.
+        kind: of `head_kind`.
+        target: target, contrast and position of the call.
+        dtype: float32, float64 or None; float64 on a narrower model widens the forward pass too.
+        lowest: first layer whose gradient is wanted; the number of layers for none.
+    """
+    found = find_layers(model)
+    own = next(model.parameters()).dtype
+    arithmetic = dtype or (torch.float64 if own == torch.float64 else torch.float32)
+    candidates = _linears_outside(model, found)
+    within = [getattr(m, part) for m in found for part in ("query", "key", "value", "output", "intermediate", "mlp_output")]
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        trace = stack.enter_context(capture(model, modules=[*within, *candidates]))
+        handle = found[0].block.register_forward_pre_hook(_start_graph, prepend=True, with_kwargs=True)
+        stack.callback(handle.remove)
+        inputs = {name: value.clone() if isinstance(value, Tensor) and value.is_inference() else value for name, value in batch.items()}
+        with ExitStack() as widened:
+            if arithmetic == torch.float64 and own != torch.float64:
+                widened.enter_context(WideParameters(torch.float64))
+            output = model(**inputs)
+        chosen = find_target(kind, output, *target, trace.layers[0].key_mask)
+        grads = _attention_gradients(chosen.logit, trace.layers, lowest)
+    io = {module: (given.detach(), returned.detach()) for module, (given, returned) in trace.io.items()}
+    for layer in trace.layers:
+        layer.x, layer.q, layer.k, layer.v, layer.o, layer.lse = (
+            t.detach().to(arithmetic) for t in (layer.x, layer.q, layer.k, layer.v, layer.o, layer.lse)
+        )
+    grads = [None if g is None else g.to(arithmetic) for g in grads]
+    chosen.logit = chosen.logit.detach()
+    return States(trace.layers, grads, io, _head(io, found, candidates), chosen, output, arithmetic)
+
+
+def _start_graph(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Make the first layer's input a leaf that needs a gradient."""
+    if args:
+        return (args[0].detach().requires_grad_(), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach().requires_grad_()}
+
+
+def _attention_gradients(logit: Tensor, layers: list[LayerTrace], lowest: int) -> list[Tensor | None]:
+    """Gradient of the summed logits for each layer's attention output: examples don't mix, so each row is its own logit's."""
+    wanted = [layer.o for layer in layers[lowest:]]
+    grads = torch.autograd.grad(logit.sum(), wanted) if wanted else ()
+    return [None] * min(lowest, len(layers)) + list(grads)
+
+
+def _linears_outside(model: PreTrainedModel, found: list[LayerModules]) -> list[nn.Module]:
+    """Linear modules, and the convolution that embeds patches, outside the layers."""
+    inside = {module for layer in found for module in layer.block.modules()}
+    return [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d) and module not in inside]
+
+
+def _head(io: Mapping[nn.Module, Any], found: list[LayerModules], candidates: list[nn.Module]) -> list[nn.Linear]:
+    """Linear modules called after the last layer, last call first; between them a head applies only functions that pass relevance on."""
+    called = list(io)
+    after = called[called.index(found[-1].mlp_output) + 1 :]
+    return [module for module in reversed(after) if module in candidates]

@@ -1,0 +1,130 @@
+"""Which logit transformer attribution explains, and which token its head reads."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+# what a model's head returns, by the end of its class name
+HEADS = {
+    "ForSequenceClassification": "class",
+    "ForImageClassification": "class",
+    "ForMultipleChoice": "choice",
+    "ForTokenClassification": "token",
+    "ForMaskedLM": "token",
+    "ForQuestionAnswering": "span",
+}
+SPANS = ("start", "end")
+
+Index = int | Sequence[int] | Tensor | None
+
+
+@dataclass
+class Target:
+    """One logit, or difference of logits, an example.
+
+    Attributes:
+        index: (B,) int64, class explained; 0 or 1 for a span's start or end.
+        contrast: (B,) int64, class whose logit is subtracted, or None.
+        position: (B,) int64, token that the head reads.
+        logit: (B,), the explained value, in the autograd graph.
+    """
+
+    index: Tensor
+    contrast: Tensor | None
+    position: Tensor
+    logit: Tensor
+
+
+def head_kind(model: PreTrainedModel) -> str:
+    """What the model's head returns: "class", "choice", "token" or "span".
+
+    Raises:
+        ValueError: a model without a head that is known.
+    """
+    for cls in type(model).__mro__:
+        for ending, kind in HEADS.items():
+            if cls.__name__.endswith(ending):
+                return kind
+    raise ValueError(
+        f"TransformerAttribution: {type(model).__name__} has no head to explain; known heads: "
+        + ", ".join(f"...{ending}" for ending in HEADS)
+    )
+
+
+def find_target(kind: str, output: Any, target: Any, contrast: Index, position: Index, key_mask: Tensor | None) -> Target:
+    """Resolve the arguments of a call against the model's output; see `TransformerAttribution.__call__`.
+
+    Args:
+        kind: of `head_kind`.
+        output: what the model returned.
+        target, contrast, position: as the user gave them.
+        key_mask: (B, n) bool, True for real tokens, or None.
+    """
+    if kind == "span":
+        return _span(output, target, contrast, position, key_mask)
+    logits = output.logits
+    batch, device = logits.shape[0], logits.device
+    if kind == "token":
+        if position is None:
+            raise ValueError(
+                "TransformerAttribution: this model has logits for every token; name the token: position=i, or one for each example"
+            )
+        at = _indices("position", position, batch, logits.shape[1], device)
+        _check_real(at, key_mask)
+        logits = logits.gather(1, at[:, None, None].expand(-1, 1, logits.shape[2]))[:, 0]
+    elif position is not None:
+        raise ValueError("TransformerAttribution: position names a token's logit; this model has one set of logits for an example")
+    else:
+        at = torch.zeros(batch, dtype=torch.long, device=device)
+    if isinstance(target, str):
+        raise TypeError(f"TransformerAttribution: target must be a class index, got {target!r}")
+    index = logits.argmax(-1) if target is None else _indices("target", target, batch, logits.shape[-1], device)
+    logit = logits.gather(1, index[:, None])[:, 0]
+    if contrast is None:
+        return Target(index, None, at, logit)
+    other = _indices("contrast", contrast, batch, logits.shape[-1], device)
+    if (other == index).any():
+        raise ValueError("TransformerAttribution: contrast must be another class than target")
+    return Target(index, other, at, logit - logits.gather(1, other[:, None])[:, 0])
+
+
+def _span(output: Any, target: Any, contrast: Index, position: Index, key_mask: Tensor | None) -> Target:
+    """A start or end logit of a question answerer, by default the start's, at the token where it is largest."""
+    which = SPANS[0] if target is None else target
+    if which not in SPANS:
+        raise ValueError(f"TransformerAttribution: target must be 'start' or 'end' for question answering, got {target!r}")
+    if contrast is not None:
+        raise ValueError("TransformerAttribution: contrast needs classes; question answering has none")
+    logits = output.start_logits if which == "start" else output.end_logits
+    if position is None:
+        real = logits if key_mask is None else logits.masked_fill(~key_mask, float("-inf"))
+        at = real.argmax(-1)
+    else:
+        at = _indices("position", position, *logits.shape, logits.device)
+    _check_real(at, key_mask)
+    return Target(torch.full_like(at, SPANS.index(which)), None, at, logits.gather(1, at[:, None])[:, 0])
+
+
+def _indices(name: str, value: Any, batch: int, size: int, device: torch.device) -> Tensor:
+    """value as (B,) int64 in [0, size)."""
+    index = torch.as_tensor(value, device=device)
+    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        raise TypeError(f"TransformerAttribution: {name} must be integers, got {index.dtype}")
+    if index.dim() == 0:
+        index = index.expand(batch)
+    if tuple(index.shape) != (batch,):
+        shape = tuple(index.shape)
+        raise ValueError(f"TransformerAttribution: {name} must be one integer or one for each of {batch} examples, got shape {shape}")
+    low, high = int(index.min()), int(index.max())
+    if low < 0 or high >= size:
+        raise ValueError(f"TransformerAttribution: {name} must lie in [0, {size}), got {low} to {high}")
+    return index.long()
+
+
+def _check_real(at: Tensor, key_mask: Tensor | None) -> None:
+    if key_mask is not None and not key_mask.gather(1, at[:, None]).all():
+        raise ValueError("TransformerAttribution: position is a padding token")

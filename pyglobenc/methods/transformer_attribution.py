@@ -1,0 +1,265 @@
+"""Transformer attribution: relevance times attention gradients, rolled out (Chefer, Gur and Wolf, CVPR 2021), and its variants."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pyglobenc.hf import vit
+from pyglobenc.methods.attention_baselines import attention_row, grad_cam, grad_cam_patches, roll_out_attention
+from pyglobenc.methods.inputs import check_batch, check_model
+from pyglobenc.methods.pixels import pixel_relevance
+from pyglobenc.methods.relevance_descent import MAPS, Descent
+from pyglobenc.methods.relevance_rules import LrpRules, Rules
+from pyglobenc.methods.relevance_states import States, run_forward
+from pyglobenc.methods.relevance_target import Index, head_kind
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a variant reads: "rollout" of relevance maps, one "layer" of them, the "input", or attention alone."""
+
+    kind: str
+    gradient: bool = False
+    layer: int | None = None
+    lrp: bool = False
+
+
+VARIANTS = {
+    "transformer_attribution": Variant("rollout", gradient=True),
+    "rollout": Variant("rollout"),
+    "last_layer": Variant("layer", layer=-1),
+    "last_layer_ablation": Variant("layer", gradient=True, layer=-1),
+    "second_layer": Variant("layer", layer=1),
+    "second_layer_ablation": Variant("layer", gradient=True, layer=1),
+    "full": Variant("input"),
+    "lrp": Variant("input", lrp=True),
+    "lrp_last_layer": Variant("layer", layer=-1, lrp=True),
+    "last_layer_attn": Variant("attention"),
+    "attention_rollout": Variant("attention_rollout"),
+    "attn_gradcam": Variant("grad_cam", gradient=True),
+}
+
+# names of the published BERT code's functions
+PUBLISHED = {
+    "generate_LRP": "transformer_attribution",
+    "generate_LRP_last_layer": "last_layer",
+    "generate_LRP_second_layer": "second_layer",
+    "generate_full_lrp": "full",
+    "generate_attn_last_layer": "last_layer_attn",
+    "generate_rollout": "attention_rollout",
+    "generate_attn_gradcam": "attn_gradcam",
+}
+
+
+@dataclass
+class RelevanceResult:
+    """Attribution of one logit an example.
+
+    Attributes:
+        scores: (B, n) tokens, padding 0; for images (B, patches), or (B, height, width) pixels of the variants "full" and "lrp".
+        target: (B,) int64, the class explained; 0 or 1 for a span's start or end.
+        position: (B,) int64, the pooled token, whose row the scores are.
+        logit: (B,), the value explained.
+        relevance: (B, L, n), relevance of each layer's input summed over the hidden size; None unless asked for.
+        maps: the maps asked for, by name.
+        diagnostics: "relevance_sums" (B, layers + 1), the sum of the relevance of the input of each layer that it went through, lowest
+            first, and of the last layer's output: 1 in exact arithmetic without the guards; "conservation" (B,), the largest distance
+            of these from 1.
+        output: what the model returned.
+    """
+
+    scores: Tensor
+    target: Tensor
+    position: Tensor
+    logit: Tensor
+    relevance: Tensor | None = None
+    maps: dict[str, Tensor] = field(default_factory=dict)
+    diagnostics: dict[str, Tensor] = field(default_factory=dict)
+    output: Any = None
+
+
+class TransformerAttribution:
+    """Transformer attribution of a stock transformers classifier: BERT and its relatives, DistilBERT, ViT, DeiT.
+
+    Args:
+        model: a known architecture with a head, in evaluation mode; left as it is.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+        dtype: of the arithmetic; None is float32, or float64 for a float64 model. torch.float64 runs the forward pass and the
+            relevance in double on a narrower model, weight by weight, without a second copy of it.
+        stabilizer: 0 for the published guard of the divisions; e > 0 replaces it, where a sum of both signs is divided by, by
+            b + e * sign(b).
+
+    Raises:
+        TypeError, ValueError: unknown architecture, head or backend, training mode, weights that are NaN or infinite.
+
+    Source: Chefer et al., 2021, and its published code, whose guards are kept to the letter.
+    """
+
+    def __init__(self, model: PreTrainedModel, backend: str = "auto", dtype: torch.dtype | None = None, stabilizer: float = 0.0):
+        check_model("TransformerAttribution", model, backend, dtype)
+        if not 0 <= stabilizer < float("inf"):
+            raise ValueError(f"TransformerAttribution: stabilizer must be 0 or a positive number, got {stabilizer}")
+        self.model = model
+        self.dtype = dtype
+        self.kind = head_kind(model)
+        self.images = model.config.model_type in vit.MODEL_TYPES
+        self.rules = Rules(backend, stabilizer)
+        self.lrp = LrpRules(backend, stabilizer)
+
+    def __call__(
+        self,
+        *,
+        target: Any = None,
+        contrast: Index = None,
+        position: Index = None,
+        start_layer: int = 0,
+        variant: str = "transformer_attribution",
+        layers: bool = False,
+        maps: Sequence[str] = (),
+        **batch: Any,
+    ) -> RelevanceResult:
+        """Attribute one logit of every example to its tokens or patches.
+
+        No (n, n) array is stored unless maps asks for one. Every example gets what it gets alone, without padding.
+
+        Args:
+            target: class explained, one or (B,); None: the predicted one. Of a question answerer "start" (the default) or "end"; of a
+                multiple choice the choice.
+            contrast: class whose logit is subtracted, one or (B,): the difference is explained as one output whose weights are the
+                difference of the two classes' weights.
+            position: token whose logit is explained, one or (B,), for heads with a logit a token; a question answerer's default is
+                the largest logit.
+            start_layer: first layer of the rollout; the published BERT code's default is 11, its notebook's and ViT's 0.
+            variant: a name in VARIANTS or PUBLISHED: "transformer_attribution", "rollout" (of the relevance alone), "last_layer",
+                "second_layer" (relevance maps of one layer), the same with "_ablation" (times the gradient), "full" (relevance of the
+                input tokens, or pixels), "lrp" and "lrp_last_layer" (the LRP baseline's rules), "last_layer_attn",
+                "attention_rollout", "attn_gradcam".
+            layers: also return the relevance of every layer's input.
+            maps: any of "map" (B, L, n, n), the matrix A that the rollout adds to the identity; "alpha", "R_alpha", "grad_alpha"
+                (B, L, H, n, n); "R_in" (B, L, n, d).
+            batch: the model's inputs, as its tokenizer or image processor returns them.
+
+        Returns:
+            RelevanceResult. scores are the published ones before the pooled token's own entry is overwritten.
+
+        Raises:
+            TypeError, ValueError: unknown variant or map, an index out of range, input that the model can't take, a result that
+                isn't finite.
+        """
+        chosen = self._variant(variant, start_layer, maps)
+        self._check(batch)
+        if self.kind == "choice":
+            batch, target = self._one_choice(batch, target, contrast)
+            contrast = None
+        depth = self.model.config.num_hidden_layers
+        everything = layers or bool(maps)
+        lowest = 0 if everything else self._lowest_gradient(chosen, start_layer, depth)
+        states = run_forward(self.model, batch, self.kind, (target, contrast, position), self.dtype, lowest)
+        descent = Descent(states, self.lrp if chosen.lrp else self.rules, chosen.gradient, not self.images)
+        scores = self._scores(chosen, descent, start_layer)
+        if everything:
+            descent.roll_out(depth, 0, tuple(maps))
+        return self._result(scores, descent, layers)
+
+    def _variant(self, variant: str, start_layer: int, maps: Sequence[str]) -> Variant:
+        name = PUBLISHED.get(variant, variant)
+        depth = self.model.config.num_hidden_layers
+        if name not in VARIANTS:
+            raise ValueError(f"TransformerAttribution: variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+        if isinstance(start_layer, bool) or not isinstance(start_layer, int):
+            raise TypeError(f"TransformerAttribution: start_layer must be an integer, got {start_layer!r}")
+        if not 0 <= start_layer < depth:
+            raise ValueError(f"TransformerAttribution: start_layer must lie in [0, {depth}), the model's layers, got {start_layer}")
+        if isinstance(maps, str) or not set(maps) <= set(MAPS):
+            raise ValueError(f"TransformerAttribution: maps must be a sequence of names among {', '.join(MAPS)}, got {maps!r}")
+        chosen = VARIANTS[name]
+        if chosen.layer is not None and chosen.layer >= depth:
+            raise ValueError(f"TransformerAttribution: {variant} needs {chosen.layer + 1} layers, the model has {depth}")
+        return chosen
+
+    def _check(self, batch: Mapping[str, Any]) -> None:
+        who = "TransformerAttribution"
+        if not self.images:
+            flat = {k: v.flatten(0, 1) if self.kind == "choice" and isinstance(v, Tensor) and v.dim() > 2 else v for k, v in batch.items()}
+            check_batch(who, self.model, flat)
+            return
+        if self.model.training:
+            raise ValueError(f"{who}: the model is in training mode, where dropout changes the result; call model.eval() first")
+        pixels = batch.get("pixel_values")
+        if not isinstance(pixels, Tensor) or pixels.dim() != 4 or 0 in pixels.shape:
+            came = "nothing" if pixels is None else tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
+            raise ValueError(f"{who}: pixel_values must be a tensor (B, channels, height, width), got {came}")
+
+    def _one_choice(self, batch: Mapping[str, Any], target: Any, contrast: Index) -> tuple[dict[str, Any], int]:
+        """The batch cut to the choice explained: a choice's logit depends on its own text alone."""
+        if contrast is not None:
+            raise ValueError("TransformerAttribution: contrast needs classes of one input; the choices are different inputs")
+        inputs = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.dim() > 2}
+        first = next(iter(inputs.values()))
+        if target is None:
+            with torch.no_grad():
+                target = self.model(**batch).logits.argmax(-1)
+        index = torch.as_tensor(target, device=first.device).expand(first.shape[0])
+        if int(index.min()) < 0 or int(index.max()) >= first.shape[1]:
+            raise ValueError(f"TransformerAttribution: target must lie in [0, {first.shape[1]}), the choices, got {index.tolist()}")
+        rows = torch.arange(first.shape[0], device=first.device)
+        return {**batch, **{name: value[rows, index][:, None] for name, value in inputs.items()}}, 0
+
+    @staticmethod
+    def _lowest_gradient(chosen: Variant, start_layer: int, depth: int) -> int:
+        """First layer whose attention gradient the variant reads."""
+        if not chosen.gradient:
+            return depth
+        if chosen.kind == "rollout":
+            return start_layer
+        return depth - 1 if chosen.layer is None else chosen.layer % depth
+
+    def _scores(self, chosen: Variant, descent: Descent, start_layer: int) -> Tensor:
+        states = descent.states
+        last, prefix = states.layers[-1], self._prefix()
+        if chosen.kind == "input":
+            _, r = descent.roll_out(len(states.layers), 0)
+            return pixel_relevance(self.model, states, r, descent.rules) if self.images else r.sum(-1)
+        if chosen.kind == "grad_cam" and self.images:
+            return grad_cam_patches(last, states.grads[-1], prefix)
+        if chosen.kind == "rollout":
+            row, _ = descent.roll_out(start_layer, start_layer + 1)
+        elif chosen.kind == "layer":
+            row = descent.layer_row(chosen.layer % len(states.layers))
+        elif chosen.kind == "attention":
+            row = attention_row(last, states.target.position)
+        elif chosen.kind == "attention_rollout":
+            row = roll_out_attention(states.layers[start_layer:], descent.start_row())
+        else:
+            row = grad_cam(last, states.grads[-1], states.target.position)
+        return row[:, prefix:]
+
+    def _prefix(self) -> int:
+        return len(vit.prefix_tokens(self.model.base_model)) if self.images else 0
+
+    def _result(self, scores: Tensor, descent: Descent, layers: bool) -> RelevanceResult:
+        states, target = descent.states, descent.states.target
+        if not torch.isfinite(scores).all():
+            raise ValueError("TransformerAttribution: the attribution is not finite; the activations hold NaN or infinity for this input")
+        result = RelevanceResult(scores, target.index, target.position, target.logit, output=_detached(states))
+        sums = [descent.token_sums[index] for index in sorted(descent.token_sums)]
+        if sums:
+            totals = torch.stack([t.sum(-1) for t in sums], dim=1)
+            result.diagnostics = {"relevance_sums": totals, "conservation": (totals - 1).abs().amax(1)}
+        if layers:
+            result.relevance = torch.stack(sums[:-1], dim=1)
+        for name, by_layer in descent.maps.items():
+            result.maps[name] = torch.stack([by_layer[index] for index in sorted(by_layer)], dim=1)
+        return result
+
+
+def _detached(states: States) -> Any:
+    """The model's output without the autograd graph."""
+    for name, value in states.output.items():
+        if isinstance(value, Tensor):
+            states.output[name] = value.detach()
+    return states.output

@@ -1,0 +1,147 @@
+"""The published implementation's cases of transformer attribution, and its rules on materialised arrays for any small model."""
+
+import json
+
+import torch
+from models import GOLDEN
+from safetensors.torch import load_file
+from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
+
+from pyglobenc import capture
+
+BERT_NAMES = dict(
+    vocab="vocab_size",
+    hidden="hidden_size",
+    layers="num_hidden_layers",
+    heads="num_attention_heads",
+    inter="intermediate_size",
+    labels="num_labels",
+    maxpos="max_position_embeddings",
+)
+VIT_NAMES = dict(
+    img_size="image_size", embed_dim="hidden_size", depth="num_hidden_layers", num_heads="num_attention_heads", num_classes="num_labels"
+)
+
+
+def chefer_golden(name, dtype=torch.float64):
+    """Model and cases of "chefer_bert" or "chefer_vit": (batch, target, published outputs in float64)."""
+    settings = json.loads((GOLDEN / f"{name}.config.json").read_text())
+    config = dict(settings["config"])
+    if name == "chefer_bert":
+        model = BertForSequenceClassification(BertConfig(**{BERT_NAMES.get(k, k): v for k, v in config.items()}))
+        inputs = ("input_ids", "attention_mask")
+    else:
+        eps = config.pop("final_layernorm_eps")
+        config["intermediate_size"] = config.pop("mlp_ratio") * config["embed_dim"]
+        model = ViTForImageClassification(ViTConfig(**{VIT_NAMES.get(k, k): v for k, v in config.items()}))
+        model.vit.layernorm.eps = eps
+        inputs = ("pixel_values",)
+    model.load_state_dict(load_file(GOLDEN / f"{name}.weights.safetensors"))
+    model = model.to(dtype).eval()
+    outputs = load_file(GOLDEN / f"{name}.outputs.safetensors")
+    cases = []
+    for index, case in enumerate(settings["cases"]):
+        start = f"case{index}."
+        published = {key.removeprefix(start): value for key, value in outputs.items() if key.startswith(start)}
+        batch = {key: published[key] for key in inputs}
+        batch = {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
+        cases.append((batch, case["index_arg"], case["index"], published))
+    return model, cases
+
+
+def relative(out, exact):
+    """Relative L2 error."""
+    return float((out.double() - exact).norm() / exact.norm())
+
+
+def safe(a, b):
+    den = b.clamp(min=1e-9) + b.clamp(max=1e-9)
+    den = torch.where(den == 0, 1e-9, den)
+    return a / den * (b != 0)
+
+
+def linear(r, x, weight):
+    pw, nw, px, nx = weight.clamp(min=0), weight.clamp(max=0), x.clamp(min=0), x.clamp(max=0)
+    s = safe(r, px @ pw.T + nx @ nw.T)
+    return px * (s @ pw) + nx * (s @ nw)
+
+
+def product(r, equation, a, b):
+    """The rule of a product, by autograd, as the published code has it."""
+    a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
+    with torch.enable_grad():
+        z = torch.einsum(equation, a, b)
+        ga, gb = torch.autograd.grad(z, (a, b), safe(r, z.detach()))
+    return a.detach() * ga, b.detach() * gb
+
+
+def add(r, a, b):
+    a, b = torch.broadcast_tensors(a, b)
+    s = safe(r, a + b)
+    r_a, r_b = a * s, b * s
+    sum_a, sum_b = r_a.sum(), r_b.sum()
+    both = sum_a.abs() + sum_b.abs()
+    r_a = r_a * safe(safe(sum_a.abs(), both) * r.sum(), sum_a)
+    return r_a, r_b * safe(safe(sum_b.abs(), both) * r.sum(), sum_b)
+
+
+def clone(x, *parts):
+    return x * sum(safe(part, x) for part in parts)
+
+
+def direct(model, batch, select, head, position=0, start_layer=0):
+    """Rollout row, (n,), and relevance of the first layer's input, (n, d), of one unpadded example, everything materialised.
+
+    select: the explained logit of the model's output. head: the head's Linear modules, top down; the first row is given as its weight.
+    """
+    (row, *rest) = head
+    found = []
+    with capture(model, modules=[m for m in model.modules() if isinstance(m, torch.nn.Linear)]) as trace:
+        output = model(**batch)
+        grads = torch.autograd.grad(select(output), [layer.o for layer in trace.layers])
+    io = {m: tuple(t.detach() for t in pair) for m, pair in trace.io.items()}
+
+    def at(t):
+        return t if t.dim() == 2 else t[:, position]
+
+    x = at(io[rest[-1] if rest else row[0]][0])
+    r = linear(torch.ones(1, 1, dtype=x.dtype), at(io[row[0]][0]), row[1][None])
+    for module in rest:
+        r = linear(r, at(io[module][0]), module.weight.detach())
+    r = clone(x, r)
+    hidden = torch.zeros_like(trace.layers[-1].x)
+    hidden[:, position] = r
+    r = hidden
+    for layer, grad in zip(reversed(trace.layers), reversed(grads), strict=True):
+        r, a = through_layer(layer, io, grad, r)
+        found.insert(0, a)
+    rolled = None
+    for a in found[start_layer:]:
+        a = torch.eye(len(a), dtype=a.dtype) + a
+        if not trace.layers[0].modules.pre_norm:
+            a = a / a.sum(-1, keepdim=True)
+        rolled = a if rolled is None else a @ rolled
+    return rolled[position], r[0]
+
+
+def through_layer(layer, io, grad, r):
+    """Relevance of a layer's input, and its map (n, n), of one example."""
+    m, x = layer.modules, layer.x.detach()
+    q, k, v, o = (t.detach() for t in (layer.q, layer.k, layer.v, layer.o))
+    attended, mlp = io[m.output][1], io[m.mlp_output][1]
+    y = x + attended if m.pre_norm else io[m.intermediate][0]
+    r_mlp, r_y = add(r, mlp, y)
+    r_mlp = linear(linear(r_mlp, io[m.mlp_output][0], m.mlp_output.weight.detach()), io[m.intermediate][0], m.intermediate.weight.detach())
+    r_attended, r_x = add(clone(y, r_mlp, r_y), attended, x)
+    r_o = linear(r_attended, io[m.output][0], m.output.weight.detach())
+    dots = q @ k.transpose(2, 3)
+    scores = dots * layer.scaling
+    r_alpha, r_v = (t / 2 for t in product(r_o.unflatten(2, (q.shape[1], -1)).transpose(1, 2), "bhij,bhjd->bhid", scores.softmax(-1), v))
+    a = (grad @ v.transpose(2, 3) * r_alpha).clamp(min=0).mean(1)[0]
+    passed = r_alpha if m.pre_norm else add(r_alpha, scores, torch.zeros_like(scores))[0]
+    r_q, r_k = (t / 2 for t in product(passed, "bhid,bhjd->bhij", q, k))
+    merged = [t.transpose(1, 2).flatten(2) for t in (r_q, r_k, r_v)]
+    modules = (m.query, m.key, m.value)
+    parts = [linear(t, io[n][0], n.weight.detach()) for t, n in zip(merged, modules, strict=True)]
+    below = sum(parts) if m.pre_norm else clone(x, *parts)
+    return clone(x, below, r_x), a
