@@ -1,0 +1,38 @@
+"""Measurements beside pytest-benchmark's own: ratios of two calls in turn, peak memory in a process of its own."""
+
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median, quantiles
+
+
+def paired_ratio(call: Callable[[], object], baseline: Callable[[], object], rounds: int) -> dict[str, str]:
+    """Run baseline and call in turn and return the quartiles of call's time over the baseline's of the same round.
+
+    The speed of a shared machine drifts: a ratio of neighbours in time keeps its meaning, a ratio of two medians doesn't.
+    """
+    ratios = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        baseline()
+        middle = time.perf_counter()
+        call()
+        ratios.append((time.perf_counter() - middle) / (middle - start))
+    low, _, high = quantiles(ratios, n=4) if rounds > 1 else ratios * 3
+    return {"ratio": f"{median(ratios):.3f}", "ratio_q1": f"{low:.3f}", "ratio_q3": f"{high:.3f}"}
+
+
+def peak_memory_mb(script: Path, *args: str) -> float:
+    """Peak resident memory, in MiB, of `python script args` (Linux)."""
+    code = f"import resource, runpy, sys; sys.argv = {[str(script), *args]!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
+    code += "; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    return float(out.split()[-1])
+
+
+def resident_mb() -> float:
+    """Highest resident memory of this process so far, in MiB (Linux)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

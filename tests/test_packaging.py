@@ -1,0 +1,89 @@
+"""What the repository looks like to pip, to Python's import system and to transformers."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+IMPORT_BERT = "import sys; sys.path.insert(0, ''); from transformers import BertConfig, BertModel; BertModel(BertConfig(num_hidden_layers=1))"
+
+
+def python(code, cwd, **env):
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=os.environ | env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_kernels_folder_never_is_a_package():
+    """transformers imports a package called kernels where it finds one; ours must not be it."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    for path in (ROOT / "kernels").rglob("*"):
+        assert path.stem not in ("triton", "torch")
+
+
+def test_transformers_imports_from_the_repository_root():
+    python(IMPORT_BERT, ROOT)
+
+
+def test_transformers_imports_beside_the_other_kernels_package(tmp_path):
+    """A stand-in for the package of that name, as installed: found before or after our folder, models import."""
+    other = tmp_path / "kernels"
+    other.mkdir()
+    (other / "__init__.py").write_text("__version__ = '0.1.0'\nraise ImportError('the other package, broken')\n")
+    found = python("import sys; sys.path.insert(0, ''); import importlib.util; print(importlib.util.find_spec('kernels').origin)", ROOT)
+    assert "None" in found, "without the other package, our folder is no more than a namespace"
+    python("import pyglobenc; print(pyglobenc.GlobEnc)", ROOT)
+    python("import pyglobenc.kernels; print(pyglobenc.kernels.__file__)", tmp_path)
+
+
+def test_setup_does_not_import_torch():
+    names = set()
+    for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").split(".")[0])
+    assert not names & {"torch", "triton", "transformers", "numpy"}
+    assert "torch" not in (ROOT / "pyproject.toml").read_text().split("[project]")[0]
+
+
+def test_import_loads_no_backend():
+    loaded = python("import sys, pyglobenc; print([m for m in sys.modules if m.startswith(('pyglobenc.cpu.', 'pyglobenc.kernels.'))])", ROOT)
+    assert loaded.strip() == "[]"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Wheel built from the sdist, without compiled extensions, so that it takes seconds."""
+    out = tmp_path_factory.mktemp("dist")
+    env = os.environ | {"PYGLOBENC_NO_EXTENSIONS": "1"}
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    done = subprocess.run(build, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
+
+
+def test_sdist_and_wheel_hold_the_sources(wheel):
+    import tarfile
+    import zipfile
+
+    names = zipfile.ZipFile(wheel[0]).namelist()
+    tracked = subprocess.run(["git", "ls-files", "pyglobenc", "kernels/fused"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    for path in tracked:
+        assert path.replace("kernels/fused", "pyglobenc/kernels") in names, path
+    sources = {name.split("/", 1)[1] for name in tarfile.open(wheel[1]).getnames() if "/" in name}
+    tracked = subprocess.run(["git", "ls-files", "csrc"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert set(tracked) <= sources
+
+
+def test_wheel_runs(wheel, tmp_path):
+    import zipfile
+
+    zipfile.ZipFile(wheel[0]).extractall(tmp_path)
+    code = "import pyglobenc, pyglobenc.kernels; print(pyglobenc.__file__, pyglobenc.kernels.__file__)"
+    printed = python(code, tmp_path, PYTHONPATH=str(tmp_path))
+    assert printed.count(str(tmp_path)) == 2
