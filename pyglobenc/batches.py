@@ -62,6 +62,8 @@ class Runner:
         self._run = self.method.build(model, options.backend, options.dtype)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise TypeError(f"explain: tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}")
+        if options.merge_words and not tokenizer.is_fast:
+            raise ValueError(f"explain: merge_words needs a fast tokenizer, which knows its words; got {type(tokenizer).__name__}")
         self.model, self.tokenizer, self.options = model, tokenizer, options
         self.model_name = model.name_or_path or type(model).__name__
         self.versions = {"model_dtype": str(model.dtype).split(".")[-1], "device": str(model.device)}

