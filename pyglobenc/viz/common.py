@@ -12,7 +12,8 @@ RAMPS: dict[bool, tuple[RGB, ...]] = {
     True: ((255, 255, 255), (254, 232, 200), (253, 190, 120), (241, 134, 51), (166, 72, 5)),
     False: ((255, 255, 255), (214, 230, 244), (146, 195, 223), (66, 139, 196), (8, 72, 140)),
 }
-DARK, LIGHT = (20, 20, 20), (255, 255, 255)
+# black or white leaves no background below a contrast of 4.5
+DARK, LIGHT = (0, 0, 0), (255, 255, 255)
 # joiners that scripts and emoji need
 KEPT = "\u200c\u200d"
 REPLACED = "\ufffd"

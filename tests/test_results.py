@@ -1,0 +1,238 @@
+import errno
+import json
+import os
+from dataclasses import fields
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import pyglobenc
+from pyglobenc.files import check_writable, decode, one_line, write_file
+from pyglobenc.results import Attribution, Attributions, save
+
+# the smallest subnormal of float32, its largest number, a third, and minus zero
+AWKWARD = [1e-45, 3.4028234e38, 1 / 3, -0.0, -1e-8, 1.0]
+
+
+def attribution(dtype=np.float32, **changes):
+    text = "Na\u00efve \U0001f389\tfilm\x1b"
+    out = dict(
+        text=text,
+        tokens=["[CLS]", "na", "##ive", "\u00f0\u0178", "##x", "film"],
+        token_ids=[2, 7, 8, 9, 10, 11],
+        special=[True, False, False, False, False, False],
+        scores=np.array(AWKWARD, dtype=dtype),
+        method="globenc",
+        model="a \ud800 name",
+        target=0,
+        target_name="[CLS]",
+        log_scale=0.1 + 0.2,
+        word_ids=[None, 0, 0, 1, 1, 2],
+        offsets=[(0, 0), (0, 2), (2, 5), (6, 7), (6, 7), (8, 12)],
+        settings={"stride": None, "backend": "auto", "batch_size": 8},
+    )
+    return Attribution(**(out | changes))
+
+
+def bits(a):
+    return a.scores.dtype, a.scores.tobytes()
+
+
+@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("fast", [True, False])
+def test_saved_and_loaded_without_loss(tmp_path, suffix, dtype, fast):
+    a = attribution(dtype, merge_words=fast, label="GOOD", probability=1 / 3, cut=7, windows=[(1, 4), (2, 6)])
+    if not fast:
+        a = attribution(dtype, word_ids=None, offsets=None)
+    path = tmp_path / f"a{suffix}"
+    a.save(path)
+    b = pyglobenc.load(path)
+    assert isinstance(b, Attribution) and b == a and bits(b) == bits(a)
+    for f in fields(Attribution):
+        if f.name != "scores":
+            assert getattr(b, f.name) == getattr(a, f.name) and type(getattr(b, f.name)) is type(getattr(a, f.name)), f.name
+
+
+@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
+def test_several_are_saved_together(tmp_path, suffix):
+    several = Attributions([attribution(), attribution(np.float64, text="other"), attribution(target=3)])
+    path = tmp_path / f"a{suffix}"
+    several.save(path)
+    loaded = pyglobenc.load(path)
+    assert isinstance(loaded, Attributions) and loaded == several and list(map(bits, loaded)) == list(map(bits, several))
+    Attributions([attribution()]).save(path)
+    assert isinstance(pyglobenc.load(path), Attributions)
+
+
+def test_equality_sees_every_field():
+    assert attribution() == attribution() and attribution() != "text"
+    assert attribution() != attribution(np.float64) and attribution() != attribution(target=1) and attribution() != attribution(cut=1)
+
+
+def test_json_is_for_others_too(tmp_path):
+    attribution(merge_words=True).save(tmp_path / "a.json")
+    document = json.loads((tmp_path / "a.json").read_text("ascii"))
+    entry = document["attributions"][0]
+    assert document["format"] == "pyglobenc.attribution" and entry["tokens"][1] == "na"
+    assert [word["tokens"] for word in entry["words"]] == [[0], [1, 2], [3, 4], [5]]
+
+
+def test_words_sum_their_pieces():
+    a = attribution(np.float64, scores=np.array([4.0, 0.25, 0.5, 1.0, 2.0, -1.0]))
+    words = a.units(merge_words=True)
+    assert [unit.text for unit in words] == ["[CLS]", "Na\u00efve", "\U0001f389", "film"]
+    assert [unit.score for unit in words] == [4.0, 0.75, 3.0, -1.0]
+    assert [unit.positions for unit in words] == [(0,), (1, 2), (3, 4), (5,)]
+    assert [unit.before for unit in words] == ["", " ", " ", "\t"]
+    assert [unit.special for unit in words] == [True, False, False, False]
+    assert a.units() == a.units(merge_words=False)
+
+
+def test_tokens_show_the_text_and_pieces_of_one_character_the_vocabulary():
+    units = attribution().units()
+    assert [unit.text for unit in units] == ["[CLS]", "Na", "\u00efve", "\U0001f389", "##x", "film"]
+    assert [unit.before for unit in units] == ["", " ", "", " ", "", "\t"]
+
+
+def test_without_a_fast_tokenizer_tokens_are_shown_and_words_refused():
+    a = attribution(word_ids=None, offsets=None)
+    assert [unit.text for unit in a.units()] == a.tokens
+    with pytest.raises(ValueError, match="words can't be merged"):
+        a.units(merge_words=True)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(scores=np.arange(6)), "float32 or float64, got int64"),
+        (dict(scores=np.zeros(5)), r"\(6,\), got \(5,\)"),
+        (dict(special=[True]), "special must have n = 6 entries, got 1"),
+        (dict(offsets=[]), "offsets must have n = 6 entries, got 0"),
+        (dict(scores=np.full(6, np.nan)), "must be finite"),
+        (dict(log_scale=float("inf")), "must be finite"),
+    ],
+)
+def test_wrong_fields_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        attribution(**changes)
+
+
+def test_other_suffixes_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="must end in .json or .safetensors, got 'a.csv'"):
+        save(tmp_path / "a.csv", attribution())
+    with pytest.raises(ValueError, match="must end in .json or .safetensors, got 'a.csv'"):
+        pyglobenc.load(tmp_path / "a.csv")
+
+
+def foreign_safetensors(path):
+    save_file({"0": np.zeros(3)}, path)
+
+
+def truncated_safetensors(path):
+    attribution().save(path)
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def newer(path):
+    attribution().save(path)
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 99'))
+
+
+def without_scores(path):
+    attribution().save(path)
+    path.write_text(path.read_text().replace('"scores"', '"scored"'))
+
+
+@pytest.mark.parametrize(
+    "name, write, message",
+    [
+        ("a.json", lambda path: path.write_text("{"), "not a file of saved attributions"),
+        ("a.json", lambda path: path.write_text("[1]"), "no 'pyglobenc.attribution' header"),
+        ("a.json", lambda path: path.write_bytes(b"\xff\xfe\x00"), "not a file of saved attributions"),
+        ("a.json", newer, "its format 99 is newer"),
+        ("a.json", without_scores, "scores"),
+        ("a.safetensors", lambda path: path.write_bytes(b"nothing"), "not a file of saved attributions"),
+        ("a.safetensors", foreign_safetensors, "not a file of saved attributions"),
+        ("a.safetensors", truncated_safetensors, "not a file of saved attributions"),
+    ],
+)
+def test_what_was_not_saved_is_not_loaded(tmp_path, name, write, message):
+    write(tmp_path / name)
+    with pytest.raises(ValueError, match=message):
+        pyglobenc.load(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.safetensors"])
+def test_loading_a_missing_file_names_it(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match=name):
+        pyglobenc.load(tmp_path / name)
+
+
+def full_disk(*args):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def interrupt(*args):
+    raise KeyboardInterrupt
+
+
+WRITERS = {
+    "a.json": lambda path: attribution().save(path),
+    "a.safetensors": lambda path: attribution().save(path),
+    "a.html": lambda path: attribution().to_html(path),
+    "a.png": lambda path: attribution().to_png(path),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize(
+    "step, fault, error", [("fsync", full_disk, OSError), ("replace", full_disk, OSError), ("replace", interrupt, KeyboardInterrupt)]
+)
+def test_a_write_that_fails_leaves_what_stood_there(tmp_path, monkeypatch, name, step, fault, error):
+    path = tmp_path / name
+    path.write_text("before")
+    monkeypatch.setattr(os, step, fault)
+    with pytest.raises(error) as caught:
+        WRITERS[name](path)
+    assert path.read_text() == "before" and os.listdir(tmp_path) == [name]
+    if error is OSError:
+        assert one_line(caught.value) == f"{path}: No space left on device"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a disk that is always full")
+def test_a_full_device_says_so():
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        attribution().to_html("/dev/full")
+    assert caught.value.errno == errno.ENOSPC and caught.value.filename == "/dev/full"
+
+
+def test_files_are_replaced_through_links_and_by_their_own_name(tmp_path):
+    (tmp_path / "file").write_bytes(b"old")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    write_file(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_bytes() == b"new"
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        write_file(tmp_path / "nowhere" / "file", b"")
+
+
+def test_check_writable_names_what_is_wrong(tmp_path):
+    check_writable(tmp_path / "new")
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        check_writable(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        check_writable(tmp_path / "nowhere" / "new")
+
+
+def test_check_writable_sees_permissions(tmp_path, monkeypatch):
+    # root may write anywhere, so the system's answer is replaced
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(PermissionError, match="not writable"):
+        check_writable(tmp_path / "new")
+
+
+def test_decode():
+    assert decode("\ufeffa\r\nb\rc\n\u00e9".encode(), "f") == "a\nb\nc\n\u00e9"
+    with pytest.raises(ValueError, match="^f: not UTF-8 text .byte 0xff at offset 2.$"):
+        decode(b"ab\xff", "f")
