@@ -57,7 +57,7 @@ def main() -> None:
     if args.job == "demo":
         command = (python, "-m", "pyglobenc", "explain", SENTENCE, "--model", "minilm", "--merge-words", "--html", "demo.html")
     else:
-        command = (python, "-m", "pytest", "tests")
+        command = (python, "-m", "pytest")
     run(*command, *rest)
 
 
