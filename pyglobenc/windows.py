@@ -45,11 +45,12 @@ def encode(tokenizer: Any, text: str, name: str, limit: int | None, long: str = 
         ValueError: no token, or more than limit with long="error"; stride that leaves gaps, limit without room for text.
     """
     try:
-        found = tokenizer(
-            text, truncation=False, padding=False, verbose=False, return_special_tokens_mask=True, return_offsets_mapping=tokenizer.is_fast
-        )
+        text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"explain: {name} isn't valid Unicode (a lone surrogate at character {error.start})") from error
+    found = tokenizer(
+        text, truncation=False, padding=False, verbose=False, return_special_tokens_mask=True, return_offsets_mapping=tokenizer.is_fast
+    )
     special = [bool(flag) for flag in found["special_tokens_mask"]]
     if all(special):
         raise ValueError(f"explain: {name} holds nothing that the tokenizer knows: {text[:40]!r}")
