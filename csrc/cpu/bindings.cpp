@@ -92,9 +92,16 @@ static void rollout_step(const py::tuple& given, const py::object& r, const py::
     in_use->rollout_step(args, from, to);
 }
 
-static void exp2_of(const py::object& x, const py::object& out) {
+static void head_gram(const py::object& v, const py::object& kernel, const py::object& projected, const py::object& gram,
+                      const py::object& cross, int threads) {
+    const View views[] = {view(v), view(kernel), view(projected), view(gram), view(cross)};
+    py::gil_scoped_release nogil;
+    in_use->head_gram(views[0], views[1], views[2], views[3], views[4], threads < 1 ? 1 : threads);
+}
+
+static void exp_of(const py::object& x, const py::object& out) {
     const View from = view(x), to = view(out);
-    in_use->exp2(static_cast<const float*>(from.data), static_cast<float*>(to.data), from.shape[0]);
+    in_use->exp(static_cast<const float*>(from.data), static_cast<float*>(to.data), from.shape[0]);
 }
 
 }  // namespace pyglobenc
@@ -111,5 +118,6 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("use", use, "Use the instruction set of this name.");
     m.def("token_norms", token_norms);
     m.def("rollout_step", rollout_step);
-    m.def("exp2", exp2_of);
+    m.def("head_gram", head_gram);
+    m.def("exp", exp_of);
 }

@@ -39,7 +39,8 @@ struct Kernels {
     bool (*supported)();
     void (*token_norms)(const PairArgs& args, const View& out);                    // out [B, T or n, n]
     void (*rollout_step)(const PairArgs& args, const View& r, const View& out);    // r, out [B, T, n]
-    void (*exp2)(const float* x, float* out, int64_t count);
+    void (*head_gram)(const View& v, const View& kernel, const View& projected, const View& gram, const View& cross, int threads);
+    void (*exp)(const float* x, float* out, int64_t count);
 };
 
 extern const Kernels kernels_portable;

@@ -8,8 +8,6 @@
 namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
-constexpr float LOG2E = 1.44269504088896340736f;
-
 static inline int64_t aligned(int64_t count) { return (count + 15) / 16 * 16; }  // floats, to a cache line
 
 static inline int64_t at(const View& v, int64_t a, int64_t b = 0, int64_t c = 0, int64_t d = 0) {
@@ -48,7 +46,7 @@ struct Example {
 // Blocks of I queries, the unit that is streamed past a tile of keys.
 struct Queries {
     float* q;           // [blocks, H, dh, I]
-    float* offset;      // [blocks, H, I] -lse * log2(e); -inf beyond the last query, whose probabilities are then 0
+    float* offset;      // [blocks, H, I] -lse; -inf beyond the last query, whose probabilities are then 0
     int32_t* position;  // [blocks, I] -1 beyond the last query
 };
 
@@ -64,7 +62,7 @@ static void pack_queries(const PairArgs& args, const Example& example, int64_t b
         if (count < I) std::memset(q, 0, sizeof(float) * dh * I);
         for (int64_t l = 0; l < count; ++l) {
             widen(args.q, example.b, h, position[l], q + l, I);
-            offset[l] = -number(args.lse, example.b, h, position[l]) * LOG2E;
+            offset[l] = -number(args.lse, example.b, h, position[l]);
         }
         for (int64_t l = count; l < I; ++l) offset[l] = -INFINITY;
     }

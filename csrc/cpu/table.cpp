@@ -23,6 +23,6 @@ static bool supported() {
 }  // namespace PYGLOBENC_ISA
 
 const Kernels JOIN(kernels_, PYGLOBENC_ISA) = {TEXT(PYGLOBENC_ISA), PYGLOBENC_ISA::supported, PYGLOBENC_ISA::token_norms,
-                                               PYGLOBENC_ISA::rollout_step, PYGLOBENC_ISA::exp2};
+                                               PYGLOBENC_ISA::rollout_step, PYGLOBENC_ISA::head_gram, PYGLOBENC_ISA::exp};
 
 }  // namespace pyglobenc

@@ -6,7 +6,7 @@
 namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
-// Probabilities of one head, alpha[j, i] = 2^(scale * q_i . k_j + offset_i), to alpha[j * key_stride + i].
+// Probabilities of one head, alpha[j, i] = exp(scale * q_i . k_j + offset_i), to alpha[j * key_stride + i].
 template <int VT>
 static void probabilities(const float* q,       // [dh, I]
                           const float* k,       // [dh, J]
@@ -22,7 +22,7 @@ static void probabilities(const float* q,       // [dh, I]
         }
     }
     for (int j = 0; j < J; ++j)
-        for (int v = 0; v < VT; ++v) store(alpha + j * key_stride + v * W, exp2(acc[j][v] * scale + load(offset + v * W)));
+        for (int v = 0; v < VT; ++v) store(alpha + j * key_stride + v * W, exp(acc[j][v] * scale + load(offset + v * W)));
 }
 
 // a^T G a of one key for VT vectors of queries; form as pack_form leaves it.

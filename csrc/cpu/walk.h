@@ -4,10 +4,7 @@
 // depend neither on the number of threads nor on the size of the blocks.
 #pragma once
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
+#include "parallel.h"
 #include "tile.h"
 
 namespace pyglobenc {
@@ -16,19 +13,6 @@ namespace PYGLOBENC_ISA {
 constexpr int64_t KEYS = 48 / J * J;            // most keys of a block
 constexpr int64_t SCRATCH = 384 * 1024;         // bytes a block of keys may take of the second-level cache
 constexpr int64_t CHUNK = 8192;                 // packed queries at a time, unless one example has more
-constexpr int64_t SERIAL = int64_t(1) << 20;    // multiply-adds that aren't worth waking a thread for
-
-struct Memory {
-    void* start;
-    explicit Memory(int64_t bytes) : start(allocate(bytes)) {}
-    ~Memory() { release(start); }
-    Memory(const Memory&) = delete;
-    Memory& operator=(const Memory&) = delete;
-    template <class T>
-    T* as(int64_t offset = 0) const {
-        return reinterpret_cast<T*>(static_cast<char*>(start) + offset);
-    }
-};
 
 // Norms of one tile, for a sink.
 struct Tile {
@@ -154,7 +138,7 @@ static void visit(const PairArgs& args, const Example& example, const Keys& keys
     for (int64_t h = 0; h < H; ++h)
         for (int64_t t = 0; t < tiles; ++t)
             probabilities<VT>(queries.q + (slot * H + h) * dh * I, keys.k + (h / group * tiles + t) * dh * J,
-                              queries.offset + (slot * H + h) * I, args.scaling * LOG2E, dh, alpha + (t * J * H + h) * I, H * I);
+                              queries.offset + (slot * H + h) * I, args.scaling, dh, alpha + (t * J * H + h) * I, H * I);
     for (int64_t j = 0; j < keys.count; j += J) {
         const int64_t count = keys.count - j < J ? keys.count - j : J;
         const Overlap overlap(args, key[j], key[j + count - 1], low, high);
@@ -201,11 +185,7 @@ static void walk(const PairArgs& args, Sink& sink) {
         sink.open(chunk.blocks);
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
-#ifdef _OPENMP
-            float* const mine = scratch + omp_get_thread_num() * layout.total();
-#else
-            float* const mine = scratch;
-#endif
+            float* const mine = scratch + thread() * layout.total();
 #pragma omp for schedule(dynamic)
             for (int64_t slot = 0; slot < chunk.blocks; ++slot) {
                 int64_t b = chunk.first;

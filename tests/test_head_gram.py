@@ -1,0 +1,106 @@
+import pytest
+import torch
+from direct import stage_matrix
+from numerics import assert_as_good_as_torch
+from pair_cases import KERNELS, Case, factor, layer, running
+
+from pyglobenc.ops import gram_kernels, head_gram
+
+CASES = [
+    Case(B=40, n=1, H=1, Hkv=1, dh=1, d=3, norms=0),
+    Case(B=3, n=13, H=5, Hkv=1, dh=7, d=35),
+    Case(n=64, H=3, Hkv=3, dh=6, d=18, norms=1),
+    Case(n=65, H=6, Hkv=2, dh=17, d=102),
+    Case(B=1, n=300, H=2, Hkv=2, dh=33, d=70),
+    Case(B=1, n=130, H=12, Hkv=12, dh=64, d=768),
+]
+
+
+def arguments(case):
+    """v, K, x and P of a random layer, in float64."""
+    t = layer(case)
+    kernel, cross_kernel = gram_kernels(t["weight"], t["gammas"])
+    return t, (t["v"], kernel, t["x"], cross_kernel)
+
+
+def compare(out, args, kernel):
+    exact = head_gram(*(a.double() for a in args), backend="reference")
+    torch_out = head_gram(*args, backend="reference")
+    for values in zip(out, exact, torch_out, strict=True):
+        assert_as_good_as_torch(*values, factor(kernel))
+
+
+@pytest.mark.parametrize("case", [Case(n=5, norms=0), Case(n=6, norms=1, H=6, Hkv=2), Case(n=7, norms=2)], ids=str)
+def test_reference_is_the_definition(case):
+    t, args = arguments(case)
+    v = t["v"].repeat_interleave(case.H // case.Hkv, dim=1)
+    stage = stage_matrix(case.d, t["gammas"])
+    mapped = torch.einsum("bhjc,hcd->bjhd", v, t["weight"]) @ stage
+    gram, cross = head_gram(*args, backend="reference")
+    torch.testing.assert_close(gram, mapped @ mapped.mT)
+    torch.testing.assert_close(cross, (mapped * (t["x"] @ stage)[:, :, None]).sum(-1))
+    alone, nothing = head_gram(*args[:2], backend="reference")
+    assert torch.equal(alone, gram) and nothing is None
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernel_is_as_good_as_torch(case, kernel):
+    args = tuple(a.float() for a in arguments(case)[1])
+    with running(kernel) as backend:
+        gram, cross = head_gram(*args, backend=backend)
+        alone, nothing = head_gram(*args[:2], backend=backend)
+    compare((gram, cross), args, kernel)
+    assert torch.equal(alone, gram) and nothing is None
+    assert torch.equal(gram, gram.mT)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_strided_inputs(kernel):
+    args = tuple(a.float() for a in arguments(Case(n=37))[1])
+    strided = tuple(torch.stack([a, a], -1)[..., 0] for a in args)
+    with running(kernel) as backend:
+        for first, second in zip(head_gram(*args, backend=backend), head_gram(*strided, backend=backend), strict=True):
+            assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("B, n", [(0, 3), (2, 0)])
+def test_empty(B, n, kernel):
+    v, k = torch.zeros(B, 2, n, 8), torch.zeros(4, 8, 4, 8)
+    with running(kernel) as backend:
+        gram, cross = head_gram(v, k, torch.zeros(B, n, 5), torch.zeros(4, 8, 5), backend=backend)
+    assert gram.shape == (B, n, 4, 4) and cross.shape == (B, n, 4)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_threads_do_not_change_the_result(kernel):
+    args = tuple(a.float() for a in arguments(Case(B=3, n=150))[1])[:2]
+    before = torch.get_num_threads()
+    results = []
+    with running(kernel) as backend:
+        try:
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                results.append(head_gram(*args, backend=backend)[0])
+        finally:
+            torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_arguments_are_checked():
+    v, kernel, x, cross_kernel = arguments(Case(n=6))[1]
+    with pytest.raises(ValueError, match="head_gram: v must be"):
+        head_gram(v[0], kernel)
+    with pytest.raises(ValueError, match="given together"):
+        head_gram(v, kernel, x)
+    with pytest.raises(ValueError, match="multiple of that of key-value heads"):
+        head_gram(v[:, :3], kernel)
+    with pytest.raises(TypeError, match="one dtype"):
+        head_gram(v.float(), kernel)
+
+
+def test_opcheck():
+    args = tuple(a.float() for a in arguments(Case(n=6))[1])
+    torch.library.opcheck(torch.ops.pyglobenc.head_gram.default, (*args[:2], "auto"))
+    torch.library.opcheck(torch.ops.pyglobenc.head_gram_cross.default, (*args, "auto"))
