@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 # tokenizers without a limit say so with a huge number
 NO_LIMIT = 10**9
+# problem types of a classifier that picks one class
+ONE_OF_MANY = (None, "single_label_classification")
 
 
 def longest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: int | None) -> int | None:
@@ -50,6 +54,19 @@ def check_target(runner: Runner, encoded: Encoded, name: str) -> None:
         raise ValueError(f"explain: the tokenizer isn't the model's: token id {largest}, and the model has {vocabulary} embeddings")
 
 
+# a text's target, None for the class that the method itself predicts, and the windows that hold it
+Plan = tuple[int | None, list[list[int]]]
+
+
+class Row(NamedTuple):
+    """What a window's computation gave."""
+
+    scores: np.ndarray  # as long as the window
+    log_scale: float
+    target: int  # class, or position in the window
+    logits: Tensor | None  # (classes,) of a classifier
+
+
 class Runner:
     """A method ready to run on a model.
 
@@ -60,6 +77,9 @@ class Runner:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: Options):
         self.method = find_method(options.method)
         self._run = self.method.build(model, options.backend, options.dtype)
+        self.is_classifier = type(model).__name__.endswith("ForSequenceClassification")
+        if self.method.target == "class" and not self.is_classifier:
+            raise ValueError(f"explain: {options.method} explains a class of a ...ForSequenceClassification, got {type(model).__name__}")
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise TypeError(f"explain: tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}")
         if options.merge_words and not tokenizer.is_fast:
@@ -70,43 +90,57 @@ class Runner:
         self.versions |= {"torch": torch.__version__, "transformers": transformers.__version__}
 
     def run(self, texts: list[Encoded]) -> Iterator[dict[str, Any]]:
-        """Of each text, as fields of `Attribution`: scores (n,), log_scale, target and what the model predicts."""
-        jobs, waiting, done = [], 0, {}
+        """Of each text, as fields of `Attribution`: scores (n,), log_scale, target, windows and what the model predicts."""
+        jobs, waiting, done = [], 0, defaultdict(list)
         plans = [self._plan(text) for text in texts]
         for index, (_, windows) in enumerate(plans):
             jobs += [(index, window) for window in windows]
         for start in range(0, len(jobs), self.options.batch_size):
             batch = jobs[start : start + self.options.batch_size]
             for (index, _), row in zip(batch, self._rows(texts, plans, batch), strict=True):
-                done.setdefault(index, []).append(row)
-            while waiting < len(texts) and len(done.get(waiting, ())) == len(plans[waiting][1]):
-                yield self._joined(texts[waiting], *plans[waiting], done.pop(waiting))
+                done[index].append(row)
+            while waiting < len(texts) and len(done[waiting]) == len(plans[waiting][1]):
+                yield self._joined(texts[waiting], plans[waiting], done.pop(waiting))
                 waiting += 1
 
-    def _plan(self, text: Encoded) -> tuple[int, list[list[int]]]:
-        """The text's target, and its windows that hold it."""
+    def _plan(self, text: Encoded) -> Plan:
         target = self.options.target
-        if self.method.target == "class":
-            return self._predicted_class(text) if target is None else target, text.windows
-        target = (target or 0) % len(text.tokens)
-        return target, [window for window in text.windows if target in window]
+        if self.method.target == "token":
+            target = (target or 0) % len(text.tokens)
+            return target, [window for window in text.windows if target in window]
+        if target is None and len(text.windows) > 1:
+            # all windows explain one class
+            target = self._predict(text)
+        return target, text.windows
 
-    def _predicted_class(self, text: Encoded) -> int:
-        with torch.no_grad():
-            logits = [self.model(**self._batch([text], [window])).logits[0] for window in text.windows]
+    @torch.no_grad()
+    def _predict(self, text: Encoded) -> int:
+        """The class with the largest logit, averaged over windows."""
+        logits = [self.model(**self._batch([text], [window])).logits[0] for window in text.windows]
         return int(torch.stack(logits).mean(0).argmax())
 
-    def _rows(self, texts: list[Encoded], plans: list, jobs: list[tuple[int, list[int]]]) -> list[tuple]:
-        """Scores of each job's window, their log_scale, and the classifier's logits or None."""
-        of_class = self.method.target == "class"
-        targets = [plans[index][0] if of_class else window.index(plans[index][0]) for index, window in jobs]
+    def _rows(self, texts: list[Encoded], plans: list[Plan], jobs: list[tuple[int, list[int]]]) -> list[Row]:
+        """One for each job, a text's index and a window."""
         batch = self._batch([texts[index] for index, _ in jobs], [window for _, window in jobs])
-        rows = self._run(batch, torch.tensor(targets, device=self.model.device))
-        scores, log_scale = rows.scores.detach().cpu().numpy(), rows.log_scale.tolist()
-        logits = self._logits(rows.output)
-        return [(scores[b, : len(window)], log_scale[b], None if logits is None else logits[b]) for b, (_, window) in enumerate(jobs)]
+        rows = self._run(batch, self._targets(texts, plans, jobs))
+        scores, log_scale, targets = rows.scores.detach().cpu().numpy(), rows.log_scale.tolist(), rows.targets.tolist()
+        logits = [None] * len(jobs)
+        if self.is_classifier and self.model.config.num_labels > 1 and self.model.config.problem_type in ONE_OF_MANY:
+            logits = list(rows.output.logits.detach().double().cpu())
+        return [Row(scores[b, : len(window)], log_scale[b], targets[b], logits[b]) for b, (_, window) in enumerate(jobs)]
 
-    def _batch(self, texts: list[Encoded], windows: list[list[int]]) -> Mapping[str, Tensor]:
+    def _targets(self, texts: list[Encoded], plans: list[Plan], jobs: list[tuple[int, list[int]]]) -> Tensor | None:
+        """(B,) int64, or None where every target is the class predicted."""
+        targets = [plans[index][0] for index, _ in jobs]
+        if self.method.target == "token":
+            targets = [window.index(target) for target, (_, window) in zip(targets, jobs, strict=True)]
+        elif all(target is None for target in targets):
+            return None
+        else:
+            targets = [self._predict(texts[index]) if target is None else target for target, (index, _) in zip(targets, jobs, strict=True)]
+        return torch.tensor(targets, device=self.model.device)
+
+    def _batch(self, texts: list[Encoded], windows: list[list[int]]) -> dict[str, Tensor]:
         """The model's inputs (B, n), padded on the right whatever the tokenizer's side, so that a window's positions start at 0."""
         width = max(len(window) for window in windows)
         fill = {"input_ids": self.tokenizer.pad_token_id or 0}
@@ -117,22 +151,14 @@ class Runner:
         mask = [[1] * len(window) + [0] * (width - len(window)) for window in windows]
         return batch | {"attention_mask": torch.tensor(mask, device=self.model.device)}
 
-    def _logits(self, output: Any) -> Tensor | None:
-        """Logits (B, classes) of a classifier that picks one of several classes; None for any other model."""
-        config = self.model.config
-        one_of_many = config.num_labels > 1 and config.problem_type in (None, "single_label_classification")
-        if not type(self.model).__name__.endswith("ForSequenceClassification") or not one_of_many or output is None:
-            return None
-        return output.logits.detach().double().cpu()
-
-    def _joined(self, text: Encoded, target: int, windows: list[list[int]], rows: list[tuple]) -> dict[str, Any]:
-        scores, log_scale = join(len(text.tokens), windows, [row[0] for row in rows], [row[1] for row in rows])
-        classes = self.model.config.id2label
-        name = classes[target] if self.method.target == "class" else text.tokens[target]
-        fields = dict(scores=scores, log_scale=log_scale, target=target, target_name=name, target_kind=self.method.target)
-        fields["windows"] = text.spans(windows)
-        if rows[0][2] is None:
+    def _joined(self, text: Encoded, plan: Plan, rows: list[Row]) -> dict[str, Any]:
+        of_class, classes = self.method.target == "class", self.model.config.id2label
+        target = rows[0].target if of_class else plan[0]
+        scores, log_scale = join(len(text.tokens), plan[1], [row.scores for row in rows], [row.log_scale for row in rows])
+        fields = dict(scores=scores, log_scale=log_scale, target=target, target_kind=self.method.target, windows=text.spans(plan[1]))
+        fields["target_name"] = classes[target] if of_class else text.tokens[target]
+        if rows[0].logits is None:
             return fields
-        probabilities = torch.stack([row[2] for row in rows]).mean(0).softmax(0)
+        probabilities = torch.stack([row.logits for row in rows]).mean(0).softmax(0)
         best = int(probabilities.argmax())
         return fields | {"label": classes[best], "probability": float(probabilities[best])}

@@ -6,13 +6,13 @@ import pytest
 import torch
 from models import build
 from tiny import classifier, minilm, tokenizer
-from transformers import ByT5Tokenizer
+from transformers import BertForTokenClassification, ByT5Tokenizer
 
 import pyglobenc
-from pyglobenc import GlobEnc, Rollout, explain
+from pyglobenc import GlobEnc, Rollout, TransformerAttribution, explain
 from pyglobenc.batches import Runner
 from pyglobenc.explain import explain_each
-from pyglobenc.methods.registry import METHODS, Method, Rows
+from pyglobenc.methods.registry import METHODS, RELEVANCE, Method, Rows
 from pyglobenc.windows import encode, join
 
 TEXT = "the good film is deep, filming."
@@ -54,13 +54,34 @@ def test_real_text_in_any_script_is_kept_whole():
     assert "[UNK]" in a.tokens and np.isfinite(a.scores).all()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].target == "token"])
 def test_every_method_is_explained_as_it_computes(method):
     a = explain(classifier(), tokenizer(), TEXT, method=method, target=2)
     scores, log_scale = alone(classifier(), a.token_ids, 2, method)
     assert np.array_equal(a.scores, scores) and a.log_scale == log_scale and a.method == method
     assert a.target == 2 and a.target_name == "good" and a.target_kind == "token"
     assert METHODS[method].summary and METHODS[method].name == method
+
+
+@pytest.mark.parametrize("target", [None, 0, 1])
+@pytest.mark.parametrize("method", RELEVANCE)
+def test_every_variant_is_explained_as_it_computes(method, target):
+    a = explain(classifier(), tokenizer(), TEXT, method=method, target=target)
+    attribute = TransformerAttribution(classifier())
+    expected = attribute(input_ids=torch.tensor([a.token_ids]), target=target, variant=RELEVANCE[method][0])
+    assert np.array_equal(a.scores, expected.scores[0].numpy()) and a.log_scale == 0 and a.target_kind == "class"
+    assert a.target == int(expected.target) and a.target_name == ["BAD", "GOOD"][a.target] and a.label is not None
+    assert a.target_name == a.label or target is not None
+
+
+def test_classes_of_several_texts_are_those_of_each_alone():
+    texts = [TEXT, LONG, "good", LONG[5:200], "a b"]
+    options = dict(method="transformer-attribution", long="windows")
+    several = explain(classifier(), tokenizer(), texts, batch_size=3, progress=False, **options)
+    for a, text in zip(several, texts, strict=True):
+        one = explain(classifier(), tokenizer(), text, batch_size=1, **options)
+        assert a.target_name == a.label == one.target_name and a.windows == one.windows
+        torch.testing.assert_close(torch.tensor(a.scores), torch.tensor(one.scores))
 
 
 def test_classifiers_tell_what_they_predict():
@@ -171,34 +192,33 @@ def test_join_keeps_silent_windows_and_single_ones():
     assert scores * np.exp(log_scale) == pytest.approx([0.25, (-0.75 + 0.5) / 2, 0.5])
 
 
-def by_class(calls):
-    """A method that explains a class: its index, one score a token."""
+def test_windows_all_explain_one_class(monkeypatch):
+    calls = []
 
     def build_it(model, backend, dtype):
         def run(batch, targets):
-            calls.append(targets.tolist())
-            output = model(**batch)
-            mask = batch["attention_mask"]
-            return Rows(mask * (1.0 + targets[:, None]), torch.zeros(len(mask)), output)
+            calls.extend(targets.tolist())
+            scores = batch["attention_mask"].double()
+            return Rows(scores, torch.zeros(len(scores)), targets, model(**batch))
 
         return run
 
-    return Method("by-class", "for tests", build_it, target="class")
+    monkeypatch.setitem(METHODS, "by-class", Method("by-class", "for tests", build_it, target="class"))
+    a = explain(classifier(), tokenizer(), LONG, method="by-class", long="windows", batch_size=2)
+    assert calls == [a.target] * len(a.windows) and a.target_name == a.label
+    assert a.windows[0][0] == 1 and a.windows[-1][1] == len(a) - 1
+    other = explain(classifier(), tokenizer(), LONG, method="by-class", long="windows", target=1 - a.target)
+    assert other.target == 1 - a.target and other.label == a.label
 
 
-def test_methods_that_explain_a_class(monkeypatch):
-    calls = []
-    monkeypatch.setitem(METHODS, "by-class", by_class(calls))
-    a = explain(classifier(), tokenizer(), TEXT, method="by-class")
-    assert a.target_kind == "class" and a.target_name == a.label == ["BAD", "GOOD"][a.target] and calls == [[a.target]]
-    other = explain(classifier(), tokenizer(), TEXT, method="by-class", target=1 - a.target)
-    assert other.target_name != a.label and other.label == a.label
+def test_methods_that_explain_a_class_say_what_they_lack():
     with pytest.raises(ValueError, match=r"target must be a class in \[0, 2\), got 2"):
-        explain(classifier(), tokenizer(), TEXT, method="by-class", target=2)
-    calls.clear()
-    long = explain(classifier(), tokenizer(), LONG, method="by-class", long="windows", batch_size=2)
-    assert {target for batch in calls for target in batch} == {long.target} and long.target_name == long.label
-    assert long.windows[0][0] == 1 and long.windows[-1][1] == len(long) - 1
+        explain(classifier(), tokenizer(), TEXT, method="transformer-attribution", target=2)
+    with pytest.raises(ValueError, match="BertModel has no head to explain"):
+        explain(build("bert"), tokenizer(), TEXT, method="transformer-attribution")
+    tagger = BertForTokenClassification(classifier().config).double().eval()
+    with pytest.raises(ValueError, match="explains a class of a ...ForSequenceClassification, got BertForTokenClassification"):
+        explain(tagger, tokenizer(), TEXT, method="transformer-attribution")
 
 
 @pytest.mark.parametrize(

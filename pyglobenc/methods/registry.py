@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from pyglobenc.methods import family
 from pyglobenc.methods.globenc import GlobEnc
+from pyglobenc.methods.transformer_attribution import TransformerAttribution
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,12 @@ class Rows:
 
     scores: Tensor  # (B, n), padding 0
     log_scale: Tensor  # (B,), the method's own value is scores * exp(log_scale)
+    targets: Tensor  # (B,) int64, what was explained
     output: Any  # what the model returned
 
 
-# of a batch, and targets (B,) int64: token positions or classes
-Run = Callable[[Mapping[str, Tensor], Tensor], Rows]
+# of a batch, and targets (B,) int64: token positions, or classes, of which None is the predicted ones
+Run = Callable[[Mapping[str, Tensor], Tensor | None], Rows]
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Method:
         name: what users call it.
         summary: one line, with the paper.
         build: called with model, backend and dtype as `GlobEnc` takes them; returns what computes the rows of a batch.
-        target: "token" if targets are positions, "class" if they are the model's classes.
+        target: "token" if targets are positions, "class" if they are classes of a sequence classifier.
     """
 
     name: str
@@ -49,12 +51,32 @@ def _rollout(name: str, model: PreTrainedModel, backend: str, dtype: torch.dtype
 
     def run(batch: Mapping[str, Tensor], targets: Tensor) -> Rows:
         result = attribute(**batch, targets=targets[:, None])
-        return Rows(result.scores[:, 0], result.log_scale[:, 0], result.output)
+        return Rows(result.scores[:, 0], result.log_scale[:, 0], targets, result.output)
 
     return run
 
 
+def _relevance(variant: str, model: PreTrainedModel, backend: str, dtype: torch.dtype | None) -> Run:
+    """Any variant of `TransformerAttribution`."""
+    attribute = TransformerAttribution(model, backend, dtype)
+
+    def run(batch: Mapping[str, Tensor], targets: Tensor | None) -> Rows:
+        result = attribute(**batch, target=targets, variant=variant)
+        return Rows(result.scores, torch.zeros_like(result.scores[:, 0]), result.target, result.output)
+
+    return run
+
+
+# name -> variant, summary; the last three as the paper's comparison computes them
+RELEVANCE = {
+    "transformer-attribution": ("transformer_attribution", "relevance times attention gradients, rolled out (Chefer et al., CVPR 2021)"),
+    "lrp": ("lrp", "layer-wise relevance of the input tokens, summed over the hidden size; signed (Binder et al., 2016)"),
+    "partial-lrp": ("lrp_last_layer", "layer-wise relevance of the last layer's attention (Voita et al., 2019)"),
+    "attention-gradcam": ("attn_gradcam", "Grad-CAM on the last layer's attention (after Selvaraju et al., 2017)"),
+}
+
 METHODS = {name: Method(name, summary, partial(_rollout, name)) for name, summary in family.METHODS.items()}
+METHODS |= {name: Method(name, summary, partial(_relevance, variant), target="class") for name, (variant, summary) in RELEVANCE.items()}
 
 
 def find_method(name: str) -> Method:
