@@ -6,6 +6,7 @@ returns the reasons it can't run them. The reference runs everything.
 
 import importlib
 import logging
+import os
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -14,6 +15,8 @@ log = logging.getLogger("pyglobenc")
 
 ROOMS = {"reference": "pyglobenc.reference", "cpu": "pyglobenc.cpu", "triton": "pyglobenc.kernels", "cuda": "pyglobenc.cuda"}
 BACKENDS = ("auto", *ROOMS)
+# as Triton reads it when it is imported
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 def check_backend(backend: str, who: str) -> None:
@@ -49,6 +52,8 @@ def pick(op: str, backend: str, available: tuple[str, ...], args: tuple) -> Call
     refused = []
     for name in available if backend == "auto" else (backend,):
         why = reasons(op, name, args) if name in available else [f"{op} has no {name} kernel"]
+        if not why and backend == "auto" and name == "triton" and INTERPRETED:
+            why = ["runs interpreted, only when asked for by name"]
         if not why:
             if refused and backend == "auto":
                 log_once(f"{op}: running on {name}; " + "; ".join(refused))

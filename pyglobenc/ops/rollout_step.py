@@ -8,7 +8,7 @@ from pyglobenc.ops._checks import check_floats, check_shape
 from pyglobenc.ops.token_norms import check_attention_args
 from pyglobenc.reference.rollout_step import rescale_rows
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("triton", "cpu", "reference")
 
 
 def rollout_step(

@@ -1,0 +1,74 @@
+"""What the Triton launchers share: the device's limits, the precision the caller chose, and reasons a kernel can't run."""
+
+import contextlib
+import os
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+
+MAX_HEADS = 64
+MAX_HEAD_DIM = 256
+HALF = (torch.float16, torch.bfloat16)
+
+# bytes of shared memory that one program may use, by compute capability (CUDA C++ programming guide, table of technical specifications)
+SHARED_LIMITS = {80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448, 120: 101_376}
+SMALLEST_LIMIT = 65_536  # of AMD's compute units, and below every NVIDIA GPU since Ampere
+INTERPRETED_LIMIT = SHARED_LIMITS[90]
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernels in its interpreter, on CPU tensors; the variable is read when triton is imported."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory that one program may use on a device."""
+    if device.type != "cuda":
+        return INTERPRETED_LIMIT
+    if torch.version.hip:
+        return SMALLEST_LIMIT
+    major, minor = torch.cuda.get_device_capability(device)
+    return SHARED_LIMITS.get(10 * major + minor, SMALLEST_LIMIT)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device; 2 stand for the interpreter's, so that it too splits long loops."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Context in which launches go to a tensor's device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def float32_precision() -> str:
+    """How float32 products run on tensor cores: "tf32" where the caller allows it, else three tf32 products that keep float32's digits."""
+    if torch.version.hip:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
+def device_reasons(tensors: dict[str, Tensor | None]) -> list[str]:
+    """Why these tensors can't meet in a Triton kernel, dtypes aside."""
+    given = {name: t for name, t in tensors.items() if t is not None}
+    devices = {t.device for t in given.values()}
+    if len(devices) > 1:
+        return ["tensors are on several devices: " + ", ".join(f"{name} {t.device}" for name, t in given.items())]
+    device = devices.pop()
+    if device.type == "cuda":
+        if interpreting():
+            return ["TRITON_INTERPRET is set: kernels run interpreted, on CPU tensors"]
+        if not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+            return ["needs compute capability 8.0 or later"]
+        return []
+    if device.type != "cpu" or not interpreting():
+        return [f"needs tensors on a GPU, got {device}"]
+    return []
+
+
+def power_of_two(size: int, least: int) -> int:
+    """Smallest power of two that is at least size and least."""
+    return max(least, triton.next_power_of_2(size))

@@ -1,0 +1,170 @@
+"""Tiles of the norms of decomposed vectors, all heads at once: what `token_norms` and `rollout_step` share.
+
+    norm[i, j]^2 = a^T G[j] a + (i == j) (2 a . c[i] + residual_sq[i]),   a = alpha[:, i, j] = exp(scaling q[:, i] . k[:, j] - lse[:, i])
+
+A program holds BLOCK_J keys and streams BLOCK_I queries. The heads are the batch of one 3-D product for the scores; the keys are the
+batch of a second one, of alpha with G, so both run on tensor cores and no list of per-head tiles fills the registers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pyglobenc.kernels._device import (
+    HALF,
+    MAX_HEAD_DIM,
+    MAX_HEADS,
+    device_reasons,
+    float32_precision,
+    interpreting,
+    power_of_two,
+    processors,
+    shared_limit,
+)
+
+BLOCK_I = 16
+
+
+@triton.jit
+def load_heads(X, stride_h, stride_n, heads, head_ok, rows, row_ok, d, HEAD_DIM: tl.constexpr, UPCAST: tl.constexpr):
+    """X[head, row, d] as (heads, rows, d), 0 outside."""
+    offsets = heads.to(tl.int64)[:, None, None] * stride_h + rows.to(tl.int64)[None, :, None] * stride_n + d[None, None, :]
+    ok = head_ok[:, None, None] & row_ok[None, :, None] & (d < HEAD_DIM)[None, None, :]
+    x = tl.load(X + offsets, mask=ok, other=0.0)
+    # the interpreter gets bfloat16 arithmetic wrong
+    return x.to(tl.float32) if UPCAST else x
+
+
+@triton.jit
+def load_gram(G, stride_n, stride_h, stride_g, heads, head_ok, j, j_ok):
+    """G[j] as (keys, heads, heads), 0 outside: heads that only pad weigh nothing."""
+    offsets = j.to(tl.int64)[:, None, None] * stride_n + heads[None, :, None] * stride_h + heads[None, None, :] * stride_g
+    return tl.load(G + offsets, mask=j_ok[:, None, None] & head_ok[None, :, None] & head_ok[None, None, :], other=0.0)
+
+
+@triton.jit
+def own_term(
+    Q, K, LSE, CROSS, RESIDUAL_SQ, stride_qh, stride_qn, stride_kh, stride_kn, stride_lh, stride_ln, stride_cn, stride_ch, stride_rn,
+    heads, head_ok, group, j, j_ok, scaling, HEAD_DIM: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """2 alpha[:, j, j] . c[j] + residual_sq[j] of each key held: (keys,)."""
+    d = tl.arange(0, 16)
+    scores = tl.zeros((heads.shape[0], j.shape[0]), tl.float32)
+    for start in range(0, HEAD_DIM, 16):
+        q = load_heads(Q, stride_qh, stride_qn, heads, head_ok, j, j_ok, start + d, HEAD_DIM, UPCAST)
+        k = load_heads(K, stride_kh, stride_kn, heads // group, head_ok, j, j_ok, start + d, HEAD_DIM, UPCAST)
+        scores += tl.sum(q.to(tl.float32) * k.to(tl.float32), 2)
+    ok = head_ok[:, None] & j_ok[None, :]
+    j64 = j.to(tl.int64)
+    lse = tl.load(LSE + heads.to(tl.int64)[:, None] * stride_lh + j64[None, :] * stride_ln, mask=ok, other=0.0).to(tl.float32)
+    cross = tl.load(CROSS + j64[None, :] * stride_cn + heads[:, None] * stride_ch, mask=ok, other=0.0)
+    alpha = tl.exp(scores * scaling - lse)
+    return 2 * tl.sum(alpha * cross, 0) + tl.load(RESIDUAL_SQ + j64 * stride_rn, mask=j_ok, other=0.0)
+
+
+@triton.jit
+def pair_norms(
+    Q, K, LSE, stride_qh, stride_qn, stride_kh, stride_kn, stride_lh, stride_ln, heads, head_ok, group, i, i_ok, j, j_ok, k_held, gram,
+    own, scaling, left, right, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HELD: tl.constexpr, HAS_OWN: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, SCORES: tl.constexpr, FORM: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Norms of the tile, row scale left out: (keys, queries); 0 outside the window, anything at rows and keys that don't count."""
+    d = tl.arange(0, BLOCK_D)
+    if HELD:
+        q = load_heads(Q, stride_qh, stride_qn, heads, head_ok, i, i_ok, d, HEAD_DIM, UPCAST)
+        scores = tl.dot(q, k_held, input_precision=SCORES)
+    else:
+        scores = tl.zeros((heads.shape[0], i.shape[0], j.shape[0]), tl.float32)
+        for start in range(0, HEAD_DIM, BLOCK_D):
+            q = load_heads(Q, stride_qh, stride_qn, heads, head_ok, i, i_ok, start + d, HEAD_DIM, UPCAST)
+            k = load_heads(K, stride_kh, stride_kn, heads // group, head_ok, j, j_ok, start + d, HEAD_DIM, UPCAST)
+            scores = tl.dot(q, tl.permute(k, (0, 2, 1)), scores, input_precision=SCORES)
+    at = heads.to(tl.int64)[:, None] * stride_lh + i.to(tl.int64)[None, :] * stride_ln
+    lse = tl.load(LSE + at, mask=head_ok[:, None] & i_ok[None, :], other=0.0).to(tl.float32)
+    # subtracted before the change of base, whose rounding would otherwise grow with lse
+    alpha = tl.permute(tl.exp(scores * scaling - lse[:, :, None]), (2, 1, 0))
+    sq = tl.sum(tl.dot(alpha, gram, input_precision=FORM) * alpha, 2)
+    if HAS_OWN:
+        sq += tl.where(i[None, :] == j[:, None], own[:, None], 0.0)
+    norms = tl.sqrt(tl.maximum(sq, 0.0))
+    if HAS_WINDOW:
+        # scores of hidden keys are not in lse: their exponential may be inf
+        norms = tl.where((j[:, None] - i[None, :] <= right) & (i[None, :] - j[:, None] <= left), norms, 0.0)
+    return norms
+
+
+def launch(n_heads: int, head_dim: int, itemsize: int, precision: str, limit: int) -> dict[str, int | bool] | None:
+    """Tile sizes and warps for a shape and a shared-memory limit, or None if nothing fits.
+
+    Queries are read once for every block of keys, `2 H dh / BLOCK_J` bytes a pair in half precision, and from L2 that binds before the
+    arithmetic does with 16 keys (96 bytes a pair for BERT-base at about 10 ps each): so the most keys that fit, and keys held on chip
+    before keys read again. Larger tiles spill; without a cap on registers ptxas spills a few of them to stay at 128.
+    """
+    heads = power_of_two(n_heads, 8)
+    whole = power_of_two(head_dim, 16)
+    for block_j in (32, 16, 8, 4, 2):
+        for block_d in (16,) if itemsize == 4 else (whole, 16):
+            held = block_d == whole
+            fits = shared_bytes(heads, BLOCK_I, block_j, block_d, held, itemsize, precision) <= limit
+            if fits and heads**2 * block_j <= (8_192 if itemsize == 4 else 16_384):
+                tile = dict(HEADS=heads, BLOCK_I=BLOCK_I, BLOCK_J=block_j, BLOCK_D=block_d, HELD=held)
+                return tile | dict(num_warps=8, num_stages=1, maxnreg=224)
+    return None
+
+
+def shared_bytes(heads: int, block_i: int, block_j: int, block_d: int, held: bool, itemsize: int, precision: str) -> int:
+    """Shared memory of a tile, at least what Triton allocates: the keys held, G, and in turn the queries and alpha."""
+    split = 2 if precision == "tf32x3" else 1
+    row = heads * block_d * itemsize
+    keys = block_j * row * (split if itemsize == 4 else 1) if held else 0
+    gram = split * 4 * block_j * heads**2
+    return keys + gram + max(split * 4 * heads * block_i * block_j, block_i * row) + 8_192
+
+
+def pair_settings(q, k, gram, cross, rstd, key_mask, window) -> tuple[dict, dict]:
+    """Flags and tile sizes of a kernel over pairs, by the names of its parameters."""
+    precision = float32_precision()
+    flags = dict(
+        HEAD_DIM=q.shape[3],
+        HAS_OWN=cross is not None,
+        HAS_RSTD=rstd is not None,
+        HAS_MASK=key_mask is not None,
+        HAS_WINDOW=max(window) >= 0,
+        # products of two half-precision numbers are exact as they are
+        SCORES=precision if q.dtype == torch.float32 else "tf32",
+        FORM=precision,
+        UPCAST=interpreting(),
+    )
+    return flags, launch(q.shape[1], q.shape[3], q.element_size(), precision, shared_limit(q.device))
+
+
+def query_shares(programs: int, tiles: int, device: torch.device) -> int:
+    """Parts in which the queries are cut: two programs a multiprocessor where there are that few, each part at least 4 tiles.
+
+    One sequence of 512 tokens is 16 blocks of keys, an eighth of an H200.
+    """
+    return max(1, min(2 * processors(device) // max(programs, 1), tiles // 4))
+
+
+def unit_stride(t: Tensor) -> Tensor:
+    """t with its last axis contiguous."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def strides(t: Tensor | None, dims: int) -> tuple[int, ...]:
+    """Strides of a tensor that may be absent."""
+    return (0,) * dims if t is None else t.stride()
+
+
+def pair_reasons(q: Tensor, gram: Tensor, others: dict[str, Tensor | None]) -> list[str]:
+    """Why a kernel over pairs can't run on these tensors."""
+    reasons = device_reasons({"q": q, "gram": gram, **others})
+    if gram.dtype != torch.float32 or q.dtype not in (*HALF, torch.float32):
+        reasons.append(f"needs gram in float32 and q in float16, bfloat16 or float32, got {gram.dtype} and {q.dtype}")
+    n_heads, head_dim = q.shape[1], q.shape[3]
+    if n_heads > MAX_HEADS or head_dim > MAX_HEAD_DIM:
+        reasons.append(f"takes up to {MAX_HEADS} heads of up to {MAX_HEAD_DIM}, got {n_heads} of {head_dim}")
+    elif not reasons and launch(n_heads, head_dim, q.element_size(), float32_precision(), shared_limit(q.device)) is None:
+        reasons.append(f"no tile of {n_heads} heads of {head_dim} fits the device's shared memory")
+    return reasons

@@ -1,0 +1,145 @@
+"""One layer of the rollout in row mode, fused: out[t, j] = sum_i r[t, i] rstd[i] norm0[i, j], norms rebuilt tile by tile, never stored.
+
+The norms are those of `_pairs` (Modarressi et al., 2022, eq. 6 to 10, expanded over heads). A program owns BLOCK_J keys and a share of
+the queries; shares are summed afterwards, so there are no atomics and a run repeats bit for bit. H*(dh + H) multiply-adds on tensor
+cores and H exponentials a pair, heads padded to a power of two; q is read once for every block of keys, everything else once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pyglobenc.kernels._device import on, power_of_two
+from pyglobenc.kernels._pairs import (
+    load_gram,
+    load_heads,
+    own_term,
+    pair_norms,
+    pair_reasons,
+    pair_settings,
+    query_shares,
+    strides,
+    unit_stride,
+)
+
+# rows of the rollout that one pass carries; more rows take more passes
+MAX_ROWS = 64
+
+
+@triton.jit
+def _rollout_step_kernel(
+    R,  # (B, T, n)
+    Q,  # (B, H, n, dh)
+    K,  # (B, Hkv, n, dh)
+    LSE,  # (B, H, n)
+    GRAM,  # (B, n, H, H)
+    CROSS,  # (B, n, H)
+    RESIDUAL_SQ,  # (B, n)
+    RSTD,  # (B, n)
+    MASK,  # (B, n)
+    OUT,  # (shares, B, T, n)
+    scaling, n, n_heads, group, n_rows, left, right, key_blocks, row_blocks, shares, batch,
+    stride_rb, stride_rt, stride_rn, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    stride_lb, stride_lh, stride_ln, stride_gb, stride_gn, stride_gh, stride_gg, stride_cb, stride_cn, stride_ch,
+    stride_xb, stride_xn, stride_sb, stride_sn, stride_mb, stride_mn,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr, HELD: tl.constexpr, HAS_OWN: tl.constexpr, HAS_RSTD: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, SCORES: tl.constexpr, FORM: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    # neighbours in the grid share their queries, so that they meet in L2
+    block, rest = tl.program_id(0) % key_blocks, tl.program_id(0) // key_blocks
+    share, rest = rest % shares, rest // shares
+    t = (rest % row_blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
+    b = (rest // row_blocks).to(tl.int64)
+    Q += b * stride_qb
+    K += b * stride_kb
+    LSE += b * stride_lb
+    heads = tl.arange(0, HEADS)
+    head_ok = heads < n_heads
+    j = block * BLOCK_J + tl.arange(0, BLOCK_J)
+    j_ok = j < n
+    if HAS_MASK:
+        j_ok = j_ok & (tl.load(MASK + b * stride_mb + j.to(tl.int64) * stride_mn, mask=j_ok, other=0) != 0)
+
+    # queries that see a key of this block, shared out in whole tiles
+    first = tl.maximum(0, block * BLOCK_J - right) // BLOCK_I * BLOCK_I
+    last = tl.minimum(n, (block + 1) * BLOCK_J + left)
+    last = tl.where(tl.max(j_ok.to(tl.int32), 0) > 0, last, first)
+    per_share = tl.cdiv(tl.cdiv(last - first, BLOCK_I), shares) * BLOCK_I
+    first += share * per_share
+    last = tl.minimum(last, first + per_share)
+
+    gram = load_gram(GRAM + b * stride_gb, stride_gn, stride_gh, stride_gg, heads, head_ok, j, j_ok)
+    k_held = 0.0
+    if HELD:
+        k_held = load_heads(K, stride_kh, stride_kn, heads // group, head_ok, j, j_ok, tl.arange(0, BLOCK_D), HEAD_DIM, UPCAST)
+        k_held = tl.permute(k_held, (0, 2, 1))
+    own = 0.0
+    if HAS_OWN:
+        own = own_term(Q, K, LSE, CROSS + b * stride_cb, RESIDUAL_SQ + b * stride_xb, stride_qh, stride_qn, stride_kh, stride_kn,
+                       stride_lh, stride_ln, stride_cn, stride_ch, stride_xn, heads, head_ok, group, j, j_ok, scaling, HEAD_DIM,
+                       UPCAST)  # fmt: skip
+    acc = tl.zeros((BLOCK_J, BLOCK_T), tl.float32)
+    for start in range(first, last, BLOCK_I):
+        i = start + tl.arange(0, BLOCK_I)
+        i_ok = i < n
+        i64 = i.to(tl.int64)
+        if HAS_MASK:
+            # padding may hold anything: it is never loaded
+            i_ok = i_ok & (tl.load(MASK + b * stride_mb + i64 * stride_mn, mask=i_ok, other=0) != 0)
+        norms = pair_norms(Q, K, LSE, stride_qh, stride_qn, stride_kh, stride_kn, stride_lh, stride_ln, heads, head_ok, group, i, i_ok,
+                           j, j_ok, k_held, gram, own, scaling, left, right, HEAD_DIM, BLOCK_D, HELD, HAS_OWN, HAS_WINDOW, SCORES,
+                           FORM, UPCAST)  # fmt: skip
+        at = R + b * stride_rb + i64[:, None] * stride_rn + t.to(tl.int64)[None, :] * stride_rt
+        weights = tl.load(at, mask=i_ok[:, None] & (t < n_rows)[None, :], other=0.0)
+        if HAS_RSTD:
+            weights *= tl.load(RSTD + b * stride_sb + i64 * stride_sn, mask=i_ok, other=0.0)[:, None]
+        if BLOCK_T == 1:
+            acc += tl.sum(norms * tl.sum(weights, 1)[None, :], 1)[:, None]
+        else:
+            acc = tl.dot(norms, weights, acc, input_precision=FORM)
+    acc = tl.where(j_ok[:, None], acc, 0.0)
+    OUT += ((share * batch + b) * n_rows + t.to(tl.int64)[None, :]) * n
+    tl.store(OUT + j[:, None], acc, mask=(j < n)[:, None] & (t < n_rows)[None, :])
+
+
+def not_supported(r, q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, window) -> list[str]:
+    """Why the kernel can't run on these arguments; empty when it can."""
+    others = dict(r=r, k=k, lse=lse, cross=cross, residual_sq=residual_sq, rstd=rstd, key_mask=key_mask)
+    return pair_reasons(q, gram, others)
+
+
+def rollout_step(
+    r: Tensor,
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    gram: Tensor,
+    cross: Tensor | None,
+    residual_sq: Tensor | None,
+    rstd: Tensor | None,
+    key_mask: Tensor | None,
+    scaling: float,
+    window: tuple[int, int],
+) -> Tensor:
+    """See `pyglobenc.ops.rollout_step`: -> r @ norms (B, T, n), not yet rescaled."""
+    batch, n_rows, n = r.shape
+    if r.numel() == 0:
+        return torch.empty_like(r)
+    flags, tiles = pair_settings(q, k, gram, cross, rstd, key_mask, window)
+    key_blocks = triton.cdiv(n, tiles["BLOCK_J"])
+    block_t = 1 if n_rows == 1 else min(MAX_ROWS, power_of_two(n_rows, 16))
+    row_blocks = triton.cdiv(n_rows, block_t)
+    shares = query_shares(key_blocks * row_blocks * batch, triton.cdiv(n, tiles["BLOCK_I"]), q.device)
+    out = r.new_empty(shares, batch, n_rows, n)
+    q, k = unit_stride(q), unit_stride(k)
+    left, right = (n if side < 0 else side for side in window)
+    with on(q.device):
+        _rollout_step_kernel[(key_blocks * shares * row_blocks * batch,)](
+            r, q, k, lse, gram, cross, residual_sq, rstd, key_mask, out,
+            scaling, n, q.shape[1], q.shape[1] // k.shape[1], n_rows, left, right, key_blocks, row_blocks, shares, batch,
+            *r.stride(), *q.stride()[:3], *k.stride()[:3], *lse.stride(), *gram.stride(), *strides(cross, 3), *strides(residual_sq, 2),
+            *strides(rstd, 2), *strides(key_mask, 2), BLOCK_T=block_t, **flags, **tiles,
+        )  # fmt: skip
+    return out.sum(0) if shares > 1 else out[0]

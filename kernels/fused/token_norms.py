@@ -1,0 +1,126 @@
+"""Norms of every (query, key) pair, or of chosen queries, fused: the norms of `_pairs`, scaled by row and written once.
+
+(Modarressi et al., 2022, eq. 6 to 10, expanded over heads.) A program owns BLOCK_J keys and a share of the queries. H*(dh + H)
+multiply-adds on tensor cores and H exponentials a pair, heads padded to a power of two; one float32 written a pair.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pyglobenc.kernels._device import on
+from pyglobenc.kernels._pairs import (
+    load_gram,
+    load_heads,
+    own_term,
+    pair_norms,
+    pair_reasons,
+    pair_settings,
+    query_shares,
+    strides,
+    unit_stride,
+)
+
+
+@triton.jit
+def _token_norms_kernel(
+    Q,  # (B, H, n, dh)
+    K,  # (B, Hkv, n, dh)
+    LSE,  # (B, H, n)
+    GRAM,  # (B, n, H, H)
+    CROSS,  # (B, n, H)
+    RESIDUAL_SQ,  # (B, n)
+    RSTD,  # (B, n)
+    MASK,  # (B, n)
+    ROWS,  # (B, m)
+    OUT,  # (B, m, n)
+    scaling, n, m, n_heads, group, left, right, key_blocks, shares,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_lb, stride_lh, stride_ln,
+    stride_gb, stride_gn, stride_gh, stride_gg, stride_cb, stride_cn, stride_ch,
+    stride_xb, stride_xn, stride_sb, stride_sn, stride_mb, stride_mn, stride_rb, stride_rn,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    HELD: tl.constexpr, HAS_OWN: tl.constexpr, HAS_RSTD: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ROWS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, SCORES: tl.constexpr, FORM: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    block, rest = tl.program_id(0) % key_blocks, tl.program_id(0) // key_blocks
+    share = rest % shares
+    b = (rest // shares).to(tl.int64)
+    Q += b * stride_qb
+    K += b * stride_kb
+    LSE += b * stride_lb
+    heads = tl.arange(0, HEADS)
+    head_ok = heads < n_heads
+    j = block * BLOCK_J + tl.arange(0, BLOCK_J)
+    j_ok = j < n
+    if HAS_MASK:
+        j_ok = j_ok & (tl.load(MASK + b * stride_mb + j.to(tl.int64) * stride_mn, mask=j_ok, other=0) != 0)
+    gram = load_gram(GRAM + b * stride_gb, stride_gn, stride_gh, stride_gg, heads, head_ok, j, j_ok)
+    k_held = 0.0
+    if HELD:
+        k_held = load_heads(K, stride_kh, stride_kn, heads // group, head_ok, j, j_ok, tl.arange(0, BLOCK_D), HEAD_DIM, UPCAST)
+        k_held = tl.permute(k_held, (0, 2, 1))
+    own = 0.0
+    if HAS_OWN:
+        own = own_term(Q, K, LSE, CROSS + b * stride_cb, RESIDUAL_SQ + b * stride_xb, stride_qh, stride_qn, stride_kh, stride_kn,
+                       stride_lh, stride_ln, stride_cn, stride_ch, stride_xn, heads, head_ok, group, j, j_ok, scaling, HEAD_DIM,
+                       UPCAST)  # fmt: skip
+    per_share = tl.cdiv(tl.cdiv(m, BLOCK_I), shares) * BLOCK_I
+    for start in range(share * per_share, tl.minimum(m, (share + 1) * per_share), BLOCK_I):
+        row = start + tl.arange(0, BLOCK_I)
+        row_ok = row < m
+        i = row
+        if HAS_ROWS:
+            i = tl.load(ROWS + b * stride_rb + row * stride_rn, mask=row_ok, other=0).to(tl.int32)
+        i64 = i.to(tl.int64)
+        i_ok = row_ok
+        if HAS_MASK:
+            # padding may hold anything: it is never loaded
+            i_ok = i_ok & (tl.load(MASK + b * stride_mb + i64 * stride_mn, mask=i_ok, other=0) != 0)
+        norms = pair_norms(Q, K, LSE, stride_qh, stride_qn, stride_kh, stride_kn, stride_lh, stride_ln, heads, head_ok, group, i, i_ok,
+                           j, j_ok, k_held, gram, own, scaling, left, right, HEAD_DIM, BLOCK_D, HELD, HAS_OWN, HAS_WINDOW, SCORES,
+                           FORM, UPCAST)  # fmt: skip
+        if HAS_RSTD:
+            norms *= tl.load(RSTD + b * stride_sb + i64 * stride_sn, mask=i_ok, other=0.0)[None, :]
+        norms = tl.where(i_ok[None, :] & j_ok[:, None], norms, 0.0)
+        at = OUT + (b * m + row.to(tl.int64)[None, :]) * n + j[:, None]
+        tl.store(at, norms, mask=row_ok[None, :] & (j < n)[:, None])
+
+
+def not_supported(q, k, lse, gram, cross, residual_sq, rstd, key_mask, rows, scaling, window) -> list[str]:
+    """Why the kernel can't run on these arguments; empty when it can."""
+    others = dict(k=k, lse=lse, cross=cross, residual_sq=residual_sq, rstd=rstd, key_mask=key_mask, rows=rows)
+    return pair_reasons(q, gram, others)
+
+
+def token_norms(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    gram: Tensor,
+    cross: Tensor | None,
+    residual_sq: Tensor | None,
+    rstd: Tensor | None,
+    key_mask: Tensor | None,
+    rows: Tensor | None,
+    scaling: float,
+    window: tuple[int, int],
+) -> Tensor:
+    """See `pyglobenc.ops.token_norms`: -> (B, n, n), or (B, T, n) with rows."""
+    batch, n_heads, n, _ = q.shape
+    m = n if rows is None else rows.shape[1]
+    out = gram.new_empty(batch, m, n)
+    if out.numel() == 0:
+        return out
+    flags, tiles = pair_settings(q, k, gram, cross, rstd, key_mask, window)
+    key_blocks = triton.cdiv(n, tiles["BLOCK_J"])
+    shares = query_shares(key_blocks * batch, triton.cdiv(m, tiles["BLOCK_I"]), q.device)
+    q, k = unit_stride(q), unit_stride(k)
+    left, right = (n if side < 0 else side for side in window)
+    with on(q.device):
+        _token_norms_kernel[(key_blocks * shares * batch,)](
+            q, k, lse, gram, cross, residual_sq, rstd, key_mask, rows, out,
+            scaling, n, m, n_heads, n_heads // k.shape[1], left, right, key_blocks, shares,
+            *q.stride()[:3], *k.stride()[:3], *lse.stride(), *gram.stride(), *strides(cross, 3), *strides(residual_sq, 2),
+            *strides(rstd, 2), *strides(key_mask, 2), *strides(rows, 2), HAS_ROWS=rows is not None, **flags, **tiles,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,143 @@
+"""Compiles the Triton kernels for GPUs that aren't there and reads registers, spills and shared memory; run as a script, prints JSON.
+
+Launchers are called on meta tensors with their kernels replaced by a recorder, so what is compiled is what they would launch.
+Never in a process that interprets Triton.
+"""
+
+import contextlib
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from pyglobenc.kernels import _device
+
+POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.bool: "*i1", torch.int64: "*i64"}
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+
+
+class Recorder:
+    """Stands in for a kernel: keeps what it was launched with."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, []
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launches.append((args, kwargs))
+
+
+def record(op: str, args: tuple) -> list[tuple]:
+    """(kernel, args, kwargs) of each launch of an op on meta tensors."""
+    module = importlib.import_module(f"pyglobenc.kernels.{op}")
+    kernels = {name: value for name, value in vars(module).items() if isinstance(value, triton.JITFunction) and name.endswith("_kernel")}
+    recorders = {name: Recorder(kernel) for name, kernel in kernels.items()}
+    vars(module).update(recorders)
+    try:
+        getattr(module, op)(*args)
+    finally:
+        vars(module).update(kernels)
+    return [(r.kernel, *launch) for r in recorders.values() for launch in r.launches]
+
+
+def specialised(value) -> tuple[str, bool]:
+    """Triton's type of an argument, and whether it is known to be a multiple of 16."""
+    if isinstance(value, torch.Tensor):
+        return POINTERS[value.dtype], True
+    if isinstance(value, float):
+        return "fp32", False
+    if value is None or value == 1:
+        return "constexpr", False
+    return "i32" if value < 2**31 else "i64", value % 16 == 0
+
+
+def compile_launch(kernel, args: tuple, kwargs: dict, capability: int) -> dict:
+    """Compile one recorded launch: registers, spilled bytes, shared memory in bytes, tensor-core instructions."""
+    options = {name: kwargs[name] for name in OPTIONS if name in kwargs}
+    given = dict(zip(kernel.arg_names, args, strict=False)) | {name: value for name, value in kwargs.items() if name not in OPTIONS}
+    signature, constants, attrs = {}, {}, {}
+    for position, parameter in enumerate(kernel.params):
+        value = given[parameter.name]
+        kind, aligned = ("constexpr", False) if parameter.is_constexpr else specialised(value)
+        signature[parameter.name] = kind
+        if kind == "constexpr":
+            constants[parameter.name] = value
+        elif aligned:
+            attrs[(position,)] = [["tt.divisibility", 16]]
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(ASTSource(kernel, signature, constants, attrs), target=target, options=options)
+    ptx = compiled.asm["ptx"]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        arch = re.search(r"\.target (\w+)", ptx).group(1)
+        command = [get_ptxas(capability).path, "-v", "--gpu-name", arch, file.name, "-o", "/dev/null"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return dict(
+        registers=int(re.search(r"Used (\d+) registers", report).group(1)),
+        spilled=int(re.search(r"(\d+) bytes spill stores", report).group(1)),
+        shared=compiled.metadata.shared,
+        mma=len(re.findall(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma\.", ptx)),
+        warps=compiled.metadata.num_warps,
+    )
+
+
+@contextlib.contextmanager
+def pretend(capability: int, precision: str):
+    """Launchers see a GPU of this capability and a caller who chose this float32 precision."""
+    limits = _device.SHARED_LIMITS[capability]
+    patched = {"shared_limit": lambda device: limits, "float32_precision": lambda: precision, "processors": lambda device: 132}
+    modules = [m for name, m in sys.modules.items() if name.startswith("pyglobenc.kernels")]
+    saved = [(m, name, vars(m)[name]) for m in modules for name in patched if name in vars(m)]
+    for module, name, _ in saved:
+        setattr(module, name, patched[name])
+    try:
+        yield
+    finally:
+        for module, name, value in saved:
+            setattr(module, name, value)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def pair_arguments(case: dict, n: int = 1024) -> tuple:
+    """q, k, lse, gram, cross, residual_sq, rstd and key_mask of a case."""
+    heads, kv_heads, head_dim, dtype = case["heads"], case["kv_heads"], case["head_dim"], getattr(torch, case["dtype"])
+    every = (meta(2, n, heads), meta(2, n), meta(2, n), meta(2, n, dtype=torch.bool))
+    q, k = meta(2, heads, n, head_dim, dtype=dtype), meta(2, kv_heads, n, head_dim, dtype=dtype)
+    return q, k, meta(2, heads, n), meta(2, n, heads, heads), *(every if case["full"] else (None,) * 4)
+
+
+def arguments(case: dict) -> tuple:
+    """Meta tensors in the place of an op's arguments; "full" turns every optional one on."""
+    scaling, window = case["head_dim"] ** -0.5, (128, 0) if case["full"] else (-1, -1)
+    pair = pair_arguments(case)
+    if case["op"] == "rollout_step":
+        return meta(2, case["rows"], pair[0].shape[2]), *pair, scaling, window
+    return *pair, meta(2, 1, dtype=torch.int64) if case["full"] else None, scaling, window
+
+
+def measure(case: dict) -> list[dict]:
+    """Resources of every launch of a case: {op, capability, precision, heads, kv_heads, head_dim, dtype, rows, full}."""
+    importlib.import_module(f"pyglobenc.kernels.{case['op']}")
+    with pretend(case["capability"], case["precision"]):
+        launches = record(case["op"], arguments(case))
+    rows = []
+    for kernel, args, kwargs in launches:
+        tiles = {name: value for name, value in kwargs.items() if name.startswith("BLOCK_") or name == "HELD"}
+        rows.append({**case, "kernel": kernel.__name__, **tiles, **compile_launch(kernel, args, kwargs, case["capability"])})
+    return rows
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        print(json.dumps(measure(json.loads(line))), flush=True)

@@ -1,0 +1,187 @@
+"""Triton's `token_norms` and `rollout_step` against the reference: on the GPU where there is one, else in the interpreter."""
+
+import pytest
+import torch
+from numerics import assert_as_good_as_torch
+from pair_cases import Case, doubled, pair_args
+
+from pyglobenc.kernels import _pairs
+from pyglobenc.kernels.rollout_step import MAX_ROWS
+from pyglobenc.ops import rollout_step, token_norms
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# few pairs come in many examples, so that torch's own error is not small by luck
+CASES = [
+    Case(B=8, n=1, H=20, Hkv=20, dh=40),
+    Case(n=64, norms=1),
+    Case(n=65, H=3, Hkv=3, dh=5),
+    Case(n=131, H=6, Hkv=2, residual=False, norms=0),
+    Case(B=1, n=101, H=12, Hkv=12, dh=64, d=768),
+    Case(B=1, n=17, H=64, Hkv=8, dh=40, d=96),
+    Case(B=1, n=37, H=1, Hkv=1, dh=256),
+    Case(B=3, n=71, mask="left"),
+    Case(B=3, n=71, mask="holes", norms=1),
+    Case(n=83, window=(-1, 0), mask="left"),
+    Case(n=120, window=(17, 9), mask="holes"),
+    Case(n=70, window=(0, 0)),
+    Case(n=67, H=12, Hkv=4, dh=32, dtype=torch.bfloat16),
+    Case(n=67, dtype=torch.float16, mask="right"),
+    Case(n=50, peak=40.0),
+]
+
+
+def moved(args: dict) -> dict:
+    return {name: t.to(DEVICE) if isinstance(t, torch.Tensor) else t for name, t in args.items()}
+
+
+def rows_of(case, count):
+    """Random rows (B, T, n), the first of them with zeros, and their log scale (B, T)."""
+    r = torch.rand(case.B, count, case.n)
+    r[:, 0] *= torch.rand(case.n) < 0.7
+    return r.to(DEVICE), torch.randn(case.B, count).to(DEVICE)
+
+
+def check_norms(out, args, rows=None):
+    exact = token_norms(**doubled(args), rows=rows, backend="reference")
+    torch_out = token_norms(**args, rows=rows, backend="reference")
+    assert_as_good_as_torch(out.square(), exact.square(), torch_out.square())
+    assert_as_good_as_torch(out, exact, torch_out)
+
+
+def product(r, args, backend):
+    """r @ norms before its rows are rescaled: log_scale would add its own rounding."""
+    names = ("q", "k", "lse", "gram", "cross", "residual_sq", "rstd", "key_mask", "scaling")
+    return torch.ops.pyglobenc.rollout_step(r, *(args[name] for name in names), *args["window"], backend)
+
+
+def check_step(r, args):
+    args = {"cross": None, "residual_sq": None} | args
+    exact = product(r.double(), doubled(args), "reference")
+    assert_as_good_as_torch(product(r, args, "triton"), exact, product(r, args, "reference"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_token_norms(case):
+    args = moved(pair_args(case))
+    check_norms(token_norms(**args, backend="triton"), args)
+    rows = torch.randint(0, case.n, (case.B, 3), device=DEVICE)
+    check_norms(token_norms(**args, rows=rows, backend="triton"), args, rows)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_rollout_step(case, count):
+    args = moved(pair_args(case))
+    r, _ = rows_of(case, count)
+    check_step(r, args)
+
+
+def test_more_rows_than_a_pass_takes():
+    case = Case(B=1, n=70)
+    args = moved(pair_args(case))
+    r, _ = rows_of(case, MAX_ROWS + 1)
+    check_step(r, args)
+
+
+@pytest.mark.parametrize("shares", [1, 4])
+def test_shares_of_the_queries_add_up(shares, monkeypatch):
+    case = Case(n=70, mask="holes", window=(40, 20))
+    args = moved(pair_args(case))
+    r, _ = rows_of(case, 2)
+    for op in ("rollout_step", "token_norms"):
+        monkeypatch.setattr(f"pyglobenc.kernels.{op}.query_shares", lambda programs, tiles, device: shares)
+    check_step(r, args)
+    check_norms(token_norms(**args, backend="triton"), args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_tile(dtype, monkeypatch):
+    # smaller limits bring smaller tiles, keys read again and, last, none
+    case = Case(B=1, n=45, H=12, Hkv=12, dh=64, d=96, dtype=dtype)
+    args = moved(pair_args(case))
+    r, _ = rows_of(case, 1)
+    tiles = set()
+    for limit in (232_448, 166_912, 101_376, 65_536, 32_768, 16_384):
+        monkeypatch.setattr(_pairs, "shared_limit", lambda device, limit=limit: limit)
+        found = _pairs.launch(12, 64, args["q"].element_size(), _pairs.float32_precision(), limit)
+        if found is None:
+            with pytest.raises(ValueError, match="no tile of 12 heads of 64 fits"):
+                token_norms(**args, backend="triton")
+        elif tuple(found.items()) not in tiles:
+            tiles.add(tuple(found.items()))
+            check_step(r, args)
+    assert found is None and len(tiles) > 2
+
+
+def test_strided_inputs_and_expanded_gram():
+    args = moved(pair_args(Case(n=37, mask="holes")))
+    strided = {name: torch.stack([t, t], -1)[..., 0] if isinstance(t, torch.Tensor) else t for name, t in args.items()}
+    assert strided["q"].stride(-1) == 2
+    assert torch.equal(token_norms(**strided, backend="triton"), token_norms(**args, backend="triton"))
+    r, log_scale = rows_of(Case(n=37), 2)
+    out = rollout_step(r.mT.contiguous().mT, log_scale, **strided, backend="triton")
+    assert torch.equal(out[0], rollout_step(r, log_scale, **args, backend="triton")[0])
+    averaged = args | dict(gram=torch.full((), 1 / 16, device=DEVICE).expand_as(args["gram"]), cross=None, residual_sq=None)
+    check_norms(token_norms(**averaged, backend="triton"), averaged)
+
+
+def test_padding_may_hold_anything():
+    args = moved(pair_args(Case(n=40, mask="holes")))
+    r, log_scale = rows_of(Case(n=40), 2)
+    padded = ~args["key_mask"]
+    dirty = {name: t.clone() if isinstance(t, torch.Tensor) else t for name, t in args.items()}
+    for name in ("q", "k", "lse"):
+        dirty[name].transpose(1, 2)[padded] = torch.nan
+    for name in ("gram", "cross", "residual_sq", "rstd"):
+        dirty[name][padded] = torch.nan
+    assert torch.equal(token_norms(**dirty, backend="triton"), token_norms(**args, backend="triton"))
+    out = rollout_step(r.masked_fill(padded[:, None], torch.nan), log_scale, **dirty, backend="triton")
+    assert torch.equal(out[0], rollout_step(r, log_scale, **args, backend="triton")[0])
+
+
+@pytest.mark.parametrize("B, T, n", [(0, 1, 4), (2, 0, 4)])
+def test_empty(B, T, n):
+    q, gram = torch.zeros(B, 4, n, 8, device=DEVICE), torch.zeros(B, n, 4, 4, device=DEVICE)
+    r, log_scale = torch.zeros(B, T, n, device=DEVICE), torch.zeros(B, T, device=DEVICE)
+    out, scale = rollout_step(r, log_scale, q, q, torch.zeros(B, 4, n, device=DEVICE), gram, backend="triton")
+    assert out.shape == (B, T, n) and scale.shape == (B, T)
+    assert token_norms(q[:0], q[:0], q[:0, ..., 0], gram[:0], backend="triton").shape == (0, n, n)
+
+
+def test_refuses_with_reasons():
+    args = moved(pair_args(Case(n=6)))
+    with pytest.raises(ValueError, match="needs gram in float32 and q in float16, bfloat16 or float32, got torch.float64"):
+        token_norms(**doubled(args), backend="triton")
+    wide = torch.zeros(1, 65, 2, 8, device=DEVICE)
+    with pytest.raises(ValueError, match="takes up to 64 heads of up to 256, got 65 of 8"):
+        token_norms(wide, wide, wide[..., 0], torch.zeros(1, 2, 65, 65, device=DEVICE), backend="triton")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="nothing is interpreted where there is a GPU")
+def test_auto_never_interprets(monkeypatch):
+    args = pair_args(Case(n=6))
+    expected = token_norms(**args)
+    monkeypatch.setattr("pyglobenc.kernels.token_norms.token_norms", None)
+    assert torch.equal(token_norms(**args), expected)
+
+
+def emulated_tf32x3(a, b):
+    """a @ b of float32 in three tf32 products, low bits cut off as the tensor cores do."""
+
+    def high(t):
+        return (t.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+    low_a, low_b = high(a - high(a)), high(b - high(b))
+    return high(a) @ high(b) + (low_a @ high(b) + high(a) @ low_b)
+
+
+def test_three_tf32_products_keep_float32():
+    case = Case(B=2, n=60, H=12, Hkv=12, dh=64, d=768)
+    args = pair_args(case)
+    q, k, lse, gram = (args[name] for name in ("q", "k", "lse", "gram"))
+    alpha = (emulated_tf32x3(q, k.transpose(2, 3)) * args["scaling"] - lse[..., None]).exp().permute(0, 3, 2, 1)
+    sq = (emulated_tf32x3(alpha, gram) * alpha).sum(-1).transpose(1, 2)
+    plain = args | dict(cross=None, residual_sq=None, rstd=None)
+    exact = token_norms(**doubled(plain), backend="reference").square()
+    assert_as_good_as_torch(sq, exact, token_norms(**plain, backend="reference").square())
