@@ -67,7 +67,3 @@ def _drop_stdout() -> None:
 
 def _say(message: str) -> None:
     print(f"pyglobenc: {message}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -72,7 +72,7 @@ def explain(
         method: a name in `pyglobenc.methods.registry.METHODS`.
         target: what is explained: of most methods a token's position, special tokens counted, negative from the end, None for 0
             ([CLS]); of methods that explain a class its index, None for the class predicted.
-        merge_words: pictures show words, the scores of their pieces summed. The result keeps the tokens.
+        merge_words: pictures show words as the tokenizer splits them, the scores of their pieces summed. The result keeps the tokens.
         long: what is done with a text of more than max_length tokens: "error" raises, "truncate" leaves out its end, "windows" joins
             the scores of overlapping windows as `pyglobenc.windows.join` says, of those windows that hold the target.
         max_length: tokens, special tokens included; None for all that model and tokenizer take.

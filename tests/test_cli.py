@@ -243,7 +243,7 @@ def test_methods_are_listed(run):
 def command(*args, **options):
     settings = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen([sys.executable, "-m", "pyglobenc.cli", *args], **(settings | options), env=environment)
+    return subprocess.Popen([sys.executable, "-m", "pyglobenc", *args], **(settings | options), env=environment)
 
 
 def test_real_model_in_a_process_of_its_own(tmp_path):

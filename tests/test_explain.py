@@ -6,7 +6,9 @@ import pytest
 import torch
 from models import build
 from tiny import classifier, minilm, tokenizer
-from transformers import BertForTokenClassification, ByT5Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers, processors
+from tokenizers.models import BPE
+from transformers import BertForTokenClassification, ByT5Tokenizer, PreTrainedTokenizerFast
 
 import pyglobenc
 from pyglobenc import GlobEnc, Rollout, TransformerAttribution, explain
@@ -282,6 +284,20 @@ def test_slow_tokenizers_lack_only_words():
         explain(model, tok, "abc", merge_words=True)
     long = explain(model, tok, "abc" * 20, long="windows", max_length=10, target=-1)
     assert long.windows[0] == (0, 9) and long.windows[-1] == (51, 60) and len(long) == 61
+
+
+def test_bytes_of_one_character_merge_into_its_word():
+    alphabet = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    inner = Tokenizer(BPE({token: index for index, token in enumerate(alphabet)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 1))
+    tok = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    a = explain(build("bert", vocab_size=300), tok, "Hi \U0001f389 na\u00efve, yo", merge_words=True)
+    assert [unit.text for unit in a.units()] == ["<s>", "Hi", "\U0001f389", "na\u00efve", ",", "yo", "</s>"]
+    assert "".join(unit.before + unit.text for unit in a.units()[1:-1]).strip() == a.text
+    tokens = [unit.text for unit in a.units(merge_words=False)]
+    assert tokens[:5] == ["<s>", "H", "i", "\u0120", "\U0001f389"] and len(tokens) == len(a)
+    assert sum(unit.score for unit in a.units()) == pytest.approx(a.scores.sum())
 
 
 def test_a_stopped_job_has_given_what_was_done(monkeypatch):
