@@ -6,12 +6,13 @@
 namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
-// Probabilities of one head, alpha[j, i] = exp(scale * q_i . k_j + offset_i), to alpha[j * key_stride + i].
+// Probabilities of one head, alpha[j, i] = exp(scale * q_i . k_j + offset_i), to alpha[j * key_stride + i]. Not inlined: the compiler keeps
+// the accumulators in registers only in a function of their own.
 template <int VT>
-static void probabilities(const float* q,       // [dh, I]
-                          const float* k,       // [dh, J]
-                          const float* offset,  // [I]
-                          float scale, int64_t dh, float* alpha, int64_t key_stride) {
+__attribute__((noinline)) static void probabilities(const float* q,       // [dh, I]
+                                                    const float* k,       // [dh, J]
+                                                    const float* offset,  // [I]
+                                                    float scale, int64_t dh, float* alpha, int64_t key_stride) {
     Floats acc[J][VT] = {};
     for (int64_t c = 0; c < dh; ++c, q += I, k += J) {
         Floats x[VT];
@@ -22,7 +23,9 @@ static void probabilities(const float* q,       // [dh, I]
         }
     }
     for (int j = 0; j < J; ++j)
-        for (int v = 0; v < VT; ++v) store(alpha + j * key_stride + v * W, exp(acc[j][v] * scale + load(offset + v * W)));
+        for (int v = 0; v < VT; ++v) store(alpha + j * key_stride + v * W, acc[j][v]);
+    for (int j = 0; j < J; ++j, alpha += key_stride)
+        for (int v = 0; v < VT; ++v) store(alpha + v * W, exp(load(alpha + v * W) * scale + load(offset + v * W)));
 }
 
 // a^T G a of one key for VT vectors of queries; form as pack_form leaves it.
