@@ -1,0 +1,86 @@
+"""A corpus job against the plain forward pass in the same batches: MiniLM, 2,000 sentences, CPU or GPU.
+
+    PYGLOBENC_CORPUS=sentences.tsv pytest benchmarks/bench_corpus.py --csv corpus
+
+The job is all of `pyglobenc attribute` but loading the model: reading, tokens, batches, GlobEnc, Parquet on disk. Its share of the
+forward pass's rate is 1 / ratio. Without PYGLOBENC_CORPUS, a .tsv file without header, sentences of like lengths are made up.
+"""
+
+import os
+import random
+
+import pytest
+import torch
+from measure import paired_ratio
+
+from pyglobenc.corpus.job import Plan, attribute_records, buckets, encode_records, make_runner, run_job
+from pyglobenc.corpus.records import open_source
+from pyglobenc.hf.pretrained import load_pretrained
+
+SENTENCES, SHARD_SIZE, ROUNDS = 2000, 1000, 3
+WORDS = "a the film movie of and with is deep good bad long story actor never makes one feel what it takes to be great".split()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A corpus of SENTENCES lines."""
+    given, path = os.environ.get("PYGLOBENC_CORPUS"), tmp_path_factory.mktemp("corpus") / "sentences.tsv"
+    if given:
+        lines = open(given, encoding="utf-8").readlines()[:SENTENCES]
+    else:
+        chance = random.Random(0)
+        # SST-2's sentences have 19 words on average, 9 in the standard deviation
+        lines = [" ".join(chance.choices(WORDS, k=max(1, round(chance.gauss(19, 9))))) + "\n" for _ in range(SENTENCES)]
+    path.write_text("".join(lines), encoding="utf-8")
+    return open_source(path, header=False)
+
+
+@pytest.fixture(scope="module")
+def runner():
+    try:
+        model, tokenizer = load_pretrained("minilm")
+    except ValueError as error:
+        pytest.skip(str(error))
+    return make_runner(model, tokenizer)
+
+
+def plain_forward(runner, batches):
+    """The model alone on batches that are ready."""
+
+    @torch.no_grad()
+    def forward():
+        for batch in batches:
+            output = runner.model(**batch)
+        return output.last_hidden_state.cpu()
+
+    return forward
+
+
+def batches_of(runner, records, batch_tokens):
+    """What the model is given in a job of these records."""
+    out = []
+    for start in range(0, len(records), SHARD_SIZE):
+        texts, _ = encode_records(runner, records[start : start + SHARD_SIZE])
+        for bucket in buckets(texts, batch_tokens):
+            out.append(runner._batch([text for _, text in bucket], [text.windows[0] for _, text in bucket]))
+    return out
+
+
+@pytest.mark.parametrize("batch_tokens", [1024, 4096])
+def bench_attribute(benchmark, source, runner, tmp_path, batch_tokens):
+    records = list(source.records())
+    assert not attribute_records(runner, records[:50], batch_tokens)[1], "every sentence is attributed"
+    forward = plain_forward(runner, batches_of(runner, records, batch_tokens))
+    common = {"method": "globenc", "model": "benchmark", "dtype": "float32", "settings": {}}
+
+    def job():
+        plan = Plan(source, tmp_path, SHARD_SIZE, batch_tokens, common)
+        summary = run_job(runner, plan, lambda count: None)
+        assert summary.attributed == len(records)
+        for shard in tmp_path.glob("*.parquet"):
+            shard.unlink()
+
+    ratio = paired_ratio(job, forward, ROUNDS)
+    benchmark.pedantic(job, rounds=ROUNDS, iterations=1)
+    rate = len(records) / benchmark.stats.stats.median
+    benchmark.extra_info.update(sentences=len(records), **ratio, sentences_per_s=f"{rate:.1f}", of_forward=f"{1 / float(ratio['ratio']):.3f}")
