@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tiny import classifier, minilm, tokenizer
 
 import pyglobenc
 from pyglobenc import backends
+from pyglobenc.backends import load
 from pyglobenc.batches import Runner
 from pyglobenc.cli import main
 from pyglobenc.commands import trial
@@ -299,16 +301,22 @@ def test_doctor_tries_every_op(capsys):
 
 
 def test_doctor_tells_why_a_backend_does_not_run(monkeypatch, capsys):
-    def load(op, backend):
-        return (None, "cpu is not available: no compiler") if backend == "cpu" else backends.load(op, backend)
-
-    monkeypatch.setattr(trial, "load", load)
+    missing = "cpu is not available: no compiler"
+    monkeypatch.setattr(trial, "load", lambda op, backend: (None, missing) if backend == "cpu" else load(op, backend))
     assert trial.try_op("token_norms", "cpu") == ("no", "cpu is not available: no compiler")
     monkeypatch.setattr(import_module("pyglobenc.ops.head_norms"), "BACKENDS", ("reference",))
     assert trial.try_op("head_norms", "cuda") == ("-", None)
     main(["doctor"])
     ops = [op for op in trial.op_names() if "cpu" in import_module(f"pyglobenc.ops.{op}").BACKENDS]
     assert "token_norms" in ops and f"\ncpu: cpu is not available: no compiler\n  {', '.join(ops)}\n" in capsys.readouterr().out
+
+
+def test_doctor_groups_ops_by_what_the_dispatcher_says(monkeypatch, capsys):
+    refuse = SimpleNamespace(not_supported=lambda *args: ["needs a moon"])
+    monkeypatch.setattr(backends, "load", lambda op, backend: (refuse, None) if backend == "cpu" else load(op, backend))
+    ops = [op for op in trial.op_names() if "cpu" in import_module(f"pyglobenc.ops.{op}").BACKENDS]
+    main(["doctor"])
+    assert f"\ncpu: needs a moon\n  {', '.join(ops)}\n" in capsys.readouterr().out
 
 
 def test_doctor_fails_where_a_reference_fails(monkeypatch, capsys):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import pyglobenc.ops
 from pyglobenc.backends import load
+from pyglobenc.files import one_line
 from pyglobenc.ops import attention, gram_kernels, head_gram
 
 H, N, DH = 12, 64, 64  # heads, tokens, head width
@@ -38,7 +39,8 @@ def try_op(op: str, backend: str) -> tuple[str, str | None]:
     try:
         out = list(_flatten(function(*args, backend=backend)))
     except (ValueError, TypeError, RuntimeError) as error:
-        return "no", " ".join(str(error).split())
+        # the dispatcher names op and backend, which the table does already
+        return "no", one_line(error).split("can't run: ")[-1].removeprefix(f"{backend}: ")
     if backend == "reference":
         return "yes", None
     exact = list(_flatten(function(*args, backend="reference")))
