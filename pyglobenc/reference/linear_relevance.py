@@ -42,25 +42,25 @@ def linear_relevance(
     if lost.numel() and lost.min() < 0:
         dead = (lost < 0) & (r != 0)
         if dead.sum() > MOST_DEAD * dead.numel():
-            return _clamped(r, x, weight)
+            return clamped_relevance(r, x, weight)
     s = safe_divide(r, z)
     if dead is not None:
         s.masked_fill_(dead, 0)
     out = (s @ weight).mul_(x)
     out.addcmul_(s @ abs_weight, abs_x).mul_(0.5)
     if dead is not None:
-        _add_single_outputs(out, dead, r, x, weight)
+        add_single_outputs(out, dead, r, x, weight)
     return out
 
 
-def _clamped(r: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """The rule as published, with clamped copies."""
+def clamped_relevance(r: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """The rule as published, with clamped copies: r (B, n, d_out), x (B, n, d_in), weight (d_out, d_in) -> (B, n, d_in)."""
     w_pos, w_neg, x_pos, x_neg = weight.clamp(min=0), weight.clamp(max=0), x.clamp(min=0), x.clamp(max=0)
     s = safe_divide(r, x_pos @ w_pos.T + x_neg @ w_neg.T)
     return x_pos * (s @ w_pos) + x_neg * (s @ w_neg)
 
 
-def _add_single_outputs(out: Tensor, dead: Tensor, r: Tensor, x: Tensor, weight: Tensor) -> None:
+def add_single_outputs(out: Tensor, dead: Tensor, r: Tensor, x: Tensor, weight: Tensor) -> None:
     """Add the relevance of the outputs marked in `dead` (B, n, d_out) to out (B, n, d_in), each by the clamped sum."""
     flat_out, flat_x, flat_r = out.flatten(0, 1), x.flatten(0, 1), r.flatten(0, 1)
     index = dead.flatten(0, 1).nonzero()

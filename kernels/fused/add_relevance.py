@@ -1,0 +1,112 @@
+"""Relevance through a residual sum a + b in two passes (Chefer et al., 2021, eq. 9 and 10; the published code's Add).
+
+    S = R / safe(a + b),   R_a = a S,   R_b = b S,   each rescaled, per example, to its share of the total
+
+The first pass leaves each block's sums of R_a, R_b and R in float64 (they cancel up to a millionfold), the second adds the blocks up in
+a fixed order and writes both branches. Cost: r, a and b read twice, two writes: 8 floats an element against about 20 in plain torch.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pyglobenc.kernels._device import on
+from pyglobenc.kernels._division import float32_reasons, safe_divide, safe_divide_rn
+
+BLOCK = 2048
+MOST_BLOCKS = 256  # blocks an example: fills a card, and one program adds their sums up in a glance
+
+
+@triton.jit
+def _branches(R, A, B, at, ok, stabilizer, STABILIZED: tl.constexpr):
+    """r, R_a and R_b before the rescaling."""
+    r = tl.load(R + at, mask=ok, other=0.0)
+    a = tl.load(A + at, mask=ok, other=0.0)
+    b = tl.load(B + at, mask=ok, other=0.0)
+    s = safe_divide_rn(r, a + b, stabilizer, STABILIZED)
+    return r, a * s, b * s
+
+
+@triton.jit
+def _add_relevance_sums_kernel(
+    R,  # (batch, size)
+    A,  # (batch, size)
+    B,  # (batch, size)
+    SUMS,  # (batch, 3, blocks) float64: of R_a, R_b and R
+    stabilizer, size, per_block, blocks, STABILIZED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    block, example = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    sum_a = tl.zeros((BLOCK,), tl.float64)
+    sum_b = tl.zeros((BLOCK,), tl.float64)
+    total = tl.zeros((BLOCK,), tl.float64)
+    first = block.to(tl.int64) * per_block
+    for start in range(first, tl.minimum(first + per_block, size), BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        r, r_a, r_b = _branches(R, A, B, example * size + at, at < size, stabilizer, STABILIZED)
+        sum_a += r_a.to(tl.float64)
+        sum_b += r_b.to(tl.float64)
+        total += r.to(tl.float64)
+    at = SUMS + example * 3 * blocks + block
+    tl.store(at, tl.sum(sum_a, 0))
+    tl.store(at + blocks, tl.sum(sum_b, 0))
+    tl.store(at + 2 * blocks, tl.sum(total, 0))
+
+
+@triton.jit
+def _add_relevance_kernel(
+    R,  # (batch, size)
+    A,  # (batch, size)
+    B,  # (batch, size)
+    SUMS,  # (batch, 3, blocks) float64
+    R_A,  # (batch, size)
+    R_B,  # (batch, size)
+    stabilizer, size, per_block, blocks, RESCALE: tl.constexpr, BLOCKS: tl.constexpr, STABILIZED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    block, example = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    if RESCALE:
+        part = tl.arange(0, BLOCKS)
+        at = SUMS + example * 3 * blocks + part
+        sum_a = tl.sum(tl.load(at, mask=part < blocks, other=0.0), 0)
+        sum_b = tl.sum(tl.load(at + blocks, mask=part < blocks, other=0.0), 0)
+        total = tl.sum(tl.load(at + 2 * blocks, mask=part < blocks, other=0.0), 0)
+        both = tl.abs(sum_a) + tl.abs(sum_b)
+        factor_a = safe_divide(safe_divide(tl.abs(sum_a), both, 0.0, False) * total, sum_a, 0.0, False).to(tl.float32)
+        factor_b = safe_divide(safe_divide(tl.abs(sum_b), both, 0.0, False) * total, sum_b, 0.0, False).to(tl.float32)
+    first = block.to(tl.int64) * per_block
+    for start in range(first, tl.minimum(first + per_block, size), BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        ok = at < size
+        _, r_a, r_b = _branches(R, A, B, example * size + at, ok, stabilizer, STABILIZED)
+        if RESCALE:
+            r_a *= factor_a
+            r_b *= factor_b
+        tl.store(R_A + example * size + at, r_a, mask=ok)
+        tl.store(R_B + example * size + at, r_b, mask=ok)
+
+
+def not_supported(r: Tensor, a: Tensor, b: Tensor, stabilizer: float = 0.0, rescale: bool = True) -> list[str]:
+    """Why the kernel can't run on these arguments; empty when it can."""
+    return float32_reasons(r=r, a=a, b=b)
+
+
+def add_relevance(r: Tensor, a: Tensor, b: Tensor, stabilizer: float = 0.0, rescale: bool = True) -> tuple[Tensor, Tensor]:
+    """See `pyglobenc.ops.add_relevance`: -> R_a, R_b (B, n, d)."""
+    r_a, r_b = (torch.empty_like(r, memory_format=torch.contiguous_format) for _ in range(2))
+    if r.numel() == 0:
+        return r_a, r_b
+    batch, size = r.shape[0], r[0].numel()
+    tiles = triton.cdiv(size, BLOCK)
+    blocks = min(MOST_BLOCKS, tiles)
+    per_block = triton.cdiv(tiles, blocks) * BLOCK
+    sums = torch.empty(batch, 3, blocks, dtype=torch.float64, device=r.device)
+    given = (r.contiguous(), a.contiguous(), b.contiguous(), sums)
+    sizes = (stabilizer, size, per_block, blocks)
+    flags = dict(STABILIZED=stabilizer != 0, BLOCK=BLOCK, num_warps=8)
+    with on(r.device):
+        if rescale:
+            _add_relevance_sums_kernel[(batch * blocks,)](*given, *sizes, **flags)
+        _add_relevance_kernel[(batch * blocks,)](
+            *given, r_a, r_b, *sizes, RESCALE=rescale, BLOCKS=triton.next_power_of_2(blocks), **flags
+        )
+    return r_a, r_b

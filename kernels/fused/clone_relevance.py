@@ -1,0 +1,62 @@
+"""Relevance of a tensor that several branches read, in one pass: R = x * sum_k R_k / safe(x) (the published code's Clone).
+
+Cost: one read of x and of each part and one write, where torch makes a pass for every operation.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pyglobenc.kernels._device import on
+from pyglobenc.kernels._division import float32_reasons, safe_divide_rn
+
+BLOCK = 4096
+MOST_PARTS = 4
+
+
+@triton.jit
+def _clone_relevance_kernel(
+    P0,  # (size,)
+    P1,  # (size,)
+    P2,  # (size,)
+    P3,  # (size,)
+    X,  # (size,)
+    OUT,  # (size,)
+    size, COUNT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    ok = at < size
+    total = tl.load(P0 + at, mask=ok, other=0.0)
+    if COUNT > 1:
+        total += tl.load(P1 + at, mask=ok, other=0.0)
+    if COUNT > 2:
+        total += tl.load(P2 + at, mask=ok, other=0.0)
+    if COUNT > 3:
+        total += tl.load(P3 + at, mask=ok, other=0.0)
+    x = tl.load(X + at, mask=ok, other=0.0)
+    tl.store(OUT + at, safe_divide_rn(total, x, 0.0, False) * x, mask=ok)
+
+
+def not_supported(parts: Sequence[Tensor], x: Tensor) -> list[str]:
+    """Why the kernel can't run on these arguments; empty when it can."""
+    reasons = float32_reasons(x=x, **{f"parts[{index}]": part for index, part in enumerate(parts)})
+    if len(parts) > MOST_PARTS:
+        reasons.append(f"takes up to {MOST_PARTS} parts, got {len(parts)}")
+    return reasons
+
+
+def clone_relevance(parts: Sequence[Tensor], x: Tensor) -> Tensor:
+    """See `pyglobenc.ops.clone_relevance`: -> (B, n, d)."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if x.numel() == 0:
+        return out
+    given = [part.contiguous() for part in parts]
+    given += [given[0]] * (MOST_PARTS - len(given))
+    with on(x.device):
+        _clone_relevance_kernel[(triton.cdiv(x.numel(), BLOCK),)](
+            *given, x.contiguous(), out, x.numel(), COUNT=len(parts), BLOCK=BLOCK, num_warps=8
+        )
+    return out

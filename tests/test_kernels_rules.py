@@ -1,0 +1,124 @@
+"""Triton's elementwise relevance rules against the reference: on the GPU where there is one, else in the interpreter."""
+
+import pytest
+import torch
+from numerics import assert_as_good_as_torch
+
+from pyglobenc.ops import add_relevance, clone_relevance, linear_relevance
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def random(*shape):
+    return torch.randn(*shape, device=DEVICE)
+
+
+def compare(op, tensors, factor=2.0, **options):
+    """The error rule for every result of an op that takes these float32 tensors by name."""
+    doubled = {name: None if t is None else [p.double() for p in t] if isinstance(t, list) else t.double() for name, t in tensors.items()}
+    out, exact, torch_out = (
+        op(**given, **options, backend=backend) for given, backend in ((tensors, "triton"), (doubled, "reference"), (tensors, "reference"))
+    )
+    for results in zip(*((t,) if isinstance(t, torch.Tensor) else t for t in (out, exact, torch_out)), strict=True):
+        assert_as_good_as_torch(*results, factor)
+    return out
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 7, 13), (3, 11, 768)], ids=str)
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_clone(count, shape):
+    compare(clone_relevance, dict(parts=[random(*shape) for _ in range(count)], x=random(*shape)))
+
+
+def test_clone_guard():
+    x = torch.tensor([0.0, -0.0, -1e-9, 1e-9, -2e-9, 1e-20, -1e-20, 3.0], device=DEVICE).expand(2, 3, 8)
+    out = compare(clone_relevance, dict(parts=[random(2, 3, 8)], x=x))
+    assert not out[..., :2].any()
+
+
+@pytest.mark.parametrize("options", [{}, dict(rescale=False), dict(stabilizer=1e-3)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 7, 13), (3, 11, 768)], ids=str)
+def test_add(shape, options):
+    # sums and quotients whose terms don't cancel: with random signs both errors are those of a few pairs near 0
+    r, a, b = (random(*shape).abs() + 0.1 for _ in range(3))
+    compare(add_relevance, dict(r=r, a=a, b=b), **options)
+
+
+def test_add_of_both_signs_is_the_reference():
+    shape = (2, 37, 96)
+    r, a, b = random(*shape), random(*shape), random(*shape)
+    b[0, :5] = -a[0, :5]
+    for out, expected in zip(
+        add_relevance(r, a, b, backend="triton"), add_relevance(r, a, b, backend="reference"), strict=True
+    ):
+        # the same operations on the same float32 numbers: only the float64 sums run in another order, and they cancel about 1e4 fold
+        torch.testing.assert_close(out, expected, rtol=4 * 2.0**-24, atol=0)
+        assert not out[0, :5].any()
+
+
+def test_add_of_more_blocks_than_a_glance():
+    from pyglobenc.kernels.add_relevance import BLOCK, MOST_BLOCKS
+
+    if DEVICE == "cpu":
+        shape, most = (1, 5, BLOCK - 3), 2
+    else:
+        shape, most = (1, MOST_BLOCKS + 7, 2 * BLOCK - 3), MOST_BLOCKS
+    r, a, b = (random(*shape).abs() + 0.1 for _ in range(3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pyglobenc.kernels.add_relevance.MOST_BLOCKS", most)
+        compare(add_relevance, dict(r=r, a=a, b=b))
+
+
+def linear(batch, n, d_in, d_out):
+    weight = random(d_out, d_in) / d_in**0.5
+    return dict(r=random(batch, n, d_out), x=random(batch, n, d_in), weight=weight)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 7, 13, 5), (2, 19, 96, 130)], ids=str)
+@pytest.mark.parametrize("given", [False, True], ids=["computed", "forward"])
+def test_linear(shape, given):
+    args = linear(*shape)
+    if shape[2] == 1:
+        args["x"], args["weight"] = args["x"].abs(), args["weight"].abs()
+    if given:
+        bias = random(shape[3])
+        args |= dict(abs_weight=args["weight"].abs(), bias=bias, output=args["x"] @ args["weight"].T + bias)
+    compare(linear_relevance, args)
+
+
+@pytest.mark.parametrize("part", [0.002, 0.5], ids=["few", "many"])
+def test_linear_with_nearly_dead_outputs(part):
+    args = linear(2, 40, 64, 50)
+    x, weight = args["x"].abs() + 0.1, -args["weight"].abs() - 0.01
+    dead = torch.rand(50, device=DEVICE) < part
+    dead[3] = True
+    # one contribution of many is positive, and tiny
+    weight[~dead] = -weight[~dead]
+    weight[dead, 0] = 1e-5
+    out = compare(linear_relevance, args | dict(x=x, weight=weight))
+    assert out[..., 0].abs().min() > 0
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4)], ids=str)
+def test_empty(shape):
+    t = torch.zeros(shape, device=DEVICE)
+    weight = torch.zeros(6, 4, device=DEVICE)
+    assert clone_relevance([t, t], t, backend="triton").shape == shape
+    assert [out.shape for out in add_relevance(t, t, t, backend="triton")] == [shape, shape]
+    assert linear_relevance(t.new_zeros(*shape[:2], 6), t, weight, backend="triton").shape == shape
+
+
+def test_strided():
+    r, a, b = (random(2, 9, 14, 2)[..., 0] for _ in range(3))
+    assert not a.is_contiguous()
+    assert torch.equal(clone_relevance([r, a], b, backend="triton"), clone_relevance([r, a], b, backend="reference"))
+    plain = add_relevance(r.contiguous(), a.contiguous(), b.contiguous(), backend="triton")
+    assert all(torch.equal(x, y) for x, y in zip(add_relevance(r, a, b, backend="triton"), plain, strict=True))
+
+
+def test_refuses_with_reasons():
+    t = random(1, 2, 3)
+    with pytest.raises(ValueError, match="takes up to 4 parts, got 5"):
+        clone_relevance([t] * 5, t, backend="triton")
+    with pytest.raises(ValueError, match="computes in float32, got r torch.float64"):
+        add_relevance(t.double(), t.double(), t.double(), backend="triton")
