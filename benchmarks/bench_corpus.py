@@ -8,6 +8,7 @@ forward pass's rate is 1 / ratio. Without PYGLOBENC_CORPUS, a .tsv file without 
 
 import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from pyglobenc.corpus.records import open_source
 from pyglobenc.hf.pretrained import load_pretrained
 
 SENTENCES, SHARD_SIZE, ROUNDS = 2000, 1000, 3
-WORDS = "a the film movie of and with is deep good bad long story actor never makes one feel what it takes to be great".split()
+WORDS = ("a", "the", "film", "movie", "of", "and", "with", "is", "deep", "good", "bad", "long", "story", "never", "makes", "one", "feel")
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def source(tmp_path_factory):
     """A corpus of SENTENCES lines."""
     given, path = os.environ.get("PYGLOBENC_CORPUS"), tmp_path_factory.mktemp("corpus") / "sentences.tsv"
     if given:
-        lines = open(given, encoding="utf-8").readlines()[:SENTENCES]
+        lines = Path(given).read_text(encoding="utf-8").splitlines(keepends=True)[:SENTENCES]
     else:
         chance = random.Random(0)
         # SST-2's sentences have 19 words on average, 9 in the standard deviation
@@ -83,4 +84,5 @@ def bench_attribute(benchmark, source, runner, tmp_path, batch_tokens):
     ratio = paired_ratio(job, forward, ROUNDS)
     benchmark.pedantic(job, rounds=ROUNDS, iterations=1)
     rate = len(records) / benchmark.stats.stats.median
-    benchmark.extra_info.update(sentences=len(records), **ratio, sentences_per_s=f"{rate:.1f}", of_forward=f"{1 / float(ratio['ratio']):.3f}")
+    of_forward = f"{1 / float(ratio['ratio']):.3f}"
+    benchmark.extra_info.update(sentences=len(records), **ratio, sentences_per_s=f"{rate:.1f}", of_forward=of_forward)
