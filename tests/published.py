@@ -1,35 +1,72 @@
 """GlobEnc as published: every n*n*d decomposed vector formed, from the model's own eager attention and hidden states."""
 
+from collections import defaultdict
+from contextlib import contextmanager
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pyglobenc.hf import find_layers
 
 
-@torch.no_grad()
-def published_maps(model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All nine maps (B, L, ...) of a float64 model, the attention probabilities among them; rows of padding are 0."""
+class Float64Throughout(TorchFunctionMode):
+    """Inside, what models compute in float32 whatever their dtype (softmax, RMSNorm, rotation) is computed in float64."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        wide = bool(args) and isinstance(args[0], Tensor) and args[0].dtype == torch.float64
+        if wide and (func is Tensor.float or (func is Tensor.to and torch.float32 in (*args[1:], *kwargs.values()))):
+            return args[0]
+        if wide and func in (nn.functional.softmax, torch.softmax, Tensor.softmax) and kwargs.get("dtype") == torch.float32:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _eager(model):
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")
-    values, sums = {}, {}
-    modules = find_layers(model)
-    hooks = [m.value.register_forward_hook(lambda mod, args, out: values.__setitem__(mod, out)) for m in modules]
-    hooks += [
-        norm.register_forward_pre_hook(lambda mod, args: sums.__setitem__(mod, args[0]))
-        for m in modules
-        for norm in (m.attention_norm, m.output_norm)
-    ]
     try:
-        output = model(**batch, output_attentions=True, output_hidden_states=True)
+        yield
+    finally:
+        model.set_attn_implementation(implementation)
+
+
+@torch.no_grad()
+def published_maps(model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All maps (B, L, ...) of a float64 model, the attention probabilities among them; rows of padding are 0."""
+    seen = defaultdict(list)
+    modules = find_layers(model)
+    hooks = []
+
+    def keep_input(module, args, kwargs):
+        seen["x", module].append(args[0] if args else kwargs["hidden_states"])
+
+    for m in {id(m.block): m for m in modules}.values():
+        hooks.append(m.block.register_forward_pre_hook(keep_input, with_kwargs=True))
+        hooks.append(_value(m).register_forward_hook(lambda mod, args, out: seen["v", mod].append(out)))
+        for norm in {m.attention_norm, m.output_norm, m.added_norm} - {None}:
+            hooks.append(norm.register_forward_pre_hook(lambda mod, args: seen["z", mod].append(args[0])))
+    try:
+        with _eager(model), Float64Throughout():
+            output = model(**batch, output_attentions=True)
     finally:
         for hook in hooks:
             hook.remove()
-        model.set_attn_implementation(implementation)
-    layers = [
-        _layer(m, output.attentions[index], output.hidden_states[index], values[m.value], sums) for index, m in enumerate(modules)
-    ]
+    layers, calls = [], defaultdict(int)
+    for m, alpha in zip(modules, output.attentions, strict=True):
+        call = calls[m.block]
+        calls[m.block] += 1
+        sums = {norm: seen["z", norm][call] for norm in (m.attention_norm, m.output_norm, m.added_norm) if ("z", norm) in seen}
+        layers.append(_layer(m, alpha, seen["x", m.block][call], seen["v", _value(m)][call], sums))
     maps = {name: torch.stack([layer[name] for layer in layers], dim=1) for name in layers[0]}
     return {name: _without_padding(t, name, batch.get("attention_mask")) for name, t in maps.items()}
+
+
+def _value(m) -> nn.Module:
+    """The module whose output holds the values."""
+    return m.value or getattr(m.attention, "c_attn", None) or m.attention.Wqkv
 
 
 def _without_padding(t: Tensor, name: str, mask: Tensor | None) -> Tensor:
@@ -43,20 +80,31 @@ def _without_padding(t: Tensor, name: str, mask: Tensor | None) -> Tensor:
 
 def _layer(m, alpha: Tensor, x: Tensor, value: Tensor, sums: dict) -> dict[str, Tensor]:
     heads = alpha.shape[1]
-    value = value.unflatten(-1, (heads, -1))  # (B, n, H, dh)
-    weight = m.output.weight.T.unflatten(0, (heads, -1))  # (H, dh, d)
+    weight = m.output.weight if m.value is None and hasattr(m.attention, "c_attn") else m.output.weight.T
+    weight = weight.unflatten(0, (heads, -1))  # (H, dh, d)
+    if m.value is None:
+        value = value.chunk(3, dim=-1)[2]
+    value = value.unflatten(-1, (-1, weight.shape[1]))  # (B, n, Hkv, dh)
+    value = value.repeat_interleave(heads // value.shape[2], dim=2)
     f = torch.einsum("bjhe,hed->bhjd", value, weight)
     per_head = alpha[..., None] * f[:, :, None]  # (B, H, n, n, d)
+    if m.scale is not None:
+        per_head = per_head * m.scale
+    if m.added_norm is not None:
+        z = sums[m.added_norm]
+        rms = (z.square().mean(-1) + m.added_norm.eps).sqrt()
+        per_head = per_head / rms[:, None, :, None, None] * (1 + m.added_norm.weight)
     vectors = {"N": per_head.sum(1)}
     vectors["N_Res"] = vectors["N"] + torch.eye(x.shape[1], dtype=x.dtype)[None, :, :, None] * x[:, :, None, :]
-    vectors["N_ResLN"] = _normalize(vectors["N_Res"], sums[m.attention_norm], m.attention_norm)
-    vectors["N_Enc"] = _normalize(vectors["N_ResLN"], sums[m.output_norm], m.output_norm)
+    if not m.pre_norm:
+        vectors["N_ResLN"] = _normalize(vectors["N_Res"], sums[m.attention_norm], m.attention_norm)
+        vectors["N_Enc"] = _normalize(vectors["N_ResLN"], sums[m.output_norm], m.output_norm)
     out = {"attention": alpha, "head_N": per_head.norm(dim=-1)}
     for name, t in vectors.items():
         out[name] = t.norm(dim=-1)
         own = torch.diagonal(t, dim1=1, dim2=2).transpose(1, 2)
         mixed, own = (t.sum(2) - own).norm(dim=-1), own.norm(dim=-1)
-        out[f"mix_{name}"] = mixed / (mixed + own)
+        out[f"mix_{name}"] = torch.where(mixed > 0, mixed / (mixed + own), 0)
     return out
 
 

@@ -4,51 +4,105 @@ Registered together: without the mask function transformers passes no mask, even
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from pyglobenc.ops.attention import attention
+from pyglobenc.reference.score_mods import ScoreMod, SoftCap, StoredBias
 
 NAME = "pyglobenc"
+
+
+class Mask(NamedTuple):
+    """What the mask function tells the attention function."""
+
+    padding: Tensor | None  # (B, n) bool, None: no padding
+    window: tuple[int, int]  # keys that query i sees, i - left to i + right; -1 is unlimited
+    bias: Tensor | None = None  # (1 or B, H, n, n), added to the scores
+
+    def __radd__(self, bias: Tensor) -> "Mask":
+        """BEiT adds its relative position bias to the mask."""
+        return self._replace(bias=bias)
+
 
 # attention module -> called with what its attention function saw and returned
 RECORDERS: "WeakKeyDictionary[nn.Module, Callable[..., None]]" = WeakKeyDictionary()
 
 
 def attention_function(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, **kwargs: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None = None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Attention with its log-sum-exp; query (B, H, n, dh), key and value (B, Hkv, n, dh), attention_mask (B, n) from `mask_function`."""
+    """Attention with its log-sum-exp; query (B, H, n, dh), key and value (B, Hkv, n, dh), attention_mask from `mask_function`."""
     name = type(module).__name__
-    for option in ("position_bias", "softcap", "sliding_window", "s_aux"):
+    for option in ("position_bias", "s_aux"):
         if kwargs.get(option) is not None:
             raise ValueError(f"capture: {name} uses {option}, which is not supported")
     if kwargs.get("dropout"):
         raise ValueError(f"capture: {name} applies dropout of {kwargs['dropout']}; call model.eval() first")
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError(f"capture: {name}: attention_mask must be (B, n) of 0 and 1, got {tuple(attention_mask.shape)}")
     if query.shape[2] != key.shape[2]:
         raise ValueError(
             f"capture: {name} attends to {key.shape[2]} keys from {query.shape[2]} queries; cached or cross attention is not supported"
         )
     causal = kwargs["is_causal"] if kwargs.get("is_causal") is not None else getattr(module, "is_causal", False)
-    window = (-1, 0) if causal else (-1, -1)
+    reach = -1 if kwargs.get("sliding_window") is None else kwargs["sliding_window"] - 1
+    window = (reach, 0 if causal else reach)
+    key_mask, bias = _read_mask(name, attention_mask, window, query.shape[2])
+    score_mod = bias if kwargs.get("softcap") is None else SoftCap(kwargs["softcap"])
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
-    o, lse = attention(query, key, value, key_mask=attention_mask, scaling=scaling, window=window)
+    o, lse = attention(query, key, value, key_mask=key_mask, scaling=scaling, window=window, score_mod=score_mod)
     if module in RECORDERS:
-        RECORDERS[module](q=query, k=key, v=value, o=o, lse=lse, scaling=scaling, key_mask=attention_mask, window=window)
+        found = dict(q=query, k=key, v=value, o=o, lse=lse)
+        RECORDERS[module](**found, scaling=scaling, key_mask=key_mask, window=window, score_mod=score_mod)
     return o.transpose(1, 2).contiguous(), None
 
 
-def mask_function(*, mask_function: Callable, attention_mask: Tensor | None = None, q_offset: int = 0, **kwargs: Any) -> Tensor | None:
-    """The padding mask (B, n) alone, None without padding: causality comes with the attention call, so no (n, n) mask is made."""
-    if mask_function not in (bidirectional_mask_function, causal_mask_function) or q_offset:
-        raise ValueError("capture: only bidirectional and causal attention with padding are supported, got another mask")
-    return None if attention_mask is None or bool(attention_mask.all()) else attention_mask
+def _read_mask(name: str, mask: Any, window: tuple[int, int], n: int) -> tuple[Tensor | None, ScoreMod | None]:
+    """Padding (B, n) or None, and a bias of the scores or None."""
+    if mask is None:
+        return None, None
+    if not isinstance(mask, Mask):
+        came = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"capture: {name}: attention_mask must be (B, n) of 0 and 1, got {came}")
+    if _within(mask.window, n) != _within(window, n):
+        raise ValueError(f"capture: {name}: the model's mask shows a query its keys in {mask.window}, its attention those in {window}")
+    return mask.padding, None if mask.bias is None else StoredBias(mask.bias)
+
+
+def _within(window: tuple[int, int], n: int) -> tuple[int, ...]:
+    """The window with sides that reach over all n tokens as -1."""
+    return tuple(-1 if side >= n - 1 else side for side in window)
+
+
+def mask_function(
+    *, mask_function: Callable, batch_size: int, q_length: int, attention_mask: Tensor | None = None, q_offset: int = 0, **kwargs: Any
+) -> Mask:
+    """The padding mask and the window of a mask that transformers describes by a function, so that no (n, n) mask is made."""
+    if q_offset or kwargs.get("kv_length", q_length) != q_length:
+        raise ValueError("capture: cached attention is not supported; pass use_cache=False")
+    window = _window(mask_function, batch_size, q_length, kwargs.get("device"))
+    padding = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
+    return Mask(padding, window)
+
+
+def _window(visible: Callable, batch: int, n: int, device: torch.device | None) -> tuple[int, int]:
+    """Window that a mask function describes, read off the first and the last query and checked for all along the window's edges."""
+    i, b = torch.arange(n, device=device)[None], torch.arange(batch, device=device)[:, None]
+
+    def seen(q: Tensor, kv: Tensor) -> Tensor:
+        return torch.as_tensor(visible(b, 0, q, kv)).expand(batch, q.shape[1])
+
+    left = int(seen(torch.full_like(i, n - 1), i)[0].sum()) - 1
+    right = int(seen(torch.zeros_like(i), i)[0].sum()) - 1
+    edges = ((0, True), (-1, left > 0), (-left, True), (-left - 1, False), (1, right > 0), (right, True), (right + 1, False))
+    for distance, expected in edges:
+        q = i[:, max(0, -distance) : n - max(0, distance)]
+        if not bool((seen(q, q + distance) == expected).all()):
+            raise ValueError("capture: only bidirectional, causal and sliding window attention are supported, got another mask")
+    return (-1 if left == n - 1 else left, -1 if right == n - 1 else right)
 
 
 AttentionInterface.register(NAME, attention_function)

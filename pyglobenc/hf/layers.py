@@ -1,32 +1,51 @@
 """Handles to one layer's modules and the tensors of one forward pass through them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
+
+from pyglobenc.hf.weights import dense_weight
+from pyglobenc.reference.score_mods import ScoreMod
+
+
+@dataclass(frozen=True)
+class OwnScores:
+    """What an attention module that computes its scores itself does to q . k."""
+
+    scaling: float
+    score_mod: ScoreMod | None
+    key_mask: Tensor | None  # (B, n) bool
 
 
 @dataclass(frozen=True)
 class LayerModules:
-    """Modules of one transformer layer, by the part they play."""
+    """Modules of one transformer layer, by the part they play; None for a part that the architecture has in another shape."""
 
     block: nn.Module  # called with the layer's input x
     attention: nn.Module  # the module that transformers hands to the attention function
-    query: nn.Module
-    key: nn.Module
-    value: nn.Module
+    query: nn.Module | None  # None: one module for query, key and value
+    key: nn.Module | None
+    value: nn.Module | None
     output: nn.Module  # W_O
     attention_norm: nn.Module  # post-norm: after the attention's residual sum; pre-norm: before the attention
-    intermediate: nn.Module  # first Linear of the MLP
+    intermediate: nn.Module | None  # first Linear of the MLP; None: a gated MLP
     mlp_output: nn.Module
     output_norm: nn.Module  # post-norm: after the MLP's residual sum; pre-norm: before the MLP
     pre_norm: bool = False
+    scale: Tensor | None = None  # (d,), factor of the attention's output before the residual sum
+    added_norm: nn.Module | None = None  # RMSNorm of the attention's output before the residual sum
+    unit_offset: bool = False  # added_norm multiplies by 1 + its weight
+    # for attention that ignores transformers' interface: reads its arguments by name
+    own_scores: Callable[[nn.Module, dict[str, Any]], OwnScores] | None = None
 
 
 @dataclass
 class NormStats:
-    """Statistics of one LayerNorm in the forward pass, each (B, n); rstd includes eps."""
+    """Statistics of one norm in the forward pass, each (B, n); rstd includes eps; mean is None for an RMSNorm."""
 
-    mean: Tensor
+    mean: Tensor | None
     rstd: Tensor
 
 
@@ -40,14 +59,14 @@ class LayerTrace:
     k: Tensor | None = None  # (B, Hkv, n, dh)
     v: Tensor | None = None  # (B, Hkv, n, dh)
     o: Tensor | None = None  # (B, H, n, dh), attention output by head
-    lse: Tensor | None = None  # (B, H, n), of the scaled scores
+    lse: Tensor | None = None  # (B, H, n), of the scaled scores; inf where a padded query sees no key
     scaling: float = 1.0
     key_mask: Tensor | None = None  # (B, n) bool, None: no padding
     window: tuple[int, int] = (-1, -1)
+    score_mod: ScoreMod | None = None  # what changes the scaled scores before the softmax
     norms: dict[str, NormStats] = field(default_factory=dict)  # by the field's name in LayerModules
 
     @property
     def output_weight(self) -> Tensor:
         """W_O by head, (H, dh, d)."""
-        heads, dh = self.q.shape[1], self.q.shape[3]
-        return self.modules.output.weight.detach().T.unflatten(0, (heads, dh))
+        return dense_weight(self.modules.output).unflatten(0, (self.q.shape[1], self.q.shape[3]))

@@ -3,20 +3,23 @@
 import torch
 from transformers import PreTrainedModel
 
-# their position table starts after the padding index
-OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")
+# their position table starts after the padding index: the config's, or the one built in
+OFFSET_POSITIONS = {"roberta": None, "xlm-roberta": None, "camembert": None, "mpnet": 1}
 
 
 def max_tokens(model: PreTrainedModel) -> int | None:
     """Longest input in tokens, special tokens included; None when the architecture sets no limit."""
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and model.config.model_type in OFFSET_POSITIONS:
-        limit -= model.config.pad_token_id + 1
+        padding = OFFSET_POSITIONS[model.config.model_type]
+        limit -= (model.config.pad_token_id if padding is None else padding) + 1
     return limit
 
 
 def check_weights(model: PreTrainedModel) -> None:
     """Raise ValueError if a parameter holds NaN or infinity."""
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+        # offloaded and quantised weights can't be looked at here
+        readable = parameter.is_floating_point() and parameter.device.type != "meta" and type(parameter.data) is torch.Tensor
+        if readable and not torch.isfinite(parameter).all():
             raise ValueError(f"{type(model).__name__}: parameter {name} holds NaN or infinity; no attribution can be computed")

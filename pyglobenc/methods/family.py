@@ -15,7 +15,7 @@ from pyglobenc.methods.flow import attention_flow
 from pyglobenc.methods.inputs import check_model, run_captured, target_rows
 from pyglobenc.methods.layer_matrix import LayerMatrix, ResidualMatrix
 from pyglobenc.methods.rollout import RolloutResult, roll_out, roll_out_rows, rollout_result
-from pyglobenc.methods.stages import STAGES, StageOps
+from pyglobenc.methods.stages import STAGES, StageOps, check_stage, deepest_stage
 from pyglobenc.reference.rollout_step import rescale_rows
 from pyglobenc.reference.token_norms import own_attention
 
@@ -35,7 +35,7 @@ MAPS = ("layers", "rollout")
 
 
 class Rollout:
-    """A method of the rollout family on a stock transformers encoder.
+    """A method of the rollout family on a stock transformers model.
 
     Args:
         model: a known architecture, in evaluation mode; left as it is.
@@ -52,18 +52,18 @@ class Rollout:
     ):
         if method not in METHODS:
             raise ValueError(f"Rollout: method must be one of {', '.join(METHODS)}, got {method!r}")
-        check_model("Rollout", model, backend, dtype)
-        self.model, self.method, self.dtype = model, method, dtype
+        self.model = check_model("Rollout", model, backend, dtype)
+        self.method, self.dtype = method, dtype
         self.ops = StageOps(backend)
 
     @torch.no_grad()
     def __call__(
-        self, *, targets: Sequence[int] | Tensor = (0,), layers: bool = False, maps: Sequence[str] = (), **batch: Any
+        self, *, targets: Sequence[int] | Tensor | None = None, layers: bool = False, maps: Sequence[str] = (), **batch: Any
     ) -> RolloutResult:
         """Attribute target tokens of a batch to the input tokens.
 
         Args:
-            targets: token positions, T for every example or (B, T); 0 is [CLS].
+            targets: token positions, T for every example or (B, T); 0 is [CLS]. None: the first real token, of a causal model the last.
             layers: also return the result up to every layer; for raw attention, every layer's own.
             maps: "layers", every layer's matrix (B, L, n, n), and "rollout", their product (B, n, n), float64.
             batch: the model's inputs, as its tokenizer returns them.
@@ -77,6 +77,8 @@ class Rollout:
         if isinstance(maps, str) or any(name not in MAPS for name in maps):
             raise ValueError(f"Rollout: maps must be a sequence of names among {', '.join(MAPS)}, got {maps!r}")
         captured, output = run_captured("Rollout", self.model, batch, self.dtype)
+        if self.method in OF_STAGE and self.method != "globenc":
+            check_stage("Rollout", captured[-1], OF_STAGE[self.method])
         rows = target_rows("Rollout", targets, captured[-1])
         result = rollout_result("Rollout", *self._rows(captured, rows, layers), layers)
         result.output = output
@@ -97,7 +99,7 @@ class Rollout:
 
     def _matrix(self, layer: LayerTrace) -> LayerMatrix:
         if self.method in OF_STAGE:
-            return self.ops.norm_matrix(layer, OF_STAGE[self.method])
+            return self.ops.norm_matrix(layer, deepest_stage(layer) if self.method == "globenc" else OF_STAGE[self.method])
         if self.method == "n-fixedres":
             norms = self.ops.norm_matrix(layer, "N")
             sums = norms.row_sums()
@@ -117,8 +119,9 @@ class Rollout:
         return half if layer.key_mask is None else half * layer.key_mask
 
     def _measured(self, layer: LayerTrace, attention: LayerMatrix) -> ResidualMatrix:
-        ratio = self.ops.mixing_ratio(layer, "N_Enc")
-        own = own_attention(attention.q.to(ratio.dtype), attention.k.to(ratio.dtype), attention.lse.to(ratio.dtype), layer.scaling).mean(1)
+        ratio = self.ops.mixing_ratio(layer, deepest_stage(layer))
+        q, k, lse = (t.to(ratio.dtype) for t in (attention.q, attention.k, attention.lse))
+        own = own_attention(q, k, lse, layer.scaling, attention.score_mod).mean(1)
         others = 1 - own
         weight = torch.where(others > 0, ratio / others, torch.zeros_like(ratio))
         kept = 1 - ratio

@@ -11,17 +11,17 @@ from pyglobenc.hf import LayerTrace
 from pyglobenc.methods.inputs import check_model, run_captured, target_rows
 from pyglobenc.methods.layer_matrix import LayerMatrix, StoredMatrix
 from pyglobenc.methods.rollout import RolloutResult, roll_out, roll_out_rows, rollout_result
-from pyglobenc.methods.stages import STAGES, StageOps
+from pyglobenc.methods.stages import STAGES, StageOps, check_stage, deepest_stage
 
 MIXING = {f"mix_{name}": name for name in STAGES}
 MAPS = ("head_N", *STAGES, *MIXING, "rollout")
 
 
 class GlobEnc:
-    """GlobEnc attribution of a stock transformers encoder.
+    """GlobEnc attribution of a stock transformers model.
 
     Args:
-        model: a known architecture, in evaluation mode; left as it is.
+        model: a known architecture, in evaluation mode; left as it is. It may be wrapped by torch.compile, PEFT or sentence-transformers.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
         dtype: of the attribution arithmetic; None is float32, or float64 for a float64 model.
 
@@ -30,22 +30,28 @@ class GlobEnc:
     """
 
     def __init__(self, model: PreTrainedModel, backend: str = "auto", dtype: torch.dtype | None = None):
-        check_model("GlobEnc", model, backend, dtype)
-        self.model = model
+        self.model = check_model("GlobEnc", model, backend, dtype)
         self.dtype = dtype
         self.ops = StageOps(backend)
 
     @torch.no_grad()
     def __call__(
-        self, *, targets: Sequence[int] | Tensor = (0,), stage: str = "N_Enc", layers: bool = False, maps: Sequence[str] = (), **batch: Any
+        self,
+        *,
+        targets: Sequence[int] | Tensor | None = None,
+        stage: str | None = None,
+        layers: bool = False,
+        maps: Sequence[str] = (),
+        **batch: Any,
     ) -> RolloutResult:
         """Attribute target tokens of a batch to the input tokens.
 
         Row mode, the default, stores no (n, n) array: memory is O(L*n*d + T*n). Each name in maps costs its own size.
 
         Args:
-            targets: token positions, T for every example or (B, T); 0 is [CLS].
-            stage: "N", "N_Res", "N_ResLN" or "N_Enc", whose norms are rolled out.
+            targets: token positions, T for every example or (B, T); 0 is [CLS]. None: the first real token, of a causal model the last.
+            stage: "N", "N_Res", "N_ResLN" or "N_Enc", whose norms are rolled out. None: N_Enc, or N_Res for a pre-norm model, which
+                has no others but N: that extends the paper.
             layers: also return the rollout up to every layer.
             maps: any of "head_N" (B, L, H, n, n); "N", "N_Res", "N_ResLN", "N_Enc" (B, L, n, n); "mix_" and a stage's name (B, L, n);
                 "rollout" (B, n, n), unnormalised, float64. Rows of padding are 0.
@@ -58,12 +64,15 @@ class GlobEnc:
             TypeError, ValueError: unknown stage or map, targets out of range or padding, input longer than the model takes,
                 an example without a real token, a result that isn't finite.
         """
-        if stage not in STAGES:
+        if stage is not None and stage not in STAGES:
             raise ValueError(f"GlobEnc: stage must be one of {', '.join(STAGES)}, got {stage!r}")
         unknown = [name for name in maps if name not in MAPS]
         if isinstance(maps, str) or unknown:
             raise ValueError(f"GlobEnc: maps must be a sequence of names among {', '.join(MAPS)}, got {maps!r}")
         captured, output = run_captured("GlobEnc", self.model, batch, self.dtype)
+        stage = stage or deepest_stage(captured[-1])
+        for name in (stage, *(MIXING.get(name, name) for name in maps if MIXING.get(name, name) in STAGES)):
+            check_stage("GlobEnc", captured[-1], name)
         rows = target_rows("GlobEnc", targets, captured[-1])
         full = self._full(captured, stage) if stage in maps or "rollout" in maps else None
         if full is None:
@@ -76,7 +85,8 @@ class GlobEnc:
             if name == "rollout":
                 result.maps[name] = roll_out(full)
             else:
-                result.maps[name] = torch.stack(full if name == stage else self._maps(name, captured), dim=1)
+                maps_of_layers = full if name == stage else self._maps(name, captured)
+                result.maps[name] = torch.stack([t.to(maps_of_layers[0].device) for t in maps_of_layers], dim=1)
         return result
 
     def _full(self, captured: list[LayerTrace], stage: str) -> list[Tensor]:

@@ -4,27 +4,34 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pyglobenc.backends import check_backend
 from pyglobenc.hf import LayerTrace, capture, find_layers
 from pyglobenc.hf.limits import check_weights, max_tokens
+from pyglobenc.hf.registry import is_decoder
+from pyglobenc.hf.unwrap import stock_model
 from pyglobenc.methods.precision import set_precision
 
 
-def check_model(who: str, model: PreTrainedModel, backend: str, dtype: torch.dtype | None) -> None:
-    """Raise TypeError or ValueError, naming who, unless the model's architecture, its weights, the backend and the dtype will do."""
+def check_model(who: str, model: nn.Module, backend: str, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The stock model inside; TypeError or ValueError, naming who, unless its architecture, weights, backend and dtype are fine."""
     check_backend(backend, who)
     if dtype not in (None, torch.float32, torch.float64):
         raise ValueError(f"{who}: dtype must be None, torch.float32 or torch.float64, got {dtype}")
+    model = stock_model(model)
     find_layers(model)
     check_weights(model)
+    return model
 
 
 def run_captured(who: str, model: PreTrainedModel, batch: Mapping[str, Any], dtype: torch.dtype | None) -> tuple[list[LayerTrace], Any]:
     """Check a batch, run the model on it, and return its layers, in the precision asked for, and its output."""
     check_batch(who, model, batch)
+    if is_decoder(model):
+        # a cache would hold every key and value a second time
+        batch = {"use_cache": False, **batch}
     with capture(model) as trace:
         output = model(**batch)
     set_precision(trace.layers, dtype)
@@ -37,13 +44,16 @@ def check_batch(who: str, model: PreTrainedModel, batch: Mapping[str, Any]) -> N
     Args:
         who: method named in errors.
         model: the model that gets the batch.
-        batch: its inputs; input_ids (B, n), attention_mask (B, n).
+        batch: its inputs; input_ids (B, n), attention_mask (B, n); of an image encoder pixel_values (B, channels, height, width).
 
     Raises:
         TypeError, ValueError: training mode, no input, wrong shapes, empty or too long text, an example without a real token.
     """
     if model.training:
         raise ValueError(f"{who}: the model is in training mode, where dropout changes the result; call model.eval() first")
+    if model.main_input_name == "pixel_values":
+        _check_pixels(who, batch.get("pixel_values"))
+        return
     ids = batch.get("input_ids", batch.get("inputs_embeds"))
     if ids is None:
         raise ValueError(f"{who}: the batch has neither input_ids nor inputs_embeds, got {', '.join(batch) or 'nothing'}")
@@ -65,17 +75,35 @@ def check_batch(who: str, model: PreTrainedModel, batch: Mapping[str, Any]) -> N
             raise ValueError(f"{who}: an example has no real token (its attention_mask is all 0)")
 
 
-def target_rows(who: str, targets: Sequence[int] | Tensor, layer: LayerTrace) -> Tensor:
+def _check_pixels(who: str, pixels: Any) -> None:
+    if not isinstance(pixels, Tensor) or pixels.dim() != 4 or 0 in pixels.shape:
+        came = "nothing" if pixels is None else tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
+        raise ValueError(f"{who}: pixel_values must be a tensor (B, channels, height, width), got {came}")
+
+
+def default_rows(layer: LayerTrace) -> Tensor:
+    """The token that a model's result rests on, (B, 1): the first real one ([CLS]), or the last real one of a causal model."""
+    batch, _, n, _ = layer.q.shape
+    i = torch.arange(n, device=layer.q.device).expand(batch, n)
+    real = torch.ones_like(i, dtype=torch.bool) if layer.key_mask is None else layer.key_mask
+    if layer.window[1] == 0:
+        return i.masked_fill(~real, -1).amax(1, keepdim=True)
+    return i.masked_fill(~real, n).amin(1, keepdim=True)
+
+
+def target_rows(who: str, targets: Sequence[int] | Tensor | None, layer: LayerTrace) -> Tensor:
     """Targets as (B, T) int64, checked.
 
     Args:
         who: method named in errors.
-        targets: T positions for every example, or (B, T), each in [0, n) and not padding.
+        targets: T positions for every example, or (B, T), each in [0, n) and not padding; None for `default_rows`.
         layer: any captured layer, for B, n and the padding.
 
     Raises:
         TypeError, ValueError: not integers, empty, out of range, padding, or of another batch.
     """
+    if targets is None:
+        return default_rows(layer)
     batch, _, n, _ = layer.q.shape
     rows = torch.as_tensor(targets, device=layer.q.device)
     if rows.numel() and (rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool):

@@ -11,8 +11,17 @@ from torch import Tensor
 
 from pyglobenc.ops import rollout_step, token_norms
 from pyglobenc.reference.rollout_step import rescale_rows
+from pyglobenc.reference.rollout_step import rollout_step as reference_rollout_step
+from pyglobenc.reference.score_mods import ScoreMod, to_dtype
+from pyglobenc.reference.token_norms import token_norms as reference_token_norms
 
 ROW_BLOCK = 64
+
+
+def check_score_mod(who: str, backend: str) -> None:
+    """Raise ValueError if a backend is asked for by name that can't compute scores that a model changes before the softmax."""
+    if backend not in ("auto", "reference"):
+        raise ValueError(f"{who}: backend {backend!r} has no kernel for scores with a bias or a soft cap, which this model has; use 'auto'")
 
 
 class LayerMatrix(Protocol):
@@ -43,19 +52,35 @@ class NormMatrix:
     scaling: float
     window: tuple[int, int]
     backend: str
+    score_mod: ScoreMod | None = None
+
+    def __post_init__(self):
+        if self.score_mod is not None:
+            check_score_mod("NormMatrix", self.backend)
+            self.score_mod = to_dtype(self.score_mod, self.gram.dtype)
 
     def _args(self) -> dict:
         names = ("q", "k", "lse", "gram", "cross", "residual_sq", "rstd", "key_mask", "scaling", "window", "backend")
         return {name: getattr(self, name) for name in names}
 
     def rows(self, targets: Tensor) -> Tensor:
-        return token_norms(**self._args(), rows=targets)
+        targets = targets.to(self.q.device)
+        return token_norms(**self._args(), rows=targets) if self.score_mod is None else self._modified(targets)
 
     def step(self, r: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-        return rollout_step(r, log_scale, **self._args())
+        # the layers of a model may lie on several devices
+        r, log_scale = r.to(self.q.device), log_scale.to(self.q.device)
+        if self.score_mod is None:
+            return rollout_step(r, log_scale, **self._args())
+        tensors = (self.q, self.k, self.lse, self.gram, self.cross, self.residual_sq, self.rstd, self.key_mask)
+        return rescale_rows(reference_rollout_step(r, *tensors, self.scaling, self.window, self.score_mod), log_scale)
 
     def full(self) -> Tensor:
-        return token_norms(**self._args())
+        return token_norms(**self._args()) if self.score_mod is None else self._modified(None)
+
+    def _modified(self, targets: Tensor | None) -> Tensor:
+        tensors = (self.q, self.k, self.lse, self.gram, self.cross, self.residual_sq, self.rstd, self.key_mask, targets)
+        return reference_token_norms(*tensors, self.scaling, self.window, self.score_mod)
 
     def row_sums(self) -> Tensor:
         """Sum of every row, (B, n), a block of rows at a time."""
@@ -90,13 +115,14 @@ class ResidualMatrix:
     kept: Tensor
 
     def rows(self, targets: Tensor) -> Tensor:
-        rows = self.inner.rows(targets)
+        rows, targets = self.inner.rows(targets), targets.to(self.kept.device)
         if self.own is not None:
             rows = rows.scatter(2, targets[..., None], 0)
         kept = torch.zeros_like(rows).scatter_(2, targets[..., None], self.kept.gather(1, targets)[..., None])
         return rows * self.weight.gather(1, targets)[..., None] + kept
 
     def step(self, r: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+        r, log_scale = r.to(self.kept.device), log_scale.to(self.kept.device)
         weighted = r * self.weight[:, None]
         mixed, mixed_log = self.inner.step(weighted, torch.zeros_like(log_scale))
         mixed = mixed * mixed_log.exp()[..., None]

@@ -6,6 +6,7 @@ import torch
 
 from pyglobenc.hf import LayerTrace
 from pyglobenc.ops import attention
+from pyglobenc.reference.score_mods import to_dtype
 
 log = logging.getLogger("pyglobenc")
 
@@ -24,7 +25,8 @@ def set_precision(layers: list[LayerTrace], dtype: torch.dtype | None) -> None:
         dtype: torch.float32, torch.float64 or None.
     """
     if dtype is None and layers[0].q.dtype == torch.float32:
-        largest = max(float(layer.lse.abs().amax()) for layer in layers)
+        # a padded query that sees no key has an infinite one
+        largest = max(float(torch.nan_to_num(layer.lse, posinf=0.0).abs().amax()) for layer in layers)
         if largest > LARGEST_FLOAT32_LSE:
             log.info("attention scores reach %.0f: attribution in float64", largest)
             dtype = torch.float64
@@ -32,6 +34,6 @@ def set_precision(layers: list[LayerTrace], dtype: torch.dtype | None) -> None:
         return
     for layer in layers:
         layer.x, layer.q, layer.k, layer.v = (t.detach().to(dtype) for t in (layer.x, layer.q, layer.k, layer.v))
-        layer.o, layer.lse = attention(
-            layer.q, layer.k, layer.v, key_mask=layer.key_mask, scaling=layer.scaling, window=layer.window
-        )
+        layer.score_mod = None if layer.score_mod is None else to_dtype(layer.score_mod, dtype)
+        settings = dict(key_mask=layer.key_mask, scaling=layer.scaling, window=layer.window, score_mod=layer.score_mod)
+        layer.o, layer.lse = attention(layer.q, layer.k, layer.v, **settings)

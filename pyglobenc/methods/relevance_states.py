@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pyglobenc.hf import LayerModules, LayerTrace, capture, find_layers
+from pyglobenc.methods.relevance_support import check_layers
 from pyglobenc.methods.relevance_target import Index, Target, find_target
 from pyglobenc.methods.wide import WideParameters
 
@@ -64,6 +65,7 @@ def run_forward(
         lowest: first layer whose gradient is wanted; the number of layers for none.
     """
     found = find_layers(model)
+    check_layers(found)
     own = next(model.parameters()).dtype
     arithmetic = dtype or (torch.float64 if own == torch.float64 else torch.float32)
     candidates = _linears_outside(model, found)
@@ -79,6 +81,7 @@ def run_forward(
             if arithmetic == torch.float64 and own != torch.float64:
                 widened.enter_context(WideParameters(torch.float64))
             output = model(**inputs)
+        check_layers(found, trace.layers)
         chosen = find_target(kind, output, *target, trace.layers[0].key_mask)
         grads = _attention_gradients(chosen.logit, trace.layers, lowest)
     io = {module: (given.detach(), returned.detach()) for module, (given, returned) in trace.io.items()}

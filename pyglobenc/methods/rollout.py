@@ -39,7 +39,7 @@ def roll_out(matrices: Sequence[Tensor]) -> Tensor:
     """N_L ... N_2 N_1 of matrices (B, n, n), unnormalised, in float64 so that deep models don't overflow: (B, n, n)."""
     out = None
     for matrix in matrices:
-        out = matrix.double() if out is None else matrix.double() @ out
+        out = matrix.double() if out is None else matrix.double() @ out.to(matrix.device)
     return out
 
 

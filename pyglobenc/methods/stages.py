@@ -1,4 +1,9 @@
-"""The stages of GlobEnc on a captured layer: their constants, norms, maps and mixing ratios."""
+"""The stages of GlobEnc on a captured layer: their constants, norms, maps and mixing ratios.
+
+A post-norm layer has the paper's four. In a pre-norm layer no LayerNorm follows the residual sum, so N and N_Res alone are defined, which
+extends the paper: the transformed vectors come from the normalised input, are followed to what the attention adds to the residual stream
+(through a layer scale or an added norm, whose statistic is a row's scale), and the residual is the raw input.
+"""
 
 from dataclasses import dataclass
 
@@ -6,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from pyglobenc.hf import LayerTrace
-from pyglobenc.methods.layer_matrix import NormMatrix
+from pyglobenc.hf.weights import weight_version
+from pyglobenc.methods.layer_matrix import NormMatrix, check_score_mod
 from pyglobenc.ops import gram_kernels, head_gram, head_norms, mixing_ratio
+from pyglobenc.reference.mixing_ratio import mixing_ratio as reference_mixing_ratio
+from pyglobenc.reference.score_mods import to_dtype
 from pyglobenc.reference.stage_map import stage_map
 
 
@@ -27,6 +35,25 @@ STAGES = {
 }
 
 
+def deepest_stage(layer: LayerTrace) -> str:
+    """The stage that follows vectors furthest through a layer: N_Enc, or N_Res in a pre-norm layer."""
+    return "N_Res" if layer.modules.pre_norm else "N_Enc"
+
+
+def stages_of(layer: LayerTrace) -> tuple[str, ...]:
+    """Names of the stages that the layer has."""
+    return tuple(name for name, stage in STAGES.items() if not (layer.modules.pre_norm and stage.norms))
+
+
+def check_stage(who: str, layer: LayerTrace, name: str) -> None:
+    """Raise ValueError, naming who, if a layer of this kind has no such stage."""
+    if name not in stages_of(layer):
+        raise ValueError(
+            f"{who}: stage {name} follows vectors through a LayerNorm after the residual sum, and this model normalises before it; "
+            f"its stages are {', '.join(stages_of(layer))}"
+        )
+
+
 class StageOps:
     """Builds a layer's norms and ratios of any stage; keeps what depends on the weights alone until they change."""
 
@@ -39,33 +66,52 @@ class StageOps:
         return torch.float64 if layer.q.dtype == torch.float64 else torch.float32
 
     def _gammas(self, layer: LayerTrace, stage: Stage) -> list[Tensor]:
+        """Weights of the LayerNorms passed, (d,) each."""
         return [getattr(layer.modules, name).weight.detach().to(self.dtype_of(layer)) for name in stage.norms]
+
+    def _weight(self, layer: LayerTrace) -> Tensor:
+        """W_O by head, (H, dh, d), with what the layer multiplies the attention's output by before the residual sum."""
+        m, dtype = layer.modules, self.dtype_of(layer)
+        weight = layer.output_weight.to(dtype)
+        if m.scale is not None:
+            weight = weight * m.scale.detach().to(dtype)
+        if m.added_norm is not None:
+            weight = weight * (m.added_norm.weight.detach().to(dtype) + m.unit_offset)
+        return weight
+
+    def _residual(self, layer: LayerTrace) -> Tensor:
+        """The residual x, (B, n, d), over the rows' scale where the scale is of the attention's output alone."""
+        x = layer.x.detach().to(self.dtype_of(layer))
+        if layer.modules.added_norm is None:
+            return x
+        return x / layer.norms["added_norm"].rstd.to(x.dtype)[..., None]
 
     def kernels(self, layer: LayerTrace, stage: Stage) -> tuple[Tensor, Tensor]:
         """`gram_kernels` of a layer and stage, cached with the versions of the weights they came from."""
-        parts = [layer.modules.output, *(getattr(layer.modules, name) for name in stage.norms)]
-        dtype = self.dtype_of(layer)
-        version = (dtype, *((p.weight.data_ptr(), p.weight._version) for p in parts))
-        key = (layer.modules.output, stage.norms)
+        m, dtype = layer.modules, self.dtype_of(layer)
+        parts = [m.output, *(getattr(m, name) for name in stage.norms), *([] if m.added_norm is None else [m.added_norm])]
+        version = (dtype, *(weight_version(p) for p in parts), None if m.scale is None else (m.scale.data_ptr(), m.scale._version))
+        key = (m.output, stage.norms)
         if key not in self._kernels or self._kernels[key][0] != version:
-            self._kernels[key] = (version, *gram_kernels(layer.output_weight.to(dtype), self._gammas(layer, stage)))
+            self._kernels[key] = (version, *gram_kernels(self._weight(layer), self._gammas(layer, stage)))
         return self._kernels[key][1:]
 
     def rstd(self, layer: LayerTrace, stage: Stage) -> Tensor | None:
-        """Product of the stage's inverse standard deviations, (B, n)."""
+        """Product of the inverse standard deviations that scale a row of the stage, (B, n)."""
         out = None
-        for name in stage.norms:
+        for name in stage.norms if layer.modules.added_norm is None else ("added_norm",):
             rstd = layer.norms[name].rstd.to(self.dtype_of(layer))
             out = rstd if out is None else out * rstd
         return out
 
     def norm_matrix(self, layer: LayerTrace, name: str) -> NormMatrix:
         """Norms of stage `name`, as a matrix that isn't stored."""
+        check_stage("norm_matrix", layer, name)
         stage, dtype = STAGES[name], self.dtype_of(layer)
         kernel, cross_kernel = self.kernels(layer, stage)
         cross = residual_sq = None
         if stage.residual:
-            x = layer.x.detach().to(dtype)
+            x = self._residual(layer)
             gram, cross = head_gram(layer.v.detach().to(dtype), kernel, x, cross_kernel, backend=self.backend)
             residual_sq = stage_map(x, self._gammas(layer, stage)).square().sum(-1)
         else:
@@ -80,13 +126,16 @@ class StageOps:
 
     def _matrix(self, layer: LayerTrace, gram, cross, residual_sq, rstd) -> NormMatrix:
         q, k, lse = layer.q.detach(), layer.k.detach(), layer.lse.detach()
-        return NormMatrix(q, k, lse, gram, cross, residual_sq, rstd, layer.key_mask, layer.scaling, layer.window, self.backend)
+        settings = (layer.key_mask, layer.scaling, layer.window, self.backend, layer.score_mod)
+        return NormMatrix(q, k, lse, gram, cross, residual_sq, rstd, *settings)
 
     def head_maps(self, layer: LayerTrace) -> Tensor:
         """head_N: norm of every head's own weighted vector, (B, H, n, n)."""
         dtype = self.dtype_of(layer)
-        norms = head_norms(layer.v.detach().to(dtype), layer.output_weight.to(dtype), backend=self.backend).transpose(1, 2)
+        norms = head_norms(layer.v.detach().to(dtype), self._weight(layer), backend=self.backend).transpose(1, 2)
         maps = self.attention_maps(layer).mul_(norms[:, :, None, :])
+        if layer.modules.added_norm is not None:
+            maps.mul_(self.rstd(layer, STAGES["N"])[:, None, :, None])
         if layer.key_mask is not None:
             maps.masked_fill_(~layer.key_mask[:, None, :, None], 0)
         return maps
@@ -96,7 +145,11 @@ class StageOps:
         dtype = self.dtype_of(layer)
         q, k = layer.q.detach().to(dtype), layer.k.detach().to(dtype)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        scores = torch.matmul(q * layer.scaling, k.transpose(2, 3)).sub_(layer.lse.detach().to(dtype)[..., None])
+        scores = torch.matmul(q * layer.scaling, k.transpose(2, 3))
+        if layer.score_mod is not None:
+            everything = slice(0, q.shape[2])
+            scores = layer.score_mod.bind(q, k)(scores, everything, torch.arange(q.shape[2], device=q.device)[None], everything)
+        scores -= layer.lse.detach().to(dtype)[..., None]
         hidden = self._hidden(layer)
         return (scores if hidden is None else scores.masked_fill_(hidden, float("-inf"))).exp_()
 
@@ -114,10 +167,15 @@ class StageOps:
 
     def mixing_ratio(self, layer: LayerTrace, name: str) -> Tensor:
         """Mixing ratio of stage `name`, (B, n); 0 for padding."""
+        check_stage("mixing_ratio", layer, name)
         stage, dtype = STAGES[name], self.dtype_of(layer)
         gammas = self._gammas(layer, stage)
         q, k, v, o, lse = (t.detach().to(dtype) for t in (layer.q, layer.k, layer.v, layer.o, layer.lse))
-        mapped_x = stage_map(layer.x.detach().to(dtype), gammas) if stage.residual else None
-        weight = stage_map(layer.output_weight.to(dtype), gammas)
-        ratio = mixing_ratio(q, k, v, o, lse, weight, mapped_x, scaling=layer.scaling, backend=self.backend)
+        mapped_x = stage_map(self._residual(layer), gammas) if stage.residual else None
+        weight = stage_map(self._weight(layer), gammas)
+        if layer.score_mod is None:
+            ratio = mixing_ratio(q, k, v, o, lse, weight, mapped_x, scaling=layer.scaling, backend=self.backend)
+        else:
+            check_score_mod("mixing_ratio", self.backend)
+            ratio = reference_mixing_ratio(q, k, v, o, lse, weight, mapped_x, layer.scaling, to_dtype(layer.score_mod, dtype))
         return ratio if layer.key_mask is None else ratio.masked_fill(~layer.key_mask, 0)

@@ -5,8 +5,13 @@ from torch import Tensor
 
 from pyglobenc.ops._checks import check_floats, check_heads, check_mask, check_shape, check_window
 from pyglobenc.reference.attention import attention as reference_attention
+from pyglobenc.reference.attention import hidden_keys, visible_keys
+from pyglobenc.reference.score_mods import ScoreMod
 
 aten = torch.ops.aten
+
+# queries that share one call and one mask where the window is local: about as many as the window is wide, within these
+BAND = (64, 512)
 
 
 def attention(
@@ -17,8 +22,9 @@ def attention(
     key_mask: Tensor | None = None,
     scaling: float | None = None,
     window: tuple[int, int] = (-1, -1),
+    score_mod: ScoreMod | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention and the log-sum-exp of its scaled scores; differentiable.
+    """Softmax attention and the log-sum-exp of its scaled scores; differentiable. Memory is linear in n, without a graph.
 
     Args:
         q: queries (B, H, n, dh), any float dtype.
@@ -26,9 +32,11 @@ def attention(
         key_mask: (B, n) bool, True for the keys that may be attended to; None: all.
         scaling: factor of q . k, default dh ** -0.5.
         window: keys that query i sees, i - left to i + right; -1 is unlimited; causal is (-1, 0).
+        score_mod: what changes the scaled scores before the softmax; runs on the reference.
 
     Returns:
-        o (B, H, n, dh), the dtype of q, and lse (B, H, n), natural logarithm, float32 or float64.
+        o (B, H, n, dh), the dtype of q, and lse (B, H, n), natural logarithm, float32 or float64. A query that sees no key gets
+        o = 0 and lse = inf, so that exp(score - lse) is 0.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that don't fit.
@@ -42,30 +50,73 @@ def attention(
     check_window(op, window)
     check_floats(op, q=q, k=k, v=v)
     scaling = sizes["dh"] ** -0.5 if scaling is None else float(scaling)
-    causal = tuple(window) == (-1, 0)
-    if not causal and tuple(window) != (-1, -1):
-        return reference_attention(q, k, v, key_mask, scaling, window)
-    group = sizes["H"] // sizes["Hkv"]
-    if group > 1:
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    bias = None
-    if key_mask is not None:
-        bias = torch.zeros(key_mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~key_mask, float("-inf"))[:, None, None, :]
-    if q.device.type == "cpu" and q.numel() and not (causal and bias is not None):
-        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scaling)
-    if q.device.type == "cuda" and q.numel() and q.dtype != torch.float64:
-        return _cuda_attention(q, k, v, bias, causal, scaling)
-    return reference_attention(q, k, v, key_mask, scaling, window)
+    # a window as wide as the text is none
+    window = tuple(-1 if side >= sizes["n"] - 1 else side for side in window)
+    fused = q.device.type == "cpu" or (q.device.type == "cuda" and q.dtype != torch.float64)
+    if score_mod is not None or not fused or not q.numel():
+        o, lse = _reference(q, k, v, key_mask, scaling, window, score_mod)
+    else:
+        group = sizes["H"] // sizes["Hkv"]
+        if group > 1:
+            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        o, lse = _fused(q, k, v, key_mask, scaling, window)
+    blind = None if key_mask is None else _sees_nothing(key_mask, window)
+    if blind is None:
+        return o, lse
+    return o.masked_fill(blind[:, None, :, None], 0), lse.masked_fill(blind[:, None], float("inf"))
 
 
-def _cuda_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scaling: float) -> tuple[Tensor, Tensor]:
+def _reference(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scaling: float, window, score_mod) -> tuple[Tensor, Tensor]:
+    """In float32 at least; the result in the dtype of q."""
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    o, lse = reference_attention(q.to(wide), k.to(wide), v.to(wide), key_mask, scaling, window, score_mod)
+    return o.to(q.dtype), lse
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scaling: float, window: tuple[int, int]) -> tuple[Tensor, Tensor]:
     n = q.shape[2]
+    if window in ((-1, -1), (-1, 0)):
+        bias = None if key_mask is None else _bias(~key_mask[:, None, None, :], q.dtype)
+        return _call(q, k, v, bias, window == (-1, 0), scaling)
+    block = min(max(sum(window), BAND[0]), BAND[1])
+    parts = []
+    for start in range(0, n, block):
+        rows = slice(start, min(n, start + block))
+        cols = visible_keys(rows, n, window)
+        bias = _bias(hidden_keys(rows, cols, window, key_mask, q.device), q.dtype)
+        parts.append(_call(q[:, :, rows], k[:, :, cols], v[:, :, cols], bias, False, scaling))
+    return torch.cat([o for o, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+
+
+def _bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """Finite, so that a query that sees no key doesn't divide by zero; its exponential beside a real score is 0."""
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, torch.finfo(dtype).min / 2)
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scaling: float) -> tuple[Tensor, Tensor]:
+    """One call of torch's kernel: q (B, H, m, dh), k and v (B, H, J, dh), bias (1 or B, 1, 1 or m, J)."""
+    if q.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scaling)
+    m, keys = q.shape[2], k.shape[2]
     if bias is None and q.dtype != torch.float32 and q.shape[3] % 8 == 0:
         out = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scaling)
-        return out[0], out[1][:, :, :n]
+        return out[0], out[1][:, :, :m]
     if bias is not None:
         # the kernel reads the bias in 16-byte steps
-        padded = torch.nn.functional.pad(bias, (0, -n % 8), value=float("-inf"))[..., :n]
-        bias = padded.expand(q.shape[0], q.shape[1], n, n)
+        padded = torch.nn.functional.pad(bias, (0, -keys % 8), value=float("-inf"))[..., :keys]
+        bias = padded.expand(q.shape[0], q.shape[1], m, keys)
     out = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, causal, scale=scaling)
-    return out[0], out[1][:, :, :n]
+    return out[0], out[1][:, :, :m]
+
+
+def _sees_nothing(key_mask: Tensor, window: tuple[int, int]) -> Tensor | None:
+    """Queries without a real key in their window, (B, n) bool; None where there can be none."""
+    left, right = window
+    n = key_mask.shape[1]
+    if left < 0 and right < 0:
+        return None
+    before = torch.nn.functional.pad(key_mask.long().cumsum(1), (1, 0))  # real keys before position j, (B, n + 1)
+    i = torch.arange(n, device=key_mask.device)
+    stop = torch.full_like(i, n) if right < 0 else (i + right + 1).clamp(max=n)
+    start = torch.zeros_like(i) if left < 0 else (i - left).clamp(min=0)
+    return before[:, stop] == before[:, start]

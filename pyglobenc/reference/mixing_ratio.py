@@ -8,14 +8,23 @@ The row scale cancels, and S[i] - t_ii = (o[i] - alpha_ii v[i]) W_O M needs no p
 import torch
 from torch import Tensor
 
+from pyglobenc.reference.score_mods import ScoreMod
 from pyglobenc.reference.token_norms import own_attention
 
 
 def mixing_ratio(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, mapped_weight: Tensor, mapped_x: Tensor | None, scaling: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    mapped_weight: Tensor,
+    mapped_x: Tensor | None,
+    scaling: float,
+    score_mod: ScoreMod | None = None,
 ) -> Tensor:
     """See `pyglobenc.ops.mixing_ratio`: -> (B, n)."""
-    a = own_attention(q, k, lse, scaling)[..., None]
+    a = own_attention(q, k, lse, scaling, score_mod)[..., None]
     own = a * v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
     rows = mapped_weight.flatten(0, 1)
     mixed = (o - own).transpose(1, 2).flatten(2) @ rows

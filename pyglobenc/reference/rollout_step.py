@@ -6,6 +6,7 @@ The cost is that of `token_norms`; memory O(n*d + T*n).
 import torch
 from torch import Tensor
 
+from pyglobenc.reference.score_mods import ScoreMod
 from pyglobenc.reference.token_norms import diagonal_sq, key_tiles
 
 
@@ -21,16 +22,17 @@ def rollout_step(
     key_mask: Tensor | None,
     scaling: float,
     window: tuple[int, int],
+    score_mod: ScoreMod | None = None,
 ) -> Tensor:
     """See `pyglobenc.ops.rollout_step`: -> r @ norms (B, T, n), not yet rescaled."""
     q, k, lse = q.to(gram.dtype), k.to(gram.dtype), lse.to(gram.dtype)
-    diagonal = None if cross is None else diagonal_sq(q, k, lse, gram, cross, residual_sq, scaling)
+    diagonal = None if cross is None else diagonal_sq(q, k, lse, gram, cross, residual_sq, scaling, score_mod)
     weights = r if rstd is None else r * rstd[:, None]
     if key_mask is not None:
         weights = weights.masked_fill(~key_mask[:, None], 0)
     weights = weights.transpose(1, 2)
     out = torch.empty_like(r)
-    for start, sq in key_tiles(q, k, lse, gram, diagonal, key_mask, None, scaling, window):
+    for start, sq in key_tiles(q, k, lse, gram, diagonal, key_mask, None, scaling, window, score_mod):
         out[:, :, start : start + sq.shape[1]] = (sq.clamp_(min=0).sqrt_() @ weights).transpose(1, 2)
     return out
 

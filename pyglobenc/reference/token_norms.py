@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from pyglobenc.reference.score_mods import ScoreMod
+
 
 def token_norms(
     q: Tensor,
@@ -24,17 +26,19 @@ def token_norms(
     rows: Tensor | None,
     scaling: float,
     window: tuple[int, int],
+    score_mod: ScoreMod | None = None,
 ) -> Tensor:
     """See `pyglobenc.ops.token_norms`: -> (B, n, n), or (B, T, n) with rows."""
     batch, _, n, _ = q.shape
     q, k, lse = q.to(gram.dtype), k.to(gram.dtype), lse.to(gram.dtype)
-    diagonal = None if cross is None else diagonal_sq(q, k, lse, gram, cross, residual_sq, scaling)
+    diagonal = None if cross is None else diagonal_sq(q, k, lse, gram, cross, residual_sq, scaling, score_mod)
     positions = None
     if rows is not None:
         q, lse = take_queries(q, rows), take_queries(lse, rows)
         positions = rows
     out = q.new_empty(batch, q.shape[2], n)
-    for start, sq in key_tiles(q, k, lse, gram, None if rows is not None else diagonal, key_mask, positions, scaling, window):
+    own = None if rows is not None else diagonal
+    for start, sq in key_tiles(q, k, lse, gram, own, key_mask, positions, scaling, window, score_mod):
         out[:, :, start : start + sq.shape[1]] = sq.transpose(1, 2)
     if rows is not None and diagonal is not None:
         out.scatter_(2, rows[:, :, None], diagonal.gather(1, rows)[:, :, None])
@@ -55,28 +59,37 @@ def take_queries(t: Tensor, rows: Tensor) -> Tensor:
     return t.gather(2, index[..., None].expand(-1, -1, -1, t.shape[-1]))
 
 
-def diagonal_sq(q, k, lse, gram, cross, residual_sq, scaling: float) -> Tensor:
+def diagonal_sq(q, k, lse, gram, cross, residual_sq, scaling: float, score_mod: ScoreMod | None = None) -> Tensor:
     """Squared norm of each token's own vector, residual included, without the row scale: (B, n)."""
-    a = own_attention(q, k, lse, scaling).transpose(1, 2)  # (B, n, H)
+    a = own_attention(q, k, lse, scaling, score_mod).transpose(1, 2)  # (B, n, H)
     return (a * (torch.einsum("bnhg,bng->bnh", gram, a) + 2 * cross)).sum(-1) + residual_sq
 
 
-def own_attention(q: Tensor, k: Tensor, lse: Tensor, scaling: float) -> Tensor:
+def own_attention(q: Tensor, k: Tensor, lse: Tensor, scaling: float, score_mod: ScoreMod | None = None) -> Tensor:
     """alpha[h, i, i]: (B, H, n)."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    return ((q * k).sum(-1) * scaling - lse).exp()
+    scores = (q * k).sum(-1) * scaling
+    if score_mod is not None:
+        scores = score_mod.diagonal(scores, q, k)
+    return (scores - lse).exp()
 
 
-def key_tiles(q, k, lse, gram, diagonal, key_mask, positions, scaling: float, window: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
+def key_tiles(
+    q, k, lse, gram, diagonal, key_mask, positions, scaling: float, window: tuple[int, int], score_mod: ScoreMod | None = None
+) -> Iterator[tuple[int, Tensor]]:
     """Yield (first key, squared norms (B, J, m) of J keys for all m queries, row scale and masks of padding left out)."""
     batch, n_heads, m, dh = q.shape
     n = k.shape[2]
     k = k.repeat_interleave(n_heads // k.shape[1], dim=1)
+    modify = None if score_mod is None else score_mod.bind(q, k)
+    i = torch.arange(m, device=q.device)[None] if positions is None else positions
     q = (q * scaling).transpose(2, 3)
     offset = -lse[:, :, None, :]
     for start in range(0, n, block_of_keys(n, m, dh)):
         stop = min(n, start + block_of_keys(n, m, dh))
         alpha = torch.matmul(k[:, :, start:stop], q)  # (B, H, J, m)
+        if modify is not None:
+            alpha = modify(alpha.transpose(2, 3), slice(0, m), i, slice(start, stop)).transpose(2, 3)
         alpha.add_(offset)
         hide_window(alpha, positions, start, stop, window)
         alpha = alpha.exp_().transpose(1, 2)  # (B, J, H, m)

@@ -3,7 +3,8 @@ import gc
 import pytest
 import torch
 import transformers
-from models import ARCHITECTURES, build, random_batch
+from models import ARCHITECTURES, CAUSAL, IMAGES, OWN_SCORES, PRE_NORM, build, random_batch
+from published import Float64Throughout
 
 from pyglobenc import capture
 from pyglobenc.hf.attention import RECORDERS
@@ -25,7 +26,7 @@ def assert_untouched(model, attention="sdpa", hooks=0):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in OWN_SCORES])
 def test_layers_hold_what_the_model_computed(name, attention):
     model = build(name, attention=attention)
     batch = random_batch(model, batch=2, n=9, pads=[0, 4])
@@ -53,6 +54,43 @@ def test_layers_hold_what_the_model_computed(name, attention):
         # the LayerNorm's output has mean 0 and its rstd times the input's spread is 1
         torch.testing.assert_close(following_x[real].mean(-1), torch.zeros(int(real.sum()), dtype=torch.float64), rtol=0, atol=1e-9)
         assert following.rstd.shape == following.mean.shape == (2, 9)
+
+
+@pytest.mark.parametrize("name", [*OWN_SCORES, *PRE_NORM, *IMAGES])
+def test_model_computes_the_same_while_captured(name):
+    model = build(name)
+    batch = random_batch(model, batch=2, n=9, pads=[0, 4])
+    with torch.no_grad(), Float64Throughout():
+        implementation = model.config._attn_implementation
+        model.set_attn_implementation("eager")
+        exact = model(**batch)[0]
+        model.set_attn_implementation(implementation)
+        hooks = hooks_of(model)
+        with capture(model) as trace:
+            output = model(**batch)[0]
+        assert_untouched(model, implementation, hooks)
+        for layer in trace.layers:
+            merged = layer.o.transpose(1, 2).flatten(2)
+            assert merged.shape[:2] == layer.x.shape[:2] and layer.output_weight.flatten(0, 1).shape == (merged.shape[2], layer.x.shape[2])
+            assert (layer.window[1] == 0) == (name in CAUSAL)
+    real = batch["attention_mask"].bool() if "attention_mask" in batch and output.dim() == 3 else slice(None)
+    torch.testing.assert_close(output[real], exact[real], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma3", "modernbert"])
+def test_windows(name):
+    model = build(name)
+    with torch.no_grad(), capture(model) as trace:
+        model(**random_batch(model, batch=2, n=12, pads=[0, 4]))
+    windows = {"gpt2": [(-1, 0)] * 3, "gemma3": [(3, 0), (-1, 0), (3, 0)], "modernbert": [(-1, -1), (3, 3), (-1, -1)]}
+    assert [layer.window for layer in trace.layers] == windows[name]
+
+
+def test_packed_sequences_are_refused():
+    model = build("llama")
+    batch = {"input_ids": torch.full((1, 8), 7), "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])}
+    with torch.no_grad(), capture(model), pytest.raises(ValueError, match="got another mask"):
+        model(**batch, use_cache=False)
 
 
 def test_layernorm_statistics(model):
@@ -97,12 +135,14 @@ def test_refused_models(model):
     with pytest.raises(TypeError, match="PreTrainedModel"), capture(torch.nn.Linear(2, 2)):
         pass
     small = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50)
-    for kind in ("DebertaV2", "Deberta", "MPNet"):
-        other = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**small)).eval()
-        with pytest.raises(ValueError, match="ignores transformers' attention interface.*known architectures: bert"), capture(other):
-            pass
+    other = transformers.DebertaModel(transformers.DebertaConfig(**small)).eval()
+    with pytest.raises(ValueError, match="ignores transformers' attention interface.*known architectures: bert"), capture(other):
+        pass
+    other = transformers.DebertaV2Model(transformers.DebertaV2Config(**small, conv_kernel_size=3)).eval()
+    with pytest.raises(ValueError, match="convolution beside its first layer"), capture(other):
+        pass
     other = transformers.T5EncoderModel(transformers.T5Config(d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)).eval()
-    with pytest.raises(ValueError, match="unknown architecture 't5'.*known architectures: bert"), capture(other):
+    with pytest.raises(ValueError, match="unknown architecture 't5'.*known architectures: bert.*add_an_architecture.md"), capture(other):
         pass
     assert_untouched(model)
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from models import ARCHITECTURES, build, golden, random_batch
-from published import published_maps, published_rollout
+from models import ARCHITECTURES, EAGER_ALONE, IMAGES, PRE_NORM, build, golden, random_batch
+from published import Float64Throughout, published_maps, published_rollout
 
 from pyglobenc import GlobEnc
 from pyglobenc.methods.globenc import MAPS
@@ -42,17 +42,49 @@ def test_equals_published_outputs(name, dtype, tolerance):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_architecture_equals_direct_computation(name, attention):
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *PRE_NORM, *IMAGES])
+def test_every_architecture_equals_direct_computation(name, side, attention):
+    if name in IMAGES and side == "left":
+        pytest.skip("images have no padding")
+    if name in EAGER_ALONE and attention == "sdpa":
+        pytest.skip("transformers has no sdpa for it")
     model = build(name, attention=attention)
-    batch = random_batch(model, batch=3, n=11, pads=[0, 4, 7])
+    pads = [0, 4, 7]
+    batch = random_batch(model, batch=3, n=11, pads=pads, side=side)
     maps = published_maps(model, batch)
-    result = GlobEnc(model)(**batch, maps=MAPS, layers=True)
-    for kind in MAPS[:-1]:
+    kinds = [kind for kind in MAPS if kind in maps]
+    targets = torch.tensor([[7, 10], [4, 6], [7, 8]] if side == "left" else [[0, 3], [6, 1], [3, 3]])
+    with Float64Throughout():
+        result = GlobEnc(model)(**batch, maps=kinds, layers=True, targets=targets)
+        plain = GlobEnc(model)(**batch, layers=True, targets=targets)
+    for kind in kinds:
         assert (result.maps[kind] - maps[kind]).abs().max() <= 1e-10 * maps[kind].abs().max(), kind
-    rollout = published_rollout(maps["N_Enc"])
-    rows = result.layer_scores * result.layer_log_scale.exp()[..., None]
-    assert (rows[:, :, 0] - rollout[:, :, 0]).abs().max() <= 1e-10 * rollout.abs().max()
+    rollout = published_rollout(maps["N_Enc" if "N_Enc" in kinds else "N_Res"])
+    exact = rollout.gather(2, targets[:, None, :, None].expand(-1, rollout.shape[1], -1, rollout.shape[3]))
+    for found in (result, plain):
+        rows = found.layer_scores * found.layer_log_scale.exp()[..., None]
+        assert (rows - exact).abs().max() <= 1e-10 * rollout.abs().max()
+
+
+@pytest.mark.parametrize("name", [*PRE_NORM, *IMAGES])
+def test_pre_norm_models_have_two_stages(name):
+    model = build(name, torch.float32)
+    batch = random_batch(model, batch=1, n=6)
+    for options in ({"stage": "N_Enc"}, {"stage": "N_ResLN"}, {"maps": ["mix_N_Enc"]}):
+        with pytest.raises(ValueError, match="normalises before it; its stages are N, N_Res"):
+            GlobEnc(model)(**batch, **options)
+    assert torch.equal(GlobEnc(model)(**batch).scores, GlobEnc(model)(**batch, stage="N_Res").scores)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_default_target(side):
+    first, last = ([0, 0], [8, 4]) if side == "right" else ([0, 4], [8, 8])
+    for name, rows in (("bert", first), ("llama", last)):
+        model = build(name)
+        batch = random_batch(model, batch=2, n=9, pads=[0, 4], side=side)
+        targets = torch.tensor(rows)[:, None]
+        assert torch.equal(GlobEnc(model)(**batch).scores, GlobEnc(model)(**batch, targets=targets).scores)
 
 
 @pytest.mark.parametrize("stage", ["N", "N_Res", "N_ResLN", "N_Enc"])

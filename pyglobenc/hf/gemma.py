@@ -1,0 +1,23 @@
+"""Gemma 2 and 3: a norm before and one after the attention and the MLP."""
+
+from dataclasses import replace
+
+from torch import nn
+
+from pyglobenc.hf import llama
+from pyglobenc.hf.layers import LayerModules
+
+MODEL_TYPES = ("gemma2", "gemma3_text")
+
+
+def layers(base: nn.Module) -> list[LayerModules]:
+    """Modules of every layer, first to last; base is the model without its head."""
+    return [
+        replace(
+            modules,
+            output_norm=modules.block.pre_feedforward_layernorm,
+            added_norm=modules.block.post_attention_layernorm,
+            unit_offset=True,
+        )
+        for modules in llama.layers(base)
+    ]

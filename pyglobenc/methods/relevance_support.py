@@ -1,0 +1,35 @@
+"""Which layers the relevance rules of transformer attribution are defined for."""
+
+from collections.abc import Sequence
+
+from pyglobenc.hf import LayerModules, LayerTrace
+
+# parts of a layer that need to be one Linear module each
+LINEAR = ("query", "key", "value", "intermediate")
+
+
+def check_layers(found: Sequence[LayerModules], captured: Sequence[LayerTrace] = ()) -> None:
+    """Raise ValueError, with the reason, unless the layers are those of BERT or ViT: other shapes would be computed wrongly.
+
+    Args:
+        found: modules of every layer.
+        captured: the layers after a forward pass, if there was one.
+    """
+    if len({id(m.block) for m in found}) < len(found):
+        _refuse("its layers share modules, and each call of a module has its own relevance")
+    for m in found:
+        missing = [part for part in LINEAR if getattr(m, part) is None]
+        if missing:
+            _refuse(f"its layers have no Linear module of their own for {' and '.join(missing)}")
+        if m.scale is not None or m.added_norm is not None:
+            _refuse("its layers scale or normalise the attention's output before the residual sum")
+        if m.own_scores is not None:
+            _refuse("it computes attention scores itself")
+    if any(layer.score_mod is not None for layer in captured):
+        _refuse("its attention scores have a bias or a soft cap")
+    if any(layer.window != (-1, -1) for layer in captured):
+        _refuse("its attention is causal or local")
+
+
+def _refuse(reason: str) -> None:
+    raise ValueError(f"TransformerAttribution: the relevance rules don't cover this model: {reason}")
