@@ -65,7 +65,7 @@ def instruction_sets() -> list[str]:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     wanted = os.environ.get("PYGLOBENC_SETS")
     if wanted:
-        return ["portable", *(name for name in SETS if name in wanted.split(",") and name != "portable")]
+        return [name for name in SETS if name in wanted.split(",")]
     return list(SETS) if x86 else ["portable"]
 
 
@@ -106,10 +106,15 @@ def build_file(compiler: list[str], output: Path, folder: Path) -> str:
 class BuildWithNinja(build_ext):
     """Compiles the one extension with ninja; failures warn, since the extension is optional."""
 
+    def run(self) -> None:
+        # a module left from an earlier build must not pass for this one
+        for ext in self.extensions:
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        for stale in (output, Path(*ext.name.split(".")).with_name(output.name)):
-            stale.unlink(missing_ok=True)
+        output.unlink(missing_ok=True)
         if os.environ.get("PYGLOBENC_NO_EXTENSIONS", "0") not in ("", "0"):
             raise CompileError("left out, PYGLOBENC_NO_EXTENSIONS is set")
         compiler, ninja = find_compiler(), find_ninja()

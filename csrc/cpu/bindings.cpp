@@ -30,11 +30,14 @@ static std::vector<const Kernels*> available() {
 #ifdef PYGLOBENC_HAS_AVX2
     if (kernels_avx2.supported()) out.push_back(&kernels_avx2);
 #endif
+#ifdef PYGLOBENC_HAS_PORTABLE
     out.push_back(&kernels_portable);
+#endif
+    if (out.empty()) throw py::import_error("built for instruction sets that this machine doesn't have");
     return out;
 }
 
-static const Kernels* in_use = available().front();
+static const Kernels* in_use = nullptr;
 
 static void use(const std::string& name) {
     for (const Kernels* kernels : available())
@@ -108,6 +111,7 @@ static void exp_of(const py::object& x, const py::object& out) {
 
 PYBIND11_MODULE(_cpu, m) {
     using namespace pyglobenc;
+    in_use = available().front();
     m.doc() = "CPU kernels; see pyglobenc/cpu for the launchers.";
     m.def("instruction_sets", [] {
         py::list names;

@@ -43,8 +43,7 @@ struct Kernels {
     void (*exp)(const float* x, float* out, int64_t count);
 };
 
-extern const Kernels kernels_portable;
-extern const Kernels kernels_avx2, kernels_avx512;  // in builds that have them
+extern const Kernels kernels_portable, kernels_avx2, kernels_avx512;  // those that the build has
 
 // Memory aligned to cache lines; throws std::bad_alloc. Not inline: it must be compiled for the oldest machine.
 void* allocate(int64_t bytes);
