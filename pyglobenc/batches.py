@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pyglobenc.hf.limits import max_tokens
+from pyglobenc.hf.registry import is_decoder
+from pyglobenc.hf.unwrap import stock_model
 from pyglobenc.methods.registry import find_method
 from pyglobenc.windows import Encoded, join
 
@@ -77,6 +79,9 @@ class Runner:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: Options):
         self.method = find_method(options.method)
         self._run = self.method.build(model, options.backend, options.dtype)
+        model = stock_model(model)
+        if model.main_input_name != "input_ids":
+            raise ValueError(f"explain: {type(model).__name__} takes {model.main_input_name}, not text")
         self.is_classifier = type(model).__name__.endswith("ForSequenceClassification")
         if self.method.target == "class" and not self.is_classifier:
             raise ValueError(f"explain: {options.method} explains a class of a ...ForSequenceClassification, got {type(model).__name__}")
@@ -106,12 +111,17 @@ class Runner:
     def _plan(self, text: Encoded) -> Plan:
         target = self.options.target
         if self.method.target == "token":
-            target = (target or 0) % len(text.tokens)
+            target = (self._default_position() if target is None else target) % len(text.tokens)
             return target, [window for window in text.windows if target in window]
         if target is None and len(text.windows) > 1:
             # all windows explain one class
             target = self._predict(text)
         return target, text.windows
+
+    def _default_position(self) -> int:
+        # the last token is the only one of a causal model that has seen the whole text
+        causal = is_decoder(self.model) and not getattr(self.model.config, "use_bidirectional_attention", False)
+        return -1 if causal else 0
 
     @torch.no_grad()
     def _predict(self, text: Encoded) -> int:

