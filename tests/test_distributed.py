@@ -1,0 +1,146 @@
+"""Row mode over ranks: gloo processes against one process."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from models import build, random_batch
+from numerics import assert_as_good_as_torch
+
+from pyglobenc import GlobEnc
+from pyglobenc.distributed import ShardedGlobEnc, Shares, bytes_received
+
+N, D, HEADS, DEPTH = 37, 48, 4, 3
+TARGETS = [0, 36, 17]
+CASES = [
+    ("bert", torch.float64, "N_Enc"),
+    ("bert", torch.float32, "N_Enc"),
+    ("roberta", torch.float64, "N_ResLN"),
+    ("electra", torch.float64, "N"),
+]
+WORLDS = (2, 4)
+RESULTS = ("scores", "log_scale", "layer_scores", "layer_log_scale")
+
+
+def call(case):
+    """Model and arguments, the same in every process."""
+    name, dtype, stage = case
+    torch.manual_seed(0)
+    model = build(name, dtype, max_position_embeddings=64)
+    return model, dict(input_ids=random_batch(model, 1, N)["input_ids"], targets=TARGETS, stage=stage, layers=True)
+
+
+class Counted:
+    """Bytes that one rank receives, by collective, as a ring sends them."""
+
+    def __init__(self, monkeypatch, world):
+        self.calls, self.bytes, others = [], 0.0, (world - 1) / world
+        gather, reduce = dist.all_gather_into_tensor, dist.all_reduce
+
+        def counted_gather(out, mine, group=None):
+            self.bytes += out.numel() * out.element_size() * others
+            return gather(out, mine, group=group)
+
+        def counted_reduce(t, group=None):
+            self.calls.append(tuple(t.shape))
+            self.bytes += 2 * t.numel() * t.element_size() * others
+            return reduce(t, group=group)
+
+        monkeypatch.setattr(dist, "all_gather_into_tensor", counted_gather)
+        monkeypatch.setattr(dist, "all_reduce", counted_reduce)
+
+
+def worker(rank, folder):
+    """One of four processes, of which the first two are a group of their own too."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=max(WORLDS))
+    for world in WORLDS:
+        group = dist.new_group(range(world))
+        if rank >= world:
+            continue
+        for number, case in enumerate(CASES):
+            model, arguments = call(case)
+            with pytest.MonkeyPatch.context() as patch:
+                counted = Counted(patch, world)
+                result = ShardedGlobEnc(model, group=group)(**arguments)
+            found = {name: getattr(result, name) for name in RESULTS}
+            torch.save(found | {"reduced": counted.calls, "bytes": counted.bytes}, f"{folder}/{number}-{rank}-{world}.pt")
+            assert model.config._attn_implementation == "sdpa"
+        with pytest.raises(ValueError, match="at least"):
+            ShardedGlobEnc(model, group=group)(input_ids=arguments["input_ids"][:, : world - 1])
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def every_output(tmp_path_factory):
+    """Results by number of ranks: of every case those of every rank."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(worker, (str(folder),), nprocs=max(WORLDS))
+    cases = range(len(CASES))
+    return {world: [[torch.load(folder / f"{number}-{rank}-{world}.pt") for rank in range(world)] for number in cases] for world in WORLDS}
+
+
+@pytest.fixture(params=WORLDS)
+def outputs(request, every_output):
+    return every_output[request.param]
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[f"{name}-{dtype}-{stage}" for name, dtype, stage in CASES])
+def test_ranks_agree_with_one_process(outputs, number):
+    model, arguments = call(CASES[number])
+    exact = GlobEnc(model, dtype=torch.float64)(**arguments)
+    alone = GlobEnc(model)(**arguments)
+    for rank in outputs[number]:
+        for name in RESULTS:
+            ours, best, torch_own = rank[name], getattr(exact, name), getattr(alone, name)
+            assert torch.equal(ours, outputs[number][0][name]), "every rank has the same result"
+            if ours.dtype == torch.float32:
+                assert_as_good_as_torch(ours, best, torch_own)
+            else:
+                # sums of N non-negative terms in another order, one in each layer
+                assert (ours - best).abs().max() <= DEPTH * N * torch.finfo(ours.dtype).eps * best.abs().max()
+
+
+def test_communication_is_as_counted(outputs):
+    world, received = len(outputs[0]), outputs[1][0]
+    # one all-reduce a layer; the rows that enter at each layer, which layers=True asks for, take one more in all but the last
+    shapes = received["reduced"]
+    assert shapes[0] == (1, len(TARGETS), N) and len(shapes) == 2 * DEPTH - 1
+    assert all(shape[0] == 1 and shape[2] == N for shape in shapes)
+    even = -(-N // world) * world
+    counted = bytes_received(n=even, d=D, heads=HEADS, layers=DEPTH, targets=len(TARGETS), world=world)
+    rows = sum(shape[1] for shape in shapes)
+    expected = sum(counted.values()) + counted["all-reduce r"] * (rows * N / (DEPTH * len(TARGETS) * even) - 1)
+    assert received["bytes"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("n, world", [(5, 4), (8, 4), (4, 4), (1, 1), (37, 2)])
+def test_shares_cover_every_token_once(n, world):
+    bounds = [Shares(n, 0, world).bounds(rank) for rank in range(world)]
+    assert [i for start, stop in bounds for i in range(start, stop)] == list(range(n))
+    sizes = [stop - start for start, stop in bounds]
+    assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 1
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(RuntimeError, match="isn't initialised"):
+        ShardedGlobEnc(build("bert"))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="architecture must be one of bert"):
+            ShardedGlobEnc(build("distilbert"))
+        model, arguments = call(CASES[0])
+        for changes, message in (
+            (dict(stage="x"), "stage must be"),
+            (dict(targets=[]), "targets must"),
+            (dict(targets=[N]), "targets must"),
+            (dict(input_ids=arguments["input_ids"].expand(2, -1)), r"must be \(1, n\)"),
+            (dict(input_ids=torch.ones(1, 65, dtype=torch.long)), "65 tokens and the model takes 64"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                ShardedGlobEnc(model)(**(arguments | changes))
+    finally:
+        dist.destroy_process_group()
+    assert not os.environ.get("RANK")
