@@ -286,9 +286,19 @@ def test_standard_output_that_is_full_or_gone(run, monkeypatch, output, message)
     assert (status, err) == (1, message)
 
 
-def test_doctor_tries_every_op(capsys):
-    assert main(["doctor"]) == 0
-    out = capsys.readouterr().out
+@pytest.fixture
+def doctor(monkeypatch, capsys):
+    """Exit status and output of `pyglobenc doctor`, with inputs small enough for interpreted kernels."""
+    for name, size in (("H", 2), ("N", 16), ("DH", 16)):
+        monkeypatch.setattr(trial, name, size)
+    trial._tensors.cache_clear()
+    yield lambda: (main(["doctor"]), capsys.readouterr().out)
+    trial._tensors.cache_clear()
+
+
+def test_doctor_tries_every_op(doctor):
+    status, out = doctor()
+    assert status == 0
     lines = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line}
     assert set(trial.op_names()) <= set(lines) and all(lines[op][0] == "yes" for op in trial.op_names())
     assert {"token_norms", "rollout_step", "head_gram", "head_norms", "mixing_ratio"} <= set(trial.op_names())
@@ -300,29 +310,27 @@ def test_doctor_tries_every_op(capsys):
             assert cell != "no" or f"\n{room}: " in out
 
 
-def test_doctor_tells_why_a_backend_does_not_run(monkeypatch, capsys):
+def test_doctor_tells_why_a_backend_does_not_run(monkeypatch, doctor):
     missing = "cpu is not available: no compiler"
     monkeypatch.setattr(trial, "load", lambda op, backend: (None, missing) if backend == "cpu" else load(op, backend))
     assert trial.try_op("token_norms", "cpu") == ("no", "cpu is not available: no compiler")
     monkeypatch.setattr(import_module("pyglobenc.ops.head_norms"), "BACKENDS", ("reference",))
     assert trial.try_op("head_norms", "cuda") == ("-", None)
-    main(["doctor"])
     ops = [op for op in trial.op_names() if "cpu" in import_module(f"pyglobenc.ops.{op}").BACKENDS]
-    assert "token_norms" in ops and f"\ncpu: cpu is not available: no compiler\n  {', '.join(ops)}\n" in capsys.readouterr().out
+    assert "token_norms" in ops and f"\ncpu: cpu is not available: no compiler\n  {', '.join(ops)}\n" in doctor()[1]
 
 
-def test_doctor_groups_ops_by_what_the_dispatcher_says(monkeypatch, capsys):
+def test_doctor_groups_ops_by_what_the_dispatcher_says(monkeypatch, doctor):
     refuse = SimpleNamespace(not_supported=lambda *args: ["needs a moon"])
     monkeypatch.setattr(backends, "load", lambda op, backend: (refuse, None) if backend == "cpu" else load(op, backend))
     ops = [op for op in trial.op_names() if "cpu" in import_module(f"pyglobenc.ops.{op}").BACKENDS]
-    main(["doctor"])
-    assert f"\ncpu: needs a moon\n  {', '.join(ops)}\n" in capsys.readouterr().out
+    assert f"\ncpu: needs a moon\n  {', '.join(ops)}\n" in doctor()[1]
 
 
-def test_doctor_fails_where_a_reference_fails(monkeypatch, capsys):
+def test_doctor_fails_where_a_reference_fails(monkeypatch, doctor):
     monkeypatch.setitem(trial.EXAMPLES, "head_norms", lambda tensors: [tensors["q"], tensors["q"]])
-    assert main(["doctor"]) == 1
-    assert "reference: head_norms: weight must be (H, dh, d)" in capsys.readouterr().out
+    status, out = doctor()
+    assert status == 1 and "reference: head_norms: weight must be (H, dh, d)" in out
 
 
 def test_doctor_survives_tools_that_are_not_there(tmp_path, monkeypatch):
