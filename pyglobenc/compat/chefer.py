@@ -1,0 +1,142 @@
+"""The published Transformer-Explainability code's classes (Chefer, Gur and Wolf, CVPR 2021), on stock models and any device.
+
+    from pyglobenc.compat.chefer import Generator        # instead of BERT_explainability...ExplanationGenerator
+    from pyglobenc.compat.chefer import LRP, Baselines   # instead of baselines.ViT.ViT_explanation_generator
+
+Batches may hold more than one example; padding is left out of every mean, also of Grad-CAM's, where the published code counts it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pyglobenc.hf.vit import patch_projection
+from pyglobenc.methods.transformer_attribution import TransformerAttribution
+
+# the published method names, and what they are with is_ablation
+METHODS = {
+    "transformer_attribution": "transformer_attribution",
+    "grad": "transformer_attribution",
+    "rollout": "rollout",
+    "full": "full",
+    "last_layer": "last_layer",
+    "last_layer_attn": "last_layer_attn",
+    "second_layer": "second_layer",
+}
+WITH_ABLATION = ("last_layer", "second_layer")
+
+
+class Generator:
+    """Explanations of a BERT classifier, (B, n) each; index is the class explained, None the predicted one."""
+
+    def __init__(self, model: PreTrainedModel, backend: str = "auto"):
+        self.model = model
+        self.model.eval()
+        self._attribute = TransformerAttribution(model, backend)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        """The model's own output."""
+        return self.model(input_ids, attention_mask)
+
+    def generate_LRP(self, input_ids: Tensor, attention_mask: Tensor, index: Any = None, start_layer: int = 11) -> Tensor:
+        """Transformer attribution, the pooled token's own entry set to the row's smallest; start_layer 11 is the last of BERT-base."""
+        scores = self._scores("transformer_attribution", input_ids, attention_mask, index, start_layer)
+        scores[:, 0] = scores.amin(1)
+        return scores
+
+    def generate_LRP_last_layer(self, input_ids: Tensor, attention_mask: Tensor, index: Any = None) -> Tensor:
+        """Relevance map of the last layer."""
+        return self._without_first("last_layer", input_ids, attention_mask, index)
+
+    def generate_full_lrp(self, input_ids: Tensor, attention_mask: Tensor, index: Any = None) -> Tensor:
+        """Relevance propagated down to the input tokens."""
+        return self._without_first("full", input_ids, attention_mask, index)
+
+    def generate_attn_last_layer(self, input_ids: Tensor, attention_mask: Tensor, index: Any = None) -> Tensor:
+        """Attention of the last layer."""
+        return self._without_first("last_layer_attn", input_ids, attention_mask, index)
+
+    def generate_rollout(self, input_ids: Tensor, attention_mask: Tensor, start_layer: int = 0, index: Any = None) -> Tensor:
+        """Attention rollout."""
+        return self._without_first("attention_rollout", input_ids, attention_mask, index, start_layer)
+
+    def generate_attn_gradcam(self, input_ids: Tensor, attention_mask: Tensor, index: Any = None) -> Tensor:
+        """Grad-CAM on the last layer's attention."""
+        return self._without_first("attn_gradcam", input_ids, attention_mask, index)
+
+    def _without_first(self, variant: str, input_ids: Tensor, attention_mask: Tensor, index: Any, start_layer: int = 0) -> Tensor:
+        scores = self._scores(variant, input_ids, attention_mask, index, start_layer)
+        scores[:, 0] = 0
+        return scores
+
+    def _scores(self, variant: str, input_ids: Tensor, attention_mask: Tensor, index: Any, start_layer: int) -> Tensor:
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return self._attribute(**batch, target=_class(index), variant=variant, start_layer=start_layer).scores.clone()
+
+
+class LRP:
+    """Explanations of a ViT or DeiT classifier; index is the class explained, None the predicted one."""
+
+    def __init__(self, model: PreTrainedModel, backend: str = "auto"):
+        self.model = model
+        self.model.eval()
+        self._attribute = TransformerAttribution(model, backend)
+
+    def generate_LRP(
+        self, input: Tensor, index: Any = None, method: str = "transformer_attribution", is_ablation: bool = False, start_layer: int = 0
+    ) -> Tensor:
+        """Relevance of patches or pixels.
+
+        Args:
+            input: images (B, channels, height, width).
+            index: class, one or (B,), or None.
+            method: "transformer_attribution" (or its earlier name "grad"), "rollout", "full", "last_layer", "last_layer_attn",
+                "second_layer".
+            is_ablation: of "last_layer" and "second_layer": times the gradient.
+            start_layer: first layer of a rollout.
+
+        Returns:
+            (B, patches) of the rollouts; (B, height, width) of "full"; (patches,) of the others, (B, patches) for more than one image.
+
+        Raises:
+            ValueError: unknown method.
+        """
+        if method not in METHODS:
+            raise ValueError(f"LRP: method must be one of {', '.join(METHODS)}, got {method!r}")
+        variant = METHODS[method] + ("_ablation" if is_ablation and method in WITH_ABLATION else "")
+        scores = self._attribute(pixel_values=input, target=_class(index), variant=variant, start_layer=start_layer).scores
+        return scores if METHODS[method] in ("transformer_attribution", "rollout", "full") else _one(scores)
+
+
+class Baselines:
+    """Attention baselines of a ViT or DeiT classifier."""
+
+    def __init__(self, model: PreTrainedModel, backend: str = "auto"):
+        self.model = model
+        self.model.eval()
+        self._attribute = TransformerAttribution(model, backend)
+
+    def generate_cam_attn(self, input: Tensor, index: Any = None) -> Tensor:
+        """Grad-CAM on the last layer's attention, a value a patch, (rows, columns), or (B, rows, columns) for more than one image."""
+        scores = self._attribute(pixel_values=input, target=_class(index), variant="attn_gradcam").scores
+        rows = input.shape[2] // patch_projection(self.model.base_model).stride[0]
+        return _one(scores.unflatten(1, (rows, -1)))
+
+    def generate_rollout(self, input: Tensor, start_layer: int = 0) -> Tensor:
+        """Attention rollout, (B, patches)."""
+        return self._attribute(pixel_values=input, variant="attention_rollout", start_layer=start_layer).scores
+
+
+def _class(index: Any) -> Any:
+    """None, or one class or (B,) as integers; the published code also takes numpy's."""
+    if index is None:
+        return None
+    index = torch.as_tensor(index)
+    return int(index) if index.numel() == 1 else index
+
+
+def _one(t: Tensor) -> Tensor:
+    """The published code drops the batch, of which it takes one."""
+    return t[0] if t.shape[0] == 1 else t

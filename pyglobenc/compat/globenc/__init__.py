@@ -1,0 +1,18 @@
+"""The published GlobEnc repository's names (Modarressi et al., NAACL 2022), its modules under the names they have there."""
+
+from pyglobenc.compat.globenc.attention_max_flow import AttentionMaxFlow
+from pyglobenc.compat.globenc.attention_rollout import AttentionRollout
+from pyglobenc.compat.globenc.metrics import compute_spearman_correlation, compute_spearman_correlation_hta
+from pyglobenc.compat.globenc.model_attentions import build_ratio_residual_attentions, extract_attentions
+from pyglobenc.compat.globenc.modeling import BertForSequenceClassification, ElectraForSequenceClassification
+
+__all__ = [
+    "AttentionMaxFlow",
+    "AttentionRollout",
+    "BertForSequenceClassification",
+    "ElectraForSequenceClassification",
+    "build_ratio_residual_attentions",
+    "compute_spearman_correlation",
+    "compute_spearman_correlation_hta",
+    "extract_attentions",
+]

@@ -1,0 +1,35 @@
+"""Attention max-flow of any matrices, with the published arguments."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from pyglobenc.methods.flow import attention_flow
+
+
+class AttentionMaxFlow:
+    """Maximum flow from every token of a layer down to every input token (Abnar and Zuidema, 2020)."""
+
+    def compute_flows(
+        self, attentions_list: Sequence[np.ndarray], desc: str = "", output_hidden_states: bool = False, num_cpus: int = 4
+    ) -> list[np.ndarray]:
+        """Flow of every example, rows summing to 1. The published code takes models of 12 layers; here any number is right.
+
+        Args:
+            attentions_list: matrices (L, n, n) of each example, first layer first.
+            desc: shown beside the progress bar.
+            output_hidden_states: the flow from every layer, not from the last alone.
+            num_cpus: ignored; one process computes all.
+
+        Returns:
+            float64 arrays (L, n, n), or (1, n, n) of the last layer.
+        """
+        return [_flow(np.asarray(matrices), output_hidden_states) for matrices in tqdm(attentions_list, desc=desc)]
+
+
+def _flow(matrices: np.ndarray, layers: bool) -> np.ndarray:
+    capacities = torch.from_numpy(matrices.astype(np.float64))[None]
+    every = torch.arange(matrices.shape[1])[None]
+    return attention_flow(capacities, every, None, layers)[0].numpy()

@@ -1,0 +1,41 @@
+"""Attention rollout of any matrices, with the published arguments."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from tqdm.auto import tqdm
+
+
+class AttentionRollout:
+    """Products of the layers' matrices (Abnar and Zuidema, 2020)."""
+
+    def compute_flows(
+        self,
+        attentions_list: Sequence[np.ndarray],
+        desc: str = "",
+        output_hidden_states: bool = False,
+        num_cpus: int = 0,
+        disable_tqdm: bool = False,
+    ) -> list[np.ndarray]:
+        """Rollout of every example.
+
+        Args:
+            attentions_list: matrices (L, n, n) of each example, first layer first.
+            desc: shown beside the progress bar.
+            output_hidden_states: the rollout up to every layer, not to the last alone.
+            num_cpus: ignored, as published.
+            disable_tqdm: no progress bar.
+
+        Returns:
+            float64 arrays (L, n, n), or (1, n, n) of the last layer.
+        """
+        bar = tqdm(attentions_list, desc=desc, disable=disable_tqdm)
+        return [self.compute_joint_attention(matrices)[0 if output_hidden_states else -1 :] for matrices in bar]
+
+    def compute_joint_attention(self, att_mat: np.ndarray) -> np.ndarray:
+        """Rollout up to every layer of matrices (L, n, n): the same shape, float64."""
+        layers = np.asarray(att_mat, dtype=np.float64)
+        out = layers.copy()
+        for index in range(1, len(layers)):
+            out[index] = layers[index] @ out[index - 1]
+        return out
