@@ -17,6 +17,7 @@ import pyglobenc
 from pyglobenc.cli import main
 from pyglobenc.corpus import job, manifest, shards
 from pyglobenc.corpus.records import Record, open_source
+from pyglobenc.memory import estimate_memory
 
 KILLS = Path(__file__).parents[1] / "benchmarks" / "corpus_kills.py"
 TEXTS = ["a good film", "the deep", "good good good film film the deep", "", "deep " * 60, "a", "the film, good!", "b c", "no\ud800", "x"]
@@ -271,7 +272,10 @@ def test_two_jobs_on_one_folder(corpus, tmp_path, minilm_is_tiny, capsys):
 
 def test_dry_run_changes_nothing(corpus, tmp_path, minilm_is_tiny, capsys):
     assert run(corpus, tmp_path / "out", "--dry-run") == 0
-    assert "10 records in 3 shards, 0 of them done" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "10 records in 3 shards, 0 of them done" in printed and f"{len(BAD)} records would be left out; 3 batches" in printed
+    estimate = estimate_memory(tiny.classifier(), batch=3, n=9)
+    assert f"memory: {estimate} at the largest batch, 3 x 9 tokens" in printed
     assert not (tmp_path / "out").exists()
 
 

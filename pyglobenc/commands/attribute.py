@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     runner = _runner(options)
     manifest = _manifest(options, source, records, runner)
     if options.dry_run:
-        return _dry_run(options, records, runner)
+        return _dry_run(options, source, records, runner)
     return _run_job(options, source, records, runner, manifest, rank, world)
 
 
@@ -113,8 +113,21 @@ def _run_job(
     return int(summary.rejected > 0 and summary.attributed + summary.before == 0)
 
 
-def _dry_run(options: argparse.Namespace, records: int, runner: Any) -> int:
+def _dry_run(options: argparse.Namespace, source: Any, records: int, runner: Any) -> int:
+    from pyglobenc.corpus.job import batch_shapes
+    from pyglobenc.memory import ROLLOUT_FAMILY, estimate_memory
+
     shards = -(-records // options.shard_size)
     done = sum((Path(options.output) / f"part-{number:06d}.parquet").exists() for number in range(shards))
+    shapes = list(batch_shapes(runner, source, options.shard_size, options.batch_tokens))
+    left_out, batches = sum(count for size, _, count in shapes if not size), [(size, n) for size, n, _ in shapes if size]
     print(f"{records} records in {shards} shards, {done} of them done; {options.method} on {options.model}, {runner.model.device}")
+    print(f"{left_out} records would be left out; {len(batches)} batches, {sum(size * n for size, n in batches)} tokens with padding")
+    if options.method not in ROLLOUT_FAMILY:
+        print(f"memory: no estimate is known for {options.method}")
+    elif batches:
+        estimates = [(estimate_memory(runner.model, batch=size, n=n, method=options.method, dtype=runner.options.dtype), size, n)
+                     for size, n in set(batches)]  # fmt: skip
+        worst, size, n = max(estimates, key=lambda one: one[0].peak)
+        print(f"memory: {worst} at the largest batch, {size} x {n} tokens, beside what Python and torch take themselves")
     return 0

@@ -171,6 +171,17 @@ def buckets(texts: list[tuple[int, Encoded]], batch_tokens: int) -> Iterator[lis
         yield bucket
 
 
+def batch_shapes(runner: Runner, source: Source, shard_size: int, batch_tokens: int) -> Iterator[tuple[int, int, int]]:
+    """Of every batch of a job its size B, its tokens n and the texts whose windows it holds; (0, 0, count) for records left out."""
+    records = source.records()
+    while shard := list(islice(records, shard_size)):
+        texts, rejected = encode_records(runner, shard)
+        yield 0, 0, len(rejected)
+        for bucket in buckets(texts, batch_tokens):
+            width, windows = max(len(text.windows[0]) for _, text in bucket), sum(len(text.windows) for _, text in bucket)
+            yield min(windows, max(1, batch_tokens // width)), width, len(bucket)
+
+
 def _attribute(
     runner: Runner, bucket: list[tuple[int, Encoded]], batch_tokens: int
 ) -> Iterator[tuple[int, Encoded, dict[str, Any] | ValueError]]:

@@ -1,0 +1,137 @@
+"""Memory of an attribution before it runs, from the model's config and the batch's shape.
+
+Counted for the rollout family, whose peak is one of three moments: the MLP of the forward pass's last layer, the norm after it, or a
+layer of the rollout; everything saved for the rollout is there at each. Sizes are a tensor's numbers a token (d, the MLP's width, H...)
+times the tokens of the batch, B*n. Other methods' estimates are refused rather than guessed.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from pyglobenc.methods.family import METHODS as ROLLOUT_FAMILY
+from pyglobenc.methods.family import OF_STAGE
+
+# these read the whole map of every layer
+STORED = ("attention-flow",)
+FLOAT32, FLOAT64 = 4, 8
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes that an attribution takes, by what they hold; `peak` is their sum.
+
+    Attributes:
+        weights: the model's parameters and buffers, which are there before the call.
+        kernels: what `gram_kernels` makes of the weights, kept from the first call on.
+        saved: hidden states, queries, keys, values, outputs and statistics of every layer.
+        workspace: the largest temporary tensors that exist at one time.
+        maps: (n, n) arrays; 0 in row mode.
+    """
+
+    weights: int
+    kernels: int
+    saved: int
+    workspace: int
+    maps: int
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.kernels + self.saved + self.workspace + self.maps
+
+    def __str__(self) -> str:
+        names = {"weights": "weights", "kernels": "kept with them", "saved": "layers", "workspace": "workspace", "maps": "maps"}
+        listed = ", ".join(f"{text} {_readable(size)}" for name, text in names.items() if (size := getattr(self, name)))
+        return f"{_readable(self.peak)} ({listed})"
+
+
+def _readable(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def estimate_memory(
+    model: PreTrainedModel,
+    *,
+    batch: int,
+    n: int,
+    method: str = "globenc",
+    targets: int = 1,
+    layers: bool = False,
+    maps: int = 0,
+    dtype: torch.dtype | None = None,
+) -> Estimate:
+    """Peak memory of a call of a rollout method.
+
+    Args:
+        model: of transformers; one on torch's meta device will do, whose weights take no memory.
+        batch: B, examples at a time.
+        n: tokens of the longest, special tokens included.
+        method: a name of the rollout family.
+        targets: T, rows an example.
+        layers: the result holds the rollout up to every layer.
+        maps: (B, L, n, n) arrays asked for; a head_N counts as the number of heads.
+        dtype: of the attribution's arithmetic, as for `GlobEnc`.
+
+    Returns:
+        Estimate, in bytes.
+
+    Raises:
+        ValueError: a method that no estimate is known for.
+    """
+    if method not in ROLLOUT_FAMILY:
+        raise ValueError(f"estimate_memory: known for {', '.join(ROLLOUT_FAMILY)}, got {method!r}")
+    s, tokens = _Sizes.of(model.config), batch * n
+    element = torch.empty((), dtype=model.dtype).element_size()
+    wide = FLOAT64 if FLOAT64 in (element, dtype and torch.empty((), dtype=dtype).element_size()) else FLOAT32
+    # asked for in double, the states of a narrower model are cast before the rollout
+    state = wide if dtype == torch.float64 else element
+    saved = s.layers * tokens * ((2 * s.d + s.queries + 2 * s.keys) * state + (s.heads + 4) * wide)
+    forward = max(2 * s.mlp + s.d, s.mlp + 4 * s.d) * element
+    rollout = (_rollout_numbers(s, method) + (2 * s.d if element < wide else 0)) * wide
+    rows = 3 * batch * targets * n * (s.layers if layers else 1) * wide
+    # the layers' own maps, and the array that they are stacked into
+    stored = 2 * (maps + (method in STORED))
+    return Estimate(
+        weights=sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())),
+        kernels=_kernel_numbers(s, method) * wide,
+        saved=saved,
+        workspace=max(tokens * forward, tokens * rollout + rows),
+        maps=stored * s.layers * batch * n * n * wide,
+    )
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Numbers a token: d, the MLP's inner width, all heads' queries, all heads' keys; and counts."""
+
+    d: int
+    mlp: int
+    queries: int
+    keys: int
+    heads: int
+    layers: int
+
+    @classmethod
+    def of(cls, config: Any) -> "_Sizes":
+        d, heads = config.hidden_size, config.num_attention_heads
+        mlp = next((value for name in ("intermediate_size", "hidden_dim", "n_inner") if (value := getattr(config, name, None))), 4 * d)
+        dh = getattr(config, "head_dim", None) or d // heads
+        keys = getattr(config, "num_key_value_heads", None) or heads
+        return cls(d, mlp, heads * dh, keys * dh, heads, config.num_hidden_layers)
+
+
+def _rollout_numbers(s: _Sizes, method: str) -> int:
+    """Numbers a token at the rollout's worst moment."""
+    if method not in OF_STAGE and method != "n-fixedres":
+        return s.heads**2 + 4 * s.queries
+    # the model's output, the mapped residual, G of the heads, and tiles as large as the values
+    return s.d + s.heads**2 + 4 * s.queries
+
+
+def _kernel_numbers(s: _Sizes, method: str) -> int:
+    """K and P of `gram_kernels`, of all layers."""
+    if method not in OF_STAGE and method != "n-fixedres":
+        return 0
+    return s.layers * (s.queries**2 + s.queries * s.d)

@@ -1,0 +1,98 @@
+"""The memory estimate against what torch's allocator sees."""
+
+import pytest
+import torch
+import transformers
+from allocations import measure_allocations
+from models import randomize
+
+from pyglobenc import GlobEnc, Rollout
+from pyglobenc.memory import estimate_memory
+
+WITHIN = 0.2
+BERT = dict(vocab_size=100, max_position_embeddings=2048, num_hidden_layers=3, num_attention_heads=4, hidden_size=64, intermediate_size=256)
+WIDE = BERT | dict(num_attention_heads=12, hidden_size=192, intermediate_size=768, num_hidden_layers=2)
+DEEP = BERT | dict(num_hidden_layers=8)
+DISTILBERT = dict(vocab_size=100, max_position_embeddings=2048, n_layers=3, n_heads=4, dim=64, hidden_dim=256)
+
+
+def make(settings, kind="Bert", dtype=torch.float32):
+    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**settings))
+    return randomize(model, std=0.02).to(dtype).eval()
+
+
+def measured(call, model, batch, n, pads=0, **arguments):
+    """Peak of the second call, weights included: what a long job settles at."""
+    inputs = {"input_ids": torch.randint(5, 90, (batch, n)), "attention_mask": torch.ones(batch, n, dtype=torch.long)}
+    inputs["attention_mask"][0, n - pads :] = 0
+    before = measure_allocations(lambda: call(**inputs, **arguments))
+    after = measure_allocations(lambda: call(**inputs, **arguments))
+    weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    return weights, before.peak, after.peak
+
+
+def check(estimate, weights, first, second):
+    # what the first call left stays: its peak holds it already, the second's comes on top
+    true = weights + max(first, second + estimate.kernels)
+    assert abs(estimate.peak / true - 1) < WITHIN, f"estimated {estimate}, measured {true / 2**20:.1f} MiB"
+    # the weights, which are known, mustn't hide an error in the rest
+    ours, theirs = estimate.peak - estimate.weights, true - weights
+    assert abs(ours / theirs - 1) < WITHIN, f"without weights {ours / 2**20:.2f} MiB, measured {theirs / 2**20:.2f} MiB"
+
+
+@pytest.mark.parametrize(
+    "settings, batch, n, backend",
+    [
+        (BERT, 1, 512, "auto"),
+        (BERT, 1, 512, "reference"),
+        (BERT, 8, 64, "auto"),
+        (DEEP, 1, 300, "auto"),
+        (WIDE, 2, 256, "auto"),
+        (WIDE, 2, 256, "reference"),
+        (WIDE | dict(intermediate_size=384), 1, 1024, "reference"),
+    ],
+)
+def test_globenc(settings, batch, n, backend):
+    model = make(settings)
+    check(estimate_memory(model, batch=batch, n=n), *measured(GlobEnc(model, backend=backend), model, batch, n))
+
+
+@pytest.mark.parametrize("method", ["raw-attention", "attention-rollout", "w-res", "n-fixedres", "n", "n-res"])
+def test_family(method):
+    model = make(BERT)
+    check(estimate_memory(model, batch=2, n=200, method=method), *measured(Rollout(model, method), model, 2, 200))
+
+
+@pytest.mark.parametrize("name, expected", [("float64", torch.float64), ("double states", torch.float32)])
+def test_precision(name, expected):
+    model, dtype = make(BERT, dtype=expected), torch.float64 if name == "double states" else None
+    check(estimate_memory(model, batch=2, n=200, dtype=dtype), *measured(GlobEnc(model, dtype=dtype), model, 2, 200))
+
+
+def test_half_precision_weights():
+    model = make(BERT, dtype=torch.bfloat16)
+    check(estimate_memory(model, batch=2, n=200), *measured(GlobEnc(model), model, 2, 200))
+
+
+def test_other_architecture_padding_targets_and_layers():
+    model = make(DISTILBERT, "DistilBert")
+    found = measured(GlobEnc(model), model, 2, 200, pads=30, targets=list(range(50)), layers=True)
+    check(estimate_memory(model, batch=2, n=200, targets=50, layers=True), *found)
+
+
+def test_maps():
+    model = make(BERT)
+    found = measured(GlobEnc(model), model, 1, 400, maps=["N_Enc", "head_N"])
+    check(estimate_memory(model, batch=1, n=400, maps=1 + BERT["num_attention_heads"]), *found)
+
+
+def test_needs_no_weights():
+    """A model too large to load is estimated from its config."""
+    with torch.device("meta"):
+        model = transformers.BertModel(transformers.BertConfig(**BERT))
+    assert estimate_memory(model, batch=2, n=200) == estimate_memory(make(BERT), batch=2, n=200)
+
+
+def test_unknown_methods_are_refused():
+    with pytest.raises(ValueError, match="known for raw-attention"):
+        estimate_memory(make(BERT), batch=1, n=8, method="transformer-attribution")
