@@ -89,7 +89,7 @@ def _layer(m, alpha: Tensor, x: Tensor, value: Tensor, sums: dict) -> dict[str, 
     f = torch.einsum("bjhe,hed->bhjd", value, weight)
     per_head = alpha[..., None] * f[:, :, None]  # (B, H, n, n, d)
     if m.scale is not None:
-        per_head = per_head * m.scale
+        per_head = per_head * getattr(*m.scale)
     if m.added_norm is not None:
         z = sums[m.added_norm]
         rms = (z.square().mean(-1) + m.added_norm.eps).sqrt()

@@ -22,7 +22,7 @@ def layers(base: nn.Module) -> list[LayerModules]:
             mlp_output=layer.mlp.fc2,
             output_norm=layer.layernorm_after,
             pre_norm=True,
-            scale=layer.lambda_1 if isinstance(layer.lambda_1, nn.Parameter) else None,
+            scale=(layer, "lambda_1") if isinstance(layer.lambda_1, nn.Parameter) else None,
         )
         for layer in base.layers
     ]

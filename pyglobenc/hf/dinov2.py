@@ -33,5 +33,5 @@ def _layer(layer: nn.Module) -> LayerModules:
         mlp_output=mlp.fc2 if not gated else mlp.down_proj if hasattr(mlp, "down_proj") else mlp.weights_out,
         output_norm=layer.norm2,
         pre_norm=True,
-        scale=layer.layer_scale1.lambda1,
+        scale=(layer.layer_scale1, "lambda1"),
     )

@@ -34,7 +34,7 @@ class LayerModules:
     mlp_output: nn.Module
     output_norm: nn.Module  # post-norm: after the MLP's residual sum; pre-norm: before the MLP
     pre_norm: bool = False
-    scale: Tensor | None = None  # (d,), factor of the attention's output before the residual sum
+    scale: tuple[nn.Module, str] | None = None  # module and name of a factor (d,) of the attention's output before the residual sum
     added_norm: nn.Module | None = None  # RMSNorm of the attention's output before the residual sum
     unit_offset: bool = False  # added_norm multiplies by 1 + its weight
     # for attention that ignores transformers' interface: reads its arguments by name

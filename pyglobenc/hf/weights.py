@@ -25,9 +25,15 @@ def dense_weight(module: nn.Module) -> Tensor:
         return _with_adapters(module) if hasattr(module, "base_layer") else _quantised(module)
 
 
+def parameter(module: nn.Module, name: str) -> Tensor:
+    """A module's own parameter, detached; fetched if accelerate keeps it elsewhere."""
+    with _present(module):
+        return getattr(module, name).detach()
+
+
 def weight_version(module: nn.Module) -> tuple:
     """Changes whenever the module's matrix does: with its tensors, their contents, and the adapters in use."""
-    adapters = [(type(m).__name__, str(getattr(m, "active_adapters", None)), bool(getattr(m, "merged", False))) for m in module.modules()]
+    adapters = [str([getattr(m, name, None) for name in ("active_adapters", "merged", "disable_adapters")]) for m in module.modules()]
     tensors = [(p.data_ptr(), p._version) if p.device.type != "meta" else (id(p), 0) for p in module.parameters()]
     return (*tensors, *adapters)
 

@@ -14,7 +14,7 @@ from pyglobenc.hf import LayerTrace
 from pyglobenc.methods.flow import attention_flow
 from pyglobenc.methods.inputs import check_model, run_captured, target_rows
 from pyglobenc.methods.layer_matrix import LayerMatrix, ResidualMatrix
-from pyglobenc.methods.rollout import RolloutResult, roll_out, roll_out_rows, rollout_result
+from pyglobenc.methods.rollout import RolloutResult, roll_out, roll_out_rows, rollout_result, stack_layers
 from pyglobenc.methods.stages import STAGES, StageOps, check_stage, deepest_stage
 from pyglobenc.reference.rollout_step import rescale_rows
 from pyglobenc.reference.token_norms import own_attention
@@ -84,16 +84,16 @@ class Rollout:
         result.output = output
         full = [self._matrix(layer).full() for layer in captured] if maps else []
         for name in maps:
-            result.maps[name] = torch.stack(full, dim=1) if name == "layers" else roll_out(full)
+            result.maps[name] = stack_layers(full) if name == "layers" else roll_out(full)
         return result
 
     def _rows(self, captured: list[LayerTrace], rows: Tensor, layers: bool) -> tuple[Tensor, Tensor]:
         if self.method not in ("raw-attention", "attention-flow"):
             return roll_out_rows((self._matrix(layer) for layer in reversed(captured)), rows, layers)
         if self.method == "raw-attention":
-            scores = torch.stack([self._matrix(layer).rows(rows) for layer in (captured if layers else captured[-1:])], dim=1)
+            scores = stack_layers([self._matrix(layer).rows(rows) for layer in (captured if layers else captured[-1:])])
         else:
-            full = torch.stack([self._matrix(layer).full() for layer in captured], dim=1)
+            full = stack_layers([self._matrix(layer).full() for layer in captured])
             scores = attention_flow(full, rows, captured[-1].key_mask, layers)
         return rescale_rows(scores, torch.zeros_like(scores[..., 0]))
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from pyglobenc.hf import LayerTrace
 from pyglobenc.methods.inputs import check_model, run_captured, target_rows
 from pyglobenc.methods.layer_matrix import LayerMatrix, StoredMatrix
-from pyglobenc.methods.rollout import RolloutResult, roll_out, roll_out_rows, rollout_result
+from pyglobenc.methods.rollout import RolloutResult, roll_out, roll_out_rows, rollout_result, stack_layers
 from pyglobenc.methods.stages import STAGES, StageOps, check_stage, deepest_stage
 
 MIXING = {f"mix_{name}": name for name in STAGES}
@@ -85,8 +85,7 @@ class GlobEnc:
             if name == "rollout":
                 result.maps[name] = roll_out(full)
             else:
-                maps_of_layers = full if name == stage else self._maps(name, captured)
-                result.maps[name] = torch.stack([t.to(maps_of_layers[0].device) for t in maps_of_layers], dim=1)
+                result.maps[name] = stack_layers(full if name == stage else self._maps(name, captured))
         return result
 
     def _full(self, captured: list[LayerTrace], stage: str) -> list[Tensor]:

@@ -35,6 +35,11 @@ def roll_out_rows(matrices: Iterable[LayerMatrix], targets: Tensor, layers: bool
     return r.unflatten(1, (-1, count)), log_scale.unflatten(1, (-1, count))
 
 
+def stack_layers(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors (B, ...) of every layer as (B, L, ...); the layers of a model may lie on several devices."""
+    return torch.stack([t.to(tensors[0].device) for t in tensors], dim=1)
+
+
 def roll_out(matrices: Sequence[Tensor]) -> Tensor:
     """N_L ... N_2 N_1 of matrices (B, n, n), unnormalised, in float64 so that deep models don't overflow: (B, n, n)."""
     out = None

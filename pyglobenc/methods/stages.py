@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglobenc.hf import LayerTrace
-from pyglobenc.hf.weights import weight_version
+from pyglobenc.hf.weights import parameter, weight_version
 from pyglobenc.methods.layer_matrix import NormMatrix, check_score_mod
 from pyglobenc.ops import gram_kernels, head_gram, head_norms, mixing_ratio
 from pyglobenc.reference.mixing_ratio import mixing_ratio as reference_mixing_ratio
@@ -67,16 +67,16 @@ class StageOps:
 
     def _gammas(self, layer: LayerTrace, stage: Stage) -> list[Tensor]:
         """Weights of the LayerNorms passed, (d,) each."""
-        return [getattr(layer.modules, name).weight.detach().to(self.dtype_of(layer)) for name in stage.norms]
+        return [parameter(getattr(layer.modules, name), "weight").to(self.dtype_of(layer)) for name in stage.norms]
 
     def _weight(self, layer: LayerTrace) -> Tensor:
         """W_O by head, (H, dh, d), with what the layer multiplies the attention's output by before the residual sum."""
         m, dtype = layer.modules, self.dtype_of(layer)
         weight = layer.output_weight.to(dtype)
         if m.scale is not None:
-            weight = weight * m.scale.detach().to(dtype)
+            weight = weight * parameter(*m.scale).to(dtype)
         if m.added_norm is not None:
-            weight = weight * (m.added_norm.weight.detach().to(dtype) + m.unit_offset)
+            weight = weight * (parameter(m.added_norm, "weight").to(dtype) + m.unit_offset)
         return weight
 
     def _residual(self, layer: LayerTrace) -> Tensor:
@@ -90,7 +90,7 @@ class StageOps:
         """`gram_kernels` of a layer and stage, cached with the versions of the weights they came from."""
         m, dtype = layer.modules, self.dtype_of(layer)
         parts = [m.output, *(getattr(m, name) for name in stage.norms), *([] if m.added_norm is None else [m.added_norm])]
-        version = (dtype, *(weight_version(p) for p in parts), None if m.scale is None else (m.scale.data_ptr(), m.scale._version))
+        version = (dtype, *(weight_version(p) for p in (*parts, *([] if m.scale is None else [m.scale[0]]))))
         key = (m.output, stage.norms)
         if key not in self._kernels or self._kernels[key][0] != version:
             self._kernels[key] = (version, *gram_kernels(self._weight(layer), self._gammas(layer, stage)))
