@@ -11,6 +11,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+from pyglobenc.device_table import preferred
+
 log = logging.getLogger("pyglobenc")
 
 ROOMS = {"reference": "pyglobenc.reference", "cpu": "pyglobenc.cpu", "triton": "pyglobenc.kernels", "cuda": "pyglobenc.cuda"}
@@ -45,12 +47,14 @@ def reasons(op: str, backend: str, args: tuple) -> list[str]:
 def pick(op: str, backend: str, available: tuple[str, ...], args: tuple) -> Callable:
     """Function of the backend asked for, or, with "auto", of the first of `available` that can run.
 
+    Where `pyglobenc bench` has left its measurements, `pyglobenc.device_table`, "auto" tries the fastest first.
+
     Raises:
         ValueError: unknown name, or the backend asked for by name can't run; the reasons are in the message.
     """
     check_backend(backend, op)
     refused = []
-    for name in available if backend == "auto" else (backend,):
+    for name in preferred(op, available, _device(args)) if backend == "auto" else (backend,):
         why = reasons(op, name, args) if name in available else [f"{op} has no {name} kernel"]
         if not why and backend == "auto" and name == "triton" and INTERPRETED:
             why = ["runs interpreted, only when asked for by name"]
@@ -60,6 +64,15 @@ def pick(op: str, backend: str, available: tuple[str, ...], args: tuple) -> Call
             return getattr(load(op, name)[0], op)
         refused += [f"{name}: {reason}" for reason in why]
     raise ValueError(f"{op}: backend {backend!r} can't run: " + "; ".join(refused))
+
+
+def _device(args: tuple) -> str:
+    """Kind of device that the first tensor among args, or in a list there, lies on."""
+    for arg in args:
+        first = arg[0] if isinstance(arg, (list, tuple)) and arg else arg
+        if hasattr(first, "device"):
+            return first.device.type
+    return "cpu"
 
 
 @lru_cache(maxsize=None)

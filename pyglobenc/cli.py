@@ -1,4 +1,4 @@
-"""The command line: `pyglobenc explain`, `attribute`, `doctor`."""
+"""The command line: `pyglobenc explain`, `attribute`, `bench`, `doctor`."""
 
 import argparse
 import os
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from pyglobenc._version import __version__
-from pyglobenc.commands import attribute, doctor, explain
+from pyglobenc.commands import attribute, bench, doctor, explain
 from pyglobenc.files import one_line
 
 # each has NAME, HELP, add_arguments(parser) and run(options), which returns the exit status
-COMMANDS = (explain, attribute, doctor)
+COMMANDS = (explain, attribute, bench, doctor)
 
 FAILED, INTERRUPTED = 1, 130
 

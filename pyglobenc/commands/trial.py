@@ -1,4 +1,4 @@
-"""Every op on a small input of BERT-base's shape, for `pyglobenc doctor`."""
+"""Every op on an input of BERT-base's shape, for `pyglobenc doctor` and `pyglobenc bench`."""
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -35,7 +35,7 @@ def try_op(op: str, backend: str) -> tuple[str, str | None]:
     if op not in EXAMPLES:
         return "untried", None
     device = "cuda" if backend in ON_GPU and torch.cuda.is_available() else "cpu"
-    args, function = EXAMPLES[op](_tensors(device)), getattr(module, op)
+    args, function = EXAMPLES[op](tensors(device)), getattr(module, op)
     try:
         out = list(_flatten(function(*args, backend=backend)))
     except (ValueError, TypeError, RuntimeError) as error:
@@ -57,21 +57,21 @@ def _flatten(out: Any) -> Iterator[Tensor]:
 
 
 @lru_cache(maxsize=2)
-def _tensors(device: str) -> dict[str, Tensor]:
-    """Named as STYLE.md names them, float32, one example; d is H * DH."""
+def tensors(device: str, n: int = N) -> dict[str, Tensor]:
+    """Arguments of the ops by name, float32, one example of n tokens, q (1, H, n, DH); d is H * DH."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device)
 
-    out = {name: random(1, H, N, DH) for name in ("q", "k", "v", "grad_o", "s")} | {
-        "x": random(1, N, H * DH),
+    out = {name: random(1, H, n, DH) for name in ("q", "k", "v", "grad_o", "s")} | {
+        "x": random(1, n, H * DH),
         "weight": random(H, DH, H * DH),
     }
     out["o"], out["lse"] = attention(out["q"], out["k"], out["v"])
     out["kernel"], out["cross_kernel"] = gram_kernels(out["weight"], [])
     out["gram"], out["cross"] = head_gram(out["v"], out["kernel"], out["x"], out["cross_kernel"], backend="reference")
-    out["r"], out["log_scale"] = random(1, 1, N).abs(), torch.zeros(1, 1, device=device)
+    out["r"], out["log_scale"] = random(1, 1, n).abs(), torch.zeros(1, 1, device=device)
     return out
 
 
