@@ -69,11 +69,13 @@ def _with_adapters(module: nn.Module) -> Tensor:
 
 
 def _quantised(module: nn.Module) -> Tensor:
-    if type(module).__module__.startswith("bitsandbytes"):
+    # bitsandbytes rearranges 4-bit weights for its CPU kernel at the first call, and doesn't dequantise that layout
+    packed = getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False)
+    if type(module).__module__.startswith("bitsandbytes") and not packed:
         from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
         return dequantize_bnb_weight(module.weight, state=getattr(module, "state", None)).detach().T
-    if hasattr(module.weight, "dequantize") and not _plain(module.weight):
+    if hasattr(module.weight, "dequantize") and not _plain(module.weight) and not packed:
         return module.weight.dequantize().detach().T
     return _applied(module)
 

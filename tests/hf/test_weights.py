@@ -112,9 +112,13 @@ def test_quantised_weights(bits):
             new.weight = bnb.nn.Params4bit(old.weight.data, requires_grad=False, quant_type="nf4")
         new.bias = torch.nn.Parameter(old.bias.data)
         layer.attention.output.dense = new.to("cpu").eval()
-        weight = dense_weight(layer.attention.output.dense)
+        before = dense_weight(layer.attention.output.dense)
         # rounded to a scale a row or a block, of which half a step is at most this
-        assert (weight - old.weight.T).abs().max() <= {8: 0.5 / 127, 4: 0.5 * 0.31}[bits] * old.weight.abs().max() * 1.01
+        assert (before - old.weight.T).abs().max() <= {8: 0.5 / 127, 4: 0.5 * 0.31}[bits] * old.weight.abs().max() * 1.01
+        layer.attention.output.dense(torch.randn(1, 64))
+        weight = dense_weight(layer.attention.output.dense)
+        # the 4-bit CPU kernel multiplies in bfloat16
+        assert (weight - before).abs().max() <= torch.finfo(torch.bfloat16).eps * before.abs().max()
         plain.attention.output.dense.weight.data = weight.T.float()
     batch = random_batch(exact, 1, 9)
     # the first layer's inputs are the same; below, the library multiplies in half precision
