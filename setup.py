@@ -22,7 +22,16 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 CPU = Path("csrc/cpu")
-OPS = ("token_norms", "rollout_step", "head_gram", "exp", "table")
+OPS = (
+    "token_norms",
+    "rollout_step",
+    "head_gram",
+    "clone_relevance",
+    "add_relevance",
+    "linear_relevance",
+    "exp",
+    "table",
+)
 SETS = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma"],

@@ -102,6 +102,43 @@ static void head_gram(const py::object& v, const py::object& kernel, const py::o
     in_use->head_gram(views[0], views[1], views[2], views[3], views[4], threads < 1 ? 1 : threads);
 }
 
+// Contiguous float32, checked by the launchers.
+static float* floats(const py::handle& tensor) { return static_cast<float*>(view(tensor).data); }
+
+static void clone_relevance(const py::list& parts, const py::object& x, const py::object& out, int64_t count, int threads) {
+    std::vector<const float*> pointers;
+    for (const py::handle part : parts) pointers.push_back(floats(part));
+    const float* const from = floats(x);
+    float* const to = floats(out);
+    py::gil_scoped_release nogil;
+    in_use->clone_relevance(pointers.data(), int64_t(pointers.size()), from, to, count, threads);
+}
+
+static void add_relevance(const py::object& r, const py::object& a, const py::object& b, const py::object& out_a, const py::object& out_b,
+                          float stabilizer, bool rescale, int threads) {
+    const View whole = view(r);
+    float* const pointers[] = {floats(r), floats(a), floats(b), floats(out_a), floats(out_b)};
+    py::gil_scoped_release nogil;
+    in_use->add_relevance(pointers[0], pointers[1], pointers[2], pointers[3], pointers[4], whole.shape[0], whole.shape[1] * whole.shape[2],
+                          stabilizer, rescale, threads);
+}
+
+static int64_t linear_quotient(const py::object& r, const py::object& output, const py::object& bias, const py::object& bound, float least,
+                               const py::object& s, const py::object& dead, int threads) {
+    const View whole = view(r), marks = view(dead);
+    float* const pointers[] = {floats(r), floats(output), floats(bias), floats(bound), floats(s)};
+    py::gil_scoped_release nogil;
+    return in_use->linear_quotient(pointers[0], pointers[1], pointers[2], pointers[3], least, whole.shape[0] * whole.shape[1],
+                                   whole.shape[2], pointers[4], static_cast<uint8_t*>(marks.data), threads);
+}
+
+static void linear_product(const py::object& x, const py::object& signed_sums, const py::object& abs_sums, const py::object& out,
+                           int64_t count, int threads) {
+    float* const pointers[] = {floats(x), floats(signed_sums), floats(abs_sums), floats(out)};
+    py::gil_scoped_release nogil;
+    in_use->linear_product(pointers[0], pointers[1], pointers[2], pointers[3], count, threads);
+}
+
 static void exp_of(const py::object& x, const py::object& out) {
     const View from = view(x), to = view(out);
     in_use->exp(static_cast<const float*>(from.data), static_cast<float*>(to.data), from.shape[0]);
@@ -123,5 +160,9 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("token_norms", token_norms);
     m.def("rollout_step", rollout_step);
     m.def("head_gram", head_gram);
+    m.def("clone_relevance", clone_relevance);
+    m.def("add_relevance", add_relevance);
+    m.def("linear_quotient", linear_quotient);
+    m.def("linear_product", linear_product);
     m.def("exp", exp_of);
 }

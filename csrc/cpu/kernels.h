@@ -40,6 +40,12 @@ struct Kernels {
     void (*token_norms)(const PairArgs& args, const View& out);                    // out [B, T or n, n]
     void (*rollout_step)(const PairArgs& args, const View& r, const View& out);    // r, out [B, T, n]
     void (*head_gram)(const View& v, const View& kernel, const View& projected, const View& gram, const View& cross, int threads);
+    void (*clone_relevance)(const float* const* parts, int64_t n_parts, const float* x, float* out, int64_t count, int threads);
+    void (*add_relevance)(const float* r, const float* a, const float* b, float* out_a, float* out_b, int64_t batch, int64_t count,
+                          float stabilizer, bool rescale, int threads);
+    int64_t (*linear_quotient)(const float* r, const float* output, const float* bias, const float* bound, float least, int64_t rows,
+                               int64_t width, float* s, uint8_t* dead, int threads);
+    void (*linear_product)(const float* x, const float* signed_sums, const float* abs_sums, float* out, int64_t count, int threads);
     void (*exp)(const float* x, float* out, int64_t count);
 };
 

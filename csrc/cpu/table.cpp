@@ -22,7 +22,11 @@ static bool supported() {
 
 }  // namespace PYGLOBENC_ISA
 
-const Kernels JOIN(kernels_, PYGLOBENC_ISA) = {TEXT(PYGLOBENC_ISA), PYGLOBENC_ISA::supported, PYGLOBENC_ISA::token_norms,
-                                               PYGLOBENC_ISA::rollout_step, PYGLOBENC_ISA::head_gram, PYGLOBENC_ISA::exp};
+namespace isa = PYGLOBENC_ISA;
+
+const Kernels JOIN(kernels_, PYGLOBENC_ISA) = {
+    TEXT(PYGLOBENC_ISA), isa::supported,     isa::token_norms,     isa::rollout_step,   isa::head_gram,
+    isa::clone_relevance, isa::add_relevance, isa::linear_quotient, isa::linear_product, isa::exp,
+};
 
 }  // namespace pyglobenc

@@ -8,7 +8,7 @@ try:
 except ImportError as error:
     raise ImportError(f"the compiled module pyglobenc._cpu doesn't load ({error}); reinstall with a C++17 compiler on PATH") from error
 
-__all__ = ["kernels", "limits"]
+__all__ = ["kernels", "limits", "single"]
 
 INPUTS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -25,3 +25,10 @@ def limits(arithmetic: Tensor, *inputs: Tensor) -> list[str]:
     if dtypes:
         reasons.append(f"inputs must be float32, float16 or bfloat16, got {', '.join(map(str, dtypes))}")
     return reasons
+
+
+def single(*tensors: Tensor) -> list[str]:
+    """Why the kernels that take nothing but float32 can't run on these tensors."""
+    reasons = limits(tensors[0], *tensors[1:])
+    dtypes = {t.dtype for t in tensors} - {torch.float32}
+    return reasons or [f"computes in float32, got {dtype}" for dtype in dtypes]

@@ -1,0 +1,65 @@
+// The guarded division of the relevance rules, to the letter of pyglobenc/reference/safe_division.py, and loops over arrays.
+#pragma once
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace pyglobenc {
+namespace PYGLOBENC_ISA {
+
+constexpr float GUARD = 1e-9f;
+constexpr int64_t STRETCH = 1 << 14;  // elements a thread takes at a time; sums are taken stretch by stretch
+
+// a / safe(b), 0 where b is 0; safe(b) is b + 1e-9, 1e-9 where that is 0, or b + stabilizer * sign(b) if that is given.
+static inline Floats safe_divide(Floats a, Floats b, float stabilizer) {
+    Floats den;
+    if (stabilizer != 0) {
+        den = b < 0 ? b - stabilizer : b + stabilizer;
+    } else {
+        den = b + GUARD;
+        den = den == 0 ? splat(GUARD) : den;
+    }
+    const Floats quotient = a / den;
+    return b == 0 ? Floats{} : quotient;
+}
+
+// The same for one number in double precision.
+static inline double safe_divide(double a, double b) {
+    if (b == 0) return 0;
+    const double den = b + 1e-9;
+    return a / (den == 0 ? 1e-9 : den);
+}
+
+static inline Floats magnitude(Floats x) { return reinterpret_cast<Floats>(reinterpret_cast<Ints>(x) & 0x7fffffff); }
+
+// Up to W floats; the lanes beyond are 0.
+static inline Floats load_some(const float* p, int64_t count) {
+    Floats out = {};
+    std::memcpy(&out, p, sizeof(float) * (count < W ? count : W));
+    return out;
+}
+
+static inline void store_some(float* p, Floats x, int64_t count) { std::memcpy(p, &x, sizeof(float) * (count < W ? count : W)); }
+
+// body(i, count) for vectors starting at i with count lanes, in [first, last); whole vectors with a constant count.
+template <class Body>
+static inline void vectors(int64_t first, int64_t last, const Body& body) {
+    int64_t i = first;
+    for (; i + W <= last; i += W) body(i, W);
+    if (i < last) body(i, last - i);
+}
+
+// body(stretch, first, last) for the stretches of [0, count), over the threads.
+template <class Body>
+static inline void stretches(int64_t count, int threads, const Body& body) {
+    const int64_t parts = (count + STRETCH - 1) / STRETCH;
+    threads = parts < 4 ? 1 : threads;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t part = 0; part < parts; ++part) {
+        const int64_t first = part * STRETCH;
+        body(part, first, first + STRETCH < count ? first + STRETCH : count);
+    }
+}
+
+}  // namespace PYGLOBENC_ISA
+}  // namespace pyglobenc
