@@ -8,21 +8,22 @@ from transformers import PreTrainedModel
 from pyglobenc.hf.vit import patch_projection, position_embeddings, prefix_tokens
 from pyglobenc.methods.relevance_rules import Rules
 from pyglobenc.methods.relevance_states import States
+from pyglobenc.methods.reliability import Relevance
 from pyglobenc.reference.safe_division import GUARD, safe_divide
 
 
-def pixel_relevance(model: PreTrainedModel, states: States, r: Tensor, rules: Rules) -> Tensor:
+def pixel_relevance(model: PreTrainedModel, states: States, r: Relevance, rules: Rules) -> Tensor:
     """Relevance of every pixel, summed over channels, (B, height, width), from that of the first layer's input, (B, n, d)."""
     base = model.base_model
     convolution = patch_projection(base)
     pixels, patches = states.take(convolution)
-    prefix = [t.detach().to(r.dtype).expand(r.shape[0], -1, -1) for t in prefix_tokens(base)]
+    prefix = [t.detach().to(pixels.dtype).expand(len(pixels), -1, -1) for t in prefix_tokens(base)]
     tokens = torch.cat([*prefix, patches.flatten(2).transpose(1, 2)], dim=1)
-    positions = position_embeddings(base).detach().to(r.dtype)
+    positions = position_embeddings(base).detach().to(pixels.dtype)
     if positions.shape[1] != tokens.shape[1]:
         raise ValueError("TransformerAttribution: relevance of pixels needs the image size that the model was trained for")
     r, _ = rules.add(r, tokens, positions.expand_as(tokens))
-    r = r[:, len(prefix) :].transpose(1, 2).reshape_as(patches)
+    r = r.values[:, len(prefix) :].transpose(1, 2).reshape_as(patches)
     return _convolution(r, pixels, convolution).sum(1)
 
 

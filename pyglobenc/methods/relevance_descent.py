@@ -8,6 +8,7 @@ from torch import Tensor
 from pyglobenc.methods.relevance_layers import below_attention, down_to_attention, head_relevance
 from pyglobenc.methods.relevance_rules import Rules
 from pyglobenc.methods.relevance_states import States
+from pyglobenc.methods.reliability import TINY, Relevance, squared_norm
 from pyglobenc.ops import relevance_maps
 
 HEAD_MAPS = ("alpha", "R_alpha", "grad_alpha")
@@ -34,6 +35,8 @@ class Descent:
         self.rules = rules
         self.gradient = gradient
         self.normalize = normalize
+        self._moved = 0.0  # expected squared error of the row's other entries, in units of the rounding unit squared
+        self._row: Tensor | None = None
         self.token_sums: dict[int, Tensor] = {}
         self.maps: dict[str, dict[int, Tensor]] = defaultdict(dict)
 
@@ -42,7 +45,7 @@ class Descent:
         row = torch.zeros_like(self.states.layers[-1].x[:, None, :, 0])
         return row.scatter_(2, self.states.target.position[:, None, None], 1)
 
-    def roll_out(self, start_layer: int, lowest: int, names: tuple[str, ...] = ()) -> tuple[Tensor, Tensor | None]:
+    def roll_out(self, start_layer: int, lowest: int, names: tuple[str, ...] = ()) -> tuple[Tensor, Relevance | None]:
         """Row of the rollout from the top layer to start_layer, (B, n), and the relevance of the input, (B, n, d).
 
         Relevance goes down to the input of layer `lowest`; with lowest = start_layer + 1 the last layer only takes part in the rollout
@@ -50,28 +53,49 @@ class Descent:
         """
         states, rules, depth = self.states, self.rules, len(self.states.layers)
         roll, r = self.start_row(), head_relevance(states, rules)
-        self.token_sums[depth] = r.sum(-1)
+        self.token_sums[depth] = r.values.sum(-1)
         for index in reversed(range(min(start_layer, lowest), depth)):
             layer = states.layers[index]
             grad = states.grads[index] if self.gradient else None
             s, residual = down_to_attention(states, index, r, rules)
-            self._keep(names, index, s)
+            self._keep(names, index, s.values)
             rolling = index >= start_layer
             if index < lowest:
-                return rules.roll(layer, grad, s, roll, self.normalize)[:, 0], None
-            *parts, _, rolled = rules.attention(layer, grad, s, roll if rolling else None, self.normalize)
-            roll = rolled if rolling else roll
-            r = below_attention(states, residual, tuple(parts), rules)
-            self.token_sums[index] = r.sum(-1)
+                rolled = rules.roll(layer, grad, s.values, roll, self.normalize)
+                self._count(s, roll, rolled)
+                return rolled[:, 0], None
+            parts, rolled = rules.attention(layer, grad, s, roll if rolling else None, self.normalize)
+            if rolling:
+                self._count(s, roll, rolled)
+                roll = rolled
+            r = below_attention(states, residual, parts, rules)
+            self.token_sums[index] = r.values.sum(-1)
             if "R_in" in names:
-                self.maps["R_in"][index] = r
+                self.maps["R_in"][index] = r.values
+        self.input = r
         return roll[:, 0], r
+
+    def _count(self, s: Relevance, before: Tensor | None, after: Tensor) -> None:
+        """Take note of a layer's part, after - before, in the row (B, 1, n); before None: all of it."""
+        own = self.states.target.position[:, None]
+        part = after[:, 0] if before is None else (after - before)[:, 0]
+        self._moved = self._moved + s.relative() * squared_norm(part.scatter(1, own, 0))
+        self._row = after[:, 0].scatter(1, own, 0)
+
+    def estimated_error(self) -> Tensor:
+        """Expected relative L2 error of the last row or relevance made, the pooled token's own entry left out, (B,)."""
+        unit = torch.finfo(self.states.dtype).eps / 2
+        if self._row is None:
+            return self.input.relative().sqrt() * unit
+        return (self._moved / squared_norm(self._row).clamp_min(TINY)).sqrt() * unit
 
     def layer_row(self, index: int) -> Tensor:
         """Row of the pooled token in the map of one layer, (B, n)."""
         _, r = self.roll_out(len(self.states.layers), index + 1)
         s, _ = down_to_attention(self.states, index, r, self.rules)
-        return self._map(index, s, self.states.target.position[:, None])[:, 0]
+        row = self._map(index, s.values, self.states.target.position[:, None])
+        self._count(s, None, row)
+        return row[:, 0]
 
     def _map(self, index: int, s: Tensor, rows: Tensor | None = None) -> Tensor:
         layer = self.states.layers[index]

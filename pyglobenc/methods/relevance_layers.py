@@ -1,5 +1,6 @@
 """Relevance through the head and through one transformer layer, in the published order."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,18 +9,19 @@ from torch import Tensor
 from pyglobenc.hf import LayerTrace
 from pyglobenc.methods.relevance_rules import Rules
 from pyglobenc.methods.relevance_states import States
+from pyglobenc.methods.reliability import Relevance
 
 
 @dataclass
 class Residual:
-    """What waits beside the attention while relevance goes through it; tensors (B, n, d)."""
+    """What waits beside the attention while relevance goes through it, (B, n, d)."""
 
     layer: LayerTrace
     x: Tensor  # the layer's input
-    r: Tensor  # relevance of the residual branch
+    r: Relevance  # of the residual branch
 
 
-def head_relevance(states: States, rules: Rules) -> Tensor:
+def head_relevance(states: States, rules: Rules) -> Relevance:
     """Relevance of the last layer's output, (B, n, d): 1 at the explained logit, down the head, at the token that the head reads."""
     target, top = states.target, states.head[0]
     weight = top.weight.detach()
@@ -28,26 +30,26 @@ def head_relevance(states: States, rules: Rules) -> Tensor:
         # the difference of two logits is one output whose weights are the difference
         row = row - weight[target.contrast].to(states.dtype)
     x = _at(states.take(top)[0], target.position)
-    r = rules.logit(x, row)
+    r = Relevance(rules.logit(x, row[:, None]), torch.ones(len(x), dtype=torch.float64, device=x.device))
     for module in states.head[1:]:
-        given, returned = (_at(t, target.position)[:, None] for t in states.take(module))
-        r = rules.linear(r[:, None], module, given, returned)[:, 0]
-        x = given[:, 0]
-    r = rules.clone([r[:, None]], x[:, None])
+        x, returned = (_at(t, target.position) for t in states.take(module))
+        r = rules.linear(r, module, x, returned)
+    r = rules.clone([r], x)
     last = states.layers[-1].x
     index = target.position[:, None, None].expand(-1, 1, last.shape[2])
-    return torch.zeros_like(last).scatter_(1, index, r)
+    return Relevance(torch.zeros_like(last).scatter_(1, index, r.values), r.noise)
 
 
 def _at(t: Tensor, position: Tensor) -> Tensor:
-    """The tokens `position` (B,) of t (B, n, d); a t of (B, d) holds them already."""
-    return t if t.dim() == 2 else t[torch.arange(t.shape[0], device=t.device), position]
+    """The token `position` (B,) of t (B, n, d), (B, 1, d); a t of (B, d) holds it already."""
+    return t[:, None] if t.dim() == 2 else t[torch.arange(t.shape[0], device=t.device), position][:, None]
 
 
-def down_to_attention(states: States, index: int, r: Tensor, rules: Rules) -> tuple[Tensor, Residual]:
+def down_to_attention(states: States, index: int, r: Relevance, rules: Rules) -> tuple[Relevance, Residual]:
     """From a layer's output to its attention: s = R_o / safe(o), (B, H, n, dh), and the residual branch."""
     layer = states.layers[index]
     m = layer.modules
+    rules.level = index + 1
     _, mlp = states.take(m.mlp_output)
     merged, attended = states.take(m.output)
     # the MLP's residual: the tensor it reads after BERT's norm, before ViT's
@@ -58,24 +60,17 @@ def down_to_attention(states: States, index: int, r: Tensor, rules: Rules) -> tu
     r = rules.clone([r_mlp, r_y], y)
     r_attended, r_x = rules.add(r, attended, layer.x)
     r_o = rules.linear(r_attended, m.output, merged, attended)
-    s = rules.over_output(_split(r_o, layer.q.shape[1]), layer.o)
+    s = rules.over_output(r_o, layer.o)
     return s, Residual(layer, layer.x, r_x)
 
 
-def below_attention(states: States, residual: Residual, parts: tuple[Tensor, Tensor, Tensor], rules: Rules) -> Tensor:
-    """From the relevance of q, k and v, (B, H, n, dh) each, to that of the layer's input, (B, n, d)."""
+def below_attention(states: States, residual: Residual, parts: Sequence[Relevance], rules: Rules) -> Relevance:
+    """From the relevance of q, k and v, (B, n, d) each, to that of the layer's input, (B, n, d)."""
     m = residual.layer.modules
-    inputs = [
-        rules.linear(_merge(part), module, *states.take(module)) for part, module in zip(parts, (m.query, m.key, m.value), strict=True)
-    ]
+    inputs = [rules.linear(part, module, *states.take(module)) for part, module in zip(parts, (m.query, m.key, m.value), strict=True)]
     # before ViT's norm the published code has one Linear for all three, whose relevances add
-    r = inputs[0] + inputs[1] + inputs[2] if m.pre_norm else rules.clone(inputs, residual.x)
+    if m.pre_norm:
+        r = Relevance(sum(part.values for part in inputs), sum(part.noise for part in inputs))
+    else:
+        r = rules.clone(inputs, residual.x)
     return rules.clone([r, residual.r], residual.x)
-
-
-def _split(t: Tensor, heads: int) -> Tensor:
-    return t.unflatten(2, (heads, -1)).transpose(1, 2)
-
-
-def _merge(t: Tensor) -> Tensor:
-    return t.transpose(1, 2).flatten(2)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglobenc.hf import LayerTrace
+from pyglobenc.methods.reliability import Relevance, division_noise, score_noise, squared_norm
 from pyglobenc.ops import add_relevance, clone_relevance, linear_relevance, relevance_attention, relevance_rollout_step
 from pyglobenc.reference.relevance_attention import relevance_attention as reference_attention
 from pyglobenc.reference.safe_division import safe_divide
@@ -35,33 +36,46 @@ class Rules:
             for a sign-aware one.
     """
 
+    rescale = True  # residual sums keep each branch's share of the total
+
     def __init__(self, backend: str, stabilizer: float = 0.0):
         self.backend = backend
         self.stabilizer = stabilizer
+        self.level = 1  # layers above the input, whose errors a division finds in its divisor
         self.weights = WeightCache()
 
-    def linear(self, r: Tensor, module: nn.Linear, given: Tensor, returned: Tensor) -> Tensor:
+    def linear(self, r: Relevance, module: nn.Linear, given: Tensor, returned: Tensor) -> Relevance:
         """Relevance (B, n, d_in) of a Linear's input from that of its output (B, n, d_out)."""
         bias = None if module.bias is None else module.bias.detach()
-        absolute = self.weights.absolute(module, r.dtype)
-        return linear_relevance(
-            r, given, module.weight.detach(), abs_weight=absolute, output=returned, bias=bias, backend=self.backend
-        )
+        weight, absolute = module.weight.detach(), self.weights.absolute(module, r.values.dtype)
+        return r.like(linear_relevance(r.values, given, weight, abs_weight=absolute, output=returned, bias=bias, backend=self.backend))
 
-    def add(self, r: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    def add(self, r: Relevance, a: Tensor, b: Tensor) -> tuple[Relevance, Relevance]:
         """Relevance of both branches of a residual sum, (B, n, d)."""
-        return add_relevance(r, a, b, stabilizer=self.stabilizer, backend=self.backend)
+        branches = add_relevance(r.values, a, b, stabilizer=self.stabilizer, rescale=self.rescale, backend=self.backend)
+        inherited, z = r.relative(), a + b
+        return tuple(Relevance(t, inherited * squared_norm(t) + self.level * division_noise(t, z, a, b)) for t in branches)
 
-    def clone(self, parts: list[Tensor], x: Tensor) -> Tensor:
+    def clone(self, parts: list[Relevance], x: Tensor) -> Relevance:
         """Relevance of a tensor read by several branches, (B, n, d)."""
-        return clone_relevance(parts, x, backend=self.backend)
+        return Relevance(clone_relevance([part.values for part in parts], x, backend=self.backend), sum(part.noise for part in parts))
 
-    def over_output(self, r_o: Tensor, o: Tensor) -> Tensor:
-        """s = R_o / safe(o), (B, H, n, dh)."""
-        return safe_divide(r_o, o, self.stabilizer)
+    def over_output(self, r_o: Relevance, o: Tensor) -> Relevance:
+        """s = R_o / safe(o) by head, (B, H, n, dh), from relevance (B, n, d)."""
+        s = safe_divide(r_o.values.unflatten(2, (o.shape[1], -1)).transpose(1, 2), o, self.stabilizer)
+        return Relevance(s, r_o.relative() * squared_norm(s) + self.level * division_noise(s, o, o))
 
-    def attention(self, layer: LayerTrace, grad_o: Tensor | None, s: Tensor, roll: Tensor | None, normalize: bool) -> tuple:
-        """R_q, R_k, R_v (B, H, n, dh), row sums (B, n) and the stepped rollout (B, T, n) or None."""
+    def attention(self, layer: LayerTrace, grad_o: Tensor | None, s: Relevance, roll: Tensor | None, normalize: bool) -> tuple:
+        """Relevance of queries, keys and values, (B, n, d) each, and the stepped rollout (B, T, n) or None."""
+        *parts, _, rolled = self._attention(layer, grad_o, s.values, roll, normalize)
+        own = self.level * score_noise(layer, s.values, parts[0])
+        inherited = s.relative()
+        parts = [Relevance(t.transpose(1, 2).flatten(2), inherited * squared_norm(t)) for t in parts]
+        for part in parts[:2]:
+            part.noise += own
+        return parts, rolled
+
+    def _attention(self, layer: LayerTrace, grad_o: Tensor | None, s: Tensor, roll: Tensor | None, normalize: bool) -> tuple:
         return relevance_attention(
             layer.q,
             layer.k,
@@ -97,27 +111,26 @@ class Rules:
         )
 
     def logit(self, x: Tensor, row: Tensor) -> Tensor:
-        """Relevance of x (B, d) when one output <x, row> has relevance 1; row (B, d)."""
+        """Relevance of x (B, n, d) when one output <x, row> of each token has relevance 1; row (B, n, d)."""
         parts = (x * row).clamp_(min=0)
-        return parts * safe_divide(torch.ones_like(parts[:, :1]), parts.sum(-1, keepdim=True))
+        return parts * safe_divide(torch.ones_like(parts[..., :1]), parts.sum(-1, keepdim=True))
 
 
 class LrpRules(Rules):
     """The LRP baseline of the published code (its layers_lrp): positive and negative inputs each get the whole relevance of a Linear's
     output, residual sums are not rescaled, so relevance is not conserved."""
 
-    def linear(self, r: Tensor, module: nn.Linear, given: Tensor, returned: Tensor) -> Tensor:
-        weight = module.weight.detach().to(r.dtype)
+    rescale = False
+
+    def linear(self, r: Relevance, module: nn.Linear, given: Tensor, returned: Tensor) -> Relevance:
+        weight = module.weight.detach().to(given.dtype)
         out = torch.zeros_like(given)
         for bound in ({"min": 0}, {"max": 0}):
             x, w = given.clamp(**bound), weight.clamp(**bound)
-            out += x * (safe_divide(r, x @ w.T) @ w)
-        return out
+            out += x * (safe_divide(r.values, x @ w.T) @ w)
+        return r.like(out)
 
-    def add(self, r: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        return add_relevance(r, a, b, stabilizer=self.stabilizer, rescale=False, backend=self.backend)
-
-    def attention(self, layer: LayerTrace, grad_o: Tensor | None, s: Tensor, roll: Tensor | None, normalize: bool) -> tuple:
+    def _attention(self, layer: LayerTrace, grad_o: Tensor | None, s: Tensor, roll: Tensor | None, normalize: bool) -> tuple:
         return reference_attention(
             layer.q,
             layer.k,
@@ -136,7 +149,7 @@ class LrpRules(Rules):
         )
 
     def logit(self, x: Tensor, row: Tensor) -> Tensor:
-        one = torch.ones_like(x[:, :1])
+        one = torch.ones_like(x[..., :1])
         out = torch.zeros_like(x)
         for bound in ({"min": 0}, {"max": 0}):
             parts = x.clamp(**bound) * row.clamp(**bound)

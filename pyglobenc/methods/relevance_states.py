@@ -1,6 +1,6 @@
 """One forward pass with gradients: everything that the relevance rules read."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pyglobenc.hf import LayerModules, LayerTrace, capture, find_layers
+from pyglobenc.hf import LayerModules, LayerTrace, Trace, capture, find_layers
 from pyglobenc.methods.relevance_support import check_layers
 from pyglobenc.methods.relevance_target import Index, Target, find_target
+from pyglobenc.methods.reliability import nudge
 from pyglobenc.methods.wide import WideParameters
 
 
@@ -64,41 +65,56 @@ def run_forward(
         dtype: float32, float64 or None; float64 on a narrower model widens the forward pass too.
         lowest: first layer whose gradient is wanted; the number of layers for none.
     """
-    found = find_layers(model)
-    check_layers(found)
+    check_layers(find_layers(model))
     own = next(model.parameters()).dtype
     arithmetic = dtype or (torch.float64 if own == torch.float64 else torch.float32)
-    candidates = _linears_outside(model, found)
-    within = [getattr(m, part) for m in found for part in ("query", "key", "value", "output", "intermediate", "mlp_output")]
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        trace = stack.enter_context(capture(model, modules=[*within, *candidates]))
-        handle = found[0].block.register_forward_pre_hook(_start_graph, prepend=True, with_kwargs=True)
-        stack.callback(handle.remove)
-        inputs = {name: value.clone() if isinstance(value, Tensor) and value.is_inference() else value for name, value in batch.items()}
-        with ExitStack() as widened:
-            if arithmetic == torch.float64 and own != torch.float64:
-                widened.enter_context(WideParameters(torch.float64))
-            output = model(**inputs)
-        check_layers(found, trace.layers)
+    with torch.inference_mode(False), torch.enable_grad():
+        # a tensor made in inference mode can't enter a graph
+        batch = {name: value.clone() if isinstance(value, Tensor) and value.is_inference() else value for name, value in batch.items()}
+        trace, output = _captured(model, batch, arithmetic, lambda x: x.detach().requires_grad_())
+        check_layers(find_layers(model), trace.layers)
         chosen = find_target(kind, output, *target, trace.layers[0].key_mask)
         grads = _attention_gradients(chosen.logit, trace.layers, lowest)
-    io = {module: (given.detach(), returned.detach()) for module, (given, returned) in trace.io.items()}
-    for layer in trace.layers:
-        layer.x, layer.q, layer.k, layer.v, layer.o, layer.lse = (
-            t.detach().to(arithmetic) for t in (layer.x, layer.q, layer.k, layer.v, layer.o, layer.lse)
-        )
     grads = [None if g is None else g.to(arithmetic) for g in grads]
     chosen.logit = chosen.logit.detach()
-    return States(trace.layers, grads, io, _head(io, found, candidates), chosen, output, arithmetic)
+    io = _detach(trace, arithmetic)
+    return States(trace.layers, grads, io, _head(model, io), chosen, output, arithmetic)
 
 
-def _start_graph(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Make the first layer's input a leaf that needs a gradient."""
-    if args:
-        return (args[0].detach().requires_grad_(), *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach().requires_grad_()}
+def run_again(model: PreTrainedModel, batch: Mapping[str, Any], states: States) -> States:
+    """The same from a first layer's input moved by a rounding unit, with the same target and gradients."""
+    with torch.no_grad():
+        trace, output = _captured(model, batch, states.dtype, nudge)
+    io = _detach(trace, states.dtype)
+    return States(trace.layers, states.grads, io, states.head, states.target, output, states.dtype)
+
+
+def _captured(model: PreTrainedModel, batch: Mapping[str, Any], dtype: torch.dtype, enter: Callable[[Tensor], Tensor]) -> tuple[Trace, Any]:
+    """Run the model with `enter` applied to the first layer's input, in float64 if dtype is."""
+    found = find_layers(model)
+    within = [getattr(m, part) for m in found for part in ("query", "key", "value", "output", "intermediate", "mlp_output")]
+
+    def change(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            return (enter(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": enter(kwargs["hidden_states"])}
+
+    with ExitStack() as stack:
+        trace = stack.enter_context(capture(model, modules=[*within, *_outside(model, found)]))
+        handle = found[0].block.register_forward_pre_hook(change, prepend=True, with_kwargs=True)
+        stack.callback(handle.remove)
+        if dtype == torch.float64 and next(model.parameters()).dtype != torch.float64:
+            stack.enter_context(WideParameters(torch.float64))
+        return trace, model(**batch)
+
+
+def _detach(trace: Trace, dtype: torch.dtype) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+    """Take a trace's tensors out of the graph: the layers' in place, in the dtype of the arithmetic; the modules' are returned."""
+    for layer in trace.layers:
+        layer.x, layer.q, layer.k, layer.v, layer.o, layer.lse = (
+            t.detach().to(dtype) for t in (layer.x, layer.q, layer.k, layer.v, layer.o, layer.lse)
+        )
+    return {module: (given.detach(), returned.detach()) for module, (given, returned) in trace.io.items()}
 
 
 def _attention_gradients(logit: Tensor, layers: list[LayerTrace], lowest: int) -> list[Tensor | None]:
@@ -108,14 +124,15 @@ def _attention_gradients(logit: Tensor, layers: list[LayerTrace], lowest: int) -
     return [None] * min(lowest, len(layers)) + list(grads)
 
 
-def _linears_outside(model: PreTrainedModel, found: list[LayerModules]) -> list[nn.Module]:
+def _outside(model: PreTrainedModel, found: list[LayerModules]) -> list[nn.Module]:
     """Linear modules, and the convolution that embeds patches, outside the layers."""
     inside = {module for layer in found for module in layer.block.modules()}
     return [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d) and module not in inside]
 
 
-def _head(io: Mapping[nn.Module, Any], found: list[LayerModules], candidates: list[nn.Module]) -> list[nn.Linear]:
+def _head(model: PreTrainedModel, io: Mapping[nn.Module, Any]) -> list[nn.Linear]:
     """Linear modules called after the last layer, last call first; between them a head applies only functions that pass relevance on."""
-    called = list(io)
+    found = find_layers(model)
+    called, outside = list(io), set(_outside(model, found))
     after = called[called.index(found[-1].mlp_output) + 1 :]
-    return [module for module in reversed(after) if module in candidates]
+    return [module for module in reversed(after) if module in outside]

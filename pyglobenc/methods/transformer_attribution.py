@@ -1,5 +1,6 @@
 """Transformer attribution: relevance times attention gradients, rolled out (Chefer, Gur and Wolf, CVPR 2021), and its variants."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,51 +9,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pyglobenc.hf import vit
-from pyglobenc.methods.attention_baselines import attention_row, grad_cam, grad_cam_patches, roll_out_attention
+from pyglobenc.hf import find_layers, vit
 from pyglobenc.methods.inputs import check_batch, check_model
-from pyglobenc.methods.pixels import pixel_relevance
 from pyglobenc.methods.relevance_descent import MAPS, Descent
 from pyglobenc.methods.relevance_rules import LrpRules, Rules
-from pyglobenc.methods.relevance_states import States, run_forward
+from pyglobenc.methods.relevance_states import States, run_again, run_forward
 from pyglobenc.methods.relevance_target import Index, head_kind
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What a variant reads: "rollout" of relevance maps, one "layer" of them, the "input", or attention alone."""
-
-    kind: str
-    gradient: bool = False
-    layer: int | None = None
-    lrp: bool = False
-
-
-VARIANTS = {
-    "transformer_attribution": Variant("rollout", gradient=True),
-    "rollout": Variant("rollout"),
-    "last_layer": Variant("layer", layer=-1),
-    "last_layer_ablation": Variant("layer", gradient=True, layer=-1),
-    "second_layer": Variant("layer", layer=1),
-    "second_layer_ablation": Variant("layer", gradient=True, layer=1),
-    "full": Variant("input"),
-    "lrp": Variant("input", lrp=True),
-    "lrp_last_layer": Variant("layer", layer=-1, lrp=True),
-    "last_layer_attn": Variant("attention"),
-    "attention_rollout": Variant("attention_rollout"),
-    "attn_gradcam": Variant("grad_cam", gradient=True),
-}
-
-# names of the published BERT code's functions
-PUBLISHED = {
-    "generate_LRP": "transformer_attribution",
-    "generate_LRP_last_layer": "last_layer",
-    "generate_LRP_second_layer": "second_layer",
-    "generate_full_lrp": "full",
-    "generate_attn_last_layer": "last_layer_attn",
-    "generate_rollout": "attention_rollout",
-    "generate_attn_gradcam": "attn_gradcam",
-}
+from pyglobenc.methods.relevance_variants import PUBLISHED, VARIANTS, Variant, variant_scores
+from pyglobenc.methods.reliability import DIGITS_GONE, MEASURED_BELOW, METHODS, PrecisionWarning, distance
 
 
 @dataclass
@@ -64,6 +28,9 @@ class RelevanceResult:
         target: (B,) int64, the class explained; 0 or 1 for a span's start or end.
         position: (B,) int64, the pooled token, whose row the scores are.
         logit: (B,), the value explained.
+        error: (B,), how far rounding moves the scores: relative L2 distance, the pooled token's own entry left out; see `reliability`.
+            None when it is off, and for variants that only read attention.
+        error_method: "measured" or "estimated"; None without error.
         relevance: (B, L, n), relevance of each layer's input summed over the hidden size; None unless asked for.
         maps: the maps asked for, by name.
         diagnostics: "relevance_sums" (B, layers + 1), the sum of the relevance of the input of each layer that it went through, lowest
@@ -76,6 +43,8 @@ class RelevanceResult:
     target: Tensor
     position: Tensor
     logit: Tensor
+    error: Tensor | None = None
+    error_method: str | None = None
     relevance: Tensor | None = None
     maps: dict[str, Tensor] = field(default_factory=dict)
     diagnostics: dict[str, Tensor] = field(default_factory=dict)
@@ -106,7 +75,9 @@ class TransformerAttribution:
         self.model = model
         self.dtype = dtype
         self.kind = head_kind(model)
-        self.images = model.config.model_type in vit.MODEL_TYPES
+        images = model.config.model_type in vit.MODEL_TYPES
+        # tokens before the patches of an image; None for text
+        self.prefix = len(vit.prefix_tokens(model.base_model)) if images else None
         self.rules = Rules(backend, stabilizer)
         self.lrp = LrpRules(backend, stabilizer)
 
@@ -120,6 +91,7 @@ class TransformerAttribution:
         variant: str = "transformer_attribution",
         layers: bool = False,
         maps: Sequence[str] = (),
+        reliability: str = "auto",
         **batch: Any,
     ) -> RelevanceResult:
         """Attribute one logit of every example to its tokens or patches.
@@ -141,6 +113,9 @@ class TransformerAttribution:
             layers: also return the relevance of every layer's input.
             maps: any of "map" (B, L, n, n), the matrix A that the rollout adds to the identity; "alpha", "R_alpha", "grad_alpha"
                 (B, L, H, n, n); "R_in" (B, L, n, d).
+            reliability: how `error` is found: "measured" by a second run from an input moved by one rounding unit, nearly doubling the
+                time; "estimated" from the divisions met, at little cost; "auto" measures small float32 inputs and estimates the others;
+                "off". A PrecisionWarning is given above 1e-2.
             batch: the model's inputs, as its tokenizer or image processor returns them.
 
         Returns:
@@ -151,23 +126,60 @@ class TransformerAttribution:
                 isn't finite.
         """
         chosen = self._variant(variant, start_layer, maps)
+        if reliability not in METHODS:
+            raise ValueError(f"TransformerAttribution: reliability must be one of {', '.join(METHODS)}, got {reliability!r}")
         self._check(batch)
         if self.kind == "choice":
             batch, target = self._one_choice(batch, target, contrast)
             contrast = None
-        depth = self.model.config.num_hidden_layers
+        depth = len(find_layers(self.model))
         everything = layers or bool(maps)
-        lowest = 0 if everything else self._lowest_gradient(chosen, start_layer, depth)
+        lowest = 0 if everything else chosen.lowest_gradient(start_layer, depth)
         states = run_forward(self.model, batch, self.kind, (target, contrast, position), self.dtype, lowest)
-        descent = Descent(states, self.lrp if chosen.lrp else self.rules, chosen.gradient, not self.images)
-        scores = self._scores(chosen, descent, start_layer)
+        descent = self._descent(states, chosen)
+        scores = variant_scores(self.model, chosen, descent, start_layer, self.prefix)
+        result = self._result(scores, states)
+        how = self._error_method(reliability, chosen, states)
+        if how == "measured":
+            moved = self._descent(run_again(self.model, batch, states), chosen)
+            own = states.target.position if self.prefix is None and chosen.kind != "input" else None
+            result.error = distance(variant_scores(self.model, chosen, moved, start_layer, self.prefix), scores, own)
+        elif how == "estimated":
+            result.error = descent.estimated_error()
+        result.error_method = how
+        self._warn(result)
         if everything:
             descent.roll_out(depth, 0, tuple(maps))
-        return self._result(scores, descent, layers)
+        self._add_layers(result, descent, layers)
+        return result
+
+    def _descent(self, states: States, chosen: Variant) -> Descent:
+        return Descent(states, self.lrp if chosen.lrp else self.rules, chosen.gradient, self.prefix is None)
+
+    @staticmethod
+    def _error_method(reliability: str, chosen: Variant, states: States) -> str | None:
+        if reliability == "off" or chosen.kind not in ("rollout", "layer", "input"):
+            return None
+        if reliability != "auto":
+            return reliability
+        weights = sum(p.numel() for layer in states.layers for p in layer.modules.block.parameters())
+        small = weights * states.layers[0].x[..., 0].numel() < MEASURED_BELOW
+        return "measured" if small and states.dtype == torch.float32 else "estimated"
+
+    @staticmethod
+    def _warn(result: RelevanceResult) -> None:
+        if result.error is not None and (result.error > DIGITS_GONE).any():
+            worst, count = float(result.error.max()), int((result.error > DIGITS_GONE).sum())
+            warnings.warn(
+                f"TransformerAttribution: rounding moves the scores of {count} of {len(result.error)} examples by more than "
+                f"{DIGITS_GONE:.0%} (at worst {worst:.1%}, {result.error_method}); use dtype=torch.float64, or a stabilizer",
+                PrecisionWarning,
+                stacklevel=3,
+            )
 
     def _variant(self, variant: str, start_layer: int, maps: Sequence[str]) -> Variant:
         name = PUBLISHED.get(variant, variant)
-        depth = self.model.config.num_hidden_layers
+        depth = len(find_layers(self.model))
         if name not in VARIANTS:
             raise ValueError(f"TransformerAttribution: variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
         if isinstance(start_layer, bool) or not isinstance(start_layer, int):
@@ -183,7 +195,7 @@ class TransformerAttribution:
 
     def _check(self, batch: Mapping[str, Any]) -> None:
         who = "TransformerAttribution"
-        if not self.images:
+        if self.prefix is None:
             flat = {k: v.flatten(0, 1) if self.kind == "choice" and isinstance(v, Tensor) and v.dim() > 2 else v for k, v in batch.items()}
             check_batch(who, self.model, flat)
             return
@@ -210,42 +222,17 @@ class TransformerAttribution:
         return {**batch, **{name: value[rows, index][:, None] for name, value in inputs.items()}}, 0
 
     @staticmethod
-    def _lowest_gradient(chosen: Variant, start_layer: int, depth: int) -> int:
-        """First layer whose attention gradient the variant reads."""
-        if not chosen.gradient:
-            return depth
-        if chosen.kind == "rollout":
-            return start_layer
-        return depth - 1 if chosen.layer is None else chosen.layer % depth
-
-    def _scores(self, chosen: Variant, descent: Descent, start_layer: int) -> Tensor:
-        states = descent.states
-        last, prefix = states.layers[-1], self._prefix()
-        if chosen.kind == "input":
-            _, r = descent.roll_out(len(states.layers), 0)
-            return pixel_relevance(self.model, states, r, descent.rules) if self.images else r.sum(-1)
-        if chosen.kind == "grad_cam" and self.images:
-            return grad_cam_patches(last, states.grads[-1], prefix)
-        if chosen.kind == "rollout":
-            row, _ = descent.roll_out(start_layer, start_layer + 1)
-        elif chosen.kind == "layer":
-            row = descent.layer_row(chosen.layer % len(states.layers))
-        elif chosen.kind == "attention":
-            row = attention_row(last, states.target.position)
-        elif chosen.kind == "attention_rollout":
-            row = roll_out_attention(states.layers[start_layer:], descent.start_row())
-        else:
-            row = grad_cam(last, states.grads[-1], states.target.position)
-        return row[:, prefix:]
-
-    def _prefix(self) -> int:
-        return len(vit.prefix_tokens(self.model.base_model)) if self.images else 0
-
-    def _result(self, scores: Tensor, descent: Descent, layers: bool) -> RelevanceResult:
-        states, target = descent.states, descent.states.target
+    def _result(scores: Tensor, states: States) -> RelevanceResult:
         if not torch.isfinite(scores).all():
             raise ValueError("TransformerAttribution: the attribution is not finite; the activations hold NaN or infinity for this input")
-        result = RelevanceResult(scores, target.index, target.position, target.logit, output=_detached(states))
+        for name, value in states.output.items():
+            if isinstance(value, Tensor):
+                states.output[name] = value.detach()
+        target = states.target
+        return RelevanceResult(scores, target.index, target.position, target.logit, output=states.output)
+
+    @staticmethod
+    def _add_layers(result: RelevanceResult, descent: Descent, layers: bool) -> None:
         sums = [descent.token_sums[index] for index in sorted(descent.token_sums)]
         if sums:
             totals = torch.stack([t.sum(-1) for t in sums], dim=1)
@@ -254,12 +241,3 @@ class TransformerAttribution:
             result.relevance = torch.stack(sums[:-1], dim=1)
         for name, by_layer in descent.maps.items():
             result.maps[name] = torch.stack([by_layer[index] for index in sorted(by_layer)], dim=1)
-        return result
-
-
-def _detached(states: States) -> Any:
-    """The model's output without the autograd graph."""
-    for name, value in states.output.items():
-        if isinstance(value, Tensor):
-            states.output[name] = value.detach()
-    return states.output
