@@ -1,0 +1,82 @@
+import logging
+
+import pytest
+import torch
+from models import build, random_batch
+from published import Float64Throughout
+
+from pyglobenc import GlobEnc
+from pyglobenc.memory import estimate_memory
+from pyglobenc.methods.batching import SHARE, available_bytes, fitting_batch, in_batches, out_of_memory
+
+
+def test_as_many_as_the_estimate_says():
+    model = build("bert", torch.float32)
+    for count in (1, 3, 7):
+        estimate = estimate_memory(model, batch=count, n=30)
+        available = int((estimate.kernels + estimate.saved + estimate.workspace) / SHARE) + 1
+        assert fitting_batch(model, 30, 64, available=available) == count
+        assert fitting_batch(model, 30, count, available=10**12) == count
+    assert fitting_batch(model, 30, 64, available=0) == 1
+    assert fitting_batch(model, 30, 64, method="transformer-attribution", available=0) == 64
+
+
+def test_what_is_free_is_known():
+    assert 2**20 < available_bytes(torch.device("cpu")) < 2**50
+    assert available_bytes(torch.device("meta")) is None
+
+
+def limited(most, calls):
+    """A run that is out of memory for more than `most` jobs."""
+
+    def run(batch):
+        calls.append(len(batch))
+        if len(batch) > most:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+        return [job * 10 for job in batch]
+
+    return run
+
+
+def test_halved_when_memory_runs_out(caplog):
+    calls = []
+    with caplog.at_level(logging.WARNING, "pyglobenc"):
+        done = list(in_batches(limited(3, calls), range(13), 9))
+    assert done == [(job, job * 10) for job in range(13)]
+    # 9 and 5 are too many; 3 fit from then on
+    assert calls == [9, 5, 3, 3, 3, 3, 1]
+    assert [record.getMessage() for record in caplog.records] == [
+        "out of memory with 9 examples at once; going on with 5",
+        "out of memory with 5 examples at once; going on with 3",
+    ]
+
+
+def test_errors_pass():
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        list(in_batches(limited(0, []), range(4), 2))
+    with pytest.raises(RuntimeError, match="another"):
+        list(in_batches(lambda batch: (_ for _ in ()).throw(RuntimeError("another")), range(4), 2))
+
+
+def test_torch_says_so():
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert out_of_memory(raised.value)
+    assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not out_of_memory(ValueError("q must be (B, H, n, dh)"))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", ["albert", "mpnet", "deberta-v3", "modernbert", "gpt2", "qwen2", "gemma2"])
+def test_mixed_lengths_equal_one_at_a_time(name, side):
+    """Rotary and relative positions are the same for moved tokens; absolute ones are given."""
+    model = build(name)
+    batch = random_batch(model, 3, 11, pads=[0, 3, 8], side=side)
+    if name in ("gpt2", "albert"):
+        batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    with Float64Throughout():
+        together = GlobEnc(model)(**batch).scores
+        for b, real in enumerate(batch["attention_mask"].bool()):
+            alone = GlobEnc(model)(input_ids=batch["input_ids"][b : b + 1, real]).scores
+            torch.testing.assert_close(together[b : b + 1, :, real], alone, rtol=1e-9, atol=1e-12)
+            assert not together[b, :, ~real].any()
