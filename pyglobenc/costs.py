@@ -16,6 +16,10 @@ class Ceilings:
     exps: float
     bytes: float
 
+    def best(self, other: "Ceilings") -> "Ceilings":
+        """The higher of each."""
+        return Ceilings(max(self.flops, other.flops), max(self.exps, other.exps), max(self.bytes, other.bytes))
+
 
 @dataclass(frozen=True)
 class Cost:

@@ -1,0 +1,139 @@
+"""`pyglobenc bench`: what it counts, what it leaves behind, and what backend="auto" makes of it."""
+
+import csv
+import json
+from importlib import import_module
+
+import pytest
+import torch
+
+from pyglobenc import backends, device_table
+from pyglobenc.ceilings import measure_ceilings, times
+from pyglobenc.cli import main
+from pyglobenc.commands import bench
+from pyglobenc.commands.trial import DH, EXAMPLES, H, tensors
+from pyglobenc.costs import Ceilings, Cost, count, flatten
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """A table of the test's own, read anew."""
+    path = tmp_path / "cache" / "backends.json"
+    monkeypatch.setenv("PYGLOBENC_TABLE", str(path))
+    device_table._table.cache_clear()
+    yield path
+    device_table._table.cache_clear()
+
+
+def test_command(table, tmp_path, capsys):
+    files = ["--csv", str(tmp_path / "a.csv"), "--png", str(tmp_path / "a.png")]
+    ops = ["--op", "rollout_step", "--op", "head_gram", "--op", "add_relevance"]
+    assert main(["bench", "--n", "32", "--seconds", "0.005", "--quiet", *ops, *files]) == 0
+    printed = capsys.readouterr().out
+    with open(tmp_path / "a.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["op"] for row in rows} == {"rollout_step", "head_gram", "add_relevance"}
+    for row in rows:
+        ceilings = Ceilings(*(float(row[name]) for name in ("gemm_flops", "exp_rate", "copy_bytes")))
+        cost = Cost(*(float(row[name]) for name in ("flops", "exps", "bytes")))
+        assert float(row["floor_s"]) == pytest.approx(cost.floor(ceilings, overlap=False), rel=1e-4)
+        assert float(row["share"]) == pytest.approx(float(row["floor_s"]) / float(row["median_s"]), rel=1e-4)
+        assert float(row["q1_s"]) <= float(row["median_s"]) <= float(row["q3_s"]) and int(row["rounds"]) >= 3
+        assert row["op"] in printed and row["device"] in printed
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads(table.read_bytes())[device_table.device_name("cpu")].keys() == {row["op"] for row in rows}
+
+
+def test_unknown_op_and_unwritable_file(table, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "--op", "nothing"])
+    assert "--op: must be one of" in capsys.readouterr().err
+    assert main(["bench", "--csv", str(tmp_path / "none" / "a.csv")]) == 1
+    assert "there is no folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("op", list(EXAMPLES))
+def test_counts_grow_as_the_formulas_say(op):
+    """Twice the tokens: four times the pairs' work, twice the tokens'."""
+    small, large = (count(op, [], [], batch=1, heads=H, n=n, dh=DH) for n in (64, 128))
+    factor = 4 if op in ("token_norms", "rollout_step", "relevance_attention", "relevance_maps", "relevance_rollout_step") else 2
+    assert large.flops == factor * small.flops and large.exps == factor * small.exps
+
+
+@pytest.mark.parametrize("op", ["head_norms", "head_gram", "linear_relevance"])
+def test_counts_of_products_are_those_that_torch_counts(op):
+    """An upper bound from what the reference multiplies, which takes no shorter way."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    args = EXAMPLES[op](tensors("cpu", 48))
+    function = getattr(import_module(f"pyglobenc.reference.{op}"), op)
+    with FlopCounterMode(display=False) as counter:
+        function(*args)
+    ours = count(op, [], [], batch=1, heads=H, n=48, dh=DH).flops
+    assert 0.9 * ours <= counter.get_total_flops() <= 1.15 * ours
+
+
+def test_bytes_are_those_of_arguments_and_results():
+    args = [torch.zeros(2, 3), [torch.zeros(5), None]]
+    assert count("clone_relevance", args, (torch.zeros(7, dtype=torch.float64),), batch=1, heads=1, n=1, dh=1).bytes == 4 * 11 + 8 * 7
+    assert [t.numel() for t in flatten(args)] == [6, 5]
+
+
+def test_floor():
+    ceilings = Ceilings(flops=100.0, exps=10.0, bytes=1000.0)
+    assert Cost(50, 5, 100).floor(ceilings, overlap=False) == 1.0
+    assert Cost(50, 5, 100).floor(ceilings, overlap=True) == 0.5
+    assert Cost(50, 5, 4000).floor(ceilings, overlap=False) == 4.0
+
+
+def test_ceilings_bound_what_is_reached():
+    """No product of another size beats the ceiling by more than the machine's noise allows."""
+    ceilings = measure_ceilings(CPU, torch.float32, 0.05)
+    assert min(ceilings.flops, ceilings.exps, ceilings.bytes) > 1e6
+    a = torch.randn(64, 64)
+    assert 2 * 64**3 / min(times(lambda: a @ a, CPU, 0.01)) < 4 * ceilings.flops
+
+
+def test_auto_goes_by_the_table(table):
+    """Without a table an op's own order; with one the order measured, on that device alone."""
+
+    def chosen():
+        device_table._table.cache_clear()
+        return backends.pick("rollout_step", "auto", ("cpu", "reference"), tuple(rollout_arguments())).__module__
+
+    default = chosen()
+    table.parent.mkdir()
+    table.write_text(json.dumps({"another device": {"rollout_step": ["reference"]}}))
+    assert chosen() == default
+    table.write_text(json.dumps({device_table.device_name("cpu"): {"rollout_step": ["nonsense", "reference"]}}))
+    assert chosen() == "pyglobenc.reference.rollout_step"
+    table.write_text("not JSON")
+    assert chosen() == default
+
+
+def rollout_arguments():
+    r, _, q, k, lse, gram = EXAMPLES["rollout_step"](tensors("cpu", 8))
+    return r, q, k, lse, gram, None, None, None, None, 1.0, (-1, -1)
+
+
+def test_saving_keeps_other_devices(table):
+    table.parent.mkdir()
+    table.write_text(json.dumps({"another device": {"head_gram": ["triton"]}}))
+    device_table._table.cache_clear()
+    assert device_table.save_table("cpu", {"head_gram": ["reference"]}) == table
+    found = json.loads(table.read_bytes())
+    assert found == {"another device": {"head_gram": ["triton"]}, device_table.device_name("cpu"): {"head_gram": ["reference"]}}
+
+
+def test_order_changes_only_for_a_clear_gain(monkeypatch):
+    monkeypatch.setattr(bench, "backends_of", lambda op: ("cpu", "reference"))
+
+    def order(cpu, reference):
+        rows = [{"op": "a", "backend": name, "median_s": value} for name, value in (("cpu", cpu), ("reference", reference)) if value]
+        return bench.fastest_first(rows)["a"]
+
+    assert order(1.0, 2.0) == order(1.0, 0.95) == ["cpu", "reference"]
+    assert order(1.0, 0.5) == ["reference", "cpu"]
+    assert order(None, 0.5) == ["reference"]
