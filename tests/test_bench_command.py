@@ -130,10 +130,10 @@ def test_saving_keeps_other_devices(table):
 def test_order_changes_only_for_a_clear_gain(monkeypatch):
     monkeypatch.setattr(bench, "backends_of", lambda op: ("cpu", "reference"))
 
-    def order(cpu, reference):
-        rows = [{"op": "a", "backend": name, "median_s": value} for name, value in (("cpu", cpu), ("reference", reference)) if value]
+    def order(**medians):
+        rows = [{"op": "a", "backend": name, "median_s": t, "q1_s": 0.9 * t, "q3_s": 1.2 * t} for name, t in medians.items()]
         return bench.fastest_first(rows)["a"]
 
-    assert order(1.0, 2.0) == order(1.0, 0.95) == ["cpu", "reference"]
-    assert order(1.0, 0.5) == ["reference", "cpu"]
-    assert order(None, 0.5) == ["reference"]
+    assert order(cpu=1.0, reference=2.0) == order(cpu=1.0, reference=0.8) == ["cpu", "reference"]
+    assert order(cpu=1.0, reference=0.7) == ["reference", "cpu"]
+    assert order(reference=0.5) == ["reference"]

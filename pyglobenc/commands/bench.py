@@ -11,8 +11,6 @@ from pyglobenc.commands.explain import _positive
 
 NAME = "bench"
 HELP = "measure this machine, and each op's share of what it can do"
-# a backend is tried before the one that stands first in the op's list only if it is clearly faster
-CLEARLY = 0.9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -146,10 +144,11 @@ def fastest_first(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
     """Of each op the backends that ran, in the op's own order unless another than its first is clearly the fastest."""
     orders = {}
     for op in dict.fromkeys(row["op"] for row in rows):
-        seconds = {row["backend"]: row["median_s"] for row in rows if row["op"] == op}
-        order = [name for name in backends_of(op) if name in seconds]
-        best = min(seconds, key=seconds.get)
-        if seconds[best] < CLEARLY * seconds[order[0]]:
+        found = {row["backend"]: row for row in rows if row["op"] == op}
+        order = [name for name in backends_of(op) if name in found]
+        best = min(found, key=lambda name: found[name]["median_s"])
+        # a busy machine's noise must not change what auto does: the quartiles have to be apart
+        if found[best]["q3_s"] < found[order[0]]["q1_s"]:
             order = [best, *(name for name in order if name != best)]
         orders[op] = order
     return orders
