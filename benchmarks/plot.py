@@ -1,0 +1,134 @@
+"""Pictures from the CSV files of benchmarks/results: time and memory against n, with the floor, and the roofline.
+
+    python benchmarks/plot.py                          # every results/*.csv, pictures beside them
+    python benchmarks/plot.py results/head_gram.csv --ceilings results/machine.csv --output pictures
+
+A file whose rows have an n gives NAME-time.png, and NAME-memory.png where peak memory was measured; one that `pyglobenc bench --csv`
+wrote gives NAME-roofline.png. The floor is what counted operations and bytes take at the ceilings of such a file measured on the same
+device with as many threads; without one there is none.
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from pyglobenc.costs import Ceilings, Cost
+from pyglobenc.roofline import COLOURS, roofline
+
+RESULTS = Path(__file__).parent / "results"
+MACHINE = "machine.csv"
+# of a row, what doesn't tell one line from another
+NOT_A_LINE = ("n", "median_s", "q1_s", "q3_s", "rounds", "flops", "exps", "bytes", "peak_mb", "threads", "device", "torch", "calls_a_round")
+MARKERS = "os^vDP*X"
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def lines(rows: list[dict[str, str]], value: str) -> dict[str, list[tuple[float, float, dict[str, str]]]]:
+    """Points (n, value, row) of every line, by its name: what the rows have in common but n and measurements, where it varies."""
+    numbers = {name for name in rows[0] if name in NOT_A_LINE or "ratio" in name or name.endswith("_per_s") or name == "of_forward"}
+    varying = [name for name in rows[0] if name not in numbers and len({row[name] for row in rows}) > 1]
+    out: dict[str, list] = {}
+    for row in rows:
+        if row.get("n") and row.get(value):
+            name = " ".join(row[key] for key in varying if row[key]) or row.get("benchmark", value)
+            out.setdefault(name, []).append((float(row["n"]), seconds_a_call(row) if value == "median_s" else float(row[value]), row))
+    return {name: sorted(points, key=lambda point: point[0]) for name, points in out.items()}
+
+
+def seconds_a_call(row: dict[str, str]) -> float:
+    """Median of one call; short ones were timed several at once."""
+    return float(row["median_s"]) / float(row.get("calls_a_round") or 1)
+
+
+def ceilings_for(row: dict[str, str], machine: list[dict[str, str]]) -> Ceilings | None:
+    """Ceilings that were measured where a row was, if any were."""
+    for found in machine:
+        if found["device"] == row.get("device") and found["threads"] == row.get("threads"):
+            return Ceilings(float(found["gemm_flops"]), float(found["exp_rate"]), float(found["copy_bytes"]))
+    return None
+
+
+def floor_of(points: list[tuple[float, float, dict[str, str]]], machine: list[dict[str, str]]) -> list[tuple[float, float]]:
+    """(n, seconds) of the counted operations and bytes at the machine's ceilings, where both are known."""
+    out = []
+    for n, _, row in points:
+        ceilings = ceilings_for(row, machine)
+        if ceilings is not None and row.get("flops"):
+            cost = Cost(*(float(row[name]) for name in ("flops", "exps", "bytes")))
+            out.append((n, cost.floor(ceilings, overlap="cores" not in row["device"])))
+    return out
+
+
+def picture(rows: list[dict[str, str]], value: str, label: str, machine: list[dict[str, str]], title: str) -> Figure | None:
+    """One log-log picture against n; None if no row has the value."""
+    found = lines(rows, value)
+    if not found:
+        return None
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    floors: dict[float, float] = {}
+    for number, (name, points) in enumerate(found.items()):
+        colour = next((COLOURS[backend] for backend in COLOURS if backend in name.split()), None)
+        axes.plot([n for n, _, _ in points], [y for _, y, _ in points], marker=MARKERS[number % len(MARKERS)], color=colour, label=name)
+        if value == "median_s":
+            low, high = ([float(row[q]) / float(row.get("calls_a_round") or 1) for _, _, row in points] for q in ("q1_s", "q3_s"))
+            axes.fill_between([n for n, _, _ in points], low, high, alpha=0.15, color=colour)
+            for n, seconds in floor_of(points, machine):
+                floors[n] = min(seconds, floors.get(n, seconds))
+    if floors:
+        axes.plot(sorted(floors), [floors[n] for n in sorted(floors)], "k--", label="floor by operations and bytes")
+    axes.set(xscale="log", yscale="log", xlabel="n", ylabel=label, title=title)
+    axes.set_xticks(sorted({n for points in found.values() for n, _, _ in points}), minor=False)
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def pictures(path: Path, machine: list[dict[str, str]]) -> dict[str, Figure]:
+    """Pictures of one CSV file, by what is added to its name."""
+    rows = read(path)
+    if not rows:
+        return {}
+    where = f"{rows[0].get('device', '')}, {rows[0].get('threads', '?')} threads"
+    if "gemm_flops" in rows[0]:
+        return {"roofline": roofline(rows, where)}
+    title = f"{path.stem}: {where}"
+    made = {
+        "time": picture(rows, "median_s", "seconds, median and quartiles", machine, title),
+        "memory": picture(rows, "peak_mb", "peak MiB", machine, title),
+    }
+    return {name: figure for name, figure in made.items() if figure is not None}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="*", type=Path, help="CSV files (default: all of benchmarks/results)")
+    parser.add_argument("--ceilings", type=Path, help=f"what pyglobenc bench --csv wrote (default: {MACHINE} beside the first file)")
+    parser.add_argument("--output", type=Path, help="folder of the pictures (default: beside each file)")
+    options = parser.parse_args(arguments)
+    files = options.files or sorted(RESULTS.glob("*.csv"))
+    if not files:
+        parser.error(f"there is no CSV file in {RESULTS}")
+    ceilings = options.ceilings or files[0].parent / MACHINE
+    machine = read(ceilings) if ceilings.exists() else []
+    for path in files:
+        for name, figure in pictures(path, machine).items():
+            to = (options.output or path.parent) / f"{path.stem}-{name}.png"
+            to.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(to, dpi=120)
+            print(to)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""benchmarks/plot.py: lines, floors and files from CSVs as the benchmarks and `pyglobenc bench` write them."""
+
+import csv
+
+import plot
+import pytest
+
+HERE = {"threads": "2", "device": "a processor, 2 cores", "torch": "2.13"}
+MACHINE = HERE | {"op": "head_gram", "backend": "cpu", "median_s": "1", "flops": "50", "bytes": "100", "exps": "0"}
+MACHINE |= {"gemm_flops": "100", "exp_rate": "10", "copy_bytes": "1000"}
+
+
+def row(n, backend, median, **more):
+    common = {"benchmark": "head_gram", "n": str(n), "backend": backend, "median_s": str(median), "rounds": "15"}
+    return common | {"q1_s": str(0.9 * median), "q3_s": str(1.2 * median)} | HERE | more
+
+
+def write(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for one in rows for key in one)))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+ROWS = [
+    row(512, "cpu", 4.0, calls_a_round="2", flops="50", exps="5", bytes="100", peak_mb="3"),
+    row(128, "cpu", 1.0, calls_a_round="1", flops="25", exps="5", bytes="4000", peak_mb="1"),
+    row(128, "reference", 2.0, flops="25", exps="5", bytes="4000", peak_mb="2"),
+]
+
+
+def drawn(figure):
+    """Points of every named line."""
+    (axes,) = figure.axes
+    assert axes.get_xscale() == axes.get_yscale() == "log"
+    return {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.get_lines()}
+
+
+def test_time_with_its_floor():
+    found = drawn(plot.picture(ROWS, "median_s", "s", [MACHINE], "title"))
+    assert found.pop("cpu") == [(128, 1.0), (512, 2.0)], "in the order of n, for one call"
+    assert found.pop("reference") == [(128, 2.0)]
+    # 4000 bytes at 1000 a second; 50 operations at 100 a second and 5 exponentials at 10
+    assert found == {"floor by operations and bytes": [(128, 4.0), (512, 1.0)]}
+
+
+@pytest.mark.parametrize("change", [{"device": "another"}, {"threads": "1"}])
+def test_no_floor_from_other_machines(change):
+    assert "floor by operations and bytes" not in drawn(plot.picture(ROWS, "median_s", "s", [MACHINE | change], "title"))
+
+
+def test_memory():
+    assert drawn(plot.picture(ROWS, "peak_mb", "MiB", [], "title"))["cpu"] == [(128, 1.0), (512, 3.0)]
+    assert plot.picture([row(128, "cpu", 1.0)], "peak_mb", "MiB", [], "title") is None
+
+
+def test_files(tmp_path, capsys):
+    path = write(tmp_path / "head_gram.csv", ROWS)
+    write(tmp_path / "machine.csv", [MACHINE, MACHINE | {"op": "token_norms", "backend": "reference"}])
+    assert plot.main([str(path), str(tmp_path / "machine.csv"), "--output", str(tmp_path / "out")]) == 0
+    made = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    assert made.keys() == {"head_gram-time.png", "head_gram-memory.png", "machine-roofline.png"}
+    printed = capsys.readouterr().out
+    assert all(data.startswith(b"\x89PNG") and name in printed for name, data in made.items())
+
+
+def test_roofline_marks_every_op_under_the_roof():
+    (axes,) = plot.roofline([MACHINE], "here").axes
+    assert [text.get_text() for text in axes.texts].count("head_gram") == 1
+    roof, point = axes.get_lines()[0], axes.get_lines()[1]
+    assert point.get_data()[0][0] == 0.5 and point.get_data()[1][0] == 50
+    assert max(roof.get_ydata()) == 100
