@@ -29,6 +29,7 @@ OPS = (
     "clone_relevance",
     "add_relevance",
     "linear_relevance",
+    "relevance_attention",
     "exp",
     "table",
 )

@@ -51,7 +51,7 @@ static void use(const std::string& name) {
 static View view(const py::handle& tensor) {
     static const std::pair<const char*, Type> types[] = {
         {"torch.float32", Type::f32}, {"torch.float16", Type::f16}, {"torch.bfloat16", Type::bf16}, {"torch.int64", Type::i64},
-        {"torch.bool", Type::u8}};
+        {"torch.bool", Type::u8},       {"torch.float64", Type::f64}};
     View out;
     if (tensor.is_none()) return out;
     const std::string name = py::str(tensor.attr("dtype"));
@@ -139,6 +139,25 @@ static void linear_product(const py::object& x, const py::object& signed_sums, c
     in_use->linear_product(pointers[0], pointers[1], pointers[2], pointers[3], count, threads);
 }
 
+static void relevance_tile(const py::tuple& tensors, int64_t first, float scaling, const py::tuple& window, bool additive_mask,
+                           float stabilizer, const py::object& sums, int threads) {
+    RelevanceTile tile;
+    View* const views[] = {&tile.dots, &tile.relevance, &tile.gradient, &tile.lse, &tile.map, &tile.key_mask, &tile.rows};
+    for (size_t index = 0; index < 7; ++index) *views[index] = view(tensors[index]);
+    tile.first = first;
+    tile.scaling = scaling;
+    tile.stabilizer = stabilizer;
+    tile.left = window[0].cast<int64_t>();
+    tile.right = window[1].cast<int64_t>();
+    tile.additive_mask = additive_mask;
+    const View to = view(sums);
+    tile.pass = bool(to);
+    std::vector<double> unused(to ? 0 : 2 * size_t(tile.dots.shape[0]));
+    double* const out = to ? static_cast<double*>(to.data) : unused.data();
+    py::gil_scoped_release nogil;
+    in_use->relevance_tile(tile, out, threads);
+}
+
 static void exp_of(const py::object& x, const py::object& out) {
     const View from = view(x), to = view(out);
     in_use->exp(static_cast<const float*>(from.data), static_cast<float*>(to.data), from.shape[0]);
@@ -164,5 +183,6 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("add_relevance", add_relevance);
     m.def("linear_quotient", linear_quotient);
     m.def("linear_product", linear_product);
+    m.def("relevance_tile", relevance_tile);
     m.def("exp", exp_of);
 }

@@ -6,7 +6,7 @@
 
 namespace pyglobenc {
 
-enum class Type : int { f32, f16, bf16, i64, u8 };
+enum class Type : int { f32, f16, bf16, f64, i64, u8 };
 
 // A tensor of up to four axes; strides in elements. data is null for an argument left out.
 struct View {
@@ -34,6 +34,21 @@ struct PairArgs {
     int threads = 1;
 };
 
+// A block of queries of relevance_attention against all keys; see csrc/cpu/relevance_attention.cpp.
+struct RelevanceTile {
+    View dots;       // [B, H, I, n] contiguous, q . k; with pass alpha is written over it
+    View relevance;  // [B, H, I, n] contiguous, s . v; with pass U is written over it
+    View gradient;   // [B, H, I, n] contiguous, grad_o . v, or none
+    View lse;        // [B, H, I]
+    View map;        // [B, I, n], A
+    View key_mask;   // [B, n] u8 or none
+    View rows;       // [B, I] i64, the queries, or none: first, first + 1, ...
+    int64_t first = 0;
+    float scaling = 1, stabilizer = 0;
+    int64_t left = -1, right = -1;
+    bool pass = false, additive_mask = false;
+};
+
 struct Kernels {
     const char* name;
     bool (*supported)();
@@ -46,6 +61,7 @@ struct Kernels {
     int64_t (*linear_quotient)(const float* r, const float* output, const float* bias, const float* bound, float least, int64_t rows,
                                int64_t width, float* s, uint8_t* dead, int threads);
     void (*linear_product)(const float* x, const float* signed_sums, const float* abs_sums, float* out, int64_t count, int threads);
+    void (*relevance_tile)(const RelevanceTile& tile, double* sums, int threads);  // sums [B, 2], added to
     void (*exp)(const float* x, float* out, int64_t count);
 };
 

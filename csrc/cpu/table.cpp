@@ -26,7 +26,8 @@ namespace isa = PYGLOBENC_ISA;
 
 const Kernels JOIN(kernels_, PYGLOBENC_ISA) = {
     TEXT(PYGLOBENC_ISA), isa::supported,     isa::token_norms,     isa::rollout_step,   isa::head_gram,
-    isa::clone_relevance, isa::add_relevance, isa::linear_quotient, isa::linear_product, isa::exp,
+    isa::clone_relevance, isa::add_relevance, isa::linear_quotient, isa::linear_product,
+    isa::relevance_tile, isa::exp,
 };
 
 }  // namespace pyglobenc

@@ -6,7 +6,7 @@ from torch import Tensor
 from pyglobenc.backends import pick
 from pyglobenc.ops._checks import check_floats, check_mask, check_shape, check_window
 
-BACKENDS = ("reference",)
+BACKENDS = ("triton", "cpu", "reference")
 
 
 def relevance_attention(

@@ -1,0 +1,87 @@
+// relevance_attention, relevance_rollout_step and relevance_maps: what lies between the GEMMs of a block of queries, in one pass.
+//
+// From D = q k^T, P = s v^T and G = grad_o v^T of all heads: alpha, U and the map A, to the formulas of
+// pyglobenc/ops/relevance_attention.py. Each pair is read once and written once.
+#include "division.h"
+#include "ops.h"
+#include "pack.h"
+
+namespace pyglobenc {
+namespace PYGLOBENC_ISA {
+
+// Whether query i sees the keys j, j + 1, ..., as a mask of lanes.
+struct Visible {
+    const RelevanceTile& tile;
+    int64_t b, i;
+
+    bool all() const { return tile.left < 0 && tile.right < 0 && !tile.key_mask; }
+
+    Ints lanes(int64_t j, int64_t count) const {
+        Ints out = {};
+        for (int64_t l = 0; l < count; ++l) {
+            const int64_t ahead = j + l - i;
+            const bool window = (tile.right < 0 || ahead <= tile.right) && (tile.left < 0 || ahead >= -tile.left);
+            const bool real = !tile.key_mask || static_cast<const uint8_t*>(tile.key_mask.data)[at(tile.key_mask, b, j + l)];
+            out[l] = window && real ? -1 : 0;
+        }
+        return out;
+    }
+};
+
+static inline void add_lanes(double* total, Floats x) {
+    for (int l = 0; l < W; ++l) *total += double(x[l]);
+}
+
+// One row of the map and, with pass, alpha over D and U over P; sums: R_alpha and what the mask's add rule keeps of it.
+static void tile_row(const RelevanceTile& tile, int64_t b, int64_t row, double* sums) {
+    const int64_t H = tile.dots.shape[1], I_ = tile.dots.shape[2], n = tile.dots.shape[3], plane = I_ * n;
+    const int64_t i = tile.rows ? static_cast<const int64_t*>(tile.rows.data)[at(tile.rows, b, row)] : tile.first + row;
+    const int64_t start = (b * H * I_ + row) * n;
+    float* const dots = static_cast<float*>(tile.dots.data) + start;
+    float* const relevances = static_cast<float*>(tile.relevance.data) + start;
+    const float* const gradients = tile.gradient ? static_cast<const float*>(tile.gradient.data) + start : nullptr;
+    float* const map = static_cast<float*>(tile.map.data) + at(tile.map, b, row);
+    const Visible visible{tile, b, i};
+    const bool all = visible.all();
+    vectors(0, n, [&](int64_t j, int64_t count) {
+        const Ints seen = all ? Ints{} - 1 : visible.lanes(j, count);
+        Floats total = {};
+        for (int64_t h = 0; h < H; ++h) {
+            const int64_t here = h * plane + j;
+            const Floats dot = load_some(dots + here, count);
+            Floats alpha = exp(dot * tile.scaling - number(tile.lse, b, h, row));
+            alpha = seen ? alpha : Floats{};
+            const Floats relevance = load_some(relevances + here, count) * alpha * 0.5f;
+            const Floats weighted = gradients ? load_some(gradients + here, count) * relevance : relevance;
+            total += weighted < 0 ? Floats{} : weighted;
+            if (!tile.pass) continue;
+            Floats passed = relevance;
+            if (tile.additive_mask) {
+                const Floats score = dot * tile.scaling;
+                passed = safe_divide(passed, score, 0) * score;
+                add_lanes(sums, relevance);
+                add_lanes(sums + 1, passed);
+            }
+            store_some(dots + here, alpha, count);
+            store_some(relevances + here, safe_divide(passed, dot, tile.stabilizer), count);
+        }
+        store_some(map + j, total / float(H), count);
+    });
+}
+
+void relevance_tile(const RelevanceTile& tile, double* sums, int threads) {
+    const int64_t rows = tile.dots.shape[0] * tile.dots.shape[2], each = tile.dots.shape[2];
+    const Memory memory(2 * sizeof(double) * rows);
+    double* const own = memory.as<double>();
+    threads = rows * tile.dots.shape[1] * tile.dots.shape[3] < STRETCH ? 1 : threads;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; ++row) {
+        own[2 * row] = own[2 * row + 1] = 0;
+        tile_row(tile, row / each, row % each, own + 2 * row);
+    }
+    for (int64_t row = 0; row < rows; ++row)
+        for (int k = 0; k < 2; ++k) sums[2 * (row / each) + k] += own[2 * row + k];
+}
+
+}  // namespace PYGLOBENC_ISA
+}  // namespace pyglobenc

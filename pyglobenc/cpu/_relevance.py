@@ -1,0 +1,61 @@
+"""Tiles that the relevance ops of attention share: torch's GEMMs, and what lies between them in one pass of C++."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyglobenc.cpu._extension import kernels
+from pyglobenc.reference.relevance_attention import LEAST_QUERIES, TILE_FLOATS
+
+
+@dataclass
+class Tile:
+    """Pairs of a block of queries with all keys."""
+
+    rows: slice
+    alpha: Tensor  # (B, H, I, n), only where sums are taken
+    u: Tensor  # (B, H, I, n), only where sums are taken
+    weighted: Tensor  # A, (B, I, n)
+
+
+def query_tiles(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    grad_o: Tensor | None,
+    s: Tensor,
+    key_mask: Tensor | None,
+    scaling: float,
+    window: tuple[int, int],
+    rows: Tensor | None = None,
+    additive_mask: bool = False,
+    stabilizer: float = 0.0,
+    sums: Tensor | None = None,
+) -> Iterator[Tile]:
+    """Blocks of queries against all keys.
+
+    Args:
+        rows: which query each of the m rows of q, lse, grad_o and s is, (B, m) int64; None: row i is query i.
+        additive_mask, stabilizer: as for `pyglobenc.ops.relevance_attention`.
+        sums: (B, 2) float64, to which the sums of R_alpha and of t R_alpha / safe(t) are added; None leaves alpha and U out.
+        Others as for `pyglobenc.ops.relevance_attention`.
+
+    Yields:
+        tiles, of queries (B, H, I, dh) with all keys.
+    """
+    batch, heads, m, _ = q.shape
+    n = k.shape[2]
+    keys, values = k.transpose(2, 3), v.transpose(2, 3)
+    block = max(LEAST_QUERIES, TILE_FLOATS // max(1, batch * heads * n))
+    for start in range(0, m, block):
+        part = slice(start, min(m, start + block))
+        dots, relevance = q[:, :, part] @ keys, s[:, :, part] @ values
+        gradient = None if grad_o is None else grad_o[:, :, part] @ values
+        weighted = torch.empty(batch, part.stop - start, n)
+        if weighted.numel():
+            tensors = (dots, relevance, gradient, lse[:, :, part], weighted, key_mask, None if rows is None else rows[:, part])
+            kernels.relevance_tile(tensors, start, scaling, window, additive_mask, stabilizer, sums, torch.get_num_threads())
+        yield Tile(part, dots, relevance, weighted)

@@ -1,0 +1,57 @@
+"""Relevance through softmax attention, a block of queries at a time: torch's GEMMs, everything else in csrc/cpu/relevance_attention.cpp."""
+
+import torch
+from torch import Tensor
+
+from pyglobenc.cpu._extension import single
+from pyglobenc.cpu._relevance import query_tiles
+from pyglobenc.reference.relevance_attention import roll_rows
+from pyglobenc.reference.safe_division import safe_divide
+
+
+def not_supported(
+    q, k, v, lse, grad_o, s, r, key_mask, scaling, window, additive_mask, normalize, stabilizer, rescale=True
+) -> list[str]:
+    """Reasons that these arguments of `pyglobenc.ops.relevance_attention` can't run here."""
+    return single(*(t for t in (q, k, v, lse, grad_o, s, r) if t is not None))
+
+
+def relevance_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    grad_o: Tensor | None,
+    s: Tensor,
+    r: Tensor | None,
+    key_mask: Tensor | None,
+    scaling: float,
+    window: tuple[int, int],
+    additive_mask: bool,
+    normalize: bool,
+    stabilizer: float,
+    rescale: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """See `pyglobenc.ops.relevance_attention`: -> R_q, R_k, R_v (B, H, n, dh), row_sums (B, n), r_out (B, T, n) or None."""
+    r_q, r_k, r_v = (torch.zeros(t.shape) for t in (q, k, v))
+    row_sums = torch.empty(q.shape[0], q.shape[2])
+    r_out = None if r is None else torch.zeros(r.shape)
+    sums = torch.zeros(q.shape[0], 2, dtype=torch.float64)
+    shared = (key_mask, scaling, window, None, additive_mask, stabilizer, sums)
+    for tile in query_tiles(q, k, v, lse, grad_o, s, *shared):
+        rows = tile.rows
+        row_sums[:, rows] = tile.weighted.sum(-1)
+        if r is not None:
+            roll_rows(r_out, r, tile, row_sums[:, rows], normalize)
+        r_q[:, :, rows] = tile.u @ k
+        # not baddbmm: adding a block's product at once rounds less than adding its terms one by one
+        r_k += tile.u.transpose(2, 3) @ q[:, :, rows]
+        r_v += tile.alpha.transpose(2, 3) @ s[:, :, rows]
+    for out, operand in ((r_q, q), (r_k, k), (r_v, v)):
+        out.mul_(operand).mul_(0.5)
+    if additive_mask and rescale:
+        total, kept = sums.unbind(1)
+        factor = safe_divide(safe_divide(kept.abs(), kept.abs()) * total, kept).to(q.dtype).view(-1, 1, 1, 1)
+        r_q *= factor
+        r_k *= factor
+    return r_q, r_k, r_v, row_sums, r_out

@@ -1,0 +1,33 @@
+"""One layer of the rollout of relevance maps in row mode, a block of queries at a time: csrc/cpu/relevance_attention.cpp."""
+
+import torch
+from torch import Tensor
+
+from pyglobenc.cpu._extension import single
+from pyglobenc.cpu._relevance import query_tiles
+from pyglobenc.reference.relevance_attention import roll_rows
+
+
+def not_supported(r, q, k, v, lse, grad_o, s, key_mask, scaling, window, normalize) -> list[str]:
+    """Reasons that these arguments of `pyglobenc.ops.relevance_rollout_step` can't run here."""
+    return single(*(t for t in (r, q, k, v, lse, grad_o, s) if t is not None))
+
+
+def relevance_rollout_step(
+    r: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    grad_o: Tensor | None,
+    s: Tensor,
+    key_mask: Tensor | None,
+    scaling: float,
+    window: tuple[int, int],
+    normalize: bool,
+) -> Tensor:
+    """See `pyglobenc.ops.relevance_rollout_step`: -> (B, T, n)."""
+    out = torch.zeros(r.shape)
+    for tile in query_tiles(q, k, v, lse, grad_o, s, key_mask, scaling, window):
+        roll_rows(out, r, tile, tile.weighted.sum(-1), normalize)
+    return out
