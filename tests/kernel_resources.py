@@ -20,7 +20,10 @@ from triton.compiler import ASTSource
 
 from pyglobenc.kernels import _device
 
-POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.bool: "*i1", torch.int64: "*i64"}
+POINTERS = {
+    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64",
+    torch.bool: "*i1", torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
@@ -36,14 +39,17 @@ class Recorder:
 
 def record(op: str, args: tuple) -> list[tuple]:
     """(kernel, args, kwargs) of each launch of an op on meta tensors."""
-    module = importlib.import_module(f"pyglobenc.kernels.{op}")
-    kernels = {name: value for name, value in vars(module).items() if isinstance(value, triton.JITFunction) and name.endswith("_kernel")}
-    recorders = {name: Recorder(kernel) for name, kernel in kernels.items()}
-    vars(module).update(recorders)
+    function = getattr(importlib.import_module(f"pyglobenc.kernels.{op}"), op)
+    modules = [vars(module) for name, module in sys.modules.items() if name.startswith("pyglobenc.kernels")]
+    saved = [(names, *item) for names in modules for item in names.items() if item[0].endswith("_kernel")]
+    recorders = {id(kernel): Recorder(kernel) for _, _, kernel in saved}
+    for names, name, kernel in saved:
+        names[name] = recorders[id(kernel)]
     try:
-        getattr(module, op)(*args)
+        function(*args)
     finally:
-        vars(module).update(kernels)
+        for names, name, kernel in saved:
+            names[name] = kernel
     return [(r.kernel, *launch) for r in recorders.values() for launch in r.launches]
 
 
@@ -93,7 +99,12 @@ def compile_launch(kernel, args: tuple, kwargs: dict, capability: int) -> dict:
 def pretend(capability: int, precision: str):
     """Launchers see a GPU of this capability and a caller who chose this float32 precision."""
     limits = _device.SHARED_LIMITS[capability]
-    patched = {"shared_limit": lambda device: limits, "float32_precision": lambda: precision, "processors": lambda device: 132}
+    patched = {
+        "shared_limit": lambda device: limits,
+        "float32_precision": lambda: precision,
+        "processors": lambda device: 132,
+        "total": lambda counts: 0,
+    }
     modules = [m for name, m in sys.modules.items() if name.startswith("pyglobenc.kernels")]
     saved = [(m, name, vars(m)[name]) for m in modules for name in patched if name in vars(m)]
     for module, name, _ in saved:
@@ -117,13 +128,39 @@ def pair_arguments(case: dict, n: int = 1024) -> tuple:
     return q, k, meta(2, heads, n), meta(2, n, heads, heads), *(every if case["full"] else (None,) * 4)
 
 
-def arguments(case: dict) -> tuple:
+def relevance_arguments(case: dict, n: int = 1024) -> tuple:
+    """q, k, v, lse, grad_o, s of a case, then its mask, scaling and window."""
+    t, mask = meta(2, case["heads"], n, case["head_dim"]), meta(2, n, dtype=torch.bool) if case["full"] else None
+    window = (128, 0) if case["full"] else (-1, -1)
+    return (t, t, t, t[..., 0], t if case["full"] else None, t), (mask, case["head_dim"] ** -0.5, window)
+
+
+def arguments(case: dict, n: int = 1024) -> tuple:
     """Meta tensors in the place of an op's arguments; "full" turns every optional one on."""
-    scaling, window = case["head_dim"] ** -0.5, (128, 0) if case["full"] else (-1, -1)
-    pair = pair_arguments(case)
-    if case["op"] == "rollout_step":
-        return meta(2, case["rows"], pair[0].shape[2]), *pair, scaling, window
-    return *pair, meta(2, 1, dtype=torch.int64) if case["full"] else None, scaling, window
+    op, full, r = case["op"], case["full"], meta(2, case["rows"], n)
+    x, weight = meta(2, n, 768), meta(3072, 768)
+    if op == "clone_relevance":
+        return [x, x, x], x
+    if op == "add_relevance":
+        return x, x, x
+    if op == "linear_relevance":
+        return meta(2, n, 3072), x, weight, weight, meta(2, n, 3072), weight[:, 0]
+    if op.startswith("head_"):
+        heads, head_dim = case["heads"], case["head_dim"]
+        v, width = meta(2, case["kv_heads"], n, head_dim), heads * head_dim
+        cross = (meta(2, n, width), meta(heads, head_dim, width)) if full else (None, None)
+        return (v, meta(heads, head_dim, width)) if op == "head_norms" else (v, meta(heads, head_dim, heads, head_dim), *cross)
+    if op.startswith("relevance"):
+        tensors, seen = relevance_arguments(case, n)
+        if op == "relevance_attention":
+            return *tensors, r, *seen, full, full, 0.0
+        if op == "relevance_maps":
+            return *tensors, None, *seen
+        return r, *tensors, *seen, full
+    pair, scaling, window = pair_arguments(case, n), case["head_dim"] ** -0.5, (128, 0) if full else (-1, -1)
+    if op == "rollout_step":
+        return r, *pair, scaling, window
+    return *pair, meta(2, 1, dtype=torch.int64) if full else None, scaling, window
 
 
 def measure(case: dict) -> list[dict]:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,9 @@ TABLE = ROOT / "build" / "kernel_resources.csv"
 CAPABILITIES = (80, 90, 100)
 
 # BERT-base, MiniLM, ViT-H, Llama-like, and the ends of what is taken: heads, key-value heads, head size, dtype, rows
+BERT = (12, 12, 64, "bfloat16", 1)
 SHAPES = [
-    (12, 12, 64, "bfloat16", 1),
+    BERT,
     (12, 12, 64, "bfloat16", 24),
     (12, 12, 64, "float32", 1),
     (12, 12, 32, "float16", 1),
@@ -27,17 +29,33 @@ SHAPES = [
     (64, 8, 256, "bfloat16", 1),
     (4, 4, 256, "bfloat16", 1),
 ]
+HEADS = [(12, 12, 64, "float32", 1), (12, 12, 64, "float32", 24), (16, 16, 80, "float32", 1), (4, 4, 256, "float32", 1)]
 
 
 def cases() -> list[dict]:
-    """One launch each, every optional argument on; tf32 where its tile differs and a caller may ask for it."""
+    """Every optional argument on; tf32, which a caller may ask for, and the rest off for one shape."""
     out = []
     for capability in CAPABILITIES:
-        for heads, kv_heads, head_dim, dtype, rows in SHAPES:
-            case = dict(capability=capability, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, rows=rows, full=True)
-            out.append({**case, "op": "rollout_step", "precision": "tf32x3"})
-        first = {**out[-len(SHAPES)]}
-        out += [{**first, "precision": "tf32"}, {**first, "op": "token_norms"}, {**first, "op": "token_norms", "full": False}]
+
+        def case(op, shape, precision="tf32x3", full=True, capability=capability):
+            names = ("heads", "kv_heads", "head_dim", "dtype", "rows")
+            out.append(dict(op=op, capability=capability, precision=precision, full=full, **dict(zip(names, shape, strict=True))))
+
+        for shape in SHAPES:
+            case("rollout_step", shape)
+        for op in ("clone_relevance", "add_relevance", "linear_relevance"):
+            case(op, HEADS[0])
+        for shape in HEADS:
+            case("relevance_attention", shape)
+        for op, shape in (("relevance_maps", HEADS[0]), ("relevance_maps", HEADS[-1]), ("relevance_rollout_step", HEADS[0])):
+            case(op, shape)
+        for shape in (HEADS[0], HEADS[-1]):
+            case("head_gram", shape)
+        case("head_norms", HEADS[0])
+        case("token_norms", BERT)
+        case("rollout_step", BERT, precision="tf32")
+        case("token_norms", BERT, full=False)
+        case("relevance_attention", HEADS[0], full=False)
     return out
 
 
@@ -76,8 +94,12 @@ def test_shared_memory_fits(resources):
 
 
 def test_products_run_on_tensor_cores(resources):
-    assert [row for row in resources if not row["mma"]] == []
+    elementwise = ("clone_relevance", "add_relevance", "linear_relevance")
+    assert [row for row in resources if bool(row["mma"]) == (row["op"] in elementwise)] == []
 
 
-def test_every_case_was_compiled(resources):
-    assert len(resources) == len(cases()) and {row["capability"] for row in resources} == set(CAPABILITIES)
+def test_every_kernel_was_compiled(resources):
+    source = "".join(path.read_text() for path in (ROOT / "kernels" / "fused").glob("*.py"))
+    kernels = set(re.findall(r"^def (_\w+_kernel)\(", source, re.MULTILINE))
+    for capability in CAPABILITIES:
+        assert {row["kernel"] for row in resources if row["capability"] == capability} == kernels

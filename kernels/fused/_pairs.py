@@ -101,7 +101,8 @@ def launch(n_heads: int, head_dim: int, itemsize: int, precision: str, limit: in
     arithmetic does with 16 keys (96 bytes a pair for BERT-base at about 10 ps each): so the most keys that fit, and keys held on chip
     before keys read again. Larger tiles spill; without a cap on registers ptxas spills a few of them to stay at 128.
     """
-    heads = power_of_two(n_heads, 8)
+    # products over heads take 16 or more
+    heads = power_of_two(n_heads, 16)
     whole = power_of_two(head_dim, 16)
     for block_j in (32, 16, 8, 4, 2):
         for block_d in (16,) if itemsize == 4 else (whole, 16):
@@ -109,7 +110,7 @@ def launch(n_heads: int, head_dim: int, itemsize: int, precision: str, limit: in
             fits = shared_bytes(heads, BLOCK_I, block_j, block_d, held, itemsize, precision) <= limit
             if fits and heads**2 * block_j <= (8_192 if itemsize == 4 else 16_384):
                 tile = dict(HEADS=heads, BLOCK_I=BLOCK_I, BLOCK_J=block_j, BLOCK_D=block_d, HELD=held)
-                return tile | dict(num_warps=8, num_stages=1, maxnreg=224)
+                return tile | dict(num_warps=8, num_stages=1, maxnreg=255 if heads > 32 else 224)
     return None
 
 

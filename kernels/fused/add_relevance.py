@@ -47,10 +47,10 @@ def _add_relevance_sums_kernel(
         sum_a += r_a.to(tl.float64)
         sum_b += r_b.to(tl.float64)
         total += r.to(tl.float64)
-    at = SUMS + example * 3 * blocks + block
-    tl.store(at, tl.sum(sum_a, 0))
-    tl.store(at + blocks, tl.sum(sum_b, 0))
-    tl.store(at + 2 * blocks, tl.sum(total, 0))
+    of_block = SUMS + example * 3 * blocks + block
+    tl.store(of_block, tl.sum(sum_a, 0))
+    tl.store(of_block + blocks, tl.sum(sum_b, 0))
+    tl.store(of_block + 2 * blocks, tl.sum(total, 0))
 
 
 @triton.jit
@@ -66,10 +66,10 @@ def _add_relevance_kernel(
     block, example = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     if RESCALE:
         part = tl.arange(0, BLOCKS)
-        at = SUMS + example * 3 * blocks + part
-        sum_a = tl.sum(tl.load(at, mask=part < blocks, other=0.0), 0)
-        sum_b = tl.sum(tl.load(at + blocks, mask=part < blocks, other=0.0), 0)
-        total = tl.sum(tl.load(at + 2 * blocks, mask=part < blocks, other=0.0), 0)
+        of_block = SUMS + example * 3 * blocks + part
+        sum_a = tl.sum(tl.load(of_block, mask=part < blocks, other=0.0), 0)
+        sum_b = tl.sum(tl.load(of_block + blocks, mask=part < blocks, other=0.0), 0)
+        total = tl.sum(tl.load(of_block + 2 * blocks, mask=part < blocks, other=0.0), 0)
         both = tl.abs(sum_a) + tl.abs(sum_b)
         factor_a = safe_divide(safe_divide(tl.abs(sum_a), both, 0.0, False) * total, sum_a, 0.0, False).to(tl.float32)
         factor_b = safe_divide(safe_divide(tl.abs(sum_b), both, 0.0, False) * total, sum_b, 0.0, False).to(tl.float32)

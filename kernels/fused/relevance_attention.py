@@ -1,0 +1,272 @@
+"""Relevance through softmax attention with one step of the rollout of its maps, like flash attention's backward pass.
+
+    R_q = q (U k) / 2,   R_k = k (U^T q) / 2,   R_v = v (alpha^T s) / 2,   U = R' / safe(q.k),   r_out = w (I + mean_h A_h)
+
+(Chefer et al., 2021, eq. 7, 13, 14; the published code's matmul and add rules.) A pass over rows gives R_q, the sums of A's rows and, with
+an additive mask, what its factor needs; a pass over columns gives R_k, R_v and each head's part of the step. 9 n^2 d multiply-adds, twice
+q, k, v, s, grad_o read for every block; nothing of n x n is stored, no atomics.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pyglobenc.kernels._device import float32_precision, on, power_of_two
+from pyglobenc.kernels._division import safe_divide
+from pyglobenc.kernels._relevance import (
+    by_head,
+    launch,
+    load_keys,
+    load_rows,
+    new_like,
+    pair_relevance,
+    relevance_reasons,
+    sides,
+    store_rows,
+)
+from pyglobenc.reference.safe_division import safe_divide as host_safe_divide
+
+# rows of the rollout that one column pass carries
+MAX_ROWS = 32
+
+
+@triton.jit
+def _shares_of_scores(relevance, dots, scaling, stabilizer, ADDITIVE: tl.constexpr, STABILIZED: tl.constexpr):
+    """R' without its factor c, and U."""
+    passed = relevance
+    if ADDITIVE:
+        scores = dots * scaling
+        passed = safe_divide(relevance, scores, 0.0, False) * scores
+    return passed, safe_divide(passed, dots, stabilizer, STABILIZED)
+
+
+@triton.jit
+def _relevance_rows_kernel(
+    Q,  # (B, H, n, dh)
+    K,  # (B, H, n, dh)
+    V,  # (B, H, n, dh)
+    S,  # (B, H, n, dh)
+    GRAD,  # (B, H, n, dh)
+    LSE,  # (B, H, n)
+    MASK,  # (B, n)
+    R_Q,  # (B, H, n, dh)
+    SUMS,  # (B, H, n): of A_h's rows
+    TOTALS,  # (2, B, H, n) float64: of R_alpha's and R''s rows
+    scaling, stabilizer, n, n_heads, left, right, blocks, total_rows,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_sb, stride_sh, stride_sn, stride_gb, stride_gh, stride_gn, stride_lb, stride_lh, stride_ln, stride_mb, stride_mn,
+    HEAD_DIM: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, RELEVANCE: tl.constexpr,
+    HAS_GRAD: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr, ADDITIVE: tl.constexpr, STABILIZED: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+):  # fmt: skip
+    block, head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    b, h = (head // n_heads).to(tl.int64), (head % n_heads).to(tl.int64)
+    Q += b * stride_qb + h * stride_qh
+    K += b * stride_kb + h * stride_kh
+    V += b * stride_vb + h * stride_vh
+    S += b * stride_sb + h * stride_sh
+    LSE += b * stride_lb + h * stride_lh
+    if HAS_GRAD:
+        GRAD += b * stride_gb + h * stride_gh
+    i = block * BLOCK_I + tl.arange(0, BLOCK_I)
+    i_ok = i < n
+    d = tl.arange(0, BLOCK_D)
+    sums = tl.zeros((BLOCK_I,), tl.float32)
+    acc = tl.zeros((BLOCK_I, BLOCK_D), tl.float32)
+    before = tl.zeros((BLOCK_I,), tl.float64)
+    after = tl.zeros((BLOCK_I,), tl.float64)
+    first = tl.maximum(0, block * BLOCK_I - left) // BLOCK_J * BLOCK_J
+    for start in range(first, tl.minimum(n, (block + 1) * BLOCK_I + right), BLOCK_J):
+        j = start + tl.arange(0, BLOCK_J)
+        j_ok = load_keys(MASK, b, stride_mb, stride_mn, j, n, HAS_MASK)
+        dots, _, relevance, weighted = pair_relevance(Q, K, V, S, GRAD, LSE, stride_qn, stride_kn, stride_vn, stride_sn, stride_gn,
+                                                      stride_ln, i, i_ok, j, j_ok, scaling, left, right, HEAD_DIM, HAS_GRAD,
+                                                      HAS_WINDOW, PRODUCTS)  # fmt: skip
+        sums += tl.sum(weighted, 1)
+        if RELEVANCE:
+            passed, u = _shares_of_scores(relevance, dots, scaling, stabilizer, ADDITIVE, STABILIZED)
+            acc = tl.dot(u, load_rows(K, stride_kn, j, j_ok, d, HEAD_DIM), acc, input_precision=PRODUCTS)
+            if ADDITIVE:
+                before += tl.sum(relevance, 1).to(tl.float64)
+                after += tl.sum(passed, 1).to(tl.float64)
+    at = head.to(tl.int64) * n + i
+    tl.store(SUMS + at, sums, mask=i_ok)
+    if RELEVANCE:
+        r_q = acc * load_rows(Q, stride_qn, i, i_ok, d, HEAD_DIM) * 0.5
+        store_rows(R_Q + head.to(tl.int64) * n * HEAD_DIM, HEAD_DIM, i, i_ok, d, r_q, HEAD_DIM)
+        if ADDITIVE:
+            tl.store(TOTALS + at, before, mask=i_ok)
+            tl.store(TOTALS + total_rows + at, after, mask=i_ok)
+
+
+@triton.jit
+def _relevance_columns_kernel(
+    Q,  # (B, H, n, dh)
+    K,  # (B, H, n, dh)
+    V,  # (B, H, n, dh)
+    S,  # (B, H, n, dh)
+    GRAD,  # (B, H, n, dh)
+    LSE,  # (B, H, n)
+    MASK,  # (B, n)
+    W,  # (B, T, n): rows of the rollout, divided by the sums if they are to be
+    R_K,  # (B, H, n, dh)
+    R_V,  # (B, H, n, dh)
+    OUT,  # (B, H, T, n): W A_h
+    scaling, stabilizer, n, n_heads, left, right, blocks, n_rows,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_sb, stride_sh, stride_sn, stride_gb, stride_gh, stride_gn, stride_lb, stride_lh, stride_ln, stride_mb, stride_mn,
+    stride_wb, stride_wt, stride_wn,
+    HEAD_DIM: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+    RELEVANCE: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr, ADDITIVE: tl.constexpr,
+    STABILIZED: tl.constexpr, PRODUCTS: tl.constexpr,
+):  # fmt: skip
+    block, head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    b, h = (head // n_heads).to(tl.int64), (head % n_heads).to(tl.int64)
+    Q += b * stride_qb + h * stride_qh
+    K += b * stride_kb + h * stride_kh
+    V += b * stride_vb + h * stride_vh
+    S += b * stride_sb + h * stride_sh
+    LSE += b * stride_lb + h * stride_lh
+    if HAS_GRAD:
+        GRAD += b * stride_gb + h * stride_gh
+    j = block * BLOCK_J + tl.arange(0, BLOCK_J)
+    j_ok = load_keys(MASK, b, stride_mb, stride_mn, j, n, HAS_MASK)
+    d = tl.arange(0, BLOCK_D)
+    acc_k = tl.zeros((BLOCK_J, BLOCK_D), tl.float32)
+    acc_v = tl.zeros((BLOCK_J, BLOCK_D), tl.float32)
+    # BLOCK_T 0: no step
+    T: tl.constexpr = max(BLOCK_T, 1)
+    t = tl.arange(0, T)
+    acc_t = tl.zeros((T, BLOCK_J), tl.float32)
+    first = tl.maximum(0, block * BLOCK_J - right) // BLOCK_I * BLOCK_I
+    last = tl.minimum(n, (block + 1) * BLOCK_J + left)
+    last = tl.where(tl.max(j_ok.to(tl.int32), 0) > 0, last, first)
+    for start in range(first, last, BLOCK_I):
+        i = start + tl.arange(0, BLOCK_I)
+        i_ok = i < n
+        dots, alpha, relevance, weighted = pair_relevance(Q, K, V, S, GRAD, LSE, stride_qn, stride_kn, stride_vn, stride_sn, stride_gn,
+                                                          stride_ln, i, i_ok, j, j_ok, scaling, left, right, HEAD_DIM, HAS_GRAD,
+                                                          HAS_WINDOW, PRODUCTS)  # fmt: skip
+        if BLOCK_T > 0:
+            at = b * stride_wb + t.to(tl.int64)[:, None] * stride_wt + i.to(tl.int64)[None, :] * stride_wn
+            w = tl.load(W + at, mask=(t < n_rows)[:, None] & i_ok[None, :], other=0.0)
+            if BLOCK_T == 1:
+                acc_t += tl.sum(tl.trans(w) * weighted, 0)[None, :]
+            else:
+                acc_t = tl.dot(w, weighted, acc_t, input_precision=PRODUCTS)
+        if RELEVANCE:
+            _, u = _shares_of_scores(relevance, dots, scaling, stabilizer, ADDITIVE, STABILIZED)
+            acc_k = tl.dot(tl.trans(u), load_rows(Q, stride_qn, i, i_ok, d, HEAD_DIM), acc_k, input_precision=PRODUCTS)
+            acc_v = tl.dot(tl.trans(alpha), load_rows(S, stride_sn, i, i_ok, d, HEAD_DIM), acc_v, input_precision=PRODUCTS)
+    j_in = j < n
+    if RELEVANCE:
+        base = head.to(tl.int64) * n * HEAD_DIM
+        r_k = acc_k * load_rows(K, stride_kn, j, j_ok, d, HEAD_DIM) * 0.5
+        r_v = acc_v * load_rows(V, stride_vn, j, j_ok, d, HEAD_DIM) * 0.5
+        store_rows(R_K + base, HEAD_DIM, j, j_in, d, r_k, HEAD_DIM)
+        store_rows(R_V + base, HEAD_DIM, j, j_in, d, r_v, HEAD_DIM)
+    if BLOCK_T > 0:
+        at = (head.to(tl.int64) * n_rows + t.to(tl.int64)[:, None]) * n + j[None, :]
+        tl.store(OUT + at, acc_t, mask=(t < n_rows)[:, None] & j_in[None, :])
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Both passes over one layer's pairs; fields as the arguments of `pyglobenc.ops.relevance_attention`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lse: Tensor
+    grad_o: Tensor | None
+    s: Tensor
+    key_mask: Tensor | None
+    scaling: float
+    window: tuple[int, int]
+    additive_mask: bool = False
+    stabilizer: float = 0.0
+
+    def _launch(self, kernel, block: str, relevance: bool, tensors: tuple, sizes: tuple, more: tuple = (), **flags) -> None:
+        """Launch a kernel on one program a head and block; sizes follow the common ones, more the common strides."""
+        batch, heads, n, head_dim = self.q.shape
+        tiles = launch(head_dim)
+        given, steps = zip(*(by_head(t, self.q) for t in (self.q, self.k, self.v, self.s, self.grad_o)), strict=True)
+        masks = (0, 0) if self.key_mask is None else self.key_mask.stride()
+        blocks = triton.cdiv(n, tiles[block])
+        with on(self.q.device):
+            kernel[(blocks * batch * heads,)](
+                *given, self.lse, self.key_mask, *tensors, self.scaling, self.stabilizer, n, heads, *sides(self.window, n), blocks, *sizes,
+                *(step for three in steps for step in three), *self.lse.stride(), *masks, *more,
+                HEAD_DIM=head_dim, RELEVANCE=relevance, HAS_GRAD=self.grad_o is not None, HAS_MASK=self.key_mask is not None,
+                HAS_WINDOW=max(self.window) >= 0, ADDITIVE=self.additive_mask, STABILIZED=self.stabilizer != 0,
+                PRODUCTS=float32_precision(), **flags, **tiles,
+            )  # fmt: skip
+
+    def rows(self, relevance: bool = True) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """R_q (B, H, n, dh) without the additive mask's factor, A's row sums (B, n), sums of R_alpha and R' (2, B, H, n) float64."""
+        r_q = new_like(self.q) if relevance else None
+        sums = self.q.new_empty(self.q.shape[:3])
+        totals = self.q.new_empty(2, *sums.shape, dtype=torch.float64) if relevance and self.additive_mask else None
+        self._launch(_relevance_rows_kernel, "BLOCK_I", relevance, (r_q, sums, totals), (sums.numel(),))
+        return r_q, sums.mean(1), totals
+
+    def columns(self, r: Tensor | None, row_sums: Tensor | None, r_k: Tensor | None = None, r_v: Tensor | None = None) -> Tensor | None:
+        """w (I + A) (B, T, n), w = r, or r / (1 + row_sums) if given; fills r_k and r_v (B, H, n, dh) if given."""
+        relevance = r_k is not None
+        if r is None:
+            self._launch(_relevance_columns_kernel, "BLOCK_J", relevance, (None, r_k, r_v, None), (0,), (0, 0, 0), BLOCK_T=0)
+            return None
+        w = r if row_sums is None else r / (1 + row_sums)[:, None]
+        steps = []
+        for part in w.split(MAX_ROWS, dim=1):
+            count = part.shape[1]
+            step = part.new_empty(*self.q.shape[:2], count, self.q.shape[2])
+            block_t = 1 if count == 1 else power_of_two(count, 16)
+            tensors = (part, r_k, r_v, step)
+            self._launch(_relevance_columns_kernel, "BLOCK_J", relevance, tensors, (count,), part.stride(), BLOCK_T=block_t)
+            steps.append(step.mean(1))
+            relevance = False
+        return torch.cat(steps, 1) + w
+
+
+def not_supported(
+    q, k, v, lse, grad_o, s, r, key_mask, scaling, window, additive_mask, normalize, stabilizer, rescale=True
+) -> list[str]:
+    """Why the kernel can't run on these arguments; empty when it can."""
+    return relevance_reasons(q, k=k, v=v, lse=lse, grad_o=grad_o, s=s, r=r, key_mask=key_mask)
+
+
+def relevance_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    grad_o: Tensor | None,
+    s: Tensor,
+    r: Tensor | None,
+    key_mask: Tensor | None,
+    scaling: float,
+    window: tuple[int, int],
+    additive_mask: bool,
+    normalize: bool,
+    stabilizer: float,
+    rescale: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """See `pyglobenc.ops.relevance_attention`: -> R_q, R_k, R_v (B, H, n, dh), row_sums (B, n), r_out (B, T, n) or None."""
+    if q.numel() == 0:
+        empty = (new_like(q), new_like(q), new_like(q), q.new_zeros(q.shape[0], q.shape[2]))
+        return *empty, None if r is None else r.clone(memory_format=torch.contiguous_format)
+    passes = Passes(q, k, v, lse, grad_o, s, key_mask, scaling, window, additive_mask, stabilizer)
+    r_q, row_sums, totals = passes.rows()
+    r_k, r_v = new_like(k), new_like(v)
+    r_out = passes.columns(r, row_sums if normalize else None, r_k, r_v)
+    if additive_mask and rescale:
+        # the add rule with the mask as second branch, whose relevance is 0: masked keys have alpha = 0
+        total, kept = totals.sum((2, 3))
+        factor = host_safe_divide(host_safe_divide(kept.abs(), kept.abs()) * total, kept).to(q.dtype).view(-1, 1, 1, 1)
+        r_q *= factor
+        r_k *= factor
+    return r_q, r_k, r_v, row_sums, r_out

@@ -1,0 +1,130 @@
+"""Triton's relevance through attention against the reference: on the GPU where there is one, else in the interpreter."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from numerics import assert_as_good_as_torch
+from pair_cases import doubled, key_mask
+
+from pyglobenc.kernels.relevance_attention import MAX_ROWS
+from pyglobenc.ops import relevance_attention, relevance_maps, relevance_rollout_step
+from pyglobenc.ops.attention import attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shape of a layer, what hides keys from its queries, and which variant of the rules."""
+
+    B: int = 2
+    H: int = 2
+    n: int = 33
+    dh: int = 16
+    T: int = 1
+    mask: str = "none"
+    window: tuple[int, int] = (-1, -1)
+    grad: bool = True
+    additive: bool = False
+    normalize: bool = False
+    stabilizer: float = 0.0
+
+
+CASES = [
+    Case(B=5, n=1),
+    Case(n=32, H=1, T=2),
+    Case(n=49, dh=24, additive=True, normalize=True),
+    Case(n=45, dh=32, T=3, mask="holes", additive=True),
+    Case(n=50, mask="left", grad=False, normalize=True),
+    Case(n=50, window=(-1, 0), T=2, normalize=True),
+    Case(n=70, window=(17, 9), mask="holes", stabilizer=1e-3),
+    Case(B=1, n=19, dh=256),
+]
+
+
+def layer(case: Case) -> tuple[dict, torch.Tensor]:
+    """Arguments that the three ops share, and rows of the rollout.
+
+    Queries and keys are halves of small integers, so that scores are exact, many of them 0: the division by a score that nearly cancels
+    amplifies rounding without bound, in torch as in the kernel, and two draws of such errors don't compare.
+    """
+    shape = (case.B, case.n, case.H, case.dh)
+    q, k = ((torch.randn(shape) * 2).round().transpose(1, 2).to(DEVICE) / 2 for _ in range(2))
+    v, s, grad = (torch.randn(shape).transpose(1, 2).to(DEVICE) for _ in range(3))
+    mask = key_mask(case.mask, case.B, case.n)
+    seen = dict(key_mask=mask if mask is None else mask.to(DEVICE), scaling=case.dh**-0.5, window=case.window)
+    _, lse = attention(q.double(), k.double(), v.double(), **seen)
+    args = dict(q=q, k=k, v=v, lse=lse.float(), grad_o=grad if case.grad else None, s=s, **seen)
+    return args, torch.rand(case.B, case.T, case.n, device=DEVICE)
+
+
+def compare(op, args: dict, tensors: dict, **options):
+    """The error rule for every result of an op."""
+    results = []
+    for backend, given in (("triton", tensors | args), ("reference", doubled(tensors | args)), ("reference", tensors | args)):
+        out = op(**given, **options, backend=backend)
+        results.append((out,) if isinstance(out, torch.Tensor) else out)
+    for out, exact, torch_out in zip(*results, strict=True):
+        assert (out is None) == (exact is None)
+        if out is not None:
+            assert_as_good_as_torch(out, exact, torch_out)
+    return results[0]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_relevance_attention(case):
+    args, r = layer(case)
+    options = dict(additive_mask=case.additive, normalize=case.normalize, stabilizer=case.stabilizer)
+    compare(relevance_attention, args, dict(r=r), **options)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_relevance_rollout_step(case):
+    args, r = layer(case)
+    compare(relevance_rollout_step, args, dict(r=r), normalize=case.normalize)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_relevance_maps(case):
+    args, _ = layer(case)
+    compare(relevance_maps, args, {})
+    # enough pairs that neither largest error is small by luck
+    rows = torch.randint(0, case.n, (case.B, 20), device=DEVICE)
+    compare(relevance_maps, args, dict(rows=rows))
+
+
+def test_without_a_rollout():
+    args, _ = layer(Case())
+    assert compare(relevance_attention, args, {})[4] is None
+
+
+def test_more_rows_than_a_pass_takes():
+    args, r = layer(Case(B=1, T=MAX_ROWS + 1))
+    compare(relevance_attention, args, dict(r=r))
+
+
+def test_strided():
+    args, r = layer(Case(mask="holes"))
+    strided = {name: torch.stack([t, t], -1)[..., 0] if isinstance(t, torch.Tensor) else t for name, t in args.items()}
+    out = relevance_attention(**strided, r=r.mT.contiguous().mT, backend="triton")
+    for mine, expected in zip(out, relevance_attention(**args, r=r, backend="triton"), strict=True):
+        assert torch.equal(mine, expected)
+
+
+@pytest.mark.parametrize("B, n", [(0, 4), (2, 0)])
+def test_empty(B, n):
+    q, r = torch.zeros(B, 2, n, 16, device=DEVICE), torch.zeros(B, 1, n, device=DEVICE)
+    out = relevance_attention(q, q, q, q[..., 0], q, q, r=r, backend="triton")
+    assert [t.shape for t in out] == [q.shape] * 3 + [(B, n), (B, 1, n)]
+    assert relevance_maps(q, q, q, q[..., 0], q, q, backend="triton").shape == (B, n, n)
+    assert relevance_rollout_step(r, q, q, q, q[..., 0], q, q, backend="triton").shape == (B, 1, n)
+
+
+def test_refuses_with_reasons():
+    args, _ = layer(Case(n=5))
+    with pytest.raises(ValueError, match="computes in float32, got q torch.float64"):
+        relevance_maps(**doubled(args), backend="triton")
+    wide, _ = layer(Case(n=5, dh=257))
+    with pytest.raises(ValueError, match="takes heads of up to 256, got 257"):
+        relevance_maps(**wide, backend="triton")

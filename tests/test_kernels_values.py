@@ -1,0 +1,66 @@
+"""Triton's `head_gram` and `head_norms` against the reference: on the GPU where there is one, else in the interpreter."""
+
+import pytest
+import torch
+from numerics import assert_as_good_as_torch
+
+from pyglobenc.ops import gram_kernels, head_gram, head_norms
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# B, H, Hkv, n, dh, d
+SHAPES = [(1, 1, 1, 1, 1, 1), (2, 4, 4, 33, 16, 64), (2, 6, 2, 40, 20, 70), (1, 3, 3, 7, 100, 33), (1, 2, 1, 5, 256, 40)]
+
+
+def inputs(B, H, Hkv, n, dh, d):
+    """v, weight, x and the matrices that `head_gram` takes, rounded to float32."""
+    v, x = torch.randn(B, n, Hkv, dh).transpose(1, 2), torch.randn(B, n, d)
+    weight = torch.randn(H, dh, d) / d**0.5
+    kernel, cross_kernel = gram_kernels(weight.double(), [torch.rand(d, dtype=torch.float64) + 0.5] if d > 1 else [])
+    return [t.float().to(DEVICE) for t in (v, weight, x, kernel, cross_kernel)]
+
+
+def check(op, *args):
+    doubled = [t.double() for t in args]
+    results = [op(*args, backend="triton"), op(*doubled, backend="reference"), op(*args, backend="reference")]
+    pairs = [(t,) if isinstance(t, torch.Tensor) else t for t in results]
+    for out, exact, torch_out in zip(*pairs, strict=True):
+        if out is not None:
+            assert_as_good_as_torch(out, exact, torch_out)
+    return results[0]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_head_gram(shape):
+    v, _, x, kernel, cross_kernel = inputs(*shape)
+    gram, _ = check(head_gram, v, kernel, x, cross_kernel)
+    assert torch.equal(gram, gram.mT)
+    assert torch.equal(check(head_gram, v, kernel)[0], gram)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_head_norms(shape):
+    v, weight, *_ = inputs(*shape)
+    check(head_norms, v, weight)
+
+
+def test_strided():
+    v, weight, x, kernel, cross_kernel = (torch.stack([t, t], -1)[..., 0] for t in inputs(2, 4, 2, 9, 16, 24))
+    assert v.stride(-1) == 2
+    check(head_gram, v, kernel, x, cross_kernel)
+    check(head_norms, v, weight)
+
+
+@pytest.mark.parametrize("B, n", [(0, 3), (2, 0)])
+def test_empty(B, n):
+    v, weight = torch.zeros(B, 2, n, 16, device=DEVICE), torch.zeros(2, 16, 8, device=DEVICE)
+    x, kernel = torch.zeros(B, n, 8, device=DEVICE), torch.zeros(2, 16, 2, 16, device=DEVICE)
+    gram, cross = head_gram(v, kernel, x, weight, backend="triton")
+    assert gram.shape == (B, n, 2, 2) and cross.shape == head_norms(v, weight, backend="triton").shape == (B, n, 2)
+
+
+def test_refuses_with_reasons():
+    v, weight, _, kernel, _ = inputs(1, 2, 2, 3, 16, 8)
+    with pytest.raises(ValueError, match="computes in float32, got v torch.float64, weight torch.float64"):
+        head_norms(v.double(), weight.double(), backend="triton")
+    with pytest.raises(ValueError, match="computes in float32, got v torch.bfloat16"):
+        head_gram(v.bfloat16(), kernel.bfloat16(), backend="triton")
