@@ -31,9 +31,13 @@ def attention(
         hidden = hidden_keys(rows, cols, window, key_mask, q.device)
         if hidden is not None:
             # finite, so that a query that sees no key doesn't divide by zero
-            scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min / 2)
-        lses.append(scores.logsumexp(-1))
-        outs.append(scores.softmax(-1) @ v[:, :, cols])
+            scores = scores.masked_fill_(hidden, torch.finfo(scores.dtype).min / 2)
+        # one pass of exponentials for both results
+        top = scores.detach().amax(-1, keepdim=True)
+        p = scores.sub_(top).exp_()
+        total = p.sum(-1, keepdim=True)
+        lses.append((top + total.log())[..., 0])
+        outs.append(p @ v[:, :, cols] / total)
     if not outs:
         return torch.zeros_like(q), q.new_zeros(q.shape[:3])
     return torch.cat(outs, 2), torch.cat(lses, 2)
