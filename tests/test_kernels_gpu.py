@@ -1,0 +1,107 @@
+"""What only a GPU shows: whole models, half precision at full size, tf32, memory, graph capture, offsets past 2^31 bytes."""
+
+import pytest
+import torch
+from models import build
+from numerics import assert_as_good_as_torch
+from pair_cases import Case, doubled, pair_args
+
+from pyglobenc import GlobEnc, TransformerAttribution
+from pyglobenc.ops import token_norms
+
+pytestmark = pytest.mark.gpu
+
+ORDER = ("q", "k", "lse", "gram", "cross", "residual_sq", "rstd", "key_mask", "scaling")
+
+
+def on_gpu(args: dict) -> dict:
+    return {name: t.cuda() if isinstance(t, torch.Tensor) else t for name, t in args.items()}
+
+
+def product(r, args, backend):
+    return torch.ops.pyglobenc.rollout_step(r, *(args[name] for name in ORDER), *args["window"], backend)
+
+
+@pytest.fixture
+def tf32():
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_globenc_of_a_model():
+    model = build("bert").float().cuda()
+    ids = torch.randint(5, 97, (3, 33), device="cuda")
+    mask = torch.arange(33, device="cuda") < torch.tensor([[33], [20], [7]], device="cuda")
+    out, expected = (GlobEnc(model, backend=b)(input_ids=ids, attention_mask=mask.long(), maps=("N_Enc",)) for b in ("triton", "reference"))
+    # 3 layers of float32 on either side: a few thousand roundings of 2^-24 at most
+    torch.testing.assert_close(out.scores, expected.scores, rtol=2.0**-12, atol=2.0**-16)
+    torch.testing.assert_close(out.log_scale, expected.log_scale, rtol=2.0**-12, atol=2.0**-12)
+    torch.testing.assert_close(out.maps["N_Enc"], expected.maps["N_Enc"], rtol=2.0**-12, atol=2.0**-12)
+
+
+def test_transformer_attribution_of_a_model():
+    model = build("bert-classifier").float().cuda()
+    ids = torch.randint(5, 97, (2, 19), device="cuda")
+    out, expected = (TransformerAttribution(model, backend=b)(input_ids=ids, start_layer=2) for b in ("triton", "reference"))
+    # the last layer alone: what comes below divides by scores near 0, and float32 results differ at will
+    torch.testing.assert_close(out.scores, expected.scores, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_bert_base_at_full_size(dtype):
+    args = on_gpu(pair_args(Case(B=2, H=12, Hkv=12, n=1000, dh=64, d=768, mask="right", dtype=dtype)))
+    r = torch.rand(2, 3, 1000, device="cuda")
+    assert_as_good_as_torch(product(r, args, "triton"), product(r.double(), doubled(args), "reference"), product(r, args, "reference"))
+
+
+def test_tf32_where_the_caller_allows_it(tf32):
+    args = on_gpu(pair_args(Case(B=2, H=12, Hkv=12, n=500, dh=64, d=768)))
+    r = torch.rand(2, 1, 500, device="cuda")
+    assert_as_good_as_torch(product(r, args, "triton"), product(r.double(), doubled(args), "reference"), product(r, args, "reference"))
+
+
+def long_layer(n: int) -> dict:
+    heads, dh = 12, 64
+    q, k = (torch.randn(1, n, heads, dh, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
+    lse = torch.full((1, heads, n), 12.0, device="cuda")
+    f = torch.randn(1, n, heads, 16, device="cuda")
+    residual_sq, rstd = torch.rand(2, 1, n, device="cuda")
+    own = dict(gram=f @ f.mT, cross=torch.randn(1, n, heads, device="cuda"), residual_sq=residual_sq, rstd=rstd)
+    return dict(q=q, k=k, lse=lse, **own, key_mask=None, scaling=dh**-0.5, window=(-1, -1))
+
+
+def test_memory_is_linear():
+    args, r = long_layer(16_384), torch.rand(1, 1, 16_384, device="cuda")
+    product(r, args, "triton")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    product(r, args, "triton")
+    # a copy of the keys would be 25 MB, one row of pairs for every multiprocessor 9 MB, the map 1 GB
+    assert torch.cuda.max_memory_allocated() - before < 16 * 2**20
+
+
+def test_longest_sequence():
+    n = 131_072
+    args, rows = long_layer(n), torch.tensor([[0, 70_001, n - 1]], device="cuda")
+    r = torch.zeros(1, 1, n, device="cuda").index_fill_(2, rows[0], 1)
+    expected = token_norms(**doubled(args), rows=rows, backend="reference").sum(1, keepdim=True)
+    torch_out = token_norms(**args, rows=rows, backend="reference").sum(1, keepdim=True)
+    assert_as_good_as_torch(product(r, args, "triton"), expected, torch_out)
+
+
+def test_graph_capture():
+    args, r = long_layer(512), torch.rand(1, 1, 512, device="cuda")
+    expected = product(r, args, "triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = product(r, args, "triton")
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+def test_runs_repeat_bit_for_bit():
+    args, r = long_layer(2048), torch.rand(1, 24, 2048, device="cuda")
+    assert torch.equal(product(r, args, "triton"), product(r, args, "triton"))
