@@ -18,9 +18,9 @@ def dense_weight(module: nn.Module) -> Tensor:
             matrix is read off by applying it to the unit vectors.
     """
     with torch.no_grad(), _present(module):
-        if type(module) is nn.Linear and _plain(module.weight):
+        if type(module) is nn.Linear and is_plain(module.weight):
             return module.weight.detach().T
-        if isinstance(module, Conv1D) and _plain(module.weight):
+        if isinstance(module, Conv1D) and is_plain(module.weight):
             return module.weight.detach()
         return _with_adapters(module) if hasattr(module, "base_layer") else _quantised(module)
 
@@ -31,15 +31,16 @@ def parameter(module: nn.Module, name: str) -> Tensor:
         return getattr(module, name).detach()
 
 
+def is_plain(weight: Any) -> bool:
+    """Whether a weight is an ordinary floating-point tensor that is there."""
+    return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.device.type != "meta"
+
+
 def weight_version(module: nn.Module) -> tuple:
     """Changes whenever the module's matrix does: with its tensors, their contents, and the adapters in use."""
     adapters = [str([getattr(m, name, None) for name in ("active_adapters", "merged", "disable_adapters")]) for m in module.modules()]
     tensors = [(p.data_ptr(), p._version) if p.device.type != "meta" else (id(p), 0) for p in module.parameters()]
     return (*tensors, *adapters)
-
-
-def _plain(weight: Any) -> bool:
-    return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
 
 
 @contextmanager
@@ -75,7 +76,7 @@ def _quantised(module: nn.Module) -> Tensor:
         from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
         return dequantize_bnb_weight(module.weight, state=getattr(module, "state", None)).detach().T
-    if hasattr(module.weight, "dequantize") and not _plain(module.weight) and not packed:
+    if hasattr(module.weight, "dequantize") and not is_plain(module.weight) and not packed:
         return module.weight.dequantize().detach().T
     return _applied(module)
 

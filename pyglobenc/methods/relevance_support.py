@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 
+from torch import nn
+
 from pyglobenc.hf import LayerModules, LayerTrace
+from pyglobenc.hf.weights import is_plain
 
 # parts of a layer that need to be one Linear module each
-LINEAR = ("query", "key", "value", "intermediate")
+LINEAR = ("query", "key", "value", "output", "intermediate", "mlp_output")
 
 
 def check_layers(found: Sequence[LayerModules], captured: Sequence[LayerTrace] = ()) -> None:
@@ -21,6 +24,13 @@ def check_layers(found: Sequence[LayerModules], captured: Sequence[LayerTrace] =
         missing = [part for part in LINEAR if getattr(m, part) is None]
         if missing:
             _refuse(f"its layers have no Linear module of their own for {' and '.join(missing)}")
+        for part in LINEAR:
+            module = getattr(m, part)
+            if type(module) is not nn.Linear or not is_plain(module.weight):
+                _refuse(
+                    f"{part} of a layer is a {type(module).__module__}.{type(module).__name__} whose weights aren't a plain matrix here; "
+                    "merge adapters (merge_and_unload), load it unquantised, and keep it on one device"
+                )
         if m.scale is not None or m.added_norm is not None:
             _refuse("its layers scale or normalise the attention's output before the residual sum")
         if m.own_scores is not None:

@@ -69,7 +69,7 @@ class TransformerAttribution:
     """
 
     def __init__(self, model: PreTrainedModel, backend: str = "auto", dtype: torch.dtype | None = None, stabilizer: float = 0.0):
-        check_model("TransformerAttribution", model, backend, dtype)
+        model = check_model("TransformerAttribution", model, backend, dtype)
         if not 0 <= stabilizer < float("inf"):
             raise ValueError(f"TransformerAttribution: stabilizer must be 0 or a positive number, got {stabilizer}")
         self.model = model
