@@ -1,0 +1,35 @@
+"""The memory contract for causal and local attention, for scores with a bias or a cap, and for padding on the left."""
+
+import pytest
+import torch
+from allocations import measure_allocations
+from models import build, random_batch
+
+from pyglobenc import GlobEnc
+
+N = 600
+FLOAT = 4
+
+
+def used(name, n):
+    """Allocations of the second call, and of the plain forward pass."""
+    model = build(name, torch.float32, max_position_embeddings=2 * N + 2)
+    globenc, batch = GlobEnc(model), random_batch(model, batch=1, n=n, pads=[37], side="left")
+    globenc(**batch)
+    with torch.no_grad():
+        return measure_allocations(lambda: globenc(**batch)), measure_allocations(lambda: model(**batch))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "gemma3", "gemma2", "modernbert"])
+def test_row_mode_is_linear(name):
+    (small, _), (large, _) = used(name, N), used(name, 2 * N)
+    assert large.largest < (2 * N) ** 2 * FLOAT / 2, "an n*n array of one head would be larger"
+    assert large.peak <= 2.1 * small.peak
+
+
+@pytest.mark.parametrize("name", ["mpnet", "deberta-v3"])
+def test_nothing_larger_than_the_forward_pass_makes(name):
+    """These models make (H, n, n) scores themselves."""
+    (small, forward_small), (large, forward) = used(name, N), used(name, 2 * N)
+    assert large.largest <= forward.largest
+    assert large.peak - forward.peak <= 2.1 * max(0, small.peak - forward_small.peak) + 2 * N * 48 * FLOAT
