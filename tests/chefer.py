@@ -85,11 +85,28 @@ def add(r, a, b):
     return r_a, r_b * safe(safe(sum_b.abs(), both) * r.sum(), sum_b)
 
 
+def lrp_linear(r, x, weight):
+    out = 0
+    for bound in ({"min": 0}, {"max": 0}):
+        part, w = x.clamp(**bound), weight.clamp(**bound)
+        out = out + part * (safe(r, part @ w.T) @ w)
+    return out
+
+
+def lrp_add(r, a, b):
+    s = safe(r, a + b)
+    return a * s, b * s
+
+
+# the rules of the method and of the LRP baseline: of a Linear module and of a residual sum
+OURS, LRP = (linear, add), (lrp_linear, lrp_add)
+
+
 def clone(x, *parts):
     return x * sum(safe(part, x) for part in parts)
 
 
-def direct(model, batch, select, head, position=0, start_layer=0):
+def direct(model, batch, select, head, position=0, start_layer=0, rules=OURS):
     """Rollout row, (n,), and relevance of the first layer's input, (n, d), of one unpadded example, everything materialised.
 
     select: the explained logit of the model's output. head: the head's Linear modules, top down; the first row is given as its weight.
@@ -105,15 +122,16 @@ def direct(model, batch, select, head, position=0, start_layer=0):
         return t if t.dim() == 2 else t[:, position]
 
     x = at(io[rest[-1] if rest else row[0]][0])
-    r = linear(torch.ones(1, 1, dtype=x.dtype), at(io[row[0]][0]), row[1][None])
+    through, _ = rules
+    r = through(torch.ones(1, 1, dtype=x.dtype), at(io[row[0]][0]), row[1])
     for module in rest:
-        r = linear(r, at(io[module][0]), module.weight.detach())
+        r = through(r, at(io[module][0]), module.weight.detach())
     r = clone(x, r)
     hidden = torch.zeros_like(trace.layers[-1].x)
     hidden[:, position] = r
     r = hidden
     for layer, grad in zip(reversed(trace.layers), reversed(grads), strict=True):
-        r, a = through_layer(layer, io, grad, r)
+        r, a = through_layer(layer, io, grad, r, rules)
         found.insert(0, a)
     rolled = None
     for a in found[start_layer:]:
@@ -124,9 +142,9 @@ def direct(model, batch, select, head, position=0, start_layer=0):
     return rolled[position], r[0]
 
 
-def through_layer(layer, io, grad, r):
+def through_layer(layer, io, grad, r, rules):
     """Relevance of a layer's input, and its map (n, n), of one example."""
-    m, x = layer.modules, layer.x.detach()
+    (linear, add), m, x = rules, layer.modules, layer.x.detach()
     q, k, v, o = (t.detach() for t in (layer.q, layer.k, layer.v, layer.o))
     attended, mlp = io[m.output][1], io[m.mlp_output][1]
     y = x + attended if m.pre_norm else io[m.intermediate][0]

@@ -1,0 +1,186 @@
+"""What transformer attribution leaves behind, stores and refuses; how trustworthy its digits are."""
+
+import warnings
+
+import pytest
+import torch
+from allocations import measure_allocations
+from chefer import chefer_golden, relative
+from models import SMALL, build, random_batch
+from scipy.stats import spearmanr
+from transformers import BertConfig, BertForSequenceClassification, BertModel
+
+from pyglobenc import TransformerAttribution
+from pyglobenc.methods.relevance_variants import PUBLISHED, VARIANTS
+from pyglobenc.methods.reliability import PrecisionWarning
+
+
+def state(model):
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    parameters = [(p.data_ptr(), p._version, p.requires_grad, p.grad, p.dtype) for p in model.parameters()]
+    return hooks, parameters, model.config._attn_implementation, model.training
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_model_is_left_as_it_was(dtype, frozen):
+    model = build("bert-classifier", torch.float32).requires_grad_(not frozen)
+    before = state(model)
+    batch = random_batch(model, batch=2, n=9, pads=[0, 2])
+    ta = TransformerAttribution(model, dtype=dtype)
+    for variant in VARIANTS:
+        ta(**batch, variant=variant)
+    assert state(model) == before
+    with pytest.raises(ValueError, match="target must lie"):
+        ta(**batch, target=9)
+    assert state(model) == before
+    handle = model.classifier.register_forward_pre_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ta(**batch)
+    handle.remove()
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradient_modes_don_t_matter(mode):
+    model, cases = chefer_golden("chefer_vit")
+    batch, target, _, published = cases[0]
+    with mode():
+        batch = {key: value.clone() for key, value in batch.items()}
+        scores = TransformerAttribution(model)(**batch, target=target).scores
+    assert relative(scores, published["transformer_attribution"]) <= 1e-10
+    assert not scores.requires_grad
+
+
+def used(n, **call):
+    model = build("bert-classifier", torch.float32, max_position_embeddings=1600)
+    ta = TransformerAttribution(model)
+    batch = random_batch(model, batch=1, n=n, pads=[37])
+    ta(**batch, **call)
+    return measure_allocations(lambda: ta(**batch, **call))
+
+
+@pytest.mark.filterwarnings("ignore::pyglobenc.methods.reliability.PrecisionWarning")
+@pytest.mark.parametrize("variant", ["transformer_attribution", "rollout", "last_layer_ablation", "attention_rollout", "attn_gradcam"])
+def test_row_mode_is_linear(variant):
+    small, large = (used(n, variant=variant, reliability="estimated") for n in (800, 1600))
+    assert large.largest < 1600**2 * 4 / 4, "an n*n array of float32 would be larger"
+    assert large.peak <= 2.1 * small.peak
+
+
+def test_maps_never_hold_vectors():
+    d, heads, depth, n = 48, 4, 3, 200
+    assert used(n, maps=("map", "R_alpha")).largest <= depth * heads * n * n * 4 < n * n * d * 4
+
+
+def test_weights_that_change_are_seen():
+    model = build("bert-classifier")
+    batch = random_batch(model, batch=1, n=7)
+    ta = TransformerAttribution(model)
+    ta(**batch, target=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    changed = ta(**batch, target=1).scores
+    assert torch.equal(changed, TransformerAttribution(model)(**batch, target=1).scores)
+
+
+def random_case(seed):
+    """A model of a random depth and weight scale, and a text of a random length."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(*values):
+        return values[int(torch.randint(len(values), (), generator=generator))]
+
+    std = float(torch.exp(torch.empty(()).uniform_(-3.9, -1.2, generator=generator)))
+    torch.manual_seed(seed)
+    settings = SMALL | dict(num_hidden_layers=pick(2, 3, 4), num_attention_heads=pick(2, 4, 8), initializer_range=std)
+    model = BertForSequenceClassification(BertConfig(**settings)).eval()
+    return model, {"input_ids": torch.randint(5, 97, (1, pick(6, 10, 16, 24)), generator=generator)}
+
+
+def test_reliability_tells_good_from_bad():
+    measured, estimated, true = [], [], []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PrecisionWarning)
+        for seed in range(100):
+            model, batch = random_case(seed)
+            result = TransformerAttribution(model)(**batch)
+            exact = TransformerAttribution(model, dtype=torch.float64)(**batch, target=result.target).scores
+            assert result.error_method == "measured"
+            measured.append(float(result.error))
+            estimated.append(float(TransformerAttribution(model)(**batch, reliability="estimated").error))
+            true.append(relative(result.scores[:, 1:], exact[:, 1:]))
+    assert spearmanr(measured, true).statistic >= 0.8
+    # the cheap one misses what the forward pass amplifies: it ranks, less well
+    assert spearmanr(estimated, true).statistic >= 0.6
+    ratio = torch.tensor(true) / torch.tensor(measured)
+    assert 0.3 <= ratio.median() <= 3
+
+
+def test_a_lost_result_warns_and_float64_steadies_it():
+    model = build("bert-classifier", torch.float32, num_hidden_layers=12)
+    batch = random_batch(model, batch=16, n=40)
+    with pytest.warns(PrecisionWarning, match="float64"):
+        TransformerAttribution(model)(**batch, variant="full")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PrecisionWarning)
+        result = TransformerAttribution(model, dtype=torch.float64)(**batch, variant="full")
+    exact = TransformerAttribution(model.double())(**batch, variant="full", target=result.target).scores
+    assert relative(result.scores, exact) <= 1e-6
+
+
+def test_stabilizer_steadies_float32():
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(**(SMALL | dict(num_hidden_layers=6, initializer_range=0.2)))).eval()
+    batch = random_batch(model, batch=8, n=24)
+
+    def error(stabilizer):
+        out = TransformerAttribution(model, stabilizer=stabilizer)(**batch, target=0, reliability="off").scores
+        exact = TransformerAttribution(model, dtype=torch.float64, stabilizer=stabilizer)(**batch, target=0).scores
+        return relative(out[:, 1:], exact[:, 1:])
+
+    assert error(0.1) < 0.1 * error(0.0)
+    with pytest.raises(ValueError, match="stabilizer"):
+        TransformerAttribution(model, stabilizer=-1.0)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (dict(variant="lime"), "variant must be one of"),
+        (dict(start_layer=3), "start_layer must lie in"),
+        (dict(start_layer=True), "start_layer must be an integer"),
+        (dict(target="end"), "target must be a class index"),
+        (dict(target=[0, 1, 0]), "one integer or one for each of 2"),
+        (dict(target=0.5), "must be integers"),
+        (dict(position=1), "one set of logits"),
+        (dict(maps="map"), "maps must be a sequence"),
+        (dict(maps=["norms"]), "maps must be a sequence"),
+        (dict(reliability="maybe"), "reliability must be one of"),
+        (dict(input_ids=None), "input_ids"),
+    ],
+)
+def test_refusals(call, message):
+    model = build("bert-classifier")
+    with pytest.raises((ValueError, TypeError), match=message):
+        TransformerAttribution(model)(**(random_batch(model, batch=2, n=6) | call))
+
+
+def test_refused_models():
+    with pytest.raises(ValueError, match="no head to explain"):
+        TransformerAttribution(BertModel(BertConfig(**SMALL)).eval())
+    with pytest.raises(ValueError, match="training mode"):
+        model = build("bert-classifier").train()
+        TransformerAttribution(model)(**random_batch(model, batch=1, n=5))
+    vit, _ = chefer_golden("chefer_vit")
+    with pytest.raises(ValueError, match="pixel_values"):
+        TransformerAttribution(vit)(pixel_values=torch.ones(3, 32, 32))
+
+
+def test_published_names_are_variants():
+    model = build("bert-classifier")
+    batch = random_batch(model, batch=1, n=6)
+    ta = TransformerAttribution(model)
+    for name, variant in PUBLISHED.items():
+        assert torch.equal(ta(**batch, variant=name).scores, ta(**batch, variant=variant).scores)
