@@ -56,7 +56,8 @@ def kill_and_compare(arguments: list[str], kills: int, seed: int, folder: Path) 
     print(f"uninterrupted: {seconds:.1f} s, {len(list(whole.glob('*.parquet')))} shards")
     while landed < kills:
         child = start([*arguments, "--output", str(broken)])
-        delay = chance.uniform(0, seconds / 2)
+        # on average the kills together take the time of one job
+        delay = chance.uniform(0, 2 * seconds / kills)
         time.sleep(delay)
         os.kill(child, signal.SIGKILL)
         if wait(child) != -signal.SIGKILL:
@@ -78,6 +79,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     options, others = parser.parse_known_args()
+    sys.stdout.reconfigure(line_buffering=True)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         same = kill_and_compare(["attribute", "--quiet", *others], options.kills, options.seed, Path(folder))

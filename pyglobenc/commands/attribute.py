@@ -12,7 +12,9 @@ from pyglobenc.windows import LONG
 
 NAME = "attribute"
 HELP = "attribute a whole corpus, in shards, resumable at any moment"
-SHARD_SIZE, BATCH_TOKENS = 1000, 4096
+SHARD_SIZE = 1000
+# what stays in a CPU's caches: with 4,096 MiniLM takes a fifth longer on one core
+CPU_TOKENS, GPU_TOKENS = 1024, 16384
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--long", choices=LONG, default="error", help="a text that doesn't fit: leave it out (default), cut it, or windows")
     parser.add_argument("--max-length", type=_positive, help="tokens that fit, special tokens included (default: all that the model takes)")
     parser.add_argument("--stride", type=_positive, help="tokens from one window's start to the next's (default: half a window)")
-    parser.add_argument("--batch-tokens", type=_positive, default=BATCH_TOKENS, help=f"tokens computed at once (default {BATCH_TOKENS})")
+    sizes = f"{CPU_TOKENS} on a CPU, {GPU_TOKENS} on a GPU"
+    parser.add_argument("--batch-tokens", type=_positive, help=f"tokens computed at once, padding included (default {sizes})")
     parser.add_argument("--shard-size", type=_positive, default=SHARD_SIZE, help=f"records a shard (default {SHARD_SIZE})")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="kernels to run on (default: the fastest that can)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the attribution's arithmetic (default float32)")
@@ -51,6 +54,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"{options.input}: holds no record")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     runner = _runner(options)
+    options.batch_tokens = options.batch_tokens or (CPU_TOKENS if runner.model.device.type == "cpu" else GPU_TOKENS)
     manifest = _manifest(options, source, records, runner)
     if options.dry_run:
         return _dry_run(options, source, records, runner)
