@@ -25,6 +25,7 @@ POINTERS = {
     torch.bool: "*i1", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
+AMD, AMD_COUNTS = "gfx942", dict(registers="vgpr_count", spilled="vgpr_spill_count")
 
 
 class Recorder:
@@ -64,7 +65,7 @@ def specialised(value) -> tuple[str, bool]:
     return "i32" if value < 2**31 else "i64", value % 16 == 0
 
 
-def compile_launch(kernel, args: tuple, kwargs: dict, capability: int) -> dict:
+def compile_launch(kernel, args: tuple, kwargs: dict, capability: int | str) -> dict:
     """Compile one recorded launch: registers, spilled bytes, shared memory in bytes, tensor-core instructions."""
     options = {name: kwargs[name] for name in OPTIONS if name in kwargs}
     given = dict(zip(kernel.arg_names, args, strict=False)) | {name: value for name, value in kwargs.items() if name not in OPTIONS}
@@ -77,9 +78,17 @@ def compile_launch(kernel, args: tuple, kwargs: dict, capability: int) -> dict:
             constants[parameter.name] = value
         elif aligned:
             attrs[(position,)] = [["tt.divisibility", 16]]
-    target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(ASTSource(kernel, signature, constants, attrs), target=target, options=options)
-    ptx = compiled.asm["ptx"]
+    source = ASTSource(kernel, signature, constants, attrs)
+    if capability == AMD:
+        options.pop("maxnreg", None)
+        compiled = triton.compile(source, target=GPUTarget("hip", AMD, 64), options=options)
+        return dict(**amd_resources(compiled.asm["amdgcn"]), shared=compiled.metadata.shared, warps=compiled.metadata.num_warps)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return dict(**nvidia_resources(compiled.asm["ptx"], capability), shared=compiled.metadata.shared, warps=compiled.metadata.num_warps)
+
+
+def nvidia_resources(ptx: str, capability: int) -> dict:
+    """What ptxas makes of PTX: registers, spilled bytes, tensor-core instructions."""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
@@ -89,16 +98,20 @@ def compile_launch(kernel, args: tuple, kwargs: dict, capability: int) -> dict:
     return dict(
         registers=int(re.search(r"Used (\d+) registers", report).group(1)),
         spilled=int(re.search(r"(\d+) bytes spill stores", report).group(1)),
-        shared=compiled.metadata.shared,
         mma=len(re.findall(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma\.", ptx)),
-        warps=compiled.metadata.num_warps,
     )
 
 
+def amd_resources(asm: str) -> dict:
+    """What AMD's assembly says of itself: vector registers, spilled ones, matrix-core instructions."""
+    counts = {name: int(re.search(rf"\.{key}:\s+(\d+)", asm).group(1)) for name, key in AMD_COUNTS.items()}
+    return dict(**counts, mma=len(re.findall("mfma", asm)))
+
+
 @contextlib.contextmanager
-def pretend(capability: int, precision: str):
+def pretend(capability: int | str, precision: str):
     """Launchers see a GPU of this capability and a caller who chose this float32 precision."""
-    limits = _device.SHARED_LIMITS[capability]
+    limits = _device.SMALLEST_LIMIT if capability == AMD else _device.SHARED_LIMITS[capability]
     patched = {
         "shared_limit": lambda device: limits,
         "float32_precision": lambda: precision,

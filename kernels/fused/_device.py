@@ -51,6 +51,11 @@ def float32_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
+def registers(most: int) -> dict[str, int]:
+    """Launch option that caps the registers of a thread; AMD's compiler has none."""
+    return {} if torch.version.hip else {"maxnreg": most}
+
+
 def device_reasons(tensors: dict[str, Tensor | None]) -> list[str]:
     """Why these tensors can't meet in a Triton kernel, dtypes aside."""
     given = {name: t for name, t in tensors.items() if t is not None}

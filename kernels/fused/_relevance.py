@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyglobenc.kernels._device import MAX_HEAD_DIM, power_of_two
+from pyglobenc.kernels._device import MAX_HEAD_DIM, power_of_two, registers
 from pyglobenc.kernels._division import float32_reasons
 
 
@@ -74,7 +74,8 @@ def launch(head_dim: int) -> dict[str, int]:
     shared memory, 16 KB, never binds. Without a cap on registers ptxas spills a few to stay at 128.
     """
     whole = power_of_two(head_dim, 16)
-    return dict(BLOCK_I=32 if whole <= 128 else 16, BLOCK_J=16, BLOCK_D=whole, num_warps=8, num_stages=1, maxnreg=255)
+    tile = dict(BLOCK_I=32 if whole <= 128 else 16, BLOCK_J=16, BLOCK_D=whole)
+    return tile | dict(num_warps=8, num_stages=1) | registers(255)
 
 
 def relevance_reasons(q: Tensor, **others: Tensor | None) -> list[str]:
