@@ -1,8 +1,9 @@
 """Memory of an attribution before it runs, from the model's config and the batch's shape.
 
-Counted for the rollout family, whose peak is one of three moments: the MLP of the forward pass's last layer, the norm after it, or a
-layer of the rollout; everything saved for the rollout is there at each. Sizes are a tensor's numbers a token (d, the MLP's width, H...)
-times the tokens of the batch, B*n. Other methods' estimates are refused rather than guessed.
+The rollout family's peak is one of three moments: the MLP of the forward pass's last layer, the norm after it, or a layer of the rollout;
+everything saved for the rollout is there at each. Transformer attribution's is the way down: the graph that autograd keeps of every
+layer and the relevance beside it. Sizes are a tensor's numbers a token (d, the MLP's width, H...) times the tokens of the batch, B*n.
+Other methods' estimates are refused rather than guessed.
 """
 
 from dataclasses import dataclass
@@ -17,6 +18,10 @@ from pyglobenc.methods.family import OF_STAGE
 # these read the whole map of every layer
 STORED = ("attention-flow",)
 FLOAT32, FLOAT64 = 4, 8
+RELEVANCE = "transformer-attribution"
+ESTIMATED = (*ROLLOUT_FAMILY, RELEVANCE)
+# tiles of (query, key) pairs that the relevance ops hold, and bytes of them all at most
+TILES, TILE_BYTES = 8, 1 << 23
 
 
 @dataclass(frozen=True)
@@ -62,17 +67,19 @@ def estimate_memory(
     maps: int = 0,
     dtype: torch.dtype | None = None,
 ) -> Estimate:
-    """Peak memory of a call of a rollout method.
+    """Peak memory of a call of a method.
 
     Args:
         model: of transformers; one on torch's meta device will do, whose weights take no memory.
         batch: B, examples at a time.
         n: tokens of the longest, special tokens included.
-        method: a name of the rollout family.
+        method: a name in ESTIMATED.
         targets: T, rows an example.
         layers: the result holds the rollout up to every layer.
         maps: (B, L, n, n) arrays asked for; a head_N counts as the number of heads.
         dtype: of the attribution's arithmetic, as for `GlobEnc`.
+
+    targets, layers and maps are of the rollout family alone.
 
     Returns:
         Estimate, in bytes.
@@ -80,25 +87,40 @@ def estimate_memory(
     Raises:
         ValueError: a method that no estimate is known for.
     """
-    if method not in ROLLOUT_FAMILY:
-        raise ValueError(f"estimate_memory: known for {', '.join(ROLLOUT_FAMILY)}, got {method!r}")
-    s, tokens = _Sizes.of(model.config), batch * n
-    element = torch.empty((), dtype=model.dtype).element_size()
+    if method not in ESTIMATED:
+        raise ValueError(f"estimate_memory: known for {', '.join(ESTIMATED)}, got {method!r}")
+    s, element = _Sizes.of(model.config), torch.empty((), dtype=model.dtype).element_size()
     wide = FLOAT64 if FLOAT64 in (element, dtype and torch.empty((), dtype=dtype).element_size()) else FLOAT32
+    weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    if method == RELEVANCE:
+        return _relevance(s, weights, batch, n, element if dtype is None else wide, wide)
+    tokens = batch * n
     # asked for in double, the states of a narrower model are cast before the rollout
     state = wide if dtype == torch.float64 else element
-    saved = s.layers * tokens * ((2 * s.d + s.queries + 2 * s.keys) * state + (s.heads + 4) * wide)
     forward = max(2 * s.mlp + s.d, s.mlp + 4 * s.d) * element
     rollout = (_rollout_numbers(s, method) + (2 * s.d if element < wide else 0)) * wide
     rows = 3 * batch * targets * n * (s.layers if layers else 1) * wide
     # the layers' own maps, and the array that they are stacked into
     stored = 2 * (maps + (method in STORED))
     return Estimate(
-        weights=sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())),
+        weights=weights,
         kernels=_kernel_numbers(s, method) * wide,
-        saved=saved,
+        saved=s.layers * tokens * ((2 * s.d + s.queries + 2 * s.keys) * state + (s.heads + 4) * wide),
         workspace=max(tokens * forward, tokens * rollout + rows),
-        maps=stored * s.layers * batch * n * n * wide,
+        maps=stored * s.layers * tokens * n * wide,
+    )
+
+
+def _relevance(s: "_Sizes", weights: int, batch: int, n: int, element: int, wide: int) -> Estimate:
+    """Of transformer attribution: numbers a token and layer that autograd and the rules keep, as the allocator shows them."""
+    pairs = batch * s.heads * n * n
+    return Estimate(
+        weights=weights,
+        # |W| of every Linear
+        kernels=s.layers * 2 * (s.d * s.queries + s.d * s.keys + s.d * s.mlp) * wide,
+        saved=s.layers * batch * n * (14 * s.d + 2 * s.queries + 2 * s.keys + 4 * s.mlp) * element,
+        workspace=batch * n * 7 * s.d * wide + min(TILES * pairs * wide, TILE_BYTES),
+        maps=0,
     )
 
 

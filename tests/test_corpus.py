@@ -70,6 +70,14 @@ def test_every_record_is_attributed_or_reported(corpus, tmp_path, minilm_is_tiny
     assert pq.read_table(tmp_path / "out").num_rows == len(found)
 
 
+def test_other_methods_explain_a_class(corpus, tmp_path, minilm_is_tiny):
+    assert run(corpus, tmp_path / "out", "--method", "transformer-attribution", "--target", "1") == 0
+    for row in rows(tmp_path / "out"):
+        alone = pyglobenc.explain(tiny.classifier(), tiny.tokenizer(), row["text"], method="transformer-attribution", target=1)
+        assert (row["target"], row["target_name"], row["target_kind"]) == (1, "GOOD", "class")
+        np.testing.assert_allclose(row["scores"], alone.scores, rtol=1e-6, atol=1e-6 * np.abs(alone.scores).max())
+
+
 def test_number_of_ranks_does_not_matter(corpus, tmp_path, minilm_is_tiny, monkeypatch):
     assert run(corpus, tmp_path / "one") == 0
     monkeypatch.setenv("WORLD_SIZE", "3")

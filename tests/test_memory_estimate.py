@@ -6,7 +6,7 @@ import transformers
 from allocations import measure_allocations
 from models import randomize
 
-from pyglobenc import GlobEnc, Rollout
+from pyglobenc import GlobEnc, Rollout, TransformerAttribution
 from pyglobenc.memory import estimate_memory
 
 WITHIN = 0.2
@@ -16,8 +16,8 @@ DEEP = BERT | dict(num_hidden_layers=8)
 DISTILBERT = dict(vocab_size=100, max_position_embeddings=2048, n_layers=3, n_heads=4, dim=64, hidden_dim=256)
 
 
-def make(settings, kind="Bert", dtype=torch.float32):
-    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**settings))
+def make(settings, kind="Bert", dtype=torch.float32, head="Model"):
+    model = getattr(transformers, f"{kind}{head}")(getattr(transformers, f"{kind}Config")(**settings))
     return randomize(model, std=0.02).to(dtype).eval()
 
 
@@ -80,6 +80,24 @@ def test_other_architecture_padding_targets_and_layers():
     check(estimate_memory(model, batch=2, n=200, targets=50, layers=True), *found)
 
 
+@pytest.mark.parametrize(
+    "settings, batch, n, dtype",
+    [
+        (BERT, 1, 512, torch.float32),
+        (BERT, 1, 1024, torch.float32),
+        (BERT, 8, 64, torch.float32),
+        (DEEP, 1, 300, torch.float32),
+        (WIDE, 2, 256, torch.float32),
+        (BERT, 2, 200, torch.float64),
+    ],
+)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_transformer_attribution(settings, batch, n, dtype, backend):
+    model = make(settings, "Bert", dtype, "ForSequenceClassification")
+    found = measured(TransformerAttribution(model, backend=backend), model, batch, n)
+    check(estimate_memory(model, batch=batch, n=n, method="transformer-attribution"), *found)
+
+
 def test_maps():
     model = make(BERT)
     found = measured(GlobEnc(model), model, 1, 400, maps=["N_Enc", "head_N"])
@@ -95,4 +113,4 @@ def test_needs_no_weights():
 
 def test_unknown_methods_are_refused():
     with pytest.raises(ValueError, match="known for raw-attention"):
-        estimate_memory(make(BERT), batch=1, n=8, method="transformer-attribution")
+        estimate_memory(make(BERT), batch=1, n=8, method="lrp")
