@@ -13,9 +13,10 @@ _MODULES = {
     "Rollout": "pyglobenc.methods.family",
     "TransformerAttribution": "pyglobenc.methods.transformer_attribution",
     "capture": "pyglobenc.hf",
+    "explain_image": "pyglobenc.images",
 }
 
-__all__ = ["Attribution", "GlobEnc", "Rollout", "TransformerAttribution", "__version__", "capture", "explain", "load"]
+__all__ = ["Attribution", "GlobEnc", "Rollout", "TransformerAttribution", "__version__", "capture", "explain", "explain_image", "load"]
 
 
 def __getattr__(name: str) -> Any:
