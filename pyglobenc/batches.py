@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pyglobenc.hf.limits import max_tokens
 from pyglobenc.hf.registry import is_decoder
 from pyglobenc.hf.unwrap import stock_model
+from pyglobenc.methods.batching import fitting_batch, in_batches
 from pyglobenc.methods.registry import find_method
 from pyglobenc.windows import Encoded, join
 
@@ -100,10 +101,10 @@ class Runner:
         plans = [self._plan(text) for text in texts]
         for index, (_, windows) in enumerate(plans):
             jobs += [(index, window) for window in windows]
-        for start in range(0, len(jobs), self.options.batch_size):
-            batch = jobs[start : start + self.options.batch_size]
-            for (index, _), row in zip(batch, self._rows(texts, plans, batch), strict=True):
-                done[index].append(row)
+        width, options = max((len(window) for _, window in jobs), default=0), self.options
+        size = fitting_batch(self.model, width, options.batch_size, options.method, options.dtype) if jobs else 1
+        for (index, _), row in in_batches(lambda batch: self._rows(texts, plans, batch), jobs, size):
+            done[index].append(row)
             while waiting < len(texts) and len(done[waiting]) == len(plans[waiting][1]):
                 yield self._joined(texts[waiting], plans[waiting], done.pop(waiting))
                 waiting += 1

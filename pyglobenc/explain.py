@@ -77,7 +77,8 @@ def explain(
             the scores of overlapping windows as `pyglobenc.windows.join` says, of those windows that hold the target.
         max_length: tokens, special tokens included; None for all that model and tokenizer take.
         stride: of windows: tokens from the start of one to the start of the next; None for half a window.
-        batch_size: texts or windows that the model sees at once.
+        batch_size: texts or windows that the model sees at once, at most: fewer where an estimate says that memory is short, and half
+            as many each time it runs out all the same.
         backend, dtype: as for `GlobEnc`.
         progress: show a bar on stderr when there is more than one text.
 

@@ -4,10 +4,14 @@ import pytest
 import torch
 from models import build, random_batch
 from published import Float64Throughout
+from tiny import classifier, tokenizer
 
 from pyglobenc import GlobEnc
+from pyglobenc.batches import Runner
+from pyglobenc.explain import Options
 from pyglobenc.memory import estimate_memory
 from pyglobenc.methods.batching import SHARE, available_bytes, fitting_batch, in_batches, out_of_memory
+from pyglobenc.windows import encode
 
 
 def test_as_many_as_the_estimate_says():
@@ -64,6 +68,28 @@ def test_torch_says_so():
     assert out_of_memory(raised.value)
     assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert not out_of_memory(ValueError("q must be (B, H, n, dh)"))
+
+
+def test_explain_goes_on_with_smaller_batches(caplog):
+    texts = ["deep good film"] * 7
+    runner = Runner(classifier(), tokenizer(), Options(batch_size=5))
+    encoded = [encode(tokenizer(), text, "text", 40, "error", None) for text in texts]
+    exact = list(runner.run(encoded))
+    whole, sizes = runner._run, []
+
+    def limited_memory(batch, targets):
+        sizes.append(len(batch["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(batch, targets)
+
+    runner._run = limited_memory
+    with caplog.at_level(logging.WARNING, "pyglobenc"):
+        found = list(runner.run(encoded))
+    assert sizes == [5, 3, 2, 2, 2, 1]
+    assert len(caplog.records) == 2
+    for out, plain in zip(found, exact, strict=True):
+        torch.testing.assert_close(torch.as_tensor(out["scores"]), torch.as_tensor(plain["scores"]), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
