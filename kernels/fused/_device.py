@@ -6,6 +6,7 @@ from functools import cache
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 MAX_HEADS = 64
@@ -72,6 +73,14 @@ def device_reasons(tensors: dict[str, Tensor | None]) -> list[str]:
     if device.type != "cpu" or not interpreting():
         return [f"needs tensors on a GPU, got {device}"]
     return []
+
+
+@triton.jit
+def real_tokens(MASK, b, stride_b, stride_n, rows, ok, HAS_MASK: tl.constexpr):
+    """Which of the rows that are ok aren't padding of example b: padding may hold anything, and is never loaded."""
+    if HAS_MASK:
+        ok = ok & (tl.load(MASK + b * stride_b + rows.to(tl.int64) * stride_n, mask=ok, other=0) != 0)
+    return ok
 
 
 def power_of_two(size: int, least: int) -> int:

@@ -45,6 +45,19 @@ def load_gram(G, stride_n, stride_h, stride_g, heads, head_ok, j, j_ok):
 
 
 @triton.jit
+def hold_keys(
+    K, stride_h, stride_n, heads, head_ok, group, j, j_ok, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HELD: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Keys j as (heads, d, keys), to be held on chip; nothing unless HELD."""
+    if HELD:
+        k = load_heads(K, stride_h, stride_n, heads // group, head_ok, j, j_ok, tl.arange(0, BLOCK_D), HEAD_DIM, UPCAST)
+        return tl.permute(k, (0, 2, 1))
+    else:
+        return 0.0
+
+
+@triton.jit
 def own_term(
     Q, K, LSE, CROSS, RESIDUAL_SQ, stride_qh, stride_qn, stride_kh, stride_kn, stride_lh, stride_ln, stride_cn, stride_ch, stride_rn,
     heads, head_ok, group, j, j_ok, scaling, HEAD_DIM: tl.constexpr, UPCAST: tl.constexpr,

@@ -30,15 +30,6 @@ def store_rows(X, stride_n, rows, row_ok, d, x, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def load_keys(MASK, b, stride_mb, stride_mn, j, n, HAS_MASK: tl.constexpr):
-    """Whether j are real keys of example b."""
-    ok = j < n
-    if HAS_MASK:
-        ok = ok & (tl.load(MASK + b * stride_mb + j.to(tl.int64) * stride_mn, mask=ok, other=0) != 0)
-    return ok
-
-
-@triton.jit
 def pair_relevance(
     Q, K, V, S, GRAD, LSE, stride_qn, stride_kn, stride_vn, stride_sn, stride_gn, stride_ln, i, i_ok, j, j_ok, scaling, left, right,
     HEAD_DIM: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_WINDOW: tl.constexpr, PRODUCTS: tl.constexpr,

@@ -14,12 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyglobenc.kernels._device import float32_precision, on, power_of_two
+from pyglobenc.kernels._device import float32_precision, on, power_of_two, real_tokens
 from pyglobenc.kernels._division import safe_divide
 from pyglobenc.kernels._relevance import (
     by_head,
     launch,
-    load_keys,
     load_rows,
     new_like,
     pair_relevance,
@@ -81,7 +80,7 @@ def _relevance_rows_kernel(
     first = tl.maximum(0, block * BLOCK_I - left) // BLOCK_J * BLOCK_J
     for start in range(first, tl.minimum(n, (block + 1) * BLOCK_I + right), BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
-        j_ok = load_keys(MASK, b, stride_mb, stride_mn, j, n, HAS_MASK)
+        j_ok = real_tokens(MASK, b, stride_mb, stride_mn, j, j < n, HAS_MASK)
         dots, _, relevance, weighted = pair_relevance(Q, K, V, S, GRAD, LSE, stride_qn, stride_kn, stride_vn, stride_sn, stride_gn,
                                                       stride_ln, i, i_ok, j, j_ok, scaling, left, right, HEAD_DIM, HAS_GRAD,
                                                       HAS_WINDOW, PRODUCTS)  # fmt: skip
@@ -100,6 +99,18 @@ def _relevance_rows_kernel(
         if ADDITIVE:
             tl.store(TOTALS + at, before, mask=i_ok)
             tl.store(TOTALS + total_rows + at, after, mask=i_ok)
+
+
+@triton.jit
+def _step(acc, W, stride_t, stride_n, t, t_ok, i, i_ok, weighted, BLOCK_T: tl.constexpr, PRODUCTS: tl.constexpr):
+    """acc + W A_h of a tile: (rows of the rollout, keys)."""
+    at = W + t.to(tl.int64)[:, None] * stride_t + i.to(tl.int64)[None, :] * stride_n
+    w = tl.load(at, mask=t_ok[:, None] & i_ok[None, :], other=0.0)
+    if BLOCK_T == 1:
+        acc += tl.sum(tl.trans(w) * weighted, 0)[None, :]
+    else:
+        acc = tl.dot(w, weighted, acc, input_precision=PRODUCTS)
+    return acc
 
 
 @triton.jit
@@ -133,14 +144,13 @@ def _relevance_columns_kernel(
     if HAS_GRAD:
         GRAD += b * stride_gb + h * stride_gh
     j = block * BLOCK_J + tl.arange(0, BLOCK_J)
-    j_ok = load_keys(MASK, b, stride_mb, stride_mn, j, n, HAS_MASK)
+    j_ok = real_tokens(MASK, b, stride_mb, stride_mn, j, j < n, HAS_MASK)
     d = tl.arange(0, BLOCK_D)
     acc_k = tl.zeros((BLOCK_J, BLOCK_D), tl.float32)
     acc_v = tl.zeros((BLOCK_J, BLOCK_D), tl.float32)
     # BLOCK_T 0: no step
-    T: tl.constexpr = max(BLOCK_T, 1)
-    t = tl.arange(0, T)
-    acc_t = tl.zeros((T, BLOCK_J), tl.float32)
+    t = tl.arange(0, max(BLOCK_T, 1))
+    acc_t = tl.zeros((max(BLOCK_T, 1), BLOCK_J), tl.float32)
     first = tl.maximum(0, block * BLOCK_J - right) // BLOCK_I * BLOCK_I
     last = tl.minimum(n, (block + 1) * BLOCK_J + left)
     last = tl.where(tl.max(j_ok.to(tl.int32), 0) > 0, last, first)
@@ -151,12 +161,7 @@ def _relevance_columns_kernel(
                                                           stride_ln, i, i_ok, j, j_ok, scaling, left, right, HEAD_DIM, HAS_GRAD,
                                                           HAS_WINDOW, PRODUCTS)  # fmt: skip
         if BLOCK_T > 0:
-            at = b * stride_wb + t.to(tl.int64)[:, None] * stride_wt + i.to(tl.int64)[None, :] * stride_wn
-            w = tl.load(W + at, mask=(t < n_rows)[:, None] & i_ok[None, :], other=0.0)
-            if BLOCK_T == 1:
-                acc_t += tl.sum(tl.trans(w) * weighted, 0)[None, :]
-            else:
-                acc_t = tl.dot(w, weighted, acc_t, input_precision=PRODUCTS)
+            acc_t = _step(acc_t, W + b * stride_wb, stride_wt, stride_wn, t, t < n_rows, i, i_ok, weighted, BLOCK_T, PRODUCTS)
         if RELEVANCE:
             _, u = _shares_of_scores(relevance, dots, scaling, stabilizer, ADDITIVE, STABILIZED)
             acc_k = tl.dot(tl.trans(u), load_rows(Q, stride_qn, i, i_ok, d, HEAD_DIM), acc_k, input_precision=PRODUCTS)
@@ -164,10 +169,8 @@ def _relevance_columns_kernel(
     j_in = j < n
     if RELEVANCE:
         base = head.to(tl.int64) * n * HEAD_DIM
-        r_k = acc_k * load_rows(K, stride_kn, j, j_ok, d, HEAD_DIM) * 0.5
-        r_v = acc_v * load_rows(V, stride_vn, j, j_ok, d, HEAD_DIM) * 0.5
-        store_rows(R_K + base, HEAD_DIM, j, j_in, d, r_k, HEAD_DIM)
-        store_rows(R_V + base, HEAD_DIM, j, j_in, d, r_v, HEAD_DIM)
+        store_rows(R_K + base, HEAD_DIM, j, j_in, d, acc_k * load_rows(K, stride_kn, j, j_ok, d, HEAD_DIM) * 0.5, HEAD_DIM)
+        store_rows(R_V + base, HEAD_DIM, j, j_in, d, acc_v * load_rows(V, stride_vn, j, j_ok, d, HEAD_DIM) * 0.5, HEAD_DIM)
     if BLOCK_T > 0:
         at = (head.to(tl.int64) * n_rows + t.to(tl.int64)[:, None]) * n + j[None, :]
         tl.store(OUT + at, acc_t, mask=(t < n_rows)[:, None] & j_in[None, :])

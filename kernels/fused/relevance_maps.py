@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyglobenc.kernels._device import float32_precision, on
-from pyglobenc.kernels._relevance import by_head, launch, load_keys, pair_relevance, relevance_reasons, sides
+from pyglobenc.kernels._device import float32_precision, on, real_tokens
+from pyglobenc.kernels._relevance import by_head, launch, pair_relevance, relevance_reasons, sides
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def _relevance_maps_kernel(
     row_block, rest = tl.program_id(0) % row_blocks, tl.program_id(0) // row_blocks
     j = (rest % key_blocks) * BLOCK_J + tl.arange(0, BLOCK_J)
     b = (rest // key_blocks).to(tl.int64)
-    j_ok = load_keys(MASK, b, stride_mb, stride_mn, j, n, HAS_MASK)
+    j_ok = real_tokens(MASK, b, stride_mb, stride_mn, j, j < n, HAS_MASK)
     row = row_block * BLOCK_I + tl.arange(0, BLOCK_I)
     i_ok = row < m
     i = row

@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyglobenc.kernels._device import on, power_of_two
+from pyglobenc.kernels._device import on, power_of_two, real_tokens
 from pyglobenc.kernels._pairs import (
+    hold_keys,
     load_gram,
-    load_heads,
     own_term,
     pair_norms,
     pair_reasons,
@@ -25,6 +25,16 @@ from pyglobenc.kernels._pairs import (
 
 # rows of the rollout that one pass carries; more rows take more passes
 MAX_ROWS = 64
+
+
+@triton.jit
+def _queries(block, j_ok, n, left, right, share, shares, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):
+    """First and last + 1 of a share of the queries that see a key of the block; shares are whole tiles."""
+    first = tl.maximum(0, block * BLOCK_J - right) // BLOCK_I * BLOCK_I
+    last = tl.minimum(n, (block + 1) * BLOCK_J + left)
+    last = tl.where(tl.max(j_ok.to(tl.int32), 0) > 0, last, first)
+    per_share = tl.cdiv(tl.cdiv(last - first, BLOCK_I), shares) * BLOCK_I
+    return first + share * per_share, tl.minimum(last, first + (share + 1) * per_share)
 
 
 @triton.jit
@@ -58,36 +68,21 @@ def _rollout_step_kernel(
     heads = tl.arange(0, HEADS)
     head_ok = heads < n_heads
     j = block * BLOCK_J + tl.arange(0, BLOCK_J)
-    j_ok = j < n
-    if HAS_MASK:
-        j_ok = j_ok & (tl.load(MASK + b * stride_mb + j.to(tl.int64) * stride_mn, mask=j_ok, other=0) != 0)
-
-    # queries that see a key of this block, shared out in whole tiles
-    first = tl.maximum(0, block * BLOCK_J - right) // BLOCK_I * BLOCK_I
-    last = tl.minimum(n, (block + 1) * BLOCK_J + left)
-    last = tl.where(tl.max(j_ok.to(tl.int32), 0) > 0, last, first)
-    per_share = tl.cdiv(tl.cdiv(last - first, BLOCK_I), shares) * BLOCK_I
-    first += share * per_share
-    last = tl.minimum(last, first + per_share)
-
+    j_ok = real_tokens(MASK, b, stride_mb, stride_mn, j, j < n, HAS_MASK)
+    first, last = _queries(block, j_ok, n, left, right, share, shares, BLOCK_I, BLOCK_J)
     gram = load_gram(GRAM + b * stride_gb, stride_gn, stride_gh, stride_gg, heads, head_ok, j, j_ok)
-    k_held = 0.0
-    if HELD:
-        k_held = load_heads(K, stride_kh, stride_kn, heads // group, head_ok, j, j_ok, tl.arange(0, BLOCK_D), HEAD_DIM, UPCAST)
-        k_held = tl.permute(k_held, (0, 2, 1))
-    own = 0.0
-    if HAS_OWN:
+    k_held = hold_keys(K, stride_kh, stride_kn, heads, head_ok, group, j, j_ok, HEAD_DIM, BLOCK_D, HELD, UPCAST)
+    own = tl.zeros((BLOCK_J,), tl.float32)
+    # only one share meets its own keys
+    if HAS_OWN and (first < (block + 1) * BLOCK_J) & (last > block * BLOCK_J):
         own = own_term(Q, K, LSE, CROSS + b * stride_cb, RESIDUAL_SQ + b * stride_xb, stride_qh, stride_qn, stride_kh, stride_kn,
                        stride_lh, stride_ln, stride_cn, stride_ch, stride_xn, heads, head_ok, group, j, j_ok, scaling, HEAD_DIM,
                        UPCAST)  # fmt: skip
     acc = tl.zeros((BLOCK_J, BLOCK_T), tl.float32)
     for start in range(first, last, BLOCK_I):
         i = start + tl.arange(0, BLOCK_I)
-        i_ok = i < n
         i64 = i.to(tl.int64)
-        if HAS_MASK:
-            # padding may hold anything: it is never loaded
-            i_ok = i_ok & (tl.load(MASK + b * stride_mb + i64 * stride_mn, mask=i_ok, other=0) != 0)
+        i_ok = real_tokens(MASK, b, stride_mb, stride_mn, i, i < n, HAS_MASK)
         norms = pair_norms(Q, K, LSE, stride_qh, stride_qn, stride_kh, stride_kn, stride_lh, stride_ln, heads, head_ok, group, i, i_ok,
                            j, j_ok, k_held, gram, own, scaling, left, right, HEAD_DIM, BLOCK_D, HELD, HAS_OWN, HAS_WINDOW, SCORES,
                            FORM, UPCAST)  # fmt: skip

@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyglobenc.kernels._device import on
+from pyglobenc.kernels._device import on, real_tokens
 from pyglobenc.kernels._pairs import (
+    hold_keys,
     load_gram,
-    load_heads,
     own_term,
     pair_norms,
     pair_reasons,
@@ -51,14 +51,9 @@ def _token_norms_kernel(
     heads = tl.arange(0, HEADS)
     head_ok = heads < n_heads
     j = block * BLOCK_J + tl.arange(0, BLOCK_J)
-    j_ok = j < n
-    if HAS_MASK:
-        j_ok = j_ok & (tl.load(MASK + b * stride_mb + j.to(tl.int64) * stride_mn, mask=j_ok, other=0) != 0)
+    j_ok = real_tokens(MASK, b, stride_mb, stride_mn, j, j < n, HAS_MASK)
     gram = load_gram(GRAM + b * stride_gb, stride_gn, stride_gh, stride_gg, heads, head_ok, j, j_ok)
-    k_held = 0.0
-    if HELD:
-        k_held = load_heads(K, stride_kh, stride_kn, heads // group, head_ok, j, j_ok, tl.arange(0, BLOCK_D), HEAD_DIM, UPCAST)
-        k_held = tl.permute(k_held, (0, 2, 1))
+    k_held = hold_keys(K, stride_kh, stride_kn, heads, head_ok, group, j, j_ok, HEAD_DIM, BLOCK_D, HELD, UPCAST)
     own = 0.0
     if HAS_OWN:
         own = own_term(Q, K, LSE, CROSS + b * stride_cb, RESIDUAL_SQ + b * stride_xb, stride_qh, stride_qn, stride_kh, stride_kn,
@@ -72,10 +67,7 @@ def _token_norms_kernel(
         if HAS_ROWS:
             i = tl.load(ROWS + b * stride_rb + row * stride_rn, mask=row_ok, other=0).to(tl.int32)
         i64 = i.to(tl.int64)
-        i_ok = row_ok
-        if HAS_MASK:
-            # padding may hold anything: it is never loaded
-            i_ok = i_ok & (tl.load(MASK + b * stride_mb + i64 * stride_mn, mask=i_ok, other=0) != 0)
+        i_ok = real_tokens(MASK, b, stride_mb, stride_mn, i, row_ok, HAS_MASK)
         norms = pair_norms(Q, K, LSE, stride_qh, stride_qn, stride_kh, stride_kn, stride_lh, stride_ln, heads, head_ok, group, i, i_ok,
                            j, j_ok, k_held, gram, own, scaling, left, right, HEAD_DIM, BLOCK_D, HELD, HAS_OWN, HAS_WINDOW, SCORES,
                            FORM, UPCAST)  # fmt: skip
