@@ -15,9 +15,12 @@ class Float64Throughout(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        wide = bool(args) and isinstance(args[0], Tensor) and args[0].dtype == torch.float64
-        if wide and (func is Tensor.float or (func is Tensor.to and torch.float32 in (*args[1:], *kwargs.values()))):
-            return args[0]
+        dtype = args[0].dtype if args and isinstance(args[0], Tensor) else None
+        narrows = func is Tensor.float or (func is Tensor.to and torch.float32 in (*args[1:], *kwargs.values()))
+        # positions are integers that become angles
+        if narrows and dtype in (torch.float64, torch.int64):
+            return args[0].double()
+        wide = dtype == torch.float64
         if wide and func in (nn.functional.softmax, torch.softmax, Tensor.softmax) and kwargs.get("dtype") == torch.float32:
             kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)

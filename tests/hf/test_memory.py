@@ -7,7 +7,7 @@ from models import build, random_batch
 
 from pyglobenc import GlobEnc
 
-N = 600
+N = 400
 FLOAT = 4
 
 
