@@ -28,6 +28,8 @@ class Variant:
         return depth - 1 if self.layer is None else self.layer % depth
 
 
+# rollout: of the relevance alone; last_layer, second_layer: the pooled token's row of that layer's map, _ablation: with the gradient;
+# full: relevance of the input tokens, or pixels; lrp: the same by the LRP baseline's rules; the last three read attention alone
 VARIANTS = {
     "transformer_attribution": Variant("rollout", gradient=True),
     "rollout": Variant("rollout"),

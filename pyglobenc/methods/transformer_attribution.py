@@ -94,44 +94,34 @@ class TransformerAttribution:
         reliability: str = "auto",
         **batch: Any,
     ) -> RelevanceResult:
-        """Attribute one logit of every example to its tokens or patches.
-
-        No (n, n) array is stored unless maps asks for one. Every example gets what it gets alone, without padding.
+        """Attribute one logit of every example to its tokens or patches; no (n, n) array is stored unless maps asks for one.
 
         Args:
-            target: class explained, one or (B,); None: the predicted one. Of a question answerer "start" (the default) or "end"; of a
-                multiple choice the choice.
-            contrast: class whose logit is subtracted, one or (B,): the difference is explained as one output whose weights are the
-                difference of the two classes' weights.
-            position: token whose logit is explained, one or (B,), for heads with a logit a token; a question answerer's default is
-                the largest logit.
+            target: class explained, one or (B,), None: the predicted one; a question answerer's "start" (default) or "end"; a choice.
+            contrast: class whose logit is subtracted, one or (B,): the difference is explained as one output.
+            position: token whose logit is explained, one or (B,), for heads with a logit a token; of a question answerer by default
+                the one with the largest logit.
             start_layer: first layer of the rollout; the published BERT code's default is 11, its notebook's and ViT's 0.
-            variant: a name in VARIANTS or PUBLISHED: "transformer_attribution", "rollout" (of the relevance alone), "last_layer",
-                "second_layer" (relevance maps of one layer), the same with "_ablation" (times the gradient), "full" (relevance of the
-                input tokens, or pixels), "lrp" and "lrp_last_layer" (the LRP baseline's rules), "last_layer_attn",
-                "attention_rollout", "attn_gradcam".
+            variant: a name in VARIANTS or PUBLISHED, see `relevance_variants`.
             layers: also return the relevance of every layer's input.
             maps: any of "map" (B, L, n, n), the matrix A that the rollout adds to the identity; "alpha", "R_alpha", "grad_alpha"
                 (B, L, H, n, n); "R_in" (B, L, n, d).
-            reliability: how `error` is found: "measured" by a second run from an input moved by one rounding unit, nearly doubling the
-                time; "estimated" from the divisions met, at little cost; "auto" measures small float32 inputs and estimates the others;
-                "off". A PrecisionWarning is given above 1e-2.
+            reliability: how `error` is found, see `reliability`: "measured" nearly doubles the time, "estimated" costs little, "auto"
+                measures small float32 inputs and estimates the others; "off". A PrecisionWarning is given above 1e-2.
             batch: the model's inputs, as its tokenizer or image processor returns them.
 
         Returns:
-            RelevanceResult. scores are the published ones before the pooled token's own entry is overwritten.
+            RelevanceResult. scores are the published ones before the pooled token's own entry is overwritten; every example's are what
+            it gets alone, without padding.
 
         Raises:
             TypeError, ValueError: unknown variant or map, an index out of range, input that the model can't take, a result that
                 isn't finite.
         """
-        chosen = self._variant(variant, start_layer, maps)
-        if reliability not in METHODS:
-            raise ValueError(f"TransformerAttribution: reliability must be one of {', '.join(METHODS)}, got {reliability!r}")
+        chosen = self._variant(variant, start_layer, maps, reliability)
         self._check(batch)
         if self.kind == "choice":
-            batch, target = self._one_choice(batch, target, contrast)
-            contrast = None
+            batch, target, contrast = self._one_choice(batch, target, contrast)
         depth = len(find_layers(self.model))
         everything = layers or bool(maps)
         lowest = 0 if everything else chosen.lowest_gradient(start_layer, depth)
@@ -139,14 +129,13 @@ class TransformerAttribution:
         descent = self._descent(states, chosen)
         scores = variant_scores(self.model, chosen, descent, start_layer, self.prefix)
         result = self._result(scores, states)
-        how = self._error_method(reliability, chosen, states)
-        if how == "measured":
+        result.error_method = self._error_method(reliability, chosen, states)
+        if result.error_method == "measured":
             moved = self._descent(run_again(self.model, batch, states), chosen)
             own = states.target.position if self.prefix is None and chosen.kind != "input" else None
             result.error = distance(variant_scores(self.model, chosen, moved, start_layer, self.prefix), scores, own)
-        elif how == "estimated":
+        elif result.error_method == "estimated":
             result.error = descent.estimated_error()
-        result.error_method = how
         self._warn(result)
         if everything:
             descent.roll_out(depth, 0, tuple(maps))
@@ -177,7 +166,7 @@ class TransformerAttribution:
                 stacklevel=3,
             )
 
-    def _variant(self, variant: str, start_layer: int, maps: Sequence[str]) -> Variant:
+    def _variant(self, variant: str, start_layer: int, maps: Sequence[str], reliability: str) -> Variant:
         name = PUBLISHED.get(variant, variant)
         depth = len(find_layers(self.model))
         if name not in VARIANTS:
@@ -188,6 +177,8 @@ class TransformerAttribution:
             raise ValueError(f"TransformerAttribution: start_layer must lie in [0, {depth}), the model's layers, got {start_layer}")
         if isinstance(maps, str) or not set(maps) <= set(MAPS):
             raise ValueError(f"TransformerAttribution: maps must be a sequence of names among {', '.join(MAPS)}, got {maps!r}")
+        if reliability not in METHODS:
+            raise ValueError(f"TransformerAttribution: reliability must be one of {', '.join(METHODS)}, got {reliability!r}")
         chosen = VARIANTS[name]
         if chosen.layer is not None and chosen.layer >= depth:
             raise ValueError(f"TransformerAttribution: {variant} needs {chosen.layer + 1} layers, the model has {depth}")
@@ -206,7 +197,7 @@ class TransformerAttribution:
             came = "nothing" if pixels is None else tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
             raise ValueError(f"{who}: pixel_values must be a tensor (B, channels, height, width), got {came}")
 
-    def _one_choice(self, batch: Mapping[str, Any], target: Any, contrast: Index) -> tuple[dict[str, Any], int]:
+    def _one_choice(self, batch: Mapping[str, Any], target: Any, contrast: Index) -> tuple[dict[str, Any], int, None]:
         """The batch cut to the choice explained: a choice's logit depends on its own text alone."""
         if contrast is not None:
             raise ValueError("TransformerAttribution: contrast needs classes of one input; the choices are different inputs")
@@ -219,7 +210,7 @@ class TransformerAttribution:
         if int(index.min()) < 0 or int(index.max()) >= first.shape[1]:
             raise ValueError(f"TransformerAttribution: target must lie in [0, {first.shape[1]}), the choices, got {index.tolist()}")
         rows = torch.arange(first.shape[0], device=first.device)
-        return {**batch, **{name: value[rows, index][:, None] for name, value in inputs.items()}}, 0
+        return {**batch, **{name: value[rows, index][:, None] for name, value in inputs.items()}}, 0, None
 
     @staticmethod
     def _result(scores: Tensor, states: States) -> RelevanceResult:

@@ -1,4 +1,22 @@
-"""Op `relevance_attention`: relevance through softmax attention, and one step of the rollout of its maps."""
+"""Op `relevance_attention`: relevance through softmax attention, and one step of the rollout of its maps.
+
+For each example and head, with s = R_o / safe(o) and D = q k^T (unscaled):
+
+    alpha[i,j] = exp(scaling D[i,j] - lse[i])                       0 where the key is masked or outside the window
+    R_alpha[i,j] = alpha[i,j] <s[i], v[j]> / 2                       R_v[j] = v[j] sum_i alpha[i,j] s[i] / 2
+    R'[i,j] = R_alpha[i,j]                                           without additive_mask
+    R'[i,j] = c t R_alpha[i,j] / safe(t), t = scaling D[i,j]         with it
+    U[i,j] = R'[i,j] / safe(D[i,j])
+    R_q[i] = q[i] sum_j U[i,j] k[j] / 2                              R_k[j] = k[j] sum_i U[i,j] q[i] / 2
+
+over all heads of an example:
+
+    c = quotient(quotient(|K|, |K|) * P, K),  P = sum R_alpha,  K = sum t R_alpha / safe(t),  quotient(a, b) = a / safe(b)
+    A[i,j] = mean_h max(<grad_o[i], v[j]> R_alpha[i,j], 0)           row_sums[i] = sum_j A[i,j]
+    r_out = w (I + A),  w[i] = r[i], or r[i] / (1 + row_sums[i]) with normalize
+
+safe(b) = b + 1e-9, 1e-9 where that is 0; a quotient is 0 where b is 0.
+"""
 
 import torch
 from torch import Tensor
@@ -28,22 +46,7 @@ def relevance_attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Relevance of queries, keys and values from that of the attention output, and a rollout step, without an (n, n) array.
 
-    For each example and head, with s = R_o / safe(o) and D = q k^T (unscaled):
-
-        alpha[i,j] = exp(scaling D[i,j] - lse[i])                       0 where the key is masked or outside the window
-        R_alpha[i,j] = alpha[i,j] <s[i], v[j]> / 2                       R_v[j] = v[j] sum_i alpha[i,j] s[i] / 2
-        R'[i,j] = R_alpha[i,j]                                           without additive_mask
-        R'[i,j] = c t R_alpha[i,j] / safe(t), t = scaling D[i,j]         with it
-        U[i,j] = R'[i,j] / safe(D[i,j])
-        R_q[i] = q[i] sum_j U[i,j] k[j] / 2                              R_k[j] = k[j] sum_i U[i,j] q[i] / 2
-
-    over all heads of an example:
-
-        c = quotient(quotient(|K|, |K|) * P, K),  P = sum R_alpha,  K = sum t R_alpha / safe(t),  quotient(a, b) = a / safe(b)
-        A[i,j] = mean_h max(<grad_o[i], v[j]> R_alpha[i,j], 0)           row_sums[i] = sum_j A[i,j]
-        r_out = w (I + A),  w[i] = r[i], or r[i] / (1 + row_sums[i]) with normalize
-
-    safe(b) = b + 1e-9, 1e-9 where that is 0; a quotient is 0 where b is 0.
+    The rules are in this module's docstring.
 
     Args:
         q, k, v: (B, H, n, dh), float32 or float64.

@@ -1,0 +1,68 @@
+"""Train the sentiment head of MiniLM: logistic regression on the pooled token of the frozen encoder.
+
+    python -m pyglobenc.models.train_sst2_head TRAIN.tsv DEV.tsv OUT.safetensors
+
+Each line of the data is a sentence, a tab, and 0 or 1. Prints the accuracy, which is kept in the file's metadata.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoTokenizer, BertModel
+
+from pyglobenc.hf.pretrained import model_folder
+
+BATCH, MAX_LENGTH, PENALTY = 64, 64, 1e-5
+
+
+def read(path: str) -> tuple[list[str], Tensor]:
+    """Sentences and their labels, (rows,)."""
+    rows = [line.rsplit("\t", 1) for line in Path(path).read_text("utf-8").splitlines() if line]
+    return [text for text, _ in rows], torch.tensor([int(label) for _, label in rows])
+
+
+@torch.no_grad()
+def features(texts: list[str]) -> Tensor:
+    """What the classifier of a BertForSequenceClassification would see, (rows, d)."""
+    folder = model_folder("minilm")
+    model, tokenizer = BertModel.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(folder)
+    out = torch.empty(len(texts), model.config.hidden_size)
+    # of like lengths together
+    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+    for start in range(0, len(order), BATCH):
+        rows = order[start : start + BATCH]
+        batch = tokenizer([texts[row] for row in rows], padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
+        out[rows] = model(**batch).pooler_output
+    return out
+
+
+def fit(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights (2, d) and bias (2,) of the penalised logistic regression."""
+    weight, bias = torch.zeros(2, x.shape[1], requires_grad=True), torch.zeros(2, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=500, history_size=20, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = torch.nn.functional.cross_entropy(x @ weight.T + bias, y) + PENALTY * weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return weight.detach(), bias.detach()
+
+
+def main(train: str, dev: str, out: str) -> None:
+    """Train, measure and write the head."""
+    texts, labels = read(train)
+    weight, bias = fit(features(texts), labels)
+    texts, labels = read(dev)
+    accuracy = float(((features(texts) @ weight.T + bias).argmax(-1) == labels).float().mean())
+    print(f"accuracy on {len(labels)} sentences: {accuracy:.3f}")
+    save_file({"weight": weight, "bias": bias}, out, metadata={"accuracy": f"{accuracy:.4f}", "sentences": str(len(labels))})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
