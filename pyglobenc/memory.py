@@ -14,14 +14,15 @@ from transformers import PreTrainedModel
 
 from pyglobenc.methods.family import METHODS as ROLLOUT_FAMILY
 from pyglobenc.methods.family import OF_STAGE
+from pyglobenc.methods.reliability import MEASURED_BELOW
 
 # these read the whole map of every layer
 STORED = ("attention-flow",)
 FLOAT32, FLOAT64 = 4, 8
 RELEVANCE = "transformer-attribution"
 ESTIMATED = (*ROLLOUT_FAMILY, RELEVANCE)
-# tiles of (query, key) pairs that the relevance ops hold, and bytes of them all at most
-TILES, TILE_BYTES = 8, 1 << 23
+# tiles of (query, key) pairs that the relevance ops hold, and numbers in them all at most: the CPU kernels, and the reference in double
+TILES = {FLOAT32: (4, 2 << 20), FLOAT64: (8, 3 << 20)}
 
 
 @dataclass(frozen=True)
@@ -113,13 +114,17 @@ def estimate_memory(
 
 def _relevance(s: "_Sizes", weights: int, batch: int, n: int, element: int, wide: int) -> Estimate:
     """Of transformer attribution: numbers a token and layer that autograd and the rules keep, as the allocator shows them."""
-    pairs = batch * s.heads * n * n
+    tokens, (tiles, most) = batch * n, TILES[wide]
+    matrices = s.layers * 2 * (s.d * s.queries + s.d * s.keys + s.d * s.mlp)
+    # a small model's error is measured by a second run, and the graph of the first is still there
+    runs = 2 if wide == FLOAT32 and matrices * tokens < MEASURED_BELOW else 1
+    attention = tokens * 7 * s.d + min(tiles * batch * s.heads * n * n, most)
     return Estimate(
         weights=weights,
         # |W| of every Linear
-        kernels=s.layers * 2 * (s.d * s.queries + s.d * s.keys + s.d * s.mlp) * wide,
-        saved=s.layers * batch * n * (14 * s.d + 2 * s.queries + 2 * s.keys + 4 * s.mlp) * element,
-        workspace=batch * n * 7 * s.d * wide + min(TILES * pairs * wide, TILE_BYTES),
+        kernels=matrices * wide,
+        saved=runs * s.layers * tokens * (7 * s.d + s.queries + s.keys + 2 * s.mlp) * element,
+        workspace=max(tokens * (7 * s.d + 4 * s.mlp), attention) * wide,
         maps=0,
     )
 
