@@ -3,7 +3,7 @@
     from pyglobenc.compat.chefer import Generator        # instead of BERT_explainability...ExplanationGenerator
     from pyglobenc.compat.chefer import LRP, Baselines   # instead of baselines.ViT.ViT_explanation_generator
 
-Batches may hold more than one example; padding is left out of every mean, also of Grad-CAM's, where the published code counts it.
+Batches may hold more than one example.
 """
 
 from typing import Any
@@ -12,8 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pyglobenc.hf import LayerTrace
 from pyglobenc.hf.vit import patch_projection
+from pyglobenc.methods.inputs import check_batch
+from pyglobenc.methods.relevance_states import run_forward
 from pyglobenc.methods.transformer_attribution import TransformerAttribution
+from pyglobenc.reference.relevance_attention import probability_tiles
 
 # the published method names, and what they are with is_ablation
 METHODS = {
@@ -35,6 +39,7 @@ class Generator:
         self.model = model
         self.model.eval()
         self._attribute = TransformerAttribution(model, backend)
+        self._last = model.config.num_hidden_layers - 1
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         """The model's own output."""
@@ -63,8 +68,13 @@ class Generator:
         return self._without_first("attention_rollout", input_ids, attention_mask, index, start_layer)
 
     def generate_attn_gradcam(self, input_ids: Tensor, attention_mask: Tensor, index: Any = None) -> Tensor:
-        """Grad-CAM on the last layer's attention."""
-        return self._without_first("attn_gradcam", input_ids, attention_mask, index)
+        """Grad-CAM on the last layer's attention; as published, means and extremes run over padding too."""
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+        check_batch("Generator", self._attribute.model, batch)
+        states = run_forward(self._attribute.model, batch, self._attribute.kind, (_class(index), None, None), None, self._last)
+        scores = _grad_cam(states.layers[-1], states.grads[-1])
+        scores[:, 0] = 0
+        return scores
 
     def _without_first(self, variant: str, input_ids: Tensor, attention_mask: Tensor, index: Any, start_layer: int = 0) -> Tensor:
         scores = self._scores(variant, input_ids, attention_mask, index, start_layer)
@@ -127,6 +137,17 @@ class Baselines:
     def generate_rollout(self, input: Tensor, start_layer: int = 0) -> Tensor:
         """Attention rollout, (B, patches)."""
         return self._attribute(pixel_values=input, variant="attention_rollout", start_layer=start_layer).scores
+
+
+def _grad_cam(layer: LayerTrace, grad_o: Tensor) -> Tensor:
+    """Row of the first token of Grad-CAM on attention, scaled to [0, 1] over the whole map, padding included: (B, n)."""
+    n = layer.q.shape[2]
+    weights = (grad_o.sum(2) * layer.v.sum(2)).sum(-1)[..., None, None] / n**2
+    tiles = probability_tiles(layer.q, layer.k, layer.lse, layer.key_mask, layer.scaling, layer.window)
+    maps = [(alpha * weights).mean(1).clamp(min=0) for _, _, alpha in tiles]
+    low = torch.stack([m.amin((1, 2)) for m in maps]).amin(0)[:, None]
+    high = torch.stack([m.amax((1, 2)) for m in maps]).amax(0)[:, None]
+    return (maps[0][:, 0] - low) / (high - low)
 
 
 def _class(index: Any) -> Any:

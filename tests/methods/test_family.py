@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 from models import build, random_batch
-from published import published_maps, published_rollout
+from published import Float64Throughout, published_maps, published_rollout
 
 from pyglobenc import GlobEnc, Rollout
 from pyglobenc.methods.family import METHODS, OF_STAGE
@@ -14,7 +14,8 @@ def with_residual(matrix, ratio, measured=False):
     matrix = matrix.clone()
     if measured:
         matrix.fill_diagonal_(0)
-        matrix = matrix / matrix.sum(1, keepdim=True)
+        # a causal model's first token sees itself alone
+        matrix = (matrix / matrix.sum(1, keepdim=True)).nan_to_num(0)
     return matrix * ratio[:, None] + torch.diag(1 - ratio)
 
 
@@ -24,10 +25,11 @@ def published_layers(method, maps, b, n):
     half = torch.full((n,), 0.5, dtype=torch.float64)
     layers = []
     for index, matrix in enumerate(attention):
+        deepest = "N_Enc" if "N_Enc" in maps else "N_Res"
         if method in OF_STAGE:
-            layers.append(maps[OF_STAGE[method]][b, index, :n, :n])
+            layers.append(maps[deepest if method == "globenc" else OF_STAGE[method]][b, index, :n, :n])
         elif method == "w-res":
-            layers.append(with_residual(matrix, maps["mix_N_Enc"][b, index, :n], measured=True))
+            layers.append(with_residual(matrix, maps[f"mix_{deepest}"][b, index, :n], measured=True))
         elif method == "n-fixedres":
             norms = maps["N"][b, index, :n, :n]
             layers.append(with_residual(norms / norms.sum(1, keepdim=True), half))
@@ -39,11 +41,15 @@ def published_layers(method, maps, b, n):
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "attention-flow"])
-def test_equals_published_definition(method):
-    model = build("bert")
+@pytest.mark.parametrize("name", ["bert", "gemma2", "mpnet"])
+def test_equals_published_definition(name, method):
+    if name == "gemma2" and method == "n-resln":
+        pytest.skip("a pre-norm model has no LayerNorm after the residual sum")
+    model = build(name)
     batch = random_batch(model, batch=2, n=10, pads=[0, 3])
     maps = published_maps(model, batch)
-    result = Rollout(model, method)(**batch, targets=[0, 4], layers=True, maps=["layers", "rollout"])
+    with Float64Throughout():
+        result = Rollout(model, method)(**batch, targets=[0, 4], layers=True, maps=["layers", "rollout"])
     for b, n in enumerate((10, 7)):
         layers = published_layers(method, maps, b, n)
         rollout = published_rollout(layers[None])[0]
@@ -83,6 +89,18 @@ def test_attention_flow_equals_networkx():
 def test_one_token_keeps_all(method):
     result = Rollout(build("bert"), method)(input_ids=torch.tensor([[7]]))
     torch.testing.assert_close(result.scores[0] * result.log_scale.exp(), torch.ones(1, 1, dtype=torch.float64))
+
+
+def test_stages_of_other_layers_are_refused():
+    with pytest.raises(ValueError, match="stage N_ResLN .* normalises before it; its stages are N, N_Res"):
+        Rollout(build("gpt2"), "n-resln")(input_ids=torch.tensor([[7]]))
+
+
+@pytest.mark.parametrize("name", ["mpnet", "gemma2"])
+def test_compiled_backends_refuse_scores_with_a_bias_or_a_cap(name):
+    for method in ("attention-rollout", "n-res", "w-res"):
+        with pytest.raises(ValueError, match="backend 'triton' (has no kernel for scores with a bias or a soft cap|can't run)"):
+            Rollout(build(name, torch.float32), method, backend="triton")(input_ids=torch.full((1, 5), 7))
 
 
 def test_bad_options():
