@@ -25,5 +25,5 @@ def head_gram(v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: 
         cross = torch.zeros(B, n, heads)
     if gram.numel():
         v = v if v.stride(3) == 1 else v.contiguous()
-        kernels.head_gram(v, kernel, projected, gram, cross, torch.get_num_threads())
+        kernels.head_gram(v, kernel.contiguous(), projected, gram, cross, torch.get_num_threads())
     return gram, cross
