@@ -156,8 +156,9 @@ def test_changed_weights_are_seen():
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-def test_half_precision_model(half):
-    model = build("bert", half)
+@pytest.mark.parametrize("name", ["bert", "deberta-v3", "modernbert", "mistral", "gemma2", "dinov2"])
+def test_half_precision_model(name, half):
+    model = build(name, half)
     batch = random_batch(model, batch=2, n=9, pads=[0, 2])
     result = GlobEnc(model)(**batch)
     assert result.scores.dtype == torch.float32
