@@ -3,6 +3,9 @@ import torch
 from chefer import chefer_golden, relative
 
 from pyglobenc import TransformerAttribution
+from pyglobenc.methods.relevance_descent import Descent
+from pyglobenc.methods.relevance_rules import Rules
+from pyglobenc.methods.relevance_states import run_forward
 
 INTERNALS = {"map": "map", "R_alpha": "R_A", "grad_alpha": "grad_A", "R_in": "R_in"}
 
@@ -72,3 +75,21 @@ def test_vit_equals_published_outputs(model_dtype, dtype, tolerance):
             assert relative(result.maps[name][0], published[f"internals.{internal}"]) <= tolerance, (index, name)
         assert relative(result.relevance[0], published["internals.R_in_token_sums"]) <= tolerance
         assert result.diagnostics["conservation"].max() <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["chefer_bert", "chefer_vit"])
+def test_float32_rules_on_shared_activations(name):
+    # the forward pass in float32 for both, so that only the rules' own rounding is left
+    model, cases = chefer_golden(name, torch.float32)
+    for batch, target, _, _ in cases:
+        states = run_forward(model, batch, "class", (target, None, None), None, 0)
+        row, r = Descent(states, Rules("auto"), True, name == "chefer_bert").roll_out(0, 0)
+        widened = run_forward(model, batch, "class", (target, None, None), None, 0)
+        widened.dtype = torch.float64
+        widened.grads = [grad.double() for grad in states.grads]
+        for layer in widened.layers:
+            for part in ("x", "q", "k", "v", "o", "lse"):
+                setattr(layer, part, getattr(layer, part).double())
+        exact, r_exact = Descent(widened, Rules("auto"), True, name == "chefer_bert").roll_out(0, 0)
+        assert relative(row, exact) <= 1e-5
+        assert relative(r.values, r_exact.values) <= 1e-5
