@@ -50,7 +50,7 @@ def grad_cam(layer: LayerTrace, grad_o: Tensor, position: Tensor) -> Tensor:
         high = most if high is None else torch.maximum(high, most)
         row = torch.zeros_like(cam[:, 0]) if row is None else row
         here = (position >= rows.start) & (position < rows.stop)
-        found = cam[torch.arange(len(cam)), (position - rows.start).clamp(0, cam.shape[1] - 1)]
+        found = cam[torch.arange(len(cam), device=cam.device), (position - rows.start).clamp(0, cam.shape[1] - 1)]
         row = torch.where(here[:, None], found, row)
     return _scale(row, low[:, None], high[:, None], mask)
 
