@@ -10,11 +10,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from pyglobenc.ops.attention import attention
 from pyglobenc.reference.score_mods import ScoreMod, SoftCap, StoredBias
 
 NAME = "pyglobenc"
+
+# read off without a look at any pair
+PLAIN = {bidirectional_mask_function: (-1, -1), causal_mask_function: (-1, 0)}
 
 
 class Mask(NamedTuple):
@@ -90,6 +94,8 @@ def mask_function(
 
 def _window(visible: Callable, batch: int, n: int, device: torch.device | None) -> tuple[int, int]:
     """Window that a mask function describes, read off the first and the last query and checked for all along the window's edges."""
+    if visible in PLAIN:
+        return PLAIN[visible]
     i, b = torch.arange(n, device=device)[None], torch.arange(batch, device=device)[:, None]
 
     def seen(q: Tensor, kv: Tensor) -> Tensor:
