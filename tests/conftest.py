@@ -21,6 +21,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seeded_and_poisoned():
     torch.manual_seed(0)
+    # tensors are small: a second thread mostly waits at barriers, long on a busy machine
+    torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
