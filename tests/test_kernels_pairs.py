@@ -167,13 +167,13 @@ def test_auto_never_interprets(monkeypatch):
 
 
 def emulated_tf32x3(a, b):
-    """a @ b of float32 in three tf32 products, low bits cut off as the tensor cores do."""
+    """a @ b of float32 in three tf32 products as `_pairs.product`; the tensor cores cut what is left to tf32."""
 
-    def high(t):
-        return (t.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+    def cut(t, half=0):
+        return ((t.contiguous().view(torch.int32) + half) & -8192).view(torch.float32)
 
-    low_a, low_b = high(a - high(a)), high(b - high(b))
-    return high(a) @ high(b) + (low_a @ high(b) + high(a) @ low_b)
+    high_a, high_b = cut(a, 4096), cut(b, 4096)
+    return high_a @ high_b + (cut(a - high_a) @ high_b + high_a @ cut(b - high_b))
 
 
 def test_three_tf32_products_keep_float32():
