@@ -135,14 +135,14 @@ def report(benchmark, call, flops):
 
 def bench_long_sequence(benchmark):
     """Two layers at n = 16,384, each call in a process of its own for its peak memory."""
-    peaks = {}
-    for what in ("load", "forward", "globenc"):
+
+    def measure(what):
         done = subprocess.run([sys.executable, __file__, what], capture_output=True, text=True, check=True)
-        seconds, peaks[what] = (float(number) for number in done.stdout.split()[-2:])
-        benchmark.extra_info[f"{what}_s"] = f"{seconds:.2f}"
-        benchmark.extra_info[f"{what}_peak_mb"] = f"{peaks[what]:.0f}"
-    benchmark.extra_info["n"] = LONG
-    benchmark.pedantic(lambda: None, rounds=1, iterations=1)
+        took, peak = done.stdout.split()[-2:]
+        benchmark.extra_info.update({"n": LONG, f"{what}_s": f"{float(took):.2f}", f"{what}_peak_mb": f"{float(peak):.0f}"})
+
+    measure("load"), measure("forward")
+    benchmark.pedantic(lambda: measure("globenc"), rounds=1, iterations=1)
 
 
 def run_long(what):
