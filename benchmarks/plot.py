@@ -20,8 +20,8 @@ from pyglobenc.roofline import COLOURS, roofline
 
 RESULTS = Path(__file__).parent / "results"
 MACHINE = "machine.csv"
-# of a row, what doesn't tell one line from another
-NOT_A_LINE = ("n", "median_s", "q1_s", "q3_s", "rounds", "flops", "exps", "bytes", "peak_mb", "threads", "device", "torch", "calls_a_round")
+# of a row, what tells one line from another: names, and these numbers
+PARAMETERS = ("batch", "batch_tokens", "targets", "layers")
 MARKERS = "os^vDP*X"
 
 
@@ -32,15 +32,22 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def lines(rows: list[dict[str, str]], value: str) -> dict[str, list[tuple[float, float, dict[str, str]]]]:
-    """Points (n, value, row) of every line, by its name: what the rows have in common but n and measurements, where it varies."""
-    numbers = {name for name in rows[0] if name in NOT_A_LINE or "ratio" in name or name.endswith("_per_s") or name == "of_forward"}
-    varying = [name for name in rows[0] if name not in numbers and len({row[name] for row in rows}) > 1]
+    """Points (n, value, row) of every line, by its name: what its rows have in common."""
+    varying = [name for name in rows[0] if len({row.get(name) for row in rows}) > 1 and (name in PARAMETERS or not all_numbers(rows, name))]
     out: dict[str, list] = {}
     for row in rows:
         if row.get("n") and row.get(value):
-            name = " ".join(row[key] for key in varying if row[key]) or row.get("benchmark", value)
+            name = " ".join(row[key] for key in varying if row.get(key)) or row.get("benchmark", value)
             out.setdefault(name, []).append((float(row["n"]), seconds_a_call(row) if value == "median_s" else float(row[value]), row))
     return {name: sorted(points, key=lambda point: point[0]) for name, points in out.items()}
+
+
+def all_numbers(rows: list[dict[str, str]], name: str) -> bool:
+    """Whether a column holds nothing but numbers and gaps."""
+    try:
+        return bool([float(row[name]) for row in rows if row.get(name)])
+    except ValueError:
+        return False
 
 
 def seconds_a_call(row: dict[str, str]) -> float:
@@ -77,10 +84,11 @@ def picture(rows: list[dict[str, str]], value: str, label: str, machine: list[di
     floors: dict[float, float] = {}
     for number, (name, points) in enumerate(found.items()):
         colour = next((COLOURS[backend] for backend in COLOURS if backend in name.split()), None)
-        axes.plot([n for n, _, _ in points], [y for _, y, _ in points], marker=MARKERS[number % len(MARKERS)], color=colour, label=name)
+        x, marker = [n for n, _, _ in points], MARKERS[number % len(MARKERS)]
+        (line,) = axes.plot(x, [y for _, y, _ in points], marker=marker, color=colour, label=name)
         if value == "median_s":
             low, high = ([float(row[q]) / float(row.get("calls_a_round") or 1) for _, _, row in points] for q in ("q1_s", "q3_s"))
-            axes.fill_between([n for n, _, _ in points], low, high, alpha=0.15, color=colour)
+            axes.fill_between(x, low, high, alpha=0.15, color=line.get_color())
             for n, seconds in floor_of(points, machine):
                 floors[n] = min(seconds, floors.get(n, seconds))
     if floors:
