@@ -13,7 +13,7 @@ from pyglobenc.reference.safe_division import safe_divide
 # n = 197 takes two blocks of queries
 CASES = [
     Case(B=60, n=1),
-    Case(B=2, n=13, H=5, Hkv=5, dh=3),
+    Case(B=40, n=13, H=5, Hkv=5, dh=3),
     Case(B=1, n=197, H=12, Hkv=12, dh=8),
     Case(B=3, n=37, mask="right"),
     Case(B=3, n=31, mask="holes"),
