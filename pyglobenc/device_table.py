@@ -11,8 +11,6 @@ import platform
 from functools import lru_cache
 from pathlib import Path
 
-import torch
-
 log = logging.getLogger("pyglobenc")
 
 
@@ -28,8 +26,12 @@ def table_path() -> Path | None:
 @lru_cache(maxsize=None)
 def device_name(kind: str) -> str:
     """The GPU's name for "cuda", else the processor's model and the number of its cores."""
-    if kind == "cuda" and torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    if kind == "cuda":
+        # the command line's help does without torch, which takes seconds
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.get_device_name()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
