@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import platform
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 log = logging.getLogger("pyglobenc")
@@ -23,7 +23,7 @@ def table_path() -> Path | None:
     return Path(cache) / "pyglobenc" / "backends.json"
 
 
-@lru_cache(maxsize=None)
+@cache
 def device_name(kind: str) -> str:
     """The GPU's name for "cuda", else the processor's model and the number of its cores."""
     if kind == "cuda":
