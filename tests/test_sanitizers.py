@@ -10,7 +10,8 @@ import pytest
 from pair_cases import KERNELS
 
 ROOT = Path(__file__).parents[1]
-FILES = ("test_token_norms.py", "test_rollout_step.py", "test_head_gram.py", "test_exp.py")
+OPS = ("token_norms", "rollout_step", "head_gram", "exp", "clone_relevance", "add_relevance", "linear_relevance", "relevance_attention")
+FILES = [f"test_{op}.py" for op in OPS]
 
 # every branch of the kernels, few pairs: blocks and a block + 1, one token, masks, windows, strides, nothing at all
 SELECTED = "cpu and (strided or padd or rows or empty or n1- or n13- or n65- or 17.9)"
