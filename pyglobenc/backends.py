@@ -8,7 +8,7 @@ import importlib
 import logging
 import os
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from pyglobenc.device_table import preferred
@@ -27,7 +27,7 @@ def check_backend(backend: str, who: str) -> None:
         raise ValueError(f"{who}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(op: str, backend: str) -> tuple[Any, str | None]:
     """The backend's module for an op and None, or None and the reason that it doesn't load."""
     try:
@@ -75,7 +75,7 @@ def _device(args: tuple) -> str:
     return "cpu"
 
 
-@lru_cache(maxsize=None)
+@cache
 def log_once(message: str) -> None:
     """Log a fallback the first time it happens."""
     log.info(message)
