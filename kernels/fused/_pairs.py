@@ -151,7 +151,7 @@ def launch(n_heads: int, head_dim: int, itemsize: int, precision: str, limit: in
             fits = shared_bytes(heads, BLOCK_I, block_j, block_d, held, itemsize, precision) <= limit
             if fits and heads**2 * block_j <= (8_192 if itemsize == 4 else 16_384):
                 tile = dict(HEADS=heads, BLOCK_I=BLOCK_I, BLOCK_J=block_j, BLOCK_D=block_d, HELD=held)
-                return tile | dict(num_warps=8, num_stages=1) | registers(255 if heads > 32 else 224)
+                return tile | dict(num_warps=8, num_stages=1) | registers(240)
     return None
 
 
