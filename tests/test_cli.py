@@ -291,9 +291,9 @@ def doctor(monkeypatch, capsys):
     """Exit status and output of `pyglobenc doctor`, with inputs small enough for interpreted kernels."""
     for name, size in (("H", 2), ("N", 16), ("DH", 16)):
         monkeypatch.setattr(trial, name, size)
-    trial._tensors.cache_clear()
+    trial.tensors.cache_clear()
     yield lambda: (main(["doctor"]), capsys.readouterr().out)
-    trial._tensors.cache_clear()
+    trial.tensors.cache_clear()
 
 
 def test_doctor_tries_every_op(doctor):

@@ -57,8 +57,9 @@ def _flatten(out: Any) -> Iterator[Tensor]:
 
 
 @lru_cache(maxsize=2)
-def tensors(device: str, n: int = N) -> dict[str, Tensor]:
-    """Arguments of the ops by name, float32, one example of n tokens, q (1, H, n, DH); d is H * DH."""
+def tensors(device: str, n: int | None = None) -> dict[str, Tensor]:
+    """Arguments of the ops by name, float32, one example of n tokens (None: N), q (1, H, n, DH); d is H * DH."""
+    n = N if n is None else n
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
