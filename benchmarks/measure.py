@@ -1,6 +1,5 @@
 """Measurements beside pytest-benchmark's own: ratios of two calls in turn, peak memory in a process of its own."""
 
-import resource
 import subprocess
 import sys
 import time
@@ -27,12 +26,12 @@ def paired_ratio(call: Callable[[], object], baseline: Callable[[], object], rou
 
 def peak_memory_mb(script: Path, *args: str) -> float:
     """Peak resident memory, in MiB, of `python script args` (Linux)."""
-    code = f"import resource, runpy, sys; sys.argv = {[str(script), *args]!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
-    code += "; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+    code = f"import runpy, sys; sys.argv = {[str(script), *args]!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
+    code += "; print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    return float(out.split()[-1])
+    return int(out.split()[-1]) / 1024
 
 
 def resident_mb() -> float:
-    """Highest resident memory of this process so far, in MiB (Linux)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Highest resident memory of this process so far, in MiB (Linux); getrusage's would start from the parent's."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024

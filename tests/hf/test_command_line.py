@@ -1,14 +1,18 @@
 """Every text architecture from the command line, its checkpoint in a folder."""
 
+import numpy as np
 import pytest
 import torch
+import transformers
 from models import ARCHITECTURES, CAUSAL, IMAGES, PRE_NORM, build
+from PIL import Image
 from tiny import tokenizer
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, ViTImageProcessor
 
 import pyglobenc
 from pyglobenc import GlobEnc
 from pyglobenc.cli import main
+from pyglobenc.images import explain_image
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *PRE_NORM])
@@ -32,3 +36,28 @@ def test_image_models_say_that_they_take_no_text(name, tmp_path, capsys):
     tokenizer().save_pretrained(tmp_path / "model")
     assert main(["explain", "--model", str(tmp_path / "model"), "deep good film"]) != 0
     assert "takes pixel_values, not text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["vit", "deit", "dinov2", "beit"])
+def test_image_explained_from_a_folder(name, tmp_path, capsys):
+    config = build(name, torch.float32).config
+    kind = type(config).__name__.removesuffix("Config")
+    model = getattr(transformers, f"{kind}ForImageClassification")(config).eval()
+    size = config.image_size
+    processor = ViTImageProcessor(size={"height": size, "width": size})
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    pixels = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    out = tmp_path / "map.png"
+    arguments = ["explain", "--image", str(tmp_path / "a.png"), "--model", str(tmp_path / "model"), "--png", str(out)]
+    assert main([*arguments, "--method", "globenc"]) == 0
+    assert "0: [CLS]" in capsys.readouterr().out
+    assert out.read_bytes().startswith(b"\x89PNG")
+    found = explain_image(model, processor, Image.open(tmp_path / "a.png"), method="globenc")
+    values = torch.as_tensor(processor(images=Image.fromarray(pixels), return_tensors="pt")["pixel_values"])
+    patches = found.scores[0].size
+    exact = GlobEnc(model)(pixel_values=values).scores[0, 0, -patches:]
+    torch.testing.assert_close(torch.as_tensor(found.scores[0]).flatten(), exact.double(), rtol=0, atol=0)
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments, "--method", "nothing"])
