@@ -1,11 +1,12 @@
 """Options of every benchmark, and the CSV that a run leaves: `pytest benchmarks/bench_x.py --csv x` writes results/x.csv."""
 
 import csv
-import platform
 from pathlib import Path
 
 import pytest
 import torch
+
+from pyglobenc.device_table import device_name
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -19,16 +20,6 @@ def pytest_addoption(parser):
 def threads(request):
     torch.set_num_threads(request.config.getoption("--threads"))
     torch.manual_seed(0)
-
-
-def device_name() -> str:
-    """The GPU's name, or the processor's model and core count."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.processor() or platform.machine()}, {len(models) or '?'} cores"
 
 
 def pytest_sessionfinish(session):
@@ -56,6 +47,6 @@ def row_of(benchmark, threads: int) -> dict:
         "rounds": stats.rounds,
         **benchmark.extra_info,
         "threads": threads,
-        "device": device_name(),
+        "device": device_name("cuda" if torch.cuda.is_available() else "cpu"),
         "torch": torch.__version__,
     }
