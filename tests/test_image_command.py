@@ -25,7 +25,7 @@ def cat(tmp_path):
     return str(tmp_path / "cat.png")
 
 
-@pytest.mark.parametrize("extra, label", [([], ""), (["--target", "2", "--dtype", "float64"], "owl (2")])
+@pytest.mark.parametrize("extra, label", [([], ""), (["--target", "2", "--dtype", "float64"], "owl (")])
 def test_image_in_overlay_out(folder, cat, tmp_path, capsys, extra, label):
     out = tmp_path / "out.png"
     command = ["explain", "--image", cat, "--model", folder, "--method", "transformer-attribution", "--png", str(out), *extra]
