@@ -99,10 +99,10 @@ def _rollout_step_kernel(
     tl.store(OUT + j[:, None], acc, mask=(j < n)[:, None] & (t < n_rows)[None, :])
 
 
-def not_supported(r, q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, window) -> list[str]:
+def not_supported(r, q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, window, offsets=None) -> list[str]:
     """Why the kernel can't run on these arguments; empty when it can."""
     others = dict(r=r, k=k, lse=lse, cross=cross, residual_sq=residual_sq, rstd=rstd, key_mask=key_mask)
-    return pair_reasons(q, gram, others)
+    return pair_reasons(q, gram, others) + ([] if offsets is None else ["takes no packed sequences"])
 
 
 def rollout_step(
@@ -117,6 +117,7 @@ def rollout_step(
     key_mask: Tensor | None,
     scaling: float,
     window: tuple[int, int],
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """See `pyglobenc.ops.rollout_step`: -> r @ norms (B, T, n), not yet rescaled."""
     batch, n_rows, n = r.shape

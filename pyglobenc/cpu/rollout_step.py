@@ -6,9 +6,9 @@ from torch import Tensor
 from pyglobenc.cpu._extension import kernels, limits
 
 
-def not_supported(r, q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, window) -> list[str]:
+def not_supported(r, q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, window, offsets=None) -> list[str]:
     """Reasons that these arguments of `pyglobenc.ops.rollout_step` can't run here."""
-    return limits(gram, q, k)
+    return limits(gram, q, k) + ([] if offsets is None else ["takes no packed sequences"])
 
 
 def rollout_step(
@@ -23,6 +23,7 @@ def rollout_step(
     key_mask: Tensor | None,
     scaling: float,
     window: tuple[int, int],
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """See `pyglobenc.ops.rollout_step`: -> r @ norms (B, T, n), not yet rescaled."""
     out = torch.zeros(r.shape)

@@ -73,7 +73,7 @@ class NormMatrix:
         if self.score_mod is None:
             return rollout_step(r, log_scale, **self._args())
         tensors = (self.q, self.k, self.lse, self.gram, self.cross, self.residual_sq, self.rstd, self.key_mask)
-        return rescale_rows(reference_rollout_step(r, *tensors, self.scaling, self.window, self.score_mod), log_scale)
+        return rescale_rows(reference_rollout_step(r, *tensors, self.scaling, self.window, score_mod=self.score_mod), log_scale)
 
     def full(self) -> Tensor:
         return token_norms(**self._args()) if self.score_mod is None else self._modified(None)

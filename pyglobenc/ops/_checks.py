@@ -48,3 +48,18 @@ def check_window(op: str, window: tuple[int, int]) -> None:
     """A query always sees itself, so a window is (left, right) of -1 (unlimited) or more."""
     if len(window) != 2 or min(window) < -1:
         raise ValueError(f"{op}: window must be (left, right), each -1 for unlimited or at least 0, got {tuple(window)}")
+
+
+def check_offsets(op: str, offsets: Tensor | None, key_mask: Tensor | None, sizes: dict[str, int]) -> None:
+    """offsets is (S + 1,) int32 on the CPU, from 0 to n, every sequence with a token, in a batch of 1 without padding."""
+    if offsets is None:
+        return
+    if offsets.dim() != 1 or len(offsets) < 2 or offsets.dtype != torch.int32 or offsets.device.type != "cpu":
+        came = f"{tuple(offsets.shape)} {offsets.dtype} on {offsets.device}"
+        raise ValueError(f"{op}: offsets must be (S + 1,) int32 on the CPU with S at least 1, got {came}")
+    if sizes["B"] != 1 or key_mask is not None:
+        came = f"{sizes['B']}{'' if key_mask is None else ' and one'}"
+        raise ValueError(f"{op}: packed sequences are a batch of 1 without key_mask, got {came}")
+    if int(offsets[0]) != 0 or int(offsets[-1]) != sizes["n"] or int(offsets.diff().min()) < 1:
+        raise ValueError(f"{op}: offsets must increase from 0 to n = {sizes['n']}, got {offsets.tolist()}")
+    sizes["S"] = len(offsets) - 1

@@ -1,11 +1,14 @@
 """Op `attention`: softmax attention with its log-sum-exp, by torch's own kernels where they return it."""
 
+from itertools import groupby
+
 import torch
 from torch import Tensor
 
-from pyglobenc.ops._checks import check_floats, check_heads, check_mask, check_shape, check_window
+from pyglobenc.ops._checks import check_floats, check_heads, check_mask, check_offsets, check_shape, check_window
 from pyglobenc.reference.attention import attention as reference_attention
 from pyglobenc.reference.attention import hidden_keys, visible_keys
+from pyglobenc.reference.packing import slices
 from pyglobenc.reference.score_mods import ScoreMod
 
 aten = torch.ops.aten
@@ -23,6 +26,7 @@ def attention(
     scaling: float | None = None,
     window: tuple[int, int] = (-1, -1),
     score_mod: ScoreMod | None = None,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention and the log-sum-exp of its scaled scores; differentiable. Memory is linear in n, without a graph.
 
@@ -33,6 +37,8 @@ def attention(
         scaling: factor of q . k, default dh ** -0.5.
         window: keys that query i sees, i - left to i + right; -1 is unlimited; causal is (-1, 0).
         score_mod: what changes the scaled scores before the softmax; runs on the reference.
+        offsets: of S sequences packed into one, (S + 1,) int32, on the CPU, as `rollout_step` takes them: each attends to itself alone.
+            Sequences of one length side by side share a call.
 
     Returns:
         o (B, H, n, dh), the dtype of q, and lse (B, H, n), natural logarithm, float32 or float64. A query that sees no key gets
@@ -49,7 +55,10 @@ def attention(
     check_mask(op, key_mask, sizes)
     check_window(op, window)
     check_floats(op, q=q, k=k, v=v)
+    check_offsets(op, offsets, key_mask, sizes)
     scaling = sizes["dh"] ** -0.5 if scaling is None else float(scaling)
+    if offsets is not None:
+        return _packed(q, k, v, scaling, window, score_mod, offsets)
     # a window as wide as the text is none
     window = tuple(-1 if side >= sizes["n"] - 1 else side for side in window)
     fused = q.device.type == "cpu" or (q.device.type == "cuda" and q.dtype != torch.float64)
@@ -64,6 +73,26 @@ def attention(
     if blind is None:
         return o, lse
     return o.masked_fill(blind[:, None, :, None], 0), lse.masked_fill(blind[:, None], float("inf"))
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, scaling: float, window, score_mod, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Every sequence alone: in one call of torch's flash kernel on a GPU, else in one for each run of equal lengths."""
+    if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] % 8 == 0 and score_mod is None:
+        ends, longest = offsets.to(q.device, non_blocking=True), int(offsets.diff().max())
+        left, right = (None if side < 0 else side for side in window)
+        sizes = (ends, ends, longest, longest, 0.0, False, False)
+        tokens = (t[0].transpose(0, 1) for t in (q, k, v))
+        out = aten._flash_attention_forward(*tokens, *sizes, scale=scaling, window_size_left=left, window_size_right=right)
+        return out[0].transpose(0, 1)[None], out[1][None]
+    outs, lses = [], []
+    for n, run in groupby(slices(offsets), lambda tokens: tokens.stop - tokens.start):
+        run = list(run)
+        tokens = slice(run[0].start, run[-1].stop)
+        batch = (t[0, :, tokens].unflatten(1, (len(run), n)).transpose(0, 1) for t in (q, k, v))
+        o, lse = attention(*batch, scaling=scaling, window=window, score_mod=score_mod)
+        outs.append(o.transpose(1, 2).flatten(0, 1))
+        lses.append(lse.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outs).transpose(0, 1)[None], torch.cat(lses).T[None]
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scaling: float, window, score_mod) -> tuple[Tensor, Tensor]:

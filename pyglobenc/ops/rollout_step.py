@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pyglobenc.backends import pick
-from pyglobenc.ops._checks import check_floats, check_shape
+from pyglobenc.ops._checks import check_floats, check_offsets, check_shape
 from pyglobenc.ops.token_norms import check_attention_args
 from pyglobenc.reference.rollout_step import rescale_rows
 
@@ -25,6 +25,7 @@ def rollout_step(
     key_mask: Tensor | None = None,
     scaling: float | None = None,
     window: tuple[int, int] = (-1, -1),
+    offsets: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Multiply rows of the rollout by a layer's norms, `r @ norms`, without ever storing the norms.
@@ -36,10 +37,12 @@ def rollout_step(
         r: rows of the rollout down to this layer, (B, T, n), non-negative; the dtype of gram.
         log_scale: natural logarithm of the scale of each row, (B, T).
         q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, window, backend: as for `token_norms`.
+        offsets: of S sequences packed into one, (S + 1,) int32, on the CPU: sequence s is tokens offsets[s] to offsets[s + 1] of N. Then
+            B is 1, r (1, T, N) holds T rows of every sequence at the sequence's own tokens, and log_scale is (S, T). None: none packed.
 
     Returns:
         r @ norms, each row scaled to maximum 1, (B, T, n), and the new log_scale (B, T): the plain product times exp(log_scale) is
-        r_out * exp(log_scale_out). Rows of zeros stay zero.
+        r_out * exp(log_scale_out). Rows of zeros stay zero. With offsets the same of each sequence alone, (1, T, N) and (S, T).
 
     Raises:
         ValueError, TypeError: shapes or dtypes that don't fit, or a backend that can't run.
@@ -50,10 +53,11 @@ def rollout_step(
     scaling = check_attention_args(op, q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, window)
     sizes = {"B": q.shape[0], "n": q.shape[2]}
     check_shape(op, "r", r, "B T n", sizes)
-    check_shape(op, "log_scale", log_scale, "B T", sizes)
+    check_offsets(op, offsets, key_mask, sizes)
+    check_shape(op, "log_scale", log_scale, "B T" if offsets is None else "S T", sizes)
     check_floats(op, r=r, gram=gram)
-    out = _rollout_step(r, q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, *window, backend)
-    return rescale_rows(out, log_scale)
+    out = _rollout_step(r, q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, *window, backend, offsets)
+    return rescale_rows(out, log_scale, offsets)
 
 
 @torch.library.custom_op("pyglobenc::rollout_step", mutates_args=())
@@ -71,11 +75,12 @@ def _rollout_step(
     left: int,
     right: int,
     backend: str,
+    offsets: Tensor | None = None,
 ) -> Tensor:
-    args = (r, q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, (left, right))
+    args = (r, q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, (left, right), offsets)
     return pick("rollout_step", backend, BACKENDS, args)(*args)
 
 
 @_rollout_step.register_fake
-def _(r, q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, left, right, backend):
+def _(r, q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, left, right, backend, offsets=None):
     return torch.empty_like(r)

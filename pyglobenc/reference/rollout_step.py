@@ -6,6 +6,7 @@ The cost is that of `token_norms`; memory O(n*d + T*n).
 import torch
 from torch import Tensor
 
+from pyglobenc.reference.packing import per_sequence, per_token, slices, take
 from pyglobenc.reference.score_mods import ScoreMod
 from pyglobenc.reference.token_norms import diagonal_sq, key_tiles
 
@@ -22,9 +23,14 @@ def rollout_step(
     key_mask: Tensor | None,
     scaling: float,
     window: tuple[int, int],
+    offsets: Tensor | None = None,
     score_mod: ScoreMod | None = None,
 ) -> Tensor:
     """See `pyglobenc.ops.rollout_step`: -> r @ norms (B, T, n), not yet rescaled."""
+    if offsets is not None:
+        tensors, axes = (r, q, k, lse, gram, cross, residual_sq, rstd, key_mask), (2, 2, 2, 2, 1, 1, 1, 1, 1)
+        parts = (take(tensors, axes, tokens) for tokens in slices(offsets))
+        return torch.cat([rollout_step(*part, scaling, window, score_mod=score_mod) for part in parts], 2)
     q, k, lse = q.to(gram.dtype), k.to(gram.dtype), lse.to(gram.dtype)
     diagonal = None if cross is None else diagonal_sq(q, k, lse, gram, cross, residual_sq, scaling, score_mod)
     weights = r if rstd is None else r * rstd[:, None]
@@ -37,8 +43,11 @@ def rollout_step(
     return out
 
 
-def rescale_rows(r: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale each row to maximum 1 and move its scale to log_scale: r (B, T, n), log_scale (B, T); rows of zeros stay."""
-    top = r.amax(-1)
+def rescale_rows(r: Tensor, log_scale: Tensor, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Scale each row to maximum 1 and move its scale to log_scale: r (B, T, n), log_scale (B, T); rows of zeros stay.
+
+    With offsets (S + 1,) of packed sequences each sequence's part of a row has its own scale: r (1, T, N), log_scale (S, T).
+    """
+    top = r.amax(-1) if offsets is None else per_sequence(r, offsets)
     top = torch.where(top > 0, top, torch.ones_like(top))
-    return r / top[..., None], log_scale + top.log()
+    return r / (top[..., None] if offsets is None else per_token(top, offsets)), log_scale + top.log()

@@ -1,0 +1,102 @@
+"""Sequences packed into one give what each gives alone."""
+
+import pytest
+import torch
+from pair_cases import Case, doubled, layer, pair_args
+
+from pyglobenc.ops import attention, rollout_step
+from pyglobenc.reference.score_mods import SoftCap
+
+AXES = {"q": 2, "k": 2, "v": 2, "lse": 2, "gram": 1, "cross": 1, "residual_sq": 1, "rstd": 1}
+# lengths of the sequences: alone, of one token, of one length side by side, longer than a block of keys and of queries
+CASES = [
+    (Case(H=3, Hkv=3, dh=5), (1,), 1),
+    (Case(), (1, 1, 1, 2, 1), 2),
+    (Case(H=6, Hkv=2), (7, 7, 33, 5, 5, 5, 18), 1),
+    (Case(norms=1), (64, 65, 3), 3),
+    (Case(H=12, Hkv=12, dh=64, d=768), (41, 70, 9), 1),
+    (Case(H=5, Hkv=1, residual=False, norms=0), (90, 1, 30), 17),
+    (Case(window=(-1, 0)), (20, 20, 45), 1),
+    (Case(window=(6, 3)), (2, 50, 19), 2),
+    (Case(dtype=torch.bfloat16), (33, 8, 8), 1),
+    (Case(dtype=torch.float16, peak=4.0), (16, 32, 5), 1),
+]
+
+
+def pack(case, lengths, count):
+    """Each sequence's arguments of `token_norms` with rows r (1, T, n), the same packed, and offsets."""
+    alone = []
+    for n in lengths:
+        shape = Case(**vars(case) | dict(B=1, n=n))
+        alone.append(pair_args(shape) | dict(r=torch.rand(1, count, n)))
+    packed = dict(alone[0])
+    for name, axis in (AXES | {"r": 2}).items():
+        if packed.get(name) is not None:
+            packed[name] = torch.cat([one[name] for one in alone], axis)
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    return alone, packed, ends.to(torch.int32)
+
+
+def step(args, log_scale, backend, offsets=None):
+    """Rows and scales of `rollout_step`."""
+    args = dict(args)
+    return rollout_step(args.pop("r"), log_scale, **args, offsets=offsets, backend=backend)
+
+
+def cases(cases):
+    return pytest.mark.parametrize("case, lengths, count", cases, ids=lambda value: str(value))
+
+
+@cases(CASES)
+def test_reference_is_each_sequence_alone(case, lengths, count):
+    alone, packed, offsets = pack(case, lengths, count)
+    log_scale = torch.randn(len(lengths), count, dtype=torch.float64)
+    out, scale = step(doubled(packed), log_scale, "reference", offsets)
+    for s, one in enumerate(alone):
+        exact, exact_scale = step(doubled(one), log_scale[s : s + 1], "reference")
+        torch.testing.assert_close(out[:, :, offsets[s] : offsets[s + 1]], exact, rtol=1e-12, atol=0)
+        torch.testing.assert_close(scale[s : s + 1], exact_scale, rtol=1e-12, atol=1e-12)
+
+
+def test_a_row_of_zeros_keeps_its_scale():
+    _, packed, offsets = pack(Case(), (4, 6), 2)
+    packed["r"][:, 1, 4:] = 0
+    out, scale = step(packed, torch.ones(2, 2), "reference", offsets)
+    assert not out[0, 1, 4:].any() and scale[1, 1] == 1 and out[0, 1, :4].amax() == 1 and out[0, 0, 4:].amax() == 1
+
+
+@pytest.mark.parametrize("score_mod", [None, SoftCap(2.0)], ids=["plain", "softcap"])
+@cases(CASES)
+def test_attention_is_each_sequence_alone(case, lengths, count, score_mod):
+    N = sum(lengths)
+    t = layer(Case(**vars(case) | dict(B=1, n=N)))
+    q, k, v = (t[name].double().requires_grad_() for name in ("q", "k", "v"))
+    offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    settings = dict(scaling=t["scaling"], window=case.window, score_mod=score_mod)
+    o, lse = attention(q, k, v, **settings, offsets=offsets)
+    parts = [attention(*(x[:, :, a:b] for x in (q, k, v)), **settings) for a, b in zip(offsets, offsets[1:], strict=False)]
+    torch.testing.assert_close(o, torch.cat([part[0] for part in parts], 2), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(lse, torch.cat([part[1] for part in parts], 2), rtol=1e-12, atol=1e-13)
+    weights = torch.randn_like(o)
+    found = torch.autograd.grad((o * weights).sum(), (q, k, v))
+    exact = torch.autograd.grad((torch.cat([part[0] for part in parts], 2) * weights).sum(), (q, k, v))
+    torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-12)
+
+
+def test_offsets_are_checked():
+    _, packed, offsets = pack(Case(), (4, 6), 1)
+    log_scale = torch.zeros(2, 1)
+    for wrong, message in (
+        (offsets.long(), r"offsets must be \(S \+ 1,\) int32 on the CPU with S at least 1, got \(3,\) torch.int64 on cpu"),
+        (offsets[:1], r"got \(1,\) torch.int32 on cpu"),
+        (offsets[:2], "must increase from 0 to n = 10, got"),
+        (offsets[[0, 1, 1, 2]], "must increase from 0 to n = 10, got"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            step(packed, log_scale, "auto", wrong)
+    with pytest.raises(ValueError, match=r"log_scale must be \(S, T\) with S=2, T=1"):
+        step(packed, log_scale[:1], "auto", offsets)
+    with pytest.raises(ValueError, match="a batch of 1 without key_mask, got 1 and one"):
+        step(packed | dict(key_mask=torch.ones(1, 10, dtype=torch.bool)), log_scale, "auto", offsets)
+    with pytest.raises(ValueError, match="a batch of 1 without key_mask, got 2"):
+        attention(*torch.zeros(3, 2, 1, 10, 4), offsets=offsets)
