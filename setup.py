@@ -1,11 +1,14 @@
-"""Builds csrc/ into pyglobenc._cpu with ninja; everything declarative is in pyproject.toml. Never imports torch.
+"""Builds csrc/ into pyglobenc._cpu and pyglobenc._cuda with ninja; everything declarative is in pyproject.toml. Never imports torch.
 
-One object a source and instruction set; the module picks the set when it is imported. Without a compiler, or when compiling fails, the
-install goes on without the module and the reference runs instead. Environment:
+_cpu: one object a source and instruction set; the module picks the set when it is imported. _cuda: one object a source, with code for
+the architectures asked for and PTX of the newest for the rest. Without a compiler, or when compiling fails, the install goes on without
+the module and another backend runs instead. Environment:
 
-PYGLOBENC_NO_EXTENSIONS=1   leave the module out
-PYGLOBENC_CXX_FLAGS         further flags for compiling and linking, such as -fsanitize=address,undefined
+PYGLOBENC_NO_EXTENSIONS=1   leave both modules out
+PYGLOBENC_NO_CUDA=1         leave _cuda out
+PYGLOBENC_CXX_FLAGS         further flags for compiling and linking _cpu, such as -fsanitize=address,undefined
 PYGLOBENC_SETS              instruction sets to build, such as portable,avx2
+PYGLOBENC_CUDA_ARCHS        compute capabilities to build, such as 90 (default 80,90)
 CXX                         the compiler
 """
 
@@ -21,7 +24,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-CPU = Path("csrc/cpu")
+CPU, CUDA = Path("csrc/cpu"), Path("csrc/cuda")
 OPS = (
     "token_norms",
     "rollout_step",
@@ -38,9 +41,16 @@ SETS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
 }
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wextra"]
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"]
+CPU_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wextra"]
 # gcc 12 warns about its own intrinsics; passing vectors by value has no ABI to keep here
 QUIET = ["-Wno-maybe-uninitialized", "-Wno-psabi"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+
+
+def switched_on(name: str) -> bool:
+    """Whether an environment variable is set to something other than 0."""
+    return os.environ.get(name, "0") not in ("", "0")
 
 
 def find_compiler() -> list[str]:
@@ -79,42 +89,78 @@ def instruction_sets() -> list[str]:
     return list(SETS) if x86 else ["portable"]
 
 
-def build_file(compiler: list[str], output: Path, folder: Path) -> str:
-    """Text of build.ninja."""
+def architectures() -> list[str]:
+    """nvcc's flags for the compute capabilities to build, the newest as PTX too."""
+    archs = sorted(os.environ.get("PYGLOBENC_CUDA_ARCHS", "80,90").split(","), key=int)
+    codes = [(arch, f"sm_{arch}") for arch in archs] + [(archs[-1], f"compute_{archs[-1]}")]
+    return [f"-gencode=arch=compute_{arch},code={code}" for arch, code in codes]
+
+
+class BuildFile:
+    """build.ninja of one module: how to compile a source, and the objects to link."""
+
+    def __init__(self) -> None:
+        self.lines, self.objects = [], []
+
+    def rule(self, name: str, *command: str) -> None:
+        command = [*command, "-MMD", "-MF", "$out.d", "-c", "$in", "-o", "$out"]
+        self.lines += [f"rule {name}", f"  command = {' '.join(command)}", "  depfile = $out.d", "  deps = gcc"]
+
+    def compile(self, rule: str, source: Path, name: str, *extra: str) -> None:
+        self.objects.append(name)
+        self.lines += [f"build {name}: {rule} {source.resolve()}", f"  extra = {' '.join(extra)}"]
+
+    def link(self, output: Path, *command: str) -> str:
+        """Text of the file, its last step included."""
+        undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+        command = [*command, "-shared", *undefined, "$in", "-o", "$out"]
+        self.lines += ["rule link", f"  command = {' '.join(command)}", f"build {output}: link {' '.join(self.objects)}"]
+        return "\n".join(self.lines) + "\n"
+
+
+def python_includes() -> list[str]:
+    """Flags that find the headers of Python and pybind11."""
     import pybind11
 
-    sets = instruction_sets()
-    flags = [*FLAGS, *QUIET, *os.environ.get("PYGLOBENC_CXX_FLAGS", "").split()]
+    return [f"-isystem {path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+
+
+def cpu_build(output: Path, folder: Path) -> str:
+    """Text of build.ninja for pyglobenc._cpu."""
+    compiler, sets = find_compiler(), instruction_sets()
+    flags = [*FLAGS, *CPU_FLAGS, *QUIET, *os.environ.get("PYGLOBENC_CXX_FLAGS", "").split()]
     flags += [f"-DPYGLOBENC_HAS_{name.upper()}" for name in sets]
     if accepts(compiler, "-fopenmp", folder):
         flags.append("-fopenmp")
-    link = [*flags, "-shared", *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [])]
-    includes = [f"-isystem {path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
-    lines = [
-        "rule compile",
-        f"  command = {' '.join([*compiler, *flags])} $extra -MMD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f"  command = {' '.join([*compiler, *link])} $in -o $out",
-    ]
-    objects = []
-
-    def add(source: Path, name: str, extra: list[str]) -> None:
-        objects.append(name)
-        lines.extend([f"build {name}: compile {source.resolve()}", f"  extra = {' '.join(extra)}"])
-
+    file = BuildFile()
+    file.rule("compile", *compiler, *flags, "$extra")
     # the portable objects come first: of functions that several objects define, the linker takes the first
     for isa in sets:
         for op in OPS:
-            add(CPU / f"{op}.cpp", f"{op}.{isa}.o", [*SETS[isa], f"-DPYGLOBENC_ISA={isa}"])
-    add(CPU / "bindings.cpp", "bindings.o", includes)
-    lines.append(f"build {output}: link {' '.join(objects)}")
-    return "\n".join(lines) + "\n"
+            file.compile("compile", CPU / f"{op}.cpp", f"{op}.{isa}.o", *SETS[isa], f"-DPYGLOBENC_ISA={isa}")
+    file.compile("compile", CPU / "bindings.cpp", "bindings.o", *python_includes())
+    return file.link(output, *compiler, *flags)
+
+
+def cuda_build(output: Path, folder: Path) -> str:
+    """Text of build.ninja for pyglobenc._cuda."""
+    if switched_on("PYGLOBENC_NO_CUDA"):
+        raise CompileError("left out, PYGLOBENC_NO_CUDA is set")
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        raise CompileError("no nvcc found")
+    file = BuildFile()
+    file.rule("compile", *find_compiler(), *FLAGS, "$extra")
+    file.rule("nvcc", nvcc, *NVCC_FLAGS, *architectures())
+    for source in sorted(CUDA.glob("*.cu")):
+        file.compile("nvcc", source, f"{source.stem}.o")
+    file.compile("compile", CUDA / "bindings.cpp", "bindings.o", *python_includes())
+    # nvcc links its runtime statically
+    return file.link(output, nvcc)
 
 
 class BuildWithNinja(build_ext):
-    """Compiles the one extension with ninja; failures warn, since the extension is optional."""
+    """Compiles the extensions with ninja; failures warn, since they are optional."""
 
     def run(self) -> None:
         # a module left from an earlier build must not pass for this one
@@ -125,19 +171,20 @@ class BuildWithNinja(build_ext):
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.unlink(missing_ok=True)
-        if os.environ.get("PYGLOBENC_NO_EXTENSIONS", "0") not in ("", "0"):
+        if switched_on("PYGLOBENC_NO_EXTENSIONS"):
             raise CompileError("left out, PYGLOBENC_NO_EXTENSIONS is set")
-        compiler, ninja = find_compiler(), find_ninja()
-        folder = Path(self.build_temp).resolve() / "cpu"
+        name = ext.name.rpartition("_")[2]
+        folder = Path(self.build_temp).resolve() / name
         folder.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(build_file(compiler, output, folder))
-        done = subprocess.run([ninja, "-C", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        text = {"cpu": cpu_build, "cuda": cuda_build}[name](output, folder)
+        (folder / "build.ninja").write_text(text)
+        done = subprocess.run([find_ninja(), "-C", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
             raise CompileError(f"ninja failed:\n{done.stdout[-4000:]}")
 
 
 setup(
-    ext_modules=[Extension("pyglobenc._cpu", [str(CPU / "bindings.cpp")], optional=True)],
+    ext_modules=[Extension(f"pyglobenc._{folder.name}", [str(folder / "bindings.cpp")], optional=True) for folder in (CPU, CUDA)],
     cmdclass={"build_ext": BuildWithNinja},
 )

@@ -4,19 +4,9 @@
 
 #include <cstdint>
 
+#include "../common/view.h"
+
 namespace pyglobenc {
-
-enum class Type : int { f32, f16, bf16, f64, i64, u8 };
-
-// A tensor of up to four axes; strides in elements. data is null for an argument left out.
-struct View {
-    void* data = nullptr;
-    Type type = Type::f32;
-    int64_t shape[4] = {0, 0, 0, 0};
-    int64_t stride[4] = {0, 0, 0, 0};
-
-    explicit operator bool() const { return data != nullptr; }
-};
 
 // Arguments that token_norms and rollout_step share; see pyglobenc/ops/token_norms.py.
 struct PairArgs {

@@ -1,0 +1,188 @@
+// Runs a block of threads on the CPU: each is a fiber that goes on until it must wait for others, at a barrier or where its warp meets.
+// What hardware leaves to chance is made to hurt: shared memory and bytes still being copied hold NaN, threads run in either order, and
+// threads that wait for ones that never come are an error.
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace pyglobenc {
+namespace emulated {
+
+// Where threads wait for one another; `what` is the instruction that they must all have come to.
+struct Gate {
+    int arrived = 0;
+    int64_t generation = 0;
+    const char* what = nullptr;
+};
+
+struct Warp {
+    Gate gate;
+    alignas(16) char exchanged[2][32][32];  // what the lanes hand over; two in turn, since the first to pass may already write the next
+};
+
+struct Copy {
+    void* to;
+    const void* from;  // null: zeros
+    int bytes;
+};
+
+struct Fiber {
+    std::unique_ptr<char[]> stack;
+    ucontext_t context;
+    jmp_buf state;
+    bool begun, done;
+    Gate* gate;
+    int64_t generation;
+    std::deque<std::vector<Copy>> copies;  // the last is the group not yet committed
+};
+
+struct Launch {
+    int64_t blocks;
+    int threads, bytes;  // of shared memory
+};
+
+struct Machine {
+    static constexpr size_t STACK = 256 * 1024;
+    static constexpr size_t GUARD = 1024;
+
+    // for tests to set
+    bool reversed = false;  // run the last threads first
+    int shared_limit = 227 * 1024, processors = 2;
+    std::vector<Launch> launches;
+
+    int block = 0, blocks = 0, threads = 0, thread = 0;
+    char* shared = nullptr;
+    std::vector<Fiber> fibers;
+    std::vector<Warp> warps;
+    Gate gate;
+    std::function<void()> body;
+    std::string error;
+    jmp_buf scheduler;
+};
+
+inline Machine machine;
+
+// longjmp, not swapcontext, which asks the kernel for the signal mask every time
+__attribute__((noinline)) inline void leave() {
+    if (!_setjmp(machine.fibers[machine.thread].state)) _longjmp(machine.scheduler, 1);
+}
+
+inline void fail(const std::string& error) {
+    machine.error = error + ", thread " + std::to_string(machine.thread) + " of block " + std::to_string(machine.block);
+    leave();
+}
+
+inline void arrive(Gate& gate, int count, const char* what) {
+    if (gate.arrived && gate.what != what) fail(std::string("threads meet at ") + gate.what + " and " + what);
+    gate.what = what;
+    if (++gate.arrived == count) {
+        gate.arrived = 0;
+        ++gate.generation;
+        return;
+    }
+    Fiber& fiber = machine.fibers[machine.thread];
+    fiber.gate = &gate;
+    fiber.generation = gate.generation;
+    leave();
+}
+
+// Hands x to the warp; returns what lane 0 handed over, lane l's is 32 l bytes further.
+template <class V>
+const char* exchange(const V& x, const char* what) {
+    static_assert(sizeof(V) <= 32, "a lane hands over at most 32 bytes");
+    Warp& warp = machine.warps[machine.thread / 32];
+    auto& slots = warp.exchanged[warp.gate.generation % 2];
+    std::memcpy(slots[machine.thread % 32], &x, sizeof x);
+    arrive(warp.gate, 32, what);
+    return slots[0];
+}
+
+template <class V>
+V taken(const char* slots, int lane) {
+    V out;
+    std::memcpy(&out, slots + 32 * lane, sizeof out);
+    return out;
+}
+
+inline void enter() {
+    machine.body();
+    Fiber& fiber = machine.fibers[machine.thread];
+    for (const auto& group : fiber.copies)
+        if (!group.empty()) machine.error = "a thread ended with copies that it never waited for";
+    fiber.done = true;
+    _longjmp(machine.scheduler, 1);
+}
+
+__attribute__((noinline)) inline void resume(Fiber& fiber) {
+    if (_setjmp(machine.scheduler)) return;
+    if (fiber.begun) _longjmp(fiber.state, 1);
+    fiber.begun = true;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = Machine::STACK;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, enter, 0);
+    setcontext(&fiber.context);
+}
+
+inline void run_block() {
+    for (int left = machine.threads; left;) {
+        bool moved = false;
+        for (int step = 0; step < machine.threads; ++step) {
+            machine.thread = machine.reversed ? machine.threads - 1 - step : step;
+            Fiber& fiber = machine.fibers[machine.thread];
+            if (fiber.done || (fiber.gate && fiber.gate->generation == fiber.generation)) continue;
+            fiber.gate = nullptr;
+            resume(fiber);
+            if (!machine.error.empty()) throw std::runtime_error("emulated kernel: " + machine.error);
+            moved = true;
+            left -= fiber.done;
+        }
+        if (!moved) throw std::runtime_error("emulated kernel: threads wait for others that never come");
+    }
+}
+
+// body() in every thread of every block.
+inline void run(int64_t blocks, int threads, int shared, std::function<void()> body) {
+    Machine& m = machine;
+    if (threads < 32 || threads % 32 || threads > 1024) throw std::runtime_error("emulated kernel: blocks are whole warps, up to 32");
+    m.launches.push_back({blocks, threads, shared});
+    std::unique_ptr<char, void (*)(void*)> memory(static_cast<char*>(std::aligned_alloc(128, (shared + 127) / 128 * 128 + Machine::GUARD)),
+                                                  std::free);
+    if (!memory) throw std::bad_alloc();
+    m.shared = memory.get();
+    m.body = body;
+    m.threads = threads;
+    m.blocks = int(blocks);
+    m.fibers.resize(std::max(m.fibers.size(), size_t(threads)));
+    for (m.block = 0; m.block < blocks; ++m.block) {
+        std::memset(m.shared, 0xff, size_t(shared) + Machine::GUARD);
+        m.warps.assign(threads / 32, Warp());
+        m.gate = Gate();
+        m.error.clear();
+        for (Fiber& fiber : m.fibers) {
+            if (!fiber.stack) fiber.stack.reset(new char[Machine::STACK]);
+            fiber.begun = fiber.done = false;
+            fiber.gate = nullptr;
+            fiber.copies.assign(1, {});
+        }
+        run_block();
+        for (size_t at = 0; at < Machine::GUARD; ++at)
+            if (m.shared[shared + at] != char(0xff)) throw std::runtime_error("emulated kernel: wrote past its shared memory");
+    }
+}
+
+}  // namespace emulated
+}  // namespace pyglobenc

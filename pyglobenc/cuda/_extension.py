@@ -1,0 +1,51 @@
+"""The compiled module, the device and stream its kernels run on, and reasons that they can't."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+try:
+    from pyglobenc import _cuda as kernels
+except ImportError as error:
+    # not fatal here: tests put the emulated module in its place
+    kernels, missing = None, f"the compiled module pyglobenc._cuda doesn't load ({error}); reinstall with nvcc on PATH"
+
+OLDEST = (8, 0)
+
+
+def device_reasons(tensors: dict[str, Tensor | None]) -> list[str]:
+    """Why these tensors can't meet in a CUDA kernel, dtypes aside."""
+    if kernels is None:
+        return [missing]
+    given = {name: t for name, t in tensors.items() if t is not None}
+    devices = {t.device for t in given.values()}
+    if len(devices) > 1:
+        return ["tensors are on several devices: " + ", ".join(f"{name} {t.device}" for name, t in given.items())]
+    device = devices.pop()
+    if kernels.emulated:
+        return [] if device.type == "cpu" else [f"the kernels are emulated, on CPU tensors, got {device}"]
+    if device.type != "cuda":
+        problem = kernels.problem()
+        return [f"needs tensors on a GPU, got {device}" + (f" ({problem})" if problem else "")]
+    if torch.version.hip:
+        return ["needs an NVIDIA GPU"]
+    if torch.cuda.get_device_capability(device) < OLDEST:
+        return ["needs compute capability 8.0 or later"]
+    return []
+
+
+@contextmanager
+def launching(device: torch.device) -> Iterator[int]:
+    """Context in which launches go to a tensor's device; gives torch's current stream there, for the kernels."""
+    if device.type != "cuda":
+        yield 0
+        return
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream(device).cuda_stream
+
+
+def allows_tf32() -> bool:
+    """Whether the caller lets float32 products run on tf32 tensor cores; else they keep float32's digits."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
