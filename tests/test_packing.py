@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from pair_cases import Case, doubled, layer, pair_args
+from numerics import assert_as_good_as_torch
+from pair_cases import Case, doubled, factor, layer, pair_args, running
 
 from pyglobenc.ops import attention, rollout_step
 from pyglobenc.reference.score_mods import SoftCap
@@ -100,3 +101,18 @@ def test_offsets_are_checked():
         step(packed | dict(key_mask=torch.ones(1, 10, dtype=torch.bool)), log_scale, "auto", offsets)
     with pytest.raises(ValueError, match="a batch of 1 without key_mask, got 2"):
         attention(*torch.zeros(3, 2, 1, 10, 4), offsets=offsets)
+
+
+@pytest.mark.parametrize("kernel", ["triton"])
+@cases(CASES)
+def test_kernel_is_as_good_as_torch(case, lengths, count, kernel):
+    _, packed, offsets = pack(case, lengths, count)
+    names = ("r", "q", "k", "lse", "gram", "cross", "residual_sq", "rstd", "key_mask", "scaling")
+
+    def product(args, backend):
+        # before the rows are rescaled, which would add its own rounding
+        return torch.ops.pyglobenc.rollout_step(*(args.get(name) for name in names), *case.window, backend, offsets)
+
+    with running(kernel) as backend:
+        out = product(packed, backend)
+    assert_as_good_as_torch(out, product(doubled(packed), "reference"), product(packed, "reference"), factor(kernel))

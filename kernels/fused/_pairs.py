@@ -8,6 +8,8 @@ for BERT-base in bfloat16, counted in sm_90 code of Triton 3.9: 17 with the quad
 8 with one.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -164,11 +166,17 @@ def shared_bytes(heads: int, block_i: int, block_j: int, block_d: int, held: boo
     return keys + gram + max(split * 4 * heads * block_i * block_j, block_i * row) + 8_192
 
 
-def pair_settings(q, k, gram, cross, rstd, key_mask, window) -> tuple[dict, dict]:
-    """Flags and tile sizes of a kernel over pairs, by the names of its parameters."""
+def pair_arguments(q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling: float, window: tuple[int, int]) -> dict[str, Any]:
+    """What every kernel over pairs takes, by the names of its parameters: tensors, sizes, strides, flags and tile sizes."""
     precision = float32_precision()
+    q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
+    (_, n_heads, n, head_dim), (left, right) = q.shape, window
+    tensors = dict(Q=q, K=k, LSE=lse, GRAM=gram, CROSS=cross, RESIDUAL_SQ=residual_sq, RSTD=rstd, MASK=key_mask)
+    sizes = dict(scaling=scaling, n=n, n_heads=n_heads, group=n_heads // k.shape[1], left=n if left < 0 else left)
+    steps = strides(q, "qb qh qn") | strides(k, "kb kh kn") | strides(lse, "lb lh ln") | strides(gram, "gb gn gh gg")
+    steps |= strides(cross, "cb cn ch") | strides(residual_sq, "xb xn") | strides(rstd, "sb sn") | strides(key_mask, "mb mn")
     flags = dict(
-        HEAD_DIM=q.shape[3],
+        HEAD_DIM=head_dim,
         HAS_OWN=cross is not None,
         HAS_RSTD=rstd is not None,
         HAS_MASK=key_mask is not None,
@@ -178,7 +186,8 @@ def pair_settings(q, k, gram, cross, rstd, key_mask, window) -> tuple[dict, dict
         FORM=precision,
         UPCAST=interpreting(),
     )
-    return flags, launch(q.shape[1], q.shape[3], q.element_size(), precision, shared_limit(q.device))
+    tiles = launch(n_heads, head_dim, q.element_size(), precision, shared_limit(q.device))
+    return tensors | sizes | dict(right=n if right < 0 else right) | steps | flags | tiles
 
 
 def query_shares(programs: int, tiles: int, device: torch.device) -> int:
@@ -189,14 +198,11 @@ def query_shares(programs: int, tiles: int, device: torch.device) -> int:
     return max(1, min(2 * processors(device) // max(programs, 1), tiles // 4))
 
 
-def unit_stride(t: Tensor) -> Tensor:
-    """t with its last axis contiguous."""
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
-def strides(t: Tensor | None, dims: int) -> tuple[int, ...]:
-    """Strides of a tensor that may be absent."""
-    return (0,) * dims if t is None else t.stride()
+def strides(t: Tensor | None, axes: str) -> dict[str, int]:
+    """Strides of a tensor that may be absent, by the names of a kernel's parameters."""
+    names = axes.split()
+    steps = (0,) * len(names) if t is None else t.stride()
+    return {f"stride_{name}": step for name, step in zip(names, steps, strict=False)}
 
 
 def pair_reasons(q: Tensor, gram: Tensor, others: dict[str, Tensor | None]) -> list[str]:

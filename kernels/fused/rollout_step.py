@@ -11,27 +11,18 @@ import triton.language as tl
 from torch import Tensor
 
 from pyglobenc.kernels._device import on, power_of_two, real_tokens
-from pyglobenc.kernels._pairs import (
-    hold_keys,
-    load_gram,
-    own_term,
-    pair_norms,
-    pair_reasons,
-    pair_settings,
-    query_shares,
-    strides,
-    unit_stride,
-)
+from pyglobenc.kernels._pairs import hold_keys, load_gram, own_term, pair_arguments, pair_norms, pair_reasons, query_shares, strides
+from pyglobenc.reference.packing import sequence_of
 
 # rows of the rollout that one pass carries; more rows take more passes
 MAX_ROWS = 64
 
 
 @triton.jit
-def _queries(block, j_ok, n, left, right, share, shares, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):
-    """First and last + 1 of a share of the queries that see a key of the block; shares are whole tiles."""
-    first = tl.maximum(0, block * BLOCK_J - right) // BLOCK_I * BLOCK_I
-    last = tl.minimum(n, (block + 1) * BLOCK_J + left)
+def _queries(block, j_ok, low, high, left, right, share, shares, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):
+    """First and last + 1 of a share of the queries, low to high - 1, that see a key of the block; shares are whole tiles."""
+    first = tl.maximum(low, block * BLOCK_J - right) // BLOCK_I * BLOCK_I
+    last = tl.minimum(high, (block + 1) * BLOCK_J + left)
     last = tl.where(tl.max(j_ok.to(tl.int32), 0) > 0, last, first)
     per_share = tl.cdiv(tl.cdiv(last - first, BLOCK_I), shares) * BLOCK_I
     return first + share * per_share, tl.minimum(last, first + (share + 1) * per_share)
@@ -48,6 +39,7 @@ def _rollout_step_kernel(
     RESIDUAL_SQ,  # (B, n)
     RSTD,  # (B, n)
     MASK,  # (B, n)
+    SPANS,  # (2, n): first and last + 1 token of each token's sequence, where several are packed into one
     OUT,  # (shares, B, T, n)
     scaling, n, n_heads, group, n_rows, left, right, key_blocks, row_blocks, shares, batch,
     stride_rb, stride_rt, stride_rn, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
@@ -55,7 +47,7 @@ def _rollout_step_kernel(
     stride_xb, stride_xn, stride_sb, stride_sn, stride_mb, stride_mn,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr, HELD: tl.constexpr, HAS_OWN: tl.constexpr, HAS_RSTD: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, SCORES: tl.constexpr, FORM: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, PACKED: tl.constexpr, SCORES: tl.constexpr, FORM: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     # neighbours in the grid share their queries, so that they meet in L2
     block, rest = tl.program_id(0) % key_blocks, tl.program_id(0) // key_blocks
@@ -69,7 +61,11 @@ def _rollout_step_kernel(
     head_ok = heads < n_heads
     j = block * BLOCK_J + tl.arange(0, BLOCK_J)
     j_ok = real_tokens(MASK, b, stride_mb, stride_mn, j, j < n, HAS_MASK)
-    first, last = _queries(block, j_ok, n, left, right, share, shares, BLOCK_I, BLOCK_J)
+    low, high = 0, n
+    if PACKED:
+        start_j, stop_j = tl.load(SPANS + j, mask=j_ok, other=n), tl.load(SPANS + n + j, mask=j_ok, other=0)
+        low, high = tl.min(start_j, 0), tl.max(stop_j, 0)
+    first, last = _queries(block, j_ok, low, high, left, right, share, shares, BLOCK_I, BLOCK_J)
     gram = load_gram(GRAM + b * stride_gb, stride_gn, stride_gh, stride_gg, heads, head_ok, j, j_ok)
     k_held = hold_keys(K, stride_kh, stride_kn, heads, head_ok, group, j, j_ok, HEAD_DIM, BLOCK_D, HELD, UPCAST)
     own = tl.zeros((BLOCK_J,), tl.float32)
@@ -86,6 +82,8 @@ def _rollout_step_kernel(
         norms = pair_norms(Q, K, LSE, stride_qh, stride_qn, stride_kh, stride_kn, stride_lh, stride_ln, heads, head_ok, group, i, i_ok,
                            j, j_ok, k_held, gram, own, scaling, left, right, HEAD_DIM, BLOCK_D, HELD, HAS_OWN, HAS_WINDOW, SCORES,
                            FORM, UPCAST)  # fmt: skip
+        if PACKED:
+            norms = tl.where((i[None, :] >= start_j[:, None]) & (i[None, :] < stop_j[:, None]), norms, 0.0)
         at = R + b * stride_rb + i64[:, None] * stride_rn + t.to(tl.int64)[None, :] * stride_rt
         weights = tl.load(at, mask=i_ok[:, None] & (t < n_rows)[None, :], other=0.0)
         if HAS_RSTD:
@@ -102,7 +100,7 @@ def _rollout_step_kernel(
 def not_supported(r, q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, window, offsets=None) -> list[str]:
     """Why the kernel can't run on these arguments; empty when it can."""
     others = dict(r=r, k=k, lse=lse, cross=cross, residual_sq=residual_sq, rstd=rstd, key_mask=key_mask)
-    return pair_reasons(q, gram, others) + ([] if offsets is None else ["takes no packed sequences"])
+    return pair_reasons(q, gram, others)
 
 
 def rollout_step(
@@ -123,19 +121,23 @@ def rollout_step(
     batch, n_rows, n = r.shape
     if r.numel() == 0:
         return torch.empty_like(r)
-    flags, tiles = pair_settings(q, k, gram, cross, rstd, key_mask, window)
-    key_blocks = triton.cdiv(n, tiles["BLOCK_J"])
+    given = pair_arguments(q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, window)
+    key_blocks = triton.cdiv(n, given["BLOCK_J"])
     block_t = 1 if n_rows == 1 else min(MAX_ROWS, power_of_two(n_rows, 16))
     row_blocks = triton.cdiv(n_rows, block_t)
-    shares = query_shares(key_blocks * row_blocks * batch, triton.cdiv(n, tiles["BLOCK_I"]), q.device)
+    longest = n if offsets is None else int(offsets.diff().max())
+    shares = query_shares(key_blocks * row_blocks * batch, triton.cdiv(longest, given["BLOCK_I"]), q.device)
     out = r.new_empty(shares, batch, n_rows, n)
-    q, k = unit_stride(q), unit_stride(k)
-    left, right = (n if side < 0 else side for side in window)
+    spans = None if offsets is None else _spans(offsets, q.device)
     with on(q.device):
         _rollout_step_kernel[(key_blocks * shares * row_blocks * batch,)](
-            r, q, k, lse, gram, cross, residual_sq, rstd, key_mask, out,
-            scaling, n, q.shape[1], q.shape[1] // k.shape[1], n_rows, left, right, key_blocks, row_blocks, shares, batch,
-            *r.stride(), *q.stride()[:3], *k.stride()[:3], *lse.stride(), *gram.stride(), *strides(cross, 3), *strides(residual_sq, 2),
-            *strides(rstd, 2), *strides(key_mask, 2), BLOCK_T=block_t, **flags, **tiles,
+            **given, R=r, SPANS=spans, OUT=out, n_rows=n_rows, key_blocks=key_blocks, row_blocks=row_blocks, shares=shares, batch=batch,
+            BLOCK_T=block_t, PACKED=offsets is not None, **strides(r, "rb rt rn"),
         )  # fmt: skip
     return out.sum(0) if shares > 1 else out[0]
+
+
+def _spans(offsets: Tensor, device: torch.device) -> Tensor:
+    """First and last + 1 token of the sequence of every token, (2, N) int32."""
+    sequence = sequence_of(offsets, offsets.device)
+    return torch.stack([offsets[:-1][sequence], offsets[1:][sequence]]).to(device, non_blocking=True)

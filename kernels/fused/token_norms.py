@@ -9,17 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyglobenc.kernels._device import on, real_tokens
-from pyglobenc.kernels._pairs import (
-    hold_keys,
-    load_gram,
-    own_term,
-    pair_norms,
-    pair_reasons,
-    pair_settings,
-    query_shares,
-    strides,
-    unit_stride,
-)
+from pyglobenc.kernels._pairs import hold_keys, load_gram, own_term, pair_arguments, pair_norms, pair_reasons, query_shares, strides
 
 
 @triton.jit
@@ -98,21 +88,16 @@ def token_norms(
     window: tuple[int, int],
 ) -> Tensor:
     """See `pyglobenc.ops.token_norms`: -> (B, n, n), or (B, T, n) with rows."""
-    batch, n_heads, n, _ = q.shape
+    batch, n = gram.shape[:2]
     m = n if rows is None else rows.shape[1]
     out = gram.new_empty(batch, m, n)
     if out.numel() == 0:
         return out
-    flags, tiles = pair_settings(q, k, gram, cross, rstd, key_mask, window)
-    key_blocks = triton.cdiv(n, tiles["BLOCK_J"])
-    shares = query_shares(key_blocks * batch, triton.cdiv(m, tiles["BLOCK_I"]), q.device)
-    q, k = unit_stride(q), unit_stride(k)
-    left, right = (n if side < 0 else side for side in window)
+    given = pair_arguments(q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, window)
+    key_blocks = triton.cdiv(n, given["BLOCK_J"])
+    shares = query_shares(key_blocks * batch, triton.cdiv(m, given["BLOCK_I"]), q.device)
     with on(q.device):
         _token_norms_kernel[(key_blocks * shares * batch,)](
-            q, k, lse, gram, cross, residual_sq, rstd, key_mask, rows, out,
-            scaling, n, m, n_heads, n_heads // k.shape[1], left, right, key_blocks, shares,
-            *q.stride()[:3], *k.stride()[:3], *lse.stride(), *gram.stride(), *strides(cross, 3), *strides(residual_sq, 2),
-            *strides(rstd, 2), *strides(key_mask, 2), *strides(rows, 2), HAS_ROWS=rows is not None, **flags, **tiles,
-        )  # fmt: skip
+            **given, ROWS=rows, OUT=out, m=m, key_blocks=key_blocks, shares=shares, HAS_ROWS=rows is not None, **strides(rows, "rb rn")
+        )
     return out
