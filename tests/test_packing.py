@@ -3,7 +3,7 @@
 import pytest
 import torch
 from numerics import assert_as_good_as_torch
-from pair_cases import Case, doubled, factor, layer, pair_args, running
+from pair_cases import KERNELS, Case, doubled, factor, layer, pair_args, running
 
 from pyglobenc.ops import attention, rollout_step
 from pyglobenc.reference.score_mods import SoftCap
@@ -103,7 +103,7 @@ def test_offsets_are_checked():
         attention(*torch.zeros(3, 2, 1, 10, 4), offsets=offsets)
 
 
-@pytest.mark.parametrize("kernel", ["triton"])
+@pytest.mark.parametrize("kernel", [*KERNELS, "triton"])
 @cases(CASES)
 def test_kernel_is_as_good_as_torch(case, lengths, count, kernel):
     _, packed, offsets = pack(case, lengths, count)

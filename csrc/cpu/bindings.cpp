@@ -51,10 +51,11 @@ static void use(const std::string& name) {
 
 static PairArgs pair_args(const py::tuple& given, int threads) {
     PairArgs args;
-    View* const views[] = {&args.q, &args.k, &args.lse, &args.gram, &args.cross, &args.residual_sq, &args.rstd, &args.key_mask, &args.rows};
-    for (size_t index = 0; index < 9; ++index) *views[index] = view(given[index]);
-    args.scaling = given[9].cast<float>();
-    const py::tuple window = given[10];
+    View* const views[] = {&args.q,           &args.k,    &args.lse,      &args.gram, &args.cross,
+                           &args.residual_sq, &args.rstd, &args.key_mask, &args.rows, &args.offsets};
+    for (size_t index = 0; index < 10; ++index) *views[index] = view(given[index]);
+    args.scaling = given[10].cast<float>();
+    const py::tuple window = given[11];
     args.left = window[0].cast<int64_t>();
     args.right = window[1].cast<int64_t>();
     args.threads = threads < 1 ? 1 : threads;

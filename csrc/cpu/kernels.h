@@ -19,6 +19,7 @@ struct PairArgs {
     View rstd;         // [B, n] or none
     View key_mask;     // [B, n] u8 or none
     View rows;         // [B, T] i64 or none
+    View offsets;      // [S + 1] i64 or none; S sequences, packed into the one example of the batch
     float scaling = 1;
     int64_t left = -1, right = -1;
     int threads = 1;

@@ -33,6 +33,14 @@ struct RolloutSink {
         }
     }
 
+    // the first rows of a rollout are zero but for the targets
+    bool wants(int64_t slot) const {
+        const float* weight = weights->as<float>(4 * slot * targets() * I);
+        for (int64_t l = 0; l < targets() * I; ++l)
+            if (weight[l] != 0) return true;
+        return false;
+    }
+
     void begin(int64_t keys, float* sums) { std::memset(sums, 0, 4 * size(keys)); }
 
     void take(const Tile& tile, float* sums) {

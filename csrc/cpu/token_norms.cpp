@@ -12,6 +12,7 @@ struct NormsSink {
     int64_t size(int64_t) const { return 0; }
     void open(int64_t) {}
     void pack(const Example&, int64_t, int64_t) {}
+    bool wants(int64_t) const { return true; }
     void begin(int64_t, float*) {}
     void end(const Example&, int64_t, int64_t, float*) {}
 

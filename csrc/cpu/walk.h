@@ -24,24 +24,26 @@ struct Tile {
     const float* norm;        // [J, I]
 };
 
-// Positions of the batch's real tokens and of the queries to compute.
+// Positions of the batch's real tokens and of the queries to compute. Packed sequences are examples that share one tensor.
 struct Tokens {
     Memory memory;
     int64_t batch;
 
-    explicit Tokens(const PairArgs& args) : memory(size(args)), batch(args.q.shape[0]) {
+    explicit Tokens(const PairArgs& args) : memory(size(args)), batch(examples(args)) {
         const int64_t n = args.q.shape[2], m = args.rows ? args.rows.shape[1] : n;
+        const int64_t* ends = static_cast<const int64_t*>(args.offsets.data);
         int32_t* next = memory.as<int32_t>(batch * sizeof(Example));
-        for (int64_t b = 0; b < batch; ++b) {
-            Example& e = example(b);
+        for (int64_t index = 0; index < batch; ++index) {
+            Example& e = example(index);
+            const int64_t b = ends ? 0 : index, first = ends ? ends[index] : 0, last = ends ? ends[index + 1] : n;
             e.b = b;
             e.n_keys = e.n_queries = e.first_block = 0;
             e.keys = e.queries = next;
-            for (int64_t j = 0; j < n; ++j)
+            for (int64_t j = first; j < last; ++j)
                 if (real(args, b, j)) next[e.n_keys++] = int32_t(j);
             e.n_queries = e.n_keys;
             e.rows = e.keys;
-            next += n;
+            next += last - first;
             if (!args.rows) continue;
             e.queries = next;
             e.rows = next + m;
@@ -62,9 +64,11 @@ struct Tokens {
         return !args.key_mask || static_cast<const uint8_t*>(args.key_mask.data)[at(args.key_mask, b, j)];
     }
 
+    static int64_t examples(const PairArgs& args) { return args.offsets ? args.offsets.shape[0] - 1 : args.q.shape[0]; }
+
     static int64_t size(const PairArgs& args) {
-        const int64_t m = args.rows ? args.rows.shape[1] : 0;
-        return args.q.shape[0] * int64_t(sizeof(Example) + sizeof(int32_t) * (args.q.shape[2] + 2 * m));
+        const int64_t m = args.rows ? args.rows.shape[1] : 0, batch = args.q.shape[0];
+        return examples(args) * int64_t(sizeof(Example)) + batch * int64_t(sizeof(int32_t)) * (args.q.shape[2] + 2 * m);
     }
 };
 
@@ -72,15 +76,17 @@ struct Tokens {
 struct Chunk {
     int64_t first, last;  // examples
     int64_t blocks;       // of queries
+    int64_t pairs;
     int64_t keys;         // of a block of keys
     int64_t tasks;
 
-    Chunk(const Tokens& tokens, int64_t start, int64_t most_keys, int threads) : first(start), last(start), blocks(0), tasks(0) {
+    Chunk(const Tokens& tokens, int64_t start, int64_t most_keys, int threads) : first(start), last(start), blocks(0), pairs(0), tasks(0) {
         int64_t n_keys = 0;
         while (last < tokens.batch && (last == first || blocks * I < CHUNK)) {
             Example& e = tokens.example(last++);
             e.first_block = blocks;
             blocks += (e.n_queries + I - 1) / I;
+            pairs += e.n_queries * e.n_keys;
             n_keys += e.n_keys;
         }
         keys = n_keys / (4 * threads) / J * J;
@@ -129,6 +135,7 @@ static void visit(const PairArgs& args, const Example& example, const Keys& keys
     const int64_t n_queries = example.n_queries - block * I < I ? example.n_queries - block * I : I;
     const int32_t* position = queries.position + slot * I;
     const int32_t* key = example.keys + keys.first;
+    if (!sink.wants(slot)) return;
     int32_t low = position[0], high = position[0];
     for (int64_t l = 1; l < n_queries; ++l) {
         low = position[l] < low ? position[l] : low;
@@ -167,16 +174,16 @@ static void run_task(const PairArgs& args, const Example& example, int64_t first
     sink.end(example, first, keys.count, sink_memory);
 }
 
-// Every pair of a batch. A sink has size(keys) floats of scratch, pack(example, block, slot), begin, take and end.
+// Every pair of a batch. A sink has size(keys) floats of scratch, pack(example, block, slot), wants(slot), begin, take and end.
 template <class Sink>
 static void walk(const PairArgs& args, Sink& sink) {
-    const int64_t H = args.q.shape[1], dh = args.q.shape[3], n = args.q.shape[2], most_keys = Layout::most_keys(args, sink.size(1));
+    const int64_t H = args.q.shape[1], dh = args.q.shape[3], most_keys = Layout::most_keys(args, sink.size(1));
     const Tokens tokens(args);
     for (int64_t start = 0; start < tokens.batch;) {
         Chunk chunk(tokens, start, most_keys, args.threads);
         start = chunk.last;
         const Layout layout(args, chunk.keys, sink.size(chunk.keys));
-        const bool serial = chunk.blocks * I * n * H * (dh + H) < SERIAL;
+        const bool serial = chunk.pairs * H * (dh + H) < SERIAL;
         const int threads = serial ? 1 : args.threads;
         const int64_t q = chunk.blocks * H * dh * I, offset = chunk.blocks * H * I, position = aligned(chunk.blocks * I);
         const Memory memory(4 * (q + offset + position + threads * layout.total()));

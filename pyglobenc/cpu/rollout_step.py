@@ -8,7 +8,7 @@ from pyglobenc.cpu._extension import kernels, limits
 
 def not_supported(r, q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, window, offsets=None) -> list[str]:
     """Reasons that these arguments of `pyglobenc.ops.rollout_step` can't run here."""
-    return limits(gram, q, k) + ([] if offsets is None else ["takes no packed sequences"])
+    return limits(gram, q, k)
 
 
 def rollout_step(
@@ -28,6 +28,6 @@ def rollout_step(
     """See `pyglobenc.ops.rollout_step`: -> r @ norms (B, T, n), not yet rescaled."""
     out = torch.zeros(r.shape)
     if out.numel():
-        args = (q, k, lse.float(), gram, cross, residual_sq, rstd, key_mask, None, scaling, window)
+        args = (q, k, lse.float(), gram, cross, residual_sq, rstd, key_mask, None, None if offsets is None else offsets.long(), scaling, window)
         kernels.rollout_step(args, r, out, torch.get_num_threads())
     return out
