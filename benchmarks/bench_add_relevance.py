@@ -3,9 +3,6 @@
     pytest benchmarks/bench_add_relevance.py --csv add_relevance
 """
 
-from op_benchmark import cases, run
+from op_benchmark import suite
 
-
-@cases("add_relevance")
-def bench_add_relevance(benchmark, n, backend):
-    run(benchmark, "add_relevance", n, backend)
+bench_add_relevance = suite("add_relevance")

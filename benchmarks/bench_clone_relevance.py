@@ -3,9 +3,6 @@
     pytest benchmarks/bench_clone_relevance.py --csv clone_relevance
 """
 
-from op_benchmark import cases, run
+from op_benchmark import suite
 
-
-@cases("clone_relevance")
-def bench_clone_relevance(benchmark, n, backend):
-    run(benchmark, "clone_relevance", n, backend)
+bench_clone_relevance = suite("clone_relevance")

@@ -4,17 +4,15 @@
 """
 
 import torch
-from op_benchmark import cases, run
+from op_benchmark import D, H, suite
 
 from pyglobenc.commands.trial import tensors
 
 
-@cases("head_gram", materialised_lengths=(128, 512))
-def bench_head_gram(benchmark, n, backend):
-    run(benchmark, "head_gram", n, backend, materialised)
-
-
 def materialised(v, kernel, x, cross_kernel):
-    weight = tensors(v.device.type, v.shape[2])["weight"]
+    weight = tensors(v.device.type, v.shape[2], v.shape[0], v.dtype)["weight"]
     vectors = torch.einsum("bhnc,hcd->bnhd", v, weight)
     return vectors @ vectors.transpose(2, 3), torch.einsum("bnhd,bnd->bnh", vectors, x)
+
+
+bench_head_gram = suite("head_gram", materialised, lambda batch, n: 2 * batch * n * H * D)

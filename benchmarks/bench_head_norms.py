@@ -4,13 +4,11 @@
 """
 
 import torch
-from op_benchmark import cases, run
-
-
-@cases("head_norms", materialised_lengths=(128, 512))
-def bench_head_norms(benchmark, n, backend):
-    run(benchmark, "head_norms", n, backend, materialised)
+from op_benchmark import D, H, suite
 
 
 def materialised(v, weight):
     return torch.einsum("bhnc,hcd->bnhd", v, weight).norm(dim=-1)
+
+
+bench_head_norms = suite("head_norms", materialised, lambda batch, n: 2 * batch * n * H * D)

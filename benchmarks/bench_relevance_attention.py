@@ -4,14 +4,9 @@
 """
 
 import torch
-from op_benchmark import cases, run
+from op_benchmark import H, suite
 
 from pyglobenc.reference.safe_division import safe_divide
-
-
-@cases("relevance_attention", materialised_lengths=(128, 512))
-def bench_relevance_attention(benchmark, n, backend):
-    run(benchmark, "relevance_attention", n, backend, materialised)
 
 
 def materialised(q, k, v, lse, grad_o, s):
@@ -21,3 +16,6 @@ def materialised(q, k, v, lse, grad_o, s):
     u = safe_divide(relevance, scores)
     maps = (grad_o @ v.transpose(2, 3) * relevance).clamp(min=0).mean(1)
     return q * (u @ k) / 2, k * (u.transpose(2, 3) @ q) / 2, v * (alpha.transpose(2, 3) @ s) / 2, maps.sum(-1), None
+
+
+bench_relevance_attention = suite("relevance_attention", materialised, lambda batch, n: 6 * batch * H * n * n, sdpa=True)

@@ -4,12 +4,7 @@
 """
 
 import torch
-from op_benchmark import cases, run
-
-
-@cases("rollout_step", materialised_lengths=(128, 512))
-def bench_rollout_step(benchmark, n, backend):
-    run(benchmark, "rollout_step", n, backend, materialised)
+from op_benchmark import H, suite
 
 
 def materialised(r, log_scale, q, k, lse, gram):
@@ -18,3 +13,6 @@ def materialised(r, log_scale, q, k, lse, gram):
     out = (norms @ r.transpose(1, 2)).transpose(1, 2)
     top = out.amax(-1)
     return out / top[..., None], log_scale + top.log()
+
+
+bench_rollout_step = suite("rollout_step", materialised, lambda batch, n: 3 * batch * H * n * n, sdpa=True)

@@ -4,18 +4,15 @@
 """
 
 import torch
-from op_benchmark import cases, run
+from op_benchmark import D, suite
 
 from pyglobenc.commands.trial import tensors
 
 
-@cases("token_norms", materialised_lengths=(128,))
-def bench_token_norms(benchmark, n, backend):
-    run(benchmark, "token_norms", n, backend, materialised)
-
-
 def materialised(q, k, lse, gram):
-    made = tensors(q.device.type, q.shape[2])
-    alpha = torch.exp(q @ k.transpose(2, 3) * q.shape[3] ** -0.5 - lse[..., None])
-    vectors = torch.einsum("bhnc,hcd->bhnd", made["v"], made["weight"])
-    return torch.einsum("bhij,bhjd->bijd", alpha, vectors).norm(dim=-1)
+    made = tensors(q.device.type, q.shape[2], q.shape[0], q.dtype)
+    alpha = torch.exp(q @ k.transpose(2, 3) * q.shape[3] ** -0.5 - lse[..., None]).to(q.dtype)
+    return torch.einsum("bhij,bhjd->bijd", alpha, made["v"] @ made["weight"]).norm(dim=-1)
+
+
+bench_token_norms = suite("token_norms", materialised, lambda batch, n: batch * n * n * D, sdpa=True)

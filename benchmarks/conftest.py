@@ -9,11 +9,23 @@ import torch
 from pyglobenc.device_table import device_name
 
 RESULTS = Path(__file__).parent / "results"
+# of --quick: tokens of a batch at most, and dtypes
+QUICK_TOKENS, QUICK_DTYPES = 1024, ("float32", "bfloat16")
 
 
 def pytest_addoption(parser):
     parser.addoption("--csv", metavar="NAME", help="write medians and quartiles to benchmarks/results/NAME.csv")
     parser.addoption("--threads", type=int, default=2, help="torch threads (default 2)")
+    parser.addoption("--quick", action="store_true", help=f"only batches of at most {QUICK_TOKENS} tokens, no float16")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--quick"):
+        items[:] = [item for item in items if not hasattr(item, "callspec") or is_quick(item.callspec.params)]
+
+
+def is_quick(params: dict) -> bool:
+    return params.get("n", 0) * params.get("batch", 1) <= QUICK_TOKENS and params.get("dtype", "float32") in QUICK_DTYPES
 
 
 @pytest.fixture(autouse=True)
@@ -36,14 +48,14 @@ def pytest_sessionfinish(session):
 
 
 def row_of(benchmark, threads: int) -> dict:
-    """One line of the CSV: what ran, seconds, what the benchmark reported beside them, and where it ran."""
-    stats = benchmark.stats
+    """One line of the CSV: what ran, seconds of one call, what the benchmark reported beside them, and where it ran."""
+    stats, calls = benchmark.stats, benchmark.extra_info.get("calls_a_round", 1)
     return {
         "benchmark": benchmark.name.split("[")[0].removeprefix("bench_").removeprefix("test_"),
         **(benchmark.params or {}),
-        "median_s": f"{stats.median:.6g}",
-        "q1_s": f"{stats.q1:.6g}",
-        "q3_s": f"{stats.q3:.6g}",
+        "median_s": f"{stats.median / calls:.6g}",
+        "q1_s": f"{stats.q1 / calls:.6g}",
+        "q3_s": f"{stats.q3 / calls:.6g}",
         "rounds": stats.rounds,
         **benchmark.extra_info,
         "threads": threads,

@@ -1,52 +1,89 @@
-"""One benchmark for every op: its backends, torch.compile of its reference, and the algorithm that materialises, on one encoder layer.
+"""One benchmark for every op: its backends and what a user has without them, over n, dtype and batch, on one layer of BERT-base's shape.
 
-BERT-base's shape, float32, one example of n tokens. Right before fast: each is compared with the float64 reference before it is timed.
+Baselines: "compile", torch.compile of the reference; "materialised", the algorithm that stores what the op doesn't form, where that takes
+at most STORED bytes; "sdpa", torch's fused attention on the same queries and keys, without any attribution. Right before fast: each is
+compared with the float64 reference before it is timed.
 """
 
+import time
+from collections.abc import Callable
+from functools import cache, lru_cache
 from importlib import import_module
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
 from allocations import measure_allocations
 
 from pyglobenc.backends import INTERPRETED
+from pyglobenc.ceilings import measure_ceilings
 from pyglobenc.commands.trial import DH, EXAMPLES, H, tensors
-from pyglobenc.costs import count, flatten, synchronize
+from pyglobenc.costs import Ceilings, count, flatten, synchronize
 
-LENGTHS = (128, 512, 2048)
-# beside the op's backends: what a user could have without them
-COMPILED, MATERIALISED = "compile", "materialised"
-# the compiler takes up to a minute a shape
-COMPILED_LENGTHS = (512,)
-# half a float32's digits: what is compared is the same quantity, not its last bits
-TOLERANCE = 1e-3
-ROUNDS, SHORT = 15, 1e-4
+LENGTHS, BATCHES, DTYPES = (128, 512, 2048), (1, 8), ("float32", "bfloat16", "float16")
+# ops that may be given a half-precision model's tensors; the rules of relevance need float32's digits
+HALF = ("token_norms", "rollout_step", "head_gram", "head_norms")
+D = H * DH
+COMPILED, MATERIALISED, SDPA = "compile", "materialised", "sdpa"
+# (n, batch): the compiler takes up to a minute a shape
+COMPILED_SHAPE = (512, 1)
+STORED = 4 << 30
+# torch's products there
+SLOW = ("cpu", torch.float16)
+# pairs that the float64 reference is asked for
+CHECKED = 512 * 512
+# seconds: spent on the rounds of a case, of the ceilings' measurements, and below which calls share a round
+SPENT, CEILING, SHORT = 2.0, 0.4, 1e-4
+ROUNDS = (3, 15)
 
 
-def cases(op: str, materialised_lengths: tuple[int, ...] = ()):
-    """Decorator: n and backend of every benchmark of an op."""
-    backends = import_module(f"pyglobenc.ops.{op}").BACKENDS
-    pairs = [(n, name) for n in LENGTHS for name in backends]
-    pairs += [(n, COMPILED) for n in COMPILED_LENGTHS] + [(n, MATERIALISED) for n in materialised_lengths]
-    return pytest.mark.parametrize("n, backend", sorted(pairs))
+def suite(
+    op: str,
+    materialised: Callable[..., Any] | None = None,
+    stored: Callable[[int, int], int] = lambda batch, n: 0,
+    sdpa: bool = False,
+) -> Callable[..., None]:
+    """The benchmark of an op, parametrised.
 
+    Args:
+        op: its name.
+        materialised: takes the op's positional arguments and returns what the op returns; None: there is no such algorithm.
+        stored: of B and n, the numbers that it holds at one time.
+        sdpa: torch's fused attention is a natural unit.
+    """
+    builders = {name: named(name) for name in import_module(f"pyglobenc.ops.{op}").BACKENDS} | {COMPILED: compiled}
+    if materialised is not None:
+        builders[MATERIALISED] = lambda op, args: lambda: materialised(*args)
+    if sdpa:
+        builders[SDPA] = attention
+    dtypes = DTYPES if op in HALF else DTYPES[:1]
+    cases = [case for case in product(LENGTHS, dtypes, BATCHES, builders) if case[3] != COMPILED or (case[0], case[2]) == COMPILED_SHAPE]
 
-def run(benchmark, op, n, backend, materialised=None):
-    """Time one case; materialised takes the op's positional arguments and returns what the op returns."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if backend == "triton" and INTERPRETED:
-        pytest.skip("interpreted kernels show what they compute, not how fast")
-    args = EXAMPLES[op](tensors(device.type, n))
-    call = {COMPILED: compiled, MATERIALISED: lambda op, args: lambda: materialised(*args)}.get(backend, named(backend))(op, args)
-    try:
-        result = call()
-    except (ValueError, NotImplementedError) as error:
-        pytest.skip(str(error))
-    check(op, n, args, result)
-    cost = count(op, args, result, batch=1, heads=H, n=n, dh=DH)
-    benchmark.extra_info.update(flops=f"{cost.flops:.6g}", exps=f"{cost.exps:.6g}", bytes=f"{cost.bytes:.6g}", dtype="float32")
-    benchmark.extra_info["peak_mb"] = f"{peak_mb(call, device):.3f}"
-    time_it(benchmark, call, device)
+    @pytest.mark.parametrize("n, dtype, batch, backend", cases)
+    def bench(benchmark, n, dtype, batch, backend):
+        device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), getattr(torch, dtype)
+        own = backend not in (COMPILED, MATERIALISED, SDPA, "reference")
+        if backend == "triton" and INTERPRETED:
+            pytest.skip("interpreted kernels show what they compute, not how fast")
+        if (device.type, dtype) == SLOW and not own:
+            pytest.skip("torch's float16 products run at 1 to 2 GFLOP/s on a CPU")
+        size = stored(batch, n) * dtype.itemsize
+        if backend == MATERIALISED and size > STORED:
+            pytest.skip(f"stores {size / 2**30:.1f} GiB, more than {STORED >> 30}")
+        try:
+            if backend != SDPA:
+                check(op, builders[backend], device.type, n, batch, dtype)
+            made = tensors(device.type, n, batch, dtype)
+            args = [made[name] for name in "qkv"] if backend == SDPA else EXAMPLES[op](made)
+            call = builders[backend](op, args)
+            result = call()
+        except (ValueError, TypeError, NotImplementedError) as error:
+            pytest.skip(str(error))
+        cost = count("attention" if backend == SDPA else op, args, result, batch=batch, heads=H, n=n, dh=DH)
+        time_it(benchmark, call, device, cost, ceilings(device, dtype))
+
+    return bench
 
 
 def named(backend):
@@ -57,33 +94,57 @@ def named(backend):
     return build
 
 
+def attention(op, args):
+    return lambda: torch.nn.functional.scaled_dot_product_attention(*args)
+
+
 def compiled(op, args):
-    """torch.compile of the reference on the arguments that the op hands to it."""
+    """The op with torch.compile of the reference for a backend."""
     module, function = import_module(f"pyglobenc.ops.{op}"), getattr(import_module(f"pyglobenc.reference.{op}"), op)
-    seen, pick = [], module.pick
-    module.pick = lambda *ignored: lambda *raw: (seen.append(raw), function(*raw))[1]
-    try:
-        getattr(module, op)(*args, backend="reference")
-    finally:
-        module.pick = pick
+    torch._dynamo.reset()
     faster = torch.compile(function)
-    return lambda: faster(*seen[0])
+
+    def call():
+        pick, module.pick = module.pick, lambda *ignored: faster
+        try:
+            return getattr(module, op)(*args)
+        finally:
+            module.pick = pick
+
+    return call
 
 
-def check(op, n, args, result):
-    """Every array of the result against the float64 reference, relative to its largest entry: within TOLERANCE, or, where the op
-    divides by what cancels, as near as the reference comes in float32."""
-    if n > max(COMPILED_LENGTHS):
-        return
+def check(op: str, build: Callable, device: str, n: int, batch: int, dtype: torch.dtype) -> None:
+    """Every array of the result against the float64 reference, relative to its largest entry: half of the dtype's digits, since the
+    same quantity is compared, not its last bits; or, where the op divides by what cancels, as near as the reference comes in float32.
+    Shapes too large for that stand for the shortest."""
+    n = n if batch * n * n <= CHECKED else LENGTHS[0]
+    result = build(op, EXAMPLES[op](tensors(device, n, batch, dtype)))()
+    for ours, (plain, exact) in zip(flatten(result), exact_results(op, device, n, batch, dtype), strict=True):
+        error, allowed = (float((t.reshape(exact.shape).double() - exact).abs().amax() / exact.abs().amax()) for t in (ours, plain))
+        limit = max(torch.finfo(dtype).eps ** 0.5, 4 * allowed)
+        assert error < limit, f"{op}: off by {error:.1e} of the largest entry, plain float32 by {allowed:.1e}"
 
-    def widen(part):
-        return part.double() if isinstance(part, torch.Tensor) else [widen(one) for one in part]
 
-    function = getattr(import_module(f"pyglobenc.ops.{op}"), op)
-    exact, plain = function(*widen(args), backend="reference"), function(*args, backend="reference")
-    for ours, torch_own, best in zip(flatten(result), flatten(plain), flatten(exact), strict=True):
-        error, allowed = (float((t.reshape(best.shape).double() - best).abs().amax() / best.abs().amax()) for t in (ours, torch_own))
-        assert error < max(TOLERANCE, 4 * allowed), f"{op}: off by {error:.1e} of the largest entry, plain float32 by {allowed:.1e}"
+@lru_cache(maxsize=2)
+def exact_results(op: str, device: str, n: int, batch: int, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The reference in float32 and in float64 on the same, already rounded inputs."""
+
+    def widen(part, wide):
+        return part.to(wide) if isinstance(part, torch.Tensor) else [widen(one, wide) for one in part]
+
+    args, function = EXAMPLES[op](tensors(device, n, batch, dtype)), getattr(import_module(f"pyglobenc.ops.{op}"), op)
+    results = [flatten(function(*widen(args, wide), backend="reference")) for wide in (torch.float32, torch.float64)]
+    return list(zip(*results, strict=True))
+
+
+@cache
+def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """What the device reaches with products of a dtype, or of float32 where those are faster."""
+    if dtype == torch.float32:
+        return measure_ceilings(device, dtype, CEILING)
+    single = ceilings(device, torch.float32)
+    return single if (device.type, dtype) == SLOW else single.best(measure_ceilings(device, dtype, CEILING))
 
 
 def peak_mb(call, device):
@@ -96,11 +157,14 @@ def peak_mb(call, device):
     return measure_allocations(call).peak / 2**20
 
 
-def time_it(benchmark, call, device):
-    """Short calls several times a round, so that the clock isn't what is measured."""
-    from pyglobenc.ceilings import times
-
-    once = min(times(call, device, 0))
+def time_it(benchmark, call, device, cost, reached):
+    """Time a call, short ones several times a round so that the clock isn't what is measured, and set it beside what the device reaches."""
+    benchmark.extra_info["peak_mb"] = f"{peak_mb(call, device):.3f}"
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    once = time.perf_counter() - start
     repeats = max(1, round(SHORT / once))
 
     def several():
@@ -108,5 +172,12 @@ def time_it(benchmark, call, device):
             call()
         synchronize(device)
 
+    rounds = min(max(ROUNDS[0], round(SPENT / (once * repeats))), ROUNDS[1])
+    benchmark.pedantic(several, rounds=rounds, iterations=1, warmup_rounds=1)
+    seconds = benchmark.stats.stats.median / repeats
+    counted = {"flops": cost.flops, "exps": cost.exps, "bytes": cost.bytes}
+    speeds = {"gflops": cost.flops / seconds / 1e9, "gb_s": cost.bytes / seconds / 1e9}
+    speeds["share"] = cost.floor(reached, overlap=device.type == "cuda") / seconds
+    limits = {"gemm_flops": reached.flops, "exp_rate": reached.exps, "copy_bytes": reached.bytes}
     benchmark.extra_info["calls_a_round"] = repeats
-    benchmark.pedantic(several, rounds=ROUNDS if once < 1 else 3, iterations=1, warmup_rounds=1)
+    benchmark.extra_info.update({name: f"{value:.6g}" for name, value in (counted | speeds | limits).items()})

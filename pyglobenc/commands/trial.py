@@ -1,16 +1,16 @@
 """Every op on an input of BERT-base's shape, for `pyglobenc doctor` and `pyglobenc bench`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import pyglobenc.ops
 from pyglobenc.backends import load
+from pyglobenc.costs import flatten
 from pyglobenc.files import one_line
 from pyglobenc.ops import attention, gram_kernels, head_gram
 
@@ -37,42 +37,42 @@ def try_op(op: str, backend: str) -> tuple[str, str | None]:
     device = "cuda" if backend in ON_GPU and torch.cuda.is_available() else "cpu"
     args, function = EXAMPLES[op](tensors(device)), getattr(module, op)
     try:
-        out = list(_flatten(function(*args, backend=backend)))
+        out = list(flatten(function(*args, backend=backend)))
     except (ValueError, TypeError, RuntimeError) as error:
         # the dispatcher names op and backend, which the table does already
         return "no", one_line(error).split("can't run: ")[-1].removeprefix(f"{backend}: ")
     if backend == "reference":
         return "yes", None
-    exact = list(_flatten(function(*args, backend="reference")))
+    exact = list(flatten(function(*args, backend="reference")))
     worst = max(float((a - b).abs().amax() / b.abs().amax()) for a, b in zip(out, exact, strict=True))
     return f"{worst:.0e}", None
 
 
-def _flatten(out: Any) -> Iterator[Tensor]:
-    if isinstance(out, Tensor):
-        yield out
-    else:
-        for part in out or ():
-            yield from _flatten(part)
-
-
 @lru_cache(maxsize=2)
-def tensors(device: str, n: int | None = None) -> dict[str, Tensor]:
-    """Arguments of the ops by name, float32, one example of n tokens (None: N), q (1, H, n, DH); d is H * DH."""
+def tensors(device: str, n: int | None = None, batch: int = 1, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Arguments of the ops by name, as an encoder layer of a model in `dtype` has them, d = H * DH wide.
+
+    Args:
+        device: "cpu" or "cuda".
+        n: tokens; None: N.
+        batch: B, examples.
+        dtype: of activations and weights, q (B, H, n, DH); what the rollout makes of them, gram, cross, r, log_scale and lse, is float32.
+    """
     n = N if n is None else n
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device)
+        return torch.randn(*shape, generator=generator).to(device, dtype)
 
-    out = {name: random(1, H, n, DH) for name in ("q", "k", "v", "grad_o", "s")} | {
-        "x": random(1, n, H * DH),
+    out = {name: random(batch, H, n, DH) for name in ("q", "k", "v", "grad_o", "s")} | {
+        "x": random(batch, n, H * DH),
         "weight": random(H, DH, H * DH),
     }
     out["o"], out["lse"] = attention(out["q"], out["k"], out["v"])
-    out["kernel"], out["cross_kernel"] = gram_kernels(out["weight"], [])
-    out["gram"], out["cross"] = head_gram(out["v"], out["kernel"], out["x"], out["cross_kernel"], backend="reference")
-    out["r"], out["log_scale"] = random(1, 1, n).abs(), torch.zeros(1, 1, device=device)
+    kernel, cross_kernel = gram_kernels(out["weight"].float(), [])
+    out["gram"], out["cross"] = head_gram(out["v"].float(), kernel, out["x"].float(), cross_kernel, backend="reference")
+    out["kernel"], out["cross_kernel"] = kernel.to(dtype), cross_kernel.to(dtype)
+    out["r"], out["log_scale"] = random(batch, 1, n).abs().float(), torch.zeros(batch, 1, device=device)
     return out
 
 

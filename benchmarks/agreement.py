@@ -1,0 +1,55 @@
+"""Whether `pyglobenc bench` and pytest-benchmark tell the same times.
+
+    pyglobenc bench --threads 2 --no-table --csv benchmarks/results/machine.csv
+    python benchmarks/agreement.py                     # machine.csv against every other file of benchmarks/results
+    python benchmarks/agreement.py MACHINE.csv OP.csv ...
+
+Compares every call that both measured (op, backend, n, dtype, one example, device, threads) and prints the ratio of pytest-benchmark's
+median to the command's. Two times agree if the quartiles of one reach those of the other, or if they are no further apart than LIMIT,
+about what two runs of one program differ by. Exit status 0 if all do.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from statistics import median
+
+from plot import MACHINE, RESULTS, read
+
+LIMIT = 0.1
+SAME = ("backend", "n", "dtype", "device", "threads")
+TIMES = ("q1_s", "median_s", "q3_s")
+
+
+def compare(command: list[dict[str, str]], suites: list[dict[str, str]]) -> list[tuple[str, float, bool]]:
+    """Call, ratio and whether both agree, of every call that both have."""
+    measured = {(row["op"], *(row[name] for name in SAME)): row for row in command}
+    out = []
+    for row in suites:
+        key = (row.get("benchmark"), *(row.get(name) for name in SAME))
+        if key not in measured or row.get("batch", "1") != "1":
+            continue
+        (low, middle, high), (other_low, other, other_high) = ([float(one[name]) for name in TIMES] for one in (row, measured[key]))
+        ratio = middle / other
+        agree = (low <= other_high and other_low <= high) or 1 / (1 + LIMIT) <= ratio <= 1 + LIMIT
+        out.append((" ".join(key[:4]), ratio, agree))
+    return out
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", nargs="?", type=Path, default=RESULTS / MACHINE, help="what pyglobenc bench --csv wrote")
+    parser.add_argument("suites", nargs="*", type=Path, help="what op suites wrote (default: all beside it)")
+    options = parser.parse_args(arguments)
+    suites = options.suites or sorted(set(options.command.parent.glob("*.csv")) - {options.command})
+    found = compare(read(options.command), [row for path in suites for row in read(path)])
+    if not found:
+        parser.error("no call is in both: the op suites and the command must have run on one device with as many threads")
+    for call, ratio, agree in found:
+        print(f"{ratio:6.2f}  {'' if agree else 'DIFFERS  '}{call}")
+    print(f"median ratio {median(ratio for _, ratio, _ in found):.2f}; {sum(agree for *_, agree in found)} of {len(found)} agree")
+    return int(not all(agree for *_, agree in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
