@@ -1,4 +1,7 @@
-"""Triton's elementwise relevance rules against the reference: on the GPU where there is one, else in the interpreter."""
+"""Elementwise relevance rules of the GPU backends against the reference: on the GPU where there is one, else Triton's interpreter.
+
+The CUDA backend takes these tests over in cuda/test_rules.py.
+"""
 
 import pytest
 import torch
@@ -9,15 +12,20 @@ from pyglobenc.ops import add_relevance, clone_relevance, linear_relevance
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.fixture
+def backend():
+    return "triton"
+
+
 def random(*shape):
     return torch.randn(*shape, device=DEVICE)
 
 
-def compare(op, tensors, factor=2.0, **options):
+def compare(backend, op, tensors, factor=2.0, **options):
     """The error rule for every result of an op that takes these float32 tensors by name."""
     doubled = {name: None if t is None else [p.double() for p in t] if isinstance(t, list) else t.double() for name, t in tensors.items()}
     out, exact, torch_out = (
-        op(**given, **options, backend=backend) for given, backend in ((tensors, "triton"), (doubled, "reference"), (tensors, "reference"))
+        op(**given, **options, backend=name) for given, name in ((tensors, backend), (doubled, "reference"), (tensors, "reference"))
     )
     for results in zip(*((t,) if isinstance(t, torch.Tensor) else t for t in (out, exact, torch_out)), strict=True):
         assert_as_good_as_torch(*results, factor)
@@ -26,37 +34,37 @@ def compare(op, tensors, factor=2.0, **options):
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 7, 13), (3, 11, 768)], ids=str)
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_clone(count, shape):
-    compare(clone_relevance, dict(parts=[random(*shape) for _ in range(count)], x=random(*shape)))
+def test_clone(count, shape, backend):
+    compare(backend, clone_relevance, dict(parts=[random(*shape) for _ in range(count)], x=random(*shape)))
 
 
-def test_clone_guard():
+def test_clone_guard(backend):
     x = torch.tensor([0.0, -0.0, -1e-9, 1e-9, -2e-9, 1e-20, -1e-20, 3.0], device=DEVICE).expand(2, 3, 8)
-    out = compare(clone_relevance, dict(parts=[random(2, 3, 8)], x=x))
+    out = compare(backend, clone_relevance, dict(parts=[random(2, 3, 8)], x=x))
     assert not out[..., :2].any()
 
 
 @pytest.mark.parametrize("options", [{}, dict(rescale=False), dict(stabilizer=1e-3)], ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 7, 13), (3, 11, 768)], ids=str)
-def test_add(shape, options):
+def test_add(shape, options, backend):
     # sums and quotients whose terms don't cancel: with random signs both errors are those of a few pairs near 0
     r, a, b = (random(*shape).abs() + 0.1 for _ in range(3))
-    compare(add_relevance, dict(r=r, a=a, b=b), **options)
+    compare(backend, add_relevance, dict(r=r, a=a, b=b), **options)
 
 
-def test_add_of_both_signs_is_the_reference():
+def test_add_of_both_signs_is_the_reference(backend):
     shape = (2, 37, 96)
     r, a, b = random(*shape), random(*shape), random(*shape)
     b[0, :5] = -a[0, :5]
     for out, expected in zip(
-        add_relevance(r, a, b, backend="triton"), add_relevance(r, a, b, backend="reference"), strict=True
+        add_relevance(r, a, b, backend=backend), add_relevance(r, a, b, backend="reference"), strict=True
     ):
         # the same operations on the same float32 numbers: only the float64 sums run in another order, and they cancel about 1e4 fold
         torch.testing.assert_close(out, expected, rtol=4 * 2.0**-24, atol=0)
         assert not out[0, :5].any()
 
 
-def test_add_of_more_blocks_than_a_glance():
+def test_add_of_more_blocks_than_a_glance(backend):
     from pyglobenc.kernels.add_relevance import BLOCK, MOST_BLOCKS
 
     if DEVICE == "cpu":
@@ -66,7 +74,7 @@ def test_add_of_more_blocks_than_a_glance():
     r, a, b = (random(*shape).abs() + 0.1 for _ in range(3))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pyglobenc.kernels.add_relevance.MOST_BLOCKS", most)
-        compare(add_relevance, dict(r=r, a=a, b=b))
+        compare(backend, add_relevance, dict(r=r, a=a, b=b))
 
 
 def linear(batch, n, d_in, d_out):
@@ -76,18 +84,18 @@ def linear(batch, n, d_in, d_out):
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 7, 13, 5), (2, 19, 96, 130)], ids=str)
 @pytest.mark.parametrize("given", [False, True], ids=["computed", "forward"])
-def test_linear(shape, given):
+def test_linear(shape, given, backend):
     args = linear(*shape)
     if shape[2] == 1:
         args["x"], args["weight"] = args["x"].abs(), args["weight"].abs()
     if given:
         bias = random(shape[3])
         args |= dict(abs_weight=args["weight"].abs(), bias=bias, output=args["x"] @ args["weight"].T + bias)
-    compare(linear_relevance, args)
+    compare(backend, linear_relevance, args)
 
 
 @pytest.mark.parametrize("part", [0.002, 0.5], ids=["few", "many"])
-def test_linear_with_nearly_dead_outputs(part):
+def test_linear_with_nearly_dead_outputs(part, backend):
     args = linear(2, 40, 64, 50)
     x, weight = args["x"].abs() + 0.1, -args["weight"].abs() - 0.01
     dead = torch.rand(50, device=DEVICE) < part
@@ -95,30 +103,30 @@ def test_linear_with_nearly_dead_outputs(part):
     # one contribution of many is positive, and tiny
     weight[~dead] = -weight[~dead]
     weight[dead, 0] = 1e-5
-    out = compare(linear_relevance, args | dict(x=x, weight=weight))
+    out = compare(backend, linear_relevance, args | dict(x=x, weight=weight))
     assert out[..., 0].abs().min() > 0
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4)], ids=str)
-def test_empty(shape):
+def test_empty(shape, backend):
     t = torch.zeros(shape, device=DEVICE)
     weight = torch.zeros(6, 4, device=DEVICE)
-    assert clone_relevance([t, t], t, backend="triton").shape == shape
-    assert [out.shape for out in add_relevance(t, t, t, backend="triton")] == [shape, shape]
-    assert linear_relevance(t.new_zeros(*shape[:2], 6), t, weight, backend="triton").shape == shape
+    assert clone_relevance([t, t], t, backend=backend).shape == shape
+    assert [out.shape for out in add_relevance(t, t, t, backend=backend)] == [shape, shape]
+    assert linear_relevance(t.new_zeros(*shape[:2], 6), t, weight, backend=backend).shape == shape
 
 
-def test_strided():
+def test_strided(backend):
     r, a, b = (random(2, 9, 14, 2)[..., 0] for _ in range(3))
     assert not a.is_contiguous()
-    assert torch.equal(clone_relevance([r, a], b, backend="triton"), clone_relevance([r, a], b, backend="reference"))
-    plain = add_relevance(r.contiguous(), a.contiguous(), b.contiguous(), backend="triton")
-    assert all(torch.equal(x, y) for x, y in zip(add_relevance(r, a, b, backend="triton"), plain, strict=True))
+    assert torch.equal(clone_relevance([r, a], b, backend=backend), clone_relevance([r, a], b, backend="reference"))
+    plain = add_relevance(r.contiguous(), a.contiguous(), b.contiguous(), backend=backend)
+    assert all(torch.equal(x, y) for x, y in zip(add_relevance(r, a, b, backend=backend), plain, strict=True))
 
 
-def test_refuses_with_reasons():
+def test_refuses_with_reasons(backend):
     t = random(1, 2, 3)
     with pytest.raises(ValueError, match="takes up to 4 parts, got 5"):
-        clone_relevance([t] * 5, t, backend="triton")
+        clone_relevance([t] * 5, t, backend=backend)
     with pytest.raises(ValueError, match="computes in float32, got r torch.float64"):
-        add_relevance(t.double(), t.double(), t.double(), backend="triton")
+        add_relevance(t.double(), t.double(), t.double(), backend=backend)

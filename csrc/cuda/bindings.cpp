@@ -3,6 +3,7 @@
 
 #include "../common/tensor.h"
 #include "ops.h"
+#include "relevance_bindings.h"
 #ifdef PYGLOBENC_EMULATED
 #include "../common/fibers.h"
 #endif
@@ -15,6 +16,7 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("problem", problem, "Why nothing runs here, such as a missing driver; empty if kernels run.");
     m.def("shared_limit", shared_limit, "Shared memory that a block may have on the current device, in bytes.");
     m.def("processors", processors, "Multiprocessors of the current device.");
+    bind_relevance(m);
 #ifdef PYGLOBENC_EMULATED
     m.attr("emulated") = true;
     m.def("machine", [](bool reversed, int shared_limit, int processors) {

@@ -8,7 +8,7 @@ from torch import Tensor
 from pyglobenc.backends import pick
 from pyglobenc.ops._checks import check_floats, check_shape
 
-BACKENDS = ("triton", "cpu", "reference")
+BACKENDS = ("triton", "cuda", "cpu", "reference")
 
 
 def clone_relevance(parts: Sequence[Tensor], x: Tensor, *, backend: str = "auto") -> Tensor:

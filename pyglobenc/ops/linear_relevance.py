@@ -6,7 +6,7 @@ from torch import Tensor
 from pyglobenc.backends import pick
 from pyglobenc.ops._checks import check_floats, check_shape
 
-BACKENDS = ("triton", "cpu", "reference")
+BACKENDS = ("triton", "cuda", "cpu", "reference")
 
 
 def linear_relevance(

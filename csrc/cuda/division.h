@@ -1,0 +1,63 @@
+// The guarded division of the relevance rules, to the letter of pyglobenc/reference/safe_division.py, four floats at a time from memory of
+// any alignment, and sums over a block.
+#pragma once
+
+#include "../common/simt.h"
+
+namespace pyglobenc {
+
+// a / safe(b), 0 where b is 0; safe(b) is b + 1e-9, 1e-9 where that is 0, or b + stabilizer * sign(b) if that is given.
+template <class T>
+DEVICE T safe_divide(T a, T b, T stabilizer = 0) {
+    T den = b + T(1e-9);
+    if (den == 0) den = T(1e-9);
+    if (stabilizer != 0) den = b < 0 ? b - stabilizer : b + stabilizer;
+    return b == 0 ? T(0) : a / den;
+}
+
+DEVICE float magnitude(float x) { return from_bits(bits(x) & 0x7fffffffu); }
+DEVICE double magnitude(double x) { return x < 0 ? -x : x; }
+
+struct alignas(16) Four {
+    float x[4];
+};
+
+DEVICE bool whole(const float* p, int64_t at, int64_t count) { return at + 4 <= count && reinterpret_cast<uintptr_t>(p + at) % 16 == 0; }
+
+// p[at] to p[at + 3], 0 from p[count] on.
+DEVICE Four load_four(const float* p, int64_t at, int64_t count) {
+    if (whole(p, at, count)) return *reinterpret_cast<const Four*>(p + at);
+    Four out;
+    UNROLL
+    for (int e = 0; e < 4; ++e) out.x[e] = at + e < count ? p[at + e] : 0.0f;
+    return out;
+}
+
+DEVICE void store_four(float* p, int64_t at, int64_t count, const Four& four) {
+    if (whole(p, at, count)) {
+        *reinterpret_cast<Four*>(p + at) = four;
+        return;
+    }
+    UNROLL
+    for (int e = 0; e < 4; ++e)
+        if (at + e < count) p[at + e] = four.x[e];
+}
+
+// Every x becomes its sum over the threads of the block, in the same order each time. Uses the first N * threads() / 32 of shared().
+template <int N, class T>
+DEVICE void sum_over_block(T (&x)[N]) {
+    T* const of_warps = reinterpret_cast<T*>(shared());
+    UNROLL
+    for (int k = 0; k < N; ++k) {
+        for (int step = 16; step; step /= 2) x[k] += shuffle_xor(x[k], step);
+        if (lane() == 0) of_warps[N * warp() + k] = x[k];
+    }
+    barrier();
+    UNROLL
+    for (int k = 0; k < N; ++k) {
+        x[k] = 0;
+        for (int from = 0; from < threads() / 32; ++from) x[k] += of_warps[N * from + k];
+    }
+}
+
+}  // namespace pyglobenc

@@ -1,0 +1,58 @@
+// The relevance kernels' part of the Python module: tensors to pointers and sizes, nothing else.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "../common/tensor.h"
+#include "relevance.h"
+
+namespace pyglobenc {
+
+template <class T = float>
+T* data_of(const pybind11::handle& tensor) {
+    return static_cast<T*>(view(tensor).data);
+}
+
+inline int64_t count_of(const pybind11::handle& tensor) { return tensor.attr("numel")().cast<int64_t>(); }
+
+inline void* stream_of(uintptr_t stream) { return reinterpret_cast<void*>(stream); }
+
+inline void bind_clone(const pybind11::list& parts, const pybind11::object& x, const pybind11::object& out, uintptr_t stream) {
+    CloneParts given = {{}, int(parts.size())};
+    if (given.count > CloneParts::MOST) throw pybind11::value_error("too many parts");
+    for (int k = 0; k < given.count; ++k) given.each[k] = data_of(parts[k]);
+    clone_relevance(given, data_of(x), data_of(out), count_of(x), stream_of(stream));
+}
+
+inline void bind_add(const pybind11::tuple& tensors, float stabilizer, bool rescale, uintptr_t stream) {
+    const View r = view(tensors[0]), sums = view(tensors[3]);
+    const int64_t batch = sums.shape[0], size = count_of(tensors[0]) / batch;
+    add_relevance({data_of(tensors[0]), data_of(tensors[1]), data_of(tensors[2]), static_cast<double*>(sums.data), data_of(tensors[4]),
+                   data_of(tensors[5]), batch, size, int(sums.shape[1]), stabilizer, rescale},
+                  stream_of(stream));
+}
+
+inline void bind_quotient(const pybind11::tuple& tensors, float least, uintptr_t stream) {
+    const View bound = view(tensors[2]);
+    linear_quotient({data_of(tensors[0]), data_of(tensors[1]), data_of(tensors[2]), data_of(tensors[3]), data_of(tensors[4]),
+                     data_of<bool>(tensors[5]), data_of<int64_t>(tensors[6]), bound.shape[0] * bound.shape[1], bound.shape[2], least},
+                    stream_of(stream));
+}
+
+inline void bind_product(const pybind11::object& x, const pybind11::object& signed_s, const pybind11::object& plain_s,
+                         const pybind11::object& out, uintptr_t stream) {
+    linear_product(data_of(x), data_of(signed_s), data_of(plain_s), data_of(out), count_of(x), stream_of(stream));
+}
+
+inline void bind_relevance(pybind11::module_& m) {
+    m.def("clone_relevance", bind_clone);
+    m.def("add_relevance", bind_add);
+    m.def("add_relevance_blocks", add_relevance_blocks, "Blocks of one example, from its number of elements.");
+    m.def("linear_quotient", bind_quotient);
+    m.def("linear_product", bind_product);
+    m.attr("QUOTIENT_BLOCK") = QUOTIENT_BLOCK;
+}
+
+}  // namespace pyglobenc

@@ -1,0 +1,52 @@
+"""The elementwise relevance rules in CUDA C++: emulated where there is no GPU."""
+
+import pytest
+import torch
+from test_kernels_rules import (  # noqa: F401
+    compare,
+    random,
+    test_add,
+    test_add_of_both_signs_is_the_reference,
+    test_clone,
+    test_clone_guard,
+    test_empty,
+    test_linear,
+    test_linear_with_nearly_dead_outputs,
+    test_refuses_with_reasons,
+    test_strided,
+)
+
+from pyglobenc.ops import add_relevance, clone_relevance, linear_relevance
+
+
+@pytest.fixture(autouse=not torch.cuda.is_available())
+def without_a_gpu(emulated):
+    return emulated
+
+
+@pytest.fixture
+def backend():
+    return "cuda"
+
+
+def test_add_of_more_tiles_than_blocks(backend):
+    r, a, b = (random(1, 259, 1024).abs() + 0.1 for _ in range(3))
+    compare(backend, add_relevance, dict(r=r, a=a, b=b))
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 13), (3, 5, 16)], ids=str)
+def test_any_alignment(shape, backend):
+    """Contiguous tensors that start in the middle of 16 bytes, and whose examples do."""
+    r, a, b = (random(*shape) for _ in range(3))
+    weight = random(9, shape[2])
+    y, bias = a @ weight.T, random(9)
+
+    def shifted(t):
+        return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+
+    def results(r, a, b, y):
+        yield clone_relevance([r, a], b, backend=backend)
+        yield from add_relevance(r, a, b, backend=backend)
+        yield linear_relevance(y, a, weight, output=y, bias=bias, backend=backend)
+
+    assert all(torch.equal(*pair) for pair in zip(results(r, a, b, y), results(*map(shifted, (r, a, b, y))), strict=True))
