@@ -4,6 +4,9 @@ Each rank runs the stock model on its own tokens; an attention layer gathers the
 split as evenly as the rollout. Down the layers a rank takes the rows of the norms of its own queries, against the gathered keys and Gram
 matrices, and one all-reduce of a (T, n) array a layer adds the ranks' shares of r @ norms. What a rank keeps of a layer is its own
 tokens' share; only one layer's keys and Gram matrices are whole at a time.
+
+The tokens are cut into two chunks a rank, and rank r takes chunk r and chunk 2W - 1 - r: of a causal model the first token sees one key
+and the last one all, and every such pair of chunks sees as many.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,40 +22,48 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from pyglobenc.hf import LayerTrace, capture, find_layers
 from pyglobenc.hf.attention import RECORDERS
 from pyglobenc.hf.limits import max_tokens
+from pyglobenc.hf.registry import is_decoder
 from pyglobenc.methods.inputs import check_model
 from pyglobenc.methods.layer_matrix import NormMatrix
 from pyglobenc.methods.rollout import RolloutResult, roll_out_rows, rollout_result
-from pyglobenc.methods.stages import STAGES, StageOps
+from pyglobenc.methods.stages import STAGES, StageOps, check_stage, deepest_stage
 from pyglobenc.ops import token_norms
+from pyglobenc.ops.attention import BAND, fused_bias, fused_call
+from pyglobenc.reference.attention import hidden_keys, visible_keys
 from pyglobenc.reference.rollout_step import rescale_rows
 
 NAME = "pyglobenc_sharded"
-# first position of a text; the others count from after the padding index
-FIRST_POSITION = {"bert": 0, "electra": 0, "roberta": None, "xlm-roberta": None, "camembert": None}
+# first position of a text, by architecture that takes positions as an argument; None: after the padding index
+FIRST_POSITION = dict.fromkeys(("bert", "electra", "modernbert"), 0) | dict.fromkeys(("roberta", "xlm-roberta", "camembert"))
+FIRST_POSITION |= dict.fromkeys(("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text"), 0)
 # queries whose norms exist at a time: a (block, n) array, no larger than the hidden states of all tokens
 BLOCK = 256
-
-aten = torch.ops.aten
+# axis of the tokens in what a matrix is made of
+AXES = dict(q=2, k=2, lse=2, gram=1, cross=1, residual_sq=1, rstd=1)
 
 
 @dataclass(frozen=True)
 class Shares:
-    """How n tokens lie on the ranks of a group: in order, shares differing by one token at most."""
+    """How n tokens lie on the ranks of a group: two chunks each, shares differing by one token at most."""
 
     n: int
     rank: int
     world: int
     group: Any = None
 
-    def bounds(self, rank: int) -> tuple[int, int]:
-        """First token of a rank's share, and the one after its last."""
-        size, more = divmod(self.n, self.world)
-        start = rank * size + min(rank, more)
-        return start, start + size + (rank < more)
+    def chunks(self, rank: int) -> list[slice]:
+        """The tokens of a rank's share, in order; chunks may be empty."""
+        size, more = divmod(self.n, 2 * self.world)
+        starts = [chunk * size + min(chunk, more) for chunk in range(2 * self.world + 1)]
+        return [slice(starts[chunk], starts[chunk + 1]) for chunk in (rank, 2 * self.world - 1 - rank)]
 
     @property
-    def own(self) -> slice:
-        return slice(*self.bounds(self.rank))
+    def own(self) -> list[slice]:
+        return self.chunks(self.rank)
+
+    def take(self, t: Tensor, dim: int) -> Tensor:
+        """The rank's own share of a tensor of all tokens."""
+        return torch.cat([t.narrow(dim, chunk.start, chunk.stop - chunk.start) for chunk in self.own], dim)
 
     def gather(self, t: Tensor, dim: int) -> Tensor:
         """The whole of a tensor whose axis dim is split over the ranks."""
@@ -62,15 +73,25 @@ class Shares:
         mine = t if t.shape[0] == largest else torch.cat([t, t[-1:]])
         parts = t.new_empty(self.world * largest, *t.shape[1:])
         dist.all_gather_into_tensor(parts, mine, group=self.group)
-        sizes = [stop - start for start, stop in map(self.bounds, range(self.world))]
-        whole = torch.cat([part[:size] for part, size in zip(parts.split(largest), sizes, strict=True)])
+        whole = t.new_empty(self.n, *t.shape[1:])
+        for rank, part in enumerate(parts.split(largest)):
+            _spread(part, whole, self.chunks(rank), 0)
         return whole.movedim(0, dim)
 
     def place(self, t: Tensor, dim: int) -> Tensor:
         """A tensor of all tokens' size with the rank's own in their places; the others are never read."""
         whole = t.new_zeros(*t.shape[:dim], self.n, *t.shape[dim + 1 :])
-        whole.narrow(dim, self.own.start, t.shape[dim]).copy_(t)
+        _spread(t, whole, self.own, dim)
         return whole
+
+
+def _spread(part: Tensor, whole: Tensor, chunks: list[slice], dim: int) -> None:
+    """Write what lies side by side in part, and maybe more, to chunks of axis dim of whole."""
+    at = 0
+    for chunk in chunks:
+        size = chunk.stop - chunk.start
+        whole.narrow(dim, chunk.start, size).copy_(part.narrow(dim, at, size))
+        at += size
 
 
 # attention modules at work -> how the tokens lie on the ranks
@@ -81,15 +102,58 @@ def sharded_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Own queries (1, H, m, dh) against the keys and values of all ranks, for transformers' attention interface."""
-    shares = _SHARES[module]
+    changes = [name for name in ("position_bias", "s_aux", "softcap") if kwargs.get(name) is not None]
+    if changes:
+        raise ValueError(f"ShardedGlobEnc: {type(module).__name__} uses {changes[0]}, which is not supported over ranks")
+    causal = kwargs["is_causal"] if kwargs.get("is_causal") is not None else getattr(module, "is_causal", False)
+    reach = -1 if kwargs.get("sliding_window") is None else kwargs["sliding_window"] - 1
+    shares, window = _SHARES[module], (reach, 0 if causal else reach)
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
-    k, v = shares.gather(key, 2), shares.gather(value, 2)
-    if query.device.type == "cpu":
-        o, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, k, v, 0.0, False, scale=scaling)
-    else:
-        o, lse = aten._scaled_dot_product_efficient_attention(query, k, v, None, True, 0.0, False, scale=scaling)[:2]
-    RECORDERS[module](q=query, k=key, v=value, o=o, lse=lse[:, :, : query.shape[2]], scaling=scaling)
+    k, v = (shares.gather(t, 2).repeat_interleave(query.shape[1] // key.shape[1], dim=1) for t in (key, value))
+    sizes = [chunk.stop - chunk.start for chunk in shares.own]
+    parts = [
+        attend(q, k, v, chunk, window, scaling) for q, chunk in zip(query.split(sizes, dim=2), shares.own, strict=True) if q.shape[2]
+    ]
+    o, lse = (torch.cat(found, 2) for found in zip(*parts, strict=True))
+    RECORDERS[module](q=query, k=key, v=value, o=o, lse=lse, scaling=scaling, window=window)
     return o.transpose(1, 2).contiguous(), None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, rows: slice, window: tuple[int, int], scaling: float) -> tuple[Tensor, Tensor]:
+    """Attention of some of n queries by torch's own kernels, without a mask as long as the keys.
+
+    Args:
+        q: queries `rows`, (1, H, m, dh).
+        k, v: all keys and values, (1, H, n, dh).
+        rows: which queries these are, at least one.
+        window, scaling: as for `pyglobenc.ops.attention`.
+
+    Returns:
+        o (1, H, m, dh), lse (1, H, m).
+    """
+    if window == (-1, -1):
+        return fused_call(q, k, v, None, False, scaling)
+    if window == (-1, 0):
+        own = fused_call(q, k[:, :, rows], v[:, :, rows], None, True, scaling)
+        if rows.start == 0:
+            return own
+        # every query sees all that comes before the rows
+        return _merge(own, fused_call(q, k[:, :, : rows.start], v[:, :, : rows.start], None, False, scaling))
+    block, parts = min(max(sum(window), BAND[0]), BAND[1]), []
+    for start in range(rows.start, rows.stop, block):
+        part = slice(start, min(rows.stop, start + block))
+        cols = visible_keys(part, k.shape[2], window)
+        bias = fused_bias(hidden_keys(part, cols, window, None, q.device), q.dtype)
+        mine = q[:, :, start - rows.start : part.stop - rows.start]
+        parts.append(fused_call(mine, k[:, :, cols], v[:, :, cols], bias, False, scaling))
+    return torch.cat([o for o, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+
+
+def _merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention over two sets of keys from that over each, o and lse."""
+    lse = torch.logaddexp(one[1], other[1])
+    o = sum(o * (part - lse).exp()[..., None] for o, part in (one, other))
+    return o.to(one[0].dtype), lse
 
 
 def _no_mask(**kwargs: Any) -> None:
@@ -109,27 +173,32 @@ class ShardedMatrix:
 
     def __post_init__(self):
         m, shares = self.local, self.shares
-        self._args = dict(k=shares.gather(m.k, 2), gram=shares.gather(m.gram, 1), q=shares.place(m.q, 2), lse=shares.place(m.lse, 2))
-        for name in ("cross", "residual_sq", "rstd"):
-            value = getattr(m, name)
-            self._args[name] = None if value is None else shares.place(value, 1)
-        self._args |= dict(scaling=m.scaling, window=m.window, backend=m.backend)
+        self._tensors = {
+            name: (shares.gather if name in ("k", "gram") else shares.place)(getattr(m, name), axis)
+            for name, axis in AXES.items()
+            if getattr(m, name) is not None
+        }
+        self._settings = dict(scaling=m.scaling, window=m.window, backend=m.backend)
 
     def rows(self, targets: Tensor) -> Tensor:
         """Rows `targets` (1, T) of the matrix, (1, T, n), on every rank."""
-        own = self.shares.own
-        mine = (targets[0] >= own.start) & (targets[0] < own.stop)
+        mine = sum(((targets[0] >= chunk.start) & (targets[0] < chunk.stop)).long() for chunk in self.shares.own).bool()
         out = self.local.gram.new_zeros(1, targets.shape[1], self.shares.n)
         if mine.any():
-            out[:, mine] = token_norms(**self._args, rows=targets[:, mine])
+            out[:, mine] = token_norms(**self._tensors, **self._settings, rows=targets[:, mine])
         dist.all_reduce(out, group=self.shares.group)
         return out
 
     def step(self, r: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
         """r (1, T, n) times the matrix, each row scaled to maximum 1, and the new log_scale (1, T), on every rank."""
-        out, own = torch.zeros_like(r), self.shares.own
-        for i in torch.arange(own.start, own.stop, device=r.device).split(BLOCK):
-            out += r[:, :, i] @ token_norms(**self._args, rows=i[None])
+        out = torch.zeros_like(r)
+        for chunk in self.shares.own:
+            for start in range(chunk.start, chunk.stop, BLOCK):
+                rows = slice(start, min(chunk.stop, start + BLOCK))
+                cols = visible_keys(rows, self.shares.n, self.local.window)
+                seen = {name: t.narrow(AXES[name], cols.start, cols.stop - cols.start) for name, t in self._tensors.items()}
+                index = torch.arange(rows.start - cols.start, rows.stop - cols.start, device=r.device)[None]
+                out[:, :, cols] += r[:, :, rows] @ token_norms(**seen, **self._settings, rows=index)
         dist.all_reduce(out, group=self.shares.group)
         return rescale_rows(out, log_scale)
 
@@ -138,7 +207,7 @@ class ShardedGlobEnc:
     """`GlobEnc` in row mode for one sequence that the ranks of a process group share.
 
     Args:
-        model: BERT, ELECTRA or a RoBERTa, the same on every rank, in evaluation mode; left as it is.
+        model: of an architecture in FIRST_POSITION, the same on every rank, in evaluation mode; left as it is.
         backend: as for `GlobEnc`.
         group: process group of torch.distributed; None is the default group.
 
@@ -163,8 +232,8 @@ class ShardedGlobEnc:
         *,
         input_ids: Tensor,
         token_type_ids: Tensor | None = None,
-        targets: Sequence[int] = (0,),
-        stage: str = "N_Enc",
+        targets: Sequence[int] | None = None,
+        stage: str | None = None,
         layers: bool = False,
     ) -> RolloutResult:
         """Attribute target tokens of one sequence to all its tokens; every rank calls it with the same arguments.
@@ -172,7 +241,7 @@ class ShardedGlobEnc:
         Args:
             input_ids: (1, n), the whole sequence without padding, n at least the number of ranks.
             token_type_ids: (1, n), or None.
-            targets: T token positions; 0 is [CLS].
+            targets: T token positions; None: the first, [CLS], of a causal model the last.
             stage, layers: as for `GlobEnc`.
 
         Returns:
@@ -183,22 +252,25 @@ class ShardedGlobEnc:
         """
         shares = self._shares(input_ids, targets, stage)
         batch = {"input_ids": input_ids, "position_ids": self._positions(input_ids), "token_type_ids": token_type_ids}
-        own = {name: t[:, shares.own] for name, t in batch.items() if t is not None}
-        captured = self._run(own, shares)
+        captured = self._run({name: shares.take(t, 1) for name, t in batch.items() if t is not None}, shares)
+        stage = stage or deepest_stage(captured[-1])
+        check_stage("ShardedGlobEnc", captured[-1], stage)
+        if targets is None:
+            targets = [shares.n - 1 if captured[-1].window[1] == 0 else 0]
         rows = torch.as_tensor(targets, device=input_ids.device)[None]
         matrices = (ShardedMatrix(self.ops.norm_matrix(layer, stage), shares) for layer in reversed(captured))
         return rollout_result("ShardedGlobEnc", *roll_out_rows(matrices, rows, layers), layers)
 
-    def _shares(self, input_ids: Tensor, targets: Sequence[int], stage: str) -> Shares:
+    def _shares(self, input_ids: Tensor, targets: Sequence[int] | None, stage: str | None) -> Shares:
         rank, world = dist.get_rank(self.group), dist.get_world_size(self.group)
-        if stage not in STAGES:
+        if stage not in (None, *STAGES):
             raise ValueError(f"ShardedGlobEnc: stage must be one of {', '.join(STAGES)}, got {stage!r}")
         if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < world:
             raise ValueError(f"ShardedGlobEnc: input_ids must be (1, n) with n at least {world}, the ranks, got {tuple(input_ids.shape)}")
         n, limit = input_ids.shape[1], max_tokens(self.model)
         if limit is not None and n > limit:
             raise ValueError(f"ShardedGlobEnc: the input has {n} tokens and the model takes {limit}")
-        if not targets or min(targets) < 0 or max(targets) >= n:
+        if targets is not None and (not targets or min(targets) < 0 or max(targets) >= n):
             raise ValueError(f"ShardedGlobEnc: targets must lie in [0, {n}), at least one of them, got {list(targets)}")
         return Shares(n, rank, world, self.group)
 
@@ -208,8 +280,11 @@ class ShardedGlobEnc:
         return torch.arange(first, first + input_ids.shape[1], device=input_ids.device)[None]
 
     def _run(self, own: Mapping[str, Tensor], shares: Shares) -> list[LayerTrace]:
+        # a cache would hold every key and value a second time
+        options = {"use_cache": False} if is_decoder(self.model) else {}
         with capture(self.model) as trace, _sharded(self.model, find_layers(self.model), shares):
-            self.model(**own)
+            # a head's logits are of no use here, and a vocabulary's are wider than all states
+            self.model.base_model(**own, **options)
             return trace.layers
 
 
@@ -227,15 +302,20 @@ def _sharded(model: PreTrainedModel, layers: Sequence[Any], shares: Shares) -> I
             _SHARES.pop(module, None)
 
 
-def bytes_received(*, n: int, d: int, heads: int, layers: int, targets: int, world: int, size: int = 4) -> dict[str, float]:
-    """Bytes that one rank receives in a call, by collective; size: bytes of an activation. Ring algorithms are assumed.
+def bytes_received(*, n: int, keys: int, heads: int, layers: int, targets: int, world: int, size: int = 4) -> dict[str, float]:
+    """Bytes that one rank receives in a call, by collective; ring algorithms are assumed.
+
+    Args:
+        n, heads, layers, targets, world: tokens, query heads, layers, target rows, ranks.
+        keys: width of a token's keys, all key-value heads together.
+        size: bytes of an activation.
 
     The Gram matrices and the rows of the rollout are float32 whatever the activations are.
     """
     others = (world - 1) / world
     return {
-        "gather k, v (forward)": others * layers * 2 * n * d * size,
-        "gather k (rollout)": others * layers * n * d * size,
+        "gather k, v (forward)": others * layers * 2 * n * keys * size,
+        "gather k (rollout)": others * layers * n * keys * size,
         "gather G (rollout)": others * layers * n * heads**2 * 4,
         "all-reduce r": 2 * others * layers * targets * n * 4,
     }

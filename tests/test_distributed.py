@@ -1,6 +1,7 @@
 """Row mode over ranks: gloo processes against one process."""
 
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from models import build, random_batch
 from numerics import assert_as_good_as_torch
+from published import Float64Throughout
 
 from pyglobenc import GlobEnc
-from pyglobenc.distributed import ShardedGlobEnc, Shares, bytes_received
+from pyglobenc.distributed import ShardedGlobEnc, Shares, attend, bytes_received
+from pyglobenc.ops.attention import attention
 
 N, D, HEADS, DEPTH = 37, 48, 4, 3
 TARGETS = [0, 36, 17]
@@ -19,6 +22,12 @@ CASES = [
     ("bert", torch.float32, "N_Enc"),
     ("roberta", torch.float64, "N_ResLN"),
     ("electra", torch.float64, "N"),
+    # None: the deepest stage that a pre-norm model has
+    ("gpt2", torch.float64, None),
+    ("llama", torch.float32, None),
+    ("mistral", torch.float64, "N"),
+    ("gemma3", torch.float64, None),
+    ("modernbert", torch.float64, None),
 ]
 WORLDS = (2, 4)
 RESULTS = ("scores", "log_scale", "layer_scores", "layer_log_scale")
@@ -28,7 +37,7 @@ def call(case):
     """Model and arguments, the same in every process."""
     name, dtype, stage = case
     torch.manual_seed(0)
-    model = build(name, dtype, max_position_embeddings=64)
+    model = build(name, dtype, **{"n_positions" if name == "gpt2" else "max_position_embeddings": 64})
     return model, dict(input_ids=random_batch(model, 1, N)["input_ids"], targets=TARGETS, stage=stage, layers=True)
 
 
@@ -62,7 +71,7 @@ def worker(rank, folder):
             continue
         for number, case in enumerate(CASES):
             model, arguments = call(case)
-            with pytest.MonkeyPatch.context() as patch:
+            with pytest.MonkeyPatch.context() as patch, Float64Throughout() if case[1] == torch.float64 else nullcontext():
                 counted = Counted(patch, world)
                 result = ShardedGlobEnc(model, group=group)(**arguments)
             found = {name: getattr(result, name) for name in RESULTS}
@@ -90,8 +99,9 @@ def outputs(request, every_output):
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[f"{name}-{dtype}-{stage}" for name, dtype, stage in CASES])
 def test_ranks_agree_with_one_process(outputs, number):
     model, arguments = call(CASES[number])
-    exact = GlobEnc(model, dtype=torch.float64)(**arguments)
     alone = GlobEnc(model)(**arguments)
+    with Float64Throughout():
+        exact = GlobEnc(model.double())(**arguments)
     for rank in outputs[number]:
         for name in RESULTS:
             ours, best, torch_own = rank[name], getattr(exact, name), getattr(alone, name)
@@ -110,18 +120,31 @@ def test_communication_is_as_counted(outputs):
     assert shapes[0] == (1, len(TARGETS), N) and len(shapes) == 2 * DEPTH - 1
     assert all(shape[0] == 1 and shape[2] == N for shape in shapes)
     even = -(-N // world) * world
-    counted = bytes_received(n=even, d=D, heads=HEADS, layers=DEPTH, targets=len(TARGETS), world=world)
+    counted = bytes_received(n=even, keys=D, heads=HEADS, layers=DEPTH, targets=len(TARGETS), world=world)
     rows = sum(shape[1] for shape in shapes)
     expected = sum(counted.values()) + counted["all-reduce r"] * (rows * N / (DEPTH * len(TARGETS) * even) - 1)
     assert received["bytes"] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("n, world", [(5, 4), (8, 4), (4, 4), (1, 1), (37, 2)])
-def test_shares_cover_every_token_once(n, world):
-    bounds = [Shares(n, 0, world).bounds(rank) for rank in range(world)]
-    assert [i for start, stop in bounds for i in range(start, stop)] == list(range(n))
-    sizes = [stop - start for start, stop in bounds]
+@pytest.mark.parametrize("n, world", [(5, 4), (8, 4), (4, 4), (1, 1), (37, 2), (1000, 4)])
+def test_shares_cover_every_token_once_and_weigh_the_same(n, world):
+    shares = [[i for chunk in Shares(n, 0, world).chunks(rank) for i in range(chunk.start, chunk.stop)] for rank in range(world)]
+    assert sorted(i for share in shares for i in share) == list(range(n))
+    sizes = [len(share) for share in shares]
     assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 1
+    if n == 1000:
+        # keys that a causal model's queries see
+        pairs = [sum(i + 1 for i in share) for share in shares]
+        assert max(pairs) <= 1.01 * min(pairs)
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (3, 0), (3, 3), (70, 0), (0, 0)])
+@pytest.mark.parametrize("rows", [slice(0, 9), slice(20, 33), slice(36, 37)])
+def test_attention_of_a_chunk_is_that_of_its_queries(rows, window):
+    q, k, v = (torch.randn(1, 2, N, 8, dtype=torch.float64) for _ in range(3))
+    o, lse = attention(q, k, v, window=window, scaling=0.3)
+    found = attend(q[:, :, rows], k, v, rows, window, 0.3)
+    torch.testing.assert_close(found, (o[:, :, rows], lse[:, :, rows]), rtol=1e-12, atol=1e-12)
 
 
 def test_refusals(tmp_path):

@@ -105,24 +105,24 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scaling
 def _fused(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scaling: float, window: tuple[int, int]) -> tuple[Tensor, Tensor]:
     n = q.shape[2]
     if window in ((-1, -1), (-1, 0)):
-        bias = None if key_mask is None else _bias(~key_mask[:, None, None, :], q.dtype)
-        return _call(q, k, v, bias, window == (-1, 0), scaling)
+        bias = None if key_mask is None else fused_bias(~key_mask[:, None, None, :], q.dtype)
+        return fused_call(q, k, v, bias, window == (-1, 0), scaling)
     block = min(max(sum(window), BAND[0]), BAND[1])
     parts = []
     for start in range(0, n, block):
         rows = slice(start, min(n, start + block))
         cols = visible_keys(rows, n, window)
-        bias = _bias(hidden_keys(rows, cols, window, key_mask, q.device), q.dtype)
-        parts.append(_call(q[:, :, rows], k[:, :, cols], v[:, :, cols], bias, False, scaling))
+        bias = fused_bias(hidden_keys(rows, cols, window, key_mask, q.device), q.dtype)
+        parts.append(fused_call(q[:, :, rows], k[:, :, cols], v[:, :, cols], bias, False, scaling))
     return torch.cat([o for o, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
 
 
-def _bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+def fused_bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     """Finite, so that a query that sees no key doesn't divide by zero; its exponential beside a real score is 0."""
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, torch.finfo(dtype).min / 2)
 
 
-def _call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scaling: float) -> tuple[Tensor, Tensor]:
+def fused_call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scaling: float) -> tuple[Tensor, Tensor]:
     """One call of torch's kernel: q (B, H, m, dh), k and v (B, H, J, dh), bias (1 or B, 1, 1 or m, J)."""
     if q.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scaling)
