@@ -28,6 +28,7 @@ def rollout_step(
     """See `pyglobenc.ops.rollout_step`: -> r @ norms (B, T, n), not yet rescaled."""
     out = torch.zeros(r.shape)
     if out.numel():
-        args = (q, k, lse.float(), gram, cross, residual_sq, rstd, key_mask, None, None if offsets is None else offsets.long(), scaling, window)
+        ends = None if offsets is None else offsets.long()
+        args = (q, k, lse.float(), gram, cross, residual_sq, rstd, key_mask, None, ends, scaling, window)
         kernels.rollout_step(args, r, out, torch.get_num_threads())
     return out

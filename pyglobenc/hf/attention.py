@@ -35,6 +35,8 @@ class Mask(NamedTuple):
 
 # attention module -> called with what its attention function saw and returned
 RECORDERS: "WeakKeyDictionary[nn.Module, Callable[..., None]]" = WeakKeyDictionary()
+# attention module -> offsets (S + 1,) of the sequences packed into its input
+PACKED: "WeakKeyDictionary[nn.Module, Tensor]" = WeakKeyDictionary()
 
 
 def attention_function(
@@ -56,11 +58,14 @@ def attention_function(
     window = (reach, 0 if causal else reach)
     key_mask, bias = _read_mask(name, attention_mask, window, query.shape[2])
     score_mod = bias if kwargs.get("softcap") is None else SoftCap(kwargs["softcap"])
+    offsets = PACKED.get(module)
+    if offsets is not None and bias is not None:
+        raise ValueError(f"capture: {name} adds a bias for each pair of positions, which packed sequences don't have")
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
-    o, lse = attention(query, key, value, key_mask=key_mask, scaling=scaling, window=window, score_mod=score_mod)
+    settings = dict(key_mask=key_mask, scaling=scaling, window=window, score_mod=score_mod, offsets=offsets)
+    o, lse = attention(query, key, value, **settings)
     if module in RECORDERS:
-        found = dict(q=query, k=key, v=value, o=o, lse=lse)
-        RECORDERS[module](**found, scaling=scaling, key_mask=key_mask, window=window, score_mod=score_mod)
+        RECORDERS[module](q=query, k=key, v=value, o=o, lse=lse, **settings)
     return o.transpose(1, 2).contiguous(), None
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pyglobenc.hf.attention import NAME, RECORDERS
+from pyglobenc.hf.attention import NAME, PACKED, RECORDERS
 from pyglobenc.hf.layers import LayerModules, LayerTrace, NormStats
 from pyglobenc.hf.own_attention import own_attention_hooks
 from pyglobenc.hf.registry import find_layers
@@ -61,7 +61,7 @@ class Trace:
 
 
 @contextmanager
-def capture(model: PreTrainedModel, modules: Iterable[nn.Module] = ()) -> Iterator[Trace]:
+def capture(model: PreTrainedModel, modules: Iterable[nn.Module] = (), offsets: Tensor | None = None) -> Iterator[Trace]:
     """Capture the forward passes of a stock transformers model.
 
         with capture(model) as trace:
@@ -74,13 +74,17 @@ def capture(model: PreTrainedModel, modules: Iterable[nn.Module] = ()) -> Iterat
     Args:
         model: a known architecture, in evaluation mode.
         modules: further modules whose input and output are kept, in `trace.io`.
+        offsets: of S sequences packed into one, (S + 1,) int32, on the CPU: tokens offsets[s] to offsets[s + 1] attend to one another
+            alone. The model must be given position_ids that start anew for each and an attention_mask of ones, without which some
+            architectures make masks of their own. What it does after its layers, such as pooling, sees one sequence.
 
     Yields:
         Trace, filled by each forward pass; the next pass replaces what the last one left.
 
     Raises:
         TypeError: model is not a transformers model.
-        ValueError: unknown architecture, or the model is in training mode.
+        ValueError: unknown architecture, the model is in training mode, or it computes attention itself and can't keep packed
+            sequences apart.
         RuntimeError: the model is being captured already.
     """
     model = stock_model(model)
@@ -89,6 +93,8 @@ def capture(model: PreTrainedModel, modules: Iterable[nn.Module] = ()) -> Iterat
         raise ValueError("capture: the model is in training mode, where dropout changes the result; call model.eval() first")
     if any(layer.attention in RECORDERS for layer in found):
         raise RuntimeError("capture: the model is being captured already")
+    if offsets is not None and any(layer.own_scores is not None for layer in found):
+        raise ValueError(f"capture: {type(model).__name__} computes attention itself and can't keep packed sequences apart")
     trace = Trace(found)
     with ExitStack() as stack:
         for handle in _hooks(model, trace, found, modules):
@@ -97,6 +103,9 @@ def capture(model: PreTrainedModel, modules: Iterable[nn.Module] = ()) -> Iterat
             if layer.attention not in RECORDERS:
                 RECORDERS[layer.attention] = _recorder(trace, layer.attention)
                 stack.callback(RECORDERS.pop, layer.attention)
+                if offsets is not None:
+                    PACKED[layer.attention] = offsets
+                    stack.callback(PACKED.pop, layer.attention)
         if any(layer.own_scores is None for layer in found):
             stack.enter_context(_attention_implementation(model))
         # a compiled model would run without its hooks

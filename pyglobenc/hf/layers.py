@@ -64,6 +64,7 @@ class LayerTrace:
     key_mask: Tensor | None = None  # (B, n) bool, None: no padding
     window: tuple[int, int] = (-1, -1)
     score_mod: ScoreMod | None = None  # what changes the scaled scores before the softmax
+    offsets: Tensor | None = None  # (S + 1,) int32, of the sequences packed into one, on the CPU
     norms: dict[str, NormStats] = field(default_factory=dict)  # by the field's name in LayerModules
 
     @property

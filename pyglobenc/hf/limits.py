@@ -7,13 +7,18 @@ from transformers import PreTrainedModel
 OFFSET_POSITIONS = {"roberta": None, "xlm-roberta": None, "camembert": None, "mpnet": 1}
 
 
+def first_position(model: PreTrainedModel) -> int:
+    """Position of a text's first token: after the padding index in some tables."""
+    if model.config.model_type not in OFFSET_POSITIONS:
+        return 0
+    padding = OFFSET_POSITIONS[model.config.model_type]
+    return (model.config.pad_token_id if padding is None else padding) + 1
+
+
 def max_tokens(model: PreTrainedModel) -> int | None:
     """Longest input in tokens, special tokens included; None when the architecture sets no limit."""
     limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and model.config.model_type in OFFSET_POSITIONS:
-        padding = OFFSET_POSITIONS[model.config.model_type]
-        limit -= (model.config.pad_token_id if padding is None else padding) + 1
-    return limit
+    return None if limit is None else limit - first_position(model)
 
 
 def check_weights(model: PreTrainedModel) -> None:

@@ -14,6 +14,7 @@ from pyglobenc.hf import LayerTrace
 from pyglobenc.methods.flow import attention_flow
 from pyglobenc.methods.inputs import check_model, run_captured, target_rows
 from pyglobenc.methods.layer_matrix import LayerMatrix, ResidualMatrix
+from pyglobenc.methods.packing import attribute_packed
 from pyglobenc.methods.rollout import RolloutResult, roll_out, roll_out_rows, rollout_result, stack_layers
 from pyglobenc.methods.stages import STAGES, StageOps, check_stage, deepest_stage
 from pyglobenc.reference.rollout_step import rescale_rows
@@ -77,8 +78,6 @@ class Rollout:
         if isinstance(maps, str) or any(name not in MAPS for name in maps):
             raise ValueError(f"Rollout: maps must be a sequence of names among {', '.join(MAPS)}, got {maps!r}")
         captured, output = run_captured("Rollout", self.model, batch, self.dtype)
-        if self.method in OF_STAGE and self.method != "globenc":
-            check_stage("Rollout", captured[-1], OF_STAGE[self.method])
         rows = target_rows("Rollout", targets, captured[-1])
         result = rollout_result("Rollout", *self._rows(captured, rows, layers), layers)
         result.output = output
@@ -87,14 +86,38 @@ class Rollout:
             result.maps[name] = stack_layers(full) if name == "layers" else roll_out(full)
         return result
 
+    @torch.no_grad()
+    def packed(self, *, targets: Sequence[int] | Tensor | None = None, layers: bool = False, **batch: Any) -> list[RolloutResult]:
+        """Attribute target tokens of sequences of any lengths, packed into one; the flow can't.
+
+        Args:
+            targets, layers, batch: as `GlobEnc.packed` takes them.
+
+        Returns:
+            What each sequence gives alone: S results of batch size 1, in order.
+
+        Raises:
+            TypeError, ValueError: as `GlobEnc.packed`.
+        """
+        if self.method == "attention-flow":
+            raise ValueError("Rollout: attention-flow reads whole matrices of attention, which packed sequences don't have")
+
+        def rows(captured: list[LayerTrace], positions: Tensor) -> tuple[Tensor, Tensor]:
+            return self._rows(captured, positions, layers)
+
+        return attribute_packed("Rollout", self.model, batch, targets, self.dtype, layers, rows)
+
     def _rows(self, captured: list[LayerTrace], rows: Tensor, layers: bool) -> tuple[Tensor, Tensor]:
-        if self.method not in ("raw-attention", "attention-flow"):
-            return roll_out_rows((self._matrix(layer) for layer in reversed(captured)), rows, layers)
+        offsets = captured[-1].offsets
+        if self.method in OF_STAGE and self.method != "globenc":
+            check_stage("Rollout", captured[-1], OF_STAGE[self.method])
         if self.method == "raw-attention":
-            scores = stack_layers([self._matrix(layer).rows(rows) for layer in (captured if layers else captured[-1:])])
-        else:
-            full = stack_layers([self._matrix(layer).full() for layer in captured])
-            scores = attention_flow(full, rows, captured[-1].key_mask, layers)
+            own = [roll_out_rows([self._matrix(layer)], rows, offsets=offsets) for layer in (captured if layers else captured[-1:])]
+            return stack_layers([scores[:, 0] for scores, _ in own]), stack_layers([log_scale[:, 0] for _, log_scale in own])
+        if self.method != "attention-flow":
+            return roll_out_rows((self._matrix(layer) for layer in reversed(captured)), rows, layers, offsets)
+        full = stack_layers([self._matrix(layer).full() for layer in captured])
+        scores = attention_flow(full, rows, captured[-1].key_mask, layers)
         return rescale_rows(scores, torch.zeros_like(scores[..., 0]))
 
     def _matrix(self, layer: LayerTrace) -> LayerMatrix:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from pyglobenc.hf import LayerTrace
 from pyglobenc.methods.inputs import check_model, run_captured, target_rows
 from pyglobenc.methods.layer_matrix import LayerMatrix, StoredMatrix
+from pyglobenc.methods.packing import attribute_packed
 from pyglobenc.methods.rollout import RolloutResult, roll_out, roll_out_rows, rollout_result, stack_layers
 from pyglobenc.methods.stages import STAGES, StageOps, check_stage, deepest_stage
 
@@ -87,6 +88,34 @@ class GlobEnc:
             else:
                 result.maps[name] = stack_layers(full if name == stage else self._maps(name, captured))
         return result
+
+    @torch.no_grad()
+    def packed(
+        self, *, targets: Sequence[int] | Tensor | None = None, stage: str | None = None, layers: bool = False, **batch: Any
+    ) -> list[RolloutResult]:
+        """Attribute target tokens of sequences of any lengths, packed into one so that nothing is spent on padding.
+
+        Args:
+            targets: token positions, T for every sequence or (S, T). None: the first token, of a causal model the last.
+            stage, layers: as for a batch.
+            batch: the inputs of S sequences, a list of each one's, as the model's tokenizer returns them unasked for padding or tensors.
+
+        Returns:
+            What each sequence gives alone: S results of batch size 1, in order. Their output is None: the model's head isn't run.
+
+        Raises:
+            TypeError, ValueError: as for a batch, or a model that can't be given the positions of packed sequences.
+        """
+        if stage is not None and stage not in STAGES:
+            raise ValueError(f"GlobEnc: stage must be one of {', '.join(STAGES)}, got {stage!r}")
+
+        def rows(captured: list[LayerTrace], positions: Tensor) -> tuple[Tensor, Tensor]:
+            name = stage or deepest_stage(captured[-1])
+            check_stage("GlobEnc", captured[-1], name)
+            matrices = (self.ops.norm_matrix(layer, name) for layer in reversed(captured))
+            return roll_out_rows(matrices, positions, layers, captured[-1].offsets)
+
+        return attribute_packed("GlobEnc", self.model, batch, targets, self.dtype, layers, rows)
 
     def _full(self, captured: list[LayerTrace], stage: str) -> list[Tensor]:
         return [self.ops.norm_matrix(layer, stage).full() for layer in captured]

@@ -105,16 +105,19 @@ def target_rows(who: str, targets: Sequence[int] | Tensor | None, layer: LayerTr
     if targets is None:
         return default_rows(layer)
     batch, _, n, _ = layer.q.shape
-    rows = torch.as_tensor(targets, device=layer.q.device)
-    if rows.numel() and (rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool):
-        raise TypeError(f"{who}: targets must be integers, got {rows.dtype}")
-    if rows.dim() == 1:
-        rows = rows.expand(batch, -1)
-    if rows.dim() != 2 or rows.shape[0] != batch or rows.shape[1] == 0:
-        raise ValueError(f"{who}: targets must be T positions or (B, T) with B={batch} and T at least 1, got {tuple(rows.shape)}")
+    rows = target_positions(who, torch.as_tensor(targets, device=layer.q.device), batch)
     if int(rows.min()) < 0 or int(rows.max()) >= n:
         raise ValueError(f"{who}: targets must lie in [0, {n}), got {int(rows.min())} to {int(rows.max())}")
-    rows = rows.long()
     if layer.key_mask is not None and not layer.key_mask.gather(1, rows).all():
         raise ValueError(f"{who}: a target is a padding token")
     return rows
+
+
+def target_positions(who: str, targets: Tensor, batch: int) -> Tensor:
+    """Targets, T positions or (B, T), as (B, T) int64; TypeError or ValueError, naming who, for another type or shape."""
+    if targets.numel() and (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool):
+        raise TypeError(f"{who}: targets must be integers, got {targets.dtype}")
+    rows = targets.expand(batch, -1) if targets.dim() == 1 else targets
+    if rows.dim() != 2 or rows.shape[0] != batch or rows.shape[1] == 0:
+        raise ValueError(f"{who}: targets must be T positions or (B, T) with B={batch} and T at least 1, got {tuple(rows.shape)}")
+    return rows.long()

@@ -3,13 +3,15 @@
 Every kind gives single rows, the product of rows with the matrix, and, only when asked, the matrix itself.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pyglobenc.ops import rollout_step, token_norms
+from pyglobenc.reference.packing import per_token, slices, take
 from pyglobenc.reference.rollout_step import rescale_rows
 from pyglobenc.reference.rollout_step import rollout_step as reference_rollout_step
 from pyglobenc.reference.score_mods import ScoreMod, to_dtype
@@ -25,13 +27,13 @@ def check_score_mod(who: str, backend: str) -> None:
 
 
 class LayerMatrix(Protocol):
-    """One layer's (B, n, n) matrix of a rollout."""
+    """One layer's (B, n, n) matrix of a rollout; of S packed sequences the blocks of a block-diagonal one, (1, N, N)."""
 
     def rows(self, targets: Tensor) -> Tensor:
         """Rows `targets` (B, T) of the matrix: (B, T, n)."""
 
     def step(self, r: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-        """r (B, T, n) times the matrix, each row scaled to maximum 1, and the new log_scale (B, T)."""
+        """r (B, T, n) times the matrix, each row scaled to maximum 1, and the new log_scale (B, T), of packed sequences (S, T)."""
 
     def full(self) -> Tensor:
         """The matrix, (B, n, n)."""
@@ -53,6 +55,7 @@ class NormMatrix:
     window: tuple[int, int]
     backend: str
     score_mod: ScoreMod | None = None
+    offsets: Tensor | None = None
 
     def __post_init__(self):
         if self.score_mod is not None:
@@ -69,11 +72,12 @@ class NormMatrix:
 
     def step(self, r: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
         # the layers of a model may lie on several devices
-        r, log_scale = r.to(self.q.device), log_scale.to(self.q.device)
+        r, log_scale = r.to(self.gram), log_scale.to(self.gram)
         if self.score_mod is None:
-            return rollout_step(r, log_scale, **self._args())
+            return rollout_step(r, log_scale, **self._args(), offsets=self.offsets)
         tensors = (self.q, self.k, self.lse, self.gram, self.cross, self.residual_sq, self.rstd, self.key_mask)
-        return rescale_rows(reference_rollout_step(r, *tensors, self.scaling, self.window, score_mod=self.score_mod), log_scale)
+        out = reference_rollout_step(r, *tensors, self.scaling, self.window, self.offsets, self.score_mod)
+        return rescale_rows(out, log_scale, self.offsets)
 
     def full(self) -> Tensor:
         return token_norms(**self._args()) if self.score_mod is None else self._modified(None)
@@ -84,9 +88,18 @@ class NormMatrix:
 
     def row_sums(self) -> Tensor:
         """Sum of every row, (B, n), a block of rows at a time."""
+        if self.offsets is not None:
+            return torch.cat([matrix.row_sums() for matrix in self._sequences()], dim=1)
         batch, _, n, _ = self.q.shape
         index = torch.arange(n, device=self.q.device).expand(batch, n)
         return torch.cat([self.rows(block).sum(-1) for block in index.split(ROW_BLOCK, dim=1)], dim=1)
+
+    def _sequences(self) -> Iterator["NormMatrix"]:
+        """Each of the packed sequences alone."""
+        axes = dict(q=2, k=2, lse=2, gram=1, cross=1, residual_sq=1, rstd=1)
+        for tokens in slices(self.offsets):
+            parts = take([getattr(self, name) for name in axes], list(axes.values()), tokens)
+            yield replace(self, **dict(zip(axes, parts, strict=True)), offsets=None)
 
 
 @dataclass
@@ -122,13 +135,13 @@ class ResidualMatrix:
         return rows * self.weight.gather(1, targets)[..., None] + kept
 
     def step(self, r: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-        r, log_scale = r.to(self.kept.device), log_scale.to(self.kept.device)
+        r, log_scale, offsets = r.to(self.kept), log_scale.to(self.kept), self.inner.offsets
         weighted = r * self.weight[:, None]
         mixed, mixed_log = self.inner.step(weighted, torch.zeros_like(log_scale))
-        mixed = mixed * mixed_log.exp()[..., None]
+        mixed = mixed * (mixed_log.exp()[..., None] if offsets is None else per_token(mixed_log.exp(), offsets))
         if self.own is not None:
             mixed = (mixed - weighted * self.own[:, None]).clamp_(min=0)
-        return rescale_rows(mixed + r * self.kept[:, None], log_scale)
+        return rescale_rows(mixed + r * self.kept[:, None], log_scale, offsets)
 
     def full(self) -> Tensor:
         matrix = self.inner.full()

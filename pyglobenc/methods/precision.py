@@ -35,5 +35,5 @@ def set_precision(layers: list[LayerTrace], dtype: torch.dtype | None) -> None:
     for layer in layers:
         layer.x, layer.q, layer.k, layer.v = (t.detach().to(dtype) for t in (layer.x, layer.q, layer.k, layer.v))
         layer.score_mod = None if layer.score_mod is None else to_dtype(layer.score_mod, dtype)
-        settings = dict(key_mask=layer.key_mask, scaling=layer.scaling, window=layer.window, score_mod=layer.score_mod)
+        settings = {name: getattr(layer, name) for name in ("key_mask", "scaling", "window", "score_mod", "offsets")}
         layer.o, layer.lse = attention(layer.q, layer.k, layer.v, **settings)

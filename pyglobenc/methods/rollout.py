@@ -11,16 +11,20 @@ from pyglobenc.methods.layer_matrix import LayerMatrix
 from pyglobenc.reference.rollout_step import rescale_rows
 
 
-def roll_out_rows(matrices: Iterable[LayerMatrix], targets: Tensor, layers: bool = False) -> tuple[Tensor, Tensor]:
+def roll_out_rows(
+    matrices: Iterable[LayerMatrix], targets: Tensor, layers: bool = False, offsets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Rows of N_L ... N_2 N_1, without a matrix: O(T*n) memory beside the layers' own.
 
     Args:
         matrices: one a layer, last layer first; taken one at a time, so that a generator holds one layer's at once.
         targets: rows wanted, (B, T) int64.
         layers: also the rollout up to every layer.
+        offsets: (S + 1,) of the sequences that the matrices pack; targets are then (S, T), positions among all N tokens.
 
     Returns:
-        scores (B, L, T, n), each row's largest entry 1, and log_scale (B, L, T); L is 1, the whole rollout, without layers.
+        scores (B, L, T, n), each row's largest entry 1, and log_scale (B, L, T); L is 1, the whole rollout, without layers. Of packed
+        sequences scores (1, L, T, N), each sequence's at its own tokens, and log_scale (S, L, T).
     """
     count = targets.shape[1]
     r = log_scale = None
@@ -28,11 +32,20 @@ def roll_out_rows(matrices: Iterable[LayerMatrix], targets: Tensor, layers: bool
         if r is not None:
             r, log_scale = matrix.step(r, log_scale)
         if r is None or layers:
-            rows = matrix.rows(targets)
-            rows, scale = rescale_rows(rows, torch.zeros_like(rows[..., 0]))
+            rows, scale = _first_rows(matrix, targets, offsets)
             r = rows if r is None else torch.cat([rows, r], dim=1)
             log_scale = scale if log_scale is None else torch.cat([scale, log_scale], dim=1)
     return r.unflatten(1, (-1, count)), log_scale.unflatten(1, (-1, count))
+
+
+def _first_rows(matrix: LayerMatrix, targets: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows of one matrix, scaled to maximum 1, and their log_scale."""
+    if offsets is None:
+        rows = matrix.rows(targets)
+        return rescale_rows(rows, torch.zeros_like(rows[..., 0]))
+    # a row of every sequence is one product with unit vectors
+    unit = torch.zeros(1, targets.shape[1], int(offsets[-1])).scatter_(2, targets.T[None], 1)
+    return matrix.step(unit, torch.zeros(targets.shape))
 
 
 def stack_layers(tensors: Sequence[Tensor]) -> Tensor:

@@ -126,7 +126,7 @@ class StageOps:
 
     def _matrix(self, layer: LayerTrace, gram, cross, residual_sq, rstd) -> NormMatrix:
         q, k, lse = layer.q.detach(), layer.k.detach(), layer.lse.detach()
-        settings = (layer.key_mask, layer.scaling, layer.window, self.backend, layer.score_mod)
+        settings = (layer.key_mask, layer.scaling, layer.window, self.backend, layer.score_mod, layer.offsets)
         return NormMatrix(q, k, lse, gram, cross, residual_sq, rstd, *settings)
 
     def head_maps(self, layer: LayerTrace) -> Tensor:

@@ -1,0 +1,115 @@
+"""Sequences of any lengths through the model and the rollout as one, packed end to end without padding."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pyglobenc.hf import LayerTrace, capture
+from pyglobenc.hf.limits import first_position, max_tokens
+from pyglobenc.hf.registry import is_decoder
+from pyglobenc.methods.inputs import target_positions
+from pyglobenc.methods.precision import set_precision
+from pyglobenc.methods.rollout import RolloutResult, rollout_result
+
+# scores (1, L, T, N) and log_scale (S, L, T) of captured layers and targets (S, T), positions among all N tokens
+Rows = Callable[[list[LayerTrace], Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Inputs of S sequences end to end, shortest first, so that those of one length lie side by side.
+
+    Attributes:
+        inputs: of the model without its head, each (1, N).
+        offsets: (S + 1,) int32, on the CPU: sequence order[s] is tokens offsets[s] to offsets[s + 1].
+        order: numbers of the sequences as they were given.
+    """
+
+    inputs: dict[str, Tensor]
+    offsets: Tensor
+    order: list[int]
+
+
+def attribute_packed(
+    who: str, model: PreTrainedModel, batch: Mapping[str, Any], targets: Any, dtype: torch.dtype | None, layers: bool, rows: Rows
+) -> list[RolloutResult]:
+    """Run a model on packed sequences, roll out with `rows`, and cut the result into one for each sequence."""
+    base = check_packable(who, model)
+    packed = pack(who, base, batch)
+    options = {"use_cache": False} if is_decoder(base) else {}
+    with capture(base, offsets=packed.offsets) as trace:
+        base(**packed.inputs, **options)
+    captured = trace.layers
+    set_precision(captured, dtype)
+    positions = _positions(who, targets, packed, causal=captured[-1].window[1] == 0)
+    scores, log_scale = rows(captured, positions)
+    out: list[Any] = [None] * len(packed.order)
+    for s, index in enumerate(packed.order):
+        part = scores[..., packed.offsets[s] : packed.offsets[s + 1]]
+        out[index] = rollout_result(who, part, log_scale[s : s + 1], layers)
+    return out
+
+
+def check_packable(who: str, model: PreTrainedModel) -> nn.Module:
+    """The model without its head; ValueError, naming who, if it can't be told the positions of packed sequences."""
+    base = model.base_model
+    if model.main_input_name != "input_ids":
+        raise ValueError(f"{who}: {type(model).__name__} takes {model.main_input_name}, which can't be packed")
+    if "position_ids" not in signature(base.forward).parameters:
+        raise ValueError(f"{who}: {type(base).__name__} takes no position_ids: packed sequences would be one long text to it")
+    return base
+
+
+def pack(who: str, model: nn.Module, batch: Mapping[str, Any]) -> Packed:
+    """Sequences end to end with their positions.
+
+    Args:
+        who: method named in errors.
+        model: without its head.
+        batch: of each input a list of S lists or tensors (n_s,); attention_mask of ones, or left out.
+
+    Raises:
+        TypeError, ValueError: training mode, nothing to pack, padding, inputs of different lengths, a sequence too long for the model.
+    """
+    if model.training:
+        raise ValueError(f"{who}: the model is in training mode, where dropout changes the result; call model.eval() first")
+    ids = batch.get("input_ids")
+    if not isinstance(ids, Sequence) or not ids or not all(_is_row(row) for row in ids):
+        raise TypeError(f"{who}: input_ids must be a list of lists of token ids; don't ask the tokenizer for padding or tensors")
+    lengths, limit = [len(row) for row in ids], max_tokens(model)
+    if limit is not None and max(lengths) > limit:
+        raise ValueError(f"{who}: a sequence has {max(lengths)} tokens and the model takes {limit}; truncate it or split it into windows")
+    order = sorted(range(len(ids)), key=lengths.__getitem__)
+    columns = {}
+    for name, rows in batch.items():
+        if [len(row) for row in rows] != lengths:
+            raise ValueError(f"{who}: {name} must be as long as input_ids for every sequence")
+        columns[name] = torch.cat([torch.as_tensor(rows[s]) for s in order])
+    if not columns.get("attention_mask", torch.ones(1)).all():
+        raise ValueError(f"{who}: attention_mask has zeros; packed sequences have no padding")
+    first = first_position(model)
+    columns["position_ids"] = torch.cat([torch.arange(first, first + lengths[s]) for s in order])
+    # without a mask some architectures look for packed sequences themselves
+    columns["attention_mask"] = torch.ones_like(columns["input_ids"])
+    offsets = torch.tensor([0] + [lengths[s] for s in order]).cumsum(0).to(torch.int32)
+    return Packed({name: column[None].to(model.device) for name, column in columns.items()}, offsets, order)
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, Tensor | Sequence) and torch.as_tensor(row).dim() == 1 and len(row) > 0
+
+
+def _positions(who: str, targets: Any, packed: Packed, causal: bool) -> Tensor:
+    """Positions (S, T) among all tokens of targets, T for every sequence or (S, T); None: the first, or last of a causal model."""
+    starts, lengths = packed.offsets[:-1, None].long(), packed.offsets.diff()[:, None].long()
+    if targets is None:
+        return starts + (lengths - 1 if causal else 0)
+    rows = target_positions(who, torch.as_tensor(targets).cpu(), len(packed.order))[packed.order]
+    if bool(((rows < 0) | (rows >= lengths)).any()):
+        raise ValueError(f"{who}: targets must lie in [0, n), n the tokens of their sequence, the shortest {int(lengths.min())}")
+    return starts + rows
