@@ -1,18 +1,27 @@
 """The published GlobEnc repository's names (Modarressi et al., NAACL 2022), its modules under the names they have there."""
 
+from pyglobenc.compat.globenc.attention_flow_abstract import AttentionFlow
 from pyglobenc.compat.globenc.attention_max_flow import AttentionMaxFlow
 from pyglobenc.compat.globenc.attention_rollout import AttentionRollout
 from pyglobenc.compat.globenc.metrics import compute_spearman_correlation, compute_spearman_correlation_hta
 from pyglobenc.compat.globenc.model_attentions import build_ratio_residual_attentions, extract_attentions
 from pyglobenc.compat.globenc.modeling import BertForSequenceClassification, ElectraForSequenceClassification
+from pyglobenc.compat.globenc.task_loaders import TaskLoader
+from pyglobenc.compat.globenc.tokenizers import add_encode_plus
 
 __all__ = [
+    "AttentionFlow",
     "AttentionMaxFlow",
     "AttentionRollout",
     "BertForSequenceClassification",
     "ElectraForSequenceClassification",
+    "TaskLoader",
+    "add_encode_plus",
     "build_ratio_residual_attentions",
     "compute_spearman_correlation",
     "compute_spearman_correlation_hta",
     "extract_attentions",
 ]
+
+# the scripts take their tokenizers from transformers, so the method has to be there
+add_encode_plus()

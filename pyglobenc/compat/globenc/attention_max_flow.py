@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from pyglobenc.compat.globenc.attention_flow_abstract import AttentionFlow
 from pyglobenc.methods.flow import attention_flow
 
 
-class AttentionMaxFlow:
+class AttentionMaxFlow(AttentionFlow):
     """Maximum flow from every token of a layer down to every input token (Abnar and Zuidema, 2020)."""
 
     def compute_flows(
@@ -26,7 +27,7 @@ class AttentionMaxFlow:
         Returns:
             float64 arrays (L, n, n), or (1, n, n) of the last layer.
         """
-        return [_flow(np.asarray(matrices), output_hidden_states) for matrices in tqdm(attentions_list, desc=desc)]
+        return [_flow(np.asarray(self.pre_process(matrices)), output_hidden_states) for matrices in tqdm(attentions_list, desc=desc)]
 
 
 def _flow(matrices: np.ndarray, layers: bool) -> np.ndarray:

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm.auto import tqdm
 
+from pyglobenc.compat.globenc.attention_flow_abstract import AttentionFlow
 
-class AttentionRollout:
+
+class AttentionRollout(AttentionFlow):
     """Products of the layers' matrices (Abnar and Zuidema, 2020)."""
 
     def compute_flows(
@@ -34,7 +36,7 @@ class AttentionRollout:
 
     def compute_joint_attention(self, att_mat: np.ndarray) -> np.ndarray:
         """Rollout up to every layer of matrices (L, n, n): the same shape, float64."""
-        layers = np.asarray(att_mat, dtype=np.float64)
+        layers = np.asarray(self.pre_process(att_mat), dtype=np.float64)
         out = layers.copy()
         for index in range(1, len(layers)):
             out[index] = layers[index] @ out[index - 1]

@@ -53,15 +53,15 @@ def build_ratio_residual_attentions(
     """Attention and norms with a residual, of what `extract_attentions` returned.
 
     Returns:
-        (L, n, n) of each example, by name: W-FixedRes and N-FixedRes (a residual of one half), W-Res (the mixing ratio of N_Enc; the
-        attention's own diagonal is left out and the rest sums to 1).
+        float64 (L, n, n) of each example, by name: W-FixedRes and N-FixedRes (a residual of one half), W-Res (the mixing ratio of
+        N_Enc; the attention's own diagonal is left out and the rest sums to 1).
     """
     out: dict[str, list[np.ndarray]] = {"W-FixedRes": [], "W-Res": [], "N-FixedRes": []}
     for attention, norms, ratio in tqdm(list(zip(raw_attentions_list, norms_list[1], norms_list[8], strict=True))):
-        half = np.full(ratio.shape, 0.5)
+        attention, norms, half = attention.astype(np.float64), norms.astype(np.float64), np.full(ratio.shape, 0.5)
         out["W-FixedRes"].append(_with_residual(attention, half))
         out["N-FixedRes"].append(_with_residual(norms / norms.sum(2, keepdims=True), half))
-        others = attention * (1 - np.eye(attention.shape[1], dtype=attention.dtype))
+        others = attention * (1 - np.eye(attention.shape[1]))
         out["W-Res"].append(_with_residual(others / others.sum(2, keepdims=True), ratio))
     return out
 

@@ -1,5 +1,9 @@
 """BERT with norms, under the name of the published module."""
 
-from pyglobenc.compat.globenc.modeling import BertForSequenceClassification
+import transformers
 
-__all__ = ["BertForSequenceClassification"]
+from pyglobenc.compat.globenc.modeling.with_norms import WithNorms
+
+
+class BertForSequenceClassification(WithNorms, transformers.BertForSequenceClassification):
+    """Stock BERT classifier with `output_norms` and `output_globenc`."""

@@ -1,5 +1,9 @@
 """ELECTRA with norms, under the name of the published module."""
 
-from pyglobenc.compat.globenc.modeling import ElectraForSequenceClassification
+import transformers
 
-__all__ = ["ElectraForSequenceClassification"]
+from pyglobenc.compat.globenc.modeling.with_norms import WithNorms
+
+
+class ElectraForSequenceClassification(WithNorms, transformers.ElectraForSequenceClassification):
+    """Stock ELECTRA classifier with `output_norms` and `output_globenc`."""

@@ -1,0 +1,118 @@
+"""A stock classifier's forward pass that also returns norms and the GlobEnc rollout, in the published tuple order."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from pyglobenc.hf import LayerTrace
+from pyglobenc.methods.inputs import check_model, run_captured
+from pyglobenc.methods.rollout import roll_out
+from pyglobenc.methods.stages import STAGES, StageOps
+
+# a layer's norms, as the published code orders them: per head, the four stages, the four mixing ratios
+NORMS = ("head_N", *STAGES, *(f"mix_{name}" for name in STAGES))
+
+
+@dataclass
+class GlobEncOutput(SequenceClassifierOutput):
+    """`SequenceClassifierOutput` with what the published code returns in tuples only.
+
+    Attributes:
+        globenc: rollout of N_Enc, (B, n, n), unnormalised.
+        norms: of every layer, a tuple in the order of NORMS: head_N (B, H, n, n), four maps (B, n, n), four ratios (B, n).
+    """
+
+    globenc: Tensor | None = None
+    norms: tuple[tuple[Tensor, ...], ...] | None = None
+
+
+class WithNorms:
+    """Mixed into a stock classifier: `forward` takes `output_norms` and `output_globenc`."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        output_norms: bool | None = None,
+        output_globenc: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple | SequenceClassifierOutput:
+        """The stock forward pass, and on request norms and rollout.
+
+        Args:
+            input_ids: (B, n) int64; these and the next arguments as the stock model takes them, in the published order.
+            head_mask: only None.
+            output_norms: also return every layer's nine norms and ratios.
+            output_globenc: also return the rollout of N_Enc, (B, n, n).
+
+        Returns:
+            `GlobEncOutput`; with return_dict=False the tuple (loss), logits, (hidden states), (attentions), (rollout), (norms) of
+            what was asked for. Rows of padding are 0. As published, output_attentions with output_globenc and without output_norms
+            gives every layer's N_Enc in the place of its attention.
+
+        Raises:
+            ValueError: head_mask, or input that the model can't take.
+        """
+        if head_mask is not None:
+            raise ValueError(f"{type(self).__name__}: head_mask is not supported; transformers 5 has none")
+        given = dict(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids)
+        given |= dict(inputs_embeds=inputs_embeds, labels=labels, output_hidden_states=output_hidden_states, **kwargs)
+        batch = {name: value for name, value in given.items() if value is not None}
+        batch["output_attentions"] = False
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        if not (output_norms or output_globenc or attentions):
+            return super().forward(**batch, return_dict=as_dict)
+        model, ops = _ready(self)
+        captured, output = run_captured(type(self).__name__, model, {**batch, "return_dict": True}, None)
+        with torch.no_grad():
+            found = _found(ops, captured, bool(attentions), bool(output_norms), bool(output_globenc), self.dtype)
+        parts = (output.loss, output.logits, output.hidden_states, *found)
+        return GlobEncOutput(*parts) if as_dict else tuple(part for part in parts if part is not None)
+
+
+def _ready(model: PreTrainedModel) -> tuple[PreTrainedModel, StageOps]:
+    """The model, checked at its first use, and what is kept of its weights."""
+    if "_globenc_ops" not in model.__dict__:
+        check_model(type(model).__name__, model, "auto", None)
+        model.__dict__["_globenc_ops"] = StageOps("auto")
+    return model, model.__dict__["_globenc_ops"]
+
+
+def _found(
+    ops: StageOps, captured: list[LayerTrace], attentions: bool, norms: bool, globenc: bool, dtype: torch.dtype
+) -> tuple[tuple | None, Tensor | None, tuple | None]:
+    """Attentions, rollout and norms, None for what isn't asked for."""
+    seen = tuple(ops.attention_maps(layer).to(dtype) for layer in captured) if attentions and (norms or not globenc) else None
+    if not (norms or globenc):
+        return seen, None, None
+    maps = tuple(ops.norm_matrix(layer, "N_Enc").full().to(dtype) for layer in captured)
+    if attentions and not norms:
+        seen = maps
+    rollout = roll_out(maps).to(dtype) if globenc else None
+    if not norms:
+        return seen, rollout, None
+    by_layer = zip(captured, maps, strict=True)
+    return seen, rollout, tuple(tuple(_norm(ops, layer, name, n_enc).to(dtype) for name in NORMS) for layer, n_enc in by_layer)
+
+
+def _norm(ops: StageOps, layer: LayerTrace, name: str, n_enc: Tensor) -> Tensor:
+    if name == "N_Enc":
+        return n_enc
+    if name == "head_N":
+        return ops.head_maps(layer)
+    if name.startswith("mix_"):
+        return ops.mixing_ratio(layer, name.removeprefix("mix_"))
+    return ops.norm_matrix(layer, name).full()

@@ -1,0 +1,16 @@
+"""Tokenizers' `encode_plus`, which the published cells call and transformers 5 has dropped."""
+
+from typing import Any
+
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+
+def add_encode_plus() -> None:
+    """Give transformers' tokenizers `encode_plus`, unless they have it; nothing that is there is replaced."""
+    if not hasattr(PreTrainedTokenizerBase, "encode_plus"):
+        PreTrainedTokenizerBase.encode_plus = _encode_plus
+
+
+def _encode_plus(self: PreTrainedTokenizerBase, text: str, text_pair: str | None = None, **options: Any) -> BatchEncoding:
+    """What calling the tokenizer on a text, or on a pair, gives."""
+    return self(text, text_pair, **options)
