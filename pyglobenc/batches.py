@@ -16,6 +16,7 @@ from pyglobenc.hf.limits import max_tokens
 from pyglobenc.hf.registry import is_decoder
 from pyglobenc.hf.unwrap import stock_model
 from pyglobenc.methods.batching import fitting_batch, in_batches
+from pyglobenc.methods.packing import check_packable
 from pyglobenc.methods.registry import find_method
 from pyglobenc.windows import Encoded, join
 
@@ -91,9 +92,25 @@ class Runner:
         if options.merge_words and not tokenizer.is_fast:
             raise ValueError(f"explain: merge_words needs a fast tokenizer, which knows its words; got {type(tokenizer).__name__}")
         self.model, self.tokenizer, self.options = model, tokenizer, options
+        why_padded = self._why_padded()
+        if options.packed and why_padded:
+            raise ValueError(why_padded)
+        self.packed = options.packed is not False and why_padded is None
         self.model_name = model.name_or_path or type(model).__name__
         self.versions = {"model_dtype": str(model.dtype).split(".")[-1], "device": str(model.device)}
         self.versions |= {"torch": torch.__version__, "transformers": transformers.__version__}
+
+    def _why_padded(self) -> str | None:
+        """Why texts can't be packed, or None."""
+        if not self.method.packs:
+            return f"explain: {self.method.name} takes no packed texts"
+        if self.is_classifier:
+            return f"explain: {type(self.model).__name__} classifies one text a row, so texts can't be packed"
+        try:
+            check_packable("explain", self.model)
+        except ValueError as error:
+            return str(error)
+        return None
 
     def run(self, texts: list[Encoded]) -> Iterator[dict[str, Any]]:
         """Of each text, as fields of `Attribution`: scores (n,), log_scale, target, windows and what the model predicts."""
@@ -132,7 +149,8 @@ class Runner:
 
     def _rows(self, texts: list[Encoded], plans: list[Plan], jobs: list[tuple[int, list[int]]]) -> list[Row]:
         """One for each job, a text's index and a window."""
-        batch = self._batch([texts[index] for index, _ in jobs], [window for _, window in jobs])
+        arrange = self._columns if self.packed else self._batch
+        batch = arrange([texts[index] for index, _ in jobs], [window for _, window in jobs])
         rows = self._run(batch, self._targets(texts, plans, jobs))
         scores, log_scale, targets = rows.scores.detach().cpu().numpy(), rows.log_scale.tolist(), rows.targets.tolist()
         logits = [None] * len(jobs)
@@ -151,13 +169,18 @@ class Runner:
             targets = [self._predict(texts[index]) if target is None else target for target, (index, _) in zip(targets, jobs, strict=True)]
         return torch.tensor(targets, device=self.model.device)
 
+    @staticmethod
+    def _columns(texts: list[Encoded], windows: list[list[int]]) -> dict[str, list[list[int]]]:
+        """The model's inputs, a list for each window."""
+        pairs = list(zip(texts, windows, strict=True))
+        return {key: [[text.inputs[key][i] for i in window] for text, window in pairs] for key in texts[0].inputs}
+
     def _batch(self, texts: list[Encoded], windows: list[list[int]]) -> dict[str, Tensor]:
         """The model's inputs (B, n), padded on the right whatever the tokenizer's side, so that a window's positions start at 0."""
         width = max(len(window) for window in windows)
         fill = {"input_ids": self.tokenizer.pad_token_id or 0}
         batch = {}
-        for key in texts[0].inputs:
-            columns = [[text.inputs[key][i] for i in window] for text, window in zip(texts, windows, strict=True)]
+        for key, columns in self._columns(texts, windows).items():
             batch[key] = torch.tensor([column + [fill.get(key, 0)] * (width - len(column)) for column in columns], device=self.model.device)
         mask = [[1] * len(window) + [0] * (width - len(window)) for window in windows]
         return batch | {"attention_mask": torch.tensor(mask, device=self.model.device)}

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
+from models import build
 
 import pyglobenc
 from pyglobenc.cli import main
@@ -94,6 +95,30 @@ def test_windows_and_batches(tmp_path, minilm_is_tiny):
     for row in rows(tmp_path / "out"):
         alone = pyglobenc.explain(tiny.classifier(), tiny.tokenizer(), row["text"], long="windows", max_length=20)
         np.testing.assert_allclose(row["scores"], alone.scores, rtol=1e-10)
+
+
+def test_packed_and_padded_batches_agree(tmp_path, monkeypatch):
+    # no classifier, so that texts can be packed, in double arithmetic
+    monkeypatch.setattr("pyglobenc.hf.pretrained.load_pretrained", lambda *args: (build("bert"), tiny.tokenizer()))
+    (tmp_path / "corpus.txt").write_text("\n".join(text for text in TEXTS if "\ud800" not in text))
+    options = ("--long", "windows", "--max-length", "9", "--batch-tokens", "64")
+    for name, flags in (("packed", ()), ("padded", ("--no-packed",))):
+        assert run(tmp_path / "corpus.txt", tmp_path / name, *options, *flags) == 0
+        assert json.loads((tmp_path / name / "_manifest.json").read_text())["settings"]["packed"] == (name == "packed")
+    found, expected = rows(tmp_path / "packed"), rows(tmp_path / "padded")
+    assert [row["index"] for row in found] == [row["index"] for row in expected] and len(found) > 5
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one["scores"], other["scores"], rtol=1e-9, atol=1e-12)
+        assert one["log_scale"] == pytest.approx(other["log_scale"], rel=1e-9) and one["target_name"] == "[CLS]"
+
+
+def test_what_cannot_be_packed_says_why(corpus, tmp_path, minilm_is_tiny, capsys):
+    for options, reason in ((), "classifies one text a row"), (("--method", "attention-flow"), "attention-flow takes no packed texts"):
+        assert run(corpus, tmp_path / "out", "--packed", *options) != 0
+        assert reason in capsys.readouterr().err
+    with pytest.raises(ValueError, match="MPNetModel computes attention itself"):
+        job.make_runner(build("mpnet"), tiny.tokenizer(), packed=True)
+    assert not job.make_runner(build("mpnet"), tiny.tokenizer(), packed=None).packed
 
 
 def test_buckets_hold_like_lengths_within_the_budget():

@@ -35,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stride", type=_positive, help="tokens from one window's start to the next's (default: half a window)")
     sizes = f"{CPU_TOKENS} on a CPU, {GPU_TOKENS} on a GPU"
     parser.add_argument("--batch-tokens", type=_positive, help=f"tokens computed at once, padding included (default {sizes})")
+    packed = "batches without padding, scores the same up to rounding (default: where model and method allow)"
+    parser.add_argument("--packed", action=argparse.BooleanOptionalAction, help=packed)
     parser.add_argument("--shard-size", type=_positive, default=SHARD_SIZE, help=f"records a shard (default {SHARD_SIZE})")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="kernels to run on (default: the fastest that can)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the attribution's arithmetic (default float32)")
@@ -73,7 +75,7 @@ def _runner(options: argparse.Namespace) -> Any:
     if device is None and torch.cuda.is_available():
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     model, tokenizer = load_pretrained(options.model, dtypes[options.model_dtype], device)
-    names = ("method", "target", "long", "max_length", "stride", "backend")
+    names = ("method", "target", "long", "max_length", "stride", "backend", "packed")
     return make_runner(model, tokenizer, dtype=dtypes[options.dtype], **{name: getattr(options, name) for name in names})
 
 
@@ -83,7 +85,8 @@ def _manifest(options: argparse.Namespace, source: Any, records: int, runner: An
 
     names = ("method", "target", "long", "max_length", "stride", "backend", "dtype", "batch_tokens", "shard_size")
     settings = {name: getattr(options, name) for name in names}
-    settings |= {"model_dtype": runner.versions["model_dtype"], "device": runner.model.device.type, "version": __version__}
+    settings |= {"packed": runner.packed, "model_dtype": runner.versions["model_dtype"], "device": runner.model.device.type}
+    settings["version"] = __version__
     return {
         "input": {"sha256": source.sha256(), "column": source.column, "header": not options.no_header, "records": records},
         "model": {"sha256": model_fingerprint(runner.model), "tokenizer": tokenizer_fingerprint(runner.tokenizer)},

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pyglobenc.hf import LayerTrace, capture
+from pyglobenc.hf import LayerTrace, capture, find_layers
 from pyglobenc.hf.limits import first_position, max_tokens
 from pyglobenc.hf.registry import is_decoder
 from pyglobenc.methods.inputs import target_positions
@@ -56,8 +56,10 @@ def attribute_packed(
 
 
 def check_packable(who: str, model: PreTrainedModel) -> nn.Module:
-    """The model without its head; ValueError, naming who, if it can't be told the positions of packed sequences."""
+    """The model without its head; ValueError, naming who, if it can't keep packed sequences apart."""
     base = model.base_model
+    if any(layer.own_scores is not None for layer in find_layers(model)):
+        raise ValueError(f"{who}: {type(model).__name__} computes attention itself and can't keep packed sequences apart")
     if model.main_input_name != "input_ids":
         raise ValueError(f"{who}: {type(model).__name__} takes {model.main_input_name}, which can't be packed")
     if "position_ids" not in signature(base.forward).parameters:

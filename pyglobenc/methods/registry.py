@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from pyglobenc.methods import family
@@ -24,7 +25,7 @@ class Rows:
     output: Any  # what the model returned
 
 
-# of a batch, and targets (B,) int64: token positions, or classes, of which None is the predicted ones
+# of a batch, or of lists to be packed, and targets (B,) int64: token positions, or classes, of which None is the predicted ones
 Run = Callable[[Mapping[str, Tensor], Tensor | None], Rows]
 
 
@@ -37,19 +38,25 @@ class Method:
         summary: one line, with the paper.
         build: called with model, backend and dtype as `GlobEnc` takes them; returns what computes the rows of a batch.
         target: "token" if targets are positions, "class" if they are classes of a sequence classifier.
+        packs: whether it also takes sequences packed into one.
     """
 
     name: str
     summary: str
     build: Callable[[PreTrainedModel, str, torch.dtype | None], Run]
     target: str = "token"
+    packs: bool = False
 
 
 def _rollout(name: str, model: PreTrainedModel, backend: str, dtype: torch.dtype | None) -> Run:
     """Any method that returns a `RolloutResult`."""
     attribute = GlobEnc(model, backend, dtype) if name == "globenc" else family.Rollout(model, name, backend, dtype)
 
-    def run(batch: Mapping[str, Tensor], targets: Tensor) -> Rows:
+    def run(batch: Mapping[str, Any], targets: Tensor) -> Rows:
+        if not isinstance(batch["input_ids"], Tensor):
+            results = attribute.packed(**batch, targets=targets[:, None])
+            scores = pad_sequence([one.scores[0, 0] for one in results], batch_first=True)
+            return Rows(scores, torch.cat([one.log_scale[0] for one in results]), targets, None)
         result = attribute(**batch, targets=targets[:, None])
         return Rows(result.scores[:, 0], result.log_scale[:, 0], targets, result.output)
 
@@ -75,7 +82,7 @@ RELEVANCE = {
     "attention-gradcam": ("attn_gradcam", "Grad-CAM on the last layer's attention (after Selvaraju et al., 2017)"),
 }
 
-METHODS = {name: Method(name, summary, partial(_rollout, name)) for name, summary in family.METHODS.items()}
+METHODS = {name: Method(name, summary, partial(_rollout, name), packs=name != "attention-flow") for name, summary in family.METHODS.items()}
 METHODS |= {name: Method(name, summary, partial(_relevance, variant), target="class") for name, (variant, summary) in RELEVANCE.items()}
 
 
