@@ -45,7 +45,9 @@ def preferred(op: str, available: tuple[str, ...], kind: str) -> tuple[str, ...]
     table = _table()
     measured = table.get(device_name(kind), {}).get(op, []) if table else []
     first = [name for name in measured if name in available]
-    return (*first, *(name for name in available if name not in first))
+    rest = [name for name in available if name not in first]
+    # a CPU tensor's own kernels needn't wait for the others' reasons
+    return (*first, *(sorted(rest, key=lambda name: name != "cpu") if kind == "cpu" else rest))
 
 
 @lru_cache(maxsize=1)

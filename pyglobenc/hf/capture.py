@@ -16,6 +16,7 @@ from pyglobenc.hf.registry import find_layers
 from pyglobenc.hf.unwrap import stock_model
 
 NORMS = ("attention_norm", "output_norm", "added_norm")
+FULL = (torch.float32, torch.float64)
 
 
 class Trace:
@@ -99,6 +100,12 @@ def capture(model: PreTrainedModel, modules: Iterable[nn.Module] = (), offsets: 
     with ExitStack() as stack:
         for handle in _hooks(model, trace, found, modules):
             stack.callback(handle.remove)
+        for part, module in _norms(found):
+            if type(module) is nn.LayerNorm and "forward" not in vars(module):
+                module.forward = _with_stats(trace, part, module)
+                stack.callback(delattr, module, "forward")
+            else:
+                stack.callback(module.register_forward_pre_hook(_keep_stats(trace, part)).remove)
         for layer in found:
             if layer.attention not in RECORDERS:
                 RECORDERS[layer.attention] = _recorder(trace, layer.attention)
@@ -119,23 +126,43 @@ def _hooks(model: PreTrainedModel, trace: Trace, found: list[LayerModules], extr
     def keep_input(module: nn.Module, args: tuple, kwargs: dict) -> None:
         trace.next_layer("block", module).x = args[0] if args else kwargs["hidden_states"]
 
-    def keep_stats(part: str):
-        def hook(module: nn.Module, args: tuple) -> None:
-            trace.next_layer(part, module).norms[part] = _stats(args[0], module)
-
-        return hook
-
     for module in {layer.block for layer in found}:
         yield module.register_forward_pre_hook(keep_input, with_kwargs=True)
-    for part in NORMS:
-        for module in {getattr(layer, part) for layer in found} - {None}:
-            # the norms before a pre-norm layer's parts change no attribution; an RMSNorm there isn't read
-            if part != "added_norm" and not isinstance(module, nn.LayerNorm):
-                continue
-            yield module.register_forward_pre_hook(keep_stats(part))
     yield from own_attention_hooks(found, RECORDERS)
     for module in extra:
         yield module.register_forward_hook(lambda module, args, output: trace.io.__setitem__(module, (args[0], output)))
+
+
+def _norms(found: list[LayerModules]) -> Iterator[tuple[str, nn.Module]]:
+    """Modules whose statistics are kept, each once, and the part they play."""
+    for part in NORMS:
+        for module in {getattr(layer, part) for layer in found} - {None}:
+            # the norms before a pre-norm layer's parts change no attribution; an RMSNorm there isn't read
+            if part == "added_norm" or isinstance(module, nn.LayerNorm):
+                yield part, module
+
+
+def _keep_stats(trace: Trace, part: str):
+    def hook(module: nn.Module, args: tuple) -> None:
+        trace.next_layer(part, module).norms[part] = _stats(args[0], module)
+
+    return hook
+
+
+def _with_stats(trace: Trace, part: str, module: nn.LayerNorm):
+    """The module's forward pass, which also keeps the statistics that its kernel returns: a second kernel would read all of z again."""
+
+    def forward(input: Tensor) -> Tensor:
+        weight = module.weight
+        # half precision has statistics of its own, and what autocast or a mode widens is theirs to widen
+        if input.dtype not in FULL or weight is None or weight.dtype != input.dtype or torch.is_autocast_enabled(input.device.type):
+            _keep_stats(trace, part)(module, (input,))
+            return nn.LayerNorm.forward(module, input)
+        out, mean, rstd = torch.native_layer_norm(input, module.normalized_shape, weight, module.bias, module.eps)
+        trace.next_layer(part, module).norms[part] = NormStats(mean.detach().squeeze(-1), rstd.detach().squeeze(-1))
+        return out
+
+    return forward
 
 
 def _recorder(trace: Trace, module: nn.Module):
@@ -161,7 +188,12 @@ def _stats(z: Tensor, norm: nn.Module) -> NormStats:
 
 @contextmanager
 def _attention_implementation(model: PreTrainedModel) -> Iterator[None]:
-    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    # modules() would take five times as long, a 20th of a small model's forward pass
+    inside, configs = [model], {}
+    for module in inside:
+        inside.extend(filter(None, module._modules.values()))
+        if isinstance(module, PreTrainedModel):
+            configs[id(module.config)] = module.config
     saved = [(config, config._attn_implementation) for config in configs.values()]
     try:
         for config, _ in saved:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+LEAVES = (nn.Linear, nn.LayerNorm, Conv1D)
+
 
 def dense_weight(module: nn.Module) -> Tensor:
     """Weight of a linear module as the matrix W of `x @ W + b`, (inputs, outputs), detached.
@@ -38,8 +40,13 @@ def is_plain(weight: Any) -> bool:
 
 def weight_version(module: nn.Module) -> tuple:
     """Changes whenever the module's matrix does: with its tensors, their contents, and the adapters in use."""
+    # these hold no other modules: no walk through the module, which takes longer than the rest
+    plain = type(module) in LEAVES
+    parameters = module._parameters.values() if plain else module.parameters()
+    tensors = [(id(p), 0) if p.is_meta else (p.data_ptr(), p._version) for p in parameters if p is not None]
+    if plain:
+        return tuple(tensors)
     adapters = [str([getattr(m, name, None) for name in ("active_adapters", "merged", "disable_adapters")]) for m in module.modules()]
-    tensors = [(p.data_ptr(), p._version) if p.device.type != "meta" else (id(p), 0) for p in module.parameters()]
     return (*tensors, *adapters)
 
 

@@ -35,6 +35,15 @@ STAGES = {
 }
 
 
+@dataclass(frozen=True)
+class StageWeights:
+    """What a layer's weights alone give a stage."""
+
+    gammas: list[Tensor]  # of the LayerNorms passed, (d,) each
+    kernel: Tensor  # (H, dh, H, dh), as `gram_kernels` returns it
+    cross_kernel: Tensor  # (H, dh, d)
+
+
 def deepest_stage(layer: LayerTrace) -> str:
     """The stage that follows vectors furthest through a layer: N_Enc, or N_Res in a pre-norm layer."""
     return "N_Res" if layer.modules.pre_norm else "N_Enc"
@@ -59,7 +68,7 @@ class StageOps:
 
     def __init__(self, backend: str):
         self.backend = backend
-        self._kernels: dict[tuple[nn.Module, tuple[str, ...]], tuple[tuple, Tensor, Tensor]] = {}
+        self._weights: dict[tuple[nn.Module, tuple[str, ...]], tuple[tuple, StageWeights]] = {}
 
     def dtype_of(self, layer: LayerTrace) -> torch.dtype:
         """Of the arithmetic: float64 where the layer is, else float32."""
@@ -86,15 +95,17 @@ class StageOps:
             return x
         return x / layer.norms["added_norm"].rstd.to(x.dtype)[..., None]
 
-    def kernels(self, layer: LayerTrace, stage: Stage) -> tuple[Tensor, Tensor]:
-        """`gram_kernels` of a layer and stage, cached with the versions of the weights they came from."""
-        m, dtype = layer.modules, self.dtype_of(layer)
-        parts = [m.output, *(getattr(m, name) for name in stage.norms), *([] if m.added_norm is None else [m.added_norm])]
-        version = (dtype, *(weight_version(p) for p in (*parts, *([] if m.scale is None else [m.scale[0]]))))
+    def weights(self, layer: LayerTrace, stage: Stage) -> StageWeights:
+        """What a layer's weights give a stage, cached with the versions of the weights."""
+        m = layer.modules
+        parts = [m.output, *(getattr(m, name) for name in stage.norms), m.added_norm, m.scale and m.scale[0]]
+        version = (self.dtype_of(layer), *[weight_version(part) for part in parts if part is not None])
         key = (m.output, stage.norms)
-        if key not in self._kernels or self._kernels[key][0] != version:
-            self._kernels[key] = (version, *gram_kernels(self._weight(layer), self._gammas(layer, stage)))
-        return self._kernels[key][1:]
+        found = self._weights.get(key)
+        if found is None or found[0] != version:
+            gammas = self._gammas(layer, stage)
+            found = self._weights[key] = (version, StageWeights(gammas, *gram_kernels(self._weight(layer), gammas)))
+        return found[1]
 
     def rstd(self, layer: LayerTrace, stage: Stage) -> Tensor | None:
         """Product of the inverse standard deviations that scale a row of the stage, (B, n)."""
@@ -107,15 +118,15 @@ class StageOps:
     def norm_matrix(self, layer: LayerTrace, name: str) -> NormMatrix:
         """Norms of stage `name`, as a matrix that isn't stored."""
         check_stage("norm_matrix", layer, name)
-        stage, dtype = STAGES[name], self.dtype_of(layer)
-        kernel, cross_kernel = self.kernels(layer, stage)
+        stage = STAGES[name]
+        weights, v = self.weights(layer, stage), layer.v.detach().to(self.dtype_of(layer))
         cross = residual_sq = None
         if stage.residual:
             x = self._residual(layer)
-            gram, cross = head_gram(layer.v.detach().to(dtype), kernel, x, cross_kernel, backend=self.backend)
-            residual_sq = stage_map(x, self._gammas(layer, stage)).square().sum(-1)
+            gram, cross = head_gram(v, weights.kernel, x, weights.cross_kernel, backend=self.backend)
+            residual_sq = stage_map(x, weights.gammas).square().sum(-1)
         else:
-            gram, _ = head_gram(layer.v.detach().to(dtype), kernel, backend=self.backend)
+            gram, _ = head_gram(v, weights.kernel, backend=self.backend)
         return self._matrix(layer, gram, cross, residual_sq, self.rstd(layer, stage))
 
     def attention_matrix(self, layer: LayerTrace) -> NormMatrix:

@@ -125,7 +125,7 @@ def fused_bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
 def fused_call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scaling: float) -> tuple[Tensor, Tensor]:
     """One call of torch's kernel: q (B, H, m, dh), k and v (B, H, J, dh), bias (1 or B, 1, 1 or m, J)."""
     if q.device.type == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scaling)
+        return aten._scaled_dot_product_flash_attention_for_cpu.default(q, k, v, 0.0, causal, attn_mask=bias, scale=scaling)
     m, keys = q.shape[2], k.shape[2]
     if bias is None and q.dtype != torch.float32 and q.shape[3] % 8 == 0:
         out = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scaling)

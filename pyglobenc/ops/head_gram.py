@@ -1,10 +1,10 @@
 """Op `head_gram`: per-token Gram matrices of the heads' transformed vectors."""
 
-import torch
 from torch import Tensor
 
 from pyglobenc.backends import pick
 from pyglobenc.ops._checks import check_floats, check_heads, check_shape
+from pyglobenc.ops._registered import register
 from pyglobenc.reference.head_gram import gram_kernels
 
 __all__ = ["gram_kernels", "head_gram"]
@@ -50,7 +50,7 @@ def head_gram(
     return _head_gram_cross(v, kernel, x, cross_kernel, backend)
 
 
-@torch.library.custom_op("pyglobenc::head_gram", mutates_args=())
+@register("head_gram")
 def _head_gram(v: Tensor, kernel: Tensor, backend: str) -> Tensor:
     return pick("head_gram", backend, BACKENDS, (v, kernel, None, None))(v, kernel)[0]
 
@@ -60,7 +60,7 @@ def _(v, kernel, backend):
     return v.new_empty(v.shape[0], v.shape[2], kernel.shape[0], kernel.shape[0])
 
 
-@torch.library.custom_op("pyglobenc::head_gram_cross", mutates_args=())
+@register("head_gram_cross")
 def _head_gram_cross(v: Tensor, kernel: Tensor, x: Tensor, cross_kernel: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     args = (v, kernel, x, cross_kernel)
     return pick("head_gram", backend, BACKENDS, args)(*args)

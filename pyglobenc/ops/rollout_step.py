@@ -5,6 +5,7 @@ from torch import Tensor
 
 from pyglobenc.backends import pick
 from pyglobenc.ops._checks import check_floats, check_offsets, check_shape
+from pyglobenc.ops._registered import register
 from pyglobenc.ops.token_norms import check_attention_args
 from pyglobenc.reference.rollout_step import rescale_rows
 
@@ -60,7 +61,7 @@ def rollout_step(
     return rescale_rows(out, log_scale, offsets)
 
 
-@torch.library.custom_op("pyglobenc::rollout_step", mutates_args=())
+@register("rollout_step")
 def _rollout_step(
     r: Tensor,
     q: Tensor,

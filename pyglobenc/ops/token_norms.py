@@ -5,6 +5,7 @@ from torch import Tensor
 
 from pyglobenc.backends import pick
 from pyglobenc.ops._checks import check_floats, check_heads, check_mask, check_shape, check_window
+from pyglobenc.ops._registered import register
 
 BACKENDS = ("triton", "cpu", "reference")
 
@@ -81,7 +82,7 @@ def check_attention_args(op, q, k, lse, gram, cross, residual_sq, rstd, key_mask
     return sizes["dh"] ** -0.5 if scaling is None else float(scaling)
 
 
-@torch.library.custom_op("pyglobenc::token_norms", mutates_args=())
+@register("token_norms")
 def _token_norms(
     q: Tensor,
     k: Tensor,

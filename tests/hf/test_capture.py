@@ -21,6 +21,7 @@ def model():
 
 def assert_untouched(model, attention="sdpa", hooks=0):
     assert hooks_of(model) == hooks
+    assert not any("forward" in vars(m) for m in model.modules())
     assert model.config._attn_implementation == attention
     assert not any(module in RECORDERS for module in model.modules())
 
@@ -93,17 +94,20 @@ def test_packed_sequences_are_refused():
         model(**batch, use_cache=False)
 
 
-def test_layernorm_statistics(model):
-    batch = random_batch(model, batch=1, n=6)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_layernorm_statistics(model, dtype, autocast):
+    batch = random_batch(model.to(dtype), batch=1, n=6)
     sums = []
     norm = model.bert.encoder.layer[1].attention.output.LayerNorm
     handle = norm.register_forward_pre_hook(lambda module, args: sums.append(args[0]))
-    with torch.no_grad(), capture(model) as trace:
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast), capture(model) as trace:
         model(**batch)
     handle.remove()
-    stats = trace.layers[1].norms["attention_norm"]
-    torch.testing.assert_close(stats.mean, sums[0].mean(-1))
-    torch.testing.assert_close(stats.rstd, 1 / (sums[0].var(-1, correction=0) + norm.eps).sqrt())
+    stats, z = trace.layers[1].norms["attention_norm"], sums[0].double()
+    assert stats.rstd.dtype == (torch.float64 if sums[0].dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(stats.mean.float(), z.mean(-1).float())
+    torch.testing.assert_close(stats.rstd.float(), 1 / (z.var(-1, correction=0) + norm.eps).sqrt().float())
 
 
 def test_no_mask_without_padding(model):

@@ -1,0 +1,33 @@
+"""Registration of ops with torch, and the way past its dispatcher, which takes longer than the checks of an op's arguments."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def register(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: register a function that mutates nothing as the op pyglobenc::name; `register_fake` is the op's.
+
+    A call goes straight to the function, 25 us sooner, where the dispatcher would add nothing: no tracing, no gradient to be refused,
+    plain tensors. Elsewhere, so under torch.compile and on fake tensors, it is a call of the op.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        op = torch.library.custom_op(f"pyglobenc::{name}", function, mutates_args=())
+
+        @wraps(function)
+        def call(*args: Any) -> Any:
+            watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+            return op(*args) if watched or any(map(_dispatched, args)) else function(*args)
+
+        call.register_fake = op.register_fake
+        return call
+
+    return decorate
+
+
+def _dispatched(arg: Any) -> bool:
+    return isinstance(arg, Tensor) and (type(arg) not in (Tensor, torch.nn.Parameter) or (arg.requires_grad and torch.is_grad_enabled()))
