@@ -1,4 +1,7 @@
-"""Triton's relevance through attention against the reference: on the GPU where there is one, else in the interpreter."""
+"""Relevance through attention of the GPU backends against the reference: on the GPU where there is one, else in Triton's interpreter.
+
+The CUDA backend takes these tests over in cuda/test_relevance.py.
+"""
 
 from dataclasses import dataclass
 
@@ -38,9 +41,16 @@ CASES = [
     Case(n=45, dh=32, T=3, mask="holes", additive=True),
     Case(n=50, mask="left", grad=False, normalize=True),
     Case(n=50, window=(-1, 0), T=2, normalize=True),
+    # queries before the first real token see no key: their lse is inf
+    Case(n=50, window=(-1, 0), mask="left", additive=True),
     Case(n=70, window=(17, 9), mask="holes", stabilizer=1e-3),
     Case(B=1, n=19, dh=256),
 ]
+
+
+@pytest.fixture
+def backend():
+    return "triton"
 
 
 def layer(case: Case) -> tuple[dict, torch.Tensor]:
@@ -59,11 +69,11 @@ def layer(case: Case) -> tuple[dict, torch.Tensor]:
     return args, torch.rand(case.B, case.T, case.n, device=DEVICE)
 
 
-def compare(op, args: dict, tensors: dict, **options):
+def compare(backend, op, args: dict, tensors: dict, **options):
     """The error rule for every result of an op."""
     results = []
-    for backend, given in (("triton", tensors | args), ("reference", doubled(tensors | args)), ("reference", tensors | args)):
-        out = op(**given, **options, backend=backend)
+    for name, given in ((backend, tensors | args), ("reference", doubled(tensors | args)), ("reference", tensors | args)):
+        out = op(**given, **options, backend=name)
         results.append((out,) if isinstance(out, torch.Tensor) else out)
     for out, exact, torch_out in zip(*results, strict=True):
         assert (out is None) == (exact is None)
@@ -73,58 +83,61 @@ def compare(op, args: dict, tensors: dict, **options):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_relevance_attention(case):
+def test_relevance_attention(case, backend):
     args, r = layer(case)
     options = dict(additive_mask=case.additive, normalize=case.normalize, stabilizer=case.stabilizer)
-    compare(relevance_attention, args, dict(r=r), **options)
+    compare(backend, relevance_attention, args, dict(r=r), **options)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_relevance_rollout_step(case):
+def test_relevance_rollout_step(case, backend):
     args, r = layer(case)
-    compare(relevance_rollout_step, args, dict(r=r), normalize=case.normalize)
+    compare(backend, relevance_rollout_step, args, dict(r=r), normalize=case.normalize)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_relevance_maps(case):
+def test_relevance_maps(case, backend):
     args, _ = layer(case)
-    compare(relevance_maps, args, {})
+    compare(backend, relevance_maps, args, {})
     # enough pairs that neither largest error is small by luck
     rows = torch.randint(0, case.n, (case.B, 20), device=DEVICE)
-    compare(relevance_maps, args, dict(rows=rows))
+    compare(backend, relevance_maps, args, dict(rows=rows))
 
 
-def test_without_a_rollout():
+def test_without_a_rollout(backend):
     args, _ = layer(Case())
-    assert compare(relevance_attention, args, {})[4] is None
+    assert compare(backend, relevance_attention, args, {})[4] is None
 
 
-def test_more_rows_than_a_pass_takes():
+def test_more_rows_than_a_pass_takes(backend):
     args, r = layer(Case(B=1, T=MAX_ROWS + 1))
-    compare(relevance_attention, args, dict(r=r))
+    compare(backend, relevance_attention, args, dict(r=r))
 
 
-def test_strided():
+def test_strided(backend):
     args, r = layer(Case(mask="holes"))
     strided = {name: torch.stack([t, t], -1)[..., 0] if isinstance(t, torch.Tensor) else t for name, t in args.items()}
-    out = relevance_attention(**strided, r=r.mT.contiguous().mT, backend="triton")
-    for mine, expected in zip(out, relevance_attention(**args, r=r, backend="triton"), strict=True):
+    out = relevance_attention(**strided, r=r.mT.contiguous().mT, backend=backend)
+    for mine, expected in zip(out, relevance_attention(**args, r=r, backend=backend), strict=True):
         assert torch.equal(mine, expected)
 
 
 @pytest.mark.parametrize("B, n", [(0, 4), (2, 0)])
-def test_empty(B, n):
+def test_empty(B, n, backend):
     q, r = torch.zeros(B, 2, n, 16, device=DEVICE), torch.zeros(B, 1, n, device=DEVICE)
-    out = relevance_attention(q, q, q, q[..., 0], q, q, r=r, backend="triton")
+    out = relevance_attention(q, q, q, q[..., 0], q, q, r=r, backend=backend)
     assert [t.shape for t in out] == [q.shape] * 3 + [(B, n), (B, 1, n)]
-    assert relevance_maps(q, q, q, q[..., 0], q, q, backend="triton").shape == (B, n, n)
-    assert relevance_rollout_step(r, q, q, q, q[..., 0], q, q, backend="triton").shape == (B, 1, n)
+    assert relevance_maps(q, q, q, q[..., 0], q, q, backend=backend).shape == (B, n, n)
+    assert relevance_rollout_step(r, q, q, q, q[..., 0], q, q, backend=backend).shape == (B, 1, n)
 
 
-def test_refuses_with_reasons():
+def test_refuses_other_dtypes(backend):
     args, _ = layer(Case(n=5))
     with pytest.raises(ValueError, match="computes in float32, got q torch.float64"):
-        relevance_maps(**doubled(args), backend="triton")
-    wide, _ = layer(Case(n=5, dh=257))
+        relevance_maps(**doubled(args), backend=backend)
+
+
+def test_refuses_wide_heads():
+    args, _ = layer(Case(n=5, dh=257))
     with pytest.raises(ValueError, match="takes heads of up to 256, got 257"):
-        relevance_maps(**wide, backend="triton")
+        relevance_maps(**args, backend="triton")

@@ -49,4 +49,34 @@ constexpr int QUOTIENT_BLOCK = 4096;
 void linear_quotient(const QuotientArgs& args, void* stream);
 void linear_product(const float* x, const float* signed_s, const float* plain_s, float* out, int64_t size, void* stream);
 
+struct RelevanceArgs {
+    View q;         // [B, H, n, dh], the last axis contiguous
+    View k;         // [B, H, n, dh]
+    View v;         // [B, H, n, dh]
+    View s;         // [B, H, n, dh]
+    View grad;      // [B, H, n, dh] or null
+    View lse;       // [B, H, n]
+    View key_mask;  // [B, n] bool, or null
+    View rows;      // [B, m] int64, or null: the queries of a map
+    View w;         // [B, T, n], T <= MOST_ROWS, or null: rows of the rollout
+    float* r_q;     // [B, H, n, dh], as are r_k and r_v; null: no relevance
+    float* r_k;
+    float* r_v;
+    float* sums;     // [B, H, n]: of the rows of each head's A
+    double* totals;  // [2, B, H, n] or null: sums of the rows of R_alpha and of R'
+    float* step;     // [B, H, T, n]: w times each head's A
+    float* map;      // [B, m, n]
+    float scaling, stabilizer;
+    int left, right;  // the window, n for unlimited
+    bool additive;
+
+    static constexpr int MOST_ROWS = 8;
+};
+
+// Bytes of shared memory that the smallest block of the hungriest kernel takes.
+int relevance_shared(int head_dim);
+void relevance_rows(const RelevanceArgs& args, void* stream);
+void relevance_columns(const RelevanceArgs& args, void* stream);
+void relevance_maps(const RelevanceArgs& args, void* stream);
+
 }  // namespace pyglobenc

@@ -46,6 +46,28 @@ inline void bind_product(const pybind11::object& x, const pybind11::object& sign
     linear_product(data_of(x), data_of(signed_s), data_of(plain_s), data_of(out), count_of(x), stream_of(stream));
 }
 
+inline RelevanceArgs relevance_args(const pybind11::tuple& tensors, const pybind11::tuple& outputs, float scaling, float stabilizer,
+                                    int left, int right, bool additive) {
+    RelevanceArgs args = {};
+    View* const views[] = {&args.q, &args.k, &args.v, &args.s, &args.grad, &args.lse, &args.key_mask, &args.rows, &args.w};
+    for (size_t index = 0; index < tensors.size(); ++index) *views[index] = view(tensors[index]);
+    float** const floats[] = {&args.r_q, &args.r_k, &args.r_v, &args.sums, &args.step, &args.map};
+    for (size_t index = 0; index < 6; ++index) *floats[index] = data_of(outputs[index]);
+    args.totals = data_of<double>(outputs[6]);
+    args.scaling = scaling;
+    args.stabilizer = stabilizer;
+    args.left = left;
+    args.right = right;
+    args.additive = additive;
+    return args;
+}
+
+template <void (*RUN)(const RelevanceArgs&, void*)>
+void bind_pairs(const pybind11::tuple& tensors, const pybind11::tuple& outputs, float scaling, float stabilizer, int left, int right,
+                bool additive, uintptr_t stream) {
+    RUN(relevance_args(tensors, outputs, scaling, stabilizer, left, right, additive), stream_of(stream));
+}
+
 inline void bind_relevance(pybind11::module_& m) {
     m.def("clone_relevance", bind_clone);
     m.def("add_relevance", bind_add);
@@ -53,6 +75,11 @@ inline void bind_relevance(pybind11::module_& m) {
     m.def("linear_quotient", bind_quotient);
     m.def("linear_product", bind_product);
     m.attr("QUOTIENT_BLOCK") = QUOTIENT_BLOCK;
+    m.def("relevance_rows", bind_pairs<relevance_rows>);
+    m.def("relevance_columns", bind_pairs<relevance_columns>);
+    m.def("relevance_maps", bind_pairs<relevance_maps>);
+    m.def("relevance_shared", relevance_shared, "Shared memory that these three need for a head size, in bytes.");
+    m.attr("MOST_ROWS") = int(RelevanceArgs::MOST_ROWS);
 }
 
 }  // namespace pyglobenc

@@ -24,7 +24,7 @@ from torch import Tensor
 from pyglobenc.backends import pick
 from pyglobenc.ops._checks import check_floats, check_mask, check_shape, check_window
 
-BACKENDS = ("triton", "cpu", "reference")
+BACKENDS = ("triton", "cuda", "cpu", "reference")
 
 
 def relevance_attention(

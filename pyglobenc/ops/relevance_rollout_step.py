@@ -7,7 +7,7 @@ from pyglobenc.backends import pick
 from pyglobenc.ops._checks import check_floats, check_shape
 from pyglobenc.ops.relevance_attention import check_relevance_args
 
-BACKENDS = ("triton", "cpu", "reference")
+BACKENDS = ("triton", "cuda", "cpu", "reference")
 
 
 def relevance_rollout_step(

@@ -1,0 +1,67 @@
+// relevance_maps: A = mean_h max(<grad_o[i], v[j]> R_alpha[i,j], 0) (Chefer et al., 2021, eq. 13), stored.
+//
+// A block owns a tile of the map and goes through the heads. 3 n^2 d multiply-adds, one float written a pair.
+#include "launch.h"
+#include "relevance_pairs.h"
+
+namespace pyglobenc {
+
+constexpr int MAP_TILES = 4;
+constexpr int MAP_KEYS = 8 * MAP_TILES;
+
+static int map_bytes(int head_dim, int warps) {
+    const int queries = WARP_ROWS * warps;
+    return 4 * ((3 * queries + 2 * MAP_KEYS) * row_stride(head_dim) + 2 * (queries + MAP_KEYS));
+}
+
+KERNEL(32 * MOST_WARPS) relevance_maps_kernel(CONSTANT RelevanceArgs args) {
+    Head head = {args, 0, 0};
+    const View& rows = args.rows;
+    const int n = head.n(), m = rows.data ? int(rows.shape[1]) : n, own = WARP_ROWS * (threads() / 32);
+    const int row_blocks = (m + own - 1) / own, key_blocks = (n + MAP_KEYS - 1) / MAP_KEYS, stride = row_stride(head.head_dim());
+    const int first = block() % row_blocks * own, first_key = block() / row_blocks % key_blocks * MAP_KEYS;
+    head.b = block() / row_blocks / key_blocks;
+    float* const memory = reinterpret_cast<float*>(shared());
+    Place* const places = reinterpret_cast<Place*>(memory + (3 * own + 2 * MAP_KEYS) * stride);
+    const Side queries = {memory, own * stride, places};
+    const Side keys = {memory + 3 * own * stride, MAP_KEYS * stride, places + own};
+    const Side mine = {queries.rows + warp() * WARP_ROWS * stride, queries.step, places + warp() * WARP_ROWS};
+    const auto query = [&](int at) {
+        if (first + at >= m) return n;
+        if (!rows.data) return first + at;
+        return int(static_cast<const int64_t*>(rows.data)[head.b * rows.stride[0] + (first + at) * rows.stride[1]]);
+    };
+    float map[MAP_TILES][4] = {};
+    const int heads = int(args.k.shape[1]);
+    for (head.h = 0; head.h < heads; ++head.h) {
+        fill<true>(queries, head, own, query);
+        fill<false>(keys, head, MAP_KEYS, [&](int at) { return first_key + at; });
+        commit_copies();
+        wait_copies<0>();
+        barrier();
+        if (any_pair<MAP_TILES>(mine.places, keys.places)) {
+            Pairs<MAP_TILES> pairs;
+            multiply<true, MAP_TILES>(pairs, mine, keys, head.head_dim(), args.grad.data);
+            weigh<true, MAP_TILES>(pairs, mine.places, keys.places, args);
+            UNROLL
+            for (int tile = 0; tile < MAP_TILES; ++tile)
+                for (int e = 0; e < 4; ++e) map[tile][e] += pairs.weighted[tile][e];
+        }
+        barrier();
+    }
+    UNROLL
+    for (int tile = 0; tile < MAP_TILES; ++tile)
+        for (int e = 0; e < 4; ++e) {
+            const int row = first + warp() * WARP_ROWS + lane() / 4 + e / 2 * 8, j = first_key + 8 * tile + lane() % 4 * 2 + e % 2;
+            if (row < m && j < n) args.map[(head.b * m + row) * n + j] = map[tile][e] / float(heads);
+        }
+}
+
+void relevance_maps(const RelevanceArgs& args, void* stream) {
+    const int64_t n = args.k.shape[2], m = args.rows.data ? args.rows.shape[1] : n;
+    const int head_dim = int(args.k.shape[3]), warps = warps_that_fit(map_bytes, head_dim), own = WARP_ROWS * warps;
+    const int64_t blocks = (m + own - 1) / own * ((n + MAP_KEYS - 1) / MAP_KEYS) * args.k.shape[0];
+    launch(relevance_maps_kernel, blocks, 32 * warps, map_bytes(head_dim, warps), stream, args);
+}
+
+}  // namespace pyglobenc

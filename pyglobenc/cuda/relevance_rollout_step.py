@@ -1,0 +1,34 @@
+"""One layer of the rollout of relevance maps in row mode, r (I + A): the passes of `relevance_attention` without the relevance.
+
+With `normalize` a pass over rows gives the sums of A's rows first; else the pass over columns is all. 3 n^2 d multiply-adds each.
+"""
+
+from torch import Tensor
+
+from pyglobenc.cuda._relevance import relevance_reasons
+from pyglobenc.cuda.relevance_attention import Pairs
+
+
+def not_supported(r, q, k, v, lse, grad_o, s, key_mask, scaling, window, normalize) -> list[str]:
+    """Why the kernel can't run on these arguments; empty when it can."""
+    return relevance_reasons(q, k=k, v=v, lse=lse, grad_o=grad_o, s=s, r=r, key_mask=key_mask)
+
+
+def relevance_rollout_step(
+    r: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    grad_o: Tensor | None,
+    s: Tensor,
+    key_mask: Tensor | None,
+    scaling: float,
+    window: tuple[int, int],
+    normalize: bool,
+) -> Tensor:
+    """See `pyglobenc.ops.relevance_rollout_step`: -> (B, T, n)."""
+    if r.numel() == 0 or q.numel() == 0:
+        return r.clone()
+    pairs = Pairs(q, k, v, lse, grad_o, s, key_mask, scaling, window)
+    return pairs.columns(r, pairs.rows(relevance=False)[1] if normalize else None)

@@ -1,0 +1,85 @@
+"""Relevance through attention in CUDA C++: emulated where there is no GPU."""
+
+import pytest
+import torch
+from test_kernels_relevance import (  # noqa: F401
+    Case,
+    compare,
+    layer,
+    test_empty,
+    test_more_rows_than_a_pass_takes,
+    test_refuses_other_dtypes,
+    test_relevance_attention,
+    test_relevance_maps,
+    test_relevance_rollout_step,
+    test_strided,
+    test_without_a_rollout,
+)
+
+from pyglobenc.ops import relevance_attention, relevance_maps, relevance_rollout_step
+
+EMULATED = not torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=EMULATED)
+def kernels(emulated):
+    return emulated
+
+
+@pytest.fixture
+def backend():
+    return "cuda"
+
+
+# heads of odd sizes and of each way through the sums, blocks of queries and keys and one more, queries that see no key
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(B=1, H=1, n=129, dh=64, T=2),
+        Case(B=1, n=65, dh=80, mask="holes", additive=True, normalize=True),
+        Case(n=34, dh=5, window=(4, 11)),
+        Case(n=33, window=(-1, 0), mask="left"),
+    ],
+    ids=str,
+)
+def test_everything(case, backend):
+    args, r = layer(case)
+    options = dict(additive_mask=case.additive, normalize=case.normalize, stabilizer=case.stabilizer)
+    compare(backend, relevance_attention, args, dict(r=r), **options)
+    compare(backend, relevance_rollout_step, args, dict(r=r), normalize=case.normalize)
+    compare(backend, relevance_maps, args, {})
+
+
+def test_padding_is_never_read(backend):
+    args, r = layer(Case(n=40, mask="holes"))
+    dirty = args | {name: args[name].masked_fill(~args["key_mask"][:, None, :, None], torch.nan) for name in "kv"}
+    for op, given in ((relevance_attention, dict(r=r)), (relevance_rollout_step, dict(r=r)), (relevance_maps, {})):
+        clean, out = (op(**some, **given, backend=backend) for some in (args, dirty))
+        if op is relevance_attention:
+            assert all(torch.equal(*pair) for pair in zip(clean, out, strict=True))
+        else:
+            assert torch.equal(clean, out)
+
+
+@pytest.mark.skipif(not EMULATED, reason="sets the emulated machine's limits")
+class TestMachine:
+    def run(self, kernels, backend, args, r):
+        kernels.launches()
+        out = *relevance_attention(**args, r=r, backend=backend), relevance_maps(**args, backend=backend)
+        return out, [threads for _, threads, _ in kernels.launches()]
+
+    @pytest.mark.parametrize("kilobytes, threads", [(80, [64, 64, 128]), (65, [64, 32, 64])])
+    def test_little_shared_memory(self, kilobytes, threads, kernels, backend):
+        args, r = layer(Case(B=1, n=70, dh=64))
+        expected, most = self.run(kernels, backend, args, r)
+        kernels.machine(shared_limit=kilobytes * 1024, reversed=True)
+        out, fewer = self.run(kernels, backend, args, r)
+        assert (most, fewer) == ([128] * 3, threads)
+        # neither how many warps share a block nor the order they run in changes anything
+        assert all(torch.equal(*pair) for pair in zip(out, expected, strict=True))
+
+    def test_refuses_heads_that_do_not_fit(self, kernels, backend):
+        args, _ = layer(Case(n=5, dh=256))
+        kernels.machine(shared_limit=99 * 1024)
+        with pytest.raises(ValueError, match="heads of 256 take 1[0-9]* bytes of shared memory, a block here has 101376"):
+            relevance_maps(**args, backend=backend)
