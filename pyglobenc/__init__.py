@@ -14,9 +14,21 @@ _MODULES = {
     "TransformerAttribution": "pyglobenc.methods.transformer_attribution",
     "capture": "pyglobenc.hf",
     "explain_image": "pyglobenc.images",
+    "graphed": "pyglobenc.graphs",
 }
 
-__all__ = ["Attribution", "GlobEnc", "Rollout", "TransformerAttribution", "__version__", "capture", "explain", "explain_image", "load"]
+__all__ = [
+    "Attribution",
+    "GlobEnc",
+    "Rollout",
+    "TransformerAttribution",
+    "__version__",
+    "capture",
+    "explain",
+    "explain_image",
+    "graphed",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ from models import build
 from numerics import assert_as_good_as_torch
 from pair_cases import Case, doubled, pair_args
 
-from pyglobenc import GlobEnc, TransformerAttribution
+from pyglobenc import GlobEnc, TransformerAttribution, graphed
 from pyglobenc.ops import token_norms
 
 pytestmark = pytest.mark.gpu
@@ -100,6 +100,33 @@ def test_graph_capture():
     out.zero_()
     graph.replay()
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert", "llama"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_whole_attribution_as_a_graph(name, dtype):
+    globenc = GlobEnc(build(name).to(dtype).cuda())
+    mask = torch.arange(24, device="cuda") < torch.tensor([[24], [15]], device="cuda")
+    inputs = [dict(input_ids=torch.randint(5, 97, (2, 24), device="cuda"), attention_mask=mask.long(), targets=[0, 3]) for _ in range(3)]
+    fast = graphed(globenc, **inputs[0])
+    for batch in inputs:
+        expected, found = globenc(**batch), fast(**batch)
+        assert torch.equal(found.scores, expected.scores) and torch.equal(found.log_scale, expected.log_scale)
+    with pytest.raises(ValueError, match="a target is a padding token"):
+        fast(**inputs[0] | dict(targets=[0, 20]))
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "llama"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packed_sequences(name, dtype):
+    model = build(name).cuda()
+    ids = [torch.randint(5, 97, (n,)).tolist() for n in (7, 40, 12, 12, 1)]
+    exact = GlobEnc(model).packed(input_ids=ids)
+    globenc = GlobEnc(model.to(dtype))
+    found = globenc.packed(input_ids=ids)
+    alone = [globenc(input_ids=torch.tensor([row], device="cuda")) for row in ids]
+    scores, exact, torch_out = (torch.cat([one.scores.flatten() for one in results]) for results in (found, exact, alone))
+    assert_as_good_as_torch(scores, exact, torch_out)
 
 
 def test_runs_repeat_bit_for_bit():

@@ -14,6 +14,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 
 from pyglobenc.ops.attention import attention
 from pyglobenc.reference.score_mods import ScoreMod, SoftCap, StoredBias
+from pyglobenc.values import may_look
 
 NAME = "pyglobenc"
 
@@ -92,16 +93,17 @@ def mask_function(
     """The padding mask and the window of a mask that transformers describes by a function, so that no (n, n) mask is made."""
     if q_offset or kwargs.get("kv_length", q_length) != q_length:
         raise ValueError("capture: cached attention is not supported; pass use_cache=False")
-    window = _window(mask_function, batch_size, q_length, kwargs.get("device"))
-    padding = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
+    window = _window(mask_function, batch_size, q_length)
+    padding = None if attention_mask is None or (may_look() and bool(attention_mask.all())) else attention_mask.bool()
     return Mask(padding, window)
 
 
-def _window(visible: Callable, batch: int, n: int, device: torch.device | None) -> tuple[int, int]:
+def _window(visible: Callable, batch: int, n: int) -> tuple[int, int]:
     """Window that a mask function describes, read off the first and the last query and checked for all along the window's edges."""
     if visible in PLAIN:
         return PLAIN[visible]
-    i, b = torch.arange(n, device=device)[None], torch.arange(batch, device=device)[:, None]
+    # on the CPU, whatever the model's device: the results are looked at
+    i, b = torch.arange(n, device="cpu")[None], torch.arange(batch, device="cpu")[:, None]
 
     def seen(q: Tensor, kv: Tensor) -> Tensor:
         return torch.as_tensor(visible(b, 0, q, kv)).expand(batch, q.shape[1])

@@ -13,6 +13,7 @@ from pyglobenc.hf.limits import check_weights, max_tokens
 from pyglobenc.hf.registry import is_decoder
 from pyglobenc.hf.unwrap import stock_model
 from pyglobenc.methods.precision import set_precision
+from pyglobenc.values import require
 
 
 def check_model(who: str, model: nn.Module, backend: str, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -71,8 +72,7 @@ def check_batch(who: str, model: PreTrainedModel, batch: Mapping[str, Any]) -> N
     if mask is not None:
         if tuple(mask.shape) != tuple(ids.shape[:2]):
             raise ValueError(f"{who}: attention_mask must be (B, n) = {tuple(ids.shape[:2])}, got {tuple(mask.shape)}")
-        if not mask.bool().any(1).all():
-            raise ValueError(f"{who}: an example has no real token (its attention_mask is all 0)")
+        require(mask.bool().any(1).all(), lambda: ValueError(f"{who}: an example has no real token (its attention_mask is all 0)"))
 
 
 def _check_pixels(who: str, pixels: Any) -> None:
@@ -106,11 +106,18 @@ def target_rows(who: str, targets: Sequence[int] | Tensor | None, layer: LayerTr
         return default_rows(layer)
     batch, _, n, _ = layer.q.shape
     rows = target_positions(who, torch.as_tensor(targets, device=layer.q.device), batch)
-    if int(rows.min()) < 0 or int(rows.max()) >= n:
-        raise ValueError(f"{who}: targets must lie in [0, {n}), got {int(rows.min())} to {int(rows.max())}")
-    if layer.key_mask is not None and not layer.key_mask.gather(1, rows).all():
-        raise ValueError(f"{who}: a target is a padding token")
+    check_range(who, rows, n)
+    if layer.key_mask is not None:
+        require(layer.key_mask.gather(1, rows).all(), lambda: ValueError(f"{who}: a target is a padding token"))
     return rows
+
+
+def check_range(who: str, rows: Tensor, n: int) -> None:
+    """Raise ValueError, naming who, unless targets (B, T) are among n tokens."""
+    require(
+        ((rows >= 0) & (rows < n)).all(),
+        lambda: ValueError(f"{who}: targets must lie in [0, {n}), got {int(rows.min())} to {int(rows.max())}"),
+    )
 
 
 def target_positions(who: str, targets: Tensor, batch: int) -> Tensor:

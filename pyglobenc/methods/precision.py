@@ -7,6 +7,7 @@ import torch
 from pyglobenc.hf import LayerTrace
 from pyglobenc.ops import attention
 from pyglobenc.reference.score_mods import to_dtype
+from pyglobenc.values import may_look, require
 
 log = logging.getLogger("pyglobenc")
 
@@ -26,9 +27,13 @@ def set_precision(layers: list[LayerTrace], dtype: torch.dtype | None) -> None:
     """
     if dtype is None and layers[0].q.dtype == torch.float32:
         # a padded query that sees no key has an infinite one
-        largest = max(float(torch.nan_to_num(layer.lse, posinf=0.0).abs().amax()) for layer in layers)
-        if largest > LARGEST_FLOAT32_LSE:
-            log.info("attention scores reach %.0f: attribution in float64", largest)
+        largest = [torch.nan_to_num(layer.lse, posinf=0.0).abs().amax() for layer in layers]
+        if not may_look():
+            message = "attention scores are too large for float32; ask for dtype=torch.float64"
+            for scores in largest:
+                require(scores <= LARGEST_FLOAT32_LSE, lambda: ValueError(message))
+        elif max(map(float, largest)) > LARGEST_FLOAT32_LSE:
+            log.info("attention scores reach %.0f: attribution in float64", max(map(float, largest)))
             dtype = torch.float64
     if dtype is None or layers[0].q.dtype == dtype:
         return

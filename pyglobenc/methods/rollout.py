@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyglobenc.methods.layer_matrix import LayerMatrix
 from pyglobenc.reference.rollout_step import rescale_rows
+from pyglobenc.values import require
 
 
 def roll_out_rows(
@@ -84,8 +85,8 @@ class RolloutResult:
 
 def rollout_result(who: str, scores: Tensor, log_scale: Tensor, layers: bool) -> RolloutResult:
     """Result from what `roll_out_rows` returned for (B, L, T, n); ValueError when it isn't finite, who is named in it."""
-    if not (torch.isfinite(scores).all() and torch.isfinite(log_scale).all()):
-        raise ValueError(f"{who}: the attribution is not finite; the model's activations hold NaN or infinity for this input")
+    message = f"{who}: the attribution is not finite; the model's activations hold NaN or infinity for this input"
+    require(torch.isfinite(scores).all() & torch.isfinite(log_scale).all(), lambda: ValueError(message))
     if not layers:
         return RolloutResult(scores[:, -1], log_scale[:, -1])
     return RolloutResult(scores[:, -1], log_scale[:, -1], scores, log_scale)

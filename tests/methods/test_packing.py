@@ -76,7 +76,7 @@ def test_segments_and_masks_of_a_tokenizer():
     [
         ("vit", "takes pixel_values, which can't be packed"),
         ("mpnet", "MPNetModel computes attention itself and can't keep packed sequences apart"),
-        ("deberta-v3", "DebertaV2Model computes attention itself and can't keep packed sequences apart"),
+        ("deberta-v3", "DebertaV2ForSequenceClassification computes attention itself and can't keep packed sequences apart"),
     ],
 )
 def test_models_that_cannot(name, message):

@@ -1,0 +1,106 @@
+"""A whole attribution, forward pass included, as one CUDA graph: for short inputs, whose kernels are done before the next is launched."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyglobenc.methods.family import Rollout
+from pyglobenc.methods.globenc import GlobEnc
+from pyglobenc.methods.inputs import check_range, target_positions
+from pyglobenc.methods.rollout import RolloutResult
+from pyglobenc.values import Check, checks_put_off, look
+
+# before a graph is recorded: kernels are compiled, libraries take their workspaces
+WARM_UPS = 3
+
+
+def graphed(method: GlobEnc | Rollout, **example: Any) -> "Graphed":
+    """Record a method's row mode on one batch as a CUDA graph, to be replayed on others of its shape.
+
+        fast = graphed(globenc, **tokenizer(text, padding="max_length", max_length=64, return_tensors="pt").to("cuda"), targets=[0])
+        result = fast(**tokenizer(other, padding="max_length", max_length=64, return_tensors="pt").to("cuda"), targets=[0])
+
+    Args:
+        method: its model on a GPU. Weights that change later change the forward pass, but not what was made of them here.
+        example: a batch, and options, as the method takes them. A batch that is to hold padding needs an attention_mask here too.
+
+    Returns:
+        Graphed, which is called like the method, on batches of the example's shapes; options stay the example's.
+
+    Raises:
+        TypeError, ValueError: as the method, or a method, option or device that no graph can be recorded for.
+    """
+    if not isinstance(method, GlobEnc | Rollout) or getattr(method, "method", None) == "attention-flow":
+        raise TypeError(f"graphed: method must be GlobEnc, or a Rollout but for the flow, got {type(method).__name__}")
+    if example.get("maps"):
+        raise ValueError("graphed: maps are summed and multiplied on the side; ask the method itself for them")
+    return Graphed(method, example)
+
+
+class Graphed:
+    """What `graphed` returns."""
+
+    def __init__(self, method: GlobEnc | Rollout, example: dict[str, Any]):
+        method(**example)
+        self._inputs = {name: t.to(method.model.device, copy=True) for name, t in _tensors(example).items()}
+        options = {name: value for name, value in example.items() if name not in self._inputs}
+        self._replay, self._result, self._checks = _record(lambda: method(**self._inputs, **options), method.model.device)
+
+    @torch.no_grad()
+    def __call__(self, **batch: Any) -> RolloutResult:
+        """Attribute a batch of the example's shapes.
+
+        Args:
+            batch: tensors, and targets if the example had some, as the method takes them.
+
+        Returns:
+            RolloutResult as the method's. Its output is overwritten by the next call.
+
+        Raises:
+            ValueError: other inputs or shapes than the example's, or as the method; scores too large for float32, where the method
+                itself would have gone on in float64.
+        """
+        given = _tensors(batch)
+        if given.keys() != self._inputs.keys() or len(given) < len(batch):
+            raise ValueError(f"graphed: recorded with {', '.join(self._inputs)}, got {', '.join(batch)}")
+        for name, t in self._inputs.items():
+            if given[name].shape != t.shape or given[name].dtype != t.dtype:
+                recorded, came = f"{tuple(t.shape)} {t.dtype}", f"{tuple(given[name].shape)} {given[name].dtype}"
+                raise ValueError(f"graphed: {name} was recorded as {recorded}, got {came}")
+        if "targets" in given:
+            # the graph would read outside its tensors
+            check_range("graphed", given["targets"], self._result.scores.shape[-1])
+        for name, t in self._inputs.items():
+            t.copy_(given[name], non_blocking=True)
+        self._replay()
+        look(self._checks)
+        tensors = {name: t.clone() for name, t in vars(self._result).items() if isinstance(t, Tensor)}
+        return replace(self._result, **tensors)
+
+
+def _tensors(batch: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a batch, its inputs first and targets, if given, last, as (B, T) int64."""
+    out = {name: value for name, value in batch.items() if isinstance(value, Tensor) and name != "targets"}
+    if batch.get("targets") is not None:
+        out["targets"] = target_positions("graphed", torch.as_tensor(batch["targets"]), len(next(iter(out.values()))))
+    return out
+
+
+def _record(run: Callable[[], RolloutResult], device: torch.device) -> tuple[Callable[[], None], RolloutResult, list[Check]]:
+    """Record a call that waits for nothing: what replays it, what it returned, and the checks to make after each replay."""
+    if device.type != "cuda":
+        raise ValueError(f"graphed: a CUDA graph needs the model on a CUDA GPU, got {device}")
+    with torch.cuda.device(device):
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside), checks_put_off():
+            for _ in range(WARM_UPS):
+                run()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph), checks_put_off() as checks:
+            result = run()
+    return graph.replay, result, checks

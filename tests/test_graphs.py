@@ -1,0 +1,156 @@
+"""Attribution as a CUDA graph: nothing in it waits for the device, which a CPU can show, and replays give what the method gives."""
+
+import pytest
+import torch
+from models import build
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pyglobenc.graphs
+import pyglobenc.hf.attention
+from pyglobenc import GlobEnc, TransformerAttribution, graphed
+from pyglobenc.methods.family import METHODS, Rollout
+from pyglobenc.values import checks_put_off, look, require
+
+WAITS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::_unique2")
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Raises at an op that on a GPU would wait for a value."""
+
+    reading = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # a boolean index asks for the number of its true entries
+        masks = [t for t in args[1] if t is not None and t.dtype == torch.bool] if func._schema.name == "aten::index" else []
+        assert self.reading or (func._schema.name not in WAITS and not masks), f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def nothing_is_read(monkeypatch):
+    """Mode of the recorded region; what dispatch doesn't show, the ways to the host without an op, raises too."""
+    mode, window = NothingIsRead(), pyglobenc.hf.attention._window
+
+    def on_the_cpu(visible, batch, n):
+        # looks at index tensors that it makes on the CPU itself
+        mode.reading = True
+        try:
+            return window(visible, batch, n)
+        finally:
+            mode.reading = False
+
+    def refuse(self, *args, **kwargs):
+        raise AssertionError("goes to the host")
+
+    monkeypatch.setattr(pyglobenc.hf.attention, "_window", on_the_cpu)
+    for name in ("tolist", "numpy", "cpu"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    return mode
+
+
+def batch(n=9, pads=3):
+    """Two examples, the second padded."""
+    mask = torch.ones(2, n, dtype=torch.long)
+    mask[1, n - pads :] = 0
+    return dict(input_ids=torch.randint(5, 97, (2, n)), attention_mask=mask, targets=torch.tensor([[0, 2], [1, 0]]))
+
+
+def check_nothing_is_read(mode, method, **options):
+    given = batch() | options
+    expected = method(**given)
+    with checks_put_off() as checks, mode:
+        found = method(**given)
+    look(checks)
+    assert torch.equal(found.scores, expected.scores) and torch.equal(found.log_scale, expected.log_scale)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "albert", "modernbert", "gpt2", "mistral", "gemma3"])
+def test_nothing_is_read(name, nothing_is_read):
+    check_nothing_is_read(nothing_is_read, GlobEnc(build(name).float()))
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "attention-flow"])
+def test_nothing_is_read_in_the_family(method, nothing_is_read):
+    check_nothing_is_read(nothing_is_read, Rollout(build("bert").float(), method), layers=True)
+
+
+@pytest.mark.parametrize("read", [bool, int, lambda t: t.tolist(), lambda t: t.cpu(), lambda t: t[t > 0], torch.nonzero])
+def test_reads_are_seen(read, nothing_is_read):
+    with pytest.raises(AssertionError), nothing_is_read:
+        read(torch.ones(1))
+
+
+def test_checks_wait_for_the_replay():
+    t = torch.ones(())
+    with checks_put_off() as checks:
+        require(t == 1, lambda: ValueError("not 1"))
+        require(t < 2, lambda: ValueError(f"{int(t)} is too large"))
+    look(checks)
+    with pytest.raises(ValueError, match="not 1"):
+        require(t == 0, lambda: ValueError("not 1"))
+    checks[1].holds.fill_(False)
+    with pytest.raises(ValueError, match="1 is too large"):
+        look(checks)
+
+
+@pytest.fixture
+def recorded_on_the_cpu(monkeypatch):
+    """In the place of a graph: a call that writes its results over those of the first."""
+
+    def record(run, device):
+        with checks_put_off() as checks:
+            result = run()
+
+        def replay():
+            with checks_put_off() as again:
+                new = run()
+            for name in ("scores", "log_scale"):
+                getattr(result, name).copy_(getattr(new, name))
+            for old, check in zip(checks, again, strict=True):
+                old.holds.copy_(check.holds)
+
+        return replay, result, checks
+
+    monkeypatch.setattr(pyglobenc.graphs, "_record", record)
+
+
+def test_replays_are_what_the_method_gives(recorded_on_the_cpu):
+    globenc = GlobEnc(build("bert").float())
+    fast = graphed(globenc, **batch(pads=1), stage="N_ResLN")
+    inputs = [batch(), batch(pads=0), batch(pads=7) | dict(targets=[[1, 0], [1, 1]])]
+    results = [fast(**given) for given in inputs]
+    for given, found in zip(inputs, results, strict=True):
+        expected = globenc(**given, stage="N_ResLN")
+        # a mask without padding is computed as one with
+        torch.testing.assert_close(found.scores, expected.scores, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.log_scale, expected.log_scale, rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_replay_refuses(recorded_on_the_cpu):
+    model = build("bert").float()
+    fast, given = graphed(GlobEnc(model), **batch()), batch()
+    for wrong, message in (
+        (batch(n=10), r"input_ids was recorded as \(2, 9\) torch.int64, got \(2, 10\)"),
+        (given | dict(targets=[[9, 0], [0, 0]]), r"targets must lie in \[0, 9\), got 0 to 9"),
+        (given | dict(targets=[[8, 0], [8, 0]]), "a target is a padding token"),
+        (given | dict(attention_mask=torch.zeros(2, 9, dtype=torch.long)), "an example has no real token"),
+        (given | dict(layers=True), "recorded with input_ids, attention_mask, targets, got"),
+        (dict(input_ids=given["input_ids"]), "recorded with input_ids, attention_mask, targets, got input_ids"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fast(**wrong)
+    fast(**given)
+    model.encoder.layer[0].attention.self.query.weight.data *= 1e4
+    with pytest.raises(ValueError, match="too large for float32; ask for dtype=torch.float64"):
+        fast(**given)
+
+
+def test_what_cannot_be_recorded():
+    globenc = GlobEnc(build("bert").float())
+    with pytest.raises(ValueError, match="a CUDA graph needs the model on a CUDA GPU, got cpu"):
+        graphed(globenc, **batch())
+    with pytest.raises(ValueError, match="maps are summed"):
+        graphed(globenc, **batch(), maps=("N",))
+    for method in (TransformerAttribution(build("bert-classifier")), Rollout(globenc.model, "attention-flow")):
+        with pytest.raises(TypeError, match="method must be GlobEnc, or a Rollout but for the flow"):
+            graphed(method, **batch())
