@@ -1,7 +1,8 @@
 """The published Transformer-Explainability code's classes (Chefer, Gur and Wolf, CVPR 2021), on stock models and any device.
 
-    from pyglobenc.compat.chefer import Generator        # instead of BERT_explainability...ExplanationGenerator
-    from pyglobenc.compat.chefer import LRP, Baselines   # instead of baselines.ViT.ViT_explanation_generator
+    from pyglobenc.compat.chefer import Generator              # instead of BERT_explainability...ExplanationGenerator
+    from pyglobenc.compat.chefer import LRP, Baselines         # instead of baselines.ViT.ViT_explanation_generator
+    from pyglobenc.compat.chefer import vit_base_patch16_224   # instead of baselines.ViT.ViT_LRP
 
 Batches may hold more than one example.
 """
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from pyglobenc.hf import LayerTrace
 from pyglobenc.hf.vit import patch_projection
@@ -30,6 +31,35 @@ METHODS = {
     "second_layer": "second_layer",
 }
 WITH_ABLATION = ("last_layer", "second_layer")
+
+
+class VisionTransformer(ViTForImageClassification):
+    """Stock ViT classifier with the published code's LayerNorms, whose call on images alone returns their logits."""
+
+    def __init__(self, config: ViTConfig):
+        config.layer_norm_eps = 1e-6
+        super().__init__(config)
+        self.vit.layernorm.eps = 1e-5
+
+    def forward(self, images: Tensor | None = None, **kwargs: Any) -> Any:
+        """Logits (B, classes) of images (B, channels, height, width); with the stock model's keywords its output."""
+        return super().forward(**kwargs) if images is None else super().forward(images).logits
+
+
+def vit_base_patch16_224(pretrained: bool = False) -> VisionTransformer:
+    """ViT-Base for 224 x 224 images and 1,000 classes, with random weights or those of google/vit-base-patch16-224."""
+    return _vit("google/vit-base-patch16-224" if pretrained else None)
+
+
+def vit_large_patch16_224(pretrained: bool = False) -> VisionTransformer:
+    """ViT-Large, with random weights or those of google/vit-large-patch16-224."""
+    sizes = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
+    return _vit("google/vit-large-patch16-224" if pretrained else None, **sizes)
+
+
+def deit_base_patch16_224(pretrained: bool = False) -> VisionTransformer:
+    """ViT-Base with random weights or those of facebook/deit-base-patch16-224."""
+    return _vit("facebook/deit-base-patch16-224" if pretrained else None)
 
 
 class Generator:
@@ -137,6 +167,12 @@ class Baselines:
     def generate_rollout(self, input: Tensor, start_layer: int = 0) -> Tensor:
         """Attention rollout, (B, patches)."""
         return self._attribute(pixel_values=input, variant="attention_rollout", start_layer=start_layer).scores
+
+
+def _vit(weights: str | None, **sizes: int) -> VisionTransformer:
+    if weights is None:
+        return VisionTransformer(ViTConfig(num_labels=1000, **sizes)).eval()
+    return VisionTransformer.from_pretrained(weights)
 
 
 def _grad_cam(layer: LayerTrace, grad_o: Tensor) -> Tensor:

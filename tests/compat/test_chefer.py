@@ -6,7 +6,8 @@ import torch
 from chefer import chefer_golden, relative
 from models import build
 
-from pyglobenc.compat.chefer import LRP, Baselines, Generator
+from pyglobenc.compat import chefer as compat
+from pyglobenc.compat.chefer import LRP, Baselines, Generator, VisionTransformer
 
 BERT = {
     "generate_LRP_last_layer": {},
@@ -93,3 +94,66 @@ def test_several_images():
     for image, row in zip(images, together, strict=True):
         torch.testing.assert_close(LRP(model).generate_LRP(image[None], method="last_layer"), row, rtol=1e-8, atol=1e-12)
     assert Baselines(model).generate_cam_attn(images).shape == (2, 3, 3)
+
+
+def test_bert_cells():
+    model, cases = chefer_golden("chefer_bert")
+    batch, _, predicted, published = cases[0]
+    input_ids, attention_mask = batch["input_ids"], batch["attention_mask"]
+    explanations = Generator(model)
+    expl = explanations.generate_LRP(input_ids=input_ids, attention_mask=attention_mask, start_layer=0)[0]
+    expl = (expl - expl.min()) / (expl.max() - expl.min())
+    output = torch.nn.functional.softmax(model(input_ids=input_ids, attention_mask=attention_mask)[0], dim=-1)
+    assert output.argmax(dim=-1).item() == predicted
+    expl *= -1
+    exact = published["generate_LRP_start0"][0]
+    exact = (exact.min() - exact) / (exact.max() - exact.min())
+    np.testing.assert_allclose([expl[i].item() for i in range(len(input_ids.flatten()))], exact, rtol=0, atol=1e-8)
+
+
+def vision_golden():
+    stock, cases = chefer_golden("chefer_vit")
+    model = VisionTransformer(stock.config).double().eval()
+    model.load_state_dict(stock.state_dict())
+    return model, cases
+
+
+def test_vit_cells():
+    """Logits of images given alone have the published LayerNorms' eps; maps become pictures as in the cells."""
+    model, cases = vision_golden()
+    attribution_generator = LRP(model)
+    for batch, target, _, published in cases:
+        original_image = batch["pixel_values"][0]
+        predictions = model(original_image.unsqueeze(0))
+        torch.testing.assert_close(predictions, published["logits"], rtol=1e-9, atol=1e-9)
+        assert predictions.data.topk(5, dim=1)[1][0].tolist()[0] == int(published["logits"].argmax())
+        images = original_image.unsqueeze(0).requires_grad_()
+        index = None if target is None else torch.tensor([target])
+        out = attribution_generator.generate_LRP(images, method="transformer_attribution", index=index).detach()
+        out, exact = (
+            torch.nn.functional.interpolate(t.reshape(1, 1, 4, 4), scale_factor=8, mode="bilinear").reshape(32, 32)
+            for t in (out, published["transformer_attribution"].double())
+        )
+        out = ((out - out.min()) / (out.max() - out.min())).data.cpu().numpy()
+        np.testing.assert_allclose(out, (exact - exact.min()) / (exact.max() - exact.min()), rtol=0, atol=1e-8)
+        assert images.grad is None
+
+
+def test_vit_saved_and_loaded(tmp_path):
+    model, cases = vision_golden()
+    images = cases[0][0]["pixel_values"]
+    model.save_pretrained(tmp_path)
+    loaded = VisionTransformer.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(images), cases[0][3]["logits"], rtol=1e-9, atol=1e-9)
+    assert torch.equal(loaded(pixel_values=images).logits, loaded(images))
+
+
+def test_published_vits(monkeypatch):
+    with torch.device("meta"):
+        models = [compat.vit_base_patch16_224(), compat.vit_large_patch16_224(), compat.deit_base_patch16_224()]
+    assert [sum(p.numel() for p in model.parameters()) for model in models] == [86_567_656, 304_326_632, 86_567_656]
+    assert not any(model.training for model in models)
+    monkeypatch.setattr(VisionTransformer, "from_pretrained", lambda name: name)
+    names = [compat.vit_base_patch16_224(pretrained=True), compat.vit_large_patch16_224(pretrained=True)]
+    assert names == ["google/vit-base-patch16-224", "google/vit-large-patch16-224"]
+    assert compat.deit_base_patch16_224(pretrained=True) == "facebook/deit-base-patch16-224"

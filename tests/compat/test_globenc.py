@@ -1,12 +1,18 @@
 """The published notebooks' calls, on the published outputs."""
 
+import sys
+from operator import attrgetter
+from types import SimpleNamespace
+
 import networkx
 import numpy as np
 import pytest
 import torch
 from models import build, golden, random_batch
+from published import published_maps, published_rollout
 from scipy.stats import spearmanr
-from transformers import BatchEncoding
+from tiny import tokenizer as tiny_tokenizer
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
 from pyglobenc.compat import globenc
 
@@ -172,3 +178,103 @@ def test_published_module_names():
     assert AttentionRollout is globenc.AttentionRollout
     assert BertForSequenceClassification is globenc.BertForSequenceClassification
     assert ElectraForSequenceClassification is globenc.ElectraForSequenceClassification
+    # imported as src, the package has the modules that the cells reload
+    names = ("model_attentions", "metrics", "task_loaders", "attention_flow_abstract", "attention_rollout", "attention_max_flow")
+    for name in (*names, "modeling.modeling_bert", "modeling.modeling_electra"):
+        assert attrgetter(name)(globenc) is sys.modules[f"{globenc.__name__}.{name}"]
+
+
+@pytest.mark.parametrize("name", ["globenc_bert", "globenc_electra"])
+def test_demo_cells(tmp_path, name):
+    """From a folder to the picture's rows, each value against its definition."""
+    stock, _ = golden(name)
+    stock.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    cls = globenc.ElectraForSequenceClassification if "electra" in name else globenc.BertForSequenceClassification
+    model = cls.from_pretrained(tmp_path)
+    encoded = tokenizer.encode_plus("A deep film.", return_tensors="pt")
+    with torch.no_grad():
+        _, attentions, norms = model(**encoded, output_attentions=True, output_norms=True, return_dict=False)
+        matrices = torch.stack([norms[index][4] for index in range(len(attentions))]).squeeze().cpu().numpy()
+        flows = np.array(globenc.AttentionRollout().compute_flows([matrices], output_hidden_states=True)[0])
+    rows = np.flip(flows[:, 0, :], axis=0)
+    rows = rows / rows.max(axis=1)[:, np.newaxis]
+    tokens = tokenizer.convert_ids_to_tokens(encoded["input_ids"][0])
+    exact = published_rollout(published_maps(stock, encoded)["N_Enc"])[0, :, 0].flip(0)
+    assert rows.shape == (model.config.num_hidden_layers, len(tokens)) and tokens[0] == "[CLS]"
+    np.testing.assert_allclose(rows, exact / exact.amax(1, keepdim=True), rtol=1e-9)
+
+
+def test_what_the_config_asks_for(tmp_path):
+    model, _, batch = compat_golden("globenc_bert")
+    model.save_pretrained(tmp_path)
+    model = globenc.BertForSequenceClassification.from_pretrained(tmp_path, output_attentions=True)
+    assert len(model(**batch, output_norms=True, return_dict=False)) == 3
+    assert len(model(**batch, output_norms=True, output_attentions=False, return_dict=False)) == 2
+    assert len(model(**batch, output_attentions=False, return_dict=False)) == 1
+    # the published order of arguments, head_mask among them
+    positional = model(*batch.values(), None, None, None, torch.tensor([1]), return_dict=False)
+    named = model(**batch, labels=torch.tensor([1]), return_dict=False)
+    assert positional[0].dim() == 0 and torch.equal(positional[0], named[0])
+
+
+def test_residuals_of_float32_are_float64():
+    raw, norms = [np.float32(np.random.default_rng(0).random((2, 3, 3)))], [[np.full((2, 3, 3), 1 / 3, np.float32)]] * 9
+    norms[8] = [np.full((2, 3), 0.25, np.float32)]
+    assert {m.dtype for matrices in globenc.build_ratio_residual_attentions(raw, norms).values() for m in matrices} == {np.dtype("float64")}
+
+
+def test_encode_plus(monkeypatch):
+    tokenizer = tiny_tokenizer()
+    options = dict(return_tensors="pt", max_length=6, truncation=True)
+    for texts in (["a deep film"], ["a deep film", "good"]):
+        assert tokenizer.encode_plus(*texts, **options).input_ids.tolist() == tokenizer(*texts, **options).input_ids.tolist()
+    there = object()
+    monkeypatch.setattr(PreTrainedTokenizerBase, "encode_plus", there)
+    globenc.add_encode_plus()
+    assert PreTrainedTokenizerBase.encode_plus is there
+
+
+class Rows(list):
+    def map(self, function):
+        return Rows(function(row) for row in self)
+
+
+def test_task_loader(monkeypatch):
+    asked = []
+    votes = {"annotators": {"label": [2, 0, 2]}, "post_tokens": ["deep", "film"]}
+    rows = {"mnli": {"premise": "deep", "hypothesis": "good film"}, "sst2": {"sentence": "the film"}, None: votes}
+
+    def load_dataset(path, name, split):
+        asked.append((path, name, split))
+        return Rows([rows[name]])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    tokenizer = tiny_tokenizer()
+    loader = globenc.TaskLoader(tokenizer, count=5, max_length=4)
+    found = {task: loader.load_task(task) for task in ("mnli", "sst2", "hatexplain")}
+    assert asked == [
+        ("glue", "mnli", "validation_mismatched[:5]"),
+        ("glue", "sst2", "validation[:5]"),
+        ("hatexplain", None, "validation[:5]"),
+    ]
+    texts = {"mnli": ("deep", "good film"), "sst2": ("the film",), "hatexplain": ("deep film",)}
+    for task, (dataset, encode) in found.items():
+        exact = tokenizer(*texts[task], max_length=4, truncation=True, return_tensors="pt")
+        assert len(dataset) == 1 and torch.equal(encode(0)["input_ids"], exact["input_ids"])
+    assert found["hatexplain"][0][0]["label"] == 2
+    globenc.TaskLoader(tokenizer).load_task("sst2")
+    assert asked[-1][2] == "validation[:]"
+    with pytest.raises(ValueError, match="task must be one of mnli, sst2, hatexplain"):
+        loader.load_task("cola")
+
+
+def test_subclass_changes_the_matrices():
+    class Halved(globenc.AttentionRollout):
+        def pre_process(self, att_mat):
+            return att_mat / 2
+
+    matrices = np.random.default_rng(0).random((2, 3, 3))
+    np.testing.assert_allclose(Halved().compute_flows([matrices])[0][0], matrices[1] @ matrices[0] / 4, rtol=1e-12)
+    assert isinstance(globenc.AttentionMaxFlow(), globenc.AttentionFlow)
