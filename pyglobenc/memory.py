@@ -1,9 +1,8 @@
 """Memory of an attribution before it runs, from the model's config and the batch's shape.
 
 The rollout family's peak is one of three moments: the MLP of the forward pass's last layer, the norm after it, or a layer of the rollout;
-everything saved for the rollout is there at each. Transformer attribution's is the way down: the graph that autograd keeps of every
-layer and the relevance beside it. Sizes are a tensor's numbers a token (d, the MLP's width, H...) times the tokens of the batch, B*n.
-Other methods' estimates are refused rather than guessed.
+everything saved for the rollout is there at each. Of the methods that explain a class it is the way down: the graph that autograd keeps of
+every layer and the relevance beside it. Sizes are a tensor's numbers a token (d, the MLP's width, H...) times the tokens of the batch, B*n.
 """
 
 from dataclasses import dataclass
@@ -15,12 +14,13 @@ from transformers import PreTrainedModel
 from pyglobenc.methods.family import METHODS as ROLLOUT_FAMILY
 from pyglobenc.methods.family import OF_STAGE
 from pyglobenc.methods.reliability import MEASURED_BELOW
+from pyglobenc.reference.relevance_attention import LEAST_QUERIES, TILE_FLOATS
 
-# these read the whole map of every layer
-STORED = ("attention-flow",)
+# reads the whole map of every layer, and makes numpy and scipy hold so many bytes an entry of one example's
+FLOW, EDGE = "attention-flow", 64
 FLOAT32, FLOAT64 = 4, 8
-RELEVANCE = "transformer-attribution"
-ESTIMATED = (*ROLLOUT_FAMILY, RELEVANCE)
+RELEVANCE = ("transformer-attribution", "lrp", "partial-lrp", "attention-gradcam")
+ESTIMATED = (*ROLLOUT_FAMILY, *RELEVANCE)
 # tiles of (query, key) pairs that the relevance ops hold, and numbers in them all at most: the CPU kernels, and the reference in double
 TILES = {FLOAT32: (4, 2 << 20), FLOAT64: (8, 3 << 20)}
 
@@ -93,38 +93,62 @@ def estimate_memory(
     s, element = _Sizes.of(model.config), torch.empty((), dtype=model.dtype).element_size()
     wide = FLOAT64 if FLOAT64 in (element, dtype and torch.empty((), dtype=dtype).element_size()) else FLOAT32
     weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    if method == RELEVANCE:
-        return _relevance(s, weights, batch, n, element if dtype is None else wide, wide)
+    if method in RELEVANCE:
+        return _relevance(s, method, weights, batch, n, element if dtype is None else wide, wide)
     tokens = batch * n
     # asked for in double, the states of a narrower model are cast before the rollout
     state = wide if dtype == torch.float64 else element
     forward = max(2 * s.mlp + s.d, s.mlp + 4 * s.d) * element
     rollout = (_rollout_numbers(s, method) + (2 * s.d if element < wide else 0)) * wide
     rows = 3 * batch * targets * n * (s.layers if layers else 1) * wide
+    workspace, entries = max(tokens * forward, tokens * rollout + rows), s.layers * n * n
     # the layers' own maps, and the array that they are stacked into
-    stored = 2 * (maps + (method in STORED))
+    stored = 2 * maps * batch * entries * wide
+    if method == FLOW:
+        stored += batch * entries * wide
+        workspace = max(workspace + batch * entries * wide, EDGE * entries)
     return Estimate(
         weights=weights,
         kernels=_kernel_numbers(s, method) * wide,
         saved=s.layers * tokens * ((2 * s.d + s.queries + 2 * s.keys) * state + (s.heads + 4) * wide),
-        workspace=max(tokens * forward, tokens * rollout + rows),
-        maps=stored * s.layers * tokens * n * wide,
+        workspace=workspace,
+        maps=stored,
     )
 
 
-def _relevance(s: "_Sizes", weights: int, batch: int, n: int, element: int, wide: int) -> Estimate:
-    """Of transformer attribution: numbers a token and layer that autograd and the rules keep, as the allocator shows them."""
+def _relevance(s: "_Sizes", method: str, weights: int, batch: int, n: int, element: int, wide: int) -> Estimate:
+    """Of the methods that explain a class: numbers that autograd and the rules keep, as the allocator shows them."""
     tokens, (tiles, most) = batch * n, TILES[wide]
     matrices = s.layers * 2 * (s.d * s.queries + s.d * s.keys + s.d * s.mlp)
-    # a small model's error is measured by a second run, and the graph of the first is still there
-    runs = 2 if wide == FLOAT32 and matrices * tokens < MEASURED_BELOW else 1
-    attention = tokens * 7 * s.d + min(tiles * batch * s.heads * n * n, most)
+    pairs = batch * s.heads * n * n
+    # of the tile at work, and of the one before it
+    tile = min(pairs, max(TILE_FLOATS, LEAST_QUERIES * batch * s.heads * n))
+    before = min(tile, pairs - tile)
+    rules, gradient = method != "attention-gradcam", method == "transformer-attribution"
+    # a small model's error is measured by a second run, and the states of the first are still there
+    again = rules and wide == FLOAT32 and matrices * tokens < MEASURED_BELOW
+    states = 4 * s.d + s.queries + s.keys + 2 * s.mlp
+    # what autograd keeps beside them, less where the gradient's way back through all layers has freed it
+    saved = states + (3 * s.d + again * (states + 3 * s.d) if gradient else 4 * s.d + again * states)
+    # of the clamped copies of an MLP's weights
+    clamped = tokens * (2 * s.d + 4.5 * s.mlp) + 2 * s.d * s.mlp
+    workspace = {
+        "transformer-attribution": max(tokens * (7 * s.d + 4 * s.mlp), tokens * 7 * s.d + min(tiles * pairs, most)),
+        "lrp": max(clamped, tokens * 8 * s.d + 7 * tile + 4 * before),
+        "partial-lrp": clamped,
+        "attention-gradcam": tokens * (s.d + s.mlp) / 2 + (2 + 2.5 / s.heads) * tile,
+    }[method]
+    saved *= element
+    if element < wide:
+        # the layers' states in the dtype of the arithmetic, and the weights and activations of one Linear at a time
+        saved += (1 + again) * (s.d + 2 * s.queries + 2 * s.keys) * wide
+        workspace += rules * (s.d * s.mlp + tokens * (s.d + s.mlp))
     return Estimate(
         weights=weights,
         # |W| of every Linear
-        kernels=matrices * wide,
-        saved=runs * s.layers * tokens * (7 * s.d + s.queries + s.keys + 2 * s.mlp) * element,
-        workspace=max(tokens * (7 * s.d + 4 * s.mlp), attention) * wide,
+        kernels=gradient * matrices * wide,
+        saved=int(s.layers * tokens * saved),
+        workspace=int(workspace * wide),
         maps=0,
     )
 

@@ -122,7 +122,7 @@ def _run_job(
 
 def _dry_run(options: argparse.Namespace, source: Any, records: int, runner: Any) -> int:
     from pyglobenc.corpus.job import batch_shapes
-    from pyglobenc.memory import ESTIMATED, estimate_memory
+    from pyglobenc.memory import estimate_memory
 
     shards = -(-records // options.shard_size)
     done = sum((Path(options.output) / f"part-{number:06d}.parquet").exists() for number in range(shards))
@@ -130,9 +130,7 @@ def _dry_run(options: argparse.Namespace, source: Any, records: int, runner: Any
     left_out, batches = sum(count for size, _, count in shapes if not size), [(size, n) for size, n, _ in shapes if size]
     print(f"{records} records in {shards} shards, {done} of them done; {options.method} on {options.model}, {runner.model.device}")
     print(f"{left_out} records would be left out; {len(batches)} batches, {sum(size * n for size, n in batches)} tokens with padding")
-    if options.method not in ESTIMATED:
-        print(f"memory: no estimate is known for {options.method}")
-    elif batches:
+    if batches:
         estimates = [(estimate_memory(runner.model, batch=size, n=n, method=options.method, dtype=runner.options.dtype), size, n)
                      for size, n in set(batches)]  # fmt: skip
         worst, size, n = max(estimates, key=lambda one: one[0].peak)

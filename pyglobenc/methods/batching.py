@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from pyglobenc.hf.unwrap import stock_model
-from pyglobenc.memory import estimate_memory
-from pyglobenc.methods.family import METHODS as ROLLOUT_FAMILY
+from pyglobenc.memory import ESTIMATED, estimate_memory
 
 log = logging.getLogger("pyglobenc")
 
@@ -30,7 +29,7 @@ def fitting_batch(
         model: as for `GlobEnc`; its weights are there already.
         n: tokens of the longest example, special tokens included.
         most: the largest answer.
-        method: a name of the rollout family; for any other the answer is most.
+        method: a name in ESTIMATED; for any other the answer is most.
         dtype: of the attribution arithmetic, as for `GlobEnc`.
         available: bytes; None for what is free on the model's device.
 
@@ -39,7 +38,7 @@ def fitting_batch(
     """
     model = stock_model(model)
     available = available_bytes(model.device) if available is None else available
-    if available is None or method not in ROLLOUT_FAMILY:
+    if available is None or method not in ESTIMATED:
         return most
     one = estimate_memory(model, batch=1, n=n, method=method, dtype=dtype)
     fit = int((available * SHARE - one.kernels) // (one.saved + one.workspace + one.maps))
