@@ -1,0 +1,67 @@
+"""Every method but the flow, whose search takes minutes, on BERT-base's shape against the same model's plain forward pass (random weights).
+
+    pytest benchmarks/bench_methods.py --csv methods
+
+Over backend, n, the model's dtype and batch; "forward" is the model alone. `ratio` is the call's time over the forward's, in turn in one
+process; `peak_mb` is the allocator's peak above the weights and what was kept with them. Cases that don't fit into memory are skipped.
+"""
+
+from functools import lru_cache
+
+import pytest
+import torch
+from measure import paired_ratio
+from op_benchmark import BATCHES, DTYPES, LENGTHS, SLOW, peak_mb
+from transformers import BertConfig, BertForSequenceClassification
+
+from pyglobenc.costs import synchronize
+from pyglobenc.memory import estimate_memory
+from pyglobenc.methods.batching import SHARE, available_bytes
+from pyglobenc.methods.registry import METHODS
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FORWARD, ROUNDS = "forward", 3
+CALLS = [(FORWARD, ""), *((name, backend) for name in METHODS if name != "attention-flow" for backend in ("reference", "auto"))]
+
+
+@lru_cache(maxsize=1)
+def model_of(dtype):
+    torch.manual_seed(0)
+    config = BertConfig(max_position_embeddings=max(LENGTHS), attn_implementation="sdpa")
+    return BertForSequenceClassification(config).to(DEVICE, getattr(torch, dtype)).eval()
+
+
+def build(model, method, backend, batch, n, dtype=None):
+    """A call without arguments that returns what was computed."""
+    inputs = {"input_ids": torch.randint(1000, 30000, (batch, n), generator=torch.Generator().manual_seed(0)).to(DEVICE)}
+    if method == FORWARD:
+        return torch.no_grad()(lambda: (model(**inputs), synchronize(DEVICE)))
+    run, targets = METHODS[method].build(model, backend, dtype), torch.zeros(batch, dtype=torch.long, device=DEVICE)
+    return lambda: (run(inputs, targets), synchronize(DEVICE))
+
+
+@pytest.mark.filterwarnings("ignore::pyglobenc.methods.reliability.PrecisionWarning")
+@pytest.mark.parametrize("method, backend", CALLS)
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def bench_method(benchmark, method, backend, batch, n, dtype):
+    if (DEVICE.type, getattr(torch, dtype)) == SLOW:
+        pytest.skip("torch's float16 products run at 1 to 2 GFLOP/s on a CPU")
+    model = model_of(dtype)
+    if method != FORWARD:
+        needed, free = estimate_memory(model, batch=batch, n=n, method=method).peak, available_bytes(DEVICE)
+        if free is not None and needed > SHARE * free:
+            pytest.skip(f"takes {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
+        assert_right(model, method, backend)
+    call, forward = build(model, method, backend, batch, n), build(model, FORWARD, "", batch, n)
+    call()
+    benchmark.extra_info.update(paired_ratio(call, forward, ROUNDS), peak_mb=f"{peak_mb(call, DEVICE):.1f}")
+    benchmark.pedantic(call, rounds=ROUNDS, iterations=1)
+
+
+def assert_right(model, method, backend):
+    """As the reference, in float64 for a float32 model, up to rounding, which relevance amplifies, on a length that takes little time."""
+    wide = torch.float64 if model.dtype == torch.float32 else None
+    ours, exact = (build(model, method, *which)()[0].scores.double() for which in ((backend, 2, 12), ("reference", 2, 12, wide)))
+    assert (ours - exact).abs().max() <= 1e-2 * exact.abs().max()
