@@ -14,43 +14,46 @@ template <bool ROWS, int SLICE>
 struct Pass {
     // two tiles where sums take the registers, or wide heads the shared memory
     static constexpr int COLUMNS = SLICE, TILES = SLICE == 64 ? 4 : 2, STREAM = 8 * TILES, W_STRIDE = STREAM + 4;
-    static constexpr int HELD_TENSORS = ROWS ? 3 : 2, STREAM_TENSORS = ROWS ? 2 : 3;
+    static constexpr int HELD_TENSORS = ROWS ? 3 : 2, STREAM_ROWS = (ROWS ? 2 : 3) * STREAM;
 
     static int bytes(int head_dim, int warps) {
-        const int rows = HELD_TENSORS * WARP_ROWS * warps + 2 * STREAM_TENSORS * STREAM, places = WARP_ROWS * warps + 2 * STREAM;
-        return 4 * (rows * row_stride(head_dim) + 2 * places + 2 * RelevanceArgs::MOST_ROWS * W_STRIDE);
+        const int held = HELD_TENSORS * WARP_ROWS * warps, places = WARP_ROWS * warps + 2 * STREAM;
+        const int floats = (held + STREAM_ROWS) * row_stride(head_dim) + 2 * places + 2 * RelevanceArgs::MOST_ROWS * W_STRIDE;
+        return 4 * floats + 2 * 3 * STREAM_ROWS * row_stride(head_dim);
     }
+
+    using Sums = float[SLICE ? SLICE / 8 : 1][4];
 
     Head head;
     int start, slice, head_index;
+    Parts parts;  // of the rows that stream by, one tensor after the other
+    float* raw;   // the next ones
     Side held;
 
     DEVICE explicit Pass(const RelevanceArgs& args) : head{args, 0, 0} {
         const int heads = int(args.k.shape[0] * args.k.shape[1]), of_head = (head.n() + own() - 1) / own();
         start = block() % of_head * own();
         head_index = block() / of_head % heads;
-        slice = block() / of_head / heads * SLICE;
-        head.b = head_index / args.k.shape[1];
-        head.h = head_index % args.k.shape[1];
-        float* const rows = reinterpret_cast<float*>(shared());
-        const int step = own() * row_stride(head.head_dim());
-        held = {rows, step, reinterpret_cast<Place*>(rows + HELD_TENSORS * step + 2 * STREAM_TENSORS * stream_step())};
+        // a slice of 64 is all of a head
+        slice = SLICE > 64 ? block() / of_head / heads * SLICE : 0;
+        head.b = head_index / int(args.k.shape[1]);
+        head.h = head_index % int(args.k.shape[1]);
+        const int stride = row_stride(head.head_dim());
+        parts = {reinterpret_cast<bf16*>(shared()), STREAM_ROWS * stride, stride};
+        raw = reinterpret_cast<float*>(parts.rows + 3 * parts.part);
+        float* const rows = raw + STREAM_ROWS * stride;
+        held = {rows, own() * stride, reinterpret_cast<Place*>(rows + HELD_TENSORS * own() * stride)};
     }
 
     DEVICE int own() const { return WARP_ROWS * (threads() / 32); }
-    DEVICE int stream_step() const { return STREAM * row_stride(head.head_dim()); }
-    DEVICE Side streamed(int stage) const {
-        float* const rows = held.rows + HELD_TENSORS * held.step + stage * STREAM_TENSORS * stream_step();
-        return {rows, stream_step(), held.places + own() + stage * STREAM};
-    }
+    DEVICE Place* places(int stage) const { return held.places + own() + stage * STREAM; }
     // [MOST_ROWS, STREAM], rows W_STRIDE apart
-    DEVICE float* w(int stage) const {
-        return reinterpret_cast<float*>(held.places + own() + 2 * STREAM) + stage * RelevanceArgs::MOST_ROWS * W_STRIDE;
-    }
+    DEVICE float* w(int stage) const { return reinterpret_cast<float*>(places(2)) + stage * RelevanceArgs::MOST_ROWS * W_STRIDE; }
 
     DEVICE void fetch(int stage, int first) const {
-        fill<!ROWS>(streamed(stage), head, STREAM, [&](int at) { return first + at; });
+        fill<!ROWS>({raw, STREAM * parts.stride, places(stage)}, head, STREAM, [&](int at) { return first + at; });
         if constexpr (!ROWS) fetch_w(stage, first);
+        commit_copies();
     }
 
     DEVICE void fetch_w(int stage, int first) const {
@@ -64,43 +67,42 @@ struct Pass {
         }
     }
 
-    // body(pairs, streamed rows, w) for each tile of the other side that has a pair with this warp's rows.
+    // body(pairs, w) for each tile of the other side that has a pair with this warp's rows.
     template <class Body>
     DEVICE void walk(const Body& body) const {
         const RelevanceArgs& args = head.args;
         const int before = start - (ROWS ? args.left : args.right), after = start + own() + (ROWS ? args.right : args.left);
         const int first = before > 0 ? before / STREAM * STREAM : 0, last = after < head.n() ? after : head.n();
-        const Side mine = {held.rows + warp() * WARP_ROWS * row_stride(head.head_dim()), held.step, held.places + warp() * WARP_ROWS};
+        const Side mine = {held.rows + warp() * WARP_ROWS * parts.stride, held.step, held.places + warp() * WARP_ROWS};
         fill<ROWS>(held, head, own(), [&](int at) { return start + at; });
         fetch(0, first);
-        commit_copies();
         for (int at = first, stage = 0; at < last; at += STREAM, stage ^= 1) {
+            wait_copies<0>();
+            barrier();
+            split(parts, raw, STREAM_ROWS, head.head_dim());
+            barrier();
             if (at + STREAM < last) fetch(stage ^ 1, at + STREAM);
-            commit_copies();
-            wait_copies<1>();
-            barrier();
-            const Side others = streamed(stage);
-            if (any_pair<TILES>(mine.places, others.places)) {
-                Pairs<TILES> pairs;
-                multiply<ROWS, TILES>(pairs, mine, others, head.head_dim(), args.grad.data);
-                weigh<ROWS, TILES>(pairs, mine.places, others.places, args);
-                body(pairs, others, w(stage));
-            }
-            barrier();
+            if (!any_pair<TILES>(mine.places, places(stage))) continue;
+            Pairs<TILES> pairs;
+            multiply<ROWS, TILES>(pairs, mine, parts, head.head_dim());
+            weigh<ROWS, TILES>(pairs, mine.places, places(stage), args);
+            body(pairs, w(stage));
         }
-        wait_copies<0>();
     }
 
-    // sums += the left factor times 16 rows from shared memory, this block's columns.
-    DEVICE void add(float (&sums)[SLICE / 8][4], const Left& left, const float* rows) const {
-        const int stride = row_stride(head.head_dim());
-        UNROLL
-        for (int d = 0; d < SLICE / 8; ++d)
-            if (slice + 8 * d < head.head_dim()) product(sums[d], left, right_below(rows + slice + 8 * d, stride, 1));
+    // Whether there are columns 16 d to 16 d + 15 of this slice.
+    DEVICE bool has(int d) const { return slice + 16 * d < head.head_dim(); }
+
+    // Adds the left factor times 16 streamed rows of a tensor, columns 16 d to 16 d + 15 of this slice, to the sums.
+    DEVICE void add(Sums& sums, int d, const Left& left, int tensor, int tile) const {
+        Right right[2];
+        right_below(right, parts.at(tensor * STREAM + 8 * tile, slice + 16 * d));
+        product(sums[2 * d], left, right[0]);
+        product(sums[2 * d + 1], left, right[1]);
     }
 
     // Writes this warp's sums times its own rows of a held tensor, halved.
-    DEVICE void store(float* out, const float (&sums)[SLICE / 8][4], int tensor) const {
+    DEVICE void store(float* out, const Sums& sums, int tensor) const {
         const int head_dim = head.head_dim();
         UNROLL
         for (int d = 0; d < SLICE / 8; ++d)
@@ -128,13 +130,14 @@ DEVICE T sum_of_row(T x) {
 }
 
 template <int SLICE>
-KERNEL(32 * MOST_WARPS) relevance_rows_kernel(CONSTANT RelevanceArgs args) {
+KERNEL(32 * MOST_WARPS, BLOCKS_AT_ONCE) relevance_rows_kernel(CONSTANT RelevanceArgs args) {
     using Rows = Pass<true, SLICE>;
     const Rows pass(args);
     const int n = pass.head.n();
-    float sums[2] = {0, 0}, r_q[SLICE ? SLICE / 8 : 1][4] = {};
+    float sums[2] = {0, 0};
+    typename Rows::Sums r_q = {};
     double before[2] = {0, 0}, after[2] = {0, 0};
-    pass.walk([&](Pairs<Rows::TILES>& pairs, const Side& keys, const float*) {
+    pass.walk([&](const Pairs<Rows::TILES>& pairs, const float*) {
         float of_tile[3][2] = {};
         UNROLL
         for (int tile = 0; tile < Rows::TILES; tile += 2) {
@@ -148,7 +151,12 @@ KERNEL(32 * MOST_WARPS) relevance_rows_kernel(CONSTANT RelevanceArgs args) {
                 of_tile[1][e / 2] += relevance;
                 of_tile[2][e / 2] += passed;
             }
-            if constexpr (SLICE > 0) pass.add(r_q, left_of(u), keys.rows + 8 * tile * row_stride(pass.head.head_dim()));
+            const Left left = left_of(u);
+            UNROLL
+            for (int d = 0; d < SLICE / 16; ++d) {
+                if (!pass.has(d)) break;
+                pass.add(r_q, d, left, 0, tile);
+            }
         }
         UNROLL
         for (int half = 0; half < 2; ++half) {
@@ -174,29 +182,31 @@ KERNEL(32 * MOST_WARPS) relevance_rows_kernel(CONSTANT RelevanceArgs args) {
 }
 
 template <int SLICE>
-KERNEL(32 * MOST_WARPS) relevance_columns_kernel(CONSTANT RelevanceArgs args) {
+KERNEL(32 * MOST_WARPS, BLOCKS_AT_ONCE) relevance_columns_kernel(CONSTANT RelevanceArgs args) {
     using Columns = Pass<false, SLICE>;
     const Columns pass(args);
     const int n = pass.head.n();
     const bool step = args.w.data && !pass.slice;
-    float sums[4] = {0, 0, 0, 0}, r_k[SLICE ? SLICE / 8 : 1][4] = {}, r_v[SLICE ? SLICE / 8 : 1][4] = {};
-    pass.walk([&](Pairs<Columns::TILES>& pairs, const Side& queries, const float* w) {
+    float sums[4] = {0, 0, 0, 0};
+    typename Columns::Sums r_k = {}, r_v = {};
+    pass.walk([&](const Pairs<Columns::TILES>& pairs, const float* w) {
+        UNROLL
+        for (int tile = 0; tile < Columns::TILES && step; tile += 2)
+            product(sums, left_of(pairs.weighted + tile), right_of(w + 8 * tile, Columns::W_STRIDE));
         UNROLL
         for (int tile = 0; tile < Columns::TILES; tile += 2) {
-            float u[2][4], alpha[2][4], weighted[2][4];
+            float u[2][4];
             UNROLL
             for (int both = 0; both < 8; ++both) {
-                const int at = tile + both / 4, e = both % 4;
-                const float dot = pairs.dots[at][e];
-                u[both / 4][e] = safe_divide(passed_on(args, pairs.relevance[at][e], dot), dot, args.stabilizer);
-                alpha[both / 4][e] = pairs.alpha[at][e];
-                weighted[both / 4][e] = pairs.weighted[at][e];
+                const float dot = pairs.dots[tile + both / 4][both % 4], relevance = pairs.relevance[tile + both / 4][both % 4];
+                u[both / 4][both % 4] = safe_divide(passed_on(args, relevance, dot), dot, args.stabilizer);
             }
-            if (step) product(sums, left_of(weighted), right_below(w + 8 * tile, 1, Columns::W_STRIDE));
-            if constexpr (SLICE > 0) {
-                const float* const rows = queries.rows + 8 * tile * row_stride(pass.head.head_dim());
-                pass.add(r_k, left_of(u), rows);
-                pass.add(r_v, left_of(alpha), rows + queries.step);
+            const Left left = left_of(u), other = left_of(pairs.alpha + tile);
+            UNROLL
+            for (int d = 0; d < SLICE / 16; ++d) {
+                if (!pass.has(d)) break;
+                pass.add(r_k, d, left, 0, tile);
+                pass.add(r_v, d, other, 1, tile);
             }
         }
     });
@@ -232,6 +242,6 @@ void relevance_columns(const RelevanceArgs& args, void* stream) {
     start<Pass<false, 128>>(relevance_columns_kernel<128>, args, stream);
 }
 
-int relevance_shared(int head_dim) { return Pass<false, 128>::bytes(head_dim, 1); }
+int relevance_shared(int head_dim) { return head_dim <= 64 ? Pass<false, 64>::bytes(head_dim, 1) : Pass<false, 128>::bytes(head_dim, 1); }
 
 }  // namespace pyglobenc

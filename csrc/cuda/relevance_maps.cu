@@ -11,17 +11,19 @@ constexpr int MAP_KEYS = 8 * MAP_TILES;
 
 static int map_bytes(int head_dim, int warps) {
     const int queries = WARP_ROWS * warps;
-    return 4 * ((3 * queries + 2 * MAP_KEYS) * row_stride(head_dim) + 2 * (queries + MAP_KEYS));
+    const int floats = (3 * queries + 2 * MAP_KEYS) * row_stride(head_dim) + 2 * (queries + MAP_KEYS);
+    return 4 * floats + 2 * 3 * 2 * MAP_KEYS * row_stride(head_dim);
 }
 
-KERNEL(32 * MOST_WARPS) relevance_maps_kernel(CONSTANT RelevanceArgs args) {
+KERNEL(32 * MOST_WARPS, BLOCKS_AT_ONCE) relevance_maps_kernel(CONSTANT RelevanceArgs args) {
     Head head = {args, 0, 0};
     const View& rows = args.rows;
     const int n = head.n(), m = rows.data ? int(rows.shape[1]) : n, own = WARP_ROWS * (threads() / 32);
     const int row_blocks = (m + own - 1) / own, key_blocks = (n + MAP_KEYS - 1) / MAP_KEYS, stride = row_stride(head.head_dim());
     const int first = block() % row_blocks * own, first_key = block() / row_blocks % key_blocks * MAP_KEYS;
     head.b = block() / row_blocks / key_blocks;
-    float* const memory = reinterpret_cast<float*>(shared());
+    const Parts parts = {reinterpret_cast<bf16*>(shared()), 2 * MAP_KEYS * stride, stride};
+    float* const memory = reinterpret_cast<float*>(parts.rows + 3 * parts.part);
     Place* const places = reinterpret_cast<Place*>(memory + (3 * own + 2 * MAP_KEYS) * stride);
     const Side queries = {memory, own * stride, places};
     const Side keys = {memory + 3 * own * stride, MAP_KEYS * stride, places + own};
@@ -39,9 +41,11 @@ KERNEL(32 * MOST_WARPS) relevance_maps_kernel(CONSTANT RelevanceArgs args) {
         commit_copies();
         wait_copies<0>();
         barrier();
+        split(parts, keys.rows, 2 * MAP_KEYS, head.head_dim());
+        barrier();
         if (any_pair<MAP_TILES>(mine.places, keys.places)) {
             Pairs<MAP_TILES> pairs;
-            multiply<true, MAP_TILES>(pairs, mine, keys, head.head_dim(), args.grad.data);
+            multiply<true, MAP_TILES>(pairs, mine, parts, head.head_dim());
             weigh<true, MAP_TILES>(pairs, mine.places, keys.places, args);
             UNROLL
             for (int tile = 0; tile < MAP_TILES; ++tile)
@@ -53,7 +57,7 @@ KERNEL(32 * MOST_WARPS) relevance_maps_kernel(CONSTANT RelevanceArgs args) {
     for (int tile = 0; tile < MAP_TILES; ++tile)
         for (int e = 0; e < 4; ++e) {
             const int row = first + warp() * WARP_ROWS + lane() / 4 + e / 2 * 8, j = first_key + 8 * tile + lane() % 4 * 2 + e % 2;
-            if (row < m && j < n) args.map[(head.b * m + row) * n + j] = map[tile][e] / float(heads);
+            if (row < m && j < n) args.map[(int64_t(head.b) * m + row) * n + j] = map[tile][e] / float(heads);
         }
 }
 

@@ -7,8 +7,8 @@
 // but 2^-25 of it, at the price of three tf32 products. Tensor cores cut sums off instead of rounding (Fasi et al., 2021), so every 16
 // products are added up in float32 outside: on normal numbers that loses 0.4 to 0.7 of what a chain of float32 multiply-adds loses.
 //
-// A warp holds 16 rows of one side, queries or keys, and streams TILES * 8 rows of the other. "Left" and "right" are the factors of an mma,
-// "tile" is its sum, 16 by 8.
+// A warp holds 16 rows of one side, queries or keys, and streams TILES * 8 rows of the other, which the block splits into parts once for
+// all its warps. "Left" and "right" are the factors of an mma, "tile" is its sum, 16 by 8.
 #pragma once
 
 #include <cmath>
@@ -33,6 +33,8 @@ namespace pyglobenc {
 
 constexpr int WARP_ROWS = 16;
 constexpr int MOST_WARPS = 4;
+// of a multiprocessor; said to ptxas, which otherwise spills a few registers for a third
+constexpr int BLOCKS_AT_ONCE = 2;
 
 struct Left {
     uint32_t part[3][4];
@@ -40,6 +42,14 @@ struct Left {
 
 struct Right {
     uint32_t part[3][2];
+};
+
+struct alignas(8) Two {
+    float x[2];
+};
+
+struct alignas(8) Words {
+    uint32_t x[2];
 };
 
 template <class Factor>
@@ -53,39 +63,65 @@ DEVICE void put(Factor& to, int at, float low, float high) {
     }
 }
 
-// Left factor: 16 rows from shared memory, 16 columns. Columns t and t + 4 stand where an mma expects 2t and 2t + 1, as in right_of().
+// Left factor: 16 rows from shared memory, 16 columns.
 DEVICE Left left_of(const float* x, int stride) {
     Left out;
-    x += lane() / 4 * stride + lane() % 4;
+    x += lane() / 4 * stride + lane() % 4 * 2;
     UNROLL
-    for (int e = 0; e < 4; ++e) put(out, e, x[e % 2 * 8 * stride + e / 2 * 8], x[e % 2 * 8 * stride + e / 2 * 8 + 4]);
-    return out;
-}
-
-// Right factor: the transpose of 8 rows, 16 columns.
-DEVICE Right right_of(const float* x, int stride) {
-    Right out;
-    x += lane() / 4 * stride + lane() % 4;
-    UNROLL
-    for (int e = 0; e < 2; ++e) put(out, e, x[e * 8], x[e * 8 + 4]);
+    for (int e = 0; e < 4; ++e) {
+        const Two two = *reinterpret_cast<const Two*>(x + e % 2 * 8 * stride + e / 2 * 8);
+        put(out, e, two.x[0], two.x[1]);
+    }
     return out;
 }
 
 // Left factor: two tiles side by side.
-DEVICE Left left_of(const float (&tiles)[2][4]) {
+DEVICE Left left_of(const float (*tiles)[4]) {
     Left out;
     UNROLL
     for (int e = 0; e < 4; ++e) put(out, e, tiles[e / 2][e % 2 * 2], tiles[e / 2][e % 2 * 2 + 1]);
     return out;
 }
 
-// Right factor: entry (k, column) is x[k * down + column * across], 16 by 8.
-DEVICE Right right_below(const float* x, int down, int across) {
+// Right factor of floats: the transpose of 8 rows, 16 columns.
+DEVICE Right right_of(const float* x, int stride) {
     Right out;
-    x += lane() % 4 * 2 * down + lane() / 4 * across;
+    x += lane() / 4 * stride + lane() % 4 * 2;
     UNROLL
-    for (int e = 0; e < 2; ++e) put(out, e, x[e * 8 * down], x[(e * 8 + 1) * down]);
+    for (int e = 0; e < 2; ++e) put(out, e, x[e * 8], x[e * 8 + 1]);
     return out;
+}
+
+// Rows of a tensor in three parts, each `part` entries after the one before.
+struct Parts {
+    bf16* rows;
+    int part, stride;
+
+    DEVICE Parts at(int row, int column) const { return {rows + row * stride + column, part, stride}; }
+};
+
+// Right factors of two tiles: the transposes of 8 and the next 8 rows, 16 columns.
+DEVICE void right_of(Right (&out)[2], const Parts& x) {
+    const bf16* const row = x.rows + (lane() / 16 * 8 + lane() % 8) * x.stride + lane() / 8 % 2 * 8;
+    UNROLL
+    for (int p = 0; p < 3; ++p) {
+        uint32_t r[4];
+        load_matrices(r, row + p * x.part);
+        UNROLL
+        for (int e = 0; e < 4; ++e) out[e / 2].part[p][e % 2] = r[e];
+    }
+}
+
+// Right factors of two tiles: 16 rows, 8 and the next 8 columns.
+DEVICE void right_below(Right (&out)[2], const Parts& x) {
+    const bf16* const row = x.rows + lane() % 16 * x.stride + lane() / 16 * 8;
+    UNROLL
+    for (int p = 0; p < 3; ++p) {
+        uint32_t r[4];
+        load_matrices_transposed(r, row + p * x.part);
+        UNROLL
+        for (int e = 0; e < 4; ++e) out[e / 2].part[p][e % 2] = r[e];
+    }
 }
 
 // tile += a b with float32's digits.
@@ -101,9 +137,9 @@ DEVICE void product(float (&tile)[4], const Left& a, const Right& b) {
     for (int e = 0; e < 4; ++e) tile[e] += sum[e];
 }
 
-// Rows of heads in shared memory, padded so that neither the reads of left_of, right_of nor of right_below meet in a bank.
+// Rows of heads in shared memory, padded so that neither reads of pairs of floats nor of matrices meet in a bank.
 HOST_DEVICE int padded(int head_dim) { return (head_dim + 15) / 16 * 16; }
-HOST_DEVICE int row_stride(int head_dim) { return padded(head_dim) + 4; }
+HOST_DEVICE int row_stride(int head_dim) { return padded(head_dim) + 8; }
 
 // What stands beside each row in shared memory: which query or key it is, and a query's lse, 0 for a key; infinity where there is none.
 struct Place {
@@ -115,7 +151,7 @@ DEVICE bool missing(const Place& place) { return place.beside == INFINITY; }
 
 struct Head {
     const RelevanceArgs& args;
-    int64_t b, h;
+    int b, h;
 
     DEVICE int n() const { return int(args.k.shape[2]); }
     DEVICE int head_dim() const { return int(args.k.shape[3]); }
@@ -157,8 +193,25 @@ template <bool QUERIES, class Index>
 DEVICE void fill(const Side& side, const Head& head, int count, const Index& index) {
     copy_rows(side.rows, QUERIES ? head.args.q : head.args.k, head, count, QUERIES, index);
     copy_rows(side.rows + side.step, QUERIES ? head.args.s : head.args.v, head, count, QUERIES, index);
-    if (QUERIES && head.args.grad.data) copy_rows(side.rows + 2 * side.step, head.args.grad, head, count, QUERIES, index);
+    // without a gradient s stands in for it, and the product is not looked at: no branch cuts the products up
+    const View& third = head.args.grad.data ? head.args.grad : head.args.s;
+    if (QUERIES) copy_rows(side.rows + 2 * side.step, third, head, count, QUERIES, index);
     for (int at = thread(); at < count; at += threads()) side.places[at] = QUERIES ? head.query(index(at)) : head.key(index(at));
+}
+
+// Splits `count` rows into parts, every thread some; the parts' rows have the floats' stride.
+DEVICE void split(const Parts& parts, const float* rows, int count, int head_dim) {
+    const int stride = row_stride(head_dim), width = padded(head_dim);
+    for (int row = thread() / 8; row < count; row += threads() / 8)
+        for (int d = thread() % 8 * 4; d < width; d += 32) {
+            const Four four = *reinterpret_cast<const Four*>(rows + row * stride + d);
+            Right pairs;
+            put(pairs, 0, four.x[0], four.x[1]);
+            put(pairs, 1, four.x[2], four.x[3]);
+            bf16* const to = parts.at(row, d).rows;
+            UNROLL
+            for (int p = 0; p < 3; ++p) *reinterpret_cast<Words*>(to + p * parts.part) = {{pairs.part[p][0], pairs.part[p][1]}};
+        }
 }
 
 template <int TILES>
@@ -169,23 +222,28 @@ struct Pairs {
     float alpha[TILES][4];
 };
 
-// The three products of a warp's rows with the other side's; ROWS: the warp holds queries.
+// The three products of a warp's rows with the other side's, whose tensors follow one another; ROWS: the warp holds queries.
 template <bool ROWS, int TILES>
-DEVICE void multiply(Pairs<TILES>& pairs, const Side& held, const Side& stream, int head_dim, bool has_grad) {
+DEVICE void multiply(Pairs<TILES>& pairs, const Side& held, const Parts& stream, int head_dim) {
     const int stride = row_stride(head_dim);
     UNROLL
     for (int tile = 0; tile < TILES; ++tile)
         for (int e = 0; e < 4; ++e) pairs.dots[tile][e] = pairs.relevance[tile][e] = pairs.weighted[tile][e] = 0;
     for (int d = 0; d < head_dim; d += 16) {
         const Left first = left_of(held.rows + d, stride), second = left_of(held.rows + held.step + d, stride);
-        const Left third = ROWS && has_grad ? left_of(held.rows + 2 * held.step + d, stride) : second;
+        const Left third = ROWS ? left_of(held.rows + 2 * held.step + d, stride) : second;
         UNROLL
-        for (int tile = 0; tile < TILES; ++tile) {
-            const float* const other = stream.rows + 8 * tile * stride + d;
-            const Right value = right_of(other + stream.step, stride);
-            product(pairs.dots[tile], first, right_of(other, stride));
-            product(pairs.relevance[tile], second, value);
-            if (has_grad) product(pairs.weighted[tile], third, ROWS ? value : right_of(other + 2 * stream.step, stride));
+        for (int tile = 0; tile < TILES; tile += 2) {
+            Right one[2], two[2], three[2];
+            right_of(one, stream.at(8 * tile, d));
+            right_of(two, stream.at(8 * (TILES + tile), d));
+            if constexpr (!ROWS) right_of(three, stream.at(8 * (2 * TILES + tile), d));
+            UNROLL
+            for (int next = 0; next < 2; ++next) {
+                product(pairs.dots[tile + next], first, one[next]);
+                product(pairs.relevance[tile + next], second, two[next]);
+                product(pairs.weighted[tile + next], third, ROWS ? two[next] : three[next]);
+            }
         }
     }
 }
