@@ -9,15 +9,19 @@ from torch import Tensor
 
 from pyglobenc.methods.family import Rollout
 from pyglobenc.methods.globenc import GlobEnc
-from pyglobenc.methods.inputs import check_range, target_positions
+from pyglobenc.methods.inputs import target_positions
 from pyglobenc.methods.rollout import RolloutResult
-from pyglobenc.values import Check, checks_put_off, look
+from pyglobenc.methods.transformer_attribution import RelevanceResult, TransformerAttribution
+from pyglobenc.values import Check, check_range, checks_put_off, look
 
 # before a graph is recorded: kernels are compiled, libraries take their workspaces
 WARM_UPS = 3
 
+# arguments that say what is explained: numbers, lists or tensors
+INDICES = ("targets", "target", "contrast", "position")
 
-def graphed(method: GlobEnc | Rollout, **example: Any) -> "Graphed":
+
+def graphed(method: GlobEnc | Rollout | TransformerAttribution, **example: Any) -> "Graphed":
     """Record a method's row mode on one batch as a CUDA graph, to be replayed on others of its shape.
 
         fast = graphed(globenc, **tokenizer(text, padding="max_length", max_length=64, return_tensors="pt").to("cuda"), targets=[0])
@@ -25,7 +29,8 @@ def graphed(method: GlobEnc | Rollout, **example: Any) -> "Graphed":
 
     Args:
         method: its model on a GPU. Weights that change later change the forward pass, but not what was made of them here.
-        example: a batch, and options, as the method takes them. A batch that is to hold padding needs an attention_mask here too.
+        example: a batch, and options, as the method takes them. A batch that is to hold padding needs an attention_mask here too, and
+            one whose targets are to change some targets.
 
     Returns:
         Graphed, which is called like the method, on batches of the example's shapes; options stay the example's.
@@ -33,31 +38,34 @@ def graphed(method: GlobEnc | Rollout, **example: Any) -> "Graphed":
     Raises:
         TypeError, ValueError: as the method, or a method, option or device that no graph can be recorded for.
     """
-    if not isinstance(method, GlobEnc | Rollout) or getattr(method, "method", None) == "attention-flow":
-        raise TypeError(f"graphed: method must be GlobEnc, or a Rollout but for the flow, got {type(method).__name__}")
+    if not isinstance(method, GlobEnc | Rollout | TransformerAttribution) or getattr(method, "method", None) == "attention-flow":
+        known = "GlobEnc, a Rollout but for the flow, or TransformerAttribution"
+        raise TypeError(f"graphed: method must be {known}, got {type(method).__name__}")
+    if getattr(method, "kind", None) == "choice":
+        raise TypeError("graphed: a choice is made among inputs before the model runs; ask the method itself")
     if example.get("maps"):
-        raise ValueError("graphed: maps are summed and multiplied on the side; ask the method itself for them")
+        raise ValueError("graphed: records scores, no maps; ask the method itself for them")
     return Graphed(method, example)
 
 
 class Graphed:
     """What `graphed` returns."""
 
-    def __init__(self, method: GlobEnc | Rollout, example: dict[str, Any]):
+    def __init__(self, method: GlobEnc | Rollout | TransformerAttribution, example: dict[str, Any]):
         method(**example)
         self._inputs = {name: t.to(method.model.device, copy=True) for name, t in _tensors(example).items()}
         options = {name: value for name, value in example.items() if name not in self._inputs}
         self._replay, self._result, self._checks = _record(lambda: method(**self._inputs, **options), method.model.device)
 
     @torch.no_grad()
-    def __call__(self, **batch: Any) -> RolloutResult:
+    def __call__(self, **batch: Any) -> RolloutResult | RelevanceResult:
         """Attribute a batch of the example's shapes.
 
         Args:
             batch: tensors, and targets if the example had some, as the method takes them.
 
         Returns:
-            RolloutResult as the method's. Its output is overwritten by the next call.
+            The method's result, without its warnings. Its output and diagnostics are overwritten by the next call.
 
         Raises:
             ValueError: other inputs or shapes than the example's, or as the method; scores too large for float32, where the method
@@ -70,9 +78,11 @@ class Graphed:
             if given[name].shape != t.shape or given[name].dtype != t.dtype:
                 recorded, came = f"{tuple(t.shape)} {t.dtype}", f"{tuple(given[name].shape)} {given[name].dtype}"
                 raise ValueError(f"graphed: {name} was recorded as {recorded}, got {came}")
-        if "targets" in given:
-            # the graph would read outside its tensors
-            check_range("graphed", given["targets"], self._result.scores.shape[-1])
+        for name in INDICES:
+            if name in given:
+                # the graph would read outside its tensors
+                of = self._result.scores if name in ("targets", "position") else self._result.output.logits
+                check_range("graphed", name, given[name], of.shape[-1])
         for name, t in self._inputs.items():
             t.copy_(given[name], non_blocking=True)
         self._replay()
@@ -82,14 +92,17 @@ class Graphed:
 
 
 def _tensors(batch: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a batch, its inputs first and targets, if given, last, as (B, T) int64."""
-    out = {name: value for name, value in batch.items() if isinstance(value, Tensor) and name != "targets"}
-    if batch.get("targets") is not None:
-        out["targets"] = target_positions("graphed", torch.as_tensor(batch["targets"]), len(next(iter(out.values()))))
+    """The tensors of a batch, its inputs first; targets (B, T) and indices (B,), if given, last, int64."""
+    out = {name: value for name, value in batch.items() if isinstance(value, Tensor) and name not in INDICES}
+    size = len(next(iter(out.values())))
+    for name in INDICES:
+        if batch.get(name) is not None and not isinstance(batch[name], str):
+            index = torch.as_tensor(batch[name])
+            out[name] = target_positions("graphed", index, size) if name == "targets" else index.expand(size) if index.dim() == 0 else index
     return out
 
 
-def _record(run: Callable[[], RolloutResult], device: torch.device) -> tuple[Callable[[], None], RolloutResult, list[Check]]:
+def _record(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any, list[Check]]:
     """Record a call that waits for nothing: what replays it, what it returned, and the checks to make after each replay."""
     if device.type != "cuda":
         raise ValueError(f"graphed: a CUDA graph needs the model on a CUDA GPU, got {device}")

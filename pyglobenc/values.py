@@ -34,6 +34,14 @@ def may_look() -> bool:
     return _PUT_OFF.get() is None
 
 
+def check_range(who: str, name: str, index: Tensor, size: int) -> None:
+    """Raise ValueError, naming who, unless an argument's indices, of any shape, lie in [0, size)."""
+    require(
+        ((index >= 0) & (index < size)).all(),
+        lambda: ValueError(f"{who}: {name} must lie in [0, {size}), got {int(index.min())} to {int(index.max())}"),
+    )
+
+
 @contextmanager
 def checks_put_off() -> Iterator[list[Check]]:
     """Context within which no value is looked at; yields the list that checks are put on."""

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from kernel_resources import arguments, meta, record
 from models import build
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -9,6 +10,7 @@ import pyglobenc.graphs
 import pyglobenc.hf.attention
 from pyglobenc import GlobEnc, TransformerAttribution, graphed
 from pyglobenc.methods.family import METHODS, Rollout
+from pyglobenc.ops import linear_relevance
 from pyglobenc.values import checks_put_off, look, require
 
 WAITS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::_unique2")
@@ -74,6 +76,35 @@ def test_nothing_is_read_in_the_family(method, nothing_is_read):
     check_nothing_is_read(nothing_is_read, Rollout(build("bert").float(), method), layers=True)
 
 
+@pytest.mark.parametrize("variant", ["transformer_attribution", "lrp", "attn_gradcam"])
+def test_nothing_is_read_by_transformer_attribution(variant, nothing_is_read):
+    attribute = TransformerAttribution(build("bert-classifier"))
+    given = batch() | dict(target=torch.tensor([0, 1]), contrast=torch.tensor([1, 0]), variant=variant)
+    del given["targets"]
+    expected = attribute(**given)
+    with checks_put_off() as checks, nothing_is_read:
+        found = attribute(**given)
+    look(checks)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("op", ["rollout_step", "token_norms", "head_gram", "add_relevance", "clone_relevance", "relevance_attention"])
+def test_launchers_read_nothing(op):
+    case = dict(op=op, heads=4, kv_heads=4, head_dim=16, dtype="float32", rows=1, full=True)
+    # meta tensors have no values to read
+    assert record(op, arguments(case, n=32))
+
+
+def test_linear_relevance_reads_nothing():
+    r, x, weight = meta(2, 5, 4), meta(2, 5, 3), meta(4, 3)
+    with checks_put_off():
+        assert linear_relevance(r, x, weight).shape == x.shape
+    r, x, weight = torch.randn(2, 5, 4).double(), torch.randn(2, 5, 3).double(), torch.randn(4, 3)
+    with checks_put_off():
+        clamped = linear_relevance(r, x, weight)
+    torch.testing.assert_close(clamped, linear_relevance(r, x, weight), rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("read", [bool, int, lambda t: t.tolist(), lambda t: t.cpu(), lambda t: t[t > 0], torch.nonzero])
 def test_reads_are_seen(read, nothing_is_read):
     with pytest.raises(AssertionError), nothing_is_read:
@@ -104,8 +135,9 @@ def recorded_on_the_cpu(monkeypatch):
         def replay():
             with checks_put_off() as again:
                 new = run()
-            for name in ("scores", "log_scale"):
-                getattr(result, name).copy_(getattr(new, name))
+            for name, t in vars(new).items():
+                if isinstance(t, torch.Tensor):
+                    getattr(result, name).copy_(t)
             for old, check in zip(checks, again, strict=True):
                 old.holds.copy_(check.holds)
 
@@ -124,6 +156,21 @@ def test_replays_are_what_the_method_gives(recorded_on_the_cpu):
         # a mask without padding is computed as one with
         torch.testing.assert_close(found.scores, expected.scores, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(found.log_scale, expected.log_scale, rtol=1e-5, atol=1e-5)
+
+
+def test_replays_of_transformer_attribution(recorded_on_the_cpu):
+    attribute = TransformerAttribution(build("bert-classifier"))
+    inputs = [batch(pads=pads) | dict(target=target) for pads, target in ((2, [0, 1]), (0, 1), (5, torch.tensor([1, 0])))]
+    for given in inputs:
+        del given["targets"]
+    fast = graphed(attribute, **inputs[0], start_layer=1)
+    results = [fast(**given) for given in inputs]
+    for given, found in zip(inputs, results, strict=True):
+        expected = attribute(**given, start_layer=1)
+        torch.testing.assert_close(found.scores, expected.scores, rtol=1e-6, atol=1e-9)
+        assert torch.equal(found.target, expected.target)
+    with pytest.raises(ValueError, match="graphed: target must lie in .0, 2., got 0 to 2"):
+        fast(**inputs[0] | dict(target=[0, 2]))
 
 
 def test_what_a_replay_refuses(recorded_on_the_cpu):
@@ -149,8 +196,8 @@ def test_what_cannot_be_recorded():
     globenc = GlobEnc(build("bert").float())
     with pytest.raises(ValueError, match="a CUDA graph needs the model on a CUDA GPU, got cpu"):
         graphed(globenc, **batch())
-    with pytest.raises(ValueError, match="maps are summed"):
+    with pytest.raises(ValueError, match="records scores, no maps"):
         graphed(globenc, **batch(), maps=("N",))
-    for method in (TransformerAttribution(build("bert-classifier")), Rollout(globenc.model, "attention-flow")):
-        with pytest.raises(TypeError, match="method must be GlobEnc, or a Rollout but for the flow"):
+    for method in (globenc.model, Rollout(globenc.model, "attention-flow")):
+        with pytest.raises(TypeError, match="method must be GlobEnc, a Rollout but for the flow, or TransformerAttribution"):
             graphed(method, **batch())

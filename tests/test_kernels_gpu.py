@@ -116,6 +116,17 @@ def test_whole_attribution_as_a_graph(name, dtype):
         fast(**inputs[0] | dict(targets=[0, 20]))
 
 
+def test_transformer_attribution_as_a_graph():
+    attribute = TransformerAttribution(build("bert-classifier").float().cuda())
+    ids = torch.randint(5, 97, (3, 2, 19), device="cuda")
+    options = dict(start_layer=2, reliability="off")
+    fast = graphed(attribute, input_ids=ids[0], target=[0, 0], **options)
+    for batch, target in zip(ids, (0, 1, [1, 0]), strict=True):
+        expected = attribute(input_ids=batch, target=target, **options)
+        # the last layer alone, as above; the graph's Linear rule is the clamped one
+        torch.testing.assert_close(fast(input_ids=batch, target=target).scores, expected.scores, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["bert", "roberta", "llama"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_packed_sequences(name, dtype):

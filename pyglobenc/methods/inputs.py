@@ -13,7 +13,7 @@ from pyglobenc.hf.limits import check_weights, max_tokens
 from pyglobenc.hf.registry import is_decoder
 from pyglobenc.hf.unwrap import stock_model
 from pyglobenc.methods.precision import set_precision
-from pyglobenc.values import require
+from pyglobenc.values import check_range, require
 
 
 def check_model(who: str, model: nn.Module, backend: str, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -106,18 +106,10 @@ def target_rows(who: str, targets: Sequence[int] | Tensor | None, layer: LayerTr
         return default_rows(layer)
     batch, _, n, _ = layer.q.shape
     rows = target_positions(who, torch.as_tensor(targets, device=layer.q.device), batch)
-    check_range(who, rows, n)
+    check_range(who, "targets", rows, n)
     if layer.key_mask is not None:
         require(layer.key_mask.gather(1, rows).all(), lambda: ValueError(f"{who}: a target is a padding token"))
     return rows
-
-
-def check_range(who: str, rows: Tensor, n: int) -> None:
-    """Raise ValueError, naming who, unless targets (B, T) are among n tokens."""
-    require(
-        ((rows >= 0) & (rows < n)).all(),
-        lambda: ValueError(f"{who}: targets must lie in [0, {n}), got {int(rows.min())} to {int(rows.max())}"),
-    )
 
 
 def target_positions(who: str, targets: Tensor, batch: int) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pyglobenc.values import check_range, require
+
 # what a model's head returns, by the end of its class name
 HEADS = {
     "ForSequenceClassification": "class",
@@ -87,8 +89,7 @@ def find_target(kind: str, output: Any, target: Any, contrast: Index, position: 
     if contrast is None:
         return Target(index, None, at, logit)
     other = _indices("contrast", contrast, batch, logits.shape[-1], device)
-    if (other == index).any():
-        raise ValueError("TransformerAttribution: contrast must be another class than target")
+    require((other != index).all(), lambda: ValueError("TransformerAttribution: contrast must be another class than target"))
     return Target(index, other, at, logit - logits.gather(1, other[:, None])[:, 0])
 
 
@@ -119,12 +120,11 @@ def _indices(name: str, value: Any, batch: int, size: int, device: torch.device)
     if tuple(index.shape) != (batch,):
         shape = tuple(index.shape)
         raise ValueError(f"TransformerAttribution: {name} must be one integer or one for each of {batch} examples, got shape {shape}")
-    low, high = int(index.min()), int(index.max())
-    if low < 0 or high >= size:
-        raise ValueError(f"TransformerAttribution: {name} must lie in [0, {size}), got {low} to {high}")
+    check_range("TransformerAttribution", name, index, size)
     return index.long()
 
 
 def _check_real(at: Tensor, key_mask: Tensor | None) -> None:
-    if key_mask is not None and not key_mask.gather(1, at[:, None]).all():
-        raise ValueError("TransformerAttribution: position is a padding token")
+    if key_mask is not None:
+        real = key_mask.gather(1, at[:, None]).all()
+        require(real, lambda: ValueError("TransformerAttribution: position is a padding token"))

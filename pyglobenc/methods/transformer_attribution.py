@@ -17,6 +17,7 @@ from pyglobenc.methods.relevance_states import States, run_again, run_forward
 from pyglobenc.methods.relevance_target import Index, head_kind
 from pyglobenc.methods.relevance_variants import PUBLISHED, VARIANTS, Variant, variant_scores
 from pyglobenc.methods.reliability import DIGITS_GONE, MEASURED_BELOW, METHODS, PrecisionWarning, distance
+from pyglobenc.values import may_look, require
 
 
 @dataclass
@@ -157,7 +158,7 @@ class TransformerAttribution:
 
     @staticmethod
     def _warn(result: RelevanceResult) -> None:
-        if result.error is not None and (result.error > DIGITS_GONE).any():
+        if result.error is not None and may_look() and (result.error > DIGITS_GONE).any():
             worst, count = float(result.error.max()), int((result.error > DIGITS_GONE).sum())
             warnings.warn(
                 f"TransformerAttribution: rounding moves the scores of {count} of {len(result.error)} examples by more than "
@@ -214,8 +215,8 @@ class TransformerAttribution:
 
     @staticmethod
     def _result(scores: Tensor, states: States) -> RelevanceResult:
-        if not torch.isfinite(scores).all():
-            raise ValueError("TransformerAttribution: the attribution is not finite; the activations hold NaN or infinity for this input")
+        message = "TransformerAttribution: the attribution is not finite; the activations hold NaN or infinity for this input"
+        require(torch.isfinite(scores).all(), lambda: ValueError(message))
         for name, value in states.output.items():
             if isinstance(value, Tensor):
                 states.output[name] = value.detach()

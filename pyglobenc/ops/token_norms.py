@@ -6,7 +6,7 @@ from torch import Tensor
 from pyglobenc.backends import pick
 from pyglobenc.ops._checks import check_floats, check_heads, check_mask, check_shape, check_window
 from pyglobenc.ops._registered import register
-from pyglobenc.values import require
+from pyglobenc.values import check_range
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")
 
@@ -57,10 +57,7 @@ def token_norms(
         check_shape("token_norms", "rows", rows, "B T", {"B": q.shape[0]})
         if rows.dtype != torch.int64:
             raise TypeError(f"token_norms: rows must be int64, got {rows.dtype}")
-        require(
-            ((rows >= 0) & (rows < q.shape[2])).all(),
-            lambda: ValueError(f"token_norms: rows must lie in [0, {q.shape[2]}), got {int(rows.min())} to {int(rows.max())}"),
-        )
+        check_range("token_norms", "rows", rows, q.shape[2])
     return _token_norms(q, k, lse, gram, cross, residual_sq, rstd, key_mask, rows, scaling, *window, backend)
 
 
