@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from models import build
 from test_kernels_relevance import (  # noqa: F401
+    DEVICE,
     Case,
     compare,
     layer,
@@ -16,6 +18,7 @@ from test_kernels_relevance import (  # noqa: F401
     test_without_a_rollout,
 )
 
+from pyglobenc import TransformerAttribution
 from pyglobenc.ops import relevance_attention, relevance_maps, relevance_rollout_step
 
 EMULATED = not torch.cuda.is_available()
@@ -61,6 +64,17 @@ def test_padding_is_never_read(backend):
             assert torch.equal(clean, out)
 
 
+def test_transformer_attribution_of_a_model(backend):
+    model = build("bert-classifier").float().to(DEVICE)
+    ids = torch.randint(5, 97, (2, 19), device=DEVICE)
+    mask = (torch.arange(19, device=DEVICE) < torch.tensor([[19], [11]], device=DEVICE)).long()
+    out, expected = (
+        TransformerAttribution(model, backend=name)(input_ids=ids, attention_mask=mask, start_layer=2) for name in (backend, "reference")
+    )
+    # the last layer alone: what comes below divides by scores near 0, and float32 results differ at will
+    torch.testing.assert_close(out.scores, expected.scores, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.skipif(not EMULATED, reason="sets the emulated machine's limits")
 class TestMachine:
     def run(self, kernels, backend, args, r):
@@ -83,3 +97,28 @@ class TestMachine:
         kernels.machine(shared_limit=99 * 1024)
         with pytest.raises(ValueError, match="heads of 256 take 1[0-9]* bytes of shared memory, a block here has 101376"):
             relevance_maps(**args, backend=backend)
+
+
+@pytest.mark.gpu
+class TestOnAGPU:
+    CASE = Case(H=12, n=1000, dh=64, mask="left", additive=True, normalize=True)
+
+    def test_bert_base_at_full_size(self, backend):
+        args, r = layer(self.CASE)
+        compare(backend, relevance_attention, args, dict(r=r), additive_mask=True, normalize=True)
+        compare(backend, relevance_maps, args, {})
+
+    def test_runs_repeat_bit_for_bit(self, backend):
+        args, r = layer(self.CASE)
+        runs = [relevance_attention(**args, r=r, additive_mask=True, backend=backend) for _ in range(2)]
+        assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
+
+    def test_memory_is_linear(self, backend):
+        q, r = torch.randn(1, 12, 8192, 64, device=DEVICE), torch.rand(1, 1, 8192, device=DEVICE)
+        lse = torch.full((1, 12, 8192), 12.0, device=DEVICE)
+        relevance_attention(q, q, q, lse, q, q, r=r, backend=backend)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        relevance_attention(q, q, q, lse, q, q, r=r, backend=backend)
+        # three results of 25 MB; the map of one head alone would take 268 MB
+        assert torch.cuda.max_memory_allocated() - before < 80 * 2**20
