@@ -101,7 +101,7 @@ class Generator:
         """Grad-CAM on the last layer's attention; as published, means and extremes run over padding too."""
         batch = {"input_ids": input_ids, "attention_mask": attention_mask}
         check_batch("Generator", self._attribute.model, batch)
-        states = run_forward(self._attribute.model, batch, self._attribute.kind, (_class(index), None, None), None, self._last)
+        states = run_forward(self._attribute.model, batch, self._attribute.kind, (_class(index, self._attribute), None, None), None, self._last)
         scores = _grad_cam(states.layers[-1], states.grads[-1])
         scores[:, 0] = 0
         return scores
@@ -113,7 +113,7 @@ class Generator:
 
     def _scores(self, variant: str, input_ids: Tensor, attention_mask: Tensor, index: Any, start_layer: int) -> Tensor:
         batch = {"input_ids": input_ids, "attention_mask": attention_mask}
-        return self._attribute(**batch, target=_class(index), variant=variant, start_layer=start_layer).scores.clone()
+        return self._attribute(**batch, target=_class(index, self._attribute), variant=variant, start_layer=start_layer).scores.clone()
 
 
 class LRP:
@@ -146,7 +146,7 @@ class LRP:
         if method not in METHODS:
             raise ValueError(f"LRP: method must be one of {', '.join(METHODS)}, got {method!r}")
         variant = METHODS[method] + ("_ablation" if is_ablation and method in WITH_ABLATION else "")
-        scores = self._attribute(pixel_values=input, target=_class(index), variant=variant, start_layer=start_layer).scores
+        scores = self._attribute(pixel_values=input, target=_class(index, self._attribute), variant=variant, start_layer=start_layer).scores
         return scores if METHODS[method] in ("transformer_attribution", "rollout", "full") else _one(scores)
 
 
@@ -160,7 +160,7 @@ class Baselines:
 
     def generate_cam_attn(self, input: Tensor, index: Any = None) -> Tensor:
         """Grad-CAM on the last layer's attention, a value a patch, (rows, columns), or (B, rows, columns) for more than one image."""
-        scores = self._attribute(pixel_values=input, target=_class(index), variant="attn_gradcam").scores
+        scores = self._attribute(pixel_values=input, target=_class(index, self._attribute), variant="attn_gradcam").scores
         rows = input.shape[2] // patch_projection(self.model.base_model).stride[0]
         return _one(scores.unflatten(1, (rows, -1)))
 
@@ -186,11 +186,12 @@ def _grad_cam(layer: LayerTrace, grad_o: Tensor) -> Tensor:
     return (maps[0][:, 0] - low) / (high - low)
 
 
-def _class(index: Any) -> Any:
-    """None, or one class or (B,) as integers; the published code also takes numpy's."""
+def _class(index: Any, attribute: TransformerAttribution) -> Any:
+    """None, or one class or (B,) as integers; the published code also takes numpy's, and counts negative ones from the last class."""
     if index is None:
         return None
     index = torch.as_tensor(index)
+    index = torch.where(index < 0, index + attribute.model.config.num_labels, index)
     return int(index) if index.numel() == 1 else index
 
 

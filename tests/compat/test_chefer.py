@@ -48,6 +48,7 @@ def test_generator_takes_what_argmax_returns():
     generator = Generator(model)
     out = generator.generate_LRP(**batch, index=np.array([explained]), start_layer=0)
     assert torch.equal(out, generator.generate_LRP(**batch, index=explained, start_layer=0))
+    assert torch.equal(out, generator.generate_LRP(**batch, index=explained - model.config.num_labels, start_layer=0))
     with pytest.raises(ValueError, match=r"start_layer must lie in \[0, 3\)"):
         generator.generate_LRP(**batch)
 
