@@ -36,10 +36,12 @@ OPS = (
     "exp",
     "table",
 )
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
 SETS = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
+    "avx512": AVX512,
+    "avx512bf16": [*AVX512, "-mavx512bf16"],
 }
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"]
 CPU_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wextra"]

@@ -26,6 +26,7 @@ CASES = [
     (Case(n=150, window=(17, 9), mask="holes"), 2),
     (Case(n=150, window=(0, 0)), 1),
     (Case(n=67, dtype=torch.bfloat16), 1),
+    (Case(n=65, H=3, Hkv=1, dh=7, dtype=torch.bfloat16), 2),
     (Case(n=67, dtype=torch.float16, mask="holes"), 2),
     (Case(n=50, peak=40.0), 2),
 ]

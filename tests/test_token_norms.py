@@ -35,6 +35,7 @@ CASES = [
     Case(n=150, window=(0, 0)),
     Case(n=150, window=(3, -1), residual=False),
     Case(n=67, dtype=torch.bfloat16),
+    Case(n=65, H=3, Hkv=1, dh=7, dtype=torch.bfloat16),
     Case(n=67, dtype=torch.float16, mask="holes"),
     Case(n=50, peak=40.0),
 ]
@@ -93,8 +94,9 @@ def test_rows_are_those_of_the_full_matrix(case, kernel):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_strided_inputs(kernel):
-    args = pair_args(Case(n=37, mask="holes"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strided_inputs(kernel, dtype):
+    args = pair_args(Case(n=37, dh=7, mask="holes", dtype=dtype))
     strided = {name: torch.stack([t, t], -1)[..., 0] if isinstance(t, torch.Tensor) else t for name, t in args.items()}
     assert not strided["gram"].is_contiguous() and strided["q"].stride(-1) == 2
     with running(kernel) as backend:

@@ -25,6 +25,9 @@ void release(void* memory) { std::free(memory); }
 
 static std::vector<const Kernels*> available() {
     std::vector<const Kernels*> out;
+#ifdef PYGLOBENC_HAS_AVX512BF16
+    if (kernels_avx512bf16.supported()) out.push_back(&kernels_avx512bf16);
+#endif
 #ifdef PYGLOBENC_HAS_AVX512
     if (kernels_avx512.supported()) out.push_back(&kernels_avx512);
 #endif
@@ -76,11 +79,11 @@ static void rollout_step(const py::tuple& given, const py::object& r, const py::
     in_use->rollout_step(args, from, to);
 }
 
-static void head_gram(const py::object& v, const py::object& kernel, const py::object& projected, const py::object& gram,
-                      const py::object& cross, int threads) {
-    const View views[] = {view(v), view(kernel), view(projected), view(gram), view(cross)};
+static void head_gram(const py::object& v, const py::object& kernel, const py::object& x, const py::object& cross_kernel,
+                      const py::object& gram, const py::object& cross, int threads) {
+    const View views[] = {view(v), view(kernel), view(x), view(cross_kernel), view(gram), view(cross)};
     py::gil_scoped_release nogil;
-    in_use->head_gram(views[0], views[1], views[2], views[3], views[4], threads < 1 ? 1 : threads);
+    in_use->head_gram(views[0], views[1], views[2], views[3], views[4], views[5], threads < 1 ? 1 : threads);
 }
 
 // Contiguous float32, checked by the launchers.

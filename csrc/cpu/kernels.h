@@ -45,7 +45,8 @@ struct Kernels {
     bool (*supported)();
     void (*token_norms)(const PairArgs& args, const View& out);                    // out [B, T or n, n]
     void (*rollout_step)(const PairArgs& args, const View& r, const View& out);    // r, out [B, T, n]
-    void (*head_gram)(const View& v, const View& kernel, const View& projected, const View& gram, const View& cross, int threads);
+    void (*head_gram)(const View& v, const View& kernel, const View& x, const View& cross_kernel, const View& gram, const View& cross,
+                      int threads);
     void (*clone_relevance)(const float* const* parts, int64_t n_parts, const float* x, float* out, int64_t count, int threads);
     void (*add_relevance)(const float* r, const float* a, const float* b, float* out_a, float* out_b, int64_t batch, int64_t count,
                           float stabilizer, bool rescale, int threads);
@@ -56,7 +57,7 @@ struct Kernels {
     void (*exp)(const float* x, float* out, int64_t count);
 };
 
-extern const Kernels kernels_portable, kernels_avx2, kernels_avx512;  // those that the build has
+extern const Kernels kernels_portable, kernels_avx2, kernels_avx512, kernels_avx512bf16;  // those that the build has
 
 // Memory aligned to cache lines; throws std::bad_alloc. Not inline: it must be compiled for the oldest machine.
 void* allocate(int64_t bytes);

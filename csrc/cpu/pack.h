@@ -18,19 +18,45 @@ static inline float number(const View& v, int64_t a, int64_t b = 0, int64_t c = 
     return static_cast<const float*>(v.data)[at(v, a, b, c, d)];
 }
 
-// Vector x[a, b, c, :] of any type to out, `step` floats apart.
-static inline void widen(const View& x, int64_t a, int64_t b, int64_t c, float* out, int64_t step) {
-    const int64_t count = x.shape[3], stride = x.stride[3], first = at(x, a, b, c);
+// What 32 bits of a packed vector hold: a float, or two bf16 as they came.
+enum class Unit { single, pair };
+
+static inline Unit unit_of(const View& x) { return PAIRS && x.type == Type::bf16 ? Unit::pair : Unit::single; }
+static inline int64_t units(Unit unit, int64_t numbers) { return unit == Unit::pair ? (numbers + 1) / 2 : numbers; }
+
+// Numbers of x from element `first` on, `step` elements apart, to out, one unit after the other; what an odd number leaves is 0.
+static inline void take(const View& x, Unit unit, int64_t first, int64_t step, int64_t numbers, float* out) {
     if (x.type == Type::f32) {
         const float* in = static_cast<const float*>(x.data) + first;
-        for (int64_t i = 0; i < count; ++i) out[i * step] = in[i * stride];
+        if (step == 1) std::memcpy(out, in, sizeof(float) * numbers);
+        else for (int64_t i = 0; i < numbers; ++i) out[i] = in[i * step];
         return;
     }
     const uint16_t* in = static_cast<const uint16_t*>(x.data) + first;
-    if (x.type == Type::bf16)
-        for (int64_t i = 0; i < count; ++i) out[i * step] = widen_bf16(in[i * stride]);
-    else
-        for (int64_t i = 0; i < count; ++i) out[i * step] = widen_f16(in[i * stride]);
+    if (unit == Unit::pair) {
+        uint16_t* const to = reinterpret_cast<uint16_t*>(out);
+        if (step == 1) std::memcpy(to, in, sizeof(uint16_t) * numbers);
+        else for (int64_t i = 0; i < numbers; ++i) to[i] = in[i * step];
+        if (numbers % 2) to[numbers] = 0;
+    } else if (x.type == Type::bf16) {
+        for (int64_t i = 0; i < numbers; ++i) out[i] = widen_bf16(in[i * step]);
+    } else {
+        for (int64_t i = 0; i < numbers; ++i) out[i] = widen_f16(in[i * step]);
+    }
+}
+
+// Vectors of `count` tokens, at most I, to out [units, I]; 0 beyond the last. Token l's numbers start at element first[l], `step` apart.
+static void pack_tokens(const View& x, Unit unit, const int64_t* first, int64_t count, int64_t step, int64_t numbers, float* out) {
+    const int64_t width = units(unit, numbers), each = unit == Unit::pair ? 2 : 1;
+    for (int64_t l = 0; l < I; l += W)
+        for (int64_t c = 0; c < width; c += W) {
+            const int64_t rest = numbers - c * each, here = rest < W * each ? rest : W * each;
+            Floats rows[W] = {};
+            for (int64_t r = 0; r < W && l + r < count; ++r)
+                take(x, unit, first[l + r] + c * each * step, step, here, reinterpret_cast<float*>(rows + r));
+            transpose(rows);
+            for (int64_t r = 0; r < W && c + r < width; ++r) store(out + (c + r) * I + l, rows[r]);
+        }
 }
 
 // One example of the batch: the positions of its real keys, in order, and of the queries to compute.
@@ -45,26 +71,24 @@ struct Example {
 
 // Blocks of I queries, the unit that is streamed past a tile of keys.
 struct Queries {
-    float* q;           // [blocks, H, dh, I]
+    Unit unit;
+    float* q;           // [blocks, H, units, I]
     float* offset;      // [blocks, H, I] -lse; -inf beyond the last query, whose probabilities are then 0
     int32_t* position;  // [blocks, I] -1 beyond the last query
 };
 
 static void pack_queries(const PairArgs& args, const Example& example, int64_t block, const Queries& out) {
-    const int64_t H = args.q.shape[1], dh = args.q.shape[3];
+    const int64_t H = args.q.shape[1], dh = args.q.shape[3], width = units(out.unit, dh);
     const int64_t start = block * I, count = example.n_queries - start < I ? example.n_queries - start : I;
     const int64_t slot = example.first_block + block;
     int32_t* position = out.position + slot * I;
     for (int64_t l = 0; l < I; ++l) position[l] = l < count ? example.queries[start + l] : -1;
     for (int64_t h = 0; h < H; ++h) {
-        float* q = out.q + (slot * H + h) * dh * I;
+        int64_t first[I];
+        for (int64_t l = 0; l < count; ++l) first[l] = at(args.q, example.b, h, position[l]);
+        pack_tokens(args.q, out.unit, first, count, args.q.stride[3], dh, out.q + (slot * H + h) * width * I);
         float* offset = out.offset + (slot * H + h) * I;
-        if (count < I) std::memset(q, 0, sizeof(float) * dh * I);
-        for (int64_t l = 0; l < count; ++l) {
-            widen(args.q, example.b, h, position[l], q + l, I);
-            offset[l] = -number(args.lse, example.b, h, position[l]);
-        }
-        for (int64_t l = count; l < I; ++l) offset[l] = -INFINITY;
+        for (int64_t l = 0; l < I; ++l) offset[l] = l < count ? -number(args.lse, example.b, h, position[l]) : -INFINITY;
     }
 }
 
@@ -75,36 +99,43 @@ static inline int64_t form_size(int64_t H) {
     return size;
 }
 
-static inline float folded(const View& gram, int64_t b, int64_t j, int64_t g, int64_t h) {
-    return g == h ? number(gram, b, j, g, g) : number(gram, b, j, g, h) + number(gram, b, j, h, g);
-}
-
 // a^T G a = sum_g a_g (sum_{h >= g} (G + G^T - diag G)_gh a_h): pairs (row g, row g + 1) for h = g, g + 1, ...
 static void pack_form(const View& gram, int64_t b, int64_t j, float* out) {
-    const int64_t H = gram.shape[2];
-    for (int64_t g = 0; g < H; g += 2)
-        for (int64_t h = g; h < H; ++h) {
-            *out++ = folded(gram, b, j, g, h);
-            *out++ = h > g ? folded(gram, b, j, g + 1, h) : 0.0f;
+    const int64_t H = gram.shape[2], down = gram.stride[2], right = gram.stride[3];
+    const float* const own = static_cast<const float*>(gram.data) + at(gram, b, j);
+    for (int64_t g = 0; g < H; g += 2) {
+        const float* const row = own + g * down;
+        const float* const column = own + g * right;
+        *out++ = row[g * right];
+        *out++ = 0;
+        if (g + 1 == H) break;
+        *out++ = row[(g + 1) * right] + column[(g + 1) * down];
+        *out++ = row[down + (g + 1) * right];
+        for (int64_t h = g + 2; h < H; ++h) {
+            *out++ = row[h * right] + column[h * down];
+            *out++ = row[down + h * right] + column[h * down + right];
         }
+    }
 }
 
 // A block of keys and what belongs to them.
 struct Keys {
+    Unit unit;
     int64_t first, count;  // among the example's real keys
-    float* k;              // [Hkv, tiles, dh, J]
+    float* k;              // [Hkv, count to a multiple of J, units]
     float* form;           // [count, form_size(H)]
 };
 
 static void pack_keys(const PairArgs& args, const Example& example, const Keys& keys) {
-    const int64_t Hkv = args.k.shape[1], dh = args.k.shape[3], size = form_size(args.q.shape[1]);
-    const int64_t tiles = (keys.count + J - 1) / J;
-    if (keys.count < tiles * J) std::memset(keys.k, 0, sizeof(float) * Hkv * tiles * dh * J);
-    for (int64_t j = 0; j < keys.count; ++j) {
-        const int64_t position = example.keys[keys.first + j];
-        for (int64_t h = 0; h < Hkv; ++h) widen(args.k, example.b, h, position, keys.k + (h * tiles + j / J) * dh * J + j % J, J);
-        pack_form(args.gram, example.b, position, keys.form + j * size);
+    const int64_t Hkv = args.k.shape[1], size = form_size(args.q.shape[1]), width = units(keys.unit, args.k.shape[3]);
+    const int64_t rows = (keys.count + J - 1) / J * J;
+    for (int64_t h = 0; h < Hkv; ++h) {
+        float* const k = keys.k + h * rows * width;
+        for (int64_t j = 0; j < keys.count; ++j)
+            take(args.k, keys.unit, at(args.k, example.b, h, example.keys[keys.first + j]), args.k.stride[3], args.k.shape[3], k + j * width);
+        std::memset(k + keys.count * width, 0, sizeof(float) * (rows - keys.count) * width);
     }
+    for (int64_t j = 0; j < keys.count; ++j) pack_form(args.gram, example.b, example.keys[keys.first + j], keys.form + j * size);
 }
 
 }  // namespace PYGLOBENC_ISA

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -24,6 +25,9 @@ constexpr int W = 4, V = 2, J = 4;
 #endif
 constexpr int I = W * V;  // queries of a block
 
+// before a loop over a register tile: unrolled late, the tile would be zeroed and read back in memory
+#define UNROLL _Pragma("GCC unroll 8")
+
 typedef float Floats __attribute__((vector_size(W * 4)));
 typedef int32_t Ints __attribute__((vector_size(W * 4)));
 
@@ -39,6 +43,37 @@ static inline float sum(Floats x) {
         for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
     return lanes[0];
 }
+
+// Halves of a and b, lane by lane in turn: the first halves for FROM = 0, the second for FROM = W / 2.
+template <int FROM, size_t... L>
+static inline Floats interleave(Floats a, Floats b, std::index_sequence<L...>) {
+    return __builtin_shufflevector(a, b, int(FROM + L / 2 + L % 2 * W)...);
+}
+
+// Rows of a W * W square to columns. A round moves the last bit of the lane's number to the row's, and the row's first to the lane's.
+static inline void transpose(Floats rows[W]) {
+    constexpr auto lanes = std::make_index_sequence<W>();
+    for (int round = 1; round < W; round *= 2) {
+        Floats next[W];
+        for (int r = 0; r < W / 2; ++r) {
+            next[2 * r] = interleave<0>(rows[r], rows[r + W / 2], lanes);
+            next[2 * r + 1] = interleave<W / 2>(rows[r], rows[r + W / 2], lanes);
+        }
+        for (int r = 0; r < W; ++r) rows[r] = next[r];
+    }
+}
+
+// Whether two bf16 in the 32 bits of a lane are multiplied and added at once.
+#if defined(__AVX512BF16__)
+constexpr bool PAIRS = true;
+static inline Floats multiply_pairs(Floats x, float pair, Floats sum) {
+    int32_t bits;
+    std::memcpy(&bits, &pair, sizeof bits);
+    return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)(Ints{} + bits));
+}
+#else
+constexpr bool PAIRS = false;
+#endif
 
 // Root of x, 0 where x is negative; NaN stays.
 static inline Floats root(Floats x) {

@@ -2,28 +2,22 @@
 #pragma once
 
 #include "pack.h"
+#include "products.h"
 
 namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
 // Probabilities of one head, alpha[j, i] = exp(scale * q_i . k_j + offset_i), to alpha[j * key_stride + i]. Not inlined: the compiler keeps
 // the accumulators in registers only in a function of their own.
-template <int VT>
-__attribute__((noinline)) static void probabilities(const float* q,       // [dh, I]
-                                                    const float* k,       // [dh, J]
+template <int VT, Unit UNIT>
+__attribute__((noinline)) static void probabilities(const float* q,       // [width, I]
+                                                    const float* k,       // [J, width]
                                                     const float* offset,  // [I]
-                                                    float scale, int64_t dh, float* alpha, int64_t key_stride) {
-    Floats acc[J][VT] = {};
-    for (int64_t c = 0; c < dh; ++c, q += I, k += J) {
-        Floats x[VT];
-        for (int v = 0; v < VT; ++v) x[v] = load(q + v * W);
-        for (int j = 0; j < J; ++j) {
-            const Floats y = splat(k[j]);
-            for (int v = 0; v < VT; ++v) acc[j][v] += x[v] * y;
-        }
-    }
-    for (int j = 0; j < J; ++j)
-        for (int v = 0; v < VT; ++v) store(alpha + j * key_stride + v * W, acc[j][v]);
+                                                    float scale, int64_t width, float* alpha, int64_t key_stride) {
+    Floats acc[J][VT];
+    products<J, VT, UNIT>(q, k, width, width, acc);
+    UNROLL for (int j = 0; j < J; ++j)
+        UNROLL for (int v = 0; v < VT; ++v) store(alpha + j * key_stride + v * W, acc[j][v]);
     for (int j = 0; j < J; ++j, alpha += key_stride)
         for (int v = 0; v < VT; ++v) store(alpha + v * W, exp(load(alpha + v * W) * scale + load(offset + v * W)));
 }

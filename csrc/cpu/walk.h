@@ -110,7 +110,7 @@ struct Layout {
 
     Layout(const PairArgs& args, int64_t keys, int64_t sink_size) : sink(aligned(sink_size)) {
         const int64_t H = args.q.shape[1];
-        k = aligned(args.k.shape[1] * keys * args.q.shape[3]);
+        k = aligned(args.k.shape[1] * keys * units(unit_of(args.k), args.k.shape[3]));
         form = aligned(keys * form_size(H));
         alpha = keys * H * I;
         norm = J * I;
@@ -130,7 +130,7 @@ struct Layout {
 template <int VT, class Sink>
 static void visit(const PairArgs& args, const Example& example, const Keys& keys, const Queries& queries, int64_t block, float* alpha,
                   float* norm, float* sink_memory, Sink& sink) {
-    const int64_t H = args.q.shape[1], dh = args.q.shape[3], group = H / args.k.shape[1], size = form_size(H);
+    const int64_t H = args.q.shape[1], group = H / args.k.shape[1], size = form_size(H), width = units(keys.unit, args.q.shape[3]);
     const int64_t slot = example.first_block + block, tiles = (keys.count + J - 1) / J;
     const int64_t n_queries = example.n_queries - block * I < I ? example.n_queries - block * I : I;
     const int32_t* position = queries.position + slot * I;
@@ -142,10 +142,11 @@ static void visit(const PairArgs& args, const Example& example, const Keys& keys
         high = position[l] > high ? position[l] : high;
     }
     if (Overlap(args, key[0], key[keys.count - 1], low, high).hidden) return;
+    const auto scores = PAIRS && keys.unit == Unit::pair ? probabilities<VT, PAIRS ? Unit::pair : Unit::single> : probabilities<VT, Unit::single>;
     for (int64_t h = 0; h < H; ++h)
         for (int64_t t = 0; t < tiles; ++t)
-            probabilities<VT>(queries.q + (slot * H + h) * dh * I, keys.k + (h / group * tiles + t) * dh * J,
-                              queries.offset + (slot * H + h) * I, args.scaling, dh, alpha + (t * J * H + h) * I, H * I);
+            scores(queries.q + (slot * H + h) * width * I, keys.k + (h / group * tiles + t) * J * width, queries.offset + (slot * H + h) * I,
+                   args.scaling, width, alpha + (t * J * H + h) * I, H * I);
     for (int64_t j = 0; j < keys.count; j += J) {
         const int64_t count = keys.count - j < J ? keys.count - j : J;
         const Overlap overlap(args, key[j], key[j + count - 1], low, high);
@@ -158,7 +159,7 @@ static void visit(const PairArgs& args, const Example& example, const Keys& keys
 template <class Sink>
 static void run_task(const PairArgs& args, const Example& example, int64_t first, int64_t most, const Queries& queries, float* scratch,
                      const Layout& layout, Sink& sink) {
-    const Keys keys{first, example.n_keys - first < most ? example.n_keys - first : most, scratch, scratch + layout.k};
+    const Keys keys{queries.unit, first, example.n_keys - first < most ? example.n_keys - first : most, scratch, scratch + layout.k};
     float* alpha = keys.form + layout.form;
     float* norm = alpha + layout.alpha;
     float* sink_memory = norm + layout.norm;
@@ -185,9 +186,10 @@ static void walk(const PairArgs& args, Sink& sink) {
         const Layout layout(args, chunk.keys, sink.size(chunk.keys));
         const bool serial = chunk.pairs * H * (dh + H) < SERIAL;
         const int threads = serial ? 1 : args.threads;
-        const int64_t q = chunk.blocks * H * dh * I, offset = chunk.blocks * H * I, position = aligned(chunk.blocks * I);
+        const Unit unit = unit_of(args.q);
+        const int64_t q = chunk.blocks * H * units(unit, dh) * I, offset = chunk.blocks * H * I, position = aligned(chunk.blocks * I);
         const Memory memory(4 * (q + offset + position + threads * layout.total()));
-        const Queries queries{memory.as<float>(), memory.as<float>(4 * q), memory.as<int32_t>(4 * (q + offset))};
+        const Queries queries{unit, memory.as<float>(), memory.as<float>(4 * q), memory.as<int32_t>(4 * (q + offset))};
         float* const scratch = memory.as<float>(4 * (q + offset + position));
         sink.open(chunk.blocks);
 #pragma omp parallel num_threads(threads) if (threads > 1)

@@ -1,6 +1,6 @@
-"""Gram matrices of the heads' transformed vectors in C++, the cross terms' projection by torch's GEMM: csrc/cpu/head_gram.cpp.
+"""Gram matrices of the heads' transformed vectors and their cross terms in C++: csrc/cpu/head_gram.cpp.
 
-The symmetric half of G is summed in registers; torch's GEMMs would write and read its n*d*H/2 products.
+Both are summed in registers; torch's GEMMs would write and read n*d*H/2 products for G and n*d for c, and pack the weights anew each call.
 """
 
 import torch
@@ -18,12 +18,9 @@ def head_gram(v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: 
     """See `pyglobenc.ops.head_gram`: -> G (B, n, H, H), c (B, n, H) or None."""
     B, _, n, dh = v.shape
     heads = kernel.shape[0]
-    gram = torch.zeros(B, n, heads, heads)
-    cross = projected = None
-    if x is not None:
-        projected = x @ cross_kernel.flatten(0, 1).T
-        cross = torch.zeros(B, n, heads)
+    gram, cross = torch.zeros(B, n, heads, heads), None if x is None else torch.zeros(B, n, heads)
     if gram.numel():
-        v = v if v.stride(3) == 1 else v.contiguous()
-        kernels.head_gram(v, kernel.contiguous(), projected, gram, cross, torch.get_num_threads())
+        # rows of both kernels are read as they lie
+        kernel, cross_kernel = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (kernel, cross_kernel))
+        kernels.head_gram(v, kernel, x, cross_kernel, gram, cross, torch.get_num_threads())
     return gram, cross
