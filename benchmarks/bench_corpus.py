@@ -1,4 +1,4 @@
-"""A corpus job against the plain forward pass in the same batches: MiniLM, 2,000 sentences, CPU or GPU.
+"""A corpus job, packed and padded, against the plain forward pass in the same padded batches: MiniLM, 2,000 sentences, CPU or GPU.
 
     PYGLOBENC_CORPUS=sentences.tsv pytest benchmarks/bench_corpus.py --csv corpus
 
@@ -67,8 +67,10 @@ def batches_of(runner, records, batch_tokens):
     return out
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("batch_tokens", [1024, 4096])
-def bench_attribute(benchmark, source, runner, tmp_path, batch_tokens):
+def bench_attribute(benchmark, source, runner, tmp_path, batch_tokens, packed):
+    runner.packed = packed
     records = list(source.records())
     assert not attribute_records(runner, records[:50], batch_tokens)[1], "every sentence is attributed"
     forward = plain_forward(runner, batches_of(runner, records, batch_tokens))
