@@ -205,6 +205,8 @@ def test_formats(suffix, tmp_path):
         ("a.txt", b"good\n\xff\xfe bad\n\nlast", [None, "not UTF-8", "empty", None]),
         ("a.jsonl", b'{"text": "a"}\n{"text"\n\n[1]\n{"text": 3}\n"b"\n', [None, "JSON", "no text", "key", "str", None]),
         ("a.csv", b'id,text\n1,a\n2\n3,"b\nc"\n4,\xe9\n', [None, "1 columns", None, "not UTF-8"]),
+        # a quote that is never closed takes the rest with it, and says so
+        ("a.csv", b'text\na\n"b\nc\n', [None, "not CSV: unexpected end of data (lines 3 to 4)"]),
     ],
 )
 def test_bad_records_are_named_and_passed_over(name, data, reasons, tmp_path):

@@ -119,15 +119,20 @@ def _json_text(line: str, key: str) -> Any:
         return ValueError(f"not JSON: {error}")
     if isinstance(value, str):
         return value
-    if not isinstance(value, dict) or key not in value:
+    if not isinstance(value, dict):
+        return ValueError(f"a line must hold an object with the key {key!r}, or a string, got {type(value).__name__}")
+    if key not in value:
         return ValueError(f"no key {key!r}")
     return value[key]
 
 
 def _csv(path: Path, column: str | None, header: bool) -> Source:
-    with open(path, "rb") as file:
-        first = file.readline().decode("utf-8-sig", errors="replace")
-    names = next(csv.reader([first], **_dialect(path)), [])
+    csv.field_size_limit(LARGEST_FIELD)
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+        try:
+            names = next(csv.reader(file, **_dialect(path)), [])
+        except csv.Error as error:
+            raise ValueError(f"{path}: the first row is not CSV: {error}") from error
     if header:
         column = choose_column(path, names, column)
         position = names.index(column)
@@ -148,20 +153,22 @@ def _csv(path: Path, column: str | None, header: bool) -> Source:
 
 def _dialect(path: Path) -> dict[str, Any]:
     # tab-separated files have no quoting: a lone quote in a text must not swallow the lines after it
-    return {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix.lower() == ".tsv" else {}
+    # elsewhere one that is never closed would swallow them too: strict reports it
+    return {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix.lower() == ".tsv" else {"strict": True}
 
 
 def _rows(path: Path, position: int) -> Iterator[Any]:
-    csv.field_size_limit(LARGEST_FIELD)
     with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
         rows = csv.reader(file, **_dialect(path))
         while True:
+            first = rows.line_num + 1
             try:
                 row = next(rows)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield ValueError(f"not CSV: {error}")
+                where = f"line {first}" if rows.line_num == first else f"lines {first} to {rows.line_num}"
+                yield ValueError(f"not CSV: {error} ({where})")
                 continue
             yield row[position] if position < len(row) else ValueError(f"the row has {len(row)} columns")
 
