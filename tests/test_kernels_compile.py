@@ -34,13 +34,14 @@ HEADS = [(12, 12, 64, "float32", 1), (16, 16, 80, "float32", 24), (4, 4, 256, "f
 
 
 def cases() -> list[dict]:
-    """Every optional argument on; tf32, which a caller may ask for, and the rest off for one shape."""
+    """Every optional argument on; tf32, which a caller may ask for, no packed sequences, and all off for one shape."""
     out = []
     for capability in CAPABILITIES:
 
-        def case(op, shape, precision="tf32x3", full=True, capability=capability):
+        def case(op, shape, precision="tf32x3", full=True, packed=True, capability=capability):
             names = ("heads", "kv_heads", "head_dim", "dtype", "rows")
-            out.append(dict(op=op, capability=capability, precision=precision, full=full, **dict(zip(names, shape, strict=True))))
+            chosen = dict(op=op, capability=capability, precision=precision, full=full, packed=packed)
+            out.append(chosen | dict(zip(names, shape, strict=True)))
 
         if capability == AMD:
             for op in ("rollout_step", "token_norms", *RULES, "relevance_attention", "relevance_maps", "head_gram", "head_norms"):
@@ -59,6 +60,7 @@ def cases() -> list[dict]:
         case("head_norms", HEADS[0])
         case("token_norms", BERT)
         case("rollout_step", BERT, precision="tf32")
+        case("rollout_step", BERT, packed=False)
         case("token_norms", BERT, full=False)
     return out
 

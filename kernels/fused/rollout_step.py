@@ -19,13 +19,31 @@ MAX_ROWS = 64
 
 
 @triton.jit
-def _queries(block, j_ok, low, high, left, right, share, shares, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):
-    """First and last + 1 of a share of the queries, low to high - 1, that see a key of the block; shares are whole tiles."""
-    first = tl.maximum(low, block * BLOCK_J - right) // BLOCK_I * BLOCK_I
-    last = tl.minimum(high, (block + 1) * BLOCK_J + left)
-    last = tl.where(tl.max(j_ok.to(tl.int32), 0) > 0, last, first)
+def _sequences(SPANS, j, j_ok, n, PACKED: tl.constexpr):
+    """First and last + 1 token of each key's sequence, (keys,) each; n and 0 of a key that doesn't count."""
+    if PACKED:
+        return tl.load(SPANS + j, mask=j_ok, other=n), tl.load(SPANS + n + j, mask=j_ok, other=0)
+    else:
+        return tl.where(j_ok, 0, n), tl.where(j_ok, n, 0)
+
+
+@triton.jit
+def _queries(block, start_j, stop_j, left, right, share, shares, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):
+    """First and last + 1 of a share of the queries that see a key of the block; shares are whole tiles."""
+    first = tl.maximum(tl.min(start_j, 0), block * BLOCK_J - right) // BLOCK_I * BLOCK_I
+    last = tl.maximum(first, tl.minimum(tl.max(stop_j, 0), (block + 1) * BLOCK_J + left))
     per_share = tl.cdiv(tl.cdiv(last - first, BLOCK_I), shares) * BLOCK_I
     return first + share * per_share, tl.minimum(last, first + (share + 1) * per_share)
+
+
+@triton.jit
+def _accumulate(acc, norms, weights, BLOCK_T: tl.constexpr, FORM: tl.constexpr):
+    """acc + norms weights of a tile: (keys, rows of the rollout)."""
+    if BLOCK_T == 1:
+        acc += tl.sum(norms * tl.sum(weights, 1)[None, :], 1)[:, None]
+    else:
+        acc = tl.dot(norms, weights, acc, input_precision=FORM)
+    return acc
 
 
 @triton.jit
@@ -61,11 +79,8 @@ def _rollout_step_kernel(
     head_ok = heads < n_heads
     j = block * BLOCK_J + tl.arange(0, BLOCK_J)
     j_ok = real_tokens(MASK, b, stride_mb, stride_mn, j, j < n, HAS_MASK)
-    low, high = 0, n
-    if PACKED:
-        start_j, stop_j = tl.load(SPANS + j, mask=j_ok, other=n), tl.load(SPANS + n + j, mask=j_ok, other=0)
-        low, high = tl.min(start_j, 0), tl.max(stop_j, 0)
-    first, last = _queries(block, j_ok, low, high, left, right, share, shares, BLOCK_I, BLOCK_J)
+    start_j, stop_j = _sequences(SPANS, j, j_ok, n, PACKED)
+    first, last = _queries(block, start_j, stop_j, left, right, share, shares, BLOCK_I, BLOCK_J)
     gram = load_gram(GRAM + b * stride_gb, stride_gn, stride_gh, stride_gg, heads, head_ok, j, j_ok)
     k_held = hold_keys(K, stride_kh, stride_kn, heads, head_ok, group, j, j_ok, HEAD_DIM, BLOCK_D, HELD, UPCAST)
     own = tl.zeros((BLOCK_J,), tl.float32)
@@ -88,10 +103,7 @@ def _rollout_step_kernel(
         weights = tl.load(at, mask=i_ok[:, None] & (t < n_rows)[None, :], other=0.0)
         if HAS_RSTD:
             weights *= tl.load(RSTD + b * stride_sb + i64 * stride_sn, mask=i_ok, other=0.0)[:, None]
-        if BLOCK_T == 1:
-            acc += tl.sum(norms * tl.sum(weights, 1)[None, :], 1)[:, None]
-        else:
-            acc = tl.dot(norms, weights, acc, input_precision=FORM)
+        acc = _accumulate(acc, norms, weights, BLOCK_T, FORM)
     acc = tl.where(j_ok[:, None], acc, 0.0)
     OUT += ((share * batch + b) * n_rows + t.to(tl.int64)[None, :]) * n
     tl.store(OUT + j[:, None], acc, mask=(j < n)[:, None] & (t < n_rows)[None, :])
