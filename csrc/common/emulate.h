@@ -15,7 +15,8 @@ inline int threads() { return emulated::machine.threads; }
 inline int warp() { return thread() / 32; }
 inline int lane() { return thread() % 32; }
 inline char* shared() { return emulated::machine.shared; }
-inline void barrier() { emulated::arrive(emulated::machine.gate, threads(), "barrier"); }
+inline void barrier(int id, int count) { emulated::arrive(emulated::machine.gates[id], count, "barrier"); }
+inline void barrier() { barrier(0, threads()); }
 inline void warp_barrier() { emulated::exchange(0, "warp_barrier"); }
 
 template <class V>

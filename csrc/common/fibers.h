@@ -66,7 +66,7 @@ struct Machine {
     char* shared = nullptr;
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
-    Gate gate;
+    Gate gates[16];
     std::function<void()> body;
     std::string error;
     jmp_buf scheduler;
@@ -170,7 +170,7 @@ inline void run(int64_t blocks, int threads, int shared, std::function<void()> b
     for (m.block = 0; m.block < blocks; ++m.block) {
         std::memset(m.shared, 0xff, size_t(shared) + Machine::GUARD);
         m.warps.assign(threads / 32, Warp());
-        m.gate = Gate();
+        for (Gate& gate : m.gates) gate = Gate();
         m.error.clear();
         for (Fiber& fiber : m.fibers) {
             if (!fiber.stack) fiber.stack.reset(new char[Machine::STACK]);

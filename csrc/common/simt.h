@@ -2,10 +2,11 @@
 // source thread by thread, see fibers.h, so that whole kernels are proven where there is no GPU.
 //
 //   KERNEL(threads) name(...)     a kernel: a 1-D grid of 1-D blocks of whole warps, started by launch() of csrc/cuda/launch.h
-//   DEVICE                        before every function that kernels call; UNROLL before a loop to unroll
+//   DEVICE                        before every function that kernels call, BOTH if the host does too; UNROLL or ROLL before a loop
 //   block(), blocks()             this block, and how many there are; thread(), threads(), warp() and lane() likewise within the block
 //   shared()                      the block's dynamic shared memory, char*, aligned to 128 bytes, filled with NaN when emulated
-//   barrier(), warp_barrier()     all threads of the block, of the warp, arrive here
+//   barrier(), warp_barrier()     all threads of the block, of the warp, arrive here; barrier(id, count) for `count` threads, whole warps,
+//                                 of the block, id 1 to 15
 //
 // The next are met by all 32 lanes of a warp together:
 //
@@ -16,8 +17,8 @@
 //                                 bf16, f16: a[0..3] pairs at rows g, g + 8, g, g + 8 and columns 2t, 2t, 2t + 8, 2t + 8,
 //                                 b[0..1] pairs at rows 2t, 2t + 8 of column g; low half first
 //                                 tf32: a[0..3] floats at rows g, g + 8, g, g + 8, columns t, t, t + 4, t + 4, b[0..1] rows t, t + 4
-//   load_matrices(r, row)         N = 1, 2 or 4 matrices of 8 rows of 16 bytes from shared memory (ldmatrix): lane 8 m + i gives the address
-//                                 of row i of matrix m, and r[m] becomes 4 bytes at row g, bytes 4t to 4t + 3; lanes past 8 N are ignored
+//   load_matrices(r, row)         N = 1, 2 or 4 matrices of 8 rows of 16 bytes from shared memory (ldmatrix): lane 8 m + i gives the
+//                                 address of row i of matrix m, and r[m] becomes 4 bytes at row g, bytes 4t to 4t + 3; lanes past 8 N are ignored
 //   load_matrices_transposed      of 2-byte entries: r[m] becomes the pair at rows 2t, 2t + 1 of column g
 //
 // And by one thread alone:
@@ -27,6 +28,7 @@
 //                                     them to the others. When emulated, bytes are NaN until their group was waited for.
 //   bf16, f16, tf32                   bf16 and f16 hold bits; tf32 only names a type of mma, whose operands are floats' bits
 //   widen(x), narrow<T>(x)            to float and, rounded, to T of bf16, f16, float; pack<T>(low, high) two of 16 bits in 4 bytes
+//   Piece                             16 bytes, aligned: one load or store; Twin the same of two floats
 //   bits(x), from_bits(u)             a float as uint32_t and back
 //   round_tf32(x)                     to 11 significant bits; mma cuts off what a float has beyond them
 //   exp2_approx, sqrt_approx          to 2 ulp; results below the normal numbers are 0
@@ -39,11 +41,15 @@
 #include <cuda_fp16.h>
 #define KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define DEVICE __device__ __forceinline__
+#define BOTH __host__ __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
+#define ROLL _Pragma("unroll 1")
 #else
 #define KERNEL(...) inline void
 #define DEVICE inline
+#define BOTH inline
 #define UNROLL
+#define ROLL
 #endif
 
 namespace pyglobenc {
@@ -57,6 +63,14 @@ struct f16 {
 };
 
 struct tf32 {};
+
+struct alignas(16) Piece {
+    uint32_t word[4];
+};
+
+struct alignas(8) Twin {
+    float x, y;
+};
 
 }  // namespace pyglobenc
 
@@ -79,6 +93,7 @@ DEVICE char* shared() {
 }
 
 DEVICE void barrier() { __syncthreads(); }
+DEVICE void barrier(int id, int count) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory"); }
 DEVICE void warp_barrier() { __syncwarp(); }
 
 template <class V>
@@ -183,7 +198,8 @@ DEVICE void copy_async(void* to, const void* from, bool ok) {
     if constexpr (BYTES == 16)
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(read) : "memory");
     else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(BYTES), "r"(read) : "memory");
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(BYTES), "r"(read)
+                     : "memory");
 }
 
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }

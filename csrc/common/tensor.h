@@ -14,7 +14,7 @@ namespace pyglobenc {
 inline Type type_of(const pybind11::handle& dtype) {
     static const std::pair<const char*, Type> types[] = {
         {"torch.float32", Type::f32}, {"torch.float16", Type::f16}, {"torch.bfloat16", Type::bf16}, {"torch.int64", Type::i64},
-        {"torch.bool", Type::u8},       {"torch.float64", Type::f64}};
+        {"torch.bool", Type::u8},       {"torch.float64", Type::f64},  {"torch.int32", Type::i32}};
     static const PyObject* met[std::size(types)] = {};
     for (size_t index = 0; index < std::size(types); ++index)
         if (met[index] == dtype.ptr()) return types[index].second;

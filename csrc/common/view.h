@@ -5,7 +5,7 @@
 
 namespace pyglobenc {
 
-enum class Type : int { f32, f16, bf16, f64, i64, u8 };
+enum class Type : int { f32, f16, bf16, f64, i64, u8, i32 };
 
 // A tensor of up to four axes; strides in elements. data is null for an argument left out.
 struct View {

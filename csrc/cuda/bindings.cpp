@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "../common/tensor.h"
+#include "globenc_bindings.h"
 #include "ops.h"
 #include "relevance_bindings.h"
 #ifdef PYGLOBENC_EMULATED
@@ -16,6 +17,7 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("problem", problem, "Why nothing runs here, such as a missing driver; empty if kernels run.");
     m.def("shared_limit", shared_limit, "Shared memory that a block may have on the current device, in bytes.");
     m.def("processors", processors, "Multiprocessors of the current device.");
+    bind_globenc(m);
     bind_relevance(m);
 #ifdef PYGLOBENC_EMULATED
     m.attr("emulated") = true;

@@ -4,7 +4,8 @@
 #include <cstdint>
 #include <string>
 
-#include "../common/view.h"
+#include "pairs.h"
+#include "values.h"
 
 namespace pyglobenc {
 
@@ -14,5 +15,11 @@ std::string problem();
 // The current device's dynamic shared memory for a block, in bytes, and its multiprocessors.
 int shared_limit();
 int processors();
+
+// See pyglobenc/ops; exact: products of float32 keep float32's digits.
+void rollout_step(const PairArgs& args, bool exact, void* stream);
+void token_norms(const PairArgs& args, bool exact, void* stream);
+void head_gram(const ValueArgs& args, bool exact, void* stream);
+void head_norms(const ValueArgs& args, bool exact, void* stream);
 
 }  // namespace pyglobenc

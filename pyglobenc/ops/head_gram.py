@@ -9,7 +9,7 @@ from pyglobenc.reference.head_gram import gram_kernels
 
 __all__ = ["gram_kernels", "head_gram"]
 
-BACKENDS = ("triton", "cpu", "reference")
+BACKENDS = ("triton", "cuda", "cpu", "reference")
 
 
 def head_gram(

@@ -9,7 +9,7 @@ from pyglobenc.ops._registered import register
 from pyglobenc.ops.token_norms import check_attention_args
 from pyglobenc.reference.rollout_step import rescale_rows
 
-BACKENDS = ("triton", "cpu", "reference")
+BACKENDS = ("triton", "cuda", "cpu", "reference")
 
 
 def rollout_step(

@@ -1,0 +1,56 @@
+// GlobEnc's ops in the Python module: tensors to arguments, nothing else.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "../common/tensor.h"
+#include "ops.h"
+
+namespace pyglobenc {
+
+template <void (*RUN)(const PairArgs&, bool, void*)>
+void bind_pair_op(const pybind11::tuple& tensors, float scaling, int left, int right, int shares, bool exact, uintptr_t stream) {
+    PairArgs p;
+    View* const views[] = {&p.q,    &p.k,        &p.lse,  &p.gram, &p.cross, &p.residual_sq,
+                           &p.rstd, &p.key_mask, &p.rows, &p.r,    &p.spans, &p.out,         &p.packed};
+    for (size_t index = 0; index < tensors.size(); ++index) *views[index] = view(tensors[index]);
+    p.scaling = scaling;
+    p.left = left;
+    p.right = right;
+    p.shares = shares;
+    p.tile = choose_tile(int(p.q.shape[1]), int(p.k.shape[1]), int(p.q.shape[3]), p.q.type == Type::f32 ? 4 : 2, shared_limit());
+    RUN(p, exact, reinterpret_cast<void*>(stream));
+}
+
+inline pybind11::tuple bind_tile(int heads, int kv_heads, int head_dim, int size) {
+    const PairTile tile = choose_tile(heads, kv_heads, head_dim, size, shared_limit());
+    return pybind11::make_tuple(tile.groups * KEYS, tile.queries);
+}
+
+// v, matrix, x, cross, out, out_cross; the matrix is [H, dh, ...].
+template <void (*RUN)(const ValueArgs&, bool, void*)>
+void bind_value_op(const pybind11::tuple& tensors, bool exact, uintptr_t stream) {
+    ValueArgs p;
+    View* const views[] = {&p.v, &p.matrix, &p.x, &p.cross, &p.out, &p.out_cross};
+    for (size_t index = 0; index < tensors.size(); ++index) *views[index] = view(tensors[index]);
+    p.n = int(p.v.shape[2]);
+    p.heads = int(p.matrix.shape[0]);
+    p.group = p.heads / int(p.v.shape[1]);
+    p.head_dim = int(p.matrix.shape[1]);
+    p.width = int(p.x ? p.x.shape[2] : p.matrix.shape[2]);
+    RUN(p, exact, reinterpret_cast<void*>(stream));
+}
+
+inline void bind_globenc(pybind11::module_& m) {
+    m.def("rollout_step", bind_pair_op<rollout_step>);
+    m.def("token_norms", bind_pair_op<token_norms>);
+    m.def("head_gram", bind_value_op<head_gram>);
+    m.def("head_norms", bind_value_op<head_norms>);
+    m.def("pair_tile", bind_tile, "Keys of a block and queries of a tile on the current device; no keys where nothing fits.");
+    m.def("form_size", form_size, "Coefficients of a key's quadratic form, from the number of heads.");
+    m.attr("KEYS") = int(KEYS);
+    m.attr("MAX_ROWS") = int(MAX_ROWS);
+    m.attr("MAX_HEADS") = int(MAX_HEADS);
+}
+
+}  // namespace pyglobenc

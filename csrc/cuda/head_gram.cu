@@ -1,0 +1,44 @@
+// head_gram: G[j][h][g] = v[h, j] K[h, g] v[g, j]^T and c[j][h] = v[h, j] P[h] x[j]^T (Modarressi et al., 2022, eq. 6 to 10, expanded).
+//
+// n * d^2 / 2 multiply-adds for G and n * d^2 for c, as torch's GEMMs; those take two launches for every head, about 60 a layer of
+// BERT-base, and write and read v K.
+#include "ops.h"
+#include "value_tile.h"
+
+namespace pyglobenc {
+namespace {
+
+template <class T>
+KERNEL(2 * TOKENS) head_gram_kernel(ValueArgs p) {
+    const Tokens tokens(p);
+    const int h = tokens.head, d = p.head_dim;
+    const float* matrix = static_cast<const float*>(p.matrix.data) + int64_t(h) * d * p.heads * d;
+    float* gram = static_cast<float*>(p.out.data) + tokens.b * int64_t(p.n) * p.heads * p.heads;
+    for (int g = h; g < p.heads; ++g) {
+        float sums[2] = {};
+        add_products<T>(p, tokens, matrix + g * d, int64_t(p.heads) * d, d, tokens.values(p, g), p.v.stride[2], sums);
+        add_lanes(sums);
+        for (int half = 0; half < 2; ++half) {
+            if (lane() % 4 || tokens.row(half) >= p.n) continue;
+            float* const to = gram + int64_t(tokens.row(half)) * p.heads * p.heads;
+            to[h * p.heads + g] = to[g * p.heads + h] = sums[half];
+        }
+    }
+    if (!p.x.data) return;
+    const float* x = static_cast<const float*>(p.x.data) + tokens.b * p.x.stride[0];
+    const float* cross = static_cast<const float*>(p.cross.data) + int64_t(h) * d * p.width;
+    float sums[2] = {};
+    add_products<T>(p, tokens, cross, p.width, p.width, x, p.x.stride[1], sums);
+    add_lanes(sums);
+    float* out = static_cast<float*>(p.out_cross.data) + tokens.b * int64_t(p.n) * p.heads + h;
+    for (int half = 0; half < 2; ++half)
+        if (lane() % 4 == 0 && tokens.row(half) < p.n) out[int64_t(tokens.row(half)) * p.heads] = sums[half];
+}
+
+}  // namespace
+
+void head_gram(const ValueArgs& p, bool exact, void* stream) {
+    launch(exact ? head_gram_kernel<float> : head_gram_kernel<tf32>, value_blocks(p), 2 * TOKENS, VALUE_BYTES, stream, p);
+}
+
+}  // namespace pyglobenc

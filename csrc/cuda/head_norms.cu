@@ -1,0 +1,26 @@
+// head_norms: norms of the transformed vectors f[h, j] = v[h, j] W_O[h] (Kobayashi et al., 2020, eq. 5).
+#include "ops.h"
+#include "value_tile.h"
+
+namespace pyglobenc {
+namespace {
+
+template <class T>
+KERNEL(2 * TOKENS) head_norms_kernel(ValueArgs p) {
+    const Tokens tokens(p);
+    const float* weight = static_cast<const float*>(p.matrix.data) + int64_t(tokens.head) * p.head_dim * p.width;
+    float sums[2] = {};
+    add_products<T>(p, tokens, weight, p.width, p.width, nullptr, 0, sums);
+    add_lanes(sums);
+    float* out = static_cast<float*>(p.out.data) + tokens.b * int64_t(p.n) * p.heads + tokens.head;
+    for (int half = 0; half < 2; ++half)
+        if (lane() % 4 == 0 && tokens.row(half) < p.n) out[int64_t(tokens.row(half)) * p.heads] = sqrtf(sums[half]);
+}
+
+}  // namespace
+
+void head_norms(const ValueArgs& p, bool exact, void* stream) {
+    launch(exact ? head_norms_kernel<float> : head_norms_kernel<tf32>, value_blocks(p), 2 * TOKENS, VALUE_BYTES, stream, p);
+}
+
+}  // namespace pyglobenc

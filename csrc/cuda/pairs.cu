@@ -1,0 +1,80 @@
+// What precedes the kernel of rollout_step and token_norms: the choice of its tile, and quadratic forms packed for it.
+#include "pairs.h"
+
+#include <stdexcept>
+
+#include "pair_form.h"
+
+namespace pyglobenc {
+
+// Heads that the forms in registers are made for.
+int form_heads(int heads) { return heads > 16 ? WIDE : heads > 12 ? 16 : heads > 8 ? 12 : 8; }
+
+int form_size(int heads) {
+    const int padded = form_heads(heads), blocks = blocks_of(heads);
+    return padded ? padded * (padded + 1) / 2 : blocks * (blocks + 1) / 2 * SIDE * SIDE;
+}
+
+// Coefficient e of each key: G[h][g] + G[g][h] for h < g, G[h][h], else 0.
+KERNEL(256) pack_kernel(PairArgs p, int padded) {
+    const int b = block() / p.key_blocks, key = block() % p.key_blocks * KEYS + lane();
+    float* out = static_cast<float*>(p.packed.data) + int64_t(block()) * p.form_size * KEYS;
+    const float* gram = static_cast<const float*>(p.gram.data) + b * p.gram.stride[0] + key * p.gram.stride[1];
+    for (int e = warp(); e < p.form_size; e += threads() / 32) {
+        // rows of the triangle, of entries or of blocks of SIDE x SIDE
+        const int unit = padded ? 1 : SIDE, each = unit * unit;
+        int row = 0, rest = e / each, length = padded ? padded : blocks_of(p.heads);
+        while (rest >= length) rest -= length--, ++row;
+        const int h = row * unit + e % each / unit, g = (row + rest) * unit + e % each % unit;
+        float value = 0;
+        if (key < p.n && g < p.heads && h <= g) {
+            value = gram[h * p.gram.stride[2] + g * p.gram.stride[3]];
+            if (h < g) value += gram[g * p.gram.stride[2] + h * p.gram.stride[3]];
+        }
+        out[e * KEYS + lane()] = value;
+    }
+}
+
+PairTile choose_tile(int heads, int kv_heads, int head_dim, int size, int limit) {
+    const int padded = form_heads(heads);
+    for (int choice = 0; choice < 4; ++choice) {
+        PairTile tile;
+        tile.held = choice < 2;
+        tile.groups = choice % 2 ? 1 : 2;
+        tile.queries = padded != WIDE && padded <= 12 && size == 2 ? 32 : 16;
+        // as few turns at the heads as there are warps for, then no more warps than that takes
+        const int most = THREADS / 32 / tile.groups, rounds = (heads + most - 1) / most;
+        tile.warps = (heads + rounds - 1) / rounds < 4 ? 4 : (heads + rounds - 1) / rounds;
+        const int row = 4 * KEYS * tile.queries;
+        tile.alpha = tile.held ? kv_heads * ((head_dim * size + 63) / 64) * 2048 : 0;
+        // sums of the warps lie there in the end
+        const int alpha = heads * row, sums = tile.warps * MAX_ROWS * KEYS * 4;
+        tile.partial = tile.alpha + (alpha > sums ? alpha : sums);
+        tile.cross = tile.partial + (padded ? 0 : tile.warps * row);
+        tile.weights = tile.cross + heads * KEYS * 4;
+        tile.positions = tile.weights + 2 * MAX_ROWS * tile.queries * 4;
+        tile.bytes = (tile.positions + 2 * tile.queries * 4 + 127) / 128 * 128;
+        if (tile.groups * tile.bytes <= limit) return tile;
+    }
+    return PairTile();
+}
+
+PairArgs prepared(PairArgs p, void* stream) {
+    if (!p.tile.groups) throw std::runtime_error("no tile of this many heads fits the device's shared memory");
+    const int padded = form_heads(int(p.q.shape[1])), size = p.q.type == Type::f32 ? 4 : 2;
+    p.n = int(p.k.shape[2]);
+    p.heads = int(p.q.shape[1]);
+    p.group = p.heads / int(p.k.shape[1]);
+    p.n_queries = int(p.rows ? p.rows.shape[1] : p.q.shape[2]);
+    p.n_rows = int(p.r.shape[1]);
+    p.row_bytes = int(p.q.shape[3]) * size;
+    p.steps = (p.row_bytes + 63) / 64;
+    for (int axis = 0; axis < 3; ++axis) p.q_step[axis] = p.q.stride[axis] * size, p.k_step[axis] = p.k.stride[axis] * size;
+    p.key_blocks = (p.n + KEYS - 1) / KEYS;
+    p.row_blocks = p.r ? (p.n_rows + MAX_ROWS - 1) / MAX_ROWS : 1;
+    p.form_size = form_size(p.heads);
+    launch(pack_kernel, p.key_blocks * p.q.shape[0], 256, 0, stream, p, padded);
+    return p;
+}
+
+}  // namespace pyglobenc

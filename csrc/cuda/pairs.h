@@ -1,0 +1,61 @@
+// What rollout_step and token_norms share: see pair_tile.h for how pairs are walked.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/view.h"
+
+namespace pyglobenc {
+
+constexpr int KEYS = 32;       // that a group of warps holds, one a lane
+constexpr int MAX_ROWS = 4;    // of the rollout that a pass carries; more rows take more passes
+constexpr int MAX_HEADS = 64;
+constexpr int THREADS = 256;  // of a block at most, so that each may have 255 registers, half of them for coefficients
+
+// How a block is cut, and where in its group's shared memory, in bytes, things lie.
+struct PairTile {
+    int groups = 0;   // of warps, each with its own keys and barriers; 0: nothing fits
+    int warps = 0;    // of a group
+    int queries = 0;  // of a tile, 16 or 32
+    bool held = false;  // keys in shared memory; else read again for every tile
+    int alpha = 0, partial = 0, cross = 0, weights = 0, positions = 0, bytes = 0;
+};
+
+// Kernel arguments. Strides of r, q, k, ... in elements; what is left out has no data.
+struct PairArgs {
+    View q;            // [B, H, n, dh] bf16, f16 or f32, rows of whole, aligned pieces of 16 bytes
+    View k;            // [B, Hkv, n, dh] the type of q
+    View lse;          // [B, H, n]
+    View gram;         // [B, n, H, H]
+    View cross;        // [B, n, H] or none
+    View residual_sq;  // [B, n] or none
+    View rstd;         // [B, n] or none
+    View key_mask;     // [B, n] u8 or none
+    View rows;         // [B, m] i64, the queries of token_norms, or none: all
+    View r;            // [B, T, n], or none for token_norms
+    View spans;        // [2, n] i32, first and last + 1 token of each key's sequence, or none
+    View out;          // rollout_step [shares, B, T, n], token_norms [B, m, n]
+    View packed;       // [B, blocks of keys, coefficients, KEYS], room for the quadratic forms
+    float scaling = 1;
+    int left = 0, right = 0;  // at most n
+    int shares = 1;           // parts that the queries are cut into
+    PairTile tile;
+
+    // filled in by prepared()
+    int n = 0, heads = 0, group = 0;         // tokens, heads, heads that share a key-value head
+    int n_queries = 0, n_rows = 0;           // m or n; T, or 0 for token_norms
+    int row_bytes = 0, steps = 0;            // of a row of q or k, and the groups of 4 pieces, one a lane of a quad, that it is read in
+    int64_t q_step[3] = {}, k_step[3] = {};  // strides in bytes
+    int key_blocks = 0, row_blocks = 0, form_size = 0;
+};
+
+// Heads that the kernel's forms are made for, WIDE for more than 16; coefficients of one key's form in `packed`.
+int form_heads(int heads);
+int form_size(int heads);
+
+PairTile choose_tile(int heads, int kv_heads, int head_dim, int size, int limit);
+
+// With the derived fields, and `packed` being filled.
+PairArgs prepared(PairArgs args, void* stream);
+
+}  // namespace pyglobenc

@@ -1,0 +1,23 @@
+// Arguments of head_gram and head_norms: see value_tile.h.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/view.h"
+
+namespace pyglobenc {
+
+constexpr int TOKENS = 64;  // of a block
+
+struct ValueArgs {
+    View v;       // [B, Hkv, n, dh] f32, rows of whole, aligned pieces of 16 bytes
+    View matrix;  // head_norms [H, dh, d], head_gram [H, dh, H, dh], contiguous
+    View x;       // [B, n, d], rows contiguous, or none
+    View cross;   // [H, dh, d] contiguous, or none
+    View out;     // head_norms [B, n, H], head_gram [B, n, H, H]
+    View out_cross;  // [B, n, H] or none
+    int n = 0, heads = 0, group = 0, width = 0;  // tokens, heads, heads that share a value head, d
+    int head_dim = 0;                            // of the matrix; that of v may be padded with zeros
+};
+
+}  // namespace pyglobenc

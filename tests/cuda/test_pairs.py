@@ -1,0 +1,112 @@
+"""`token_norms` and `rollout_step` in CUDA C++: emulated where there is no GPU."""
+
+import pytest
+import test_packing
+import torch
+from numerics import assert_as_good_as_torch
+from pair_cases import Case, doubled, pair_args
+from test_kernels_pairs import (  # noqa: F401
+    DEVICE,
+    check_norms,
+    check_step,
+    moved,
+    product,
+    rows_of,
+    test_empty,
+    test_padding_may_hold_anything,
+    test_refuses_with_reasons,
+    test_rollout_step,
+    test_strided_inputs_and_expanded_gram,
+    test_token_norms,
+)
+
+from pyglobenc.cuda import _pairs
+from pyglobenc.ops import token_norms
+
+emulated_only = pytest.mark.skipif(DEVICE == "cuda", reason="needs the emulator")
+
+
+@pytest.fixture(autouse=DEVICE == "cpu")
+def without_a_gpu(emulated):
+    return emulated
+
+
+@pytest.fixture
+def backend():
+    return "cuda"
+
+
+# what the Triton tests' cases leave out: forms of 16 heads and in blocks, long heads in half precision, keys that don't fit
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(B=1, n=90, H=16, Hkv=8, dh=80, d=96, dtype=torch.bfloat16),
+        Case(B=1, n=70, H=16, Hkv=16, dh=64, d=96, mask="right"),
+        Case(B=1, n=61, H=32, Hkv=8, dh=128, d=64, dtype=torch.bfloat16, mask="holes"),
+        Case(B=1, n=40, H=17, Hkv=17, dh=40, d=64, window=(12, 0), dtype=torch.float16),
+        Case(B=1, n=90, H=4, Hkv=4, dh=256, d=64, dtype=torch.bfloat16),
+        Case(B=1, n=35, H=24, Hkv=24, dh=128, d=64),
+    ],
+    ids=str,
+)
+def test_shapes(case, backend):
+    args = moved(pair_args(case))
+    check_norms(backend, args)
+    check_step(backend, rows_of(case, 5)[0], args)
+
+
+@pytest.mark.parametrize("case, lengths, count", test_packing.CASES, ids=lambda value: str(value))
+def test_packed_sequences(case, lengths, count, backend):
+    _, packed, offsets = test_packing.pack(case, lengths, count)
+    args = {"cross": None, "residual_sq": None} | moved(packed)
+    check_step(backend, args.pop("r"), args, offsets)
+
+
+@emulated_only
+@pytest.mark.parametrize("case", [Case(n=70, mask="holes", window=(40, 20)), Case(B=1, n=50, H=24, Hkv=8, dtype=torch.bfloat16)], ids=str)
+def test_order_of_threads_is_nothing(case, emulated):
+    args = {"cross": None, "residual_sq": None} | pair_args(case)
+    r, _ = rows_of(case, 2)
+    forward = product(r, args, "cuda"), token_norms(**args, backend="cuda")
+    emulated.machine(reversed=True)
+    assert torch.equal(forward[0], product(r, args, "cuda")) and torch.equal(forward[1], token_norms(**args, backend="cuda"))
+
+
+@pytest.mark.parametrize("shares", [1, 3])
+def test_shares_of_the_queries_add_up(shares, monkeypatch, backend):
+    case = Case(n=150, mask="holes", window=(80, 40))
+    args = moved(pair_args(case))
+    monkeypatch.setattr(_pairs, "query_shares", lambda blocks, tiles: shares)
+    check_step(backend, rows_of(case, 2)[0], args)
+    check_norms(backend, args)
+
+
+@emulated_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_tile(dtype, emulated):
+    # less shared memory: one group of warps, then keys read again, last none
+    case = Case(B=1, n=70, H=12, Hkv=12, dh=64, d=96, dtype=dtype)
+    args = pair_args(case)
+    r, _ = rows_of(case, 1)
+    launches = set()
+    for limit in (232_448, 166_912, 101_376, 65_536, 16_384):
+        emulated.machine(shared_limit=limit)
+        if not emulated.pair_tile(12, 12, 64, dtype.itemsize)[0]:
+            with pytest.raises(ValueError, match="no tile of 12 heads of 64 fits"):
+                token_norms(**args, backend="cuda")
+            continue
+        check_step("cuda", r, args)
+        _, (_, threads, size) = emulated.launches()
+        assert size <= limit
+        launches.add((threads, size))
+    assert limit == 16_384 and len(launches) > 1
+
+
+@emulated_only
+def test_tf32_where_the_caller_allows_it(monkeypatch):
+    monkeypatch.setattr("pyglobenc.cuda._extension.allows_tf32", lambda: True)
+    args = pair_args(Case(B=2, n=60, H=12, Hkv=12, dh=64, d=768))
+    # tensor cores read the first 19 bits
+    cut = args | {name: (args[name].contiguous().view(torch.int32) & -8192).view(torch.float32) for name in ("q", "k")}
+    exact = token_norms(**doubled(args), backend="reference")
+    assert_as_good_as_torch(token_norms(**args, backend="cuda"), exact, token_norms(**cut, backend="reference"))

@@ -1,0 +1,21 @@
+"""`head_gram` and `head_norms` in CUDA C++: emulated where there is no GPU."""
+
+import pytest
+import torch
+from test_kernels_values import (  # noqa: F401
+    test_empty,
+    test_head_gram,
+    test_head_norms,
+    test_refuses_with_reasons,
+    test_strided,
+)
+
+
+@pytest.fixture(autouse=not torch.cuda.is_available())
+def without_a_gpu(emulated):
+    return emulated
+
+
+@pytest.fixture
+def backend():
+    return "cuda"
