@@ -64,6 +64,21 @@ def test_padding_is_never_read(backend):
             assert torch.equal(clean, out)
 
 
+@pytest.mark.parametrize("margin", [1, 4], ids=["copied by 4 bytes", "copied by 16 bytes"])
+def test_nothing_around_the_tensors_is_read(margin, backend):
+    args, r = layer(Case(n=37, dh=20, T=3, additive=True))
+
+    def framed(t):
+        if not isinstance(t, torch.Tensor):
+            return t
+        out = torch.full([size + 2 * margin for size in t.shape], torch.nan, device=DEVICE)[(slice(margin, -margin),) * t.dim()]
+        return out.copy_(t)
+
+    plain = relevance_attention(**args, r=r, backend=backend)
+    framed_out = relevance_attention(**{name: framed(t) for name, t in args.items()}, r=framed(r), backend=backend)
+    assert all(torch.equal(*pair) for pair in zip(plain, framed_out, strict=True))
+
+
 def test_transformer_attribution_of_a_model(backend):
     model = build("bert-classifier").float().to(DEVICE)
     ids = torch.randint(5, 97, (2, 19), device=DEVICE)
