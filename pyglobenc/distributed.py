@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from pyglobenc.hf import LayerTrace, capture, find_layers
-from pyglobenc.hf.attention import RECORDERS
+from pyglobenc.hf.attention import RECORDERS, window_of
 from pyglobenc.hf.limits import max_tokens
 from pyglobenc.hf.registry import is_decoder
 from pyglobenc.methods.inputs import check_model
@@ -105,9 +105,7 @@ def sharded_attention(
     changes = [name for name in ("position_bias", "s_aux", "softcap") if kwargs.get(name) is not None]
     if changes:
         raise ValueError(f"ShardedGlobEnc: {type(module).__name__} uses {changes[0]}, which is not supported over ranks")
-    causal = kwargs["is_causal"] if kwargs.get("is_causal") is not None else getattr(module, "is_causal", False)
-    reach = -1 if kwargs.get("sliding_window") is None else kwargs["sliding_window"] - 1
-    shares, window = _SHARES[module], (reach, 0 if causal else reach)
+    shares, window = _SHARES[module], window_of(module, kwargs)
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     k, v = (shares.gather(t, 2).repeat_interleave(query.shape[1] // key.shape[1], dim=1) for t in (key, value))
     sizes = [chunk.stop - chunk.start for chunk in shares.own]

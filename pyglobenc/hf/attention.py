@@ -54,9 +54,7 @@ def attention_function(
         raise ValueError(
             f"capture: {name} attends to {key.shape[2]} keys from {query.shape[2]} queries; cached or cross attention is not supported"
         )
-    causal = kwargs["is_causal"] if kwargs.get("is_causal") is not None else getattr(module, "is_causal", False)
-    reach = -1 if kwargs.get("sliding_window") is None else kwargs["sliding_window"] - 1
-    window = (reach, 0 if causal else reach)
+    window = window_of(module, kwargs)
     key_mask, bias = _read_mask(name, attention_mask, window, query.shape[2])
     score_mod = bias if kwargs.get("softcap") is None else SoftCap(kwargs["softcap"])
     offsets = PACKED.get(module)
@@ -68,6 +66,13 @@ def attention_function(
     if module in RECORDERS:
         RECORDERS[module](q=query, k=key, v=value, o=o, lse=lse, **settings)
     return o.transpose(1, 2).contiguous(), None
+
+
+def window_of(module: nn.Module, options: dict[str, Any]) -> tuple[int, int]:
+    """Window that transformers asks of an attention function by its options."""
+    causal = options["is_causal"] if options.get("is_causal") is not None else getattr(module, "is_causal", False)
+    reach = -1 if options.get("sliding_window") is None else options["sliding_window"] - 1
+    return reach, 0 if causal else reach
 
 
 def _read_mask(name: str, mask: Any, window: tuple[int, int], n: int) -> tuple[Tensor | None, ScoreMod | None]:
