@@ -94,7 +94,7 @@ class Graphed:
 def _tensors(batch: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors of a batch, its inputs first; targets (B, T) and indices (B,), if given, last, int64."""
     out = {name: value for name, value in batch.items() if isinstance(value, Tensor) and name not in INDICES}
-    size = len(next(iter(out.values())))
+    size = len(next(iter(out.values()), ()))
     for name in INDICES:
         if batch.get(name) is not None and not isinstance(batch[name], str):
             index = torch.as_tensor(batch[name])
@@ -116,4 +116,9 @@ def _record(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], 
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph), checks_put_off() as checks:
             result = run()
-    return graph.replay, result, checks
+
+    def replay() -> None:
+        with torch.cuda.device(device):
+            graph.replay()
+
+    return replay, result, checks

@@ -183,6 +183,7 @@ def test_what_a_replay_refuses(recorded_on_the_cpu):
         (given | dict(attention_mask=torch.zeros(2, 9, dtype=torch.long)), "an example has no real token"),
         (given | dict(layers=True), "recorded with input_ids, attention_mask, targets, got"),
         (dict(input_ids=given["input_ids"]), "recorded with input_ids, attention_mask, targets, got input_ids"),
+        (dict(), "recorded with input_ids, attention_mask, targets, got"),
     ):
         with pytest.raises(ValueError, match=message):
             fast(**wrong)

@@ -15,6 +15,7 @@ from pyglobenc.hf.registry import is_decoder
 from pyglobenc.methods.inputs import target_positions
 from pyglobenc.methods.precision import set_precision
 from pyglobenc.methods.rollout import RolloutResult, rollout_result
+from pyglobenc.reference.packing import slices
 
 # scores (1, L, T, N) and log_scale (S, L, T) of captured layers and targets (S, T), positions among all N tokens
 Rows = Callable[[list[LayerTrace], Tensor], tuple[Tensor, Tensor]]
@@ -47,11 +48,13 @@ def attribute_packed(
     captured = trace.layers
     set_precision(captured, dtype)
     positions = _positions(who, targets, packed, causal=captured[-1].window[1] == 0)
-    scores, log_scale = rows(captured, positions)
+    whole = rollout_result(who, *rows(captured, positions), layers)
     out: list[Any] = [None] * len(packed.order)
-    for s, index in enumerate(packed.order):
-        part = scores[..., packed.offsets[s] : packed.offsets[s + 1]]
-        out[index] = rollout_result(who, part, log_scale[s : s + 1], layers)
+    for s, (index, tokens) in enumerate(zip(packed.order, slices(packed.offsets), strict=True)):
+        own = slice(s, s + 1)
+        out[index] = RolloutResult(whole.scores[..., tokens], whole.log_scale[own])
+        if layers:
+            out[index].layer_scores, out[index].layer_log_scale = whole.layer_scores[..., tokens], whole.layer_log_scale[own]
     return out
 
 
