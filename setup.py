@@ -129,7 +129,8 @@ def python_includes() -> list[str]:
 
 def cpu_build(output: Path, folder: Path) -> str:
     """Text of build.ninja for pyglobenc._cpu."""
-    compiler, sets = find_compiler(), instruction_sets()
+    compiler = find_compiler()
+    sets = [name for name in instruction_sets() if all(accepts(compiler, flag, folder) for flag in SETS[name])]
     flags = [*FLAGS, *CPU_FLAGS, *QUIET, *os.environ.get("PYGLOBENC_CXX_FLAGS", "").split()]
     flags += [f"-DPYGLOBENC_HAS_{name.upper()}" for name in sets]
     if accepts(compiler, "-fopenmp", folder):

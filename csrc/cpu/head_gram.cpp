@@ -77,7 +77,12 @@ static void bilinear(const float* left,    // [width, I]
                      const float* right,   // [count, I]
                      int64_t count, float* out) {
     Floats total[V] = {};
-    for (; count >= J; count -= J, matrix += J * step, right += J * I) add_rows<J>(left, matrix, step, width, right, total);
+    for (; count >= J; count -= J, matrix += J * step, right += J * I) {
+        // between two calls the forward pass of a layer has driven the weights out of the caches
+        for (int64_t j = J; j < 2 * J && j < count; ++j)
+            for (int64_t c = 0; c < width; c += 16) __builtin_prefetch(matrix + j * step + c);
+        add_rows<J>(left, matrix, step, width, right, total);
+    }
     for (; count >= 2; count -= 2, matrix += 2 * step, right += 2 * I) add_rows<2>(left, matrix, step, width, right, total);
     if (count) add_rows<1>(left, matrix, step, width, right, total);
     std::memcpy(out, total, sizeof total);

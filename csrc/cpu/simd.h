@@ -44,10 +44,14 @@ static inline float sum(Floats x) {
     return lanes[0];
 }
 
-// Halves of a and b, lane by lane in turn: the first halves for FROM = 0, the second for FROM = W / 2.
+// Lanes of a and b in turn, from lane FROM on.
 template <int FROM, size_t... L>
 static inline Floats interleave(Floats a, Floats b, std::index_sequence<L...>) {
+#ifdef __clang__
     return __builtin_shufflevector(a, b, int(FROM + L / 2 + L % 2 * W)...);
+#else
+    return __builtin_shuffle(a, b, Ints{int(FROM + L / 2 + L % 2 * W)...});
+#endif
 }
 
 // Rows of a W * W square to columns. A round moves the last bit of the lane's number to the row's, and the row's first to the lane's.
