@@ -101,7 +101,8 @@ class Generator:
         """Grad-CAM on the last layer's attention; as published, means and extremes run over padding too."""
         batch = {"input_ids": input_ids, "attention_mask": attention_mask}
         check_batch("Generator", self._attribute.model, batch)
-        states = run_forward(self._attribute.model, batch, self._attribute.kind, (_class(index, self._attribute), None, None), None, self._last)
+        target = (_class(index, self._attribute), None, None)
+        states = run_forward(self._attribute.model, batch, self._attribute.kind, target, None, self._last)
         scores = _grad_cam(states.layers[-1], states.grads[-1])
         scores[:, 0] = 0
         return scores
