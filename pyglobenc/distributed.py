@@ -4,9 +4,6 @@ Each rank runs the stock model on its own tokens; an attention layer gathers the
 split as evenly as the rollout. Down the layers a rank takes the rows of the norms of its own queries, against the gathered keys and Gram
 matrices, and one all-reduce of a (T, n) array a layer adds the ranks' shares of r @ norms. What a rank keeps of a layer is its own
 tokens' share; only one layer's keys and Gram matrices are whole at a time.
-
-The tokens are cut into two chunks a rank, and rank r takes chunk r and chunk 2W - 1 - r: of a causal model the first token sees one key
-and the last one all, and every such pair of chunks sees as many.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from pyglobenc.hf import LayerTrace, capture, find_layers
 from pyglobenc.hf.attention import RECORDERS, window_of
-from pyglobenc.hf.limits import max_tokens
+from pyglobenc.hf.limits import first_position, max_tokens
 from pyglobenc.hf.registry import is_decoder
 from pyglobenc.methods.inputs import check_model
 from pyglobenc.methods.layer_matrix import NormMatrix
@@ -31,68 +28,16 @@ from pyglobenc.ops import token_norms
 from pyglobenc.ops.attention import BAND, fused_bias, fused_call
 from pyglobenc.reference.attention import hidden_keys, visible_keys
 from pyglobenc.reference.rollout_step import rescale_rows
+from pyglobenc.shares import Shares
 
 NAME = "pyglobenc_sharded"
-# first position of a text, by architecture that takes positions as an argument; None: after the padding index
-FIRST_POSITION = dict.fromkeys(("bert", "electra", "modernbert"), 0) | dict.fromkeys(("roberta", "xlm-roberta", "camembert"))
-FIRST_POSITION |= dict.fromkeys(("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text"), 0)
+# these take positions as an argument
+ARCHITECTURES = ("bert", "electra", "roberta", "xlm-roberta", "camembert", "modernbert")
+ARCHITECTURES += ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text")
 # queries whose norms exist at a time: a (block, n) array, no larger than the hidden states of all tokens
 BLOCK = 256
 # axis of the tokens in what a matrix is made of
 AXES = dict(q=2, k=2, lse=2, gram=1, cross=1, residual_sq=1, rstd=1)
-
-
-@dataclass(frozen=True)
-class Shares:
-    """How n tokens lie on the ranks of a group: two chunks each, shares differing by one token at most."""
-
-    n: int
-    rank: int
-    world: int
-    group: Any = None
-
-    def chunks(self, rank: int) -> list[slice]:
-        """The tokens of a rank's share, in order; chunks may be empty."""
-        size, more = divmod(self.n, 2 * self.world)
-        starts = [chunk * size + min(chunk, more) for chunk in range(2 * self.world + 1)]
-        return [slice(starts[chunk], starts[chunk + 1]) for chunk in (rank, 2 * self.world - 1 - rank)]
-
-    @property
-    def own(self) -> list[slice]:
-        return self.chunks(self.rank)
-
-    def take(self, t: Tensor, dim: int) -> Tensor:
-        """The rank's own share of a tensor of all tokens."""
-        return torch.cat([t.narrow(dim, chunk.start, chunk.stop - chunk.start) for chunk in self.own], dim)
-
-    def gather(self, t: Tensor, dim: int) -> Tensor:
-        """The whole of a tensor whose axis dim is split over the ranks."""
-        largest = -(-self.n // self.world)
-        t = t.movedim(dim, 0).contiguous()
-        # every rank must send as much as the others
-        mine = t if t.shape[0] == largest else torch.cat([t, t[-1:]])
-        parts = t.new_empty(self.world * largest, *t.shape[1:])
-        dist.all_gather_into_tensor(parts, mine, group=self.group)
-        whole = t.new_empty(self.n, *t.shape[1:])
-        for rank, part in enumerate(parts.split(largest)):
-            _spread(part, whole, self.chunks(rank), 0)
-        return whole.movedim(0, dim)
-
-    def place(self, t: Tensor, dim: int) -> Tensor:
-        """A tensor of all tokens' size with the rank's own in their places; the others are never read."""
-        whole = t.new_zeros(*t.shape[:dim], self.n, *t.shape[dim + 1 :])
-        _spread(t, whole, self.own, dim)
-        return whole
-
-
-def _spread(part: Tensor, whole: Tensor, chunks: list[slice], dim: int) -> None:
-    """Write what lies side by side in part, and maybe more, to chunks of axis dim of whole."""
-    at = 0
-    for chunk in chunks:
-        size = chunk.stop - chunk.start
-        whole.narrow(dim, chunk.start, size).copy_(part.narrow(dim, at, size))
-        at += size
-
 
 # attention modules at work -> how the tokens lie on the ranks
 _SHARES: dict[nn.Module, Shares] = {}
@@ -205,7 +150,7 @@ class ShardedGlobEnc:
     """`GlobEnc` in row mode for one sequence that the ranks of a process group share.
 
     Args:
-        model: of an architecture in FIRST_POSITION, the same on every rank, in evaluation mode; left as it is.
+        model: of an architecture in ARCHITECTURES, the same on every rank, in evaluation mode; left as it is.
         backend: as for `GlobEnc`.
         group: process group of torch.distributed; None is the default group.
 
@@ -218,8 +163,8 @@ class ShardedGlobEnc:
         if not dist.is_initialized():
             raise RuntimeError("ShardedGlobEnc: torch.distributed isn't initialised; call init_process_group first")
         check_model("ShardedGlobEnc", model, backend, None)
-        if model.config.model_type not in FIRST_POSITION:
-            known = ", ".join(FIRST_POSITION)
+        if model.config.model_type not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
             raise ValueError(f"ShardedGlobEnc: architecture must be one of {known}, got {model.config.model_type!r}")
         self.model, self.group = model, group
         self.ops = StageOps(backend)
@@ -273,8 +218,7 @@ class ShardedGlobEnc:
         return Shares(n, rank, world, self.group)
 
     def _positions(self, input_ids: Tensor) -> Tensor:
-        first = FIRST_POSITION[self.model.config.model_type]
-        first = self.model.config.pad_token_id + 1 if first is None else first
+        first = first_position(self.model)
         return torch.arange(first, first + input_ids.shape[1], device=input_ids.device)[None]
 
     def _run(self, own: Mapping[str, Tensor], shares: Shares) -> list[LayerTrace]:

@@ -12,8 +12,9 @@ from numerics import assert_as_good_as_torch
 from published import Float64Throughout
 
 from pyglobenc import GlobEnc
-from pyglobenc.distributed import ShardedGlobEnc, Shares, attend, bytes_received
+from pyglobenc.distributed import ShardedGlobEnc, attend, bytes_received
 from pyglobenc.ops.attention import attention
+from pyglobenc.shares import Shares
 
 N, D, HEADS, DEPTH = 37, 48, 4, 3
 TARGETS = [0, 36, 17]
