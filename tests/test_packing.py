@@ -107,12 +107,33 @@ def test_offsets_are_checked():
 @cases(CASES)
 def test_kernel_is_as_good_as_torch(case, lengths, count, kernel):
     _, packed, offsets = pack(case, lengths, count)
-    names = ("r", "q", "k", "lse", "gram", "cross", "residual_sq", "rstd", "key_mask", "scaling")
+    check_kernel(kernel, packed, offsets)
 
-    def product(args, backend):
-        # before the rows are rescaled, which would add its own rounding
-        return torch.ops.pyglobenc.rollout_step(*(args.get(name) for name in names), *case.window, backend, offsets)
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernel_on_unit_rows(kernel):
+    # whole blocks of queries without weight are passed over
+    _, packed, offsets = pack(Case(H=3, Hkv=3), (150, 70, 200, 3), 2)
+    packed["r"] = torch.zeros_like(packed["r"]).scatter_(2, torch.tensor([[[149, 150, 300, 422], [0, 219, 220, 420]]]), 1)
+    check_kernel(kernel, packed, offsets)
+    packed["r"] = torch.zeros_like(packed["r"])
+    check_kernel(kernel, packed, offsets)
+
+
+def check_kernel(kernel, args, offsets):
+    """The error rule for the product before its rows are rescaled, which would add its own rounding."""
     with running(kernel) as backend:
-        out = product(packed, backend)
-    assert_as_good_as_torch(out, product(doubled(packed), "reference"), product(packed, "reference"), factor(kernel))
+        out = product(args, backend, offsets)
+    assert_as_good_as_torch(out, product(doubled(args), "reference", offsets), product(args, "reference", offsets), factor(kernel))
+
+
+def product(args, backend, offsets):
+    """r @ norms."""
+    names = ("r", "q", "k", "lse", "gram", "cross", "residual_sq", "rstd", "key_mask", "scaling")
+    return torch.ops.pyglobenc.rollout_step(*(args.get(name) for name in names), *args["window"], backend, offsets)
+
+
+def test_opcheck():
+    _, packed, offsets = pack(Case(), (4, 6), 2)
+    ordered = [packed[name] for name in ("r", "q", "k", "lse", "gram", "cross", "residual_sq", "rstd", "key_mask", "scaling")]
+    torch.library.opcheck(torch.ops.pyglobenc.rollout_step.default, (*ordered, *packed["window"], "auto", offsets))
