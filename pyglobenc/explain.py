@@ -30,7 +30,7 @@ class Options:
     backend: str = "auto"
     dtype: torch.dtype | None = None
     progress: bool = True
-    packed: bool | None = False  # batches without padding; None: where method and model allow
+    packed: bool | None = False  # batches without padding; None: where that can be done and pays
 
     def __post_init__(self):
         if self.long not in LONG:
