@@ -57,6 +57,16 @@ def test_float32():
     assert_as_good_as_torch(mixing_ratio(*arguments(case, t, torch.float32)), exact, definition(case, t, torch.float32, torch.float32))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_widened(dtype):
+    case = Case(n=40, d=32)
+    *halves, lse, weight, x = arguments(case, layer(case), dtype)
+    out = mixing_ratio(*halves, lse, weight.float(), x.float())
+    wide = [t.double() for t in (*halves, lse, weight, x)]
+    assert out.dtype == torch.float32
+    assert_as_good_as_torch(out, mixing_ratio(*wide), mixing_ratio(*(t.float() for t in wide)))
+
+
 def test_arguments_are_checked():
     case = Case(n=6)
     args = list(arguments(case, layer(case), torch.float64))

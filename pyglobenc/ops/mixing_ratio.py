@@ -29,13 +29,13 @@ def mixing_ratio(
         q, o: queries and attention output, (B, H, n, dh), any float dtype.
         k, v: keys and values, (B, Hkv, n, dh); same dtype.
         lse: log-sum-exp of each query's scaled scores, (B, H, n).
-        mapped_weight: W_O[h] M of the stage, (H, dh, d).
+        mapped_weight: W_O[h] M of the stage, (H, dh, d); the arithmetic is done in its dtype.
         mapped_x: x M, (B, n, d), or None for the stage without residual.
         scaling: factor of q . k, default dh ** -0.5.
         backend: "auto" or a backend's name.
 
     Returns:
-        (B, n), in [0, 1], 0 for a token that mixes nothing.
+        (B, n), the dtype of mapped_weight, in [0, 1], 0 for a token that mixes nothing.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that don't fit, or a backend that can't run.
@@ -51,7 +51,8 @@ def mixing_ratio(
     check_shape(op, "lse", lse, "B H n", sizes)
     check_shape(op, "mapped_weight", mapped_weight, "H dh d", sizes)
     check_shape(op, "mapped_x", mapped_x, "B n d", sizes)
-    check_floats(op, q=q, k=k, v=v, o=o, mapped_weight=mapped_weight, mapped_x=mapped_x)
+    check_floats(op, q=q, k=k, v=v, o=o)
+    check_floats(op, mapped_weight=mapped_weight, mapped_x=mapped_x)
     scaling = sizes["dh"] ** -0.5 if scaling is None else float(scaling)
     return _mixing_ratio(q, k, v, o, lse, mapped_weight, mapped_x, scaling, backend)
 
@@ -74,4 +75,4 @@ def _mixing_ratio(
 
 @_mixing_ratio.register_fake
 def _(q, k, v, o, lse, mapped_weight, mapped_x, scaling, backend):
-    return q.new_empty(q.shape[0], q.shape[2])
+    return mapped_weight.new_empty(q.shape[0], q.shape[2])

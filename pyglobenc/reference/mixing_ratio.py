@@ -24,6 +24,7 @@ def mixing_ratio(
     score_mod: ScoreMod | None = None,
 ) -> Tensor:
     """See `pyglobenc.ops.mixing_ratio`: -> (B, n)."""
+    q, k, v, o, lse = (t.to(mapped_weight.dtype) for t in (q, k, v, o, lse))
     a = own_attention(q, k, lse, scaling, score_mod)[..., None]
     own = a * v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
     rows = mapped_weight.flatten(0, 1)
