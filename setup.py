@@ -1,7 +1,7 @@
 """Builds csrc/ into pyglobenc._cpu and pyglobenc._cuda with ninja; everything declarative is in pyproject.toml. Never imports torch.
 
 _cpu: one object a source and instruction set; the module picks the set when it is imported. _cuda: one object a source, with code for
-the architectures asked for and PTX of the newest for the rest. Without a compiler, or when compiling fails, the install goes on without
+the architectures asked for and PTX for later ones. Without a compiler, or when compiling fails, the install goes on without
 the module and another backend runs instead. Environment:
 
 PYGLOBENC_NO_EXTENSIONS=1   leave both modules out
@@ -91,11 +91,10 @@ def instruction_sets() -> list[str]:
     return list(SETS) if x86 else ["portable"]
 
 
-def architectures() -> list[str]:
-    """nvcc's flags for the compute capabilities to build, the newest as PTX too."""
+def architectures() -> str:
+    """nvcc's flag for the compute capabilities to build, from one PTX that newer ones take too."""
     archs = sorted(os.environ.get("PYGLOBENC_CUDA_ARCHS", "80,90").split(","), key=int)
-    codes = [(arch, f"sm_{arch}") for arch in archs] + [(archs[-1], f"compute_{archs[-1]}")]
-    return [f"-gencode=arch=compute_{arch},code={code}" for arch, code in codes]
+    return f"-gencode=arch=compute_{archs[0]},code=[{','.join(f'sm_{arch}' for arch in archs)},compute_{archs[0]}]"
 
 
 class BuildFile:
@@ -154,7 +153,7 @@ def cuda_build(output: Path, folder: Path) -> str:
         raise CompileError("no nvcc found")
     file = BuildFile()
     file.rule("compile", *find_compiler(), *FLAGS, "$extra")
-    file.rule("nvcc", nvcc, *NVCC_FLAGS, *architectures())
+    file.rule("nvcc", nvcc, *NVCC_FLAGS, architectures())
     for source in sorted(CUDA.glob("*.cu")):
         file.compile("nvcc", source, f"{source.stem}.o")
     file.compile("compile", CUDA / "bindings.cpp", "bindings.o", *python_includes())

@@ -5,8 +5,10 @@ import torch
 from models import build
 from numerics import assert_as_good_as_torch
 from pair_cases import Case, doubled, pair_args
+from test_kernels_pairs import factor
 
 from pyglobenc import GlobEnc, TransformerAttribution, graphed
+from pyglobenc.cuda import _extension
 from pyglobenc.ops import token_norms
 
 pytestmark = pytest.mark.gpu
@@ -22,6 +24,18 @@ def product(r, args, backend):
     return torch.ops.pyglobenc.rollout_step(r, *(args[name] for name in ORDER), *args["window"], backend)
 
 
+def check(r, args, backend):
+    exact, torch_out = product(r.double(), doubled(args), "reference"), product(r, args, "reference")
+    assert_as_good_as_torch(product(r, args, backend), exact, torch_out, factor(backend))
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request):
+    if request.param == "cuda" and _extension.kernels is None:
+        pytest.skip(_extension.missing)
+    return request.param
+
+
 @pytest.fixture
 def tf32():
     before = torch.backends.cuda.matmul.fp32_precision
@@ -30,36 +44,36 @@ def tf32():
     torch.backends.cuda.matmul.fp32_precision = before
 
 
-def test_globenc_of_a_model():
+def test_globenc_of_a_model(backend):
     model = build("bert").float().cuda()
     ids = torch.randint(5, 97, (3, 33), device="cuda")
     mask = torch.arange(33, device="cuda") < torch.tensor([[33], [20], [7]], device="cuda")
-    out, expected = (GlobEnc(model, backend=b)(input_ids=ids, attention_mask=mask.long(), maps=("N_Enc",)) for b in ("triton", "reference"))
+    out, expected = (GlobEnc(model, backend=b)(input_ids=ids, attention_mask=mask.long(), maps=("N_Enc",)) for b in (backend, "reference"))
     # 3 layers of float32 on either side: a few thousand roundings of 2^-24 at most
     torch.testing.assert_close(out.scores, expected.scores, rtol=2.0**-12, atol=2.0**-16)
     torch.testing.assert_close(out.log_scale, expected.log_scale, rtol=2.0**-12, atol=2.0**-12)
     torch.testing.assert_close(out.maps["N_Enc"], expected.maps["N_Enc"], rtol=2.0**-12, atol=2.0**-12)
 
 
-def test_transformer_attribution_of_a_model():
+def test_transformer_attribution_of_a_model(backend):
     model = build("bert-classifier").float().cuda()
     ids = torch.randint(5, 97, (2, 19), device="cuda")
-    out, expected = (TransformerAttribution(model, backend=b)(input_ids=ids, start_layer=2) for b in ("triton", "reference"))
+    out, expected = (TransformerAttribution(model, backend=b)(input_ids=ids, start_layer=2) for b in (backend, "reference"))
     # the last layer alone: what comes below divides by scores near 0, and float32 results differ at will
     torch.testing.assert_close(out.scores, expected.scores, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_bert_base_at_full_size(dtype):
+def test_bert_base_at_full_size(dtype, backend):
     args = on_gpu(pair_args(Case(B=2, H=12, Hkv=12, n=1000, dh=64, d=768, mask="right", dtype=dtype)))
     r = torch.rand(2, 3, 1000, device="cuda")
-    assert_as_good_as_torch(product(r, args, "triton"), product(r.double(), doubled(args), "reference"), product(r, args, "reference"))
+    check(r, args, backend)
 
 
-def test_tf32_where_the_caller_allows_it(tf32):
+def test_tf32_where_the_caller_allows_it(tf32, backend):
     args = on_gpu(pair_args(Case(B=2, H=12, Hkv=12, n=500, dh=64, d=768)))
     r = torch.rand(2, 1, 500, device="cuda")
-    assert_as_good_as_torch(product(r, args, "triton"), product(r.double(), doubled(args), "reference"), product(r, args, "reference"))
+    check(r, args, backend)
 
 
 def long_layer(n: int) -> dict:
@@ -72,31 +86,31 @@ def long_layer(n: int) -> dict:
     return dict(q=q, k=k, lse=lse, **own, key_mask=None, scaling=dh**-0.5, window=(-1, -1))
 
 
-def test_memory_is_linear():
+def test_memory_is_linear(backend):
     args, r = long_layer(16_384), torch.rand(1, 1, 16_384, device="cuda")
-    product(r, args, "triton")
+    product(r, args, backend)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    product(r, args, "triton")
+    product(r, args, backend)
     # a copy of the keys would be 25 MB, one row of pairs for every multiprocessor 9 MB, the map 1 GB
     assert torch.cuda.max_memory_allocated() - before < 16 * 2**20
 
 
-def test_longest_sequence():
+def test_longest_sequence(backend):
     n = 131_072
     args, rows = long_layer(n), torch.tensor([[0, 70_001, n - 1]], device="cuda")
     r = torch.zeros(1, 1, n, device="cuda").index_fill_(2, rows[0], 1)
     expected = token_norms(**doubled(args), rows=rows, backend="reference").sum(1, keepdim=True)
     torch_out = token_norms(**args, rows=rows, backend="reference").sum(1, keepdim=True)
-    assert_as_good_as_torch(product(r, args, "triton"), expected, torch_out)
+    assert_as_good_as_torch(product(r, args, backend), expected, torch_out)
 
 
-def test_graph_capture():
+def test_graph_capture(backend):
     args, r = long_layer(512), torch.rand(1, 1, 512, device="cuda")
-    expected = product(r, args, "triton")
+    expected = product(r, args, backend)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = product(r, args, "triton")
+        out = product(r, args, backend)
     out.zero_()
     graph.replay()
     assert torch.equal(out, expected)
@@ -140,6 +154,6 @@ def test_packed_sequences(name, dtype):
     assert_as_good_as_torch(scores, exact, torch_out)
 
 
-def test_runs_repeat_bit_for_bit():
+def test_runs_repeat_bit_for_bit(backend):
     args, r = long_layer(2048), torch.rand(1, 24, 2048, device="cuda")
-    assert torch.equal(product(r, args, "triton"), product(r, args, "triton"))
+    assert torch.equal(product(r, args, backend), product(r, args, backend))

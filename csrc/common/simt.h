@@ -1,7 +1,8 @@
 // The few primitives that the kernels of csrc/cuda are written in. nvcc makes an instruction or two of each; a host compiler runs the same
 // source thread by thread, see fibers.h, so that whole kernels are proven where there is no GPU.
 //
-//   KERNEL(threads) name(...)     a kernel: a 1-D grid of 1-D blocks of whole warps, started by launch() of csrc/cuda/launch.h
+//   KERNEL(threads) name(...)     a kernel: a 1-D grid of 1-D blocks of whole warps, started by launch() of csrc/cuda/launch.h; a second
+//                                 argument, blocks that a multiprocessor is to hold at least
 //   DEVICE                        before every function that kernels call, BOTH if the host does too; UNROLL or ROLL before a loop
 //   block(), blocks()             this block, and how many there are; thread(), threads(), warp() and lane() likewise within the block
 //   shared()                      the block's dynamic shared memory, char*, aligned to 128 bytes, filled with NaN when emulated

@@ -65,7 +65,7 @@ DEVICE Place find_place(const PairArgs& p) {
 }
 
 template <class T, int HEADS, bool ROLLOUT>
-KERNEL(THREADS) pairs_kernel(PairArgs p) {
+KERNEL(THREADS, 1) pairs_kernel(PairArgs p) {
     constexpr int TILES = HEADS != WIDE && HEADS <= 12 && sizeof(T) == 2 ? 2 : 1;  // of 16 queries, which share a fragment of keys
     constexpr int AT_ONCE = HEADS > 12 && sizeof(T) == 4 ? 1 : 2;  // fragments of 8 keys, as registers allow
     const Place place = find_place(p);

@@ -3,6 +3,7 @@
 import pytest
 import test_packing
 import torch
+from models import build
 from numerics import assert_as_good_as_torch
 from pair_cases import Case, doubled, pair_args
 from test_kernels_pairs import (  # noqa: F401
@@ -20,6 +21,7 @@ from test_kernels_pairs import (  # noqa: F401
     test_token_norms,
 )
 
+from pyglobenc import GlobEnc
 from pyglobenc.cuda import _pairs
 from pyglobenc.ops import token_norms
 
@@ -110,3 +112,13 @@ def test_tf32_where_the_caller_allows_it(monkeypatch):
     cut = args | {name: (args[name].contiguous().view(torch.int32) & -8192).view(torch.float32) for name in ("q", "k")}
     exact = token_norms(**doubled(args), backend="reference")
     assert_as_good_as_torch(token_norms(**args, backend="cuda"), exact, token_norms(**cut, backend="reference"))
+
+
+def test_globenc_of_a_model():
+    model = build("bert").float().to(DEVICE)
+    ids = torch.randint(5, 97, (3, 33), device=DEVICE)
+    mask = torch.arange(33, device=DEVICE) < torch.tensor([[33], [20], [7]], device=DEVICE)
+    out, expected = (GlobEnc(model, backend=name)(input_ids=ids, attention_mask=mask.long()) for name in ("cuda", "reference"))
+    # 3 layers of float32 on either side: a few thousand roundings of 2^-24 at most
+    torch.testing.assert_close(out.scores, expected.scores, rtol=2.0**-12, atol=2.0**-16)
+    torch.testing.assert_close(out.log_scale, expected.log_scale, rtol=2.0**-12, atol=2.0**-12)
