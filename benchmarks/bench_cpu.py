@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
-from pyglobenc import GlobEnc, TransformerAttribution
+from pyglobenc import GlobEnc, TransformerAttribution, capture
 from pyglobenc.ops import head_gram, rollout_step, token_norms
 
 BASE = dict(max_position_embeddings=4096)
@@ -135,32 +135,58 @@ def report(benchmark, call, flops):
 
 def bench_long_sequence(benchmark):
     """Two layers at n = 16,384, each call in a process of its own for its peak memory."""
-
-    def measure(what):
-        done = subprocess.run([sys.executable, __file__, what], capture_output=True, text=True, check=True)
-        took, peak = done.stdout.split()[-2:]
-        benchmark.extra_info.update({"n": LONG, f"{what}_s": f"{float(took):.2f}", f"{what}_peak_mb": f"{float(peak):.0f}"})
-
-    measure("load"), measure("forward")
-    benchmark.pedantic(lambda: measure("globenc"), rounds=1, iterations=1)
+    runs = {what: alone(what, LONG, layers=2) for what in ("load", "forward")}
+    benchmark.pedantic(lambda: runs.update(globenc=alone("globenc", LONG, layers=2)), rounds=1, iterations=1)
+    benchmark.extra_info["n"] = LONG
+    for what, (took, peak, _) in runs.items():
+        benchmark.extra_info.update({f"{what}_s": f"{took:.2f}", f"{what}_peak_mb": f"{peak:.0f}"})
 
 
-def run_long(what):
-    """Seconds and peak resident MiB of one call."""
-    from measure import resident_mb
+@pytest.mark.parametrize("n", [128, 512, 2048, 4096])
+def bench_peak_memory(benchmark, n):
+    """BERT-base, each call in a process of its own: GlobEnc's peak over the forward's and the captured layers' together."""
+    runs = {what: alone(what, n) for what in ("load", "forward", "capture")}
+    benchmark.pedantic(lambda: runs.update(globenc=alone("globenc", n)), rounds=1, iterations=1)
+    benchmark.extra_info.update({f"{what}_peak_mb": f"{runs[what][1]:.0f}" for what in ("load", "forward", "globenc")})
+    states = runs["capture"][2]
+    ratio = runs["globenc"][1] / (runs["forward"][1] + states)
+    benchmark.extra_info.update(states_mb=f"{states:.0f}", of_forward_and_states=f"{ratio:.3f}")
 
-    torch.set_num_threads(2)
-    model = build(dict(max_position_embeddings=LONG, num_hidden_layers=2))
-    batch = ids(LONG)
+
+def alone(what, n, layers=12):
+    """Seconds, peak resident MiB and MiB of captured layers of one call, in a process of its own."""
+    threads = str(torch.get_num_threads())
+    done = subprocess.run([sys.executable, __file__, what, str(n), str(layers), threads], capture_output=True, text=True, check=True)
+    return tuple(map(float, done.stdout.split()[-3:]))
+
+
+def main(what, n, layers, threads):
+    from measure import forget_resident_peak, resident_mb
+
+    torch.set_num_threads(int(threads))
+    model = build(dict(max_position_embeddings=int(n), num_hidden_layers=int(layers)))
+    batch, states = ids(int(n)), 0
+    forget_resident_peak()
     start = time.perf_counter()
     with torch.no_grad():
         if what == "forward":
             model(**batch)
         elif what == "globenc":
             GlobEnc(model)(**batch)
-    print(time.perf_counter() - start, resident_mb())
+        elif what == "capture":
+            with capture(model) as trace:
+                model(**batch)
+            states = size_mb(trace.layers)
+    print(time.perf_counter() - start, resident_mb(), states)
+
+
+def size_mb(layers):
+    """MiB of the tensors that captured layers hold, what they share once."""
+    held = [t for layer in layers for t in (layer.x, layer.q, layer.k, layer.v, layer.o, layer.lse)]
+    held += [t for layer in layers for stats in layer.norms.values() for t in (stats.mean, stats.rstd)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values()) / 2**20
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
-    run_long(sys.argv[1])
+    main(*sys.argv[1:])

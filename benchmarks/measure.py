@@ -32,6 +32,11 @@ def peak_memory_mb(script: Path, *args: str) -> float:
     return int(out.split()[-1]) / 1024
 
 
+def forget_resident_peak() -> None:
+    """Start `resident_mb` anew from what is resident now (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def resident_mb() -> float:
     """Highest resident memory of this process so far, in MiB (Linux); getrusage's would start from the parent's."""
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
