@@ -1,7 +1,7 @@
 import pytest
 import torch
 from numerics import assert_as_good_as_torch
-from pair_cases import Case, layer
+from pair_cases import KERNELS, Case, factor, layer, running
 
 from pyglobenc.ops import head_norms
 
@@ -19,6 +19,21 @@ def test_reference_is_the_definition(case):
     assert single.dtype == torch.float32
     rounded = torch.einsum("bhjc,hcd->bjhd", v.float().double(), t["weight"].float().double()).norm(dim=-1)
     assert_as_good_as_torch(single, rounded, torch.einsum("bhjc,hcd->bjhd", v.float(), t["weight"].float()).norm(dim=-1))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("case", [*CASES, Case(n=65, H=3, Hkv=1, dh=33), Case(B=1, n=130, H=12, Hkv=12, dh=64, d=768)], ids=str)
+def test_kernel_is_as_good_as_torch(case, kernel):
+    t = layer(case)
+    args = t["v"].float(), t["weight"].float()
+    with running(kernel) as backend:
+        out = head_norms(*args, backend=backend)
+        strided = head_norms(*(torch.stack([a, a], -1)[..., 0] for a in args), backend=backend)
+    exact, torch_out = head_norms(*(a.double() for a in args), backend="reference"), head_norms(*args, backend="reference")
+    assert_as_good_as_torch(out, exact, torch_out, factor(kernel))
+    assert_as_good_as_torch(out.square(), exact.square(), torch_out.square(), factor(kernel))
+    # torch's product of the weights may be summed in another order
+    assert_as_good_as_torch(strided, exact, torch_out, factor(kernel))
 
 
 def test_arguments_are_checked():

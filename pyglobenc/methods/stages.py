@@ -124,7 +124,8 @@ class StageOps:
         if stage.residual:
             x = self._residual(layer)
             gram, cross = head_gram(v, weights.kernel, x, weights.cross_kernel, backend=self.backend)
-            residual_sq = stage_map(x, weights.gammas).square().sum(-1)
+            mapped = stage_map(x, weights.gammas)
+            residual_sq = torch.linalg.vecdot(mapped, mapped)
         else:
             gram, _ = head_gram(v, weights.kernel, backend=self.backend)
         return self._matrix(layer, gram, cross, residual_sq, self.rstd(layer, stage))

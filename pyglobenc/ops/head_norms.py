@@ -6,7 +6,7 @@ from torch import Tensor
 from pyglobenc.backends import pick
 from pyglobenc.ops._checks import check_floats, check_heads, check_shape
 
-BACKENDS = ("triton", "cuda", "reference")
+BACKENDS = ("triton", "cuda", "cpu", "reference")
 
 
 def head_norms(v: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
