@@ -5,6 +5,7 @@
 #include "../common/simt.h"
 
 namespace pyglobenc {
+namespace {
 
 // a / safe(b), 0 where b is 0; safe(b) is b + 1e-9, 1e-9 where that is 0, or b + stabilizer * sign(b) if that is given.
 template <class T>
@@ -60,4 +61,5 @@ DEVICE void sum_over_block(T (&x)[N]) {
     }
 }
 
+}  // namespace
 }  // namespace pyglobenc

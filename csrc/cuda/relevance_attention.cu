@@ -12,8 +12,8 @@ namespace pyglobenc {
 // of R_k and R_v, that a block sums up in registers; 0 when no relevance is asked for.
 template <bool ROWS, int SLICE>
 struct Pass {
-    // two tiles where sums take the registers, or wide heads the shared memory
-    static constexpr int COLUMNS = SLICE, TILES = SLICE == 64 ? 4 : 2, STREAM = 8 * TILES, W_STRIDE = STREAM + 4;
+    // two tiles where sums take the registers, as two of 64 columns and one of 128 do, or wide heads the shared memory
+    static constexpr int COLUMNS = SLICE, TILES = ROWS && SLICE == 64 ? 4 : 2, STREAM = 8 * TILES, W_STRIDE = STREAM + 4;
     static constexpr int HELD_TENSORS = ROWS ? 3 : 2, STREAM_ROWS = (ROWS ? 2 : 3) * STREAM;
 
     static int bytes(int head_dim, int warps) {
@@ -242,6 +242,6 @@ void relevance_columns(const RelevanceArgs& args, void* stream) {
     start<Pass<false, 128>>(relevance_columns_kernel<128>, args, stream);
 }
 
-int relevance_shared(int head_dim) { return head_dim <= 64 ? Pass<false, 64>::bytes(head_dim, 1) : Pass<false, 128>::bytes(head_dim, 1); }
+int relevance_shared(int head_dim) { return head_dim <= 64 ? Pass<true, 64>::bytes(head_dim, 1) : Pass<false, 128>::bytes(head_dim, 1); }
 
 }  // namespace pyglobenc

@@ -30,6 +30,7 @@
 #endif
 
 namespace pyglobenc {
+namespace {
 
 constexpr int WARP_ROWS = 16;
 constexpr int MOST_WARPS = 4;
@@ -282,4 +283,5 @@ inline int warps_that_fit(int (*bytes)(int, int), int head_dim) {
     throw std::runtime_error("CUDA: heads of " + std::to_string(head_dim) + " don't fit into shared memory");
 }
 
+}  // namespace
 }  // namespace pyglobenc
