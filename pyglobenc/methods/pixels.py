@@ -6,9 +6,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pyglobenc.hf.vit import patch_projection, position_embeddings, prefix_tokens
+from pyglobenc.methods.relevance_error import Relevance
 from pyglobenc.methods.relevance_rules import Rules
 from pyglobenc.methods.relevance_states import States
-from pyglobenc.methods.reliability import Relevance
 from pyglobenc.reference.safe_division import GUARD, safe_divide
 
 

@@ -5,10 +5,11 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from pyglobenc.methods.forward_error import forward_errors
+from pyglobenc.methods.relevance_error import TINY, Relevance, map_row_error, query_error
 from pyglobenc.methods.relevance_layers import below_attention, down_to_attention, head_relevance
 from pyglobenc.methods.relevance_rules import Rules
 from pyglobenc.methods.relevance_states import States
-from pyglobenc.methods.reliability import TINY, Relevance, squared_norm
 from pyglobenc.ops import relevance_maps
 
 HEAD_MAPS = ("alpha", "R_alpha", "grad_alpha")
@@ -23,6 +24,7 @@ class Descent:
         rules: relevance rules.
         gradient: weigh the maps with the gradient of the logit.
         normalize: divide the rows of I + A by their sums, as the published BERT code does.
+        estimate: carry the expected error of every tensor of relevance, for `estimated_error`.
 
     Attributes:
         token_sums: by layer, (B, n): relevance of the layer's input summed over the hidden size; by the number of layers, that of the
@@ -30,12 +32,14 @@ class Descent:
         maps: by name and layer; see `Descent.keep`.
     """
 
-    def __init__(self, states: States, rules: Rules, gradient: bool, normalize: bool):
+    def __init__(self, states: States, rules: Rules, gradient: bool, normalize: bool, estimate: bool = False):
         self.states = states
         self.rules = rules
         self.gradient = gradient
         self.normalize = normalize
-        self._moved = 0.0  # expected squared error of the row's other entries, in units of the rounding unit squared
+        depth = len(states.layers)
+        self.errors = forward_errors(states, rules.weights) if estimate else [None] * depth
+        self._moved = 0.0  # expected squared error of the row, (B, n), in units of the rounding unit squared
         self._row: Tensor | None = None
         self.token_sums: dict[int, Tensor] = {}
         self.maps: dict[str, dict[int, Tensor]] = defaultdict(dict)
@@ -52,21 +56,21 @@ class Descent:
         and the relevance is None. names: maps to keep, of MAPS.
         """
         states, rules, depth = self.states, self.rules, len(self.states.layers)
-        roll, r = self.start_row(), head_relevance(states, rules)
+        roll, r = self.start_row(), head_relevance(states, rules, self.errors[-1] is not None)
         self.token_sums[depth] = r.values.sum(-1)
         for index in reversed(range(min(start_layer, lowest), depth)):
             layer = states.layers[index]
             grad = states.grads[index] if self.gradient else None
-            s, residual = down_to_attention(states, index, r, rules)
+            s, residual = down_to_attention(states, index, r, rules, self.errors[index])
             self._keep(names, index, s.values)
             rolling = index >= start_layer
             if index < lowest:
                 rolled = rules.roll(layer, grad, s.values, roll, self.normalize)
-                self._count(s, roll, rolled)
+                self._count(index, s, roll, rolled)
                 return rolled[:, 0], None
-            parts, rolled = rules.attention(layer, grad, s, roll if rolling else None, self.normalize)
+            parts, rolled = rules.attention(layer, grad, s, roll if rolling else None, self.normalize, self.errors[index])
             if rolling:
-                self._count(s, roll, rolled)
+                self._count(index, s, roll, rolled)
                 roll = rolled
             r = below_attention(states, residual, parts, rules)
             self.token_sums[index] = r.values.sum(-1)
@@ -75,26 +79,38 @@ class Descent:
         self.input = r
         return roll[:, 0], r
 
-    def _count(self, s: Relevance, before: Tensor | None, after: Tensor) -> None:
-        """Take note of a layer's part, after - before, in the row (B, 1, n); before None: all of it."""
-        own = self.states.target.position[:, None]
-        part = after[:, 0] if before is None else (after - before)[:, 0]
-        self._moved = self._moved + s.relative() * squared_norm(part.scatter(1, own, 0))
-        self._row = after[:, 0].scatter(1, own, 0)
+    def _count(self, index: int, s: Relevance, before: Tensor | None, after: Tensor) -> None:
+        """Take note of the error that a layer's map brings to the row (B, 1, n), before and after its step; before None: all of it."""
+        if s.error is None:
+            return
+        position, grad = self.states.target.position, self.states.grads[index] if self.gradient else None
+        own, moved = map_row_error(self.states.layers[index], self.errors[index], grad, s, position, self.rules.weights)
+        if before is not None:
+            # the other rows' part has the error of the queries that it comes from
+            norm, error = query_error(s)
+            norm = (norm * before[:, 0].square()).scatter(1, position[:, None], 0)
+            others = (norm * error).sum(1, keepdim=True) / norm.sum(1, keepdim=True).clamp(min=TINY)
+            weight = before[:, 0].gather(1, position[:, None])
+            moved = moved * weight.square() + others * (after[:, 0] - before[:, 0] - weight * own).square()
+        self._moved = self._moved + moved
+        self._row = after[:, 0]
 
     def estimated_error(self) -> Tensor:
-        """Expected relative L2 error of the last row or relevance made, the pooled token's own entry left out, (B,)."""
+        """Expected relative L2 error of the last row or relevance made, a row's own entry left out, (B,)."""
+        moved, scores = self._moved, self._row
+        if scores is None:
+            moved, scores = self.input.squared_error().sum(-1), self.input.values.sum(-1)
+        else:
+            moved, scores = (t.scatter(1, self.states.target.position[:, None], 0) for t in (moved, scores))
         unit = torch.finfo(self.states.dtype).eps / 2
-        if self._row is None:
-            return self.input.relative().sqrt() * unit
-        return (self._moved / squared_norm(self._row).clamp_min(TINY)).sqrt() * unit
+        return (moved.sum(1) / scores.square().sum(1).clamp(min=TINY)).sqrt().double() * unit
 
     def layer_row(self, index: int) -> Tensor:
         """Row of the pooled token in the map of one layer, (B, n)."""
         _, r = self.roll_out(len(self.states.layers), index + 1)
-        s, _ = down_to_attention(self.states, index, r, self.rules)
+        s, _ = down_to_attention(self.states, index, r, self.rules, self.errors[index])
         row = self._map(index, s.values, self.states.target.position[:, None])
-        self._count(s, None, row)
+        self._count(index, s, None, row)
         return row[:, 0]
 
     def _map(self, index: int, s: Tensor, rows: Tensor | None = None) -> Tensor:

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from pyglobenc.hf import LayerTrace
+from pyglobenc.methods.forward_error import LayerError
+from pyglobenc.methods.relevance_error import Relevance, cloned, feature_mean
 from pyglobenc.methods.relevance_rules import Rules
 from pyglobenc.methods.relevance_states import States
-from pyglobenc.methods.reliability import Relevance
 
 
 @dataclass
@@ -21,8 +22,10 @@ class Residual:
     r: Relevance  # of the residual branch
 
 
-def head_relevance(states: States, rules: Rules) -> Relevance:
-    """Relevance of the last layer's output, (B, n, d): 1 at the explained logit, down the head, at the token that the head reads."""
+def head_relevance(states: States, rules: Rules, estimate: bool) -> Relevance:
+    """Relevance of the last layer's output, (B, n, d): 1 at the explained logit, down the head, at the token that the head reads.
+
+    With estimate it carries its error."""
     target, top = states.target, states.head[0]
     weight = top.weight.detach()
     row = weight[target.index].to(states.dtype)
@@ -30,14 +33,14 @@ def head_relevance(states: States, rules: Rules) -> Relevance:
         # the difference of two logits is one output whose weights are the difference
         row = row - weight[target.contrast].to(states.dtype)
     x = _at(states.take(top)[0], target.position)
-    r = Relevance(rules.logit(x, row[:, None]), torch.ones(len(x), dtype=torch.float64, device=x.device))
+    r = Relevance(rules.logit(x, row[:, None]), torch.ones_like(x[..., :1]) if estimate else None)
     for module in states.head[1:]:
         x, returned = (_at(t, target.position) for t in states.take(module))
         r = rules.linear(r, module, x, returned)
     r = rules.clone([r], x)
     last = states.layers[-1].x
     index = target.position[:, None, None].expand(-1, 1, last.shape[2])
-    return Relevance(torch.zeros_like(last).scatter_(1, index, r.values), r.noise)
+    return Relevance(torch.zeros_like(last).scatter_(1, index, r.values), feature_mean(r))
 
 
 def _at(t: Tensor, position: Tensor) -> Tensor:
@@ -45,22 +48,22 @@ def _at(t: Tensor, position: Tensor) -> Tensor:
     return t[:, None] if t.dim() == 2 else t[torch.arange(t.shape[0], device=t.device), position][:, None]
 
 
-def down_to_attention(states: States, index: int, r: Relevance, rules: Rules) -> tuple[Relevance, Residual]:
+def down_to_attention(states: States, index: int, r: Relevance, rules: Rules, errors: LayerError | None) -> tuple[Relevance, Residual]:
     """From a layer's output to its attention: s = R_o / safe(o), (B, H, n, dh), and the residual branch."""
     layer = states.layers[index]
     m = layer.modules
-    rules.level = index + 1
+    at_returned, at_attended, at_o = (None,) * 3 if errors is None else (errors.returned, errors.attended, errors.o)
     _, mlp = states.take(m.mlp_output)
     merged, attended = states.take(m.output)
     # the MLP's residual: the tensor it reads after BERT's norm, before ViT's
     y = layer.x + attended if m.pre_norm else states.take(m.intermediate)[0]
-    r_mlp, r_y = rules.add(r, mlp, y)
+    r_mlp, r_y = rules.add(r, mlp, y, at_returned)
     for module in (m.mlp_output, m.intermediate):
         r_mlp = rules.linear(r_mlp, module, *states.take(module))
     r = rules.clone([r_mlp, r_y], y)
-    r_attended, r_x = rules.add(r, attended, layer.x)
+    r_attended, r_x = rules.add(r, attended, layer.x, at_attended)
     r_o = rules.linear(r_attended, m.output, merged, attended)
-    s = rules.over_output(r_o, layer.o)
+    s = rules.over_output(r_o, layer.o, at_o)
     return s, Residual(layer, layer.x, r_x)
 
 
@@ -69,8 +72,5 @@ def below_attention(states: States, residual: Residual, parts: Sequence[Relevanc
     m = residual.layer.modules
     inputs = [rules.linear(part, module, *states.take(module)) for part, module in zip(parts, (m.query, m.key, m.value), strict=True)]
     # before ViT's norm the published code has one Linear for all three, whose relevances add
-    if m.pre_norm:
-        r = Relevance(sum(part.values for part in inputs), sum(part.noise for part in inputs))
-    else:
-        r = rules.clone(inputs, residual.x)
+    r = cloned(inputs, sum(part.values for part in inputs)) if m.pre_norm else rules.clone(inputs, residual.x)
     return rules.clone([r, residual.r], residual.x)

@@ -4,27 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from pyglobenc.hf import LayerTrace
-from pyglobenc.methods.reliability import Relevance, division_noise, score_noise, squared_norm
+from pyglobenc.methods.forward_error import LayerError
+from pyglobenc.methods.relevance_error import Relevance, added_error, cloned, divided_error, feature_mean, projected_error
+from pyglobenc.methods.weight_cache import WeightCache
 from pyglobenc.ops import add_relevance, clone_relevance, linear_relevance, relevance_attention, relevance_rollout_step
 from pyglobenc.reference.relevance_attention import relevance_attention as reference_attention
 from pyglobenc.reference.safe_division import safe_divide
-
-
-class WeightCache:
-    """|W| of a model's Linear modules, kept until the weights change; not kept where it has to be widened."""
-
-    def __init__(self):
-        self._kept: dict[nn.Module, tuple[tuple, Tensor]] = {}
-
-    def absolute(self, module: nn.Linear, dtype: torch.dtype) -> Tensor | None:
-        """|W| (d_out, d_in), or None when the weights have another dtype."""
-        weight = module.weight.detach()
-        if weight.dtype != dtype:
-            return None
-        version = (weight.data_ptr(), weight._version)
-        if module not in self._kept or self._kept[module][0] != version:
-            self._kept[module] = (version, weight.abs())
-        return self._kept[module][1]
 
 
 class Rules:
@@ -41,38 +26,37 @@ class Rules:
     def __init__(self, backend: str, stabilizer: float = 0.0):
         self.backend = backend
         self.stabilizer = stabilizer
-        self.level = 1  # layers above the input, whose errors a division finds in its divisor
         self.weights = WeightCache()
 
     def linear(self, r: Relevance, module: nn.Linear, given: Tensor, returned: Tensor) -> Relevance:
         """Relevance (B, n, d_in) of a Linear's input from that of its output (B, n, d_out)."""
         bias = None if module.bias is None else module.bias.detach()
         weight, absolute = module.weight.detach(), self.weights.absolute(module, r.values.dtype)
-        return r.like(linear_relevance(r.values, given, weight, abs_weight=absolute, output=returned, bias=bias, backend=self.backend))
+        out = linear_relevance(r.values, given, weight, abs_weight=absolute, output=returned, bias=bias, backend=self.backend)
+        return Relevance(out, feature_mean(r))
 
-    def add(self, r: Relevance, a: Tensor, b: Tensor) -> tuple[Relevance, Relevance]:
-        """Relevance of both branches of a residual sum, (B, n, d)."""
+    def add(self, r: Relevance, a: Tensor, b: Tensor, at_sum: Tensor | None = None) -> tuple[Relevance, Relevance]:
+        """Relevance of both branches of a residual sum, (B, n, d); at_sum: squared error of a + b, of the same shape."""
         branches = add_relevance(r.values, a, b, stabilizer=self.stabilizer, rescale=self.rescale, backend=self.backend)
-        inherited, z = r.relative(), a + b
-        return tuple(Relevance(t, inherited * squared_norm(t) + self.level * division_noise(t, z, a, b)) for t in branches)
+        error = None if r.error is None or at_sum is None else added_error(r.error, a + b, at_sum, branches if self.rescale else None)
+        return tuple(Relevance(t, error) for t in branches)
 
     def clone(self, parts: list[Relevance], x: Tensor) -> Relevance:
         """Relevance of a tensor read by several branches, (B, n, d)."""
-        return Relevance(clone_relevance([part.values for part in parts], x, backend=self.backend), sum(part.noise for part in parts))
+        return cloned(parts, clone_relevance([part.values for part in parts], x, backend=self.backend))
 
-    def over_output(self, r_o: Relevance, o: Tensor) -> Relevance:
-        """s = R_o / safe(o) by head, (B, H, n, dh), from relevance (B, n, d)."""
+    def over_output(self, r_o: Relevance, o: Tensor, at_o: Tensor | None = None) -> Relevance:
+        """s = R_o / safe(o) by head, (B, H, n, dh), from relevance (B, n, d); at_o: squared error of o, broadcast to its shape."""
         s = safe_divide(r_o.values.unflatten(2, (o.shape[1], -1)).transpose(1, 2), o, self.stabilizer)
-        return Relevance(s, r_o.relative() * squared_norm(s) + self.level * division_noise(s, o, o))
+        return Relevance(s, None if r_o.error is None else r_o.error[:, None] + divided_error(o, o.square() + at_o))
 
-    def attention(self, layer: LayerTrace, grad_o: Tensor | None, s: Relevance, roll: Tensor | None, normalize: bool) -> tuple:
+    def attention(
+        self, layer: LayerTrace, grad_o: Tensor | None, s: Relevance, roll: Tensor | None, normalize: bool, errors: LayerError | None
+    ) -> tuple:
         """Relevance of queries, keys and values, (B, n, d) each, and the stepped rollout (B, T, n) or None."""
         *parts, _, rolled = self._attention(layer, grad_o, s.values, roll, normalize)
-        own = self.level * score_noise(layer, s.values, parts[0])
-        inherited = s.relative()
-        parts = [Relevance(t.transpose(1, 2).flatten(2), inherited * squared_norm(t)) for t in parts]
-        for part in parts[:2]:
-            part.noise += own
+        at_parts = (None,) * 3 if errors is None else projected_error(layer, errors, s, parts, self.weights)
+        parts = [Relevance(t.transpose(1, 2).flatten(2), error) for t, error in zip(parts, at_parts, strict=True)]
         return parts, rolled
 
     def _attention(self, layer: LayerTrace, grad_o: Tensor | None, s: Tensor, roll: Tensor | None, normalize: bool) -> tuple:
@@ -128,7 +112,7 @@ class LrpRules(Rules):
         for bound in ({"min": 0}, {"max": 0}):
             x, w = given.clamp(**bound), weight.clamp(**bound)
             out += x * (safe_divide(r.values, x @ w.T) @ w)
-        return r.like(out)
+        return Relevance(out, feature_mean(r))
 
     def _attention(self, layer: LayerTrace, grad_o: Tensor | None, s: Tensor, roll: Tensor | None, normalize: bool) -> tuple:
         return reference_attention(

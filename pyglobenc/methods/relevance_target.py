@@ -51,6 +51,11 @@ def head_kind(model: PreTrainedModel) -> str:
         for ending, kind in HEADS.items():
             if cls.__name__.endswith(ending):
                 return kind
+    if type(model).__name__.endswith("WithTeacher"):
+        raise ValueError(
+            f"TransformerAttribution: {type(model).__name__} averages the logits of two heads at two tokens; the published rules have no "
+            "shares for that mean, load the checkpoint as ...ForImageClassification"
+        )
     raise ValueError(
         f"TransformerAttribution: {type(model).__name__} has no head to explain; known heads: "
         + ", ".join(f"...{ending}" for ending in HEADS)

@@ -127,15 +127,15 @@ class TransformerAttribution:
         everything = layers or bool(maps)
         lowest = 0 if everything else chosen.lowest_gradient(start_layer, depth)
         states = run_forward(self.model, batch, self.kind, (target, contrast, position), self.dtype, lowest)
-        descent = self._descent(states, chosen)
+        how = self._error_method(reliability, chosen, states)
+        descent = self._descent(states, chosen, how == "estimated")
         scores = variant_scores(self.model, chosen, descent, start_layer, self.prefix)
-        result = self._result(scores, states)
-        result.error_method = self._error_method(reliability, chosen, states)
-        if result.error_method == "measured":
+        result = self._result(scores, states, how)
+        if how == "measured":
             moved = self._descent(run_again(self.model, batch, states), chosen)
             own = states.target.position if self.prefix is None and chosen.kind != "input" else None
             result.error = distance(variant_scores(self.model, chosen, moved, start_layer, self.prefix), scores, own)
-        elif result.error_method == "estimated":
+        elif how == "estimated":
             result.error = descent.estimated_error()
         self._warn(result)
         if everything:
@@ -143,8 +143,8 @@ class TransformerAttribution:
         self._add_layers(result, descent, layers)
         return result
 
-    def _descent(self, states: States, chosen: Variant) -> Descent:
-        return Descent(states, self.lrp if chosen.lrp else self.rules, chosen.gradient, self.prefix is None)
+    def _descent(self, states: States, chosen: Variant, estimate: bool = False) -> Descent:
+        return Descent(states, self.lrp if chosen.lrp else self.rules, chosen.gradient, self.prefix is None, estimate)
 
     @staticmethod
     def _error_method(reliability: str, chosen: Variant, states: States) -> str | None:
@@ -214,14 +214,14 @@ class TransformerAttribution:
         return {**batch, **{name: value[rows, index][:, None] for name, value in inputs.items()}}, 0, None
 
     @staticmethod
-    def _result(scores: Tensor, states: States) -> RelevanceResult:
+    def _result(scores: Tensor, states: States, how: str | None) -> RelevanceResult:
         message = "TransformerAttribution: the attribution is not finite; the activations hold NaN or infinity for this input"
         require(torch.isfinite(scores).all(), lambda: ValueError(message))
         for name, value in states.output.items():
             if isinstance(value, Tensor):
                 states.output[name] = value.detach()
         target = states.target
-        return RelevanceResult(scores, target.index, target.position, target.logit, output=states.output)
+        return RelevanceResult(scores, target.index, target.position, target.logit, error_method=how, output=states.output)
 
     @staticmethod
     def _add_layers(result: RelevanceResult, descent: Descent, layers: bool) -> None:
