@@ -97,7 +97,8 @@ static void gram_row(const GramArgs& args, const float* packed, int64_t first, i
     for (int64_t h = g; h < H; ++h)
         for (int64_t block = first; block < last; ++block) {
             const float* const values = packed + block * args.block_size();
-            bilinear(values + args.value(h), kernel + at(args.kernel, g, 0, h), args.kernel.stride[1], dh, values + args.value(g), dh, lanes);
+            const float* const matrix = kernel + at(args.kernel, g, 0, h);
+            bilinear(values + args.value(h), matrix, args.kernel.stride[1], dh, values + args.value(g), dh, lanes);
             const Tokens to(args, block, args.gram.stride[0], args.gram.stride[1]);
             for (int64_t l = 0; l < to.count; ++l)
                 gram[to.start[l] + g * down + h * right] = gram[to.start[l] + h * down + g * right] = lanes[l];
@@ -112,7 +113,8 @@ static void gram_row(const GramArgs& args, const float* packed, int64_t first, i
     }
 }
 
-void head_gram(const View& v, const View& kernel, const View& x, const View& cross_kernel, const View& gram, const View& cross, int threads) {
+void head_gram(const View& v, const View& kernel, const View& x, const View& cross_kernel, const View& gram, const View& cross,
+               int threads) {
     const GramArgs args{v, kernel, x, cross_kernel, gram, cross};
     const int64_t H = args.heads(), width = H * args.dh(), blocks = (args.tokens() + I - 1) / I;
     // with one group of blocks the H rows of the triangle are the tasks: enough for H / 4 threads

@@ -132,7 +132,8 @@ static void pack_keys(const PairArgs& args, const Example& example, const Keys& 
     for (int64_t h = 0; h < Hkv; ++h) {
         float* const k = keys.k + h * rows * width;
         for (int64_t j = 0; j < keys.count; ++j)
-            take(args.k, keys.unit, at(args.k, example.b, h, example.keys[keys.first + j]), args.k.stride[3], args.k.shape[3], k + j * width);
+            take(args.k, keys.unit, at(args.k, example.b, h, example.keys[keys.first + j]), args.k.stride[3], args.k.shape[3],
+                 k + j * width);
         std::memset(k + keys.count * width, 0, sizeof(float) * (rows - keys.count) * width);
     }
     for (int64_t j = 0; j < keys.count; ++j) pack_form(args.gram, example.b, example.keys[keys.first + j], keys.form + j * size);

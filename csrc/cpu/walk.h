@@ -142,11 +142,12 @@ static void visit(const PairArgs& args, const Example& example, const Keys& keys
         high = position[l] > high ? position[l] : high;
     }
     if (Overlap(args, key[0], key[keys.count - 1], low, high).hidden) return;
-    const auto scores = PAIRS && keys.unit == Unit::pair ? probabilities<VT, PAIRS ? Unit::pair : Unit::single> : probabilities<VT, Unit::single>;
+    constexpr Unit most = PAIRS ? Unit::pair : Unit::single;
+    const auto scores = keys.unit == Unit::single ? probabilities<VT, Unit::single> : probabilities<VT, most>;
     for (int64_t h = 0; h < H; ++h)
         for (int64_t t = 0; t < tiles; ++t)
-            scores(queries.q + (slot * H + h) * width * I, keys.k + (h / group * tiles + t) * J * width, queries.offset + (slot * H + h) * I,
-                   args.scaling, width, alpha + (t * J * H + h) * I, H * I);
+            scores(queries.q + (slot * H + h) * width * I, keys.k + (h / group * tiles + t) * J * width,
+                   queries.offset + (slot * H + h) * I, args.scaling, width, alpha + (t * J * H + h) * I, H * I);
     for (int64_t j = 0; j < keys.count; j += J) {
         const int64_t count = keys.count - j < J ? keys.count - j : J;
         const Overlap overlap(args, key[j], key[j + count - 1], low, high);
