@@ -7,9 +7,9 @@ import pytest
 import torch
 from allocations import measure_allocations
 from chefer import chefer_golden, relative
-from models import SMALL, build, random_batch
+from models import IMAGE, SMALL, build, random_batch
 from scipy.stats import spearmanr
-from transformers import BertConfig, BertForSequenceClassification, BertModel
+from transformers import BertConfig, BertForSequenceClassification, BertModel, DeiTConfig, DeiTForImageClassificationWithTeacher
 
 from pyglobenc import TransformerAttribution
 from pyglobenc.methods import transformer_attribution
@@ -180,6 +180,8 @@ def test_refusals(call, message):
 def test_refused_models():
     with pytest.raises(ValueError, match="no head to explain"):
         TransformerAttribution(BertModel(BertConfig(**SMALL)).eval())
+    with pytest.raises(ValueError, match="two heads"):
+        TransformerAttribution(DeiTForImageClassificationWithTeacher(DeiTConfig(**IMAGE)).eval())
     with pytest.raises(ValueError, match="training mode"):
         model = build("bert-classifier").train()
         TransformerAttribution(model)(**random_batch(model, batch=1, n=5))
