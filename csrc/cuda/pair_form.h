@@ -1,7 +1,9 @@
-// From a tile's probabilities to norms and on to the result: a lane is a key, the warps share out the queries.
+// From a tile's probabilities to norms and on to the result: a lane is a key, the warps share out the queries, two at a time.
 //
-// H (H + 1) / 2 + H multiply-adds a pair, in float32. Tensor cores would take three products of two halves each (16 bits do not keep the
-// error rule), 48 of mma a 16 x 8 pairs, and the splitting, unpacking and transposing around them as many issue slots as the plain form.
+// H (H + 1) / 2 + H multiply-adds a pair, in float32. On tensor cores the error rule takes alpha and G in two halves each and three
+// products: of 16 x 8 pairs of 12 heads 48 mma, but splitting, unpacking and adding up the lanes takes 350 more instructions, where the
+// plain form takes 360 in all; with transposing shuffles in the place of shared memory a warp's tile would be so small that reading
+// queries binds. sm_90 code for BERT-base in bfloat16 runs about 3.6 instructions a pair to alpha and 3.5 from there.
 #pragma once
 
 #include "pair_tile.h"
@@ -11,8 +13,11 @@ namespace {
 
 BOTH int blocks_of(int heads) { return (heads + SIDE - 1) / SIDE; }
 
-// Coefficients of one lane's key for HEADS heads, the upper triangle row by row.
-template <int HEADS>
+// Heads of alpha, those that only pad its blocks included.
+BOTH int padded_heads(int heads) { return heads > 16 ? blocks_of(heads) * SIDE : heads > 12 ? 16 : heads > 8 ? 12 : 8; }
+
+// Norms squared of queries 2 pair and 2 pair + 1 with this lane's key, from coefficients of HEADS heads, the upper triangle row by row.
+template <int HEADS, int QUERIES>
 struct Form {
     static constexpr int SIZE = HEADS * (HEADS + 1) / 2;
     float of[SIZE];
@@ -22,55 +27,50 @@ struct Form {
         for (int e = 0; e < SIZE; ++e) of[e] = packed[e * KEYS + lane()];
     }
 
-    // Norm squared of query i.
-    DEVICE float operator()(const PairArgs& p, const Place& place, int i) const {
-        const float* alpha = place.floats(p.tile.alpha) + i * KEYS + column(i, lane());
-        const int stride = p.tile.queries * KEYS;
-        float a[HEADS], sum = 0;
+    DEVICE Twin operator()(const PairArgs&, const Place&, const Twin* alpha, int pair) const {
+        Twin a[HEADS], sum = {0, 0};
         UNROLL
-        for (int h = 0; h < HEADS; ++h) a[h] = h < p.heads ? alpha[h * stride] : 0.0f;
+        for (int h = 0; h < HEADS; ++h) a[h] = alpha[h * (QUERIES / 2 * KEYS) + pair_at(pair, lane())];
         int e = 0;
         UNROLL
         for (int h = 0; h < HEADS; ++h) {
-            float row = of[e++] * a[h];
+            Twin row = {of[e] * a[h].x, of[e] * a[h].y};
+            ++e;
             UNROLL
-            for (int g = h + 1; g < HEADS; ++g) row = fmaf(of[e++], a[g], row);
-            sum = fmaf(row, a[h], sum);
+            for (int g = h + 1; g < HEADS; ++g, ++e) row = {fmaf(of[e], a[g].x, row.x), fmaf(of[e], a[g].y, row.y)};
+            sum = {fmaf(row.x, a[h].x, sum.x), fmaf(row.y, a[h].y, sum.y)};
         }
         return sum;
     }
 
-    DEVICE void prepare(const PairArgs&, const Place&, const int*) {}
+    DEVICE void prepare(const PairArgs&, const Place&, const Twin*) {}
 };
 
 // More heads than registers hold: the warps share out blocks of 8 x 8 coefficients, each for all queries, and sum up in shared memory.
-template <>
-struct Form<WIDE> {
+template <int QUERIES>
+struct Form<WIDE, QUERIES> {
     const float* packed;
 
     DEVICE void load(const float* from) { packed = from; }
 
-    // Its sum over one block, for heads of the rows and of the columns.
-    DEVICE static float one(const float* alpha, const float* other, int stride, int rows, int columns, const float (&of)[SIDE][SIDE]) {
-        float a[SIDE], b[SIDE], sum = 0;
+    DEVICE static Twin one(const Twin* alpha, const Twin* other, const float (&of)[SIDE][SIDE]) {
+        Twin b[SIDE], sum = {0, 0};
+        UNROLL
+        for (int g = 0; g < SIDE; ++g) b[g] = other[g * (QUERIES / 2 * KEYS)];
         UNROLL
         for (int h = 0; h < SIDE; ++h) {
-            a[h] = h < rows ? alpha[h * stride] : 0.0f;
-            b[h] = h < columns ? other[h * stride] : 0.0f;
-        }
-        UNROLL
-        for (int h = 0; h < SIDE; ++h) {
-            float row = 0;
+            const Twin a = alpha[h * (QUERIES / 2 * KEYS)];
+            Twin row = {0, 0};
             UNROLL
-            for (int g = 0; g < SIDE; ++g) row = fmaf(of[h][g], b[g], row);
-            sum = fmaf(row, a[h], sum);
+            for (int g = 0; g < SIDE; ++g) row = {fmaf(of[h][g], b[g].x, row.x), fmaf(of[h][g], b[g].y, row.y)};
+            sum = {fmaf(row.x, a.x, sum.x), fmaf(row.y, a.y, sum.y)};
         }
         return sum;
     }
 
-    DEVICE void prepare(const PairArgs& p, const Place& place, const int* positions) {
-        const int side = blocks_of(p.heads), stride = p.tile.queries * KEYS;
-        float* partial = place.floats(p.tile.partial) + place.warp * stride;
+    DEVICE void prepare(const PairArgs& p, const Place& place, const Twin* alpha) {
+        const int side = blocks_of(p.heads);
+        Twin* partial = place.at<Twin>(p.tile.partial) + place.warp * (QUERIES / 2 * KEYS);
         int at = 0;
         for (int row = 0; row < side; ++row)
             for (int col = row; col < side; ++col, ++at) {
@@ -78,32 +78,36 @@ struct Form<WIDE> {
                 float of[SIDE][SIDE];
                 UNROLL
                 for (int e = 0; e < SIDE * SIDE; ++e) of[e / SIDE][e % SIDE] = packed[(at * SIDE * SIDE + e) * KEYS + lane()];
-                for (int i = 0; i < p.tile.queries; ++i) {
-                    if (positions[i] < 0) continue;
-                    const float* alpha = place.floats(p.tile.alpha) + i * KEYS + column(i, lane());
-                    const float sum = one(alpha + row * SIDE * stride, alpha + col * SIDE * stride, stride, p.heads - row * SIDE,
-                                          p.heads - col * SIDE, of);
-                    float& to = partial[i * KEYS + lane()];
-                    to = at < p.tile.warps ? sum : to + sum;
+                for (int pair = 0; pair < QUERIES / 2; ++pair) {
+                    const Twin* here = alpha + pair_at(pair, lane());
+                    const Twin sum = one(here + row * SIDE * (QUERIES / 2 * KEYS), here + col * SIDE * (QUERIES / 2 * KEYS), of);
+                    Twin& to = partial[pair * KEYS + lane()];
+                    to = at < p.tile.warps ? sum : Twin{to.x + sum.x, to.y + sum.y};
                 }
             }
         barrier(1 + place.group, 32 * p.tile.warps);
     }
 
-    DEVICE float operator()(const PairArgs& p, const Place& place, int i) const {
+    DEVICE Twin operator()(const PairArgs& p, const Place& place, const Twin*, int pair) const {
         const int side = blocks_of(p.heads), all = side * (side + 1) / 2;
-        float sum = 0;
-        for (int w = 0; w < p.tile.warps && w < all; ++w) sum += place.floats(p.tile.partial)[(w * p.tile.queries + i) * KEYS + lane()];
+        Twin sum = {0, 0};
+        for (int w = 0; w < p.tile.warps && w < all; ++w) {
+            const Twin part = place.at<Twin>(p.tile.partial)[(w * (QUERIES / 2) + pair) * KEYS + lane()];
+            sum = {sum.x + part.x, sum.y + part.y};
+        }
         return sum;
     }
 };
 
-// What the residual adds where the query is the key.
-DEVICE float own_term(const PairArgs& p, const Place& place, int i) {
-    const float* alpha = place.floats(p.tile.alpha) + i * KEYS + column(i, lane());
+// What the residual adds where query i, of row `row` of the tile, is the key.
+template <int QUERIES>
+DEVICE float own_term(const PairArgs& p, const Place& place, const Twin* alpha, int row) {
+    const float* cross = place.at<float>(p.tile.cross);
     float sum = 0;
-    for (int h = 0; h < p.heads; ++h)
-        sum = fmaf(alpha[h * p.tile.queries * KEYS], place.floats(p.tile.cross)[h * KEYS + lane()], sum);
+    for (int h = 0; h < p.heads; ++h) {
+        const Twin a = alpha[h * (QUERIES / 2 * KEYS) + pair_at(row / 2, lane())];
+        sum = fmaf(row % 2 ? a.y : a.x, cross[h * KEYS + lane()], sum);
+    }
     return 2 * sum + element<float>(p.residual_sq, place.b, place.key);
 }
 
@@ -139,26 +143,37 @@ DEVICE Seen share_of(const Seen& all, int share, int shares, int queries) {
     return {start, start + each < all.last ? start + each : all.last};
 }
 
-// Norms of the tile's queries with this lane's key, taken up by the result. `row` is the first query's in the list of queries.
-template <bool ROLLOUT, int HEADS>
-DEVICE void take_queries(const PairArgs& p, const Place& place, const Seen& seen, const int* positions, const float* weights, int row,
-                         int rows, const Form<HEADS>& form, float (&sums)[MAX_ROWS]) {
-    for (int t = place.warp; t < p.tile.queries && row + t < rows; t += p.tile.warps) {
-        const int i = positions[t];
-        float norm = 0;
-        if (i >= 0) {
-            float square = form(p, place, t);
-            // the same for all lanes: one query in n is met here
-            if (p.cross.data && i / KEYS == place.block) square += i == place.key ? own_term(p, place, t) : 0.0f;
-            norm = seen.first <= i && i < seen.last ? sqrt_approx(fmaxf(square, 0.0f)) : 0.0f;
-        }
-        if (!ROLLOUT) {
-            if (place.key < p.n) element<float>(p.out, place.b, row + t, place.key) = norm * weights[t];
-        } else if (p.n_rows == 1) {
-            sums[0] = fmaf(norm, weights[t], sums[0]);
-        } else {
-            UNROLL
-            for (int line = 0; line < MAX_ROWS; ++line) sums[line] = fmaf(norm, weights[line * p.tile.queries + t], sums[line]);
+// Norm of query i, -1 if it doesn't count, of row `row` of the tile, from its square without the residual.
+template <int QUERIES>
+DEVICE float norm_of(const PairArgs& p, const Place& place, const Seen& seen, const Twin* alpha, int row, int i, float square) {
+    // the same for all lanes: one query in n meets its own key here
+    if (p.cross.data && i / KEYS == place.block && i >= 0) square += i == place.key ? own_term<QUERIES>(p, place, alpha, row) : 0.0f;
+    return seen.first <= i && i < seen.last ? sqrt_approx(fmaxf(square, 0.0f)) : 0.0f;
+}
+
+// Norms of the tile's queries with this lane's key, taken up by the result; its first query is row `first` of `rows`.
+template <bool ROLLOUT, int HEADS, int QUERIES>
+DEVICE void take_queries(const PairArgs& p, const Place& place, const Seen& seen, const int* positions, const float* weights, int first,
+                         int rows, const Form<HEADS, QUERIES>& form, float (&sums)[MAX_ROWS]) {
+    const Twin* alpha = place.at<Twin>(p.tile.alpha);
+    for (int pair = place.warp; pair < QUERIES / 2; pair += p.tile.warps) {
+        const int even = positions[2 * pair], odd = positions[2 * pair + 1];
+        if (ROLLOUT && even < 0 && odd < 0) continue;
+        const Twin square = form(p, place, alpha, pair);
+        const float norm[2] = {norm_of<QUERIES>(p, place, seen, alpha, 2 * pair, even, square.x),
+                               norm_of<QUERIES>(p, place, seen, alpha, 2 * pair + 1, odd, square.y)};
+        UNROLL
+        for (int half = 0; half < 2; ++half) {
+            const int row = 2 * pair + half;
+            if (!ROLLOUT) {
+                if (first + row < rows && place.key < p.n)
+                    element<float>(p.out, place.b, first + row, place.key) = norm[half] * weights[row];
+            } else if (p.n_rows == 1) {
+                sums[0] = fmaf(norm[half], weights[row], sums[0]);
+            } else {
+                UNROLL
+                for (int line = 0; line < MAX_ROWS; ++line) sums[line] = fmaf(norm[half], weights[line * QUERIES + row], sums[line]);
+            }
         }
     }
 }

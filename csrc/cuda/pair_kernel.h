@@ -21,16 +21,28 @@ DEVICE float weight(const PairArgs& p, int b, int t, int i) {
     return p.rstd.data ? r * element<float>(p.rstd, b, i) : r;
 }
 
-// The rows of r beyond the first, whose weights are read only after the tile before has been computed.
-template <bool ROLLOUT>
-DEVICE void store_weights(const PairArgs& p, const Place& place, int position, float first, int* positions, float* weights) {
-    if (place.thread >= p.tile.queries) return;
-    positions[place.thread] = position;
-    weights[place.thread] = first;
-    if (!ROLLOUT || p.n_rows == 1) return;
-    ROLL
-    for (int line = 1; line < MAX_ROWS; ++line)
-        weights[line * p.tile.queries + place.thread] = weight<ROLLOUT>(p, place.b, place.first_row + line, position);
+// A tile's queries and their weights as the group takes them up.
+template <int QUERIES>
+struct Listed {
+    Row rows[QUERIES];
+    int positions[QUERIES];
+    float weights[MAX_ROWS][QUERIES];
+};
+
+// The rows of r beyond the first are read only here, after the tile before has been computed.
+template <bool ROLLOUT, int QUERIES>
+DEVICE void list(const PairArgs& p, const Place& place, int position, float first, Listed<QUERIES>& out) {
+    if (place.thread >= QUERIES) return;
+    const int64_t row = position < 0 ? 0 : position;
+    out.rows[place.thread] = {row * p.q_step[2], row * p.lse.stride[2]};
+    out.positions[place.thread] = position;
+    out.weights[0][place.thread] = first;
+    if constexpr (ROLLOUT) {
+        if (p.n_rows == 1) return;
+        ROLL
+        for (int line = 1; line < MAX_ROWS; ++line)
+            out.weights[line][place.thread] = weight<true>(p, place.b, place.first_row + line, position);
+    }
 }
 
 DEVICE void add_warps(const PairArgs& p, const Place& place, const float (&sums)[MAX_ROWS], float* scratch) {
@@ -61,52 +73,57 @@ DEVICE Place find_place(const PairArgs& p) {
     out.b = rest / p.row_blocks;
     out.key = out.block * KEYS + lane();
     out.memory = shared() + out.group * p.tile.bytes;
+    out.q = static_cast<const char*>(p.q.data) + out.b * p.q_step[0] + lane() % 4 * 16;
+    out.k = static_cast<const char*>(p.k.data) + out.b * p.k_step[0] + lane() % 4 * 16;
+    out.lse = static_cast<const float*>(p.lse.data) + out.b * p.lse.stride[0];
     return out;
+}
+
+// The cross terms of the group's keys, [H, KEYS]; padding may hold anything.
+DEVICE void hold_cross(const PairArgs& p, const Place& place, const Seen& seen) {
+    if (!p.cross.data) return;
+    for (int h = place.warp; h < p.heads; h += p.tile.warps)
+        place.at<float>(p.tile.cross)[h * KEYS + lane()] = seen.first < seen.last ? element<float>(p.cross, place.b, place.key, h) : 0.0f;
 }
 
 template <class T, int HEADS, bool ROLLOUT>
 KERNEL(THREADS, 1) pairs_kernel(PairArgs p) {
-    constexpr int TILES = HEADS != WIDE && HEADS <= 12 && sizeof(T) == 2 ? 2 : 1;  // of 16 queries, which share a fragment of keys
-    constexpr int AT_ONCE = HEADS > 12 && sizeof(T) == 4 ? 1 : 2;  // fragments of 8 keys, as registers allow
+    constexpr int QUERIES = HEADS != WIDE && HEADS <= 12 && sizeof(T) == 2 ? 32 : 16, HEAD = QUERIES / 2 * KEYS;
+    constexpr int AT_ONCE = HEADS > 12 && sizeof(T) == 4 ? 1 : QUERIES / 8;  // times 8 queries whose scores are in registers
     const Place place = find_place(p);
-    const int heads = p.heads, queries = 16 * TILES, id = 1 + place.group, count = 32 * p.tile.warps;
+    const int heads = p.heads, id = 1 + place.group, count = 32 * p.tile.warps;
     if (place.block >= p.key_blocks) return;
-    int* positions = reinterpret_cast<int*>(place.floats(p.tile.positions));
-    float* weights = place.floats(p.tile.weights);
+    Listed<QUERIES>* const lists = place.at<Listed<QUERIES>>(p.tile.lists);
+    Twin* const alpha = place.at<Twin>(p.tile.alpha);
     const Seen seen = seen_from(p, place.b, place.key);
-    const Seen rows = share_of(ROLLOUT ? seen.of_warp() : Seen{0, p.n_queries}, place.share, p.shares, queries);
-    const int last = rows.last;
-    int row = rows.first;
+    const Seen all = share_of(ROLLOUT ? seen.of_warp() : Seen{0, p.n_queries}, place.share, p.shares, QUERIES);
 
     if (p.tile.held) hold_keys(p, place);
-    if (p.cross.data)
-        for (int h = place.warp; h < heads; h += p.tile.warps)
-            place.floats(p.tile.cross)[h * KEYS + lane()] = seen.first < seen.last ? element<float>(p.cross, place.b, place.key, h) : 0.0f;
-    Form<HEADS> form;
+    hold_cross(p, place, seen);
+    for (int at = heads * HEAD + place.thread; at < padded_heads(heads) * HEAD; at += count) alpha[at] = {0, 0};
+    Form<HEADS, QUERIES> form;
     form.load(static_cast<const float*>(p.packed.data) + (place.b * int64_t(p.key_blocks) + place.block) * p.form_size * KEYS);
-    int next = place.thread < queries ? position(p, place.b, row + place.thread, last) : -1;
-    store_weights<ROLLOUT>(p, place, next, weight<ROLLOUT>(p, place.b, place.first_row, next), positions, weights);
+    int next = place.thread < QUERIES ? position(p, place.b, all.first + place.thread, all.last) : -1;
+    list<ROLLOUT>(p, place, next, weight<ROLLOUT>(p, place.b, place.first_row, next), lists[0]);
     barrier(id, count);
 
-    Queries<TILES> fragments;
+    Fragments<QUERIES> fragments;
     float sums[MAX_ROWS] = {};
-    if (place.warp < heads) load_queries(p, place, positions, place.warp, 0, fragments);
-    for (int turn = 0; row < last; row += queries, turn ^= 1) {
-        int* const here = positions + turn * queries;
-        int* const there = positions + (turn ^ 1) * queries;
-        float* const weights_here = weights + turn * MAX_ROWS * queries;
-        next = place.thread < queries ? position(p, place.b, row + queries + place.thread, last) : -1;
+    if (place.warp < heads) load_queries(p, place, lists[0].rows, place.warp, 0, fragments);
+    for (int row = all.first, turn = 0; row < all.last; row += QUERIES, turn ^= 1) {
+        const Listed<QUERIES>& here = lists[turn];
+        next = place.thread < QUERIES ? position(p, place.b, row + QUERIES + place.thread, all.last) : -1;
         const float next_weight = weight<ROLLOUT>(p, place.b, place.first_row, next);
         for (int h = place.warp; h < heads; h += p.tile.warps)
-            head_alpha<T, AT_ONCE>(p, place, here, h, h + p.tile.warps, fragments, place.floats(p.tile.alpha) + h * queries * KEYS);
-        store_weights<ROLLOUT>(p, place, next, next_weight, there, weights + (turn ^ 1) * MAX_ROWS * queries);
+            head_alpha<T, AT_ONCE>(p, place, here.rows, h, h + p.tile.warps, fragments, alpha + h * HEAD);
+        list<ROLLOUT>(p, place, next, next_weight, lists[turn ^ 1]);
         barrier(id, count);
-        if (place.warp < heads) load_queries(p, place, there, place.warp, 0, fragments);
-        form.prepare(p, place, here);
-        take_queries<ROLLOUT>(p, place, seen, here, weights_here, row, last, form, sums);
+        if (place.warp < heads) load_queries(p, place, lists[turn ^ 1].rows, place.warp, 0, fragments);
+        form.prepare(p, place, alpha);
+        take_queries<ROLLOUT>(p, place, seen, here.positions, here.weights[0], row, all.last, form, sums);
         barrier(id, count);
     }
-    if (ROLLOUT) add_warps(p, place, sums, place.floats(p.tile.alpha));
+    if constexpr (ROLLOUT) add_warps(p, place, sums, place.at<float>(p.tile.alpha));
 }
 
 template <bool ROLLOUT, class T>

@@ -8,7 +8,7 @@
 namespace pyglobenc {
 
 // Heads that the forms in registers are made for.
-int form_heads(int heads) { return heads > 16 ? WIDE : heads > 12 ? 16 : heads > 8 ? 12 : 8; }
+int form_heads(int heads) { return heads > 16 ? WIDE : padded_heads(heads); }
 
 int form_size(int heads) {
     const int padded = form_heads(heads), blocks = blocks_of(heads);
@@ -45,15 +45,14 @@ PairTile choose_tile(int heads, int kv_heads, int head_dim, int size, int limit)
         // as few turns at the heads as there are warps for, then no more warps than that takes
         const int most = THREADS / 32 / tile.groups, rounds = (heads + most - 1) / most;
         tile.warps = (heads + rounds - 1) / rounds < 4 ? 4 : (heads + rounds - 1) / rounds;
-        const int row = 4 * KEYS * tile.queries;
-        tile.alpha = tile.held ? kv_heads * ((head_dim * size + 63) / 64) * 2048 : 0;
+        const int head = 4 * KEYS * tile.queries, listed = tile.queries * (16 + 4 + 4 * MAX_ROWS);
+        tile.alpha = tile.held ? kv_heads * ((head_dim * size + 63) / 64) * 2048 : tile.warps * 2048;
         // sums of the warps lie there in the end
-        const int alpha = heads * row, sums = tile.warps * MAX_ROWS * KEYS * 4;
+        const int alpha = padded_heads(heads) * head, sums = tile.warps * MAX_ROWS * KEYS * 4;
         tile.partial = tile.alpha + (alpha > sums ? alpha : sums);
-        tile.cross = tile.partial + (padded ? 0 : tile.warps * row);
-        tile.weights = tile.cross + heads * KEYS * 4;
-        tile.positions = tile.weights + 2 * MAX_ROWS * tile.queries * 4;
-        tile.bytes = (tile.positions + 2 * tile.queries * 4 + 127) / 128 * 128;
+        tile.cross = tile.partial + (padded ? 0 : tile.warps * head);
+        tile.lists = tile.cross + heads * KEYS * 4;
+        tile.bytes = (tile.lists + 2 * listed + 127) / 128 * 128;
         if (tile.groups * tile.bytes <= limit) return tile;
     }
     return PairTile();
@@ -67,9 +66,14 @@ PairArgs prepared(PairArgs p, void* stream) {
     p.group = p.heads / int(p.k.shape[1]);
     p.n_queries = int(p.rows ? p.rows.shape[1] : p.q.shape[2]);
     p.n_rows = int(p.r.shape[1]);
-    p.row_bytes = int(p.q.shape[3]) * size;
-    p.steps = (p.row_bytes + 63) / 64;
+    p.steps = int(p.q.shape[3]) * size / 64;
     for (int axis = 0; axis < 3; ++axis) p.q_step[axis] = p.q.stride[axis] * size, p.k_step[axis] = p.k.stride[axis] * size;
+    for (const int64_t step : {p.q_step[1], p.k_step[1], p.lse.stride[1]})
+        if (step > INT32_MAX) throw std::runtime_error("the heads of q, k or lse lie more than 2 GiB apart");
+    p.q_head = int(p.q_step[1]);
+    p.k_head = int(p.k_step[1]);
+    p.lse_head = int(p.lse.stride[1]);
+    p.per_group = (65535 + p.group) / p.group;
     p.key_blocks = (p.n + KEYS - 1) / KEYS;
     p.row_blocks = p.r ? (p.n_rows + MAX_ROWS - 1) / MAX_ROWS : 1;
     p.form_size = form_size(p.heads);

@@ -17,13 +17,13 @@ struct PairTile {
     int groups = 0;   // of warps, each with its own keys and barriers; 0: nothing fits
     int warps = 0;    // of a group
     int queries = 0;  // of a tile, 16 or 32
-    bool held = false;  // keys in shared memory; else read again for every tile
-    int alpha = 0, partial = 0, cross = 0, weights = 0, positions = 0, bytes = 0;
+    bool held = false;  // all keys in shared memory; else each warp fetches them again for every tile
+    int alpha = 0, partial = 0, cross = 0, lists = 0, bytes = 0;
 };
 
 // Kernel arguments. Strides of r, q, k, ... in elements; what is left out has no data.
 struct PairArgs {
-    View q;            // [B, H, n, dh] bf16, f16 or f32, rows of whole, aligned pieces of 16 bytes
+    View q;            // [B, H, n, dh] bf16, f16 or f32, rows of whole steps of 64 bytes, aligned to 16
     View k;            // [B, Hkv, n, dh] the type of q
     View lse;          // [B, H, n]
     View gram;         // [B, n, H, H]
@@ -44,8 +44,10 @@ struct PairArgs {
     // filled in by prepared()
     int n = 0, heads = 0, group = 0;         // tokens, heads, heads that share a key-value head
     int n_queries = 0, n_rows = 0;           // m or n; T, or 0 for token_norms
-    int row_bytes = 0, steps = 0;            // of a row of q or k, and the groups of 4 pieces, one a lane of a quad, that it is read in
+    int steps = 0;                           // of 4 pieces of 16 bytes, one a lane of a quad, in a row of q or k
     int64_t q_step[3] = {}, k_step[3] = {};  // strides in bytes
+    int q_head = 0, k_head = 0, lse_head = 0;  // those of heads, lse's in elements
+    int per_group = 0;                       // 65536 / group, rounded up
     int key_blocks = 0, row_blocks = 0, form_size = 0;
 };
 

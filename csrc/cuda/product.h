@@ -12,27 +12,26 @@ DEVICE void split(uint32_t x, uint32_t& high, uint32_t& low) {
     low = bits(round_tf32(from_bits(x) - from_bits(high)));
 }
 
-// c += a b^T of 16 x 8 entries over what the pieces of a quad hold, 4 apart in both factors alike: a and a8 of rows g and g + 8 of the
-// left, b of row g of the right. T is float for all of float32's digits, tf32 for tensor cores' own.
+// c += a b^T of 16 x 8 entries over a step: the left factor as mma takes it, a[0] and a[1], the right one as it lies, 4 bytes of row g
+// each; which entries meet in which product doesn't matter if both sides agree. T float keeps float32's digits, tf32 tensor cores' own.
 template <class T>
-DEVICE void product(float (&c)[4], const Piece& a, const Piece& a8, const Piece& b) {
+DEVICE void product(float (&c)[4], const Piece (&a)[2], const Piece& b) {
     UNROLL
-    for (int s = 0; s < 4; s += 2) {
-        const uint32_t left[4] = {a.word[s], a8.word[s], a.word[s + 1], a8.word[s + 1]}, right[2] = {b.word[s], b.word[s + 1]};
-        mma<T>(c, left, right);
+    for (int s = 0; s < 2; ++s) {
+        const uint32_t right[2] = {b.word[2 * s], b.word[2 * s + 1]};
+        mma<T>(c, a[s].word, right);
     }
 }
 
 // Three products of tf32 keep 22 digits of float32's. They are summed from 0 and added to c as float32 is: tensor cores round their sums
 // towards 0, which over a whole row would cost another 4 digits.
 template <>
-DEVICE void product<float>(float (&c)[4], const Piece& a, const Piece& a8, const Piece& b) {
+DEVICE void product<float>(float (&c)[4], const Piece (&a)[2], const Piece& b) {
     uint32_t high[2][4], low[2][4], b_high[2][2], b_low[2][2];
     UNROLL
     for (int s = 0; s < 2; ++s) {
-        const uint32_t left[4] = {a.word[2 * s], a8.word[2 * s], a.word[2 * s + 1], a8.word[2 * s + 1]};
         UNROLL
-        for (int e = 0; e < 4; ++e) split(left[e], high[s][e], low[s][e]);
+        for (int e = 0; e < 4; ++e) split(a[s].word[e], high[s][e], low[s][e]);
         UNROLL
         for (int e = 0; e < 2; ++e) split(b.word[2 * s + e], b_high[s][e], b_low[s][e]);
     }

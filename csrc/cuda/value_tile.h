@@ -36,16 +36,18 @@ struct Tokens {
 };
 
 // Rows of values as the left factor: rows g and g + 8, pieces t of each 16 d, from `start`.
-DEVICE void load_values(const ValueArgs& p, const Tokens& tokens, int start, Piece (&out)[2][DEPTH / 16]) {
+DEVICE void load_values(const ValueArgs& p, const Tokens& tokens, int start, Piece (&out)[DEPTH / 16][2]) {
     UNROLL
-    for (int half = 0; half < 2; ++half) {
-        const float* from = tokens.v + tokens.row(half) * p.v.stride[2];
+    for (int c = 0; c < DEPTH / 16; ++c) {
+        const int d = start + 16 * c + lane() % 4 * 4;
+        Piece rows[2] = {};
         UNROLL
-        for (int c = 0; c < DEPTH / 16; ++c) {
-            const int d = start + 16 * c + lane() % 4 * 4;
-            out[half][c] = Piece{{0, 0, 0, 0}};
-            if (tokens.row(half) < p.n && d < p.v.shape[3]) out[half][c] = *reinterpret_cast<const Piece*>(from + d);
-        }
+        for (int half = 0; half < 2; ++half)
+            if (tokens.row(half) < p.n && d < p.v.shape[3])
+                rows[half] = *reinterpret_cast<const Piece*>(tokens.v + tokens.row(half) * p.v.stride[2] + d);
+        UNROLL
+        for (int s = 0; s < 2; ++s)
+            out[c][s] = Piece{{rows[0].word[2 * s], rows[1].word[2 * s], rows[0].word[2 * s + 1], rows[1].word[2 * s + 1]}};
     }
 }
 
@@ -54,7 +56,7 @@ template <class T>
 DEVICE void add_products(const ValueArgs& p, const Tokens& tokens, const float* matrix, int64_t stride, int width, const float* other,
                          int64_t other_stride, float (&sums)[2]) {
     float* const held = reinterpret_cast<float*>(shared());
-    Piece left[2][DEPTH / 16];
+    Piece left[DEPTH / 16][2];
     for (int column = 0; column < width; column += COLUMNS) {
         float mixed[COLUMNS / 8][4] = {};
         for (int start = 0; start < p.head_dim; start += DEPTH) {
@@ -73,7 +75,7 @@ DEVICE void add_products(const ValueArgs& p, const Tokens& tokens, const float* 
                     UNROLL
                     for (int word = 0; word < 4; ++word)
                         right.word[word] = bits(held[(16 * c + lane() % 4 * 4 + word) * STRIDE + 8 * e + lane() / 4]);
-                    product<T>(mixed[e], left[0][c], left[1][c], right);
+                    product<T>(mixed[e], left[c], right);
                 }
         }
         UNROLL

@@ -8,7 +8,7 @@ from pyglobenc.cuda import _extension
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
-PIECE = 16  # bytes that a lane loads
+PIECE, STEP = 16, 64  # bytes that a lane, and that a quad of lanes, load at once
 
 
 def pair_reasons(q: Tensor, k: Tensor, gram: Tensor, **others: Tensor | None) -> list[str]:
@@ -27,10 +27,11 @@ def pair_reasons(q: Tensor, k: Tensor, gram: Tensor, **others: Tensor | None) ->
     return []
 
 
-def in_pieces(t: Tensor) -> Tensor:
-    """q or k with rows that can be read in pieces: a padded copy where they can't."""
-    step = PIECE // t.element_size()
-    if t.stride(-1) == 1 and t.data_ptr() % PIECE == 0 and not any(size % step for size in (t.shape[-1], *t.stride()[:-1])):
+def in_pieces(t: Tensor, unit: int = PIECE) -> Tensor:
+    """t with rows of whole units, in bytes, that can be read in pieces: a padded copy where they can't."""
+    piece, step = PIECE // t.element_size(), unit // t.element_size()
+    aligned = t.data_ptr() % PIECE == 0 and not any(s % piece for s in t.stride()[:-1])
+    if t.stride(-1) == 1 and aligned and t.shape[-1] % step == 0:
         return t
     return F.pad(t, (0, -t.shape[-1] % step)).contiguous()
 
@@ -43,7 +44,7 @@ def query_shares(blocks: int, tiles: int) -> int:
 def run_pairs(op: str, given: tuple[Tensor | None, ...], rows, r, spans, out: Tensor, n_queries: int, scaling: float, window) -> Tensor:
     """Launch an op on q, k, lse, gram, cross, residual_sq, rstd and key_mask; out is the result, (shares, *out.shape) for a rollout."""
     q, k, lse, gram, *others = given
-    q, k = in_pieces(q), in_pieces(k)
+    q, k = in_pieces(q, STEP), in_pieces(k, STEP)
     kernels, (batch, heads, n, head_dim) = _extension.kernels, q.shape
     left, right = (n if side < 0 else min(side, n) for side in window)
     with _extension.launching(q.device) as stream:
