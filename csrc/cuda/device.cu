@@ -7,9 +7,10 @@ namespace pyglobenc {
 #if defined(__CUDACC__)
 
 std::string problem() {
-    int count = 0;
+    int count = 0, driver = 0;
     const cudaError_t status = cudaGetDeviceCount(&count);
-    return status == cudaSuccess ? "" : cudaGetErrorString(status);
+    if (status == cudaSuccess) return "";
+    return cudaDriverGetVersion(&driver) == cudaSuccess && !driver ? "no CUDA driver" : cudaGetErrorString(status);
 }
 
 static int attribute(cudaDeviceAttr which) {

@@ -25,12 +25,14 @@ def test_import_touches_no_driver():
 
 @compiled
 @without_driver
-def test_every_question_is_an_error_that_says_why():
-    problem = _extension.kernels.problem()
-    assert problem
-    for question in (_extension.kernels.processors, _extension.kernels.shared_limit):
-        with pytest.raises(RuntimeError, match=f"CUDA: current device: {problem}"):
+def test_every_use_is_an_error_that_says_why():
+    kernels, t = _extension.kernels, torch.zeros(1, 2, 3, 16)
+    assert kernels.problem()
+    for question in (kernels.processors, kernels.shared_limit):
+        with pytest.raises(RuntimeError, match="CUDA: current device: .*driver"):
             question()
+    with pytest.raises(RuntimeError, match="CUDA: launch: .*driver"):
+        kernels.head_norms((t, torch.zeros(2, 16, 8), None, None, torch.zeros(1, 3, 2), None), True, 0)
 
 
 @without_driver
