@@ -9,7 +9,6 @@
 namespace pyglobenc {
 
 inline int block() { return emulated::machine.block; }
-inline int blocks() { return emulated::machine.blocks; }
 inline int thread() { return emulated::machine.thread; }
 inline int threads() { return emulated::machine.threads; }
 inline int warp() { return thread() / 32; }
@@ -43,16 +42,11 @@ inline uint32_t bits(float x) {
 }
 
 inline float from_bits(uint32_t x) { return as_float(x); }
-inline float widen(float x) { return x; }
 inline float widen(bf16 x) { return widen_bf16(x.bits); }
 inline float widen(f16 x) { return widen_f16(x.bits); }
 
 template <class T>
 T narrow(float x);
-template <>
-inline float narrow<float>(float x) {
-    return x;
-}
 template <>
 inline bf16 narrow<bf16>(float x) {
     if (std::isnan(x)) return {0x7fff};

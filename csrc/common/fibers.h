@@ -62,7 +62,7 @@ struct Machine {
     int shared_limit = 227 * 1024, processors = 2;
     std::vector<Launch> launches;
 
-    int block = 0, blocks = 0, threads = 0, thread = 0;
+    int block = 0, threads = 0, thread = 0;
     char* shared = nullptr;
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
@@ -165,7 +165,6 @@ inline void run(int64_t blocks, int threads, int shared, std::function<void()> b
     m.shared = memory.get();
     m.body = body;
     m.threads = threads;
-    m.blocks = int(blocks);
     m.fibers.resize(std::max(m.fibers.size(), size_t(threads)));
     for (m.block = 0; m.block < blocks; ++m.block) {
         std::memset(m.shared, 0xff, size_t(shared) + Machine::GUARD);

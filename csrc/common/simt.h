@@ -4,7 +4,7 @@
 //   KERNEL(threads) name(...)     a kernel: a 1-D grid of 1-D blocks of whole warps, started by launch() of csrc/cuda/launch.h; a second
 //                                 argument, blocks that a multiprocessor is to hold at least
 //   DEVICE                        before every function that kernels call, BOTH if the host does too; UNROLL or ROLL before a loop
-//   block(), blocks()             this block, and how many there are; thread(), threads(), warp() and lane() likewise within the block
+//   block()                       this block; thread(), threads(), warp() and lane(): this thread in it, how many it has, and so on
 //   shared()                      the block's dynamic shared memory, char*, aligned to 128 bytes, filled with NaN when emulated
 //   barrier(), warp_barrier()     all threads of the block, of the warp, arrive here; barrier(id, count) for `count` threads, whole warps,
 //                                 of the block, id 1 to 15
@@ -19,7 +19,8 @@
 //                                 b[0..1] pairs at rows 2t, 2t + 8 of column g; low half first
 //                                 tf32: a[0..3] floats at rows g, g + 8, g, g + 8, columns t, t, t + 4, t + 4, b[0..1] rows t, t + 4
 //   load_matrices(r, row)         N = 1, 2 or 4 matrices of 8 rows of 16 bytes from shared memory (ldmatrix): lane 8 m + i gives the
-//                                 address of row i of matrix m, and r[m] becomes 4 bytes at row g, bytes 4t to 4t + 3; lanes past 8 N are ignored
+//                                 address of row i of matrix m, and r[m] becomes 4 bytes at row g, bytes 4t to 4t + 3; lanes past 8 N
+//                                 are ignored
 //   load_matrices_transposed      of 2-byte entries: r[m] becomes the pair at rows 2t, 2t + 1 of column g
 //
 // And by one thread alone:
@@ -28,7 +29,7 @@
 //   commit_copies(), wait_copies<N>() ends a group of copies; waits for this thread's groups but the N youngest: a barrier() then shows
 //                                     them to the others. When emulated, bytes are NaN until their group was waited for.
 //   bf16, f16, tf32                   bf16 and f16 hold bits; tf32 only names a type of mma, whose operands are floats' bits
-//   widen(x), narrow<T>(x)            to float and, rounded, to T of bf16, f16, float; pack<T>(low, high) two of 16 bits in 4 bytes
+//   pack<T>(low, high)                two floats, rounded to bf16 or f16, in 4 bytes
 //   Piece                             16 bytes, aligned: one load or store; Twin the same of two floats
 //   bits(x), from_bits(u)             a float as uint32_t and back
 //   round_tf32(x)                     to 11 significant bits; mma cuts off what a float has beyond them
@@ -38,8 +39,6 @@
 #include <cstdint>
 
 #if defined(__CUDACC__)
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #define KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define DEVICE __device__ __forceinline__
 #define BOTH __host__ __device__ __forceinline__
@@ -82,7 +81,6 @@ struct alignas(8) Twin {
 namespace pyglobenc {
 
 DEVICE int block() { return int(blockIdx.x); }
-DEVICE int blocks() { return int(gridDim.x); }
 DEVICE int thread() { return int(threadIdx.x); }
 DEVICE int threads() { return int(blockDim.x); }
 DEVICE int warp() { return int(threadIdx.x / 32); }
@@ -111,24 +109,6 @@ DEVICE bool any(bool flag) { return __any_sync(~0u, flag); }
 
 DEVICE uint32_t bits(float x) { return __float_as_uint(x); }
 DEVICE float from_bits(uint32_t x) { return __uint_as_float(x); }
-DEVICE float widen(float x) { return x; }
-DEVICE float widen(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
-DEVICE float widen(f16 x) { return __half2float(__ushort_as_half(x.bits)); }
-
-template <class T>
-DEVICE T narrow(float x);
-template <>
-DEVICE float narrow<float>(float x) {
-    return x;
-}
-template <>
-DEVICE bf16 narrow<bf16>(float x) {
-    return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
-}
-template <>
-DEVICE f16 narrow<f16>(float x) {
-    return {__half_as_ushort(__float2half_rn(x))};
-}
 
 template <class T>
 DEVICE uint32_t pack(float low, float high);
