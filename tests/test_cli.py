@@ -1,3 +1,4 @@
+import functools
 import io
 import json
 import os
@@ -260,7 +261,9 @@ def test_real_model_in_a_process_of_its_own(tmp_path):
 
 def test_ctrl_c_in_a_process_of_its_own(model, tmp_path):
     path = tmp_path / "a.json"
-    process = command("explain", *["film"] * 3000, "--batch-size", "1", "--model", model, "--json", str(path))
+    # a shell's background job is started with the signal ignored
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = command("explain", *["film"] * 3000, "--batch-size", "1", "--model", model, "--json", str(path), preexec_fn=heard)
     progress = ""
     # the bar shows that texts are being computed
     while "/3000" not in progress or " 0/3000" in progress[-60:]:
