@@ -19,12 +19,12 @@ def gram_kernels(weight: Tensor, gammas: list[Tensor]) -> tuple[Tensor, Tensor]:
         gammas: LayerNorm weights (d,) of the stage, in order.
 
     Returns:
-        K (H, dh, H, dh) and P (H, dh, d).
+        K (H, dh, H, dh) and P (H, dh, d), contiguous, since kernels read their rows.
     """
     mapped = stage_map(weight, gammas)
     rows = mapped.flatten(0, 1)
     kernel = (rows @ rows.T).view(*weight.shape[:2], *weight.shape[:2])
-    return kernel, stage_map_transposed(mapped, gammas)
+    return kernel, stage_map_transposed(mapped, gammas).contiguous()
 
 
 def head_gram(v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

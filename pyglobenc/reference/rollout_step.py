@@ -49,5 +49,5 @@ def rescale_rows(r: Tensor, log_scale: Tensor, offsets: Tensor | None = None) ->
     With offsets (S + 1,) of packed sequences each sequence's part of a row has its own scale: r (1, T, N), log_scale (S, T).
     """
     top = r.amax(-1) if offsets is None else per_sequence(r, offsets)
-    top = torch.where(top > 0, top, torch.ones_like(top))
+    top = torch.where(top > 0, top, 1)
     return r / (top[..., None] if offsets is None else per_token(top, offsets)), log_scale + top.log()
