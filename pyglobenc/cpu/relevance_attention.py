@@ -5,8 +5,7 @@ from torch import Tensor
 
 from pyglobenc.cpu._extension import single
 from pyglobenc.cpu._relevance import query_tiles
-from pyglobenc.reference.relevance_attention import roll_rows
-from pyglobenc.reference.safe_division import safe_divide
+from pyglobenc.reference.relevance_attention import rescale_scores, roll_rows
 
 
 def not_supported(
@@ -50,8 +49,5 @@ def relevance_attention(
     for out, operand in ((r_q, q), (r_k, k), (r_v, v)):
         out.mul_(operand).mul_(0.5)
     if additive_mask and rescale:
-        total, kept = sums.unbind(1)
-        factor = safe_divide(safe_divide(kept.abs(), kept.abs()) * total, kept).to(q.dtype).view(-1, 1, 1, 1)
-        r_q *= factor
-        r_k *= factor
+        rescale_scores(r_q, r_k, *sums.unbind(1))
     return r_q, r_k, r_v, row_sums, r_out

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyglobenc.cuda import _extension
 from pyglobenc.cuda._relevance import new_like, relevance_reasons
-from pyglobenc.reference.safe_division import safe_divide
+from pyglobenc.reference.relevance_attention import rescale_scores
 
 OUTPUTS = ("r_q", "r_k", "r_v", "sums", "step", "map", "totals")
 
@@ -94,9 +94,5 @@ def relevance_attention(
     r_k, r_v = new_like(k), new_like(v)
     r_out = pairs.columns(r, row_sums if normalize else None, r_k, r_v)
     if additive_mask and rescale:
-        # the add rule with the mask as second branch, whose relevance is 0: masked keys have alpha = 0
-        total, kept = totals.sum((2, 3))
-        factor = safe_divide(safe_divide(kept.abs(), kept.abs()) * total, kept).to(q.dtype).view(-1, 1, 1, 1)
-        r_q *= factor
-        r_k *= factor
+        rescale_scores(r_q, r_k, *totals.sum((2, 3)))
     return r_q, r_k, r_v, row_sums, r_out

@@ -76,11 +76,19 @@ def relevance_attention(
     for out, operand in ((r_q, q), (r_k, k), (r_v, v)):
         out.mul_(operand).mul_(0.5)
     if additive_mask and rescale:
-        # the add rule with the mask as second branch, whose relevance is 0: masked keys have alpha = 0
-        factor = safe_divide(safe_divide(kept.abs(), kept.abs()) * total, kept).to(q.dtype).view(-1, 1, 1, 1)
-        r_q *= factor
-        r_k *= factor
+        rescale_scores(r_q, r_k, total, kept)
     return r_q, r_k, r_v, row_sums, r_out
+
+
+def rescale_scores(r_q: Tensor, r_k: Tensor, total: Tensor, kept: Tensor) -> None:
+    """Multiply R_q and R_k (B, H, n, dh) by the factor c of the additive mask, in place.
+
+    The add rule with the mask as second branch, whose relevance is 0: masked keys have alpha = 0. total and kept, (B,) float64, are the
+    sums of R_alpha and of what the rule leaves of it.
+    """
+    factor = safe_divide(safe_divide(kept.abs(), kept.abs()) * total, kept).to(r_q.dtype).view(-1, 1, 1, 1)
+    r_q *= factor
+    r_k *= factor
 
 
 def roll_rows(r_out: Tensor, r: Tensor, tile: Tile, row_sums: Tensor, normalize: bool) -> None:
