@@ -118,7 +118,7 @@ def pretend(capability: int | str, precision: str):
         "processors": lambda device: 132,
         "total": lambda counts: 0,
     }
-    modules = [m for name, m in sys.modules.items() if name.startswith("pyglobenc.kernels")]
+    modules = [m for name, m in sys.modules.items() if name.startswith(("pyglobenc.kernels", "pyglobenc.reference"))]
     saved = [(m, name, vars(m)[name]) for m in modules for name in patched if name in vars(m)]
     for module, name, _ in saved:
         setattr(module, name, patched[name])

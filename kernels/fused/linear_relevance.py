@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyglobenc.kernels._device import on
 from pyglobenc.kernels._division import float32_reasons, safe_divide_rn
-from pyglobenc.reference.linear_relevance import DEAD, MOST_DEAD, add_single_outputs, clamped_relevance
+from pyglobenc.reference.linear_relevance import DEAD, around_gemms
 
 BLOCK = 4096
 DEAD_PART = tl.constexpr(DEAD[torch.float32])
@@ -79,26 +79,7 @@ def linear_relevance(
     r: Tensor, x: Tensor, weight: Tensor, abs_weight: Tensor | None = None, output: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
     """See `pyglobenc.ops.linear_relevance`: -> (B, n, d_in)."""
-    if r.numel() == 0 or x.numel() == 0:
-        return torch.zeros_like(x, memory_format=torch.contiguous_format)
-    r, x, weight = r.contiguous(), x.contiguous(), weight.to(x.dtype)
-    abs_weight = weight.abs() if abs_weight is None else abs_weight.to(x.dtype)
-    bound = x.abs() @ abs_weight.T
-    y = x @ weight.T if output is None else output.contiguous()
-    bias = None if output is None or bias is None else bias.to(x.dtype).contiguous()
-    s, counts = quotient(r, y, bound, bias, None)
-    count, dead = total(counts), None
-    if count:
-        if count > MOST_DEAD * r.numel():
-            return clamped_relevance(r, x, weight)
-        dead = torch.empty_like(r, dtype=torch.bool)
-        quotient(r, y, bound, bias, dead)
-    out = torch.empty_like(x)
-    with on(x.device):
-        _combine_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, s @ weight, s @ abs_weight, out, x.numel(), BLOCK=BLOCK, num_warps=8)
-    if dead is not None:
-        add_single_outputs(out, dead, r, x, weight)
-    return out
+    return around_gemms(r, x, weight, abs_weight, output, bias, quotient, product)
 
 
 def quotient(r: Tensor, y: Tensor, bound: Tensor, bias: Tensor | None, dead: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -112,6 +93,9 @@ def quotient(r: Tensor, y: Tensor, bound: Tensor, bias: Tensor | None, dead: Ten
     return s, counts
 
 
-def total(counts: Tensor) -> int:
-    """Sum of counts (blocks,), on the host."""
-    return int(counts.sum())
+def product(x: Tensor, signed: Tensor, unsigned: Tensor) -> Tensor:
+    """R_in (B, n, d_in) of x, S W and S |W|."""
+    out = torch.empty_like(x)
+    with on(x.device):
+        _combine_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, signed, unsigned, out, x.numel(), BLOCK=BLOCK, num_warps=8)
+    return out

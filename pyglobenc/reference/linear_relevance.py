@@ -9,6 +9,8 @@ The two terms of Z cancel where nearly all contributions to an output are negati
 its digits, the difference loses them. Such outputs are taken out of the GEMMs and done in the clamped form.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -51,6 +53,52 @@ def linear_relevance(
     if dead is not None:
         add_single_outputs(out, dead, r, x, weight)
     return out
+
+
+def around_gemms(
+    r: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    abs_weight: Tensor | None,
+    output: Tensor | None,
+    bias: Tensor | None,
+    quotient: Callable[..., tuple[Tensor, Tensor]],
+    product: Callable[..., Tensor],
+) -> Tensor:
+    """The rule by a GPU's kernels: torch's GEMMs and what those kernels do around them.
+
+    Args:
+        r, x, weight, abs_weight, output, bias: as `pyglobenc.ops.linear_relevance` takes them.
+        quotient: of r, y, |x| |W|^T (B, n, d_out), bias (d_out,) or None, and dead (B, n, d_out) bool or None: S (B, n, d_out), 0 at nearly
+            dead outputs, and how many each block has of those (blocks,); marks them in dead.
+        product: of x, S W and S |W|, (B, n, d_in) each: R_in (B, n, d_in).
+
+    Returns:
+        R_in (B, n, d_in).
+    """
+    if r.numel() == 0 or x.numel() == 0:
+        return torch.zeros_like(x, memory_format=torch.contiguous_format)
+    r, x, weight = r.contiguous(), x.contiguous(), weight.to(x.dtype)
+    abs_weight = weight.abs() if abs_weight is None else abs_weight.to(x.dtype)
+    bound = x.abs() @ abs_weight.T
+    y = x @ weight.T if output is None else output.contiguous()
+    bias = None if output is None or bias is None else bias.to(x.dtype).contiguous()
+    s, counts = quotient(r, y, bound, bias, None)
+    count, dead = total(counts), None
+    if count:
+        if count > MOST_DEAD * r.numel():
+            return clamped_relevance(r, x, weight)
+        dead = torch.empty_like(r, dtype=torch.bool)
+        quotient(r, y, bound, bias, dead)
+    out = product(x, s @ weight, s @ abs_weight)
+    if dead is not None:
+        add_single_outputs(out, dead, r, x, weight)
+    return out
+
+
+def total(counts: Tensor) -> int:
+    """Sum of counts (blocks,), on the host."""
+    return int(counts.sum())
 
 
 def clamped_relevance(r: Tensor, x: Tensor, weight: Tensor) -> Tensor:
