@@ -110,6 +110,7 @@ struct Entries<tf32> {
 // The 4 bytes at lane()'s place of each of N matrices, or of their transposes.
 template <int N>
 void matrices(uint32_t (&r)[N], const void* row, bool transposed, const char* what) {
+    if (lane() < 8 * N && uintptr_t(row) % 16) fail(std::string(what) + " of unaligned rows");
     const char* slots = exchange(row, what);
     for (int m = 0; m < N; ++m) {
         uint16_t pair[2];

@@ -158,6 +158,8 @@ inline void run_block() {
 inline void run(int64_t blocks, int threads, int shared, std::function<void()> body) {
     Machine& m = machine;
     if (threads < 32 || threads % 32 || threads > 1024) throw std::runtime_error("emulated kernel: blocks are whole warps, up to 32");
+    if (blocks < 1 || blocks > INT32_MAX) throw std::runtime_error("emulated kernel: a grid of " + std::to_string(blocks) + " blocks");
+    if (shared > m.shared_limit) throw std::runtime_error("emulated kernel: more shared memory than a block may have");
     m.launches.push_back({blocks, threads, shared});
     std::unique_ptr<char, void (*)(void*)> memory(static_cast<char*>(std::aligned_alloc(128, (shared + 127) / 128 * 128 + Machine::GUARD)),
                                                   std::free);
