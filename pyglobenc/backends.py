@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+from pyglobenc.autocast import outside_autocast
 from pyglobenc.device_table import preferred
 
 log = logging.getLogger("pyglobenc")
@@ -61,7 +62,7 @@ def pick(op: str, backend: str, available: tuple[str, ...], args: tuple) -> Call
         if not why:
             if refused and backend == "auto":
                 log_once(f"{op}: running on {name}; " + "; ".join(refused))
-            return getattr(load(op, name)[0], op)
+            return outside_autocast(getattr(load(op, name)[0], op))
         refused += [f"{name}: {reason}" for reason in why]
     raise ValueError(f"{op}: backend {backend!r} can't run: " + "; ".join(refused))
 

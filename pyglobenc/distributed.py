@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from pyglobenc.autocast import callers_autocast, outside_autocast
 from pyglobenc.hf import LayerTrace, capture, find_layers
 from pyglobenc.hf.attention import RECORDERS, window_of
 from pyglobenc.hf.limits import first_position, max_tokens
@@ -169,6 +170,7 @@ class ShardedGlobEnc:
         self.model, self.group = model, group
         self.ops = StageOps(backend)
 
+    @outside_autocast
     @torch.no_grad()
     def __call__(
         self,
@@ -224,7 +226,7 @@ class ShardedGlobEnc:
     def _run(self, own: Mapping[str, Tensor], shares: Shares) -> list[LayerTrace]:
         # a cache would hold every key and value a second time
         options = {"use_cache": False} if is_decoder(self.model) else {}
-        with capture(self.model) as trace, _sharded(self.model, find_layers(self.model), shares):
+        with capture(self.model) as trace, _sharded(self.model, find_layers(self.model), shares), callers_autocast():
             # a head's logits are of no use here, and a vocabulary's are wider than all states
             self.model.base_model(**own, **options)
             return trace.layers

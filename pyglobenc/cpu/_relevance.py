@@ -54,7 +54,7 @@ def query_tiles(
         part = slice(start, min(m, start + block))
         dots, relevance = q[:, :, part] @ keys, s[:, :, part] @ values
         gradient = None if grad_o is None else grad_o[:, :, part] @ values
-        weighted = torch.empty(batch, part.stop - start, n)
+        weighted = q.new_empty(batch, part.stop - start, n)
         if weighted.numel():
             tensors = (dots, relevance, gradient, lse[:, :, part], weighted, key_mask, None if rows is None else rows[:, part])
             kernels.relevance_tile(tensors, start, scaling, window, additive_mask, stabilizer, sums, torch.get_num_threads())

@@ -18,7 +18,7 @@ def head_gram(v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: 
     """See `pyglobenc.ops.head_gram`: -> G (B, n, H, H), c (B, n, H) or None."""
     B, _, n, dh = v.shape
     heads = kernel.shape[0]
-    gram, cross = torch.zeros(B, n, heads, heads), None if x is None else torch.zeros(B, n, heads)
+    gram, cross = v.new_zeros(B, n, heads, heads), None if x is None else v.new_zeros(B, n, heads)
     if gram.numel():
         # rows of both kernels are read as they lie
         kernel, cross_kernel = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (kernel, cross_kernel))

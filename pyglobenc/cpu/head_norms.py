@@ -17,7 +17,7 @@ def not_supported(v, weight) -> list[str]:
 def head_norms(v: Tensor, weight: Tensor) -> Tensor:
     """See `pyglobenc.ops.head_norms`: -> (B, n, H)."""
     heads, group = weight.shape[0], weight.shape[0] // v.shape[1]
-    squares = torch.zeros(v.shape[0], v.shape[2], heads)
+    squares = v.new_zeros(v.shape[0], v.shape[2], heads)
     if squares.numel():
         forms = weight @ weight.mT  # (H, dh, dh)
         for h in range(heads):

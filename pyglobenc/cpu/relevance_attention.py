@@ -32,10 +32,10 @@ def relevance_attention(
     rescale: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """See `pyglobenc.ops.relevance_attention`: -> R_q, R_k, R_v (B, H, n, dh), row_sums (B, n), r_out (B, T, n) or None."""
-    r_q, r_k, r_v = (torch.zeros(t.shape) for t in (q, k, v))
-    row_sums = torch.empty(q.shape[0], q.shape[2])
-    r_out = None if r is None else torch.zeros(r.shape)
-    sums = torch.zeros(q.shape[0], 2, dtype=torch.float64)
+    r_q, r_k, r_v = (t.new_zeros(t.shape) for t in (q, k, v))
+    row_sums = q.new_empty(q.shape[0], q.shape[2])
+    r_out = None if r is None else r.new_zeros(r.shape)
+    sums = q.new_zeros(q.shape[0], 2, dtype=torch.float64)
     shared = (key_mask, scaling, window, None, additive_mask, stabilizer, sums)
     for tile in query_tiles(q, k, v, lse, grad_o, s, *shared):
         rows = tile.rows

@@ -1,6 +1,5 @@
 """The map of one layer that the relevance rollout multiplies, a block of queries at a time: csrc/cpu/relevance_attention.cpp."""
 
-import torch
 from torch import Tensor
 
 from pyglobenc.cpu._extension import single
@@ -29,7 +28,7 @@ def relevance_maps(
     if rows is not None:
         q, lse, s = (take_queries(t, rows) for t in (q, lse, s))
         grad_o = None if grad_o is None else take_queries(grad_o, rows)
-    out = torch.empty(q.shape[0], q.shape[2], k.shape[2])
+    out = q.new_empty(q.shape[0], q.shape[2], k.shape[2])
     for tile in query_tiles(q, k, v, lse, grad_o, s, key_mask, scaling, window, rows):
         out[:, tile.rows] = tile.weighted
     return out

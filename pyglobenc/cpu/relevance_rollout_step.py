@@ -1,6 +1,5 @@
 """One layer of the rollout of relevance maps in row mode, a block of queries at a time: csrc/cpu/relevance_attention.cpp."""
 
-import torch
 from torch import Tensor
 
 from pyglobenc.cpu._extension import single
@@ -27,7 +26,7 @@ def relevance_rollout_step(
     normalize: bool,
 ) -> Tensor:
     """See `pyglobenc.ops.relevance_rollout_step`: -> (B, T, n)."""
-    out = torch.zeros(r.shape)
+    out = r.new_zeros(r.shape)
     for tile in query_tiles(q, k, v, lse, grad_o, s, key_mask, scaling, window):
         roll_rows(out, r, tile, tile.weighted.sum(-1), normalize)
     return out

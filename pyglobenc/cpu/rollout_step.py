@@ -26,7 +26,7 @@ def rollout_step(
     offsets: Tensor | None = None,
 ) -> Tensor:
     """See `pyglobenc.ops.rollout_step`: -> r @ norms (B, T, n), not yet rescaled."""
-    out = torch.zeros(r.shape)
+    out = r.new_zeros(r.shape)
     if out.numel():
         ends = None if offsets is None else offsets.long()
         args = (q, k, lse.float(), gram, cross, residual_sq, rstd, key_mask, None, ends, scaling, window)

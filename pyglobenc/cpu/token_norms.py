@@ -25,7 +25,7 @@ def token_norms(
     window: tuple[int, int],
 ) -> Tensor:
     """See `pyglobenc.ops.token_norms`: -> (B, n, n), or (B, T, n) with rows."""
-    out = torch.zeros(q.shape[0], q.shape[2] if rows is None else rows.shape[1], q.shape[2])
+    out = gram.new_zeros(q.shape[0], q.shape[2] if rows is None else rows.shape[1], q.shape[2])
     if out.numel():
         args = (q, k, lse.float(), gram, cross, residual_sq, rstd, key_mask, rows, None, scaling, window)
         kernels.token_norms(args, out, torch.get_num_threads())

@@ -111,7 +111,7 @@ def _window(visible: Callable, batch: int, n: int) -> tuple[int, int]:
     i, b = torch.arange(n, device="cpu")[None], torch.arange(batch, device="cpu")[:, None]
 
     def seen(q: Tensor, kv: Tensor) -> Tensor:
-        return torch.as_tensor(visible(b, 0, q, kv)).expand(batch, q.shape[1])
+        return torch.as_tensor(visible(b, 0, q, kv), device="cpu").expand(batch, q.shape[1])
 
     left = int(seen(torch.full_like(i, n - 1), i)[0].sum()) - 1
     right = int(seen(torch.zeros_like(i), i)[0].sum()) - 1

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pyglobenc.autocast import outside_autocast
 from pyglobenc.hf import LayerTrace
 from pyglobenc.methods.flow import attention_flow
 from pyglobenc.methods.inputs import check_model, run_captured, target_rows
@@ -57,6 +58,7 @@ class Rollout:
         self.method, self.dtype = method, dtype
         self.ops = StageOps(backend)
 
+    @outside_autocast
     @torch.no_grad()
     def __call__(
         self, *, targets: Sequence[int] | Tensor | None = None, layers: bool = False, maps: Sequence[str] = (), **batch: Any
@@ -86,6 +88,7 @@ class Rollout:
             result.maps[name] = stack_layers(full) if name == "layers" else roll_out(full)
         return result
 
+    @outside_autocast
     @torch.no_grad()
     def packed(self, *, targets: Sequence[int] | Tensor | None = None, layers: bool = False, **batch: Any) -> list[RolloutResult]:
         """Attribute target tokens of sequences of any lengths, packed into one; the flow can't.

@@ -24,7 +24,7 @@ def attention_flow(matrices: Tensor, targets: Tensor, key_mask: Tensor | None, l
     """
     batch, depth, n, _ = matrices.shape
     tops = range(1, depth + 1) if layers else [depth]
-    out = torch.zeros(batch, len(tops), targets.shape[1], n, dtype=matrices.dtype)
+    out = torch.zeros(batch, len(tops), targets.shape[1], n, dtype=matrices.dtype, device="cpu")
     for b in range(batch):
         capacities = np.rint(matrices[b].double().cpu().numpy() * CAPACITY).astype(np.int32)
         real = range(n) if key_mask is None else key_mask[b].nonzero()[:, 0].tolist()
@@ -32,7 +32,7 @@ def attention_flow(matrices: Tensor, targets: Tensor, key_mask: Tensor | None, l
         for t, top in enumerate(tops):
             for index, target in enumerate(targets[b].tolist()):
                 flow = [maximum_flow(graph, top * n + target, source).flow_value for source in real]
-                out[b, t, index, list(real)] = torch.tensor(flow, dtype=matrices.dtype)
+                out[b, t, index, list(real)] = out.new_tensor(flow)
     return (out / out.sum(-1, keepdim=True)).to(matrices.device)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pyglobenc.autocast import outside_autocast
 from pyglobenc.hf import LayerTrace
 from pyglobenc.methods.inputs import check_model, run_captured, target_rows
 from pyglobenc.methods.layer_matrix import LayerMatrix, StoredMatrix
@@ -35,6 +36,7 @@ class GlobEnc:
         self.dtype = dtype
         self.ops = StageOps(backend)
 
+    @outside_autocast
     @torch.no_grad()
     def __call__(
         self,
@@ -89,6 +91,7 @@ class GlobEnc:
                 result.maps[name] = stack_layers(full if name == stage else self._maps(name, captured))
         return result
 
+    @outside_autocast
     @torch.no_grad()
     def packed(
         self, *, targets: Sequence[int] | Tensor | None = None, stage: str | None = None, layers: bool = False, **batch: Any

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pyglobenc.autocast import callers_autocast
 from pyglobenc.backends import check_backend
 from pyglobenc.hf import LayerTrace, capture, find_layers
 from pyglobenc.hf.limits import check_weights, max_tokens
@@ -33,7 +34,7 @@ def run_captured(who: str, model: PreTrainedModel, batch: Mapping[str, Any], dty
     if is_decoder(model):
         # a cache would hold every key and value a second time
         batch = {"use_cache": False, **batch}
-    with capture(model) as trace:
+    with capture(model) as trace, callers_autocast():
         output = model(**batch)
     set_precision(trace.layers, dtype)
     return trace.layers, output

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pyglobenc.autocast import callers_autocast
 from pyglobenc.hf import LayerTrace, capture, find_layers
 from pyglobenc.hf.limits import first_position, max_tokens
 from pyglobenc.hf.registry import is_decoder
@@ -43,7 +44,7 @@ def attribute_packed(
     base = check_packable(who, model)
     packed = pack(who, base, batch)
     options = {"use_cache": False} if is_decoder(base) else {}
-    with capture(base, offsets=packed.offsets) as trace:
+    with capture(base, offsets=packed.offsets) as trace, callers_autocast():
         base(**packed.inputs, **options)
     captured = trace.layers
     set_precision(captured, dtype)
@@ -94,19 +95,19 @@ def pack(who: str, model: nn.Module, batch: Mapping[str, Any]) -> Packed:
     for name, rows in batch.items():
         if [len(row) for row in rows] != lengths:
             raise ValueError(f"{who}: {name} must be as long as input_ids for every sequence")
-        columns[name] = torch.cat([torch.as_tensor(rows[s]) for s in order])
-    if not columns.get("attention_mask", torch.ones(1)).all():
+        columns[name] = torch.cat([torch.as_tensor(rows[s], device="cpu") for s in order])
+    if "attention_mask" in columns and not columns["attention_mask"].all():
         raise ValueError(f"{who}: attention_mask has zeros; packed sequences have no padding")
     first = first_position(model)
-    columns["position_ids"] = torch.cat([torch.arange(first, first + lengths[s]) for s in order])
+    columns["position_ids"] = torch.cat([torch.arange(first, first + lengths[s], device="cpu") for s in order])
     # without a mask some architectures look for packed sequences themselves
     columns["attention_mask"] = torch.ones_like(columns["input_ids"])
-    offsets = torch.tensor([0] + [lengths[s] for s in order]).cumsum(0).to(torch.int32)
+    offsets = torch.tensor([0] + [lengths[s] for s in order], device="cpu").cumsum(0).to(torch.int32)
     return Packed({name: column[None].to(model.device) for name, column in columns.items()}, offsets, order)
 
 
 def _is_row(row: Any) -> bool:
-    return isinstance(row, Tensor | Sequence) and torch.as_tensor(row).dim() == 1 and len(row) > 0
+    return isinstance(row, Tensor | Sequence) and torch.as_tensor(row, device="cpu").dim() == 1 and len(row) > 0
 
 
 def _positions(who: str, targets: Any, packed: Packed, causal: bool) -> Tensor:
@@ -114,7 +115,7 @@ def _positions(who: str, targets: Any, packed: Packed, causal: bool) -> Tensor:
     starts, lengths = packed.offsets[:-1, None].long(), packed.offsets.diff()[:, None].long()
     if targets is None:
         return starts + (lengths - 1 if causal else 0)
-    rows = target_positions(who, torch.as_tensor(targets).cpu(), len(packed.order))[packed.order]
+    rows = target_positions(who, torch.as_tensor(targets, device="cpu"), len(packed.order))[packed.order]
     if bool(((rows < 0) | (rows >= lengths)).any()):
         raise ValueError(f"{who}: targets must lie in [0, n), n the tokens of their sequence, the shortest {int(lengths.min())}")
     return starts + rows

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pyglobenc.autocast import callers_autocast
 from pyglobenc.hf import LayerModules, LayerTrace, Trace, capture, find_layers
 from pyglobenc.methods.relevance_support import check_layers
 from pyglobenc.methods.relevance_target import Index, Target, find_target
@@ -105,6 +106,7 @@ def _captured(model: PreTrainedModel, batch: Mapping[str, Any], dtype: torch.dty
         stack.callback(handle.remove)
         if dtype == torch.float64 and next(model.parameters()).dtype != torch.float64:
             stack.enter_context(WideParameters(torch.float64))
+        stack.enter_context(callers_autocast())
         return trace, model(**batch)
 
 

@@ -45,8 +45,8 @@ def _first_rows(matrix: LayerMatrix, targets: Tensor, offsets: Tensor | None) ->
         rows = matrix.rows(targets)
         return rescale_rows(rows, torch.zeros_like(rows[..., 0]))
     # a row of every sequence is one product with unit vectors
-    unit = torch.zeros(1, targets.shape[1], int(offsets[-1])).scatter_(2, targets.T[None], 1)
-    return matrix.step(unit, torch.zeros(targets.shape))
+    unit = targets.new_zeros(1, targets.shape[1], int(offsets[-1])).scatter_(2, targets.T[None], 1)
+    return matrix.step(unit, torch.zeros_like(targets))
 
 
 def stack_layers(tensors: Sequence[Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pyglobenc.autocast import callers_autocast, outside_autocast
 from pyglobenc.hf import find_layers, vit
 from pyglobenc.methods.inputs import check_batch, check_model
 from pyglobenc.methods.relevance_descent import MAPS, Descent
@@ -82,6 +83,7 @@ class TransformerAttribution:
         self.rules = Rules(backend, stabilizer)
         self.lrp = LrpRules(backend, stabilizer)
 
+    @outside_autocast
     def __call__(
         self,
         *,
@@ -164,7 +166,7 @@ class TransformerAttribution:
                 f"TransformerAttribution: rounding moves the scores of {count} of {len(result.error)} examples by more than "
                 f"{DIGITS_GONE:.0%} (at worst {worst:.1%}, {result.error_method}); use dtype=torch.float64, or a stabilizer",
                 PrecisionWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _variant(self, variant: str, start_layer: int, maps: Sequence[str], reliability: str) -> Variant:
@@ -205,7 +207,7 @@ class TransformerAttribution:
         inputs = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.dim() > 2}
         first = next(iter(inputs.values()))
         if target is None:
-            with torch.no_grad():
+            with torch.no_grad(), callers_autocast():
                 target = self.model(**batch).logits.argmax(-1)
         index = torch.as_tensor(target, device=first.device).expand(first.shape[0])
         if int(index.min()) < 0 or int(index.max()) >= first.shape[1]:

@@ -5,6 +5,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from pyglobenc.autocast import outside_autocast
 from pyglobenc.ops._checks import check_floats, check_heads, check_mask, check_offsets, check_shape, check_window
 from pyglobenc.reference.attention import attention as reference_attention
 from pyglobenc.reference.attention import hidden_keys, visible_keys
@@ -17,6 +18,7 @@ aten = torch.ops.aten
 BAND = (64, 512)
 
 
+@outside_autocast
 def attention(
     q: Tensor,
     k: Tensor,

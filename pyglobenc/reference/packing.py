@@ -14,7 +14,7 @@ def slices(offsets: Tensor) -> list[slice]:
 
 def sequence_of(offsets: Tensor, device: torch.device) -> Tensor:
     """Sequence of every token, (N,) int64."""
-    return torch.repeat_interleave(torch.arange(len(offsets) - 1), offsets.diff()).to(device, non_blocking=True)
+    return torch.repeat_interleave(torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff()).to(device, non_blocking=True)
 
 
 def per_token(t: Tensor, offsets: Tensor) -> Tensor:

@@ -32,5 +32,5 @@ class AttentionMaxFlow(AttentionFlow):
 
 def _flow(matrices: np.ndarray, layers: bool) -> np.ndarray:
     capacities = torch.from_numpy(matrices.astype(np.float64))[None]
-    every = torch.arange(matrices.shape[1])[None]
+    every = torch.arange(matrices.shape[1], device=capacities.device)[None]
     return attention_flow(capacities, every, None, layers)[0].numpy()

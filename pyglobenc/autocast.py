@@ -1,0 +1,45 @@
+"""torch.autocast is for the model's forward pass: attribution computes in the dtypes of its own tensors.
+
+Inside it torch's matrix products return half precision, which kernels that were given float32 tensors would misread.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from functools import wraps
+from typing import Any
+
+import torch
+
+KINDS = ("cpu", "cuda")
+
+_CALLERS: ContextVar[dict[str, torch.dtype] | None] = ContextVar("pyglobenc_callers_autocast", default=None)
+
+
+def outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator: run a function outside the caller's autocast."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        active = {kind: torch.get_autocast_dtype(kind) for kind in KINDS if torch.is_autocast_enabled(kind)}
+        if not active:
+            return function(*args, **kwargs)
+        token = _CALLERS.set(active)
+        try:
+            with ExitStack() as stack:
+                for kind in active:
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+                return function(*args, **kwargs)
+        finally:
+            _CALLERS.reset(token)
+
+    return call
+
+
+@contextmanager
+def callers_autocast() -> Iterator[None]:
+    """Context in a function `outside_autocast` within which the caller's is on again."""
+    with ExitStack() as stack:
+        for kind, dtype in (_CALLERS.get() or {}).items():
+            stack.enter_context(torch.autocast(kind, dtype))
+        yield
