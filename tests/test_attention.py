@@ -1,3 +1,6 @@
+from importlib import import_module
+from types import SimpleNamespace
+
 import pytest
 import torch
 from allocations import measure_allocations
@@ -126,3 +129,86 @@ def test_nothing_of_size_n_n(options):
     q, k, v = tensors(1, 2, 2, n, 8, torch.float32)
     used = measure_allocations(lambda: attention(q, k, v, key_mask=torch.arange(n)[None] > 9, **options))
     assert used.largest <= n * n * 4 / 4
+
+
+def unlike(t, steps):
+    """Whether a kernel that reads rows in steps would refuse a tensor (B, H, m, ...)."""
+    strides = [stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1]
+    return t.data_ptr() % 16 or strides[-1] != 1 or any(stride % steps for stride in strides[:-1])
+
+
+def on_a_cpu(q, k, v, bias, causal, scale, lse_steps):
+    """What torch's kernels of a GPU return, lse with the columns that fill it up."""
+    scores = q.float() @ k.float().transpose(2, 3) * scale
+    scores = scores if bias is None else scores + bias
+    if causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[2:], dtype=torch.bool).triu(1), -torch.inf)
+    lse = torch.nn.functional.pad(scores.logsumexp(-1), (0, -q.shape[2] % lse_steps), value=torch.nan)
+    return (scores.softmax(-1) @ v.float()).to(q.dtype), lse, None, None
+
+
+@pytest.fixture(params=[True, False], ids=["ampere", "turing"])
+def stand_ins(request, monkeypatch):
+    """In the place of torch's kernels of a GPU; they refuse what those do."""
+
+    def flash(q, k, v, dropout, causal, *, scale):
+        assert request.param and q.dtype != torch.float32 and q.shape[3] % 8 == 0 and q.shape[3] <= 256 and not dropout
+        return on_a_cpu(q, k, v, None, causal, scale, 1)
+
+    def efficient(q, k, v, bias, with_lse, dropout, causal, *, scale):
+        assert with_lse and not dropout and not any(unlike(t, 16 // t.element_size()) for t in (q, k, v))
+        if bias is not None:
+            assert bias.dtype == q.dtype and bias.shape == (*q.shape[:3], k.shape[2]) and not unlike(bias, 8)
+        return on_a_cpu(q, k, v, bias, causal, scale, 32)
+
+    kernels = dict(_scaled_dot_product_flash_attention=flash, _scaled_dot_product_efficient_attention=efficient)
+    module = import_module("pyglobenc.ops.attention")
+    monkeypatch.setattr(module, "aten", SimpleNamespace(**kernels))
+    monkeypatch.setattr(module, "since_ampere", lambda device: request.param)
+    monkeypatch.setattr(module, "fused_call", module.gpu_call)
+
+
+@pytest.mark.parametrize("kind, window", [("none", (-1, -1)), ("none", (-1, 0)), ("left", (-1, 0)), ("holes", (-1, -1)), ("none", (6, 3))])
+@pytest.mark.parametrize("dh", [6, 12, 64, 264])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_calls_of_a_gpu(dtype, dh, kind, window, stand_ins):
+    q, k, v = tensors(2, 2, 2, 37, dh, dtype)
+    mask = key_mask(kind, 2, 37)
+    o, lse = attention(q, k, v, key_mask=mask, window=window)
+    exact_o, exact_lse = dense(q.float(), k.float(), v.float(), mask, dh**-0.5, window)
+    torch.testing.assert_close(o, exact_o.to(dtype))
+    torch.testing.assert_close(lse, exact_lse)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind, window", [("none", (-1, -1)), ("none", (-1, 0)), ("left", (-1, 0)), ("holes", (-1, -1)), ("none", (6, 3))])
+@pytest.mark.parametrize("dh", [12, 64, 136, 264])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_on_a_gpu(dtype, dh, kind, window):
+    q, k, v = (t.to("cuda", dtype) for t in tensors(2, 4, 2, 97, dh))
+    mask = key_mask(kind, 2, 97)
+    mask = None if mask is None else mask.cuda()
+    o, lse = attention(q, k, v, key_mask=mask, window=window)
+    exact, exact_lse = attention(q.double(), k.double(), v.double(), key_mask=mask, window=window)
+    plain, plain_lse = reference_attention(q.float(), k.float(), v.float(), mask, dh**-0.5, window)
+    seen = torch.isfinite(exact_lse)
+    assert torch.equal(torch.isfinite(lse), seen)
+    # tensor cores cut their sums off, up to an ulp where float32's are rounded, up to half; probabilities are rounded to half precision
+    assert_as_good_as_torch(o[seen], exact[seen], plain[seen].to(dtype), 4.0)
+    assert_as_good_as_torch(lse[seen], exact_lse[seen], plain_lse[seen], 4.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dh", [6, 64])
+def test_gradients_on_a_gpu(dh):
+    q, k, v = (t.to("cuda", torch.float32).requires_grad_() for t in tensors(2, 2, 2, 33, dh))
+    mask = key_mask("left", 2, 33).cuda()
+    weights, grads = torch.randn(2, 2, 33, dh, device="cuda"), []
+    for t in ((q, k, v), (q.double(), k.double(), v.double())):
+        o, _ = attention(*t, key_mask=mask)
+        grads.append(torch.autograd.grad((o * weights).sum(), (q, k, v)))
+    plain, _ = reference_attention(q, k, v, mask, dh**-0.5, (-1, -1))
+    grads.append(torch.autograd.grad((plain * weights).sum(), (q, k, v)))
+    for out, exact, torch_out in zip(*grads, strict=True):
+        # as above; the exact gradient is rounded to float32 once more, where it enters the graph
+        assert_as_good_as_torch(out, exact.double(), torch_out, 4.0)

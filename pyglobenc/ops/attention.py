@@ -1,8 +1,10 @@
 """Op `attention`: softmax attention with its log-sum-exp, by torch's own kernels where they return it."""
 
+from functools import cache
 from itertools import groupby
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pyglobenc.autocast import outside_autocast
@@ -13,6 +15,8 @@ from pyglobenc.reference.packing import slices
 from pyglobenc.reference.score_mods import ScoreMod
 
 aten = torch.ops.aten
+
+HALF = (torch.float16, torch.bfloat16)
 
 # queries that share one call and one mask where the window is local: about as many as the window is wide, within these
 BAND = (64, 512)
@@ -63,8 +67,7 @@ def attention(
         return _packed(q, k, v, scaling, window, score_mod, offsets)
     # a window as wide as the text is none
     window = tuple(-1 if side >= sizes["n"] - 1 else side for side in window)
-    fused = q.device.type == "cpu" or (q.device.type == "cuda" and q.dtype != torch.float64)
-    if score_mod is not None or not fused or not q.numel():
+    if score_mod is not None or not _has_kernel(q) or not q.numel():
         o, lse = _reference(q, k, v, key_mask, scaling, window, score_mod)
     else:
         group = sizes["H"] // sizes["Hkv"]
@@ -79,7 +82,7 @@ def attention(
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, scaling: float, window, score_mod, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """Every sequence alone: in one call of torch's flash kernel on a GPU, else in one for each run of equal lengths."""
-    if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] % 8 == 0 and score_mod is None:
+    if q.device.type == "cuda" and score_mod is None and _takes_flash(q):
         ends, longest = offsets.to(q.device, non_blocking=True), int(offsets.diff().max())
         left, right = (None if side < 0 else side for side in window)
         sizes = (ends, ends, longest, longest, 0.0, False, False)
@@ -128,16 +131,41 @@ def fused_call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: boo
     """One call of torch's kernel: q (B, H, m, dh), k and v (B, H, J, dh), bias (1 or B, 1, 1 or m, J)."""
     if q.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu.default(q, k, v, 0.0, causal, attn_mask=bias, scale=scaling)
-    m, keys = q.shape[2], k.shape[2]
-    if bias is None and q.dtype != torch.float32 and q.shape[3] % 8 == 0:
-        out = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scaling)
-        return out[0], out[1][:, :, :m]
+    return gpu_call(q, k, v, bias, causal, scaling)
+
+
+def gpu_call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scaling: float) -> tuple[Tensor, Tensor]:
+    """`fused_call` on a GPU, whose kernels read every row in steps of 16 bytes."""
+    m, width, keys = q.shape[2], q.shape[3], k.shape[2]
+    short = -width % (16 // q.element_size())
+    if short:
+        # zeros add nothing to a score
+        o, lse = gpu_call(*(F.pad(t, (0, short)) for t in (q, k, v)), bias, causal, scaling)
+        return o[..., :width], lse
+    if bias is None and _takes_flash(q):
+        o, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scaling)[:2]
+        return o, lse[:, :, :m]
     if bias is not None:
-        # the kernel reads the bias in 16-byte steps
-        padded = torch.nn.functional.pad(bias, (0, -keys % 8), value=float("-inf"))[..., :keys]
-        bias = padded.expand(q.shape[0], q.shape[1], m, keys)
-    out = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, causal, scale=scaling)
-    return out[0], out[1][:, :, :m]
+        bias = F.pad(bias, (0, -keys % 8), value=float("-inf"))[..., :keys].expand(q.shape[0], q.shape[1], m, keys)
+    o, lse = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, causal, scale=scaling)[:2]
+    return o, lse[:, :, :m]
+
+
+def _takes_flash(q: Tensor) -> bool:
+    return q.dtype in HALF and q.shape[3] % 8 == 0 and q.shape[3] <= 256 and since_ampere(q.device)
+
+
+def _has_kernel(q: Tensor) -> bool:
+    """Whether torch has a kernel that returns the log-sum-exp for q's device and dtype."""
+    if q.device.type == "cuda":
+        return q.dtype in (torch.float32, torch.float16) or (q.dtype == torch.bfloat16 and since_ampere(q.device))
+    return q.device.type == "cpu"
+
+
+@cache
+def since_ampere(device: torch.device) -> bool:
+    """Whether a GPU has flash attention and products of bfloat16; those of AMD that torch supports have."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _sees_nothing(key_mask: Tensor, window: tuple[int, int]) -> Tensor | None:
@@ -146,7 +174,7 @@ def _sees_nothing(key_mask: Tensor, window: tuple[int, int]) -> Tensor | None:
     n = key_mask.shape[1]
     if left < 0 and right < 0:
         return None
-    before = torch.nn.functional.pad(key_mask.long().cumsum(1), (1, 0))  # real keys before position j, (B, n + 1)
+    before = F.pad(key_mask.long().cumsum(1), (1, 0))  # real keys before position j, (B, n + 1)
     i = torch.arange(n, device=key_mask.device)
     stop = torch.full_like(i, n) if right < 0 else (i + right + 1).clamp(max=n)
     start = torch.zeros_like(i) if left < 0 else (i - left).clamp(min=0)
