@@ -122,13 +122,13 @@ def test_strided(backend):
         assert torch.equal(mine, expected)
 
 
-@pytest.mark.parametrize("B, n", [(0, 4), (2, 0)])
-def test_empty(B, n, backend):
-    q, r = torch.zeros(B, 2, n, 16, device=DEVICE), torch.zeros(B, 1, n, device=DEVICE)
+@pytest.mark.parametrize("B, n, T", [(0, 4, 1), (2, 0, 1), (2, 4, 0)])
+def test_empty(B, n, T, backend):
+    q, r = torch.zeros(B, 2, n, 16, device=DEVICE), torch.zeros(B, T, n, device=DEVICE)
     out = relevance_attention(q, q, q, q[..., 0], q, q, r=r, backend=backend)
-    assert [t.shape for t in out] == [q.shape] * 3 + [(B, n), (B, 1, n)]
+    assert [t.shape for t in out] == [q.shape] * 3 + [(B, n), (B, T, n)]
     assert relevance_maps(q, q, q, q[..., 0], q, q, backend=backend).shape == (B, n, n)
-    assert relevance_rollout_step(r, q, q, q, q[..., 0], q, q, backend=backend).shape == (B, 1, n)
+    assert relevance_rollout_step(r, q, q, q, q[..., 0], q, q, backend=backend).shape == (B, T, n)
 
 
 def test_refuses_other_dtypes(backend):

@@ -6,7 +6,6 @@
 rounding up to 1e7 times: they are float32 products on CUDA cores always, the rest as precise as the caller's float32 is.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -82,14 +81,3 @@ def by_head(t: Tensor | None, like: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     t = like if t is None else t
     t = t if t.stride(-1) == 1 else t.contiguous()
     return t, t.stride()[:3]
-
-
-def sides(window: tuple[int, int], n: int) -> tuple[int, int]:
-    """A window with n for unlimited."""
-    left, right = (n if side < 0 else side for side in window)
-    return left, right
-
-
-def new_like(t: Tensor) -> Tensor:
-    """Uninitialised contiguous tensor of t's shape."""
-    return torch.empty_like(t, memory_format=torch.contiguous_format)

@@ -7,26 +7,14 @@ an additive mask, what its factor needs; a pass over columns gives R_k, R_v and 
 q, k, v, s, grad_o read for every block; nothing of n x n is stored, no atomics.
 """
 
-from dataclasses import dataclass
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from pyglobenc.kernels._device import float32_precision, on, power_of_two, real_tokens
 from pyglobenc.kernels._division import safe_divide
-from pyglobenc.kernels._relevance import (
-    by_head,
-    launch,
-    load_rows,
-    new_like,
-    pair_relevance,
-    relevance_reasons,
-    sides,
-    store_rows,
-)
-from pyglobenc.reference.relevance_attention import rescale_scores
+from pyglobenc.kernels._relevance import by_head, launch, load_rows, pair_relevance, relevance_reasons, store_rows
+from pyglobenc.reference.relevance_passes import Passes, sides
 
 # rows of the rollout that one column pass carries
 MAX_ROWS = 32
@@ -176,21 +164,19 @@ def _relevance_columns_kernel(
         tl.store(OUT + at, acc_t, mask=(t < n_rows)[:, None] & j_in[None, :])
 
 
-@dataclass(frozen=True)
-class Passes:
-    """Both passes over one layer's pairs; fields as the arguments of `pyglobenc.ops.relevance_attention`."""
+class TritonPasses(Passes):
+    """Both passes in Triton."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    lse: Tensor
-    grad_o: Tensor | None
-    s: Tensor
-    key_mask: Tensor | None
-    scaling: float
-    window: tuple[int, int]
-    additive_mask: bool = False
-    stabilizer: float = 0.0
+    most_rows = MAX_ROWS
+
+    def launch_rows(self, r_q: Tensor | None, sums: Tensor, totals: Tensor | None) -> None:
+        self._launch(_relevance_rows_kernel, "BLOCK_I", r_q is not None, (r_q, sums, totals), (sums.numel(),))
+
+    def launch_columns(self, w: Tensor | None, r_k: Tensor | None, r_v: Tensor | None, step: Tensor | None) -> None:
+        count, steps = (0, (0, 0, 0)) if w is None else (w.shape[1], w.stride())
+        block_t = count if count < 2 else power_of_two(count, 16)
+        tensors = (w, r_k, r_v, step)
+        self._launch(_relevance_columns_kernel, "BLOCK_J", r_k is not None, tensors, (count,), steps, BLOCK_T=block_t)
 
     def _launch(self, kernel, block: str, relevance: bool, tensors: tuple, sizes: tuple, more: tuple = (), **flags) -> None:
         """Launch a kernel on one program a head and block; sizes follow the common ones, more the common strides."""
@@ -207,32 +193,6 @@ class Passes:
                 HAS_WINDOW=max(self.window) >= 0, ADDITIVE=self.additive_mask, STABILIZED=self.stabilizer != 0,
                 PRODUCTS=float32_precision(), **flags, **tiles,
             )  # fmt: skip
-
-    def rows(self, relevance: bool = True) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """R_q (B, H, n, dh) without the additive mask's factor, A's row sums (B, n), sums of R_alpha and R' (2, B, H, n) float64."""
-        r_q = new_like(self.q) if relevance else None
-        sums = self.q.new_empty(self.q.shape[:3])
-        totals = self.q.new_empty(2, *sums.shape, dtype=torch.float64) if relevance and self.additive_mask else None
-        self._launch(_relevance_rows_kernel, "BLOCK_I", relevance, (r_q, sums, totals), (sums.numel(),))
-        return r_q, sums.mean(1), totals
-
-    def columns(self, r: Tensor | None, row_sums: Tensor | None, r_k: Tensor | None = None, r_v: Tensor | None = None) -> Tensor | None:
-        """w (I + A) (B, T, n), w = r, or r / (1 + row_sums) if given; fills r_k and r_v (B, H, n, dh) if given."""
-        relevance = r_k is not None
-        if r is None:
-            self._launch(_relevance_columns_kernel, "BLOCK_J", relevance, (None, r_k, r_v, None), (0,), (0, 0, 0), BLOCK_T=0)
-            return None
-        w = r if row_sums is None else r / (1 + row_sums)[:, None]
-        steps = []
-        for part in w.split(MAX_ROWS, dim=1):
-            count = part.shape[1]
-            step = part.new_empty(*self.q.shape[:2], count, self.q.shape[2])
-            block_t = 1 if count == 1 else power_of_two(count, 16)
-            tensors = (part, r_k, r_v, step)
-            self._launch(_relevance_columns_kernel, "BLOCK_J", relevance, tensors, (count,), part.stride(), BLOCK_T=block_t)
-            steps.append(step.mean(1))
-            relevance = False
-        return torch.cat(steps, 1) + w
 
 
 def not_supported(
@@ -259,13 +219,5 @@ def relevance_attention(
     rescale: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """See `pyglobenc.ops.relevance_attention`: -> R_q, R_k, R_v (B, H, n, dh), row_sums (B, n), r_out (B, T, n) or None."""
-    if q.numel() == 0:
-        empty = (new_like(q), new_like(q), new_like(q), q.new_zeros(q.shape[0], q.shape[2]))
-        return *empty, None if r is None else r.clone(memory_format=torch.contiguous_format)
-    passes = Passes(q, k, v, lse, grad_o, s, key_mask, scaling, window, additive_mask, stabilizer)
-    r_q, row_sums, totals = passes.rows()
-    r_k, r_v = new_like(k), new_like(v)
-    r_out = passes.columns(r, row_sums if normalize else None, r_k, r_v)
-    if additive_mask and rescale:
-        rescale_scores(r_q, r_k, *totals.sum((2, 3)))
-    return r_q, r_k, r_v, row_sums, r_out
+    passes = TritonPasses(q, k, v, lse, grad_o, s, key_mask, scaling, window, additive_mask, stabilizer)
+    return passes.relevance(r, normalize, rescale)

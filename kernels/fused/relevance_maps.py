@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from pyglobenc.kernels._device import float32_precision, on, real_tokens
-from pyglobenc.kernels._relevance import by_head, launch, pair_relevance, relevance_reasons, sides
+from pyglobenc.kernels._relevance import by_head, launch, pair_relevance, relevance_reasons
+from pyglobenc.reference.relevance_passes import sides
 
 
 @triton.jit

@@ -6,7 +6,7 @@ With `normalize` a pass over rows gives the sums of A's rows first; else the pas
 from torch import Tensor
 
 from pyglobenc.kernels._relevance import relevance_reasons
-from pyglobenc.kernels.relevance_attention import Passes
+from pyglobenc.kernels.relevance_attention import TritonPasses
 
 
 def not_supported(r, q, k, v, lse, grad_o, s, key_mask, scaling, window, normalize) -> list[str]:
@@ -28,7 +28,4 @@ def relevance_rollout_step(
     normalize: bool,
 ) -> Tensor:
     """See `pyglobenc.ops.relevance_rollout_step`: -> (B, T, n)."""
-    if r.numel() == 0:
-        return r.clone()
-    passes = Passes(q, k, v, lse, grad_o, s, key_mask, scaling, window)
-    return passes.columns(r, passes.rows(relevance=False)[1] if normalize else None)
+    return TritonPasses(q, k, v, lse, grad_o, s, key_mask, scaling, window).rollout_step(r, normalize)

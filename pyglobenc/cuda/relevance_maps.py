@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from pyglobenc.cuda._relevance import relevance_reasons
-from pyglobenc.cuda.relevance_attention import Pairs
+from pyglobenc.cuda.relevance_attention import CudaPasses
 
 
 def not_supported(q, k, v, lse, grad_o, s, rows, key_mask, scaling, window) -> list[str]:
@@ -27,5 +27,5 @@ def relevance_maps(
     batch, _, n, _ = q.shape
     out = q.new_empty(batch, n if rows is None else rows.shape[1], n)
     if out.numel():
-        Pairs(q, k, v, lse, grad_o, s, key_mask, scaling, window).launch("relevance_maps", rows=rows, map=out)
+        CudaPasses(q, k, v, lse, grad_o, s, key_mask, scaling, window).launch("relevance_maps", rows=rows, map=out)
     return out

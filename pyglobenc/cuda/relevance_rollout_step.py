@@ -6,7 +6,7 @@ With `normalize` a pass over rows gives the sums of A's rows first; else the pas
 from torch import Tensor
 
 from pyglobenc.cuda._relevance import relevance_reasons
-from pyglobenc.cuda.relevance_attention import Pairs
+from pyglobenc.cuda.relevance_attention import CudaPasses
 
 
 def not_supported(r, q, k, v, lse, grad_o, s, key_mask, scaling, window, normalize) -> list[str]:
@@ -28,7 +28,4 @@ def relevance_rollout_step(
     normalize: bool,
 ) -> Tensor:
     """See `pyglobenc.ops.relevance_rollout_step`: -> (B, T, n)."""
-    if r.numel() == 0 or q.numel() == 0:
-        return r.clone()
-    pairs = Pairs(q, k, v, lse, grad_o, s, key_mask, scaling, window)
-    return pairs.columns(r, pairs.rows(relevance=False)[1] if normalize else None)
+    return CudaPasses(q, k, v, lse, grad_o, s, key_mask, scaling, window).rollout_step(r, normalize)

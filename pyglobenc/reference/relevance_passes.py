@@ -1,0 +1,88 @@
+"""Relevance through attention by a GPU's kernels: a pass over rows, one over columns, and what the host does around them.
+
+The pass over rows gives R_q, the sums of A's rows and, with an additive mask, what its factor needs; the pass over columns gives R_k, R_v
+and each head's part of the rollout step. The formulas are those of `pyglobenc.ops.relevance_attention`.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pyglobenc.reference.relevance_attention import rescale_scores
+
+
+@dataclass(frozen=True)
+class Passes:
+    """One layer's pairs; fields as the arguments of `pyglobenc.ops.relevance_attention`. Backends add the launches."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lse: Tensor
+    grad_o: Tensor | None
+    s: Tensor
+    key_mask: Tensor | None
+    scaling: float
+    window: tuple[int, int]
+    additive_mask: bool = False
+    stabilizer: float = 0.0
+
+    # rows of the rollout that one pass over columns carries
+    most_rows: ClassVar[int]
+
+    def launch_rows(self, r_q: Tensor | None, sums: Tensor, totals: Tensor | None) -> None:
+        """Fill R_q (B, H, n, dh) but for the mask's factor, the sums of A_h's rows (B, H, n), those of R_alpha's and R''s rows
+        (2, B, H, n) float64. None: not wanted."""
+        raise NotImplementedError
+
+    def launch_columns(self, w: Tensor | None, r_k: Tensor | None, r_v: Tensor | None, step: Tensor | None) -> None:
+        """Fill R_k but for the mask's factor, R_v (B, H, n, dh), and step (B, H, T, n): w (B, T, n) times each A_h. None: not wanted."""
+        raise NotImplementedError
+
+    def relevance(self, r: Tensor | None, normalize: bool, rescale: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """R_q, R_k, R_v (B, H, n, dh), row_sums (B, n), r_out (B, T, n) or None without r."""
+        r_q, r_k, r_v = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (self.q, self.k, self.v))
+        if self.q.numel() == 0:
+            row_sums = self.q.new_zeros(self.q.shape[0], self.q.shape[2])
+            return r_q, r_k, r_v, row_sums, None if r is None else r.clone(memory_format=torch.contiguous_format)
+        totals = self.q.new_empty(2, *self.q.shape[:3], dtype=torch.float64) if self.additive_mask else None
+        row_sums = self._row_sums(r_q, totals)
+        r_out = self._columns(r, row_sums if normalize else None, r_k, r_v)
+        if self.additive_mask and rescale:
+            rescale_scores(r_q, r_k, *totals.sum((2, 3)))
+        return r_q, r_k, r_v, row_sums, r_out
+
+    def rollout_step(self, r: Tensor, normalize: bool) -> Tensor:
+        """r_out (B, T, n) alone."""
+        if r.numel() == 0 or self.q.numel() == 0:
+            return r.clone(memory_format=torch.contiguous_format)
+        return self._columns(r, self._row_sums() if normalize else None)
+
+    def _row_sums(self, r_q: Tensor | None = None, totals: Tensor | None = None) -> Tensor:
+        """Sums of A's rows, (B, n); fills what is given."""
+        sums = self.q.new_empty(self.q.shape[:3])
+        self.launch_rows(r_q, sums, totals)
+        return sums.mean(1)
+
+    def _columns(self, r: Tensor | None, row_sums: Tensor | None, r_k: Tensor | None = None, r_v: Tensor | None = None) -> Tensor | None:
+        """w (I + A) (B, T, n), w = r, or r / (1 + row_sums) if given; fills what is given."""
+        if r is None:
+            self.launch_columns(None, r_k, r_v, None)
+            return None
+        w = r if row_sums is None else r / (1 + row_sums)[:, None]
+        steps = []
+        for part in w.split(self.most_rows, dim=1):
+            step = part.new_empty(*self.q.shape[:2], part.shape[1], self.q.shape[2])
+            self.launch_columns(part, r_k, r_v, step)
+            steps.append(step.mean(1))
+            # once is enough
+            r_k = r_v = None
+        return torch.cat(steps, 1) + w
+
+
+def sides(window: tuple[int, int], n: int) -> tuple[int, int]:
+    """A window with n for unlimited."""
+    left, right = (n if side < 0 else min(side, n) for side in window)
+    return left, right
