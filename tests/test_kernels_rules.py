@@ -7,6 +7,7 @@ import pytest
 import torch
 from numerics import assert_as_good_as_torch
 
+from pyglobenc.backends import reasons
 from pyglobenc.ops import add_relevance, clone_relevance, linear_relevance
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -130,3 +131,6 @@ def test_refuses_with_reasons(backend):
         clone_relevance([t] * 5, t, backend=backend)
     with pytest.raises(ValueError, match="computes in float32, got r torch.float64"):
         add_relevance(t.double(), t.double(), t.double(), backend=backend)
+    # not by the op: torch would only compute its shape
+    (reason,) = reasons("linear_relevance", backend, (t, t, random(3, 3), None, t, torch.zeros(3, device="meta")))
+    assert reason.startswith("tensors are on several devices: x ") and reason.endswith("bias meta")

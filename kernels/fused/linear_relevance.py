@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyglobenc.kernels._device import on
+from pyglobenc.kernels._device import device_reasons, on
 from pyglobenc.kernels._division import float32_reasons, safe_divide_rn
 from pyglobenc.reference.linear_relevance import DEAD, around_gemms
 
@@ -71,8 +71,9 @@ def not_supported(
     r: Tensor, x: Tensor, weight: Tensor, abs_weight: Tensor | None = None, output: Tensor | None = None, bias: Tensor | None = None
 ) -> list[str]:
     """Why the kernel can't run on these arguments; empty when it can."""
-    reasons = float32_reasons(r=r, x=x, output=output)
-    return reasons + [f"weight is on {weight.device}, x on {x.device}"] * (weight.device != x.device)
+    # the weights may have any float dtype
+    weights = dict(x=x, weight=weight, abs_weight=abs_weight, bias=bias)
+    return float32_reasons(r=r, x=x, output=output) or device_reasons(weights)
 
 
 def linear_relevance(
