@@ -13,12 +13,13 @@ namespace pyglobenc {
 template <bool ROWS, int SLICE>
 struct Pass {
     // two tiles where sums take the registers, as two of 64 columns and one of 128 do, or wide heads the shared memory
-    static constexpr int COLUMNS = SLICE, TILES = ROWS && SLICE == 64 ? 4 : 2, STREAM = 8 * TILES, W_STRIDE = STREAM + 4;
+    static constexpr int COLUMNS = SLICE, TILES = ROWS && SLICE == 64 ? 4 : 2, STREAM = 8 * TILES, W_STRIDE = STREAM + 8;
     static constexpr int HELD_TENSORS = ROWS ? 3 : 2, STREAM_ROWS = (ROWS ? 2 : 3) * STREAM;
 
     static int bytes(int head_dim, int warps) {
         const int held = HELD_TENSORS * WARP_ROWS * warps, places = WARP_ROWS * warps + 2 * STREAM;
-        const int floats = (held + STREAM_ROWS) * row_stride(head_dim) + 2 * places + 2 * RelevanceArgs::MOST_ROWS * W_STRIDE;
+        const int w = ROWS ? 0 : 2 * RelevanceArgs::MOST_ROWS * W_STRIDE;
+        const int floats = (held + STREAM_ROWS) * row_stride(head_dim) + 2 * places + w;
         return 4 * floats + 2 * 3 * STREAM_ROWS * row_stride(head_dim);
     }
 

@@ -89,7 +89,10 @@ DEVICE Right right_of(const float* x, int stride) {
     Right out;
     x += lane() / 4 * stride + lane() % 4 * 2;
     UNROLL
-    for (int e = 0; e < 2; ++e) put(out, e, x[e * 8], x[e * 8 + 1]);
+    for (int e = 0; e < 2; ++e) {
+        const Two two = *reinterpret_cast<const Two*>(x + e * 8);
+        put(out, e, two.x[0], two.x[1]);
+    }
     return out;
 }
 
@@ -200,10 +203,12 @@ DEVICE void fill(const Side& side, const Head& head, int count, const Index& ind
     for (int at = thread(); at < count; at += threads()) side.places[at] = QUERIES ? head.query(index(at)) : head.key(index(at));
 }
 
-// Splits `count` rows into parts, every thread some; the parts' rows have the floats' stride.
+// Splits `count` rows, a multiple of 8, into parts, every thread some; the parts' rows have the floats' stride.
 DEVICE void split(const Parts& parts, const float* rows, int count, int head_dim) {
     const int stride = row_stride(head_dim), width = padded(head_dim);
-    for (int row = thread() / 8; row < count; row += threads() / 8)
+    for (int at = thread() / 8; at < count; at += threads() / 8) {
+        // half a warp stores to rows 4 apart, which share no bank; neighbours would
+        const int row = at / 8 * 8 + at % 2 * 4 + at % 8 / 2;
         for (int d = thread() % 8 * 4; d < width; d += 32) {
             const Four four = *reinterpret_cast<const Four*>(rows + row * stride + d);
             Right pairs;
@@ -213,6 +218,7 @@ DEVICE void split(const Parts& parts, const float* rows, int count, int head_dim
             UNROLL
             for (int p = 0; p < 3; ++p) *reinterpret_cast<Words*>(to + p * parts.part) = {{pairs.part[p][0], pairs.part[p][1]}};
         }
+    }
 }
 
 template <int TILES>

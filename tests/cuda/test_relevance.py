@@ -42,6 +42,7 @@ def backend():
         Case(B=1, n=65, dh=80, mask="holes", additive=True, normalize=True),
         Case(n=34, dh=5, window=(4, 11)),
         Case(n=33, window=(-1, 0), mask="left"),
+        Case(B=1, H=1, n=19, dh=260),
     ],
     ids=str,
 )
