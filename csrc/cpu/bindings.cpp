@@ -142,9 +142,12 @@ static void relevance_tile(const py::tuple& tensors, int64_t first, float scalin
     in_use->relevance_tile(tile, out, threads);
 }
 
-static void exp_of(const py::object& x, const py::object& out) {
-    const View from = view(x), to = view(out);
-    in_use->exp(static_cast<const float*>(from.data), static_cast<float*>(to.data), from.shape[0]);
+static void exp_of(const py::object& x, const py::object& out, int threads) {
+    const int64_t count = view(x).shape[0];
+    const float* const from = floats(x);
+    float* const to = floats(out);
+    py::gil_scoped_release nogil;
+    in_use->exp(from, to, count, threads);
 }
 
 }  // namespace pyglobenc
@@ -168,5 +171,5 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("linear_quotient", linear_quotient);
     m.def("linear_product", linear_product);
     m.def("relevance_tile", relevance_tile);
-    m.def("exp", exp_of);
+    m.def("exp", exp_of, py::arg("x"), py::arg("out"), py::arg("threads") = 1);
 }

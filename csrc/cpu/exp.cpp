@@ -1,18 +1,14 @@
-// exp: the kernels' exponential on an array, so that its error can be tested.
+// exp: the kernels' exponential on an array, so that its error can be tested and its speed measured.
+#include "division.h"
 #include "ops.h"
-#include "simd.h"
 
 namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
-void exp(const float* x, float* out, int64_t count) {
-    for (int64_t i = 0; i < count; i += W) {
-        const int64_t rest = count - i < W ? count - i : W;
-        Floats lanes = {};
-        std::memcpy(&lanes, x + i, sizeof(float) * rest);
-        lanes = exp(lanes);
-        std::memcpy(out + i, &lanes, sizeof(float) * rest);
-    }
+void exp(const float* x, float* out, int64_t count, int threads) {
+    stretches(count, threads, [=](int64_t, int64_t first, int64_t last) {
+        vectors(first, last, [=](int64_t i, int64_t lanes) { store_some(out + i, exp(load_some(x + i, lanes)), lanes); });
+    });
 }
 
 }  // namespace PYGLOBENC_ISA

@@ -54,7 +54,7 @@ struct Kernels {
                                int64_t width, float* s, uint8_t* dead, int threads);
     void (*linear_product)(const float* x, const float* signed_sums, const float* abs_sums, float* out, int64_t count, int threads);
     void (*relevance_tile)(const RelevanceTile& tile, double* sums, int threads);  // sums [B, 2], added to
-    void (*exp)(const float* x, float* out, int64_t count);
+    void (*exp)(const float* x, float* out, int64_t count, int threads);
 };
 
 extern const Kernels kernels_portable, kernels_avx2, kernels_avx512, kernels_avx512bf16;  // those that the build has
