@@ -1,8 +1,8 @@
 """Whether `pyglobenc bench` and pytest-benchmark tell the same times.
 
     pyglobenc bench --threads 2 --no-table --csv benchmarks/results/machine.csv
-    python benchmarks/agreement.py                     # machine.csv against every other file of benchmarks/results
-    python benchmarks/agreement.py MACHINE.csv OP.csv ...
+    python benchmarks/agreement.py                     # every file of benchmarks/results
+    python benchmarks/agreement.py FILE.csv ...        # of the command and of op suites
 
 Compares every call that both measured (op, backend, n, dtype, one example, device, threads) and prints the ratio of pytest-benchmark's
 median to the command's. Two times agree if the quartiles of one reach those of the other, or if they are no further apart than LIMIT,
@@ -14,18 +14,18 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from plot import MACHINE, RESULTS, read
+from plot import RESULTS, read
 
 LIMIT = 0.1
 SAME = ("backend", "n", "dtype", "device", "threads")
 TIMES = ("q1_s", "median_s", "q3_s")
 
 
-def compare(command: list[dict[str, str]], suites: list[dict[str, str]]) -> list[tuple[str, float, bool]]:
-    """Call, ratio and whether both agree, of every call that both have."""
-    measured = {(row["op"], *(row[name] for name in SAME)): row for row in command}
+def compare(rows: list[dict[str, str]]) -> list[tuple[str, float, bool]]:
+    """Call, ratio and whether both agree, of every call that the command ("op") and a suite ("benchmark") measured."""
+    measured = {(row["op"], *(row[name] for name in SAME)): row for row in rows if "op" in row}
     out = []
-    for row in suites:
+    for row in rows:
         key = (row.get("benchmark"), *(row.get(name) for name in SAME))
         if key not in measured or row.get("batch", "1") != "1":
             continue
@@ -38,11 +38,9 @@ def compare(command: list[dict[str, str]], suites: list[dict[str, str]]) -> list
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", nargs="?", type=Path, default=RESULTS / MACHINE, help="what pyglobenc bench --csv wrote")
-    parser.add_argument("suites", nargs="*", type=Path, help="what op suites wrote (default: all beside it)")
-    options = parser.parse_args(arguments)
-    suites = options.suites or sorted(set(options.command.parent.glob("*.csv")) - {options.command})
-    found = compare(read(options.command), [row for path in suites for row in read(path)])
+    parser.add_argument("files", nargs="*", type=Path, help="what the command and op suites wrote (default: all of benchmarks/results)")
+    files = parser.parse_args(arguments).files or sorted(RESULTS.glob("*.csv"))
+    found = compare([row for path in files for row in read(path)])
     if not found:
         parser.error("no call is in both: the op suites and the command must have run on one device with as many threads")
     for call, ratio, agree in found:

@@ -5,7 +5,6 @@ at most STORED bytes; "sdpa", torch's fused attention on the same queries and ke
 compared with the float64 reference before it is timed.
 """
 
-import time
 from collections.abc import Callable
 from functools import cache, lru_cache
 from importlib import import_module
@@ -17,9 +16,9 @@ import torch
 from allocations import measure_allocations
 
 from pyglobenc.backends import INTERPRETED
-from pyglobenc.ceilings import measure_ceilings
+from pyglobenc.ceilings import measure_ceilings, prepare
 from pyglobenc.commands.trial import DH, EXAMPLES, H, tensors
-from pyglobenc.costs import Ceilings, count, flatten, synchronize
+from pyglobenc.costs import Ceilings, count, flatten
 
 LENGTHS, BATCHES, DTYPES = (128, 512, 2048), (1, 8), ("float32", "bfloat16", "float16")
 # ops that may be given a half-precision model's tensors; the rules of relevance need float32's digits
@@ -33,9 +32,8 @@ STORED = 4 << 30
 SLOW = ("cpu", torch.float16)
 # pairs that the float64 reference is asked for
 CHECKED = 512 * 512
-# seconds: spent on the rounds of a case, of the ceilings' measurements, and below which calls share a round
-SPENT, CEILING, SHORT = 2.0, 0.4, 1e-4
-ROUNDS = (3, 15)
+# spent on each measurement, as by `pyglobenc bench`
+SECONDS = 0.4
 
 
 def suite(
@@ -144,9 +142,9 @@ def exact_results(op: str, device: str, n: int, batch: int, dtype: torch.dtype) 
 def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """What the device reaches with products of a dtype, or of float32 where those are faster."""
     if dtype == torch.float32:
-        return measure_ceilings(device, dtype, CEILING)
+        return measure_ceilings(device, dtype, SECONDS)
     single = ceilings(device, torch.float32)
-    return single if (device.type, dtype) == SLOW else single.best(measure_ceilings(device, dtype, CEILING))
+    return single if (device.type, dtype) == SLOW else single.best(measure_ceilings(device, dtype, SECONDS))
 
 
 def peak_mb(call, device):
@@ -160,22 +158,10 @@ def peak_mb(call, device):
 
 
 def time_it(benchmark, call, device, cost, reached):
-    """Time a call, short ones several times a round so that the clock isn't what is measured, and set it beside what the device reaches."""
+    """Time a call and set it beside what the device reaches."""
     benchmark.extra_info["peak_mb"] = f"{peak_mb(call, device):.3f}"
-    synchronize(device)
-    start = time.perf_counter()
-    call()
-    synchronize(device)
-    once = time.perf_counter() - start
-    repeats = max(1, round(SHORT / once))
-
-    def several():
-        for _ in range(repeats):
-            call()
-        synchronize(device)
-
-    rounds = min(max(ROUNDS[0], round(SPENT / (once * repeats))), ROUNDS[1])
-    benchmark.pedantic(several, rounds=rounds, iterations=1, warmup_rounds=1)
+    sample, repeats, rounds = prepare(call, device, SECONDS)
+    benchmark.pedantic(sample, rounds=rounds, iterations=1)
     seconds = benchmark.stats.stats.median / repeats
     counted = {"flops": cost.flops, "exps": cost.exps, "bytes": cost.bytes}
     speeds = {"gflops": cost.flops / seconds / 1e9, "gb_s": cost.bytes / seconds / 1e9}

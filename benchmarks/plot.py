@@ -93,10 +93,12 @@ def picture(rows: list[dict[str, str]], value: str, label: str, machine: list[di
     figure = Figure(figsize=(8 * columns, 5 * down), layout="constrained")
     figure.suptitle(title)
     grid = figure.subplots(down, columns, sharex=True, sharey=True, squeeze=False).flat
+    # the panels share their axis, ticks included
+    ticks = sorted({n for part in found.values() for points in part.values() for n, _, _ in points})
     for axes, (name, part) in zip(grid, found.items(), strict=False):
         panel(axes, part, value, machine)
         axes.set(xscale="log", yscale="log", xlabel="n", ylabel=label, title=name)
-        axes.set_xticks(sorted({n for points in part.values() for n, _, _ in points}), minor=False)
+        axes.set_xticks(ticks, minor=False)
         axes.xaxis.set_major_formatter("{x:.0f}")
         axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3)

@@ -13,22 +13,22 @@ def suite_row(median, **more):
 
 @pytest.mark.parametrize("median, agree", [(1.0, True), (1.09, True), (0.93, True), (1.2, False), (0.8, False)])
 def test_ratio(median, agree):
-    assert agreement.compare([COMMAND], [suite_row(median)]) == [("head_gram cpu 512 float32", median, agree)]
+    assert agreement.compare([COMMAND, suite_row(median)]) == [("head_gram cpu 512 float32", median, agree)]
 
 
 def test_quartiles_that_meet_agree_however_far_the_medians():
-    assert agreement.compare([COMMAND], [suite_row(2.0, q1_s="1.01")])[0][2]
+    assert agreement.compare([suite_row(2.0, q1_s="1.01"), COMMAND])[0][2]
 
 
 @pytest.mark.parametrize("name, other", [("batch", "8"), ("n", "128"), ("dtype", "bfloat16"), ("threads", "1"), ("device", "x")])
 def test_only_the_same_call_is_compared(name, other):
-    assert agreement.compare([COMMAND], [suite_row(1.0, **{name: other})]) == []
+    assert agreement.compare([COMMAND, suite_row(1.0, **{name: other})]) == []
 
 
 def test_command(tmp_path, capsys):
     machine = write(tmp_path / "machine.csv", [COMMAND])
-    write(tmp_path / "head_gram.csv", [suite_row(1.0)])
-    assert agreement.main([str(machine)]) == 0
+    equal = write(tmp_path / "head_gram.csv", [suite_row(1.0)])
+    assert agreement.main([str(machine), str(equal)]) == 0
     assert "1 of 1 agree" in capsys.readouterr().out
     slow = write(tmp_path / "slow.csv", [suite_row(3.0)])
     assert agreement.main([str(machine), str(slow)]) == 1

@@ -2,7 +2,11 @@
 
 import csv
 import json
+import platform
+import subprocess
+import sys
 from importlib import import_module
+from math import prod
 
 import pytest
 import torch
@@ -55,10 +59,16 @@ def test_unknown_op_and_unwritable_file(table, tmp_path, capsys):
 
 @pytest.mark.parametrize("op", list(EXAMPLES))
 def test_counts_grow_as_the_formulas_say(op):
-    """Twice the tokens: four times the pairs' work, twice the tokens'."""
-    small, large = (count(op, [], [], batch=1, heads=H, n=n, dh=DH) for n in (64, 128))
+    """Twice the tokens: four times the pairs' work, twice the tokens', and what the weights alone take once."""
+    small, middle, large = (count(op, [], [], batch=1, heads=H, n=n, dh=DH) for n in (128, 256, 512))
     factor = 4 if op in ("token_norms", "rollout_step", "relevance_attention", "relevance_maps", "relevance_rollout_step") else 2
-    assert large.flops == factor * small.flops and large.exps == factor * small.exps
+    assert large.flops - middle.flops == factor * (middle.flops - small.flops) and large.exps == factor * middle.exps
+
+
+def test_head_norms_count_the_shorter_way():
+    """From some length on the quadratic forms, whose matrices are made once, take fewer operations than the vectors."""
+    short, long = (count("head_norms", [], [], batch=1, heads=H, n=n, dh=DH).flops for n in (48, 512))
+    assert short == 2 * 48 * (H * DH) ** 2 and long == 2 * (512 * H * DH**2 + H * DH**2 * H * DH)
 
 
 @pytest.mark.parametrize("op", ["head_norms", "head_gram", "linear_relevance"])
@@ -104,20 +114,59 @@ def test_ceilings_are_the_best_of_all_samples(monkeypatch):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
-    assert taken == [2, 2, 2, 1, 1, 1]
-    assert found == Ceilings(2 * ceilings.GEMM**3, ceilings.EXPS, 2 * 4 * ceilings.COPY)
+    # products, exponentials each way, copies
+    each = 2 + len(ceilings._exponentials(CPU))
+    assert taken == [2] * each + [1] * each
+    assert found == Ceilings(2 * prod(ceilings.GEMM), ceilings.EXPS, 2 * 4 * ceilings.COPY)
 
 
-def test_short_calls_are_timed_several_at_once(monkeypatch):
+def test_every_exponential_is_one():
+    x = torch.linspace(-5, 5, 1000)
+    for own in ceilings._exponentials(CPU):
+        out = torch.zeros_like(x)
+        own(x, out)
+        torch.testing.assert_close(out, x.exp())
+
+
+@pytest.mark.parametrize(
+    "once, seconds, repeats, rounds",
+    [(2**-17, 0.0, 13, 3), (2**-17, 2**-8, 13, 39), (2**-10, 2**-4, 1, 64), (2**-7, 9.0, 1, 200), (2.0, 0.5, 1, 3)],
+)
+def test_samples(monkeypatch, once, seconds, repeats, rounds):
+    """Short calls several at once, as many samples as the time allows, within limits; a long call is warmed up once."""
     clock, calls = [0.0], [0]
 
     def call():
         calls[0] += 1
-        clock[0] += 1e-5
+        clock[0] += once
 
     monkeypatch.setattr(ceilings.time, "perf_counter", lambda: clock[0])
-    samples = ceilings.times(call, CPU, 0.0)
-    assert samples == pytest.approx([1e-5] * ceilings.ROUNDS[0]) and calls[0] == 2 + 10 * ceilings.ROUNDS[0]
+    sample, *found = ceilings.prepare(call, CPU, seconds)
+    assert found == [repeats, rounds]
+    warm, calls[0] = calls[0], 0
+    sample()
+    assert calls[0] == repeats and (warm == 1 if once > 1 else warm * once >= ceilings.WARM_UP)
+    calls[0] = 0
+    assert ceilings.times(call, CPU, seconds) == [once] * rounds
+    assert calls[0] == warm + repeats * rounds
+
+
+FAULTS = """
+import resource, torch
+from pyglobenc.ceilings import prepare
+sample, *_ = prepare(lambda: [torch.ones(1 << 20) for _ in range(3)], torch.device("cpu"), 0.01)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    sample()
+faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults * resource.getpagesize() / (10 * 3 * 4 * 2**20))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep memory by other rules")
+def test_measured_calls_find_their_memory_mapped():
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 0.1, "share of the arrays' pages that the calls took anew"
 
 
 def test_auto_goes_by_the_table(table):

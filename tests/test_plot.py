@@ -69,6 +69,13 @@ def test_panels_and_floors_of_an_op_suite():
     assert points_of(second)[floor] == [(128, 4.0)]
 
 
+def test_every_length_has_a_tick():
+    """In every panel, whatever the last one has; nothing between."""
+    rows = [row(n, "cpu", 1.0, dtype="float32", batch=batch) for n, batch in ((128, "1"), (512, "1"), (128, "8"))]
+    for axes in plot.picture(rows, "median_s", "s", [], "title").axes:
+        assert list(axes.get_xticks()) == [128, 512] and list(axes.get_xticks(minor=True)) == []
+
+
 def test_memory():
     assert drawn(plot.picture(ROWS, "peak_mb", "MiB", [], "title"))["cpu"] == [(128, 1.0), (512, 3.0)]
     assert plot.picture([row(128, "cpu", 1.0)], "peak_mb", "MiB", [], "title") is None

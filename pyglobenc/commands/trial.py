@@ -64,10 +64,8 @@ def tensors(device: str, n: int | None = None, batch: int = 1, dtype: torch.dtyp
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
-    out = {name: random(batch, H, n, DH) for name in ("q", "k", "v", "grad_o", "s")} | {
-        "x": random(batch, n, H * DH),
-        "weight": random(H, DH, H * DH),
-    }
+    out = {name: random(batch, H, n, DH) for name in ("q", "k", "v", "grad_o", "s")}
+    out |= {name: random(batch, n, H * DH) for name in ("x", "y", "relevance")} | {"weight": random(H, DH, H * DH)}
     out["o"], out["lse"] = attention(out["q"], out["k"], out["v"])
     kernel, cross_kernel = gram_kernels(out["weight"].float(), [])
     out["gram"], out["cross"] = head_gram(out["v"].float(), kernel, out["x"].float(), cross_kernel, backend="reference")
@@ -90,7 +88,7 @@ EXAMPLES: dict[str, Callable[[dict[str, Tensor]], list]] = {
     "relevance_attention": _take("q", "k", "v", "lse", "grad_o", "s"),
     "relevance_maps": _take("q", "k", "v", "lse", "grad_o", "s"),
     "relevance_rollout_step": _take("r", "q", "k", "v", "lse", "grad_o", "s"),
-    "add_relevance": _take("x", "x", "x"),
-    "clone_relevance": lambda tensors: [[tensors["x"], tensors["x"]], tensors["x"]],
-    "linear_relevance": lambda tensors: [tensors["x"], tensors["x"], tensors["weight"].flatten(0, 1)],
+    "add_relevance": _take("relevance", "x", "y"),
+    "clone_relevance": lambda tensors: [[tensors["relevance"], tensors["y"]], tensors["x"]],
+    "linear_relevance": lambda tensors: [tensors["relevance"], tensors["x"], tensors["weight"].flatten(0, 1)],
 }
