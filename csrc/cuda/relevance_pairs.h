@@ -23,10 +23,8 @@
 #if defined(__CUDACC__)
 // a large argument that functions may take by reference without a copy of it in every thread
 #define CONSTANT const __grid_constant__
-#define HOST_DEVICE __host__ __device__ __forceinline__
 #else
 #define CONSTANT const
-#define HOST_DEVICE inline
 #endif
 
 namespace pyglobenc {
@@ -43,10 +41,6 @@ struct Left {
 
 struct Right {
     uint32_t part[3][2];
-};
-
-struct alignas(8) Two {
-    float x[2];
 };
 
 struct alignas(8) Words {
@@ -70,8 +64,8 @@ DEVICE Left left_of(const float* x, int stride) {
     x += lane() / 4 * stride + lane() % 4 * 2;
     UNROLL
     for (int e = 0; e < 4; ++e) {
-        const Two two = *reinterpret_cast<const Two*>(x + e % 2 * 8 * stride + e / 2 * 8);
-        put(out, e, two.x[0], two.x[1]);
+        const Twin two = *reinterpret_cast<const Twin*>(x + e % 2 * 8 * stride + e / 2 * 8);
+        put(out, e, two.x, two.y);
     }
     return out;
 }
@@ -90,8 +84,8 @@ DEVICE Right right_of(const float* x, int stride) {
     x += lane() / 4 * stride + lane() % 4 * 2;
     UNROLL
     for (int e = 0; e < 2; ++e) {
-        const Two two = *reinterpret_cast<const Two*>(x + e * 8);
-        put(out, e, two.x[0], two.x[1]);
+        const Twin two = *reinterpret_cast<const Twin*>(x + e * 8);
+        put(out, e, two.x, two.y);
     }
     return out;
 }
@@ -142,8 +136,8 @@ DEVICE void product(float (&tile)[4], const Left& a, const Right& b) {
 }
 
 // Rows of heads in shared memory, padded so that neither reads of pairs of floats nor of matrices meet in a bank.
-HOST_DEVICE int padded(int head_dim) { return (head_dim + 15) / 16 * 16; }
-HOST_DEVICE int row_stride(int head_dim) { return padded(head_dim) + 8; }
+BOTH int padded(int head_dim) { return (head_dim + 15) / 16 * 16; }
+BOTH int row_stride(int head_dim) { return padded(head_dim) + 8; }
 
 // What stands beside each row in shared memory: which query or key it is, and a query's lse, 0 for a key; infinity where there is none.
 struct Place {
