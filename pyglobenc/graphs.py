@@ -114,7 +114,8 @@ def _record(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], 
                 run()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph), checks_put_off() as checks:
+        # a stream of this device, which torch's own need not be, and the one that libraries have their workspaces for
+        with torch.cuda.graph(graph, stream=aside), checks_put_off() as checks:
             result = run()
 
     def replay() -> None:

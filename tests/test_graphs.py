@@ -71,6 +71,21 @@ def test_nothing_is_read(name, nothing_is_read):
     check_nothing_is_read(nothing_is_read, GlobEnc(build(name).float()))
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral"])
+def test_nothing_is_read_without_a_mask(name, nothing_is_read, monkeypatch):
+    globenc, given = GlobEnc(build(name).float()), batch(pads=0)
+    del given["attention_mask"]
+    expected = globenc(**given)
+
+    def refuse(position_ids):
+        raise AssertionError("makes a mask on the device that the host would have to read")
+
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", refuse)
+    with checks_put_off(), nothing_is_read:
+        found = globenc(**given)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "attention-flow"])
 def test_nothing_is_read_in_the_family(method, nothing_is_read):
     check_nothing_is_read(nothing_is_read, Rollout(build("bert").float(), method), layers=True)

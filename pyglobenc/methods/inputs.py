@@ -14,7 +14,7 @@ from pyglobenc.hf.limits import check_weights, max_tokens
 from pyglobenc.hf.registry import is_decoder
 from pyglobenc.hf.unwrap import stock_model
 from pyglobenc.methods.precision import set_precision
-from pyglobenc.values import check_range, require
+from pyglobenc.values import check_range, may_look, require
 
 
 def check_model(who: str, model: nn.Module, backend: str, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -34,6 +34,10 @@ def run_captured(who: str, model: PreTrainedModel, batch: Mapping[str, Any], dty
     if is_decoder(model):
         # a cache would hold every key and value a second time
         batch = {"use_cache": False, **batch}
+        if not may_look() and batch.get("attention_mask") is None:
+            # without one, transformers takes every input for packed sequences while a graph is recorded
+            ids = batch.get("input_ids", batch.get("inputs_embeds"))
+            batch["attention_mask"] = torch.ones(ids.shape[:2], dtype=torch.long, device=ids.device)
     with capture(model) as trace, callers_autocast():
         output = model(**batch)
     set_precision(trace.layers, dtype)
