@@ -16,6 +16,9 @@ log = logging.getLogger("pyglobenc")
 # of what is free: allocators round up, and other processes may want some
 SHARE = 0.8
 
+# of torch's CPU allocator on two systems; of CUDA and Triton where a library, a kernel's code or a graph takes memory; of cuBLAS, cuDNN
+OUT_OF_MEMORY = ("allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -87,7 +90,7 @@ def _run(run: Callable[[Sequence[Job]], Sequence[Result]], batch: Sequence[Job])
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether torch, on a GPU or a CPU, or Python raised it for lack of memory."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error) or "not enough memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def available_bytes(device: torch.device) -> int | None:

@@ -68,7 +68,15 @@ def test_torch_says_so():
         torch.empty(2**60, dtype=torch.uint8)
     assert out_of_memory(raised.value)
     assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    for message in (
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: out of memory",
+        "Triton Error [CUDA]: out of memory",
+    ):
+        assert out_of_memory(RuntimeError(message))
     assert not out_of_memory(ValueError("q must be (B, H, n, dh)"))
+    assert not out_of_memory(RuntimeError("out of resource: shared memory, Required: 300000, Hardware limit: 232448."))
 
 
 def test_explain_goes_on_with_smaller_batches(caplog):
