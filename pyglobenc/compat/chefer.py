@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
+from transformers import BertForSequenceClassification, PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from pyglobenc.hf import LayerTrace
 from pyglobenc.hf.vit import patch_projection
@@ -34,32 +34,61 @@ WITH_ABLATION = ("last_layer", "second_layer")
 
 
 class VisionTransformer(ViTForImageClassification):
-    """Stock ViT classifier with the published code's LayerNorms, whose call on images alone returns their logits."""
+    """Stock ViT classifier with the LayerNorms of ViT_LRP, whose call on images alone returns their logits."""
+
+    last_eps = 1e-5
 
     def __init__(self, config: ViTConfig):
         config.layer_norm_eps = 1e-6
         super().__init__(config)
-        self.vit.layernorm.eps = 1e-5
+        self.vit.layernorm.eps = self.last_eps
 
     def forward(self, images: Tensor | None = None, **kwargs: Any) -> Any:
         """Logits (B, classes) of images (B, channels, height, width); with the stock model's keywords its output."""
         return super().forward(**kwargs) if images is None else super().forward(images).logits
 
 
-def vit_base_patch16_224(pretrained: bool = False) -> VisionTransformer:
-    """ViT-Base for 224 x 224 images and 1,000 classes, with random weights or those of google/vit-base-patch16-224."""
-    return _vit("google/vit-base-patch16-224" if pretrained else None)
+class BaselineVisionTransformer(VisionTransformer):
+    """The same with the last LayerNorm of ViT_new, which the published scripts give to `Baselines`."""
+
+    last_eps = 1e-6
 
 
-def vit_large_patch16_224(pretrained: bool = False) -> VisionTransformer:
+class OrigVisionTransformer(VisionTransformer):
+    """The classifier of ViT_LRP, explained by the LRP baseline's rules, as published in ViT_orig_LRP."""
+
+    lrp_baseline = True
+
+
+class BertForClsOrigLrp(BertForSequenceClassification):
+    """Stock BERT classifier, explained by the LRP baseline's rules, as published in BERT_cls_lrp."""
+
+    lrp_baseline = True
+
+
+def vit_base_patch16_224(pretrained: bool = False, num_classes: int = 1000) -> VisionTransformer:
+    """ViT-Base for 224 x 224 images, with random weights or those of google/vit-base-patch16-224."""
+    return _vit(VisionTransformer, "google/vit-base-patch16-224", pretrained, num_classes)
+
+
+def vit_large_patch16_224(pretrained: bool = False, num_classes: int = 1000) -> VisionTransformer:
     """ViT-Large, with random weights or those of google/vit-large-patch16-224."""
-    sizes = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
-    return _vit("google/vit-large-patch16-224" if pretrained else None, **sizes)
+    return _vit(VisionTransformer, "google/vit-large-patch16-224", pretrained, num_classes)
 
 
-def deit_base_patch16_224(pretrained: bool = False) -> VisionTransformer:
+def deit_base_patch16_224(pretrained: bool = False, num_classes: int = 1000) -> VisionTransformer:
     """ViT-Base with random weights or those of facebook/deit-base-patch16-224."""
-    return _vit("facebook/deit-base-patch16-224" if pretrained else None)
+    return _vit(VisionTransformer, "facebook/deit-base-patch16-224", pretrained, num_classes)
+
+
+def vit_new_base_patch16_224(pretrained: bool = False, num_classes: int = 1000) -> BaselineVisionTransformer:
+    """`vit_base_patch16_224` of ViT_new."""
+    return _vit(BaselineVisionTransformer, "google/vit-base-patch16-224", pretrained, num_classes)
+
+
+def vit_orig_base_patch16_224(pretrained: bool = False, num_classes: int = 1000) -> OrigVisionTransformer:
+    """`vit_base_patch16_224` of ViT_orig_LRP."""
+    return _vit(OrigVisionTransformer, "google/vit-base-patch16-224", pretrained, num_classes)
 
 
 class Generator:
@@ -68,7 +97,7 @@ class Generator:
     def __init__(self, model: PreTrainedModel, backend: str = "auto"):
         self.model = model
         self.model.eval()
-        self._attribute = TransformerAttribution(model, backend)
+        self._attribute = _attribution(model, backend)
         self._last = model.config.num_hidden_layers - 1
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
@@ -123,7 +152,7 @@ class LRP:
     def __init__(self, model: PreTrainedModel, backend: str = "auto"):
         self.model = model
         self.model.eval()
-        self._attribute = TransformerAttribution(model, backend)
+        self._attribute = _attribution(model, backend)
 
     def generate_LRP(
         self, input: Tensor, index: Any = None, method: str = "transformer_attribution", is_ablation: bool = False, start_layer: int = 0
@@ -157,7 +186,7 @@ class Baselines:
     def __init__(self, model: PreTrainedModel, backend: str = "auto"):
         self.model = model
         self.model.eval()
-        self._attribute = TransformerAttribution(model, backend)
+        self._attribute = _attribution(model, backend)
 
     def generate_cam_attn(self, input: Tensor, index: Any = None) -> Tensor:
         """Grad-CAM on the last layer's attention, a value a patch, (rows, columns), or (B, rows, columns) for more than one image."""
@@ -170,10 +199,20 @@ class Baselines:
         return self._attribute(pixel_values=input, variant="attention_rollout", start_layer=start_layer).scores
 
 
-def _vit(weights: str | None, **sizes: int) -> VisionTransformer:
-    if weights is None:
-        return VisionTransformer(ViTConfig(num_labels=1000, **sizes)).eval()
-    return VisionTransformer.from_pretrained(weights)
+def _vit(cls: type[VisionTransformer], name: str, pretrained: bool, num_classes: int) -> Any:
+    if pretrained:
+        # as published, a head of another size is left random
+        return cls.from_pretrained(name, num_labels=num_classes, ignore_mismatched_sizes=True)
+    large = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096) if "large" in name else {}
+    return cls(ViTConfig(num_labels=num_classes, **large)).eval()
+
+
+def _attribution(model: PreTrainedModel, backend: str) -> TransformerAttribution:
+    """Attribution of a model by its class's rules."""
+    attribute = TransformerAttribution(model, backend)
+    if getattr(model, "lrp_baseline", False):
+        attribute.rules = attribute.lrp
+    return attribute
 
 
 def _grad_cam(layer: LayerTrace, grad_o: Tensor) -> Tensor:
@@ -193,7 +232,7 @@ def _class(index: Any, attribute: TransformerAttribution) -> Any:
         return None
     index = torch.as_tensor(index)
     index = torch.where(index < 0, index + attribute.model.config.num_labels, index)
-    return int(index) if index.numel() == 1 else index
+    return index.reshape(()) if index.numel() == 1 else index
 
 
 def _one(t: Tensor) -> Tensor:

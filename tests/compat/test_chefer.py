@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 from chefer import chefer_golden, relative
-from models import build
+from models import GOLDEN, build
+from safetensors.torch import load_file
 
 from pyglobenc.compat import chefer as compat
 from pyglobenc.compat.chefer import LRP, Baselines, Generator, VisionTransformer
@@ -49,6 +50,10 @@ def test_generator_takes_what_argmax_returns():
     out = generator.generate_LRP(**batch, index=np.array([explained]), start_layer=0)
     assert torch.equal(out, generator.generate_LRP(**batch, index=explained, start_layer=0))
     assert torch.equal(out, generator.generate_LRP(**batch, index=explained - model.config.num_labels, start_layer=0))
+    with pytest.raises(TypeError, match="target must be integers"):
+        generator.generate_LRP(**batch, index=1.0, start_layer=0)
+    with pytest.raises(ValueError, match="one integer or one for each of 1 examples"):
+        generator.generate_LRP(**batch, index=[0, 1], start_layer=0)
     with pytest.raises(ValueError, match=r"start_layer must lie in \[0, 3\)"):
         generator.generate_LRP(**batch)
 
@@ -67,24 +72,53 @@ def test_vit():
         lrp.generate_LRP(images, method="lime")
 
 
+def published_baselines(model, index):
+    """What the published code's other models give on a case: outputs by name."""
+    start = f"{model}.case{index}."
+    outputs = load_file(GOLDEN / "chefer_baselines.outputs.safetensors")
+    return {name.removeprefix(start): value for name, value in outputs.items() if name.startswith(start)}
+
+
+def rebuilt(cls, stock):
+    """A stock model's weights in a class of the drop-in module."""
+    model = cls(stock.config).double().eval()
+    model.load_state_dict(stock.state_dict())
+    return model
+
+
+def same(out, exact):
+    return out.shape == exact.shape and relative(out.detach(), exact) <= 1e-9
+
+
 def test_baselines():
-    model, cases = chefer_golden("chefer_vit")
-    images = cases[0][0]["pixel_values"]
-    model.set_attn_implementation("eager")
-    output = model(pixel_values=images, output_attentions=True)
-    index = int(output.logits.argmax())
-    grad = torch.autograd.grad(output.logits[0, index], output.attentions[-1], retain_graph=True)[0]
-    cam = (output.attentions[-1][0, :, 0, 1:] * grad[0, :, 0, 1:].mean(1)[:, None]).mean(0).clamp(min=0)
-    cam = ((cam - cam.min()) / (cam.max() - cam.min())).reshape(4, 4)
-    out = Baselines(model).generate_cam_attn(images)
-    # eager ViT attention computes its softmax in float32
-    torch.testing.assert_close(out, cam.to(out.dtype), rtol=0, atol=1e-5)
-    rolled = torch.eye(17, dtype=torch.float64)
-    for attention in output.attentions[1:]:
-        matrix = attention[0].mean(0) + torch.eye(17)
-        rolled = matrix / matrix.sum(-1, keepdim=True) @ rolled
-    out = Baselines(model).generate_rollout(images, start_layer=1)
-    torch.testing.assert_close(out, rolled[:1, 1:].to(out.dtype), rtol=1e-5, atol=1e-7)
+    stock, cases = chefer_golden("chefer_vit")
+    model = rebuilt(compat.BaselineVisionTransformer, stock)
+    baselines = Baselines(model)
+    for index, (batch, target, *_) in enumerate(cases):
+        images, published = batch["pixel_values"], published_baselines("new_vit", index)
+        assert same(model(images), published["logits"])
+        assert same(baselines.generate_cam_attn(images, index=target), published["cam_attn"])
+        assert same(baselines.generate_rollout(images, start_layer=1), published["rollout_start1"])
+
+
+def test_lrp_baseline_of_bert():
+    stock, cases = chefer_golden("chefer_bert")
+    generator = Generator(rebuilt(compat.BertForClsOrigLrp, stock))
+    for index, (batch, target, _, ours) in enumerate(cases):
+        published = published_baselines("orig_bert", index)
+        assert same(generator.generate_LRP(**batch, index=target, start_layer=0), published["generate_LRP"])
+        for name in ("generate_LRP_last_layer", "generate_full_lrp"):
+            assert same(getattr(generator, name)(**batch, index=target), published[name]), name
+        for name in ("generate_attn_last_layer", "generate_rollout", "generate_attn_gradcam"):
+            assert same(getattr(generator, name)(**batch, index=target), ours[name]), name
+
+
+def test_lrp_baseline_of_vit():
+    stock, cases = chefer_golden("chefer_vit")
+    lrp = LRP(rebuilt(compat.OrigVisionTransformer, stock))
+    for index, (batch, target, *_) in enumerate(cases):
+        for method, exact in published_baselines("orig_vit", index).items():
+            assert same(lrp.generate_LRP(batch["pixel_values"], index=target, method=method), exact), method
 
 
 def test_several_images():
@@ -114,9 +148,7 @@ def test_bert_cells():
 
 def vision_golden():
     stock, cases = chefer_golden("chefer_vit")
-    model = VisionTransformer(stock.config).double().eval()
-    model.load_state_dict(stock.state_dict())
-    return model, cases
+    return rebuilt(VisionTransformer, stock), cases
 
 
 def test_vit_cells():
@@ -150,11 +182,31 @@ def test_vit_saved_and_loaded(tmp_path):
 
 
 def test_published_vits(monkeypatch):
+    base, large, deit, new, orig = (
+        compat.vit_base_patch16_224,
+        compat.vit_large_patch16_224,
+        compat.deit_base_patch16_224,
+        compat.vit_new_base_patch16_224,
+        compat.vit_orig_base_patch16_224,
+    )
     with torch.device("meta"):
-        models = [compat.vit_base_patch16_224(), compat.vit_large_patch16_224(), compat.deit_base_patch16_224()]
-    assert [sum(p.numel() for p in model.parameters()) for model in models] == [86_567_656, 304_326_632, 86_567_656]
+        models = [build() for build in (base, large, deit, new, orig)]
+        assert base(num_classes=3).classifier.out_features == 3
+    assert [sum(p.numel() for p in model.parameters()) for model in models[:3]] == [86_567_656, 304_326_632, 86_567_656]
+    assert [model.vit.layernorm.eps for model in models] == [1e-5, 1e-5, 1e-5, 1e-6, 1e-5]
     assert not any(model.training for model in models)
-    monkeypatch.setattr(VisionTransformer, "from_pretrained", lambda name: name)
-    names = [compat.vit_base_patch16_224(pretrained=True), compat.vit_large_patch16_224(pretrained=True)]
-    assert names == ["google/vit-base-patch16-224", "google/vit-large-patch16-224"]
-    assert compat.deit_base_patch16_224(pretrained=True) == "facebook/deit-base-patch16-224"
+    monkeypatch.setattr(VisionTransformer, "from_pretrained", classmethod(lambda cls, name, **options: (cls, name, options["num_labels"])))
+    assert base(pretrained=True) == (VisionTransformer, "google/vit-base-patch16-224", 1000)
+    assert large(pretrained=True) == (VisionTransformer, "google/vit-large-patch16-224", 1000)
+    assert deit(pretrained=True, num_classes=3) == (VisionTransformer, "facebook/deit-base-patch16-224", 3)
+    assert new(pretrained=True) == (compat.BaselineVisionTransformer, "google/vit-base-patch16-224", 1000)
+    assert orig(pretrained=True) == (compat.OrigVisionTransformer, "google/vit-base-patch16-224", 1000)
+
+
+def test_another_head(tmp_path):
+    """As published, weights of another number of classes leave the head random."""
+    model, cases = vision_golden()
+    model.save_pretrained(tmp_path)
+    loaded = VisionTransformer.from_pretrained(tmp_path, num_labels=3, ignore_mismatched_sizes=True)
+    assert loaded(cases[0][0]["pixel_values"]).shape == (1, 3)
+    assert torch.equal(loaded.vit.embeddings.cls_token, model.vit.embeddings.cls_token)

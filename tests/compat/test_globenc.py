@@ -15,6 +15,7 @@ from tiny import tokenizer as tiny_tokenizer
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
 from pyglobenc.compat import globenc
+from pyglobenc.compat.tokenizers import add_encode_plus
 
 NAMES = ("head_N", "N", "N_Res", "N_ResLN", "N_Enc", "mix_N", "mix_N_Res", "mix_N_ResLN", "mix_N_Enc")
 CASES = ["globenc_bert", "globenc_bert_padded", "globenc_bert_h12", "globenc_electra"]
@@ -230,9 +231,11 @@ def test_encode_plus(monkeypatch):
     options = dict(return_tensors="pt", max_length=6, truncation=True)
     for texts in (["a deep film"], ["a deep film", "good"]):
         assert tokenizer.encode_plus(*texts, **options).input_ids.tolist() == tokenizer(*texts, **options).input_ids.tolist()
+    padded = tokenizer.encode_plus("good", max_length=6, pad_to_max_length=True, truncation=True)
+    assert padded["input_ids"][-1] == tokenizer.pad_token_id and len(padded["input_ids"]) == 6
     there = object()
     monkeypatch.setattr(PreTrainedTokenizerBase, "encode_plus", there)
-    globenc.add_encode_plus()
+    add_encode_plus()
     assert PreTrainedTokenizerBase.encode_plus is there
 
 

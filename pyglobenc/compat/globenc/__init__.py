@@ -7,7 +7,6 @@ from pyglobenc.compat.globenc.metrics import compute_spearman_correlation, compu
 from pyglobenc.compat.globenc.model_attentions import build_ratio_residual_attentions, extract_attentions
 from pyglobenc.compat.globenc.modeling import BertForSequenceClassification, ElectraForSequenceClassification
 from pyglobenc.compat.globenc.task_loaders import TaskLoader
-from pyglobenc.compat.globenc.tokenizers import add_encode_plus
 
 __all__ = [
     "AttentionFlow",
@@ -16,12 +15,8 @@ __all__ = [
     "BertForSequenceClassification",
     "ElectraForSequenceClassification",
     "TaskLoader",
-    "add_encode_plus",
     "build_ratio_residual_attentions",
     "compute_spearman_correlation",
     "compute_spearman_correlation_hta",
     "extract_attentions",
 ]
-
-# the scripts take their tokenizers from transformers, so the method has to be there
-add_encode_plus()
