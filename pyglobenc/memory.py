@@ -22,7 +22,7 @@ FLOAT32, FLOAT64 = 4, 8
 RELEVANCE = ("transformer-attribution", "lrp", "partial-lrp", "attention-gradcam")
 ESTIMATED = (*ROLLOUT_FAMILY, *RELEVANCE)
 # tiles of (query, key) pairs that the relevance ops hold, and numbers in them all at most: the CPU kernels, and the reference in double
-TILES = {FLOAT32: (4, 2 << 20), FLOAT64: (8, 3 << 20)}
+TILES = {FLOAT32: (4, 1 << 20), FLOAT64: (8, 3 << 20)}
 
 
 @dataclass(frozen=True)

@@ -44,16 +44,22 @@ def query_tiles(
         Others as for `pyglobenc.ops.relevance_attention`.
 
     Yields:
-        tiles, of queries (B, H, I, dh) with all keys.
+        tiles, of queries (B, H, I, dh) with all keys; alpha and u lie where those of the next tile will.
     """
     batch, heads, m, _ = q.shape
     n = k.shape[2]
     keys, values = k.transpose(2, 3), v.transpose(2, 3)
-    block = max(LEAST_QUERIES, TILE_FLOATS // max(1, batch * heads * n))
-    for start in range(0, m, block):
+    block = min(m, max(LEAST_QUERIES, TILE_FLOATS // max(1, batch * heads * n)))
+    # all tiles in one place: memory that each returned could go back to the system, whose pages cost half of the time to get anew
+    memory = q.new_empty(3, batch * heads * block * n)
+
+    def product(slot: int, a: Tensor, b: Tensor) -> Tensor:
+        return torch.matmul(a, b, out=memory[slot, : batch * heads * a.shape[2] * n].view(batch, heads, a.shape[2], n))
+
+    for start in range(0, m, max(1, block)):
         part = slice(start, min(m, start + block))
-        dots, relevance = q[:, :, part] @ keys, s[:, :, part] @ values
-        gradient = None if grad_o is None else grad_o[:, :, part] @ values
+        dots, relevance = product(0, q[:, :, part], keys), product(1, s[:, :, part], values)
+        gradient = None if grad_o is None else product(2, grad_o[:, :, part], values)
         weighted = q.new_empty(batch, part.stop - start, n)
         if weighted.numel():
             tensors = (dots, relevance, gradient, lse[:, :, part], weighted, key_mask, None if rows is None else rows[:, part])

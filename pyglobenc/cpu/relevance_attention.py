@@ -36,16 +36,17 @@ def relevance_attention(
     row_sums = q.new_empty(q.shape[0], q.shape[2])
     r_out = None if r is None else r.new_zeros(r.shape)
     sums = q.new_zeros(q.shape[0], 2, dtype=torch.float64)
+    product = torch.empty_like(r_k)
     shared = (key_mask, scaling, window, None, additive_mask, stabilizer, sums)
     for tile in query_tiles(q, k, v, lse, grad_o, s, *shared):
         rows = tile.rows
         row_sums[:, rows] = tile.weighted.sum(-1)
         if r is not None:
             roll_rows(r_out, r, tile, row_sums[:, rows], normalize)
-        r_q[:, :, rows] = tile.u @ k
+        torch.matmul(tile.u, k, out=r_q[:, :, rows])
         # not baddbmm: adding a block's product at once rounds less than adding its terms one by one
-        r_k += tile.u.transpose(2, 3) @ q[:, :, rows]
-        r_v += tile.alpha.transpose(2, 3) @ s[:, :, rows]
+        r_k += torch.matmul(tile.u.transpose(2, 3), q[:, :, rows], out=product)
+        r_v += torch.matmul(tile.alpha.transpose(2, 3), s[:, :, rows], out=product)
     for out, operand in ((r_q, q), (r_k, k), (r_v, v)):
         out.mul_(operand).mul_(0.5)
     if additive_mask and rescale:

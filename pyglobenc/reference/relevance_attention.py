@@ -116,8 +116,8 @@ def query_tiles(
     values = v.transpose(2, 3)
     for rows, dots, alpha in probability_tiles(q, k, lse, key_mask, scaling, window, positions):
         relevance = (s[:, :, rows] @ values).mul_(alpha).mul_(0.5)
-        weighted = relevance if grad_o is None else (grad_o[:, :, rows] @ values).mul_(relevance)
-        yield Tile(rows, dots, alpha, relevance, weighted.clamp(min=0).mean(1))
+        weighted = relevance.clamp(min=0) if grad_o is None else (grad_o[:, :, rows] @ values).mul_(relevance).clamp_(min=0)
+        yield Tile(rows, dots, alpha, relevance, weighted.mean(1))
 
 
 def probability_tiles(
