@@ -35,6 +35,13 @@ inline bool any(bool flag) {
     return out;
 }
 
+template <class V>
+V load(const char* from) {
+    return *reinterpret_cast<const V*>(from);
+}
+
+inline const char* settled(const char* p) { return p; }
+
 inline uint32_t bits(float x) {
     uint32_t out;
     std::memcpy(&out, &x, sizeof out);

@@ -28,6 +28,8 @@
 //   copy_async<BYTES>(to, from, ok)   4, 8 or 16 bytes, aligned, from global to shared memory; zeros unless ok, when nothing is read
 //   commit_copies(), wait_copies<N>() ends a group of copies; waits for this thread's groups but the N youngest: a barrier() then shows
 //                                     them to the others. When emulated, bytes are NaN until their group was waited for.
+//   load<V>(from)                     the Piece or float at `from`, in global memory that the kernel doesn't write
+//   settled(p)                        p, for load(): the compiler adds to it and doesn't take the sum that it is apart
 //   bf16, f16, tf32                   bf16 and f16 hold bits; tf32 only names a type of mma, whose operands are floats' bits
 //   pack<T>(low, high)                two floats, rounded to bf16 or f16, in 4 bytes
 //   Piece                             16 bytes, aligned: one load or store; Twin the same of two floats
@@ -109,6 +111,27 @@ DEVICE bool any(bool flag) { return __any_sync(~0u, flag); }
 
 DEVICE uint32_t bits(float x) { return __float_as_uint(x); }
 DEVICE float from_bits(uint32_t x) { return __uint_as_float(x); }
+
+template <class V>
+DEVICE V load(const char* from);
+template <>
+DEVICE float load<float>(const char* from) {
+    float out;
+    asm("ld.global.nc.f32 %0, [%1];" : "=f"(out) : "l"(from));
+    return out;
+}
+template <>
+DEVICE Piece load<Piece>(const char* from) {
+    Piece out;
+    asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(out.word[0]), "=r"(out.word[1]), "=r"(out.word[2]), "=r"(out.word[3]) : "l"(from));
+    return out;
+}
+
+DEVICE const char* settled(const char* p) {
+    asm("" : "+l"(p));
+    return p;
+}
 
 template <class T>
 DEVICE uint32_t pack(float low, float high);

@@ -11,8 +11,8 @@ namespace pyglobenc {
 template <void (*RUN)(const PairArgs&, bool, void*)>
 void bind_pair_op(const pybind11::tuple& tensors, float scaling, int left, int right, int shares, bool exact, uintptr_t stream) {
     PairArgs p;
-    View* const views[] = {&p.q,    &p.k,        &p.lse,  &p.gram, &p.cross, &p.residual_sq,
-                           &p.rstd, &p.key_mask, &p.rows, &p.r,    &p.spans, &p.out,         &p.packed};
+    View* const views[] = {&p.q,    &p.k, &p.lse,   &p.gram, &p.cross,  &p.residual_sq, &p.rstd,
+                           &p.key_mask, &p.rows, &p.r, &p.spans, &p.out,  &p.packed, &p.queries};
     for (size_t index = 0; index < tensors.size(); ++index) *views[index] = view(tensors[index]);
     p.scaling = scaling;
     p.left = left;

@@ -3,7 +3,11 @@
 // H (H + 1) / 2 + H multiply-adds a pair, in float32. On tensor cores the error rule takes alpha and G in two halves each and three
 // products: of 16 x 8 pairs of 12 heads 48 mma, but splitting, unpacking and adding up the lanes takes 350 more instructions, where the
 // plain form takes 360 in all; with transposing shuffles in the place of shared memory a warp's tile would be so small that reading
-// queries binds. sm_90 code for BERT-base in bfloat16 runs about 3.6 instructions a pair to alpha and 3.5 from there.
+// queries binds.
+//
+// Counted in sm_90 code for BERT-base in bfloat16, not measured: a pair takes 2.4 instructions to alpha, 3.5 from there and 0.3 for its
+// tile, which at 4 a cycle is 1.6 cycles of a multiprocessor. Shared memory and L1 are as busy: 96 bytes for alpha, 48 each for keys and
+// queries, which at 128 a cycle is 1.5. The 12 exponentials take 0.75, the products about 0.6.
 #pragma once
 
 #include "pair_tile.h"
@@ -27,10 +31,11 @@ struct Form {
         for (int e = 0; e < SIZE; ++e) of[e] = packed[e * KEYS + lane()];
     }
 
-    DEVICE Twin operator()(const PairArgs&, const Place&, const Twin* alpha, int pair) const {
+    // alpha: of the first head, the two queries and the key.
+    DEVICE Twin operator()(const PairArgs&, const Place&, const Twin* alpha, int) const {
         Twin a[HEADS], sum = {0, 0};
         UNROLL
-        for (int h = 0; h < HEADS; ++h) a[h] = alpha[h * (QUERIES / 2 * KEYS) + pair_at(pair, lane())];
+        for (int h = 0; h < HEADS; ++h) a[h] = alpha[h * (QUERIES / 2 * KEYS)];
         int e = 0;
         UNROLL
         for (int h = 0; h < HEADS; ++h) {
@@ -99,21 +104,26 @@ struct Form<WIDE, QUERIES> {
     }
 };
 
-// What the residual adds where query i, of row `row` of the tile, is the key.
+// Positions of two queries, -1 for one that doesn't count.
+struct alignas(8) Couple {
+    int even, odd;
+};
+
+// What the residual adds where the even query of a pair, or the odd one, is the key.
 template <int QUERIES>
-DEVICE float own_term(const PairArgs& p, const Place& place, const Twin* alpha, int row) {
-    const float* cross = place.at<float>(p.tile.cross);
+DEVICE float own_term(const PairArgs& p, const Place& place, const Twin* alpha, bool odd) {
+    const float* own = place.at<float>(p.tile.own) + lane();
     float sum = 0;
-    for (int h = 0; h < p.heads; ++h) {
-        const Twin a = alpha[h * (QUERIES / 2 * KEYS) + pair_at(row / 2, lane())];
-        sum = fmaf(row % 2 ? a.y : a.x, cross[h * KEYS + lane()], sum);
-    }
-    return 2 * sum + element<float>(p.residual_sq, place.b, place.key);
+    ROLL
+    for (int h = 0; h < p.heads; ++h, own += KEYS, alpha += QUERIES / 2 * KEYS) sum = fmaf(odd ? alpha->y : alpha->x, *own, sum);
+    return 2 * sum + *own;
 }
 
 // Queries first to last - 1.
 struct Seen {
     int first, last;
+
+    DEVICE bool has(int query) const { return unsigned(query - first) < unsigned(last - first); }
 
     // Those that a lane of the warp has.
     DEVICE Seen of_warp() const {
@@ -143,37 +153,35 @@ DEVICE Seen share_of(const Seen& all, int share, int shares, int queries) {
     return {start, start + each < all.last ? start + each : all.last};
 }
 
-// Norm of query i, -1 if it doesn't count, of row `row` of the tile, from its square without the residual.
-template <int QUERIES>
-DEVICE float norm_of(const PairArgs& p, const Place& place, const Seen& seen, const Twin* alpha, int row, int i, float square) {
-    // the same for all lanes: one query in n meets its own key here
-    if (p.cross.data && i / KEYS == place.block && i >= 0) square += i == place.key ? own_term<QUERIES>(p, place, alpha, row) : 0.0f;
-    return seen.first <= i && i < seen.last ? sqrt_approx(fmaxf(square, 0.0f)) : 0.0f;
-}
-
 // Norms of the tile's queries with this lane's key, taken up by the result; its first query is row `first` of `rows`.
 template <bool ROLLOUT, int HEADS, int QUERIES>
-DEVICE void take_queries(const PairArgs& p, const Place& place, const Seen& seen, const int* positions, const float* weights, int first,
-                         int rows, const Form<HEADS, QUERIES>& form, float (&sums)[MAX_ROWS]) {
-    const Twin* alpha = place.at<Twin>(p.tile.alpha);
-    for (int pair = place.warp; pair < QUERIES / 2; pair += p.tile.warps) {
-        const int even = positions[2 * pair], odd = positions[2 * pair + 1];
-        if (ROLLOUT && even < 0 && odd < 0) continue;
-        const Twin square = form(p, place, alpha, pair);
-        const float norm[2] = {norm_of<QUERIES>(p, place, seen, alpha, 2 * pair, even, square.x),
-                               norm_of<QUERIES>(p, place, seen, alpha, 2 * pair + 1, odd, square.y)};
-        UNROLL
-        for (int half = 0; half < 2; ++half) {
-            const int row = 2 * pair + half;
-            if (!ROLLOUT) {
-                if (first + row < rows && place.key < p.n)
-                    element<float>(p.out, place.b, first + row, place.key) = norm[half] * weights[row];
-            } else if (p.n_rows == 1) {
-                sums[0] = fmaf(norm[half], weights[row], sums[0]);
-            } else {
-                UNROLL
-                for (int line = 0; line < MAX_ROWS; ++line) sums[line] = fmaf(norm[half], weights[line * QUERIES + row], sums[line]);
+DEVICE void take_queries(const PairArgs& p, const Place& place, const Seen& seen, const int* positions,
+                         const float (&weights)[MAX_ROWS][QUERIES], int first, int rows, const Form<HEADS, QUERIES>& form,
+                         float (&sums)[MAX_ROWS]) {
+    const Twin* alpha = place.at<Twin>(p.tile.alpha) + pair_at(place.warp, lane());
+    // whether one of the tile's queries may be one of the keys, the same for all lanes
+    const int ahead = place.block * KEYS - first;
+    const bool meets = p.cross.data && (p.rows.data || (-KEYS < ahead && ahead < QUERIES));
+    for (int pair = place.warp; pair < QUERIES / 2; pair += p.tile.warps, alpha += p.tile.warps * KEYS) {
+        const Couple at = reinterpret_cast<const Couple*>(positions)[pair];
+        Twin square = form(p, place, alpha, pair);
+        if (meets) {
+            if (at.even == place.key) square.x += own_term<QUERIES>(p, place, alpha, false);
+            if (at.odd == place.key) square.y += own_term<QUERIES>(p, place, alpha, true);
+        }
+        const Twin norm = {seen.has(at.even) ? sqrt_approx(fmaxf(square.x, 0.0f)) : 0.0f,
+                           seen.has(at.odd) ? sqrt_approx(fmaxf(square.y, 0.0f)) : 0.0f};
+        if constexpr (ROLLOUT) {
+            UNROLL
+            for (int line = 0; line < MAX_ROWS; ++line) {
+                const Twin by = reinterpret_cast<const Twin*>(weights[line])[pair];
+                sums[line] = fmaf(norm.y, by.y, fmaf(norm.x, by.x, sums[line]));
+                if (p.n_rows == 1) break;
             }
+        } else if (place.key < p.n) {
+            const int row = first + 2 * pair;
+            if (row < rows) element<float>(p.out, place.b, row, place.key) = norm.x * weights[0][2 * pair];
+            if (row + 1 < rows) element<float>(p.out, place.b, row + 1, place.key) = norm.y * weights[0][2 * pair + 1];
         }
     }
 }

@@ -6,43 +6,49 @@
 namespace pyglobenc {
 namespace {
 
-// The query of a row of the list of queries, or -1 for padding and past the end.
-DEVICE int position(const PairArgs& p, int b, int row, int rows) {
-    if (row >= rows) return -1;
-    const int i = p.rows.data ? int(element<int64_t>(p.rows, b, row)) : row;
-    return p.key_mask.data && !element<uint8_t>(p.key_mask, b, i) ? -1 : i;
-}
-
-// What the norms of query i are multiplied with in row t of the rollout.
-template <bool ROLLOUT>
-DEVICE float weight(const PairArgs& p, int b, int t, int i) {
-    if (i < 0 || (ROLLOUT && t >= p.n_rows)) return 0;
-    const float r = ROLLOUT ? element<float>(p.r, b, t, i) : 1.0f;
-    return p.rstd.data ? r * element<float>(p.rstd, b, i) : r;
-}
-
 // A tile's queries and their weights as the group takes them up.
 template <int QUERIES>
 struct Listed {
-    Row rows[QUERIES];
-    int positions[QUERIES];
-    float weights[MAX_ROWS][QUERIES];
+    uint32_t rows[QUERIES];  // of q, in pieces; of one that doesn't count, another's
+    alignas(8) int positions[QUERIES];
+    alignas(8) float weights[MAX_ROWS][QUERIES];
+    bool any;  // of them counts
 };
 
-// The rows of r beyond the first are read only here, after the tile before has been computed.
+// The query that this thread lists, of those from `row` to `rows` - 1.
+template <int QUERIES>
+DEVICE Weighted fetch_query(const Place& place, int row, int rows) {
+    row += place.thread;
+    return place.thread < QUERIES && row < rows ? place.queries[row] : Weighted{-1, 0};
+}
+
+// The weights in other rows are read only here, after the tile before has been computed.
 template <bool ROLLOUT, int QUERIES>
-DEVICE void list(const PairArgs& p, const Place& place, int position, float first, Listed<QUERIES>& out) {
+DEVICE void list(const PairArgs& p, const Place& place, int row, const Weighted& query, Listed<QUERIES>& out) {
+    if (place.warp != 0) return;
+    out.any = any(query.position >= 0);
     if (place.thread >= QUERIES) return;
-    const int64_t row = position < 0 ? 0 : position;
-    out.rows[place.thread] = {row * p.q_step[2], row * p.lse.stride[2]};
-    out.positions[place.thread] = position;
-    out.weights[0][place.thread] = first;
+    out.rows[place.thread] = query.position < 0 ? 0 : query.position * p.q_row;
+    out.positions[place.thread] = query.position;
+    out.weights[0][place.thread] = query.weight;
     if constexpr (ROLLOUT) {
         if (p.n_rows == 1) return;
         ROLL
-        for (int line = 1; line < MAX_ROWS; ++line)
-            out.weights[line][place.thread] = weight<true>(p, place.b, place.first_row + line, position);
+        for (int line = 1; line < MAX_ROWS; ++line) {
+            const bool counts = query.position >= 0 && place.first_row + line < p.n_rows;
+            out.weights[line][place.thread] = counts ? place.queries[int64_t(line) * p.n_queries + row + place.thread].weight : 0.0f;
+        }
     }
+}
+
+template <int QUERIES>
+DEVICE Rows<QUERIES> rows_of(const PairArgs& p, const Place& place, const Listed<QUERIES>& listed) {
+    Rows<QUERIES> out;
+    UNROLL
+    for (int n = 0; n < QUERIES / 8; ++n) out.q[n] = listed.rows[8 * n + lane() / 4];
+    const int position = listed.positions[lane() % QUERIES];
+    out.lse = settled(place.lse + (position < 0 ? 0 : position) * p.lse.stride[2] * 4);
+    return out;
 }
 
 DEVICE void add_warps(const PairArgs& p, const Place& place, const float (&sums)[MAX_ROWS], float* scratch) {
@@ -73,17 +79,21 @@ DEVICE Place find_place(const PairArgs& p) {
     out.b = rest / p.row_blocks;
     out.key = out.block * KEYS + lane();
     out.memory = shared() + out.group * p.tile.bytes;
-    out.q = static_cast<const char*>(p.q.data) + out.b * p.q_step[0] + lane() % 4 * 16;
+    out.q = settled(static_cast<const char*>(p.q.data) + out.b * p.q_step[0] + lane() % 4 * 16);
     out.k = static_cast<const char*>(p.k.data) + out.b * p.k_step[0] + lane() % 4 * 16;
-    out.lse = static_cast<const float*>(p.lse.data) + out.b * p.lse.stride[0];
+    out.lse = static_cast<const char*>(p.lse.data) + out.b * p.lse.stride[0] * 4;
+    out.queries = static_cast<const Weighted*>(p.queries.data) + (out.b * p.queries.shape[1] + out.first_row) * p.n_queries;
     return out;
 }
 
-// The cross terms of the group's keys, [H, KEYS]; padding may hold anything.
-DEVICE void hold_cross(const PairArgs& p, const Place& place, const Seen& seen) {
+// What the residual adds where a query is the key, [H + 1, KEYS]: cross terms and residual_sq; padding may hold anything.
+DEVICE void hold_own(const PairArgs& p, const Place& place, const Seen& seen) {
     if (!p.cross.data) return;
-    for (int h = place.warp; h < p.heads; h += p.tile.warps)
-        place.at<float>(p.tile.cross)[h * KEYS + lane()] = seen.first < seen.last ? element<float>(p.cross, place.b, place.key, h) : 0.0f;
+    for (int h = place.warp; h <= p.heads; h += p.tile.warps) {
+        float* const to = place.at<float>(p.tile.own) + h * KEYS + lane();
+        if (seen.first >= seen.last) *to = 0;
+        else *to = h < p.heads ? element<float>(p.cross, place.b, place.key, h) : element<float>(p.residual_sq, place.b, place.key);
+    }
 }
 
 template <class T, int HEADS, bool ROLLOUT>
@@ -95,32 +105,34 @@ KERNEL(THREADS, 1) pairs_kernel(PairArgs p) {
     if (place.block >= p.key_blocks) return;
     Listed<QUERIES>* const lists = place.at<Listed<QUERIES>>(p.tile.lists);
     Twin* const alpha = place.at<Twin>(p.tile.alpha);
+    float* const lse = place.at<float>(p.tile.lse) + place.warp * 2 * QUERIES;
     const Seen seen = seen_from(p, place.b, place.key);
     const Seen all = share_of(ROLLOUT ? seen.of_warp() : Seen{0, p.n_queries}, place.share, p.shares, QUERIES);
 
     if (p.tile.held) hold_keys(p, place);
-    hold_cross(p, place, seen);
+    hold_own(p, place, seen);
     for (int at = heads * HEAD + place.thread; at < padded_heads(heads) * HEAD; at += count) alpha[at] = {0, 0};
     Form<HEADS, QUERIES> form;
     form.load(static_cast<const float*>(p.packed.data) + (place.b * int64_t(p.key_blocks) + place.block) * p.form_size * KEYS);
-    int next = place.thread < QUERIES ? position(p, place.b, all.first + place.thread, all.last) : -1;
-    list<ROLLOUT>(p, place, next, weight<ROLLOUT>(p, place.b, place.first_row, next), lists[0]);
+    list<ROLLOUT>(p, place, all.first, fetch_query<QUERIES>(place, all.first, all.last), lists[0]);
     barrier(id, count);
 
+    Rows<QUERIES> rows = rows_of(p, place, lists[0]);
     Fragments<QUERIES> fragments;
     float sums[MAX_ROWS] = {};
-    if (place.warp < heads) load_queries(p, place, lists[0].rows, place.warp, 0, fragments);
+    if (place.warp < heads) load_queries(p, place, rows, place.warp, 0, fragments);
     for (int row = all.first, turn = 0; row < all.last; row += QUERIES, turn ^= 1) {
         const Listed<QUERIES>& here = lists[turn];
-        next = place.thread < QUERIES ? position(p, place.b, row + QUERIES + place.thread, all.last) : -1;
-        const float next_weight = weight<ROLLOUT>(p, place.b, place.first_row, next);
-        for (int h = place.warp; h < heads; h += p.tile.warps)
-            head_alpha<T, AT_ONCE>(p, place, here.rows, h, h + p.tile.warps, fragments, alpha + h * HEAD);
-        list<ROLLOUT>(p, place, next, next_weight, lists[turn ^ 1]);
+        const Weighted next = fetch_query<QUERIES>(place, row + QUERIES, all.last);
+        if (here.any)
+            for (int h = place.warp, at = 0; h < heads; h += p.tile.warps, at ^= 1)
+                head_alpha<T, AT_ONCE>(p, place, rows, h, h + p.tile.warps, fragments, lse + at * QUERIES, alpha + h * HEAD);
+        list<ROLLOUT>(p, place, row + QUERIES, next, lists[turn ^ 1]);
         barrier(id, count);
-        if (place.warp < heads) load_queries(p, place, lists[turn ^ 1].rows, place.warp, 0, fragments);
-        form.prepare(p, place, alpha);
-        take_queries<ROLLOUT>(p, place, seen, here.positions, here.weights[0], row, all.last, form, sums);
+        rows = rows_of(p, place, lists[turn ^ 1]);
+        if (place.warp < heads) load_queries(p, place, rows, place.warp, 0, fragments);
+        if (here.any) form.prepare(p, place, alpha);
+        if (here.any || !ROLLOUT) take_queries<ROLLOUT>(p, place, seen, here.positions, here.weights, row, all.last, form, sums);
         barrier(id, count);
     }
     if constexpr (ROLLOUT) add_warps(p, place, sums, place.at<float>(p.tile.alpha));

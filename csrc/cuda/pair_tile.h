@@ -15,6 +15,7 @@ namespace {
 
 constexpr int WIDE = 0;   // in the place of a number of heads: more than 16, forms in blocks of 8 x 8
 constexpr int SIDE = 8;   // of such a block
+constexpr float LOG2_E = 1.44269504f;
 
 template <class T>
 DEVICE T& element(const View& view, int64_t i0, int64_t i1) {
@@ -26,11 +27,6 @@ DEVICE T& element(const View& view, int64_t i0, int64_t i1, int64_t i2) {
     return static_cast<T*>(view.data)[i0 * view.stride[0] + i1 * view.stride[1] + i2 * view.stride[2]];
 }
 
-// Where a query's row of q and its lse lie: bytes and elements from their head's.
-struct Row {
-    int64_t q, lse;
-};
-
 // Where a group of warps works.
 struct Place {
     int b, share, first_row;     // example; part of the queries; row of the rollout
@@ -38,8 +34,8 @@ struct Place {
     int group, warp, thread;     // in the block; in the group
     int key;                     // of this lane
     char* memory;                // the group's
-    const char *q, *k;           // of the example, from this lane's pieces on
-    const float* lse;            // of the example
+    const char *q, *k, *lse;     // of the example, q and k from this lane's pieces on
+    const Weighted* queries;     // of the example and first_row
 
     template <class E>
     DEVICE E* at(int offset) const {
@@ -47,26 +43,31 @@ struct Place {
     }
 };
 
-// Fragments of queries, 8 of them each: two pieces of row g; and its lse.
+// A lane's queries of a tile: rows of q of queries 8 n + g, in pieces from their head's first, and the first head's lse of query lane().
+template <int QUERIES>
+struct Rows {
+    uint32_t q[QUERIES / 8];
+    const char* lse;
+};
+
+// Fragments of queries, 8 of them each: two pieces of row g; and lse of query lane().
 template <int QUERIES>
 struct Fragments {
     Piece piece[QUERIES / 8][2];
-    float lse[QUERIES / 8];
+    float lse;
 };
 
-// Queries that don't count have another's row.
 template <int QUERIES>
-DEVICE void load_queries(const PairArgs& p, const Place& place, const Row* rows, int head, int step, Fragments<QUERIES>& out) {
-    const char* q = place.q + int64_t(head) * p.q_head + step * 64;
-    const float* lse = place.lse + int64_t(head) * p.lse_head;
+DEVICE void load_queries(const PairArgs& p, const Place& place, const Rows<QUERIES>& rows, int head, int step, Fragments<QUERIES>& out) {
+    const char* q = settled(place.q + int64_t(head) * p.q_head + step * 64);
     const bool second = step + 1 < p.steps;
     UNROLL
     for (int n = 0; n < QUERIES / 8; ++n) {
-        const Row row = rows[8 * n + lane() / 4];
-        out.piece[n][0] = *reinterpret_cast<const Piece*>(q + row.q);
-        if (second) out.piece[n][1] = *reinterpret_cast<const Piece*>(q + row.q + 64);
-        if (step == 0) out.lse[n] = lse[row.lse];
+        const char* from = q + uint64_t(rows.q[n]) * sizeof(Piece);
+        out.piece[n][0] = load<Piece>(from);
+        if (second) out.piece[n][1] = load<Piece>(from + 64);
     }
+    if (step == 0) out.lse = load<float>(rows.lse + int64_t(head) * p.lse_head);
 }
 
 // Two steps of 16 rows of keys of a head, g and g + 8 of them from `first`, to `held` in the order in which products take them.
@@ -95,37 +96,48 @@ DEVICE void hold_keys(const PairArgs& p, const Place& place) {
             fetch_keys(p, place, h, at / 2, at % 2 * 16, held_keys(p, place, h, at / 2) + at % 2 * 64);
 }
 
-// Where alpha of a head keeps queries 2 pair and 2 pair + 1 with key j: what is stored together lies in different banks.
-DEVICE int pair_at(int pair, int j) { return pair * KEYS + (j ^ 4 * (pair % 4)); }
+// Where alpha of a head keeps queries 2 pair and 2 pair + 1 with key j: what is stored together lies in different banks. 4 pairs or 16
+// keys further is as far from everywhere.
+DEVICE int pair_at(int pair, int j) { return pair * KEYS + (j ^ 4 * (pair & 3)); }
 
-// Adds the products of up to two steps with queries 8 n to 8 (n + AT_ONCE) - 1.
+// Adds the products of a step's keys with queries 8 n to 8 (n + AT_ONCE) - 1.
+template <class T, int AT_ONCE, int QUERIES>
+DEVICE void add_step(const Piece* keys, int n, int s, const Fragments<QUERIES>& queries, float (&scores)[2][AT_ONCE][4]) {
+    UNROLL
+    for (int m = 0; m < 2; ++m) {
+        const Piece left[2] = {keys[m * 64 + lane()], keys[m * 64 + 32 + lane()]};
+        UNROLL
+        for (int e = 0; e < AT_ONCE; ++e) product<T>(scores[m][e], left, queries.piece[n + e][s]);
+    }
+}
+
+// The same of up to two steps.
 template <class T, int AT_ONCE, int QUERIES>
 DEVICE void add_steps(const PairArgs& p, const Place& place, int kv_head, int step, int n, const Fragments<QUERIES>& queries,
                       float (&scores)[2][AT_ONCE][4]) {
+    const bool second = step + 1 < p.steps;
+    if (p.tile.held) {
+        const Piece* keys = held_keys(p, place, kv_head, step);
+        add_step<T>(keys, n, 0, queries, scores);
+        if (second) add_step<T>(keys + 128, n, 1, queries, scores);
+        return;
+    }
+    Piece* keys = held_keys(p, place, 0, 0) + place.warp * 128;
     UNROLL
     for (int s = 0; s < 2; ++s) {
-        if (s && step + s >= p.steps) break;
-        Piece* keys = held_keys(p, place, kv_head, step + s);
-        if (!p.tile.held) {
-            // the lanes read what others of the warp wrote, before and now
-            keys = held_keys(p, place, 0, 0) + place.warp * 128;
-            warp_barrier();
-            ROLL
-            for (int half = 0; half < 2; ++half) fetch_keys(p, place, kv_head, step + s, half * 16, keys + half * 64);
-            warp_barrier();
-        }
-        UNROLL
-        for (int m = 0; m < 2; ++m) {
-            const Piece left[2] = {keys[m * 64 + lane()], keys[m * 64 + 32 + lane()]};
-            UNROLL
-            for (int e = 0; e < AT_ONCE; ++e) product<T>(scores[m][e], left, queries.piece[n + e][s]);
-        }
+        if (s && !second) break;
+        // the lanes read what others of the warp wrote, before and now
+        warp_barrier();
+        ROLL
+        for (int half = 0; half < 2; ++half) fetch_keys(p, place, kv_head, step + s, half * 16, keys + half * 64);
+        warp_barrier();
+        add_step<T>(keys, n, s, queries, scores);
     }
 }
 
 // Scores of the 32 keys with these queries, which are loaded here but for the first pieces at n = 0.
 template <class T, int AT_ONCE, int QUERIES>
-DEVICE void score(const PairArgs& p, const Place& place, const Row* rows, int head, int n, Fragments<QUERIES>& queries,
+DEVICE void score(const PairArgs& p, const Place& place, const Rows<QUERIES>& rows, int head, int n, Fragments<QUERIES>& queries,
                   float (&scores)[2][AT_ONCE][4]) {
     const int kv_head = head * p.per_group >> 16;
     if (n && p.steps > 2) load_queries(p, place, rows, head, 0, queries);
@@ -143,19 +155,14 @@ DEVICE void score(const PairArgs& p, const Place& place, const Row* rows, int he
     }
 }
 
-// exp(scaled score - lse); subtracted before the change of base, whose rounding would otherwise grow with lse.
-DEVICE float probability(float score, float scaling, float lse) { return exp2_approx(fmaf(score, scaling, -lse) * 1.44269504f); }
-
-// Probabilities of one head to alpha [QUERIES / 2, KEYS]; the first pieces of head `next` are on their way when it returns.
+// Probabilities of one head to alpha [QUERIES / 2, KEYS]; the first pieces of head `next` are on their way when it returns. lse is the
+// warp's, to hand over; the next call takes another.
 template <class T, int AT_ONCE, int QUERIES>
-DEVICE void head_alpha(const PairArgs& p, const Place& place, const Row* rows, int head, int next, Fragments<QUERIES>& queries,
-                       Twin* alpha) {
-    float lse[QUERIES / 8];
-    UNROLL
-    for (int n = 0; n < QUERIES / 8; ++n) lse[n] = queries.lse[n];
-    Twin* to[4];
-    UNROLL
-    for (int row = 0; row < 4; ++row) to[row] = alpha + pair_at(lane() % 4, 8 * row + lane() / 4);
+DEVICE void head_alpha(const PairArgs& p, const Place& place, const Rows<QUERIES>& rows, int head, int next, Fragments<QUERIES>& queries,
+                       float* lse, Twin* alpha) {
+    lse[lane() % QUERIES] = queries.lse * LOG2_E;
+    warp_barrier();
+    Twin* const to[2] = {alpha + pair_at(lane() % 4, lane() / 4), alpha + pair_at(lane() % 4, 8 + lane() / 4)};
     UNROLL
     for (int n = 0; n < QUERIES / 8; n += AT_ONCE) {
         float scores[2][AT_ONCE][4] = {};
@@ -163,11 +170,12 @@ DEVICE void head_alpha(const PairArgs& p, const Place& place, const Row* rows, i
         if (n + AT_ONCE == QUERIES / 8 && next < p.heads) load_queries(p, place, rows, next, 0, queries);
         UNROLL
         for (int e = 0; e < AT_ONCE; ++e) {
-            const float even = shuffle(lse[n + e], lane() % 4 * 8), odd = shuffle(lse[n + e], lane() % 4 * 8 + 4);
+            const Twin shift = reinterpret_cast<const Twin*>(lse)[4 * (n + e) + lane() % 4];
             UNROLL
             for (int row = 0; row < 4; ++row) {
                 const float* s = scores[row / 2][e] + row % 2 * 2;
-                to[row][4 * (n + e) * KEYS] = Twin{probability(s[0], p.scaling, even), probability(s[1], p.scaling, odd)};
+                to[row % 2][row / 2 * 16 + 4 * (n + e) * KEYS] =
+                    Twin{exp2_approx(fmaf(s[0], p.to_base_2, -shift.x)), exp2_approx(fmaf(s[1], p.to_base_2, -shift.y))};
             }
         }
     }

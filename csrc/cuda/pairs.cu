@@ -15,8 +15,20 @@ int form_size(int heads) {
     return padded ? padded * (padded + 1) / 2 : blocks * (blocks + 1) / 2 * SIDE * SIDE;
 }
 
-// Coefficient e of each key: G[h][g] + G[g][h] for h < g, G[h][h], else 0.
+// Query `row` of an example, for every row of the result.
+DEVICE void fill_query(const PairArgs& p, int b, int row) {
+    const int i = p.rows.data ? int(element<int64_t>(p.rows, b, row)) : row;
+    const bool counts = !p.key_mask.data || element<uint8_t>(p.key_mask, b, i);
+    const float rstd = counts && p.rstd.data ? element<float>(p.rstd, b, i) : 1.0f;
+    Weighted* out = static_cast<Weighted*>(p.queries.data) + b * p.queries.shape[1] * p.n_queries + row;
+    for (int t = 0; t < p.queries.shape[1]; ++t, out += p.n_queries)
+        *out = counts ? Weighted{i, p.r.data ? element<float>(p.r, b, t, i) * rstd : rstd} : Weighted{-1, 0};
+}
+
+// Coefficient e of each key: G[h][g] + G[g][h] for h < g, G[h][h], else 0; and the queries, shared out to the blocks.
 KERNEL(256) pack_kernel(PairArgs p, int padded) {
+    for (int row = block() % p.key_blocks * threads() + thread(); row < p.n_queries; row += p.key_blocks * threads())
+        fill_query(p, block() / p.key_blocks, row);
     const int b = block() / p.key_blocks, key = block() % p.key_blocks * KEYS + lane();
     float* out = static_cast<float*>(p.packed.data) + int64_t(block()) * p.form_size * KEYS;
     const float* gram = static_cast<const float*>(p.gram.data) + b * p.gram.stride[0] + key * p.gram.stride[1];
@@ -42,16 +54,15 @@ PairTile choose_tile(int heads, int kv_heads, int head_dim, int size, int limit)
         tile.held = choice < 2;
         tile.groups = choice % 2 ? 1 : 2;
         tile.queries = padded != WIDE && padded <= 12 && size == 2 ? 32 : 16;
-        // as few turns at the heads as there are warps for, then no more warps than that takes
-        const int most = THREADS / 32 / tile.groups, rounds = (heads + most - 1) / most;
-        tile.warps = (heads + rounds - 1) / rounds < 4 ? 4 : (heads + rounds - 1) / rounds;
-        const int head = 4 * KEYS * tile.queries, listed = tile.queries * (16 + 4 + 4 * MAX_ROWS);
+        tile.warps = THREADS / 32 / tile.groups;
+        const int head = 4 * KEYS * tile.queries, listed = tile.queries * (4 + 4 + 4 * MAX_ROWS) + 8;
         tile.alpha = tile.held ? kv_heads * ((head_dim * size + 63) / 64) * 2048 : tile.warps * 2048;
         // sums of the warps lie there in the end
         const int alpha = padded_heads(heads) * head, sums = tile.warps * MAX_ROWS * KEYS * 4;
         tile.partial = tile.alpha + (alpha > sums ? alpha : sums);
-        tile.cross = tile.partial + (padded ? 0 : tile.warps * head);
-        tile.lists = tile.cross + heads * KEYS * 4;
+        tile.own = tile.partial + (padded ? 0 : tile.warps * head);
+        tile.lse = tile.own + (heads + 1) * KEYS * 4;
+        tile.lists = tile.lse + tile.warps * 2 * tile.queries * 4;
         tile.bytes = (tile.lists + 2 * listed + 127) / 128 * 128;
         if (tile.groups * tile.bytes <= limit) return tile;
     }
@@ -68,11 +79,14 @@ PairArgs prepared(PairArgs p, void* stream) {
     p.n_rows = int(p.r.shape[1]);
     p.steps = int(p.q.shape[3]) * size / 64;
     for (int axis = 0; axis < 3; ++axis) p.q_step[axis] = p.q.stride[axis] * size, p.k_step[axis] = p.k.stride[axis] * size;
-    for (const int64_t step : {p.q_step[1], p.k_step[1], p.lse.stride[1]})
+    for (const int64_t step : {p.q_step[1], p.k_step[1], p.lse.stride[1] * 4})
         if (step > INT32_MAX) throw std::runtime_error("the heads of q, k or lse lie more than 2 GiB apart");
     p.q_head = int(p.q_step[1]);
     p.k_head = int(p.k_step[1]);
-    p.lse_head = int(p.lse.stride[1]);
+    p.lse_head = int(p.lse.stride[1] * 4);
+    if (p.q_step[2] / 16 * p.n > UINT32_MAX) throw std::runtime_error("a head of q takes more than 64 GiB");
+    p.q_row = uint32_t(p.q_step[2] / 16);
+    p.to_base_2 = float(p.scaling * 1.4426950408889634);
     p.per_group = (65535 + p.group) / p.group;
     p.key_blocks = (p.n + KEYS - 1) / KEYS;
     p.row_blocks = p.r ? (p.n_rows + MAX_ROWS - 1) / MAX_ROWS : 1;

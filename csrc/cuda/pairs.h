@@ -15,10 +15,16 @@ constexpr int THREADS = 256;  // of a block at most, so that each may have 255 r
 // How a block is cut, and where in its group's shared memory, in bytes, things lie.
 struct PairTile {
     int groups = 0;   // of warps, each with its own keys and barriers; 0: nothing fits
-    int warps = 0;    // of a group
+    int warps = 0;    // of a group, a multiple of 4
     int queries = 0;  // of a tile, 16 or 32
     bool held = false;  // all keys in shared memory; else each warp fetches them again for every tile
-    int alpha = 0, partial = 0, cross = 0, lists = 0, bytes = 0;
+    int alpha = 0, partial = 0, own = 0, lse = 0, lists = 0, bytes = 0;
+};
+
+// A query, -1 for padding, and what its norms are multiplied with in a row of the result.
+struct alignas(8) Weighted {
+    int position;
+    float weight;
 };
 
 // Kernel arguments. Strides of r, q, k, ... in elements; what is left out has no data.
@@ -36,6 +42,7 @@ struct PairArgs {
     View spans;        // [2, n] i32, first and last + 1 token of each key's sequence, or none
     View out;          // rollout_step [shares, B, T, n], token_norms [B, m, n]
     View packed;       // [B, blocks of keys, coefficients, KEYS], room for the quadratic forms
+    View queries;      // [B, T or 1, m or n] of Weighted, room for the queries
     float scaling = 1;
     int left = 0, right = 0;  // at most n
     int shares = 1;           // parts that the queries are cut into
@@ -46,7 +53,9 @@ struct PairArgs {
     int n_queries = 0, n_rows = 0;           // m or n; T, or 0 for token_norms
     int steps = 0;                           // of 4 pieces of 16 bytes, one a lane of a quad, in a row of q or k
     int64_t q_step[3] = {}, k_step[3] = {};  // strides in bytes
-    int q_head = 0, k_head = 0, lse_head = 0;  // those of heads, lse's in elements
+    int q_head = 0, k_head = 0, lse_head = 0;  // those of heads
+    uint32_t q_row = 0;                      // that of rows of q, in pieces of 16 bytes
+    float to_base_2 = 1;                     // scaling log2(e)
     int per_group = 0;                       // 65536 / group, rounded up
     int key_blocks = 0, row_blocks = 0, form_size = 0;
 };
@@ -57,7 +66,7 @@ int form_size(int heads);
 
 PairTile choose_tile(int heads, int kv_heads, int head_dim, int size, int limit);
 
-// With the derived fields, and `packed` being filled.
+// With the derived fields; packed and queries are being filled.
 PairArgs prepared(PairArgs args, void* stream);
 
 }  // namespace pyglobenc

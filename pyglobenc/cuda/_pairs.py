@@ -56,7 +56,8 @@ def run_pairs(op: str, given: tuple[Tensor | None, ...], rows, r, spans, out: Te
         shares = query_shares(-(-n // keys) * batch * passes, -(-n_queries // queries))
         parts = out if r is None else out.new_empty(shares, *out.shape)
         packed = gram.new_empty(batch, -(-n // kernels.KEYS), kernels.form_size(heads), kernels.KEYS)
-        tensors = (q, k, lse.float(), gram, *others, rows, r, spans, parts, packed)
+        queries = gram.new_empty(batch, 1 if r is None else r.shape[1], n if rows is None else n_queries, 2)
+        tensors = (q, k, lse.float(), gram, *others, rows, r, spans, parts, packed, queries)
         getattr(kernels, op)(tensors, scaling, left, right, shares, not _extension.allows_tf32(), stream)
     if r is None:
         return out
