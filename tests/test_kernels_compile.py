@@ -6,9 +6,14 @@ import os
 import re
 import subprocess
 import sys
+from collections import defaultdict
+from inspect import signature
 from pathlib import Path
 
 import pytest
+import torch
+import triton.language as tl
+from kernel_resources import arguments, pretend, record, specialised
 
 from pyglobenc.kernels._device import SHARED_LIMITS, SMALLEST_LIMIT
 
@@ -29,7 +34,7 @@ SHAPES = [
     (64, 8, 256, "bfloat16", 1),
     (4, 4, 256, "bfloat16", 1),
 ]
-RULES = ("clone_relevance", "add_relevance", "linear_relevance")
+ELEMENTWISE = ("clone_relevance", "add_relevance", "linear_relevance", "exp")
 HEADS = [(12, 12, 64, "float32", 1), (16, 16, 80, "float32", 24), (4, 4, 256, "float32", 1)]
 
 
@@ -44,12 +49,12 @@ def cases() -> list[dict]:
             out.append(chosen | dict(zip(names, shape, strict=True)))
 
         if capability == AMD:
-            for op in ("rollout_step", "token_norms", *RULES, "relevance_attention", "relevance_maps", "head_gram", "head_norms"):
+            for op in ("rollout_step", "token_norms", *ELEMENTWISE, "relevance_attention", "relevance_maps", "head_gram", "head_norms"):
                 case(op, BERT if op in ("rollout_step", "token_norms") else HEADS[0], precision="ieee")
             continue
         for shape in SHAPES:
             case("rollout_step", shape)
-        for op in RULES:
+        for op in ELEMENTWISE:
             case(op, HEADS[0])
         for shape in HEADS:
             case("relevance_attention", shape)
@@ -100,7 +105,7 @@ def test_shared_memory_fits(resources):
 
 
 def test_products_run_on_tensor_cores(resources):
-    assert [row for row in resources if bool(row["mma"]) == (row["op"] in RULES)] == []
+    assert [row for row in resources if bool(row["mma"]) == (row["op"] in ELEMENTWISE)] == []
 
 
 def test_every_kernel_was_compiled(resources):
@@ -108,3 +113,30 @@ def test_every_kernel_was_compiled(resources):
     kernels = set(re.findall(r"^def (_\w+_kernel)\(", source, re.MULTILINE))
     for capability in CAPABILITIES:
         assert {row["kernel"] for row in resources if row["capability"] == capability} == kernels
+
+
+def with_batch(t: torch.Tensor, batch: int) -> torch.Tensor:
+    """A tensor of two examples with another number of them; weights stay."""
+    return t.new_empty(batch, *t.shape[1:]) if t.shape[0] == 2 else t
+
+
+def variant(kernel, args: tuple, kwargs: dict) -> tuple:
+    """What Triton looks at in a launch to tell whether it has compiled that already."""
+    parameters = signature(kernel.fn).parameters
+    given = dict(zip(parameters, args, strict=False)) | kwargs
+    # where a kernel is interpreted, its options lie apart
+    loosely = getattr(kernel, "kwargs", vars(kernel))["do_not_specialize"] or ()
+    constant = {name for name, parameter in parameters.items() if parameter.annotation is tl.constexpr}
+    return tuple(given[name] if name in constant else specialised(given[name], name not in loosely) for name in parameters)
+
+
+@pytest.mark.parametrize("op", ["rollout_step", "token_norms", "head_gram", "head_norms", "relevance_attention", "relevance_maps"])
+def test_a_corpus_compiles_a_kernel_a_few_times(op):
+    case, found = dict(op=op, heads=12, kv_heads=12, head_dim=64, dtype="float32", rows=1, full=True, packed=False), defaultdict(set)
+    with pretend(90, "tf32x3"):
+        for n in (2, 3, 4, 7, 16, 17, 31, 32, 63, 100, 128, 256, 402, 511, 512):
+            for batch in (1, 2, 3, 16, 48):
+                args = (with_batch(t, batch) if isinstance(t, torch.Tensor) else t for t in arguments(case, n))
+                for kernel, *launch in record(op, tuple(args)):
+                    found[kernel].add(variant(kernel, *launch))
+    assert max(map(len, found.values())) <= 3

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyglobenc.kernels._device import on
+from pyglobenc.kernels._device import COUNTS, on
 from pyglobenc.kernels._division import float32_reasons, safe_divide, safe_divide_rn
 
 BLOCK = 2048
@@ -28,7 +28,7 @@ def _branches(R, A, B, at, ok, stabilizer, STABILIZED: tl.constexpr):
     return r, a * s, b * s
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _add_relevance_sums_kernel(
     R,  # (batch, size)
     A,  # (batch, size)
@@ -53,7 +53,7 @@ def _add_relevance_sums_kernel(
     tl.store(of_block + 2 * blocks, tl.sum(total, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _add_relevance_kernel(
     R,  # (batch, size)
     A,  # (batch, size)
@@ -107,6 +107,6 @@ def add_relevance(r: Tensor, a: Tensor, b: Tensor, stabilizer: float = 0.0, resc
         if rescale:
             _add_relevance_sums_kernel[(batch * blocks,)](*given, *sizes, **flags)
         _add_relevance_kernel[(batch * blocks,)](
-            *given, r_a, r_b, *sizes, RESCALE=rescale, BLOCKS=triton.next_power_of_2(blocks), **flags
+            *given, r_a, r_b, *sizes, RESCALE=rescale, BLOCKS=MOST_BLOCKS, **flags
         )
     return r_a, r_b

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyglobenc.kernels._device import MAX_HEAD_DIM, float32_precision, on, power_of_two
+from pyglobenc.kernels._device import COUNTS, MAX_HEAD_DIM, float32_precision, on, power_of_two
 from pyglobenc.kernels._division import float32_reasons
 
 
@@ -32,7 +32,7 @@ def transform(V, stride_vn, W, stride_wd, j, j_ok, e, e_ok, HEAD_DIM: tl.constex
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _head_gram_kernel(
     V,  # (B, Hkv, n, dh)
     KERNEL,  # (H, dh, H, dh)

@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyglobenc.kernels._device import float32_precision, on
+from pyglobenc.kernels._device import COUNTS, float32_precision, on
 from pyglobenc.kernels.head_gram import launch, transform, values_reasons
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _head_norms_kernel(
     V,  # (B, Hkv, n, dh)
     WEIGHT,  # (H, dh, d)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyglobenc.kernels._device import float32_precision, on, power_of_two, real_tokens
+from pyglobenc.kernels._device import COUNTS, float32_precision, on, power_of_two, real_tokens
 from pyglobenc.kernels._division import safe_divide
 from pyglobenc.kernels._relevance import by_head, launch, load_rows, pair_relevance, relevance_reasons, store_rows
 from pyglobenc.reference.relevance_passes import Passes, sides
@@ -30,7 +30,7 @@ def _shares_of_scores(relevance, dots, scaling, stabilizer, ADDITIVE: tl.constex
     return passed, safe_divide(passed, dots, stabilizer, STABILIZED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _relevance_rows_kernel(
     Q,  # (B, H, n, dh)
     K,  # (B, H, n, dh)
@@ -101,7 +101,7 @@ def _step(acc, W, stride_t, stride_n, t, t_ok, i, i_ok, weighted, BLOCK_T: tl.co
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _relevance_columns_kernel(
     Q,  # (B, H, n, dh)
     K,  # (B, H, n, dh)

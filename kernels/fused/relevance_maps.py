@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyglobenc.kernels._device import float32_precision, on, real_tokens
+from pyglobenc.kernels._device import COUNTS, float32_precision, on, real_tokens
 from pyglobenc.kernels._relevance import by_head, launch, pair_relevance, relevance_reasons
 from pyglobenc.reference.relevance_passes import sides
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _relevance_maps_kernel(
     Q,  # (B, H, n, dh)
     K,  # (B, H, n, dh)

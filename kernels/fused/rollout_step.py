@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyglobenc.kernels._device import on, power_of_two, real_tokens
+from pyglobenc.kernels._device import COUNTS, on, power_of_two, real_tokens
 from pyglobenc.kernels._pairs import hold_keys, load_gram, own_term, pair_arguments, pair_norms, pair_reasons, query_shares, strides
 from pyglobenc.reference.packing import sequence_of
 
@@ -46,7 +46,7 @@ def _accumulate(acc, norms, weights, BLOCK_T: tl.constexpr, FORM: tl.constexpr):
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _rollout_step_kernel(
     R,  # (B, T, n)
     Q,  # (B, H, n, dh)

@@ -8,11 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyglobenc.kernels._device import on, real_tokens
+from pyglobenc.kernels._device import COUNTS, on, real_tokens
 from pyglobenc.kernels._pairs import hold_keys, load_gram, own_term, pair_arguments, pair_norms, pair_reasons, query_shares, strides
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _token_norms_kernel(
     Q,  # (B, H, n, dh)
     K,  # (B, Hkv, n, dh)
