@@ -1,6 +1,6 @@
 // Runs a block of threads on the CPU: each is a fiber that goes on until it must wait for others, at a barrier or where its warp meets.
-// What hardware leaves to chance is made to hurt: shared memory and bytes still being copied hold NaN, threads run in either order, and
-// threads that wait for ones that never come are an error.
+// What hardware leaves to chance is made to hurt: shared memory and bytes still being copied hold NaN, each warp, in either order, runs as far
+// as it gets before the next, and threads that wait for ones that never come are an error.
 #pragma once
 
 #include <setjmp.h>
@@ -17,12 +17,14 @@
 #include <string>
 #include <vector>
 
+#include "races.h"
+
 namespace pyglobenc {
 namespace emulated {
 
 // Where threads wait for one another; `what` is the instruction that they must all have come to.
 struct Gate {
-    int arrived = 0;
+    std::vector<int> arrived;  // threads
     int64_t generation = 0;
     const char* what = nullptr;
 };
@@ -58,12 +60,14 @@ struct Machine {
     static constexpr size_t GUARD = 1024;
 
     // for tests to set
-    bool reversed = false;  // run the last threads first
+    bool reversed = false;  // run the last warps and their last lanes first
     int shared_limit = 227 * 1024, processors = 2;
     std::vector<Launch> launches;
 
     int block = 0, threads = 0, thread = 0;
     char* shared = nullptr;
+    size_t shared_bytes = 0;  // while a block runs
+    Races races;
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
     Gate gates[16];
@@ -84,11 +88,14 @@ inline void fail(const std::string& error) {
     leave();
 }
 
-inline void arrive(Gate& gate, int count, const char* what) {
-    if (gate.arrived && gate.what != what) fail(std::string("threads meet at ") + gate.what + " and " + what);
+// orders: what threads did before is known to the others after.
+inline void arrive(Gate& gate, int count, const char* what, bool orders) {
+    if (!gate.arrived.empty() && gate.what != what) fail(std::string("threads meet at ") + gate.what + " and " + what);
     gate.what = what;
-    if (++gate.arrived == count) {
-        gate.arrived = 0;
+    gate.arrived.push_back(machine.thread);
+    if (int(gate.arrived.size()) == count) {
+        if (orders) machine.races.meet(gate.arrived);
+        gate.arrived.clear();
         ++gate.generation;
         return;
     }
@@ -98,14 +105,22 @@ inline void arrive(Gate& gate, int count, const char* what) {
     leave();
 }
 
+// A thread reads or writes memory: an error if it is shared memory that another may write or read at the same time.
+inline void touch(const void* at, size_t bytes, bool write) {
+    const size_t offset = size_t(static_cast<const char*>(at) - machine.shared);
+    if (offset >= machine.shared_bytes) return;
+    const int other = machine.races.touch(machine.thread, offset, bytes, write);
+    if (other >= 0) fail("race with thread " + std::to_string(other) + " at byte " + std::to_string(offset) + " of shared memory");
+}
+
 // Hands x to the warp; returns what lane 0 handed over, lane l's is 32 l bytes further.
 template <class V>
-const char* exchange(const V& x, const char* what) {
+const char* exchange(const V& x, const char* what, bool orders = false) {
     static_assert(sizeof(V) <= 32, "a lane hands over at most 32 bytes");
     Warp& warp = machine.warps[machine.thread / 32];
     auto& slots = warp.exchanged[warp.gate.generation % 2];
     std::memcpy(slots[machine.thread % 32], &x, sizeof x);
-    arrive(warp.gate, 32, what);
+    arrive(warp.gate, 32, what, orders);
     return slots[0];
 }
 
@@ -137,11 +152,13 @@ __attribute__((noinline)) inline void resume(Fiber& fiber) {
     setcontext(&fiber.context);
 }
 
-inline void run_block() {
-    for (int left = machine.threads; left;) {
-        bool moved = false;
-        for (int step = 0; step < machine.threads; ++step) {
-            machine.thread = machine.reversed ? machine.threads - 1 - step : step;
+// Runs a warp as far as it gets without the others; whether any of its threads moved. Those that end are taken off `left`.
+inline bool run_warp(int warp, int& left) {
+    bool any = false;
+    for (bool moved = true; moved; any |= moved) {
+        moved = false;
+        for (int step = 0; step < 32; ++step) {
+            machine.thread = 32 * warp + (machine.reversed ? 31 - step : step);
             Fiber& fiber = machine.fibers[machine.thread];
             if (fiber.done || (fiber.gate && fiber.gate->generation == fiber.generation)) continue;
             fiber.gate = nullptr;
@@ -150,6 +167,15 @@ inline void run_block() {
             moved = true;
             left -= fiber.done;
         }
+    }
+    return any;
+}
+
+inline void run_block() {
+    const int warps = machine.threads / 32;
+    for (int left = machine.threads; left;) {
+        bool moved = false;
+        for (int step = 0; step < warps; ++step) moved |= run_warp(machine.reversed ? warps - 1 - step : step, left);
         if (!moved) throw std::runtime_error("emulated kernel: threads wait for others that never come");
     }
 }
@@ -161,15 +187,21 @@ inline void run(int64_t blocks, int threads, int shared, std::function<void()> b
     if (blocks < 1 || blocks > INT32_MAX) throw std::runtime_error("emulated kernel: a grid of " + std::to_string(blocks) + " blocks");
     if (shared > m.shared_limit) throw std::runtime_error("emulated kernel: more shared memory than a block may have");
     m.launches.push_back({blocks, threads, shared});
-    std::unique_ptr<char, void (*)(void*)> memory(static_cast<char*>(std::aligned_alloc(128, (shared + 127) / 128 * 128 + Machine::GUARD)),
-                                                  std::free);
+    const auto release = [](char* at) {
+        machine.shared_bytes = 0;
+        std::free(at);
+    };
+    const size_t room = (shared + 127) / 128 * 128 + Machine::GUARD;
+    std::unique_ptr<char, void (*)(char*)> memory(static_cast<char*>(std::aligned_alloc(128, room)), release);
     if (!memory) throw std::bad_alloc();
     m.shared = memory.get();
+    m.shared_bytes = size_t(shared);
     m.body = body;
     m.threads = threads;
     m.fibers.resize(std::max(m.fibers.size(), size_t(threads)));
     for (m.block = 0; m.block < blocks; ++m.block) {
         std::memset(m.shared, 0xff, size_t(shared) + Machine::GUARD);
+        m.races.start(threads, shared);
         m.warps.assign(threads / 32, Warp());
         for (Gate& gate : m.gates) gate = Gate();
         m.error.clear();
@@ -187,3 +219,25 @@ inline void run(int64_t blocks, int threads, int shared, std::function<void()> b
 
 }  // namespace emulated
 }  // namespace pyglobenc
+
+#ifdef PYGLOBENC_RACES
+extern "C" {
+#define PYGLOBENC_TOUCH(BYTES)                                                                         \
+    void __tsan_read##BYTES(void* at) { pyglobenc::emulated::touch(at, BYTES, false); }                \
+    void __tsan_write##BYTES(void* at) { pyglobenc::emulated::touch(at, BYTES, true); }                \
+    void __tsan_unaligned_read##BYTES(void* at) { pyglobenc::emulated::touch(at, BYTES, false); }      \
+    void __tsan_unaligned_write##BYTES(void* at) { pyglobenc::emulated::touch(at, BYTES, true); }
+PYGLOBENC_TOUCH(1)
+PYGLOBENC_TOUCH(2)
+PYGLOBENC_TOUCH(4)
+PYGLOBENC_TOUCH(8)
+PYGLOBENC_TOUCH(16)
+#undef PYGLOBENC_TOUCH
+void __tsan_read_range(void* at, size_t bytes) { pyglobenc::emulated::touch(at, bytes, false); }
+void __tsan_write_range(void* at, size_t bytes) { pyglobenc::emulated::touch(at, bytes, true); }
+void __tsan_vptr_update(void**, void*) {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_init() {}
+}
+#endif

@@ -34,7 +34,8 @@ def backend():
     return "cuda"
 
 
-# heads of odd sizes and of each way through the sums, blocks of queries and keys and one more, queries that see no key
+# heads of odd sizes and of each way through the sums, blocks of queries and keys and one more, queries that see no key, windows that end
+# on the first row of a tile
 @pytest.mark.parametrize(
     "case",
     [
@@ -42,6 +43,7 @@ def backend():
         Case(B=1, n=65, dh=80, mask="holes", additive=True, normalize=True),
         Case(n=34, dh=5, window=(4, 11)),
         Case(n=33, window=(-1, 0), mask="left"),
+        Case(B=1, H=1, n=100, window=(17, 33)),
         Case(B=1, H=1, n=19, dh=260),
     ],
     ids=str,
