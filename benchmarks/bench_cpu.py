@@ -19,6 +19,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 from pyglobenc import GlobEnc, TransformerAttribution, capture
 from pyglobenc.ops import head_gram, rollout_step, token_norms
 
+DEVICE = torch.device("cpu")
 BASE = dict(max_position_embeddings=4096)
 MINILM = dict(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
 LONG = 16_384

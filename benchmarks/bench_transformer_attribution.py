@@ -1,4 +1,5 @@
-"""Transformer attribution on BERT-base's shape against the same model's plain forward pass (stock transformers, SDPA, float32, batch 1).
+"""Transformer attribution on BERT-base's shape against the same model's plain forward pass (stock transformers, SDPA, float32, batch 1),
+on a GPU if there is one.
 
     pytest benchmarks/bench_transformer_attribution.py --csv transformer_attribution
 
@@ -16,10 +17,11 @@ from statistics import median
 import pytest
 import torch
 from chefer import direct, relative
-from measure import paired_ratio, peak_memory_mb
+from measure import DEVICE, paired_ratio, peak_memory_mb
 from transformers import BertConfig, BertForSequenceClassification
 
 from pyglobenc import TransformerAttribution
+from pyglobenc.costs import synchronize
 
 LENGTHS = (128, 256, 512)
 ROUNDS = 3
@@ -27,7 +29,7 @@ ROUNDS = 3
 
 def base():
     torch.manual_seed(0)
-    return BertForSequenceClassification(BertConfig(attn_implementation="sdpa")).eval()
+    return BertForSequenceClassification(BertConfig(attn_implementation="sdpa")).to(DEVICE).eval()
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +38,19 @@ def model():
 
 
 def batch_of(n):
-    ids = torch.randint(1000, 30000, (1, n))
+    ids = torch.randint(1000, 30000, (1, n)).to(DEVICE)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def run(benchmark, call, forward, rounds):
+    def finished(call):
+        return lambda: (call(), synchronize(DEVICE))
+
+    call, forward = finished(call), finished(forward)
     call()
     benchmark.extra_info.update(paired_ratio(call, forward, rounds))
-    benchmark.extra_info["cpu_ratio"] = f"{processor_ratio(call, forward, rounds):.3f}"
+    if DEVICE.type == "cpu":
+        benchmark.extra_info["cpu_ratio"] = f"{processor_ratio(call, forward, rounds):.3f}"
     benchmark.pedantic(call, rounds=rounds, iterations=1, warmup_rounds=0)
 
 
@@ -92,6 +99,8 @@ def bench_materialised(benchmark, model, n):
 @pytest.mark.parametrize("what", ["forward", "row_mode", "materialised"])
 @pytest.mark.parametrize("n", [128, 512])
 def bench_peak_memory(benchmark, monkeypatch, n, what):
+    if DEVICE.type != "cpu":
+        pytest.skip("is of the CPU's memory; bench_methods.py has a GPU's")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     benchmark.extra_info["peak_mib"] = f"{peak_memory_mb(Path(__file__), what, str(n)):.0f}"
     benchmark.pedantic(lambda: None, rounds=1, iterations=1)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from measure import DEVICE
 
 from pyglobenc.device_table import device_name
 
@@ -28,10 +29,16 @@ def is_quick(params: dict) -> bool:
     return params.get("n", 0) * params.get("batch", 1) <= QUICK_TOKENS and params.get("dtype", "float32") in QUICK_DTYPES
 
 
+# node of a benchmark -> kind of the device that it ran on
+KINDS = {}
+
+
 @pytest.fixture(autouse=True)
-def threads(request):
+def surroundings(request):
     torch.set_num_threads(request.config.getoption("--threads"))
     torch.manual_seed(0)
+    # a suite for one device alone says which
+    KINDS[request.node.nodeid] = getattr(request.module, "DEVICE", DEVICE).type
 
 
 def pytest_sessionfinish(session):
@@ -59,6 +66,6 @@ def row_of(benchmark, threads: int) -> dict:
         "rounds": stats.rounds,
         **benchmark.extra_info,
         "threads": threads,
-        "device": device_name("cuda" if torch.cuda.is_available() else "cpu"),
+        "device": device_name(KINDS[benchmark.fullname]),
         "torch": torch.__version__,
     }

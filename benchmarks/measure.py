@@ -7,6 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median, quantiles
 
+import torch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 
 def paired_ratio(call: Callable[[], object], baseline: Callable[[], object], rounds: int) -> dict[str, str]:
     """Run baseline and call in turn and return the quartiles of call's time over the baseline's of the same round.

@@ -123,7 +123,7 @@ def direct(model, batch, select, head, position=0, start_layer=0, rules=OURS):
 
     x = at(io[rest[-1] if rest else row[0]][0])
     through, _ = rules
-    r = through(torch.ones(1, 1, dtype=x.dtype), at(io[row[0]][0]), row[1])
+    r = through(torch.ones(1, 1, dtype=x.dtype, device=x.device), at(io[row[0]][0]), row[1])
     for module in rest:
         r = through(r, at(io[module][0]), module.weight.detach())
     r = clone(x, r)
@@ -135,7 +135,7 @@ def direct(model, batch, select, head, position=0, start_layer=0, rules=OURS):
         found.insert(0, a)
     rolled = None
     for a in found[start_layer:]:
-        a = torch.eye(len(a), dtype=a.dtype) + a
+        a = torch.eye(len(a), dtype=a.dtype, device=a.device) + a
         if not trace.layers[0].modules.pre_norm:
             a = a / a.sum(-1, keepdim=True)
         rolled = a if rolled is None else a @ rolled

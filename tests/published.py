@@ -98,7 +98,7 @@ def _layer(m, alpha: Tensor, x: Tensor, value: Tensor, sums: dict) -> dict[str, 
         rms = (z.square().mean(-1) + m.added_norm.eps).sqrt()
         per_head = per_head / rms[:, None, :, None, None] * (1 + m.added_norm.weight)
     vectors = {"N": per_head.sum(1)}
-    vectors["N_Res"] = vectors["N"] + torch.eye(x.shape[1], dtype=x.dtype)[None, :, :, None] * x[:, :, None, :]
+    vectors["N_Res"] = vectors["N"] + torch.eye(x.shape[1], dtype=x.dtype, device=x.device)[None, :, :, None] * x[:, :, None, :]
     if not m.pre_norm:
         vectors["N_ResLN"] = _normalize(vectors["N_Res"], sums[m.attention_norm], m.attention_norm)
         vectors["N_Enc"] = _normalize(vectors["N_ResLN"], sums[m.output_norm], m.output_norm)
