@@ -3,11 +3,14 @@
 The CUDA backend takes these tests over in cuda/test_rules.py.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from numerics import assert_as_good_as_torch
 
 from pyglobenc.backends import reasons
+from pyglobenc.kernels import _device
 from pyglobenc.ops import add_relevance, clone_relevance, linear_relevance
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -134,3 +137,22 @@ def test_refuses_with_reasons(backend):
     # not by the op: torch would only compute its shape
     (reason,) = reasons("linear_relevance", backend, (t, t, random(3, 3), None, t, torch.zeros(3, device="meta")))
     assert reason.startswith("tensors are on several devices: x ") and reason.endswith("bias meta")
+
+
+@pytest.mark.parametrize(
+    "capability, problem, expected",
+    [
+        ((9, 0), None, []),
+        ((7, 5), None, ["needs compute capability 8.0 or later"]),
+        ((9, 0), "Failed to find C compiler", ["Triton doesn't start: Failed to find C compiler"]),
+    ],
+)
+def test_reasons_of_a_gpu(capability, problem, expected, monkeypatch):
+    monkeypatch.setattr(_device, "interpreting", lambda: False)
+    monkeypatch.setattr(_device, "driver_problem", lambda: problem)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert _device.device_reasons({"x": SimpleNamespace(device=torch.device("cuda:0"))}) == expected
+
+
+def test_triton_starts_where_there_is_a_gpu():
+    assert (_device.driver_problem() is None) == (DEVICE == "cuda")

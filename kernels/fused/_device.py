@@ -61,6 +61,16 @@ def registers(most: int) -> dict[str, int]:
     return {} if torch.version.hip else {"maxnreg": most}
 
 
+@cache
+def driver_problem() -> str | None:
+    """Why Triton can't launch kernels, or None: up to 3.6 at least its launchers take a C compiler, which many containers lack."""
+    try:
+        _ = triton.runtime.driver.active.utils
+    except Exception as error:
+        return str(error)
+    return None
+
+
 def device_reasons(tensors: dict[str, Tensor | None]) -> list[str]:
     """Why these tensors can't meet in a Triton kernel, dtypes aside."""
     given = {name: t for name, t in tensors.items() if t is not None}
@@ -73,7 +83,8 @@ def device_reasons(tensors: dict[str, Tensor | None]) -> list[str]:
             return ["TRITON_INTERPRET is set: kernels run interpreted, on CPU tensors"]
         if not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
             return ["needs compute capability 8.0 or later"]
-        return []
+        problem = driver_problem()
+        return [] if problem is None else [f"Triton doesn't start: {problem}"]
     if device.type != "cpu" or not interpreting():
         return [f"needs tensors on a GPU, got {device}"]
     return []
