@@ -14,9 +14,9 @@ inline int threads() { return emulated::machine.threads; }
 inline int warp() { return thread() / 32; }
 inline int lane() { return thread() % 32; }
 inline char* shared() { return emulated::machine.shared; }
-inline void barrier(int id, int count) { emulated::arrive(emulated::machine.gates[id], count, "barrier"); }
+inline void barrier(int id, int count) { emulated::arrive(emulated::machine.gates[id], count, "barrier", true); }
 inline void barrier() { barrier(0, threads()); }
-inline void warp_barrier() { emulated::exchange(0, "warp_barrier"); }
+inline void warp_barrier() { emulated::exchange(0, "warp_barrier", true); }
 
 template <class V>
 V shuffle(V x, int from) {
@@ -158,6 +158,7 @@ template <int BYTES>
 void copy_async(void* to, const void* from, bool ok) {
     static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "copies are of 4, 8 or 16 bytes");
     if (uintptr_t(to) % BYTES || (ok && uintptr_t(from) % BYTES)) emulated::fail("copy_async of unaligned bytes");
+    emulated::touch(to, BYTES, true);
     std::memset(to, 0xff, BYTES);
     emulated::machine.fibers[thread()].copies.back().push_back({to, ok ? from : nullptr, BYTES});
 }
@@ -169,6 +170,7 @@ void wait_copies() {
     auto& groups = emulated::machine.fibers[thread()].copies;
     while (int(groups.size()) > N + 1) {
         for (const emulated::Copy& copy : groups.front()) {
+            emulated::touch(copy.to, copy.bytes, true);
             if (copy.from) std::memcpy(copy.to, copy.from, copy.bytes);
             else std::memset(copy.to, 0, copy.bytes);
         }
