@@ -130,7 +130,7 @@ def _hooks(model: PreTrainedModel, trace: Trace, found: list[LayerModules], extr
         yield module.register_forward_pre_hook(keep_input, with_kwargs=True)
     yield from own_attention_hooks(found, RECORDERS)
     for module in extra:
-        yield module.register_forward_hook(lambda module, args, output: trace.io.__setitem__(module, (args[0], output)))
+        yield module.register_forward_hook(lambda module, args, output: trace.io.__setitem__(module, (args[0].to(output.device), output)))
 
 
 def _norms(found: list[LayerModules]) -> Iterator[tuple[str, nn.Module]]:
@@ -170,6 +170,8 @@ def _recorder(trace: Trace, module: nn.Module):
         layer = trace.next_layer("attention", module)
         for name, value in tensors.items():
             setattr(layer, name, value)
+        # a block on another device than the one before it fetches its input inside its forward pass
+        layer.x = layer.x.to(layer.q.device)
 
     return record
 

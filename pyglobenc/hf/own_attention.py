@@ -45,7 +45,9 @@ def _record(layer: LayerModules, projected: dict[str, Tensor], recorders: Mappin
 
     @torch.no_grad()
     def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        own = layer.own_scores(module, arguments.bind(*args, **kwargs).arguments)
+        given = arguments.bind(*args, **kwargs)
+        given.apply_defaults()
+        own = layer.own_scores(module, given.arguments)
         heads = module.num_attention_heads
         q, k, v = (projected[name].detach().unflatten(2, (heads, -1)).transpose(1, 2) for name in ("query", "key", "value"))
         o, lse = attention(q, k, v, key_mask=own.key_mask, scaling=own.scaling, score_mod=own.score_mod)

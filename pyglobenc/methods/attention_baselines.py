@@ -12,14 +12,16 @@ from pyglobenc.reference.token_norms import take_queries
 
 def attention_row(layer: LayerTrace, position: Tensor) -> Tensor:
     """Attention of the tokens `position` (B,), averaged over heads: (B, n)."""
-    q, lse = take_queries(layer.q, position[:, None]), take_queries(layer.lse, position[:, None])
-    tiles = probability_tiles(q, layer.k, lse, layer.key_mask, layer.scaling, layer.window, position[:, None])
+    rows = position[:, None].to(layer.q.device)
+    q, lse = take_queries(layer.q, rows), take_queries(layer.lse, rows)
+    tiles = probability_tiles(q, layer.k, lse, layer.key_mask, layer.scaling, layer.window, rows)
     return next(tiles)[2].mean(1)[:, 0]
 
 
 def roll_out_attention(layers: Sequence[LayerTrace], row: Tensor) -> Tensor:
     """Rollout of head-averaged attention, rows of I + A divided by their sum: row (B, 1, n) of a unit vector -> (B, n)."""
     for layer in reversed(layers):
+        row = row.to(layer.q.device)
         out = torch.zeros_like(row)
         for rows, _, alpha in _tiles(layer):
             attention = alpha.mean(1)
@@ -36,7 +38,7 @@ def grad_cam(layer: LayerTrace, grad_o: Tensor, position: Tensor) -> Tensor:
     The mean gradient of a head has a closed form, <sum_i grad_o[i], sum_j v[j]> / n^2. Padding is left out of the mean and of the
     extremes, so that a padded example gets the values it has alone.
     """
-    mask = layer.key_mask
+    mask, position = layer.key_mask, position.to(layer.q.device)
     v = layer.v if mask is None else layer.v * mask[:, None, :, None]
     count = layer.q.shape[2] if mask is None else mask.sum(1).to(v.dtype)[:, None]
     weights = (grad_o.sum(2) * v.sum(2)).sum(-1) / count**2

@@ -44,7 +44,7 @@ def forward_errors(states: States, weights: WeightCache) -> list[LayerError]:
     """Errors of every layer of a forward pass, first to last."""
     errors, x = [], states.layers[0].x.square()
     for layer, above in zip(states.layers, [*states.layers[1:], None], strict=True):
-        m = layer.modules
+        m, x = layer.modules, x.to(layer.x.device)
         hidden, mlp = states.take(m.mlp_output)
         y, _ = states.take(m.intermediate)
         _, attended = states.take(m.output)
@@ -66,7 +66,7 @@ def forward_errors(states: States, weights: WeightCache) -> list[LayerError]:
         if m.pre_norm or above is None:
             x = at_returned
         else:
-            x = _after_norm(at_returned, m.output_norm, layer.norms["output_norm"].rstd, above.x)
+            x = _after_norm(at_returned, m.output_norm, layer.norms["output_norm"].rstd, above.x.to(at_returned.device))
     return errors
 
 

@@ -109,9 +109,10 @@ class StoredMatrix:
     matrix: Tensor
 
     def rows(self, targets: Tensor) -> Tensor:
-        return self.matrix.gather(1, targets[..., None].expand(-1, -1, self.matrix.shape[2]))
+        return self.matrix.gather(1, targets.to(self.matrix.device)[..., None].expand(-1, -1, self.matrix.shape[2]))
 
     def step(self, r: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+        r, log_scale = r.to(self.matrix), log_scale.to(self.matrix)
         return rescale_rows(r @ self.matrix, log_scale)
 
     def full(self) -> Tensor:

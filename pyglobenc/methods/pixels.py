@@ -22,7 +22,7 @@ def pixel_relevance(model: PreTrainedModel, states: States, r: Relevance, rules:
     positions = position_embeddings(base).detach().to(pixels.dtype)
     if positions.shape[1] != tokens.shape[1]:
         raise ValueError("TransformerAttribution: relevance of pixels needs the image size that the model was trained for")
-    r, _ = rules.add(r, tokens, positions.expand_as(tokens))
+    r, _ = rules.add(r.to(tokens.device), tokens, positions.expand_as(tokens))
     r = r.values[:, len(prefix) :].transpose(1, 2).reshape_as(patches)
     return _convolution(r, pixels, convolution).sum(1)
 

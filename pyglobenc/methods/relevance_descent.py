@@ -39,7 +39,8 @@ class Descent:
         self.normalize = normalize
         depth = len(states.layers)
         self.errors = forward_errors(states, rules.weights) if estimate else [None] * depth
-        self._moved = 0.0  # expected squared error of the row, (B, n), in units of the rounding unit squared
+        # expected squared error of the row, (B, n), in units of the rounding unit squared
+        self._moved = torch.zeros((), device=states.layers[-1].x.device)
         self._row: Tensor | None = None
         self.token_sums: dict[int, Tensor] = {}
         self.maps: dict[str, dict[int, Tensor]] = defaultdict(dict)
@@ -47,7 +48,11 @@ class Descent:
     def start_row(self) -> Tensor:
         """The unit row of the pooled token, (B, 1, n), that a rollout starts from."""
         row = torch.zeros_like(self.states.layers[-1].x[:, None, :, 0])
-        return row.scatter_(2, self.states.target.position[:, None, None], 1)
+        return row.scatter_(2, self._position(row)[:, None, None], 1)
+
+    def _position(self, t: Tensor) -> Tensor:
+        """The pooled token, (B,), where t lies."""
+        return self.states.target.position.to(t.device)
 
     def roll_out(self, start_layer: int, lowest: int, names: tuple[str, ...] = ()) -> tuple[Tensor, Relevance | None]:
         """Row of the rollout from the top layer to start_layer, (B, n), and the relevance of the input, (B, n, d).
@@ -63,7 +68,7 @@ class Descent:
             grad = states.grads[index] if self.gradient else None
             s, residual = down_to_attention(states, index, r, rules, self.errors[index])
             self._keep(names, index, s.values)
-            rolling = index >= start_layer
+            roll, rolling = roll.to(layer.x.device), index >= start_layer
             if index < lowest:
                 rolled = rules.roll(layer, grad, s.values, roll, self.normalize)
                 self._count(index, s, roll, rolled)
@@ -83,7 +88,7 @@ class Descent:
         """Take note of the error that a layer's map brings to the row (B, 1, n), before and after its step; before None: all of it."""
         if s.error is None:
             return
-        position, grad = self.states.target.position, self.states.grads[index] if self.gradient else None
+        position, grad = self._position(after), self.states.grads[index] if self.gradient else None
         own, moved = map_row_error(self.states.layers[index], self.errors[index], grad, s, position, self.rules.weights)
         if before is not None:
             # the other rows' part has the error of the queries that it comes from
@@ -92,7 +97,7 @@ class Descent:
             others = (norm * error).sum(1, keepdim=True) / norm.sum(1, keepdim=True).clamp(min=TINY)
             weight = before[:, 0].gather(1, position[:, None])
             moved = moved * weight.square() + others * (after[:, 0] - before[:, 0] - weight * own).square()
-        self._moved = self._moved + moved
+        self._moved = self._moved.to(moved.device) + moved
         self._row = after[:, 0]
 
     def estimated_error(self) -> Tensor:
@@ -101,7 +106,7 @@ class Descent:
         if scores is None:
             moved, scores = self.input.squared_error().sum(-1), self.input.values.sum(-1)
         else:
-            moved, scores = (t.scatter(1, self.states.target.position[:, None], 0) for t in (moved, scores))
+            moved, scores = (t.scatter(1, self._position(t)[:, None], 0) for t in (moved, scores))
         unit = torch.finfo(self.states.dtype).eps / 2
         return (moved.sum(1) / scores.square().sum(1).clamp(min=TINY)).sqrt().double() * unit
 
@@ -109,7 +114,7 @@ class Descent:
         """Row of the pooled token in the map of one layer, (B, n)."""
         _, r = self.roll_out(len(self.states.layers), index + 1)
         s, _ = down_to_attention(self.states, index, r, self.rules, self.errors[index])
-        row = self._map(index, s.values, self.states.target.position[:, None])
+        row = self._map(index, s.values, self._position(s.values)[:, None])
         self._count(index, s, None, row)
         return row[:, 0]
 

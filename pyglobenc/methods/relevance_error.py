@@ -34,6 +34,10 @@ class Relevance:
     values: Tensor
     error: Tensor | None
 
+    def to(self, device: torch.device) -> "Relevance":
+        """The same on a device: the parts of a model may lie on several."""
+        return Relevance(self.values.to(device), None if self.error is None else self.error.to(device))
+
     def squared_error(self) -> Tensor:
         """Squared error of the values, (B, n, d)."""
         return self.values.square() * self.error

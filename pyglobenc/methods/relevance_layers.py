@@ -28,24 +28,24 @@ def head_relevance(states: States, rules: Rules, estimate: bool) -> Relevance:
     With estimate it carries its error."""
     target, top = states.target, states.head[0]
     weight = top.weight.detach()
-    row = weight[target.index].to(states.dtype)
+    row = weight[target.index.to(weight.device)].to(states.dtype)
     if target.contrast is not None:
         # the difference of two logits is one output whose weights are the difference
-        row = row - weight[target.contrast].to(states.dtype)
+        row = row - weight[target.contrast.to(weight.device)].to(states.dtype)
     x = _at(states.take(top)[0], target.position)
     r = Relevance(rules.logit(x, row[:, None]), torch.ones_like(x[..., :1]) if estimate else None)
     for module in states.head[1:]:
         x, returned = (_at(t, target.position) for t in states.take(module))
-        r = rules.linear(r, module, x, returned)
-    r = rules.clone([r], x)
+        r = rules.linear(r.to(x.device), module, x, returned)
     last = states.layers[-1].x
-    index = target.position[:, None, None].expand(-1, 1, last.shape[2])
+    r = rules.clone([r], x).to(last.device)
+    index = target.position[:, None, None].expand(-1, 1, last.shape[2]).to(last.device)
     return Relevance(torch.zeros_like(last).scatter_(1, index, r.values), feature_mean(r))
 
 
 def _at(t: Tensor, position: Tensor) -> Tensor:
     """The token `position` (B,) of t (B, n, d), (B, 1, d); a t of (B, d) holds it already."""
-    return t[:, None] if t.dim() == 2 else t[torch.arange(t.shape[0], device=t.device), position][:, None]
+    return t[:, None] if t.dim() == 2 else t[torch.arange(t.shape[0], device=t.device), position.to(t.device)][:, None]
 
 
 def down_to_attention(states: States, index: int, r: Relevance, rules: Rules, errors: LayerError | None) -> tuple[Relevance, Residual]:
@@ -57,7 +57,7 @@ def down_to_attention(states: States, index: int, r: Relevance, rules: Rules, er
     merged, attended = states.take(m.output)
     # the MLP's residual: the tensor it reads after BERT's norm, before ViT's
     y = layer.x + attended if m.pre_norm else states.take(m.intermediate)[0]
-    r_mlp, r_y = rules.add(r, mlp, y, at_returned)
+    r_mlp, r_y = rules.add(r.to(y.device), mlp, y, at_returned)
     for module in (m.mlp_output, m.intermediate):
         r_mlp = rules.linear(r_mlp, module, *states.take(module))
     r = rules.clone([r_mlp, r_y], y)

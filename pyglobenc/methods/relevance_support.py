@@ -29,7 +29,7 @@ def check_layers(found: Sequence[LayerModules], captured: Sequence[LayerTrace] =
             if type(module) is not nn.Linear or not is_plain(module.weight):
                 _refuse(
                     f"{part} of a layer is a {type(module).__module__}.{type(module).__name__} whose weights aren't a plain matrix here; "
-                    "merge adapters (merge_and_unload), load it unquantised, and keep it on one device"
+                    "merge adapters (merge_and_unload), load it unquantised, and don't offload its weights"
                 )
         if m.scale is not None or m.added_norm is not None:
             _refuse("its layers scale or normalise the attention's output before the residual sum")

@@ -107,7 +107,7 @@ def _span(output: Any, target: Any, contrast: Index, position: Index, key_mask: 
         raise ValueError("TransformerAttribution: contrast needs classes; question answering has none")
     logits = output.start_logits if which == "start" else output.end_logits
     if position is None:
-        real = logits if key_mask is None else logits.masked_fill(~key_mask, float("-inf"))
+        real = logits if key_mask is None else logits.masked_fill(~key_mask.to(logits.device), float("-inf"))
         at = real.argmax(-1)
     else:
         at = _indices("position", position, *logits.shape, logits.device)
@@ -131,5 +131,5 @@ def _indices(name: str, value: Any, batch: int, size: int, device: torch.device)
 
 def _check_real(at: Tensor, key_mask: Tensor | None) -> None:
     if key_mask is not None:
-        real = key_mask.gather(1, at[:, None]).all()
+        real = key_mask.gather(1, at[:, None].to(key_mask.device)).all()
         require(real, lambda: ValueError("TransformerAttribution: position is a padding token"))

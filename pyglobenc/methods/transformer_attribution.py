@@ -18,6 +18,7 @@ from pyglobenc.methods.relevance_states import States, run_again, run_forward
 from pyglobenc.methods.relevance_target import Index, head_kind
 from pyglobenc.methods.relevance_variants import PUBLISHED, VARIANTS, Variant, variant_scores
 from pyglobenc.methods.reliability import DIGITS_GONE, MEASURED_BELOW, METHODS, PrecisionWarning, distance
+from pyglobenc.methods.rollout import stack_layers
 from pyglobenc.values import may_look, require
 
 
@@ -135,7 +136,7 @@ class TransformerAttribution:
         result = self._result(scores, states, how)
         if how == "measured":
             moved = self._descent(run_again(self.model, batch, states), chosen)
-            own = states.target.position if self.prefix is None and chosen.kind != "input" else None
+            own = states.target.position.to(scores.device) if self.prefix is None and chosen.kind != "input" else None
             result.error = distance(variant_scores(self.model, chosen, moved, start_layer, self.prefix), scores, own)
         elif how == "estimated":
             result.error = descent.estimated_error()
@@ -229,9 +230,9 @@ class TransformerAttribution:
     def _add_layers(result: RelevanceResult, descent: Descent, layers: bool) -> None:
         sums = [descent.token_sums[index] for index in sorted(descent.token_sums)]
         if sums:
-            totals = torch.stack([t.sum(-1) for t in sums], dim=1)
+            totals = stack_layers([t.sum(-1) for t in sums])
             result.diagnostics = {"relevance_sums": totals, "conservation": (totals - 1).abs().amax(1)}
         if layers:
-            result.relevance = torch.stack(sums[:-1], dim=1)
+            result.relevance = stack_layers(sums[:-1])
         for name, by_layer in descent.maps.items():
-            result.maps[name] = torch.stack([by_layer[index] for index in sorted(by_layer)], dim=1)
+            result.maps[name] = stack_layers([by_layer[index] for index in sorted(by_layer)])

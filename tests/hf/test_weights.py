@@ -5,9 +5,10 @@ import importlib.util
 
 import pytest
 import torch
+from devices import Devices
 from models import build, random_batch
 
-from pyglobenc import GlobEnc
+from pyglobenc import GlobEnc, TransformerAttribution
 from pyglobenc.hf.unwrap import stock_model
 from pyglobenc.hf.weights import dense_weight
 
@@ -80,14 +81,16 @@ def test_compiled_models(how):
         torch.testing.assert_close(compiled(**batch).logits, before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("where", ["cpu", "disk"])
 @pytest.mark.parametrize("name", ["bert-classifier", "dinov2", "gemma2"])
-def test_offloaded_weights(name):
+def test_offloaded_weights(name, where, tmp_path):
     accelerate = library("accelerate")
     model = build(name)
     batch = random_batch(model, 2, 9, pads=[0, 3])
     maps = ["N", "mix_N_Res", "head_N"]
     exact = GlobEnc(model)(**batch, maps=maps)
-    offloaded = accelerate.cpu_offload(model, execution_device="cpu")
+    folder = [tmp_path] if where == "disk" else []
+    offloaded = getattr(accelerate, f"{where}_offload")(model, *folder, execution_device=torch.device("cpu"))
     assert all(parameter.device.type == "meta" for parameter in offloaded.parameters())
     globenc = GlobEnc(offloaded)
     for _ in range(2):
@@ -95,6 +98,28 @@ def test_offloaded_weights(name):
         torch.testing.assert_close(result.scores, exact.scores, rtol=0, atol=0)
         for kind in maps:
             torch.testing.assert_close(result.maps[kind], exact.maps[kind], rtol=0, atol=0)
+
+
+def test_layers_on_devices_of_their_own():
+    """As accelerate dispatches them."""
+    accelerate = library("accelerate")
+    model, plain = build("bert-classifier"), build("bert-classifier")
+    batch = random_batch(plain, 2, 9, pads=[0, 3])
+    places = {"bert.embeddings": "cpu:1", "bert.encoder.layer.0": "cpu:1", "bert.encoder.layer.1": "cpu:2", "bert.encoder.layer.2": "cpu:1"}
+    places |= dict.fromkeys(("bert.pooler", "dropout", "classifier"), "cpu:2")
+    with Devices().apart():
+        places = {name: torch.device(place) for name, place in places.items()}
+        accelerate.dispatch_model(model, places, main_device=torch.device("cpu:1"), force_hooks=True)
+        assert len({parameter.device for parameter in model.parameters()}) == 2
+        norms, relevance = GlobEnc(model)(**batch), TransformerAttribution(model)(**batch)
+    torch.testing.assert_close(norms.scores, GlobEnc(plain)(**batch).scores, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(relevance.scores, TransformerAttribution(plain)(**batch).scores, rtol=1e-12, atol=1e-12)
+
+
+def test_relevance_refuses_offloaded_weights():
+    offloaded = library("accelerate").cpu_offload(build("bert-classifier"), execution_device="cpu")
+    with pytest.raises(ValueError, match="don't offload its weights"):
+        TransformerAttribution(offloaded)(**random_batch(build("bert-classifier"), 1, 5))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
