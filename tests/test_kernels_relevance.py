@@ -3,6 +3,7 @@
 The CUDA backend takes these tests over in cuda/test_relevance.py.
 """
 
+import mmap
 from dataclasses import dataclass
 
 import pytest
@@ -120,6 +121,41 @@ def test_strided(backend):
     out = relevance_attention(**strided, r=r.mT.contiguous().mT, backend=backend)
     for mine, expected in zip(out, relevance_attention(**args, r=r, backend=backend), strict=True):
         assert torch.equal(mine, expected)
+
+
+def far_memory() -> torch.Tensor:
+    """2^31 floats and some; on the CPU only those written take memory."""
+    count = 2**31 + 2**16
+    if DEVICE == "cuda":
+        if torch.cuda.mem_get_info()[0] < 5 * count:
+            pytest.skip("needs 10 GB of free GPU memory")
+        return torch.empty(count, device=DEVICE)
+    # 0x4000: Linux's MAP_NORESERVE, which Python names from 3.12 on
+    return torch.frombuffer(mmap.mmap(-1, 4 * count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_offsets_beyond_32_bits(axis, backend):
+    args, r = layer(Case(n=9, T=2))
+    memory, used = far_memory(), 0
+
+    def far(t):
+        """t with the first and last entry along the axis 2^31 floats apart."""
+        nonlocal used
+        if not isinstance(t, torch.Tensor):
+            return t
+        rest = [1 if at == axis else size for at, size in enumerate(t.shape)]
+        steps = list(torch.empty(rest).stride())
+        steps[axis] = 2**31 // (t.shape[axis] - 1)
+        out = memory.as_strided(t.shape, steps, used).copy_(t)
+        used += t.numel() // t.shape[axis]
+        return out
+
+    apart, far_r = {name: far(t) for name, t in args.items()}, far(r)
+    out, plain = (relevance_attention(**given, r=rows, backend=backend) for given, rows in ((apart, far_r), (args, r)))
+    assert all(torch.equal(*pair) for pair in zip(out, plain, strict=True))
+    out, plain = (relevance_maps(**given, backend=backend) for given in (apart, args))
+    assert torch.equal(out, plain)
 
 
 @pytest.mark.parametrize("B, n, T", [(0, 4, 1), (2, 0, 1), (2, 4, 0)])

@@ -10,6 +10,7 @@ from test_kernels_relevance import (  # noqa: F401
     layer,
     test_empty,
     test_more_rows_than_a_pass_takes,
+    test_offsets_beyond_32_bits,
     test_refuses_other_dtypes,
     test_relevance_attention,
     test_relevance_maps,
