@@ -1,6 +1,6 @@
 // Runs a block of threads on the CPU: each is a fiber that goes on until it must wait for others, at a barrier or where its warp meets.
-// What hardware leaves to chance is made to hurt: shared memory and bytes still being copied hold NaN, each warp, in either order, runs as far
-// as it gets before the next, and threads that wait for ones that never come are an error.
+// What hardware leaves to chance is made to hurt: shared memory and bytes still being copied hold NaN, each warp, in either order, runs as
+// far as it gets before the next; races for shared memory and threads that wait for ones that never come are errors.
 #pragma once
 
 #include <setjmp.h>
@@ -219,25 +219,3 @@ inline void run(int64_t blocks, int threads, int shared, std::function<void()> b
 
 }  // namespace emulated
 }  // namespace pyglobenc
-
-#ifdef PYGLOBENC_RACES
-extern "C" {
-#define PYGLOBENC_TOUCH(BYTES)                                                                         \
-    void __tsan_read##BYTES(void* at) { pyglobenc::emulated::touch(at, BYTES, false); }                \
-    void __tsan_write##BYTES(void* at) { pyglobenc::emulated::touch(at, BYTES, true); }                \
-    void __tsan_unaligned_read##BYTES(void* at) { pyglobenc::emulated::touch(at, BYTES, false); }      \
-    void __tsan_unaligned_write##BYTES(void* at) { pyglobenc::emulated::touch(at, BYTES, true); }
-PYGLOBENC_TOUCH(1)
-PYGLOBENC_TOUCH(2)
-PYGLOBENC_TOUCH(4)
-PYGLOBENC_TOUCH(8)
-PYGLOBENC_TOUCH(16)
-#undef PYGLOBENC_TOUCH
-void __tsan_read_range(void* at, size_t bytes) { pyglobenc::emulated::touch(at, bytes, false); }
-void __tsan_write_range(void* at, size_t bytes) { pyglobenc::emulated::touch(at, bytes, true); }
-void __tsan_vptr_update(void**, void*) {}
-void __tsan_func_entry(void*) {}
-void __tsan_func_exit() {}
-void __tsan_init() {}
-}
-#endif

@@ -26,7 +26,8 @@ DEVICE Weighted fetch_query(const Place& place, int row, int rows) {
 template <bool ROLLOUT, int QUERIES>
 DEVICE void list(const PairArgs& p, const Place& place, int row, const Weighted& query, Listed<QUERIES>& out) {
     if (place.warp != 0) return;
-    out.any = any(query.position >= 0);
+    const bool some = any(query.position >= 0);
+    if (place.thread == 0) out.any = some;
     if (place.thread >= QUERIES) return;
     out.rows[place.thread] = query.position < 0 ? 0 : query.position * p.q_row;
     out.positions[place.thread] = query.position;

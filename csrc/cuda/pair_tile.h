@@ -160,7 +160,7 @@ DEVICE void score(const PairArgs& p, const Place& place, const Rows<QUERIES>& ro
 template <class T, int AT_ONCE, int QUERIES>
 DEVICE void head_alpha(const PairArgs& p, const Place& place, const Rows<QUERIES>& rows, int head, int next, Fragments<QUERIES>& queries,
                        float* lse, Twin* alpha) {
-    lse[lane() % QUERIES] = queries.lse * LOG2_E;
+    if (lane() < QUERIES) lse[lane()] = queries.lse * LOG2_E;
     warp_barrier();
     Twin* const to[2] = {alpha + pair_at(lane() % 4, lane() / 4), alpha + pair_at(lane() % 4, 8 + lane() / 4)};
     UNROLL
