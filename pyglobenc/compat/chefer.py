@@ -7,13 +7,14 @@
 Batches may hold more than one example.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import BertForSequenceClassification, PreTrainedModel, ViTConfig, ViTForImageClassification
 
-from pyglobenc.hf import LayerTrace
+from pyglobenc.hf import LayerTrace, find_layers
 from pyglobenc.hf.vit import patch_projection
 from pyglobenc.methods.inputs import check_batch
 from pyglobenc.methods.relevance_states import run_forward
@@ -46,6 +47,11 @@ class VisionTransformer(ViTForImageClassification):
     def forward(self, images: Tensor | None = None, **kwargs: Any) -> Any:
         """Logits (B, classes) of images (B, channels, height, width); with the stock model's keywords its output."""
         return super().forward(**kwargs) if images is None else super().forward(images).logits
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Load weights under transformers' names, or under the published code's, which are timm's."""
+        weights = _stock_names(self, state_dict) if "pos_embed" in state_dict else state_dict
+        return super().load_state_dict(weights, *args, **kwargs)
 
 
 class BaselineVisionTransformer(VisionTransformer):
@@ -205,6 +211,27 @@ def _vit(cls: type[VisionTransformer], name: str, pretrained: bool, num_classes:
         return cls.from_pretrained(name, num_labels=num_classes, ignore_mismatched_sizes=True)
     large = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096) if "large" in name else {}
     return cls(ViTConfig(num_labels=num_classes, **large)).eval()
+
+
+def _stock_names(model: VisionTransformer, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of the published class under the model's names; one that has no place here keeps its own."""
+    names = {module: name for name, module in model.named_modules()}
+    embeddings = names[model.vit.embeddings]
+    tokens = {"cls_token": f"{embeddings}.cls_token", "pos_embed": f"{embeddings}.position_embeddings"}
+    parts = {"patch_embed.proj": (patch_projection(model.vit),), "norm": (model.vit.layernorm,), "head": (model.classifier,)}
+    for index, m in enumerate(find_layers(model)):
+        block = {"norm1": (m.attention_norm,), "attn.qkv": (m.query, m.key, m.value), "attn.proj": (m.output,)}
+        block |= {"norm2": (m.output_norm,), "mlp.fc1": (m.intermediate,), "mlp.fc2": (m.mlp_output,)}
+        parts |= {f"blocks.{index}.{name}": modules for name, modules in block.items()}
+    out = {}
+    for name, value in weights.items():
+        part, _, kind = name.rpartition(".")
+        modules = parts.get(part)
+        if modules is None:
+            out[tokens.get(name, name)] = value
+        else:
+            out |= {f"{names[module]}.{kind}": rows for module, rows in zip(modules, value.chunk(len(modules)), strict=True)}
+    return out
 
 
 def _attribution(model: PreTrainedModel, backend: str) -> TransformerAttribution:

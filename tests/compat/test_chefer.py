@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 
 from pyglobenc.compat import chefer as compat
 from pyglobenc.compat.chefer import LRP, Baselines, Generator, VisionTransformer
+from pyglobenc.hf import find_layers
+from pyglobenc.hf.vit import patch_projection
 
 BERT = {
     "generate_LRP_last_layer": {},
@@ -201,6 +203,31 @@ def test_published_vits(monkeypatch):
     assert deit(pretrained=True, num_classes=3) == (VisionTransformer, "facebook/deit-base-patch16-224", 3)
     assert new(pretrained=True) == (compat.BaselineVisionTransformer, "google/vit-base-patch16-224", 1000)
     assert orig(pretrained=True) == (compat.OrigVisionTransformer, "google/vit-base-patch16-224", 1000)
+
+
+def test_weights_under_published_names():
+    model, cases = vision_golden()
+    names = {"patch_embed.proj": patch_projection(model.vit), "norm": model.vit.layernorm, "head": model.classifier}
+    published = {"cls_token": model.vit.embeddings.cls_token, "pos_embed": model.vit.embeddings.position_embeddings}
+    for index, m in enumerate(find_layers(model)):
+        block = {
+            "norm1": m.attention_norm,
+            "attn.proj": m.output,
+            "norm2": m.output_norm,
+            "mlp.fc1": m.intermediate,
+            "mlp.fc2": m.mlp_output,
+        }
+        names |= {f"blocks.{index}.{name}": module for name, module in block.items()}
+        for kind in ("weight", "bias"):
+            published[f"blocks.{index}.attn.qkv.{kind}"] = torch.cat([getattr(part, kind) for part in (m.query, m.key, m.value)])
+    published |= {f"{name}.{kind}": getattr(module, kind) for name, module in names.items() for kind in ("weight", "bias")}
+    loaded = VisionTransformer(model.config).double().eval()
+    loaded.load_state_dict(published)
+    assert same(loaded(cases[0][0]["pixel_values"]), cases[0][3]["logits"])
+    with pytest.raises(RuntimeError, match="pre_logits"):
+        loaded.load_state_dict(published | {"pre_logits.fc.weight": torch.ones(1)})
+    with pytest.raises(RuntimeError, match="Missing key.*classifier.bias"):
+        loaded.load_state_dict({name: value for name, value in published.items() if name != "head.bias"})
 
 
 def test_another_head(tmp_path):
