@@ -151,13 +151,21 @@ def test_a_text_that_breaks_its_batch_is_left_out_alone():
 def test_settings_that_fail_for_every_text_stop_the_job(corpus, tmp_path, minilm_is_tiny, capsys):
     assert run(corpus, tmp_path / "out", "--backend", "cuda") == 1
     assert "backend 'cuda' can't run" in capsys.readouterr().err
-    assert not list((tmp_path / "out").glob("*.parquet"))
+    # nothing that would refuse the settings put right
+    assert not (tmp_path / "out").exists()
 
 
-def test_nothing_attributed_is_a_failure(tmp_path, minilm_is_tiny):
+def test_a_rank_beyond_the_others_is_refused(corpus, tmp_path, minilm_is_tiny, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert run(corpus, tmp_path / "out") == 1
+    assert "RANK must lie in [0, 1)" in capsys.readouterr().err
+
+
+def test_nothing_attributed_is_a_failure(tmp_path, minilm_is_tiny, capsys):
     (tmp_path / "blank.txt").write_text("\n\n")
     assert run(tmp_path / "blank.txt", tmp_path / "out") == 1
     assert rejected(tmp_path / "out") == {0: "empty text", 1: "empty text"}
+    assert "not one record could be attributed" in capsys.readouterr().err
 
 
 def write_datasets(folder, texts):
@@ -223,6 +231,28 @@ def test_null_in_parquet(tmp_path):
     assert [record.reason for record in open_source(tmp_path / "a.parquet").records()] == [None, "no text"]
 
 
+def test_every_parquet_file_must_hold_texts(tmp_path):
+    pq.write_table(pa.table({"text": pa.array(["a", "b"]).dictionary_encode()}), tmp_path / "1.parquet")
+    assert [record.text for record in open_source(tmp_path).records()] == ["a", "b"]
+    for wrong, message in (({"text": [b"a"]}, "2.parquet: the column 'text' must hold strings, it holds binary"), ({"x": ["a"]}, "it has x")):
+        pq.write_table(pa.table(wrong), tmp_path / "2.parquet")
+        with pytest.raises(ValueError, match=message):
+            list(open_source(tmp_path).records())
+
+
+@pytest.mark.parametrize(
+    "name, data, options",
+    [
+        ("a.jsonl", b'{"sentence": "a, b", "label": 1}\n', {}),
+        ("a.jsonl", b'{"body": "a, b"}\n', {}),
+        ("a.csv", b'\xef\xbb\xbf"a, b",1\n', {"header": False}),
+    ],
+)
+def test_the_text_is_found(name, data, options, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    assert [record.text for record in open_source(tmp_path / name, **options).records()] == ["a, b"]
+
+
 @pytest.mark.parametrize(
     "name, data, options, message",
     [
@@ -230,6 +260,11 @@ def test_null_in_parquet(tmp_path):
         ("a.csv", b"one,two\n1,2\n", {"column": "three"}, "no column 'three'; it has one, two"),
         ("a.tsv", b"x\ty\n", {"header": False, "column": "2"}, "number below 2"),
         ("a.xml", b"<a/>", {}, "unknown format '.xml'"),
+        ("a.csv", b"", {}, "the first row is empty"),
+        ("a.txt", b"a\n", {"column": "text"}, "a text file has no columns, got 'text'"),
+        ("a.csv", "text\na film\n".encode("utf-16"), {}, "is UTF-16, not UTF-8"),
+        ("a.json", b'[\n {"text": "a"},\n {"text": "b"}\n]\n', {}, "begins with a JSON array"),
+        ("a.parquet", b"PAR1", {}, "a.parquet: can't be read"),
     ],
 )
 def test_unusable_input(name, data, options, message, tmp_path):
@@ -241,9 +276,18 @@ def test_unusable_input(name, data, options, message, tmp_path):
 def test_folders_that_are_no_corpus(tmp_path):
     with pytest.raises(ValueError, match="no state.json"):
         open_source(tmp_path)
-    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-    with pytest.raises(ValueError, match="train, test"):
+    for state, message in (("{}", "doesn't list"), ('{"_data_files": [3]}', "doesn't list"), ('{"_data_files": []}', "no record")):
+        (tmp_path / "state.json").write_text(state)
+        with pytest.raises(ValueError, match=message):
+            open_source(tmp_path)
+    (tmp_path / "dataset_dict.json").write_text("{}")
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+    with pytest.raises(ValueError, match="test, train"):
         open_source(tmp_path)
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(ValueError, match="read more than once"):
+        open_source(tmp_path / "pipe.txt")
     with pytest.raises(FileNotFoundError):
         open_source(tmp_path / "none")
 

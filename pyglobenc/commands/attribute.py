@@ -47,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do the job, or this rank's share of it; returns the exit status, 1 if not one record could be attributed."""
+    """Do the job, or this rank's share of it; returns the exit status."""
+    from pyglobenc.corpus.job import try_settings
     from pyglobenc.corpus.records import open_source
 
     source = open_source(options.input, options.column, not options.no_header)
@@ -55,7 +56,10 @@ def run(options: argparse.Namespace) -> int:
     if not records:
         raise ValueError(f"{options.input}: holds no record")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not 0 <= rank < world:
+        raise ValueError(f"the environment's RANK must lie in [0, {world}), its WORLD_SIZE, got {rank}")
     runner = _runner(options)
+    try_settings(runner)
     options.batch_tokens = options.batch_tokens or (CPU_TOKENS if runner.model.device.type == "cpu" else GPU_TOKENS)
     manifest = _manifest(options, source, records, runner)
     if options.dry_run:
@@ -112,12 +116,14 @@ def _run_job(
     with tqdm(total=mine, desc="attribute", unit=" sentences", disable=options.quiet or rank > 0) as bar:
         summary = run_job(runner, plan, bar.update)
     if not options.quiet:
-        rate = f", {summary.attributed / summary.seconds:.0f} sentences a second" if summary.attributed else ""
+        rate = f", {summary.attributed / summary.seconds:.3g} sentences a second" if summary.attributed else ""
         share = f" (rank {rank} of {world})" if world > 1 else ""
         done = f", {summary.before} done before" if summary.before else ""
         left = f", {summary.rejected} left out (see {folder}/_rejected-*.jsonl)" if summary.rejected else ""
         print(f"{summary.attributed} attributed{done}{left}{rate}{share}", file=sys.stderr)
-    return int(summary.rejected > 0 and summary.attributed + summary.before == 0)
+    if summary.rejected and not summary.attributed + summary.before:
+        raise ValueError(f"not one record could be attributed; {folder}/_rejected-*.jsonl says why of each")
+    return 0
 
 
 def _dry_run(options: argparse.Namespace, source: Any, records: int, runner: Any) -> int:

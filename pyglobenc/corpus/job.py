@@ -65,11 +65,9 @@ def run_job(runner: Runner, plan: Plan, progress: Callable[[int], None]) -> Summ
 
     Raises:
         OSError: a shard can't be written, or another process does this rank's share.
-        ValueError: the method refuses the model or the settings, whatever the text.
     """
     summary, start = Summary(), time.perf_counter()
     with _alone(plan):
-        _try_settings(runner)
         for number, records in _shards(plan):
             if number % plan.world != plan.rank:
                 continue
@@ -109,8 +107,12 @@ def _alone(plan: Plan) -> Iterator[None]:
         os.unlink(file.name)
 
 
-def _try_settings(runner: Runner) -> None:
-    """Run one short text, so that what is wrong with all of them isn't taken for each record's own fault."""
+def try_settings(runner: Runner) -> None:
+    """Run one short text, so that what is wrong with all of them isn't taken for each record's own fault.
+
+    Raises:
+        ValueError: the method refuses the model or the settings, whatever the text.
+    """
     limit = longest(runner.model, runner.tokenizer, runner.options.max_length)
     one = encode(runner.tokenizer, "a " * (abs(runner.options.target or 0) + 1), "a text", limit, "truncate", runner.options.stride)
     try:

@@ -3,7 +3,8 @@
 import csv
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,10 @@ from typing import Any
 # tried in order where no column is named
 COLUMNS = ("text", "sentence")
 CHUNK = 1 << 20
+# of Arrow's types, what becomes a str or None
+TEXTS = ("string", "large_string", "string_view", "null")
+# of a file in UTF-16, which never begin one in UTF-8
+UTF16 = (b"\xff\xfe", b"\xfe\xff")
 # the csv module refuses fields above its own limit of 128 KiB
 LARGEST_FIELD = 1 << 30
 
@@ -77,11 +82,12 @@ def open_source(path: str | Path, column: str | None = None, header: bool = True
 
     Args:
         path: file or folder.
-        column: which column or key holds the text; None for "text", "sentence" or the only one. A number without a header.
+        column: which column or key holds the text; None for "text", "sentence" or the only one (of JSON, the first object's). A number
+            without a header.
         header: the first line of a .csv or .tsv names its columns.
 
     Raises:
-        ValueError: unknown format, no such column.
+        ValueError: unknown format, no such column, one that doesn't hold texts.
         OSError: the file can't be read.
     """
     path = Path(path)
@@ -90,15 +96,22 @@ def open_source(path: str | Path, column: str | None = None, header: bool = True
     suffix = path.suffix.lower()
     if path.is_dir():
         return _folder(path, column)
+    if not path.is_file():
+        raise ValueError(f"{path}: a corpus is read more than once, so it must be a file or a folder")
+    if suffix == ".parquet":
+        return _table(path, (path,), column, _parquet)
+    with open(path, "rb") as file:
+        if file.read(2) in UTF16:
+            raise ValueError(f"{path}: is UTF-16, not UTF-8")
     if suffix in (".txt", ".text", ""):
+        if column is not None:
+            raise ValueError(f"{path}: a text file has no columns, got {column!r}")
         return Source(path, None, (path,), lambda: _lines(path))
     if suffix in (".jsonl", ".ndjson", ".json"):
-        key = column or "text"
+        key = column or _json_key(path)
         return Source(path, key, (path,), lambda: (_json_text(line, key) for line in _lines(path)))
     if suffix in (".csv", ".tsv"):
         return _csv(path, column, header)
-    if suffix == ".parquet":
-        return _parquet(path, (path,), column)
     raise ValueError(f"{path}: unknown format {suffix!r}; known: .txt, .csv, .tsv, .jsonl, .parquet, a folder that datasets saved")
 
 
@@ -110,14 +123,28 @@ def _lines(path: Path) -> Iterator[str]:
             yield line.decode("utf-8", errors="surrogateescape").rstrip("\r\n")
 
 
-def _json_text(line: str, key: str) -> Any:
-    if not line.strip():
-        return None
+def _json_key(path: Path) -> str:
+    """The key that the first object calls its text by."""
+    for number, line in enumerate(_lines(path)):
+        if number == 0 and line.lstrip().startswith("["):
+            raise ValueError(f"{path}: begins with a JSON array; what is read is an object, or a string, a line")
+        value = _json(line)
+        if isinstance(value, dict):
+            return _likely(list(value)) or COLUMNS[0]
+    return COLUMNS[0]
+
+
+def _json(line: str) -> Any:
+    """A line's value, None of an empty line, or the exception that says what is wrong with it."""
     try:
-        value = json.loads(line)
+        return json.loads(line) if line.strip() else None
     except (ValueError, RecursionError) as error:
         return ValueError(f"not JSON: {error}")
-    if isinstance(value, str):
+
+
+def _json_text(line: str, key: str) -> Any:
+    value = _json(line)
+    if value is None or isinstance(value, str | Exception):
         return value
     if not isinstance(value, dict):
         return ValueError(f"a line must hold an object with the key {key!r}, or a string, got {type(value).__name__}")
@@ -133,6 +160,8 @@ def _csv(path: Path, column: str | None, header: bool) -> Source:
             names = next(csv.reader(file, **_dialect(path)), [])
         except csv.Error as error:
             raise ValueError(f"{path}: the first row is not CSV: {error}") from error
+    if not names:
+        raise ValueError(f"{path}: the first row is empty")
     if header:
         column = choose_column(path, names, column)
         position = names.index(column)
@@ -158,7 +187,7 @@ def _dialect(path: Path) -> dict[str, Any]:
 
 
 def _rows(path: Path, position: int) -> Iterator[Any]:
-    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.reader(file, **_dialect(path))
         while True:
             first = rows.line_num + 1
@@ -176,13 +205,17 @@ def _rows(path: Path, position: int) -> Iterator[Any]:
 def choose_column(path: Path, names: list[str], column: str | None) -> str:
     """The column asked for, or the one that holds texts by its name; ValueError lists what there is."""
     if column is None:
-        found = [name for name in COLUMNS if name in names] or (names if len(names) == 1 else [])
-        if found:
-            return found[0]
-        raise ValueError(f"{path}: which column holds the text? It has {', '.join(names)}")
+        column = _likely(names)
+        if column is None:
+            raise ValueError(f"{path}: which column holds the text? It has {', '.join(names)}")
     if column not in names:
         raise ValueError(f"{path}: there is no column {column!r}; it has {', '.join(names)}")
     return column
+
+
+def _likely(names: list[str]) -> str | None:
+    found = [name for name in COLUMNS if name in names] or (names if len(names) == 1 else [])
+    return found[0] if found else None
 
 
 def _arrow() -> Any:
@@ -196,42 +229,63 @@ def _arrow() -> Any:
 
 
 def _folder(path: Path, column: str | None) -> Source:
-    state, splits = path / "state.json", path / "dataset_dict.json"
-    if splits.exists():
-        names = ", ".join(json.loads(splits.read_bytes()).get("splits", ()))
-        raise ValueError(f"{path}: holds several splits, choose one of its folders: {names}")
+    state = path / "state.json"
+    if (path / "dataset_dict.json").exists():
+        splits = ", ".join(sorted(folder.name for folder in path.iterdir() if folder.is_dir()))
+        raise ValueError(f"{path}: holds several splits, choose one of its folders: {splits}")
     if state.exists():
-        files = tuple(path / entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"])
-        return _datasets(path, files, column)
+        try:
+            files = tuple(path / entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{state}: doesn't list the data's files as datasets does") from error
+        if not files:
+            raise ValueError(f"{path}: holds no record")
+        return _table(path, files, column, _stream)
     files = tuple(sorted(path.glob("*.parquet")))
     if not files:
         raise ValueError(f"{path}: neither a folder that datasets saved (no state.json) nor one of Parquet files")
-    return _parquet(path, files, column)
+    return _table(path, files, column, _parquet)
 
 
-def _parquet(path: Path, files: tuple[Path, ...], column: str | None) -> Source:
-    parquet = _arrow().parquet
-    with parquet.ParquetFile(files[0]) as first:
-        name = choose_column(path, first.schema_arrow.names, column)
-
-    def read() -> Iterator[Any]:
-        for one in files:
-            with parquet.ParquetFile(one) as file:
-                for batch in file.iter_batches(columns=[name]):
-                    yield from batch.column(0).to_pylist()
-
-    return Source(path, name, files, read)
+@contextmanager
+def _parquet(path: Path) -> Iterator[tuple[Any, Callable[[str], Iterable[Any]]]]:
+    with _arrow().parquet.ParquetFile(path) as file:
+        yield file.schema_arrow, lambda name: file.iter_batches(columns=[name])
 
 
-def _datasets(path: Path, files: tuple[Path, ...], column: str | None) -> Source:
+@contextmanager
+def _stream(path: Path) -> Iterator[tuple[Any, Callable[[str], Iterable[Any]]]]:
     arrow = _arrow()
-    with arrow.memory_map(str(files[0])) as memory, arrow.ipc.open_stream(memory) as stream:
-        name = choose_column(path, stream.schema.names, column)
+    with arrow.memory_map(str(path)) as memory, arrow.ipc.open_stream(memory) as stream:
+        yield stream.schema, lambda name: stream
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of Arrow, which don't tell the file."""
+    try:
+        yield
+    except (_arrow().ArrowException, OSError) as error:
+        raise ValueError(f"{path}: can't be read: {error}") from error
+
+
+def _table(path: Path, files: tuple[Path, ...], column: str | None, contents: Callable[[Path], Any]) -> Source:
+    """A column of files; contents is a context that gives a file's schema and its batches of a column."""
+    with _named(files[0]), contents(files[0]) as (schema, _):
+        name = choose_column(path, schema.names, column)
 
     def read() -> Iterator[Any]:
         for one in files:
-            with arrow.memory_map(str(one)) as memory, arrow.ipc.open_stream(memory) as stream:
-                for batch in stream:
-                    yield from batch.column(name).to_pylist()
+            with _named(one), contents(one) as (schema, batches):
+                _check_texts(one, schema.field(schema.names.index(choose_column(one, schema.names, name))))
+                for batch in batches(name):
+                    yield from batch.column(batch.schema.names.index(name)).to_pylist()
 
     return Source(path, name, files, read)
+
+
+def _check_texts(path: Path, column: Any) -> None:
+    # of a dictionary its values count
+    kind = column.type.value_type if hasattr(column.type, "index_type") else column.type
+    if str(kind) not in TEXTS:
+        raise ValueError(f"{path}: the column {column.name!r} must hold strings, it holds {kind}")
