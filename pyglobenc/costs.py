@@ -46,7 +46,7 @@ def count(op: str, arguments: Any, result: Any, *, batch: int, heads: int, n: in
     Raises:
         ValueError: an op that isn't known here.
 
-    Source: the formulas in the modules of pyglobenc/reference, two operations to a multiply-add.
+    Source: the formulas in the modules of pyglobenc/reference, and of pyglobenc/cpu for a shorter way, two operations to a multiply-add.
     """
     d, pairs, tokens = heads * dh, batch * n * n, batch * n
     # multiply-adds, exponentials
