@@ -36,7 +36,7 @@ def prepare(call: Callable[[], object], device: torch.device, seconds: float) ->
     """
     # until such a block was released, glibc gives short-lived tensors' pages back to the system at moments that depend on all that the
     # process did before, and every call takes them anew, at up to 40 % of its time; a process that ran a long input keeps them
-    torch.empty(KEPT, dtype=torch.uint8)
+    torch.empty(KEPT, dtype=torch.uint8, device="cpu")
     taken: list[float] = []
     spent = 0.0
     while spent < WARM_UP or (spent < seconds and len(taken) < ROUNDS[0]):
