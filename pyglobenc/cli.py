@@ -2,7 +2,10 @@
 
 import argparse
 import os
+import signal
 import sys
+import threading
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -20,16 +23,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; argv None: the process's arguments.
 
     Returns:
-        Exit status: 0 done, 1 failed (one line on stderr says why), 130 stopped by Ctrl-C; wrong usage leaves with 2.
+        Exit status: 0 done, 1 failed (one line on stderr says why), 130 stopped by Ctrl-C or SIGTERM; wrong usage leaves with 2.
     """
+    # a scheduler that ends a job loses no more of it than Ctrl-C does; only the main thread may ask for it
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             # a character that the terminal can't show is no reason to fail
             stream.reconfigure(errors="replace")
     options = _parser().parse_args(argv)
     try:
-        status = options.run(options)
-        sys.stdout.flush()
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *where: _say(one_line(message))
+            status = options.run(options)
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         _say("stopped")
@@ -61,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _drop_stdout() -> None:
     """What stdout still holds can't be written; Python would try again at exit, and complain."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

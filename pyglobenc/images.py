@@ -75,7 +75,7 @@ def explain_image(
     Args:
         model: an image classifier of a known architecture, in evaluation mode.
         processor: the model's image processor, or None for an image that is its input already: a tensor (channels, height, width).
-        image: a PIL image, or what the processor takes.
+        image: a PIL image of 8 bits a channel, turned as its EXIF data say, or what the processor takes.
         method: "transformer-attribution" (ViT, DeiT), or a name in `pyglobenc.methods.family.METHODS` (any image encoder).
         targets: classes explained, None: the predicted one; of the rollout family token positions, None: 0, [CLS].
         variant, start_layer: as for `TransformerAttribution`.
@@ -87,15 +87,23 @@ def explain_image(
     Raises:
         TypeError, ValueError: unknown method, architecture, backend or target; anything else that the method refuses.
     """
-
     if processor is not None and hasattr(image, "convert"):
-        image = image.convert("RGB" if getattr(model.config, "num_channels", 3) == 3 else "L")
+        image = _upright(image).convert("RGB" if getattr(model.config, "num_channels", 3) == 3 else "L")
     pixels = image[None] if processor is None else processor(images=image, return_tensors="pt")["pixel_values"]
     parameter = next(model.parameters())
     pixels = pixels.to(parameter.device, parameter.dtype)
     if method == CLASSES:
         return _explain_classes(model, pixels, targets, variant, start_layer, backend, dtype)
     return _explain_tokens(model, pixels, [0] if targets is None else list(targets), method, backend, dtype)
+
+
+def _upright(image: Any) -> Any:
+    from PIL import ImageOps
+
+    # Pillow would cut these off at 255
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"explain_image: image must have 8 bits a channel, got Pillow's mode {image.mode}; scale it first")
+    return ImageOps.exif_transpose(image)
 
 
 def _explain_classes(model, pixels: torch.Tensor, targets, variant: str, start_layer: int, backend: str, dtype) -> ImageAttribution:

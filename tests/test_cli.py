@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -122,6 +123,9 @@ def test_quiet_prints_nothing(run, tmp_path):
         (["a", "--save", "a.csv"], None, "--save: the file's name must end in .json or .safetensors, got 'a.csv'"),
         (["a", "--file", "b"], None, "not both"),
         (["a", "--whole"], None, "--whole goes with a file or standard input"),
+        (["a", "--png", "-"], None, "--png: must name a file; only --json can be -"),
+        (["a", "--html", "a", "--png", "./a"], None, "a is named twice; it would be written over"),
+        (["--file", __file__, "--json", __file__], None, "test_cli.py is named twice"),
         ([], None, "give a text, --file FILE, or text on standard input"),
     ],
 )
@@ -232,6 +236,27 @@ def test_a_job_that_stops_before_anything_is_done_leaves_no_file(run, tmp_path, 
     assert (status, out, err) == (130, "", "pyglobenc: stopped\n") and not os.listdir(tmp_path)
 
 
+def test_sigterm_stops_as_ctrl_c_does(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    monkeypatch.setattr(Runner, "_rows", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        assert run("a", "--save", str(tmp_path / "a.json"), "--quiet") == (130, "", "pyglobenc: stopped\n")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_warnings_are_one_line(run, monkeypatch):
+    compute = Runner._rows
+
+    def rows(*args):
+        warnings.warn("the digits\nare gone", stacklevel=1)
+        return compute(*args)
+
+    monkeypatch.setattr(Runner, "_rows", rows)
+    assert run("a", "--quiet") == (0, "", "pyglobenc: the digits are gone\n")
+
+
 def test_traceback_on_request(run):
     with pytest.raises(ValueError, match="text is empty"):
         run("", "--traceback")
@@ -273,6 +298,11 @@ def test_ctrl_c_in_a_process_of_its_own(model, tmp_path):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and out == "" and "Traceback" not in err and err.endswith("which are written\npyglobenc: stopped\n")
     assert 0 < len(pyglobenc.load(path)) < 3000 and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_no_standard_output_at_all(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert run("film")[0] == 0
 
 
 @pytest.mark.parametrize("output, message", [(FULL, "pyglobenc: No space left on device\n"), ("pipe", "")])

@@ -234,7 +234,7 @@ def test_null_in_parquet(tmp_path):
 def test_every_parquet_file_must_hold_texts(tmp_path):
     pq.write_table(pa.table({"text": pa.array(["a", "b"]).dictionary_encode()}), tmp_path / "1.parquet")
     assert [record.text for record in open_source(tmp_path).records()] == ["a", "b"]
-    for wrong, message in (({"text": [b"a"]}, "2.parquet: the column 'text' must hold strings, it holds binary"), ({"x": ["a"]}, "it has x")):
+    for wrong, message in (({"text": [b"a"]}, "2.parquet: the column 'text' must hold strings, it holds binary"), ({"x": [""]}, "has x")):
         pq.write_table(pa.table(wrong), tmp_path / "2.parquet")
         with pytest.raises(ValueError, match=message):
             list(open_source(tmp_path).records())

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -39,8 +41,35 @@ def test_refusals(folder, cat, tmp_path, capsys):
     assert main(["explain", "--image", str(tmp_path / "none.png"), "--model", folder]) == 1
     assert main(["explain", "--image", cat, "--model", folder, "--target", "3", "--png", str(tmp_path / "a.png")]) == 1
     assert "target must lie in [0, 3)" in capsys.readouterr().err
-    for wrong in (["a text"], ["--method", "norms"], ["--html", "a.html"]):
+    wrongs = (["a text"], ["--method", "norms"], ["--html", "a.html"], ["--merge-words"], ["--long", "windows"], ["--png", cat])
+    for wrong in wrongs:
         with pytest.raises(SystemExit):
             main(["explain", "--image", cat, "--model", folder, *wrong])
+    assert Image.open(cat).size == (30, 40)
     with pytest.raises(SystemExit):
         main(["explain", "--image", cat])
+
+
+def test_images_that_cannot_be_read(folder, cat, tmp_path, monkeypatch, capsys):
+    def fails(path, message):
+        assert main(["explain", "--image", str(path), "--model", folder, "--png", str(tmp_path / "out.png")]) == 1
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1 and not (tmp_path / "out.png").exists()
+
+    (tmp_path / "half.png").write_bytes(Path(cat).read_bytes()[:1000])
+    fails(tmp_path / "half.png", f"can't read image '{tmp_path}/half.png': ")
+    # Pillow would cut its values off at 255
+    Image.fromarray(np.full((4, 4), 30_000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    fails(tmp_path / "deep.png", "must have 8 bits a channel")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    fails(cat, "exceeds limit")
+
+
+def test_photographs_are_turned_as_they_say(folder, cat, tmp_path, capsys):
+    upright, exif = Image.open(cat), Image.Exif()
+    exif[0x0112] = 8  # turned by a quarter
+    upright.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "turned.png", exif=exif)
+    for name in ("cat", "turned"):
+        out = str(tmp_path / f"{name}.out.png")
+        assert main(["explain", "--image", str(tmp_path / f"{name}.png"), "--model", folder, "--png", out, "--quiet"]) == 0
+    assert (tmp_path / "cat.out.png").read_bytes() == (tmp_path / "turned.out.png").read_bytes()

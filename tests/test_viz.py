@@ -173,6 +173,12 @@ def test_terminal_without_colors_has_the_numbers():
     assert "\u2588" not in plain([attribution(["a"])], "ascii") and "#" in plain([attribution(["a"])], "ascii")
 
 
+def test_a_terminal_that_says_nothing_of_its_width(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "0")
+    attribution(["low", "top"]).show()
+    assert "[CLS] low top" in capsys.readouterr().out
+
+
 def test_rich_markup_in_a_text_is_text():
     assert "[bold]x[/bold] [/]" in plain([attribution(["[bold]x[/bold]", "[/]"], model="[red]")])
 

@@ -1,6 +1,7 @@
 """`pyglobenc explain`: texts in, pictures and files out."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,7 @@ def run(options: argparse.Namespace) -> int:
     """Explain the texts; returns the exit status."""
     if options.method == "help":
         return _list_methods()
+    _check_names(options)
     if options.image is not None:
         return explain_image.run(options)
     options.method = options.method or "globenc"
@@ -110,6 +112,18 @@ def _list_methods() -> int:
     for method in METHODS.values():
         print(f"{method.name:{width}}  {method.summary}")
     return 0
+
+
+def _check_names(options: argparse.Namespace) -> None:
+    """Only JSON can be printed, and no file is written over another or over what is read."""
+    for name in ("html", "png"):
+        if getattr(options, name) == "-":
+            options.error(f"--{name}: must name a file; only --json can be -")
+    named = [options.file, options.image, options.save, options.json, options.html, options.png]
+    files = [os.path.realpath(name) for name in named if name not in (None, "-")]
+    for name in files:
+        if files.count(name) > 1 and (os.path.isfile(name) or not os.path.exists(name)):
+            options.error(f"{name} is named twice; it would be written over")
 
 
 def _texts(options: argparse.Namespace) -> list[str]:

@@ -5,6 +5,9 @@ from pathlib import Path
 
 from pyglobenc.files import check_writable
 
+# what has no meaning for an image
+TEXT_OPTIONS = ("html", "json", "save", "model_dtype", "merge_words", "max_length", "stride")
+
 
 def run(options: argparse.Namespace) -> int:
     """Explain one image; returns the exit status."""
@@ -12,9 +15,9 @@ def run(options: argparse.Namespace) -> int:
         options.error("--image explains an image, not a text")
     if options.model == "minilm":
         options.error("--image: name an image classifier with --model")
-    refused = [f"--{name}" for name in ("html", "json", "save") if getattr(options, name) is not None]
+    refused = [f"--{name.replace('_', '-')}" for name in TEXT_OPTIONS if getattr(options, name)] + ["--long"] * (options.long != "error")
     if refused:
-        options.error(f"--image writes a picture: --png, not {' or '.join(refused)}")
+        options.error(f"--image takes no {' or '.join(refused)}; it writes a picture, --png")
     png = options.png or f"{Path(options.image).stem}.attribution.png"
     check_writable(png)
     # these take seconds
@@ -28,8 +31,14 @@ def run(options: argparse.Namespace) -> int:
     method = options.method or CLASSES
     if method not in (CLASSES, *METHODS):
         options.error(f"--image: --method must be one of {', '.join((CLASSES, *METHODS))}, got {method!r}")
-    with Image.open(options.image) as image:
-        image.load()
+    try:
+        with Image.open(options.image) as image:
+            image.load()
+    # files that came from anywhere may raise anything
+    except Exception as error:
+        if getattr(error, "strerror", None):
+            raise
+        raise ValueError(f"can't read image {options.image!r}: {error}") from error
     model, processor = load_image_classifier(options.model, options.device)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     targets = None if options.target is None else [options.target]

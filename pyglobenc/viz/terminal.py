@@ -23,6 +23,8 @@ def show(attributions: Sequence[Attribution], merge_words: bool | None = None, c
         console: where to; None for standard output.
     """
     console = console or Console(highlight=False)
+    # what doesn't know its width says 0
+    console.width = console.width or 80
     for index, attribution in enumerate(attributions):
         if index:
             console.print()
