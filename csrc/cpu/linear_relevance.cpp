@@ -6,7 +6,7 @@ namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
 // s = R / safe(Z), Z = (output - bias + bound) / 2 with bound = |x| |W|^T; outputs whose Z is below `least` of bound + |bias| lost their
-// digits: they get s = 0 and a mark in dead. Returns how many.
+// digits: they get s = 0 and a mark in dead. s may be bound. Returns how many.
 int64_t linear_quotient(const float* r,       // [rows, width]
                         const float* output,  // [rows, width] x W^T + bias
                         const float* bias,    // [width] or null

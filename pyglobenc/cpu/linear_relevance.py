@@ -25,7 +25,8 @@ def linear_relevance(
     if output is None:
         output, bias = x @ weight.T, None
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    s, dead = torch.empty_like(r), r.new_empty(r.shape, dtype=torch.bool)
+    # the quotient goes where the bound was
+    s, dead = bound, r.new_empty(r.shape, dtype=torch.bool)
     count = 0
     if r.numel():
         args = (r, output.contiguous(), bias, bound, DEAD[x.dtype], s, dead)
