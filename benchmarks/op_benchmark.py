@@ -20,7 +20,8 @@ from pyglobenc.ceilings import measure_ceilings, prepare
 from pyglobenc.commands.trial import DH, EXAMPLES, H, tensors
 from pyglobenc.costs import Ceilings, count, flatten
 
-LENGTHS, BATCHES, DTYPES = (128, 512, 2048), (1, 8), ("float32", "bfloat16", "float16")
+LENGTHS = (128, 512, 2048, 4096) if torch.cuda.is_available() else (128, 512, 2048)
+BATCHES, DTYPES = (1, 8), ("float32", "bfloat16", "float16")
 # ops that may be given a half-precision model's tensors; the rules of relevance need float32's digits
 HALF = ("token_norms", "rollout_step", "head_gram", "head_norms")
 D = H * DH
