@@ -58,7 +58,8 @@ def suite(
     if sdpa:
         builders[SDPA] = attention
     dtypes = DTYPES if op in HALF else DTYPES[:1]
-    cases = [case for case in product(LENGTHS + LONGER, dtypes, BATCHES, builders) if case[3] != COMPILED or (case[0], case[2]) == COMPILED_SHAPE]
+    cases = product(LENGTHS + LONGER, dtypes, BATCHES, builders)
+    cases = [case for case in cases if case[3] != COMPILED or (case[0], case[2]) == COMPILED_SHAPE]
 
     @pytest.mark.parametrize("n, dtype, batch, backend", cases)
     def bench(benchmark, n, dtype, batch, backend):
