@@ -62,10 +62,9 @@ struct RelevanceArgs {
     float* r_q;     // [B, H, n, dh], as are r_k and r_v; null: no relevance
     float* r_k;
     float* r_v;
-    float* sums;     // [B, H, n]: of the rows of each head's A
-    double* totals;  // [2, B, H, n] or null: sums of the rows of R_alpha and of R'
-    float* step;     // [B, H, T, n]: w times each head's A
-    float* map;      // [B, m, n]
+    float* step;   // [B, H, T, n]: w times each head's A
+    float* map;    // [B, m, n]
+    double* sums;  // [1, B, H, n]: of the rows of each head's A; if additive [3, B, H, n], also of R_alpha and of R'
     float scaling, stabilizer;
     int left, right;  // the window, n for unlimited
     bool additive;

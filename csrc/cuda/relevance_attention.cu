@@ -135,9 +135,10 @@ KERNEL(32 * MOST_WARPS, BLOCKS_AT_ONCE) relevance_rows_kernel(CONSTANT Relevance
     using Rows = Pass<true, SLICE>;
     const Rows pass(args);
     const int n = pass.head.n();
-    float sums[2] = {0, 0};
+    // of the rows of A, and of R_alpha and R'; in float32 they would lose digits from some 8,192 keys on
+    constexpr int SUMS = SLICE ? 3 : 1;
+    double sums[SUMS][2] = {};
     typename Rows::Sums r_q = {};
-    double before[2] = {0, 0}, after[2] = {0, 0};
     pass.walk([&](const Pairs<Rows::TILES>& pairs, const float*) {
         float of_tile[3][2] = {};
         UNROLL
@@ -160,25 +161,20 @@ KERNEL(32 * MOST_WARPS, BLOCKS_AT_ONCE) relevance_rows_kernel(CONSTANT Relevance
             }
         }
         UNROLL
-        for (int half = 0; half < 2; ++half) {
-            sums[half] += of_tile[0][half];
-            if (SLICE == 0) continue;
-            before[half] += double(of_tile[1][half]);
-            after[half] += double(of_tile[2][half]);
-        }
+        for (int k = 0; k < SUMS; ++k)
+            for (int half = 0; half < 2; ++half) sums[k][half] += double(of_tile[k][half]);
     });
     if constexpr (SLICE > 0) pass.store(args.r_q, r_q, 0);
     const int64_t all = args.q.shape[0] * args.q.shape[1] * n;
     UNROLL
     for (int half = 0; half < 2; ++half) {
         const int i = pass.start + warp() * WARP_ROWS + lane() / 4 + half * 8;
-        const float sum = sum_of_row(sums[half]);
-        const double whole = sum_of_row(before[half]), kept = sum_of_row(after[half]);
+        UNROLL
+        for (int k = 0; k < SUMS; ++k) sums[k][half] = sum_of_row(sums[k][half]);
         if (i >= n || pass.slice || lane() % 4) continue;
-        args.sums[int64_t(pass.head_index) * n + i] = sum;
-        if (!args.totals) continue;
-        args.totals[int64_t(pass.head_index) * n + i] = whole;
-        args.totals[all + int64_t(pass.head_index) * n + i] = kept;
+        UNROLL
+        for (int k = 0; k < SUMS; ++k)
+            if (k == 0 || args.additive) args.sums[k * all + int64_t(pass.head_index) * n + i] = sums[k][half];
     }
 }
 

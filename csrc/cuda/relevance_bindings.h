@@ -51,9 +51,9 @@ inline RelevanceArgs relevance_args(const pybind11::tuple& tensors, const pybind
     RelevanceArgs args = {};
     View* const views[] = {&args.q, &args.k, &args.v, &args.s, &args.grad, &args.lse, &args.key_mask, &args.rows, &args.w};
     for (size_t index = 0; index < tensors.size(); ++index) *views[index] = view(tensors[index]);
-    float** const floats[] = {&args.r_q, &args.r_k, &args.r_v, &args.sums, &args.step, &args.map};
-    for (size_t index = 0; index < 6; ++index) *floats[index] = data_of(outputs[index]);
-    args.totals = data_of<double>(outputs[6]);
+    float** const floats[] = {&args.r_q, &args.r_k, &args.r_v, &args.step, &args.map};
+    for (size_t index = 0; index < 5; ++index) *floats[index] = data_of(outputs[index]);
+    args.sums = data_of<double>(outputs[5]);
     args.scaling = scaling;
     args.stabilizer = stabilizer;
     args.left = left;

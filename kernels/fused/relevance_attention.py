@@ -40,8 +40,7 @@ def _relevance_rows_kernel(
     LSE,  # (B, H, n)
     MASK,  # (B, n)
     R_Q,  # (B, H, n, dh)
-    SUMS,  # (B, H, n): of A_h's rows
-    TOTALS,  # (2, B, H, n) float64: of R_alpha's and R''s rows
+    SUMS,  # (1, B, H, n) float64: of A_h's rows; with an additive mask (3, B, H, n), also of R_alpha's and R''s
     scaling, stabilizer, n, n_heads, left, right, blocks, total_rows,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_sb, stride_sh, stride_sn, stride_gb, stride_gh, stride_gn, stride_lb, stride_lh, stride_ln, stride_mb, stride_mn,
@@ -61,7 +60,8 @@ def _relevance_rows_kernel(
     i = block * BLOCK_I + tl.arange(0, BLOCK_I)
     i_ok = i < n
     d = tl.arange(0, BLOCK_D)
-    sums = tl.zeros((BLOCK_I,), tl.float32)
+    # in float32 they would lose digits from some 8,192 keys on
+    sums = tl.zeros((BLOCK_I,), tl.float64)
     acc = tl.zeros((BLOCK_I, BLOCK_D), tl.float32)
     before = tl.zeros((BLOCK_I,), tl.float64)
     after = tl.zeros((BLOCK_I,), tl.float64)
@@ -72,7 +72,7 @@ def _relevance_rows_kernel(
         dots, _, relevance, weighted = pair_relevance(Q, K, V, S, GRAD, LSE, stride_qn, stride_kn, stride_vn, stride_sn, stride_gn,
                                                       stride_ln, i, i_ok, j, j_ok, scaling, left, right, HEAD_DIM, HAS_GRAD,
                                                       HAS_WINDOW, PRODUCTS)  # fmt: skip
-        sums += tl.sum(weighted, 1)
+        sums += tl.sum(weighted, 1).to(tl.float64)
         if RELEVANCE:
             passed, u = _shares_of_scores(relevance, dots, scaling, stabilizer, ADDITIVE, STABILIZED)
             acc = tl.dot(u, load_rows(K, stride_kn, j, j_ok, d, HEAD_DIM), acc, input_precision=PRODUCTS)
@@ -85,8 +85,8 @@ def _relevance_rows_kernel(
         r_q = acc * load_rows(Q, stride_qn, i, i_ok, d, HEAD_DIM) * 0.5
         store_rows(R_Q + head.to(tl.int64) * n * HEAD_DIM, HEAD_DIM, i, i_ok, d, r_q, HEAD_DIM)
         if ADDITIVE:
-            tl.store(TOTALS + at, before, mask=i_ok)
-            tl.store(TOTALS + total_rows + at, after, mask=i_ok)
+            tl.store(SUMS + total_rows + at, before, mask=i_ok)
+            tl.store(SUMS + 2 * total_rows + at, after, mask=i_ok)
 
 
 @triton.jit
@@ -169,8 +169,8 @@ class TritonPasses(Passes):
 
     most_rows = MAX_ROWS
 
-    def launch_rows(self, r_q: Tensor | None, sums: Tensor, totals: Tensor | None) -> None:
-        self._launch(_relevance_rows_kernel, "BLOCK_I", r_q is not None, (r_q, sums, totals), (sums.numel(),))
+    def launch_rows(self, r_q: Tensor | None, sums: Tensor) -> None:
+        self._launch(_relevance_rows_kernel, "BLOCK_I", r_q is not None, (r_q, sums), (sums[0].numel(),))
 
     def launch_columns(self, w: Tensor | None, r_k: Tensor | None, r_v: Tensor | None, step: Tensor | None) -> None:
         count, steps = (0, (0, 0, 0)) if w is None else (w.shape[1], w.stride())

@@ -6,7 +6,7 @@ from pyglobenc.cuda import _extension
 from pyglobenc.cuda._relevance import relevance_reasons
 from pyglobenc.reference.relevance_passes import Passes, sides
 
-OUTPUTS = ("r_q", "r_k", "r_v", "sums", "step", "map", "totals")
+OUTPUTS = ("r_q", "r_k", "r_v", "step", "map", "sums")
 
 
 class CudaPasses(Passes):
@@ -16,8 +16,8 @@ class CudaPasses(Passes):
     def most_rows(self) -> int:
         return _extension.kernels.MOST_ROWS
 
-    def launch_rows(self, r_q: Tensor | None, sums: Tensor, totals: Tensor | None) -> None:
-        self.launch("relevance_rows", r_q=r_q, sums=sums, totals=totals)
+    def launch_rows(self, r_q: Tensor | None, sums: Tensor) -> None:
+        self.launch("relevance_rows", r_q=r_q, sums=sums)
 
     def launch_columns(self, w: Tensor | None, r_k: Tensor | None, r_v: Tensor | None, step: Tensor | None) -> None:
         self.launch("relevance_columns", w=w, r_k=r_k, r_v=r_v, step=step)

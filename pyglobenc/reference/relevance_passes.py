@@ -32,9 +32,9 @@ class Passes:
     # rows of the rollout that one pass over columns carries
     most_rows: ClassVar[int]
 
-    def launch_rows(self, r_q: Tensor | None, sums: Tensor, totals: Tensor | None) -> None:
-        """Fill R_q (B, H, n, dh) but for the mask's factor, the sums of A_h's rows (B, H, n), those of R_alpha's and R''s rows
-        (2, B, H, n) float64. None: not wanted."""
+    def launch_rows(self, r_q: Tensor | None, sums: Tensor) -> None:
+        """Fill R_q (B, H, n, dh) but for the mask's factor, if given, and the sums of A_h's rows, (1, B, H, n) float64; with an additive
+        mask (3, B, H, n), also of R_alpha's and R''s."""
         raise NotImplementedError
 
     def launch_columns(self, w: Tensor | None, r_k: Tensor | None, r_v: Tensor | None, step: Tensor | None) -> None:
@@ -47,8 +47,7 @@ class Passes:
         if self.q.numel() == 0:
             row_sums = self.q.new_zeros(self.q.shape[0], self.q.shape[2])
             return r_q, r_k, r_v, row_sums, None if r is None else r.clone(memory_format=torch.contiguous_format)
-        totals = self.q.new_empty(2, *self.q.shape[:3], dtype=torch.float64) if self.additive_mask else None
-        row_sums = self._row_sums(r_q, totals)
+        row_sums, totals = self._rows(r_q)
         r_out = self._columns(r, row_sums if normalize else None, r_k, r_v)
         if self.additive_mask and rescale:
             rescale_scores(r_q, r_k, *totals.sum((2, 3)))
@@ -58,13 +57,13 @@ class Passes:
         """r_out (B, T, n) alone."""
         if r.numel() == 0 or self.q.numel() == 0:
             return r.clone(memory_format=torch.contiguous_format)
-        return self._columns(r, self._row_sums() if normalize else None)
+        return self._columns(r, self._rows()[0] if normalize else None)
 
-    def _row_sums(self, r_q: Tensor | None = None, totals: Tensor | None = None) -> Tensor:
-        """Sums of A's rows, (B, n); fills what is given."""
-        sums = self.q.new_empty(self.q.shape[:3])
-        self.launch_rows(r_q, sums, totals)
-        return sums.mean(1)
+    def _rows(self, r_q: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Sums of A's rows, (B, n), and, with an additive mask, of R_alpha's and R''s, (2, B, H, n) float64; fills r_q if given."""
+        sums = self.q.new_empty(3 if self.additive_mask else 1, *self.q.shape[:3], dtype=torch.float64)
+        self.launch_rows(r_q, sums)
+        return sums[0].mean(1).to(self.q.dtype), sums[1:]
 
     def _columns(self, r: Tensor | None, row_sums: Tensor | None, r_k: Tensor | None = None, r_v: Tensor | None = None) -> Tensor | None:
         """w (I + A) (B, T, n), w = r, or r / (1 + row_sums) if given; fills what is given."""

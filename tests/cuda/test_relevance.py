@@ -3,6 +3,8 @@
 import pytest
 import torch
 from models import build
+from numerics import assert_as_good_as_torch
+from pair_cases import doubled
 from test_kernels_relevance import (  # noqa: F401
     DEVICE,
     Case,
@@ -133,6 +135,11 @@ class TestOnAGPU:
         args, r = layer(self.CASE)
         compare(backend, relevance_attention, args, dict(r=r), additive_mask=True, normalize=True)
         compare(backend, relevance_maps, args, {})
+
+    def test_sums_over_many_keys(self, backend):
+        args, _ = layer(Case(B=1, H=1, n=40_000))
+        runs = ((args, backend), (doubled(args), "reference"), (args, "reference"))
+        assert_as_good_as_torch(*(relevance_attention(**given, backend=name)[3] for given, name in runs))
 
     def test_runs_repeat_bit_for_bit(self, backend):
         args, r = layer(self.CASE)
