@@ -116,7 +116,7 @@ def test_every_tile(dtype, monkeypatch, backend):
     args = moved(pair_args(case))
     r, _ = rows_of(case, 1)
     tiles = set()
-    for limit in (232_448, 166_912, 101_376, 65_536, 32_768, 16_384):
+    for limit in (232_448, 101_376, 65_536, 32_768, 16_384, 8_192):
         monkeypatch.setattr(_pairs, "shared_limit", lambda device, limit=limit: limit)
         found = _pairs.launch(12, 64, args["q"].element_size(), _pairs.float32_precision(), limit)
         if found is None:

@@ -3,9 +3,9 @@
     norm[i, j]^2 = a^T G[j] a + (i == j) (2 a . c[i] + residual_sq[i]),   a = alpha[:, i, j] = exp(scaling q[:, i] . k[:, j] - lse[:, i])
 
 A program holds BLOCK_J keys and streams BLOCK_I queries. The heads are the batch of one 3-D product for the scores; the keys are the
-batch of a second one, of alpha with G, so both run on tensor cores and no list of per-head tiles fills the registers. Issue slots a pair
-for BERT-base in bfloat16, counted in sm_90 code of Triton 3.9: 17 with the quadratic form on CUDA cores, 11 with three tf32 products,
-8 with one.
+batch of a second one, of alpha with G, so both run on tensor cores and no list of per-head tiles fills the registers. A pair of
+BERT-base in bfloat16, counted in sm_90 code of Triton 3.9: 14 issue slots with three tf32 products, 10 with one, where the quadratic form
+on CUDA cores took 17; 5.5 cycles of shared memory, which binds: 3.4 cycles of issue and 0.75 of exponentials run beside it.
 """
 
 from typing import Any
@@ -48,6 +48,18 @@ def product(a, b, FORM: tl.constexpr):
         return tl.dot(high_a, high_b, out, input_precision="tf32")
     else:
         return tl.dot(a, b, input_precision=FORM)
+
+
+@triton.jit
+def settled(x, FORM: tl.constexpr):
+    """x in the registers where a product over its last axis takes it; alone, it goes through shared memory at eight conflicts a bank."""
+    # of 64 heads the registers spill
+    if FORM == "ieee" or x.shape[2] > 32:
+        return x
+    else:
+        left = tl.zeros((x.shape[0], x.shape[1], 16), tl.float32)
+        # plus nothing: what is added to a product is laid out as its result
+        return tl.dot(left, tl.zeros((x.shape[0], 16, x.shape[2]), tl.float32), x, input_precision="tf32")
 
 
 @triton.jit
@@ -126,7 +138,7 @@ def pair_norms(
             scores = tl.dot(q, tl.permute(k, (0, 2, 1)), scores, input_precision=SCORES)
     at = heads.to(tl.int64)[:, None] * stride_lh + i.to(tl.int64)[None, :] * stride_ln
     lse = tl.load(LSE + at, mask=head_ok[:, None] & i_ok[None, :], other=0.0).to(tl.float32)
-    alpha = tl.permute(probability(scores * scaling, lse[:, :, None]), (2, 1, 0))
+    alpha = settled(tl.permute(probability(scores * scaling, lse[:, :, None]), (2, 1, 0)), FORM)
     sq = tl.sum(product(alpha, gram, FORM) * alpha, 2)
     if HAS_OWN:
         sq += tl.where(i[None, :] == j[:, None], own[:, None], 0.0)
@@ -153,17 +165,18 @@ def launch(n_heads: int, head_dim: int, itemsize: int, precision: str, limit: in
             fits = shared_bytes(heads, BLOCK_I, block_j, block_d, held, itemsize, precision) <= limit
             if fits and heads**2 * block_j <= (8_192 if itemsize == 4 else 16_384):
                 tile = dict(HEADS=heads, BLOCK_I=BLOCK_I, BLOCK_J=block_j, BLOCK_D=block_d, HELD=held)
-                return tile | dict(num_warps=8, num_stages=1) | registers(240)
+                return tile | dict(num_warps=8, num_stages=1) | registers(255)
     return None
 
 
 def shared_bytes(heads: int, block_i: int, block_j: int, block_d: int, held: bool, itemsize: int, precision: str) -> int:
-    """Shared memory of a tile, at least what Triton allocates: the keys held, G, and in turn the queries and alpha."""
+    """Shared memory of a tile, at least what Triton allocates: G, the keys if they are held, and in turn alpha and the other operands."""
     split = 2 if precision == "tf32x3" else 1
     row = heads * block_d * itemsize
-    keys = block_j * row * (split if itemsize == 4 else 1) if held else 0
+    keys = block_j * row * (split if itemsize == 4 else 1)
     gram = split * 4 * block_j * heads**2
-    return keys + gram + max(split * 4 * heads * block_i * block_j, block_i * row) + 8_192
+    operands = block_i * row + (0 if held else keys)
+    return gram + (keys if held else 0) + max(4 * heads * block_i * block_j, operands) + 2_048
 
 
 def pair_arguments(q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling: float, window: tuple[int, int]) -> dict[str, Any]:
