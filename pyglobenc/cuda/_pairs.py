@@ -36,6 +36,11 @@ def in_pieces(t: Tensor, unit: int = PIECE) -> Tensor:
     return F.pad(t, (0, -t.shape[-1] % step)).contiguous()
 
 
+def near(t: Tensor) -> Tensor:
+    """t, copied where its heads lie 2 GiB or more apart: what the kernels count in 32 bits."""
+    return t if t.stride(1) * t.element_size() < 2**31 else t.contiguous()
+
+
 def query_shares(blocks: int, tiles: int) -> int:
     """Parts in which the queries are cut: a block a multiprocessor where there are that few.
 
@@ -47,7 +52,7 @@ def query_shares(blocks: int, tiles: int) -> int:
 def run_pairs(op: str, given: tuple[Tensor | None, ...], rows, r, spans, out: Tensor, n_queries: int, scaling: float, window) -> Tensor:
     """Launch an op on q, k, lse, gram, cross, residual_sq, rstd and key_mask; out is the result, (shares, *out.shape) for a rollout."""
     q, k, lse, gram, *others = given
-    q, k = in_pieces(q, STEP), in_pieces(k, STEP)
+    q, k, lse = in_pieces(near(q), STEP), in_pieces(near(k), STEP), near(lse.float())
     kernels, (batch, heads, n, head_dim) = _extension.kernels, q.shape
     left, right = (n if side < 0 else min(side, n) for side in window)
     with _extension.launching(q.device) as stream:
@@ -57,7 +62,7 @@ def run_pairs(op: str, given: tuple[Tensor | None, ...], rows, r, spans, out: Te
         parts = out if r is None else out.new_empty(shares, *out.shape)
         packed = gram.new_empty(batch, -(-n // kernels.KEYS), kernels.form_size(heads), kernels.KEYS)
         queries = gram.new_empty(batch, 1 if r is None else r.shape[1], n if rows is None else n_queries, 2)
-        tensors = (q, k, lse.float(), gram, *others, rows, r, spans, parts, packed, queries)
+        tensors = (q, k, lse, gram, *others, rows, r, spans, parts, packed, queries)
         getattr(kernels, op)(tensors, scaling, left, right, shares, not _extension.allows_tf32(), stream)
     if r is None:
         return out

@@ -20,6 +20,7 @@ from test_kernels_pairs import (  # noqa: F401
     test_strided_inputs_and_expanded_gram,
     test_token_norms,
 )
+from test_kernels_relevance import far_memory
 
 from pyglobenc import GlobEnc
 from pyglobenc.cuda import _pairs
@@ -62,6 +63,31 @@ def test_packed_sequences(case, lengths, count, backend):
     _, packed, offsets = test_packing.pack(case, lengths, count)
     args = {"cross": None, "residual_sq": None} | moved(packed)
     check_step(backend, args.pop("r"), args, offsets)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_offsets_beyond_32_bits(axis, backend):
+    case = Case(n=9, dtype=torch.float32)
+    args = moved(pair_args(case))
+    memory, used = far_memory(), 0
+
+    def far(t):
+        """t with its first and last entry along the axis 2^31 floats apart, along its last where it has fewer."""
+        nonlocal used
+        if not isinstance(t, torch.Tensor):
+            return t
+        at = min(axis, t.dim() - 1)
+        rest = list(t.shape[:at] + t.shape[at + 1 :])
+        steps = list(torch.empty(rest).stride())
+        steps.insert(at, 2**31 // (t.shape[at] - 1))
+        out = memory.as_strided(t.shape, steps, used).copy_(t)
+        # 2^31 // 3 * 3 is not 2^31
+        used += torch.Size(rest).numel() + 8
+        return out
+
+    apart, r = {name: far(t) for name, t in args.items()}, rows_of(case, 2)[0]
+    assert torch.equal(token_norms(**apart, backend=backend), token_norms(**args, backend=backend))
+    assert torch.equal(product(far(r), apart, backend), product(r, args, backend))
 
 
 @emulated_only
