@@ -27,13 +27,14 @@ def set_precision(layers: list[LayerTrace], dtype: torch.dtype | None) -> None:
     """
     if dtype is None and layers[0].q.dtype == torch.float32:
         # a padded query that sees no key has an infinite one
-        largest = [torch.nan_to_num(layer.lse, posinf=0.0).abs().amax() for layer in layers]
+        each = [torch.nan_to_num(layer.lse, posinf=0.0).abs().amax() for layer in layers]
+        # one wait for a GPU, not one a layer
+        largest = torch.stack([scores.to(each[0].device) for scores in each]).amax()
         if not may_look():
             message = "attention scores are too large for float32; ask for dtype=torch.float64"
-            for scores in largest:
-                require(scores <= LARGEST_FLOAT32_LSE, lambda: ValueError(message))
-        elif max(map(float, largest)) > LARGEST_FLOAT32_LSE:
-            log.info("attention scores reach %.0f: attribution in float64", max(map(float, largest)))
+            require(largest <= LARGEST_FLOAT32_LSE, lambda: ValueError(message))
+        elif (scores := float(largest)) > LARGEST_FLOAT32_LSE:
+            log.info("attention scores reach %.0f: attribution in float64", scores)
             dtype = torch.float64
     if dtype is None or layers[0].q.dtype == dtype:
         return
