@@ -50,11 +50,11 @@ def query_tiles(
     n = k.shape[2]
     keys, values = k.transpose(2, 3), v.transpose(2, 3)
     block = min(m, max(LEAST_QUERIES, TILE_FLOATS // max(1, batch * heads * n)))
-    # all tiles in one place: memory that each returned could go back to the system, whose pages cost half of the time to get anew
-    memory = q.new_empty(3, batch * heads * block * n)
+    # every tile where the last one was: what each returned could go back to the system, whose pages cost half of the time to get anew
+    places = [q.new_empty(batch * heads * block * n) for _ in range(2 if grad_o is None else 3)]
 
     def product(slot: int, a: Tensor, b: Tensor) -> Tensor:
-        return torch.matmul(a, b, out=memory[slot, : batch * heads * a.shape[2] * n].view(batch, heads, a.shape[2], n))
+        return torch.matmul(a, b, out=places[slot][: batch * heads * a.shape[2] * n].view(batch, heads, a.shape[2], n))
 
     for start in range(0, m, max(1, block)):
         part = slice(start, min(m, start + block))
