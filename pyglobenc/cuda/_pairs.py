@@ -9,6 +9,7 @@ from pyglobenc.cuda import _extension
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
 PIECE, STEP = 16, 64  # bytes that a lane, and that a quad of lanes, load at once
+MOST_SHARES, START = 16, 2  # of the queries; tiles' worth of work, guessed, that a block's keys and forms take to load
 
 
 def pair_reasons(q: Tensor, k: Tensor, gram: Tensor, **others: Tensor | None) -> list[str]:
@@ -42,11 +43,12 @@ def near(t: Tensor) -> Tensor:
 
 
 def query_shares(blocks: int, tiles: int) -> int:
-    """Parts in which the queries are cut: a block a multiprocessor where there are that few.
+    """Parts in which the queries are cut, so that the last multiprocessor is done soonest; each has room for one block.
 
-    One sequence of 512 tokens is 8 blocks of keys for BERT-base.
+    One sequence of 512 tokens is 8 blocks of keys for BERT-base; 79 blocks for 132 multiprocessors would leave 53 idle.
     """
-    return max(1, min(_extension.kernels.processors() // blocks, tiles))
+    processors = _extension.kernels.processors()
+    return min(range(1, min(tiles, MOST_SHARES) + 1), key=lambda shares: -(-blocks * shares // processors) * (-(-tiles // shares) + START))
 
 
 def run_pairs(op: str, given: tuple[Tensor | None, ...], rows, r, spans, out: Tensor, n_queries: int, scaling: float, window) -> Tensor:

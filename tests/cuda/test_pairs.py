@@ -110,6 +110,18 @@ def test_shares_of_the_queries_add_up(shares, monkeypatch, backend):
 
 
 @emulated_only
+@pytest.mark.parametrize("n", [1, 33, 500, 2048, 5000, 10_000, 131_072])
+def test_no_multiprocessor_idles_for_long(n, emulated):
+    emulated.machine(processors=132)
+    blocks, tiles = -(-n // 64), -(-n // 32)
+    shares = _pairs.query_shares(blocks, tiles)
+    assert 1 <= shares <= min(tiles, _pairs.MOST_SHARES)
+    # tiles that the busiest one takes, for those that it would take were all as busy
+    busiest = -(-blocks * shares // 132) * -(-tiles // shares)
+    assert n < 2048 or blocks * tiles / 132 > 0.85 * busiest
+
+
+@emulated_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_tile(dtype, emulated):
     # less shared memory: one group of warps, then keys read again, last none
