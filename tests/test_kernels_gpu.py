@@ -157,3 +157,24 @@ def test_packed_sequences(name, dtype):
 def test_runs_repeat_bit_for_bit(backend):
     args, r = long_layer(2048), torch.rand(1, 24, 2048, device="cuda")
     assert torch.equal(product(r, args, backend), product(r, args, backend))
+
+
+def test_runs_on_the_current_stream(backend):
+    args, r = long_layer(512), torch.rand(1, 1, 512, device="cuda")
+    expected, late, stream = product(r, args, backend), torch.zeros_like(r), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # a launch elsewhere would be over long before
+        torch.cuda._sleep(100_000_000)
+        late.copy_(r)
+        out = product(late, args, backend)
+    stream.synchronize()
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_runs_on_the_tensors_device(backend):
+    args, r = long_layer(512), torch.rand(1, 1, 512, device="cuda:0")
+    there = {name: t.to("cuda:1") if isinstance(t, torch.Tensor) else t for name, t in args.items()}
+    out = product(r.to("cuda:1"), there, backend)
+    assert out.device == torch.device("cuda:1") and torch.equal(out.cpu(), product(r, args, backend).cpu())
