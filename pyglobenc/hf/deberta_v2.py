@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pyglobenc.hf.layers import LayerModules, OwnScores
 from pyglobenc.reference.score_mods import DisentangledBias
+from pyglobenc.values import may_look
 
 MODEL_TYPES = ("deberta-v2",)
 
@@ -42,10 +44,10 @@ def own_scores(module: nn.Module, arguments: dict[str, Any]) -> OwnScores:
         raise ValueError("capture: DeBERTa-v2 with query states of its own (the enhanced mask decoder) is not supported")
     terms = [name for name in ("c2p", "p2c") if name in module.pos_att_type]
     # the module takes the root in float32, whatever its dtype
-    scaling = 1 / float(torch.sqrt(torch.tensor(module.attention_head_size, dtype=torch.float) * (1 + len(terms))))
+    scaling = 1 / float(np.sqrt(np.float32(module.attention_head_size * (1 + len(terms)))))
     real = torch.diagonal(arguments["attention_mask"][:, 0], dim1=1, dim2=2).bool()
     bias = _bias(module, arguments, terms, scaling) if module.relative_attention and terms else None
-    return OwnScores(scaling, bias, None if real.all() else real)
+    return OwnScores(scaling, bias, None if may_look() and real.all() else real)
 
 
 def _bias(module: nn.Module, arguments: dict[str, Any], terms: list[str], scaling: float) -> DisentangledBias:

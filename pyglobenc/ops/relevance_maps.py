@@ -6,6 +6,7 @@ from torch import Tensor
 from pyglobenc.backends import pick
 from pyglobenc.ops._checks import check_shape
 from pyglobenc.ops.relevance_attention import check_relevance_args
+from pyglobenc.values import check_range
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")
 
@@ -45,8 +46,7 @@ def relevance_maps(
         check_shape(op, "rows", rows, "B T", {"B": q.shape[0]})
         if rows.dtype != torch.int64:
             raise TypeError(f"{op}: rows must be int64, got {rows.dtype}")
-        if rows.numel() and not (int(rows.min()) >= 0 and int(rows.max()) < q.shape[2]):
-            raise ValueError(f"{op}: rows must lie in [0, {q.shape[2]}), got {int(rows.min())} to {int(rows.max())}")
+        check_range(op, "rows", rows, q.shape[2])
     return _relevance_maps(q, k, v, lse.to(q.dtype), grad_o, s, rows, key_mask, scaling, *window, backend)
 
 

@@ -113,10 +113,10 @@ class DisentangledBias:
         return None if positions is None else t @ positions.to(t.dtype).transpose(1, 2) * self.scaling
 
     def diagonal(self, scores: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        own = self.buckets[q.shape[2] - 1]
+        own = self.buckets[q.shape[2] - 1 : q.shape[2]]
         for t, positions in ((q, self.position_keys), (k, self.position_queries)):
             if positions is not None:
-                scores = scores + (t @ positions[:, own, :, None].to(t.dtype))[..., 0] * self.scaling
+                scores = scores + (t @ positions[:, own].mT.to(t.dtype))[..., 0] * self.scaling
         return scores
 
 
