@@ -11,7 +11,6 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from pyglobenc.autocast import outside_autocast
 from pyglobenc.device_table import preferred
 
 log = logging.getLogger("pyglobenc")
@@ -62,6 +61,9 @@ def pick(op: str, backend: str, available: tuple[str, ...], args: tuple) -> Call
         if not why:
             if refused and backend == "auto":
                 log_once(f"{op}: running on {name}; " + "; ".join(refused))
+            # torch takes seconds, which the command line's choices of a backend needn't
+            from pyglobenc.autocast import outside_autocast
+
             return outside_autocast(getattr(load(op, name)[0], op))
         refused += [f"{name}: {reason}" for reason in why]
     raise ValueError(f"{op}: backend {backend!r} can't run: " + "; ".join(refused))

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pyglobenc.hf.limits import max_tokens
+from pyglobenc.hf.limits import max_tokens, vocabulary
 from pyglobenc.hf.registry import is_decoder
 from pyglobenc.hf.unwrap import stock_model
 from pyglobenc.methods.batching import fitting_batch, in_batches
@@ -53,9 +53,9 @@ def check_target(runner: Runner, encoded: Encoded, name: str) -> None:
     n = len(encoded.tokens)
     if kind == "token" and target is not None and not -n <= target < n:
         raise ValueError(f"explain: target must lie in [0, {n}), the tokens of {name}, or [-{n}, -1] from the end, got {target}")
-    vocabulary, largest = runner.model.get_input_embeddings().num_embeddings, max(encoded.inputs["input_ids"])
-    if largest >= vocabulary:
-        raise ValueError(f"explain: the tokenizer isn't the model's: token id {largest}, and the model has {vocabulary} embeddings")
+    known, largest = vocabulary(runner.model), max(encoded.inputs["input_ids"])
+    if largest >= known:
+        raise ValueError(f"explain: the tokenizer isn't the model's: token id {largest}, and the model has {known} embeddings")
 
 
 # a text's target, None for the class that the method itself predicts, and the windows that hold it
@@ -89,6 +89,9 @@ class Runner:
             raise ValueError(f"explain: {options.method} explains a class of a ...ForSequenceClassification, got {type(model).__name__}")
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise TypeError(f"explain: tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}")
+        # what transformers makes where the tokenizer's files are missing
+        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+            raise ValueError("explain: the tokenizer has no vocabulary; were its files saved with the model?")
         if options.merge_words and not tokenizer.is_fast:
             raise ValueError(f"explain: merge_words needs a fast tokenizer, which knows its words; got {type(tokenizer).__name__}")
         self.model, self.tokenizer, self.options = model, tokenizer, options
@@ -146,7 +149,7 @@ class Runner:
     @torch.no_grad()
     def _predict(self, text: Encoded) -> int:
         """The class with the largest logit, averaged over windows."""
-        logits = [self.model(**self._batch([text], [window])).logits[0] for window in text.windows]
+        logits = [self.model(**self._batch([text], [window]), return_dict=True).logits[0] for window in text.windows]
         return int(torch.stack(logits).mean(0).argmax())
 
     def _rows(self, texts: list[Encoded], plans: list[Plan], jobs: list[tuple[int, list[int]]]) -> list[Row]:

@@ -269,9 +269,9 @@ def load(path: str | Path) -> Attribution | Attributions:
             Attribution.from_dict(entry, None if tensors is None else tensors[str(index)])
             for index, entry in enumerate(document["attributions"])
         ]
-    except (ValueError, KeyError, TypeError) as error:
+        return entries[0] if document["single"] else Attributions(entries)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"load: {path} is not a file of saved attributions: {error}") from error
-    return entries[0] if document["single"] else Attributions(entries)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray] | None]:

@@ -2,6 +2,7 @@ import functools
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -186,8 +187,25 @@ def test_a_checkpoint_without_its_weights_is_refused(run, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["BertForSequenceClassification"]}))
     fails(run("a", model=str(tmp_path)), "the checkpoint lacks classifier.bias, classifier.weight, which would be random (2 in all)")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
+    fails(run("a", model=str(tmp_path)), "the checkpoint's encoder.layer.")
     (tmp_path / "model.safetensors").write_bytes(b"broken")
     fails(run("a", model=str(tmp_path)), f"can't load model '{tmp_path}'")
+
+
+def test_a_checkpoint_without_its_tokenizer_is_refused(run, model, tmp_path):
+    # transformers makes one that knows nothing but special tokens
+    shutil.copytree(model, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("tokenizer*"))
+    fails(run("a", model=str(tmp_path)), "tokenizer")
+
+
+def test_a_model_that_returns_tuples(run, model, tmp_path):
+    shutil.copytree(model, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"return_dict": False}))
+    for method in ("globenc", "transformer-attribution"):
+        status, out, _ = run(LONG, "--long", "windows", "--method", method, "--json", "-", "--quiet", model=str(tmp_path))
+        assert status == 0 and json.loads(out)["attributions"][0]["label"] in ("BAD", "GOOD")
 
 
 @pytest.mark.skipif(not os.path.exists(FULL), reason="needs /dev/full, a disk that is always full")

@@ -50,6 +50,15 @@ def test_refusals(folder, cat, tmp_path, capsys):
         main(["explain", "--image", cat])
 
 
+def test_a_checkpoint_without_a_head_has_no_classes(folder, cat, tmp_path, capsys):
+    ViTForImageClassification.from_pretrained(folder).base_model.save_pretrained(tmp_path / "vit")
+    ViTImageProcessor.from_pretrained(folder).save_pretrained(tmp_path / "vit")
+    command = ["explain", "--image", cat, "--model", str(tmp_path / "vit"), "--png", str(tmp_path / "out.png")]
+    assert main(command) == 1
+    assert "the checkpoint lacks classifier.bias, classifier.weight" in capsys.readouterr().err
+    assert main([*command, "--method", "globenc"]) == 0
+
+
 def test_images_that_cannot_be_read(folder, cat, tmp_path, monkeypatch, capsys):
     def fails(path, message):
         assert main(["explain", "--image", str(path), "--model", folder, "--png", str(tmp_path / "out.png")]) == 1

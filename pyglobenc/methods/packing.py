@@ -13,7 +13,7 @@ from pyglobenc.autocast import callers_autocast
 from pyglobenc.hf import LayerTrace, capture, find_layers
 from pyglobenc.hf.limits import first_position, max_tokens
 from pyglobenc.hf.registry import is_decoder
-from pyglobenc.methods.inputs import target_positions
+from pyglobenc.methods.inputs import check_ids, target_positions
 from pyglobenc.methods.precision import set_precision
 from pyglobenc.methods.rollout import RolloutResult, rollout_result
 from pyglobenc.reference.packing import slices
@@ -96,6 +96,7 @@ def pack(who: str, model: nn.Module, batch: Mapping[str, Any]) -> Packed:
         if [len(row) for row in rows] != lengths:
             raise ValueError(f"{who}: {name} must be as long as input_ids for every sequence")
         columns[name] = torch.cat([torch.as_tensor(rows[s], device="cpu") for s in order])
+    check_ids(who, model, columns["input_ids"])
     if "attention_mask" in columns and not columns["attention_mask"].all():
         raise ValueError(f"{who}: attention_mask has zeros; packed sequences have no padding")
     first = first_position(model)

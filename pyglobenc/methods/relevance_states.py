@@ -107,7 +107,7 @@ def _captured(model: PreTrainedModel, batch: Mapping[str, Any], dtype: torch.dty
         if dtype == torch.float64 and next(model.parameters()).dtype != torch.float64:
             stack.enter_context(WideParameters(torch.float64))
         stack.enter_context(callers_autocast())
-        return trace, model(**batch)
+        return trace, model(**{**batch, "return_dict": True})
 
 
 def _detach(trace: Trace, dtype: torch.dtype) -> dict[nn.Module, tuple[Tensor, Tensor]]:

@@ -209,7 +209,7 @@ class TransformerAttribution:
         first = next(iter(inputs.values()))
         if target is None:
             with torch.no_grad(), callers_autocast():
-                target = self.model(**batch).logits.argmax(-1)
+                target = self.model(**{**batch, "return_dict": True}).logits.argmax(-1)
         index = torch.as_tensor(target, device=first.device).expand(first.shape[0])
         if int(index.min()) < 0 or int(index.max()) >= first.shape[1]:
             raise ValueError(f"TransformerAttribution: target must lie in [0, {first.shape[1]}), the choices, got {index.tolist()}")

@@ -205,6 +205,23 @@ class TestBadInput:
         self.fails("41 tokens and the model takes 40", batch={"input_ids": torch.ones(1, 41, dtype=torch.long)})
         self.fails("attention_mask must be", batch=self.batch | {"attention_mask": torch.ones(2, 4)})
         self.fails("no real token", batch=self.batch | {"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])})
+        # the mask that is added to scores, 0 where this one is 1
+        self.fails("must hold 0 and 1 alone", batch=self.batch | {"attention_mask": torch.tensor([[0, 0, -1e9], [0, -1e9, 0]])})
+        self.fails("got list", batch=self.batch | {"attention_mask": [[1, 1, 1], [1, 1, 0]]})
+        self.fails(r"input_ids must be \(B, n\)", batch={"input_ids": torch.ones(1, 2, 3, dtype=torch.long)})
+        self.fails(r"inputs_embeds must be \(B, n, d\)", batch={"inputs_embeds": torch.ones(2, 48)})
+        self.fails("int64 or int32, got torch.float32", TypeError, batch={"input_ids": torch.ones(1, 3)})
+        self.fails(r"input_ids must lie in \[0, 97\), got 5 to 97", batch={"input_ids": torch.tensor([[5, 97]])})
+        self.fails("takes no start_layer or target", TypeError, target=1, start_layer=0)
+
+    def test_a_model_that_returns_tuples(self):
+        expected = GlobEnc(self.model)(**self.batch).scores
+        assert torch.equal(GlobEnc(build("bert", return_dict=False))(**self.batch).scores, expected)
+
+    def test_a_model_made_in_inference_mode(self):
+        with torch.inference_mode():
+            model = build("bert")
+        self.fails("made in torch.inference_mode", model=model)
 
     def test_roberta_positions_start_after_padding(self):
         model = build("roberta")

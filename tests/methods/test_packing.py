@@ -123,7 +123,7 @@ def test_nothing_is_left_behind():
     globenc = GlobEnc(model)
     globenc.packed(input_ids=[[5, 6], [7]])
     with pytest.raises(IndexError):
-        globenc.packed(input_ids=[[5, 6], [97]])
+        globenc.packed(input_ids=[[5, 6], [7]], token_type_ids=[[0, 0], [9]])
     layers = [layer.attention.self for layer in model.encoder.layer]
     assert not any(layer in PACKED or layer in RECORDERS for layer in layers)
     assert model.config._attn_implementation == "sdpa" and not model._forward_pre_hooks
