@@ -20,6 +20,13 @@ def test_quartiles_that_meet_agree_however_far_the_medians():
     assert agreement.compare([suite_row(2.0, q1_s="1.01"), COMMAND])[0][2]
 
 
+def test_of_several_runs_the_whole_range_counts():
+    """Two runs of the command: the ratio to their median, agreement with what lies between their quartiles."""
+    rows = [COMMAND, COMMAND | {"median_s": "3.0", "q1_s": "2.9", "q3_s": "3.1"}]
+    assert agreement.compare([*rows, suite_row(2.5)]) == [("head_gram cpu 512 float32", 1.25, True)]
+    assert not agreement.compare([*rows, suite_row(3.5)])[0][2]
+
+
 @pytest.mark.parametrize("name, other", [("batch", "8"), ("n", "128"), ("dtype", "bfloat16"), ("threads", "1"), ("device", "x")])
 def test_only_the_same_call_is_compared(name, other):
     assert agreement.compare([COMMAND, suite_row(1.0, **{name: other})]) == []
