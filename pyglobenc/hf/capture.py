@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from threading import Lock
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from pyglobenc.hf.unwrap import stock_model
 
 NORMS = ("attention_norm", "output_norm", "added_norm")
 FULL = (torch.float32, torch.float64)
+_CLAIM = Lock()
 
 
 class Trace:
@@ -86,18 +88,23 @@ def capture(model: PreTrainedModel, modules: Iterable[nn.Module] = (), offsets: 
         TypeError: model is not a transformers model.
         ValueError: unknown architecture, the model is in training mode, or it computes attention itself and can't keep packed
             sequences apart.
-        RuntimeError: the model is being captured already.
+        RuntimeError: the model is being captured already, by another thread too: one at a time can.
     """
     model = stock_model(model)
     found = find_layers(model)
     if model.training:
         raise ValueError("capture: the model is in training mode, where dropout changes the result; call model.eval() first")
-    if any(layer.attention in RECORDERS for layer in found):
-        raise RuntimeError("capture: the model is being captured already")
     if offsets is not None and any(layer.own_scores is not None for layer in found):
         raise ValueError(f"capture: {type(model).__name__} computes attention itself and can't keep packed sequences apart")
     trace = Trace(found)
     with ExitStack() as stack:
+        # before anything of the model is changed, and given back last: another thread may want the same one
+        with _CLAIM:
+            if any(layer.attention in RECORDERS for layer in found):
+                raise RuntimeError("capture: the model is being captured already")
+            for attention in {layer.attention for layer in found}:
+                RECORDERS[attention] = _recorder(trace, attention)
+                stack.callback(RECORDERS.pop, attention)
         for handle in _hooks(model, trace, found, modules):
             stack.callback(handle.remove)
         for part, module in _norms(found):
@@ -106,13 +113,10 @@ def capture(model: PreTrainedModel, modules: Iterable[nn.Module] = (), offsets: 
                 stack.callback(delattr, module, "forward")
             else:
                 stack.callback(module.register_forward_pre_hook(_keep_stats(trace, part)).remove)
-        for layer in found:
-            if layer.attention not in RECORDERS:
-                RECORDERS[layer.attention] = _recorder(trace, layer.attention)
-                stack.callback(RECORDERS.pop, layer.attention)
-                if offsets is not None:
-                    PACKED[layer.attention] = offsets
-                    stack.callback(PACKED.pop, layer.attention)
+        if offsets is not None:
+            for attention in {layer.attention for layer in found}:
+                PACKED[attention] = offsets
+                stack.callback(PACKED.pop, attention)
         if any(layer.own_scores is None for layer in found):
             stack.enter_context(_attention_implementation(model))
         # a compiled model would run without its hooks

@@ -1,4 +1,5 @@
 import gc
+from importlib import import_module
 
 import pytest
 import torch
@@ -168,6 +169,23 @@ def test_model_that_ignores_the_interface(model):
 def test_captured_twice(model):
     with capture(model), pytest.raises(RuntimeError, match="captured already"), capture(model):
         pass
+    assert_untouched(model)
+
+
+def test_no_second_capture_while_the_first_begins(model, monkeypatch):
+    module, refused = import_module("pyglobenc.hf.capture"), []
+
+    def another_thread_comes(*args):
+        with pytest.raises(RuntimeError, match="being captured already"), capture(model):
+            pass
+        refused.append(True)
+        return hooks(*args)
+
+    hooks = module._hooks
+    monkeypatch.setattr(module, "_hooks", another_thread_comes)
+    with capture(model):
+        pass
+    assert refused == [True]
     assert_untouched(model)
 
 
