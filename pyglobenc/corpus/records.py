@@ -224,7 +224,7 @@ def _arrow() -> Any:
         import pyarrow.ipc
         import pyarrow.parquet
     except ImportError as error:
-        raise ImportError(f"corpora need pyarrow: pip install 'pyglobenc[corpus]' ({error})") from error
+        raise ImportError(f"corpora need pyarrow: pip install pyarrow ({error})") from error
     return pyarrow
 
 
