@@ -191,7 +191,9 @@ class Runner:
         return batch | {"attention_mask": torch.tensor(mask, device=self.model.device)}
 
     def _joined(self, text: Encoded, plan: Plan, rows: list[Row]) -> dict[str, Any]:
-        of_class, classes = self.method.target == "class", self.model.config.id2label
+        of_class = self.method.target == "class"
+        # set by hand from a config.json, whose keys are strings
+        classes = {int(index): name for index, name in self.model.config.id2label.items()}
         target = rows[0].target if of_class else plan[0]
         scores, log_scale = join(len(text.tokens), plan[1], [row.scores for row in rows], [row.log_scale for row in rows])
         fields = dict(scores=scores, log_scale=log_scale, target=target, target_kind=self.method.target, windows=text.spans(plan[1]))

@@ -103,6 +103,12 @@ def test_classes_of_several_texts_are_those_of_each_alone():
         torch.testing.assert_close(torch.tensor(a.scores), torch.tensor(one.scores))
 
 
+def test_labels_numbered_by_strings():
+    model = build("bert-classifier")
+    model.config.id2label = {"0": "BAD", "1": "GOOD"}
+    assert explain(model, tokenizer(), "film", "transformer-attribution", target=1).target_name == "GOOD"
+
+
 def test_classifiers_tell_what_they_predict():
     a = explain(classifier(), tokenizer(), TEXT)
     with torch.no_grad():
