@@ -85,7 +85,8 @@ def explain_image(
         ImageAttribution, with a map for every target.
 
     Raises:
-        TypeError, ValueError: unknown method, architecture, backend or target; anything else that the method refuses.
+        TypeError, ValueError: unknown method, architecture, backend or target; an image of more than 8 bits a channel; anything else
+            that the method refuses.
     """
     if processor is not None and hasattr(image, "convert"):
         image = _upright(image).convert("RGB" if getattr(model.config, "num_channels", 3) == 3 else "L")
