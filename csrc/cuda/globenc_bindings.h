@@ -37,7 +37,7 @@ void bind_value_op(const pybind11::tuple& tensors, bool exact, uintptr_t stream)
     p.heads = int(p.matrix.shape[0]);
     p.group = p.heads / int(p.v.shape[1]);
     p.head_dim = int(p.matrix.shape[1]);
-    p.width = int(p.x ? p.x.shape[2] : p.matrix.shape[2]);
+    p.width = int(p.x ? p.cross.shape[2] : p.matrix.shape[2]);
     RUN(p, exact, reinterpret_cast<void*>(stream));
 }
 

@@ -9,7 +9,7 @@ namespace pyglobenc {
 namespace {
 
 template <class T>
-KERNEL(2 * TOKENS) head_gram_kernel(ValueArgs p) {
+KERNEL(VALUE_THREADS) head_gram_kernel(ValueArgs p) {
     const Tokens tokens(p);
     const int h = tokens.head, d = p.head_dim;
     const float* matrix = static_cast<const float*>(p.matrix.data) + int64_t(h) * d * p.heads * d;
@@ -38,7 +38,8 @@ KERNEL(2 * TOKENS) head_gram_kernel(ValueArgs p) {
 }  // namespace
 
 void head_gram(const ValueArgs& p, bool exact, void* stream) {
-    launch(exact ? head_gram_kernel<float> : head_gram_kernel<tf32>, value_blocks(p), 2 * TOKENS, VALUE_BYTES, stream, p);
+    if (exact) launch(head_gram_kernel<float>, value_blocks(p), VALUE_THREADS, VALUE_BYTES<float>, stream, p);
+    else launch(head_gram_kernel<tf32>, value_blocks(p), VALUE_THREADS, VALUE_BYTES<tf32>, stream, p);
 }
 
 }  // namespace pyglobenc

@@ -6,7 +6,7 @@ namespace pyglobenc {
 namespace {
 
 template <class T>
-KERNEL(2 * TOKENS) head_norms_kernel(ValueArgs p) {
+KERNEL(VALUE_THREADS) head_norms_kernel(ValueArgs p) {
     const Tokens tokens(p);
     const float* weight = static_cast<const float*>(p.matrix.data) + int64_t(tokens.head) * p.head_dim * p.width;
     float sums[2] = {};
@@ -20,7 +20,8 @@ KERNEL(2 * TOKENS) head_norms_kernel(ValueArgs p) {
 }  // namespace
 
 void head_norms(const ValueArgs& p, bool exact, void* stream) {
-    launch(exact ? head_norms_kernel<float> : head_norms_kernel<tf32>, value_blocks(p), 2 * TOKENS, VALUE_BYTES, stream, p);
+    if (exact) launch(head_norms_kernel<float>, value_blocks(p), VALUE_THREADS, VALUE_BYTES<float>, stream, p);
+    else launch(head_norms_kernel<tf32>, value_blocks(p), VALUE_THREADS, VALUE_BYTES<tf32>, stream, p);
 }
 
 }  // namespace pyglobenc

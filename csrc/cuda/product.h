@@ -6,42 +6,78 @@
 namespace pyglobenc {
 namespace {
 
-// A float's leading 11 digits and the rest.
-DEVICE void split(uint32_t x, uint32_t& high, uint32_t& low) {
-    high = bits(round_tf32(from_bits(x)));
-    low = bits(round_tf32(from_bits(x) - from_bits(high)));
+// Parts that a float is multiplied in: T float two of 11 digits each, to keep its own, tf32 one, which tensor cores cut.
+template <class T>
+constexpr int PARTS = 1;
+template <>
+constexpr int PARTS<float> = 2;
+
+template <class T>
+DEVICE void split(uint32_t x, uint32_t (&parts)[PARTS<T>]) {
+    parts[0] = x;
+    if constexpr (PARTS<T> == 2) {
+        parts[0] = bits(round_tf32(from_bits(x)));
+        parts[1] = bits(round_tf32(from_bits(x) - from_bits(parts[0])));
+    }
 }
 
-// c += a b^T of 16 x 8 entries over a step: the left factor as mma takes it, a[0] and a[1], the right one as it lies, 4 bytes of row g
-// each; which entries meet in which product doesn't matter if both sides agree. T float keeps float32's digits, tf32 tensor cores' own.
+// c += a b^T of 16 x 8 entries over a step: the left factor as mma takes it, a[.][0] and a[.][1], the right one as it lies, 4 bytes of
+// row g each; which entries meet in which product doesn't matter if both sides agree.
 template <class T>
-DEVICE void product(float (&c)[4], const Piece (&a)[2], const Piece& b) {
+DEVICE void multiply(float (&c)[4], const uint32_t (&a)[PARTS<T>][2][4], const uint32_t (&b)[PARTS<T>][4]) {
     UNROLL
     for (int s = 0; s < 2; ++s) {
-        const uint32_t right[2] = {b.word[2 * s], b.word[2 * s + 1]};
-        mma<T>(c, a[s].word, right);
+        const uint32_t right[2] = {b[0][2 * s], b[0][2 * s + 1]};
+        mma<T>(c, a[0][s], right);
     }
 }
 
 // Three products of tf32 keep 22 digits of float32's. They are summed from 0 and added to c as float32 is: tensor cores round their sums
 // towards 0, which over a whole row would cost another 4 digits.
 template <>
-DEVICE void product<float>(float (&c)[4], const Piece (&a)[2], const Piece& b) {
-    uint32_t high[2][4], low[2][4], b_high[2][2], b_low[2][2];
-    UNROLL
-    for (int s = 0; s < 2; ++s) {
-        UNROLL
-        for (int e = 0; e < 4; ++e) split(a[s].word[e], high[s][e], low[s][e]);
-        UNROLL
-        for (int e = 0; e < 2; ++e) split(b.word[2 * s + e], b_high[s][e], b_low[s][e]);
-    }
+DEVICE void multiply<float>(float (&c)[4], const uint32_t (&a)[2][2][4], const uint32_t (&b)[2][4]) {
     float sum[4] = {};
     UNROLL
-    for (int s = 0; s < 2; ++s) mma<tf32>(sum, low[s], b_high[s]), mma<tf32>(sum, high[s], b_low[s]);
+    for (int s = 0; s < 2; ++s) {
+        const uint32_t high[2] = {b[0][2 * s], b[0][2 * s + 1]}, low[2] = {b[1][2 * s], b[1][2 * s + 1]};
+        mma<tf32>(sum, a[1][s], high), mma<tf32>(sum, a[0][s], low);
+    }
     UNROLL
-    for (int s = 0; s < 2; ++s) mma<tf32>(sum, high[s], b_high[s]);
+    for (int s = 0; s < 2; ++s) {
+        const uint32_t high[2] = {b[0][2 * s], b[0][2 * s + 1]};
+        mma<tf32>(sum, a[0][s], high);
+    }
     UNROLL
     for (int e = 0; e < 4; ++e) c[e] += sum[e];
+}
+
+// The parts of a left factor, and of a right one.
+template <class T>
+DEVICE void split(const Piece (&a)[2], uint32_t (&parts)[PARTS<T>][2][4]) {
+    UNROLL
+    for (int at = 0; at < 8; ++at) {
+        uint32_t of[PARTS<T>];
+        split<T>(a[at / 4].word[at % 4], of);
+        for (int part = 0; part < PARTS<T>; ++part) parts[part][at / 4][at % 4] = of[part];
+    }
+}
+
+template <class T>
+DEVICE void split(const Piece& b, uint32_t (&parts)[PARTS<T>][4]) {
+    UNROLL
+    for (int at = 0; at < 4; ++at) {
+        uint32_t of[PARTS<T>];
+        split<T>(b.word[at], of);
+        for (int part = 0; part < PARTS<T>; ++part) parts[part][at] = of[part];
+    }
+}
+
+template <class T>
+DEVICE void product(float (&c)[4], const Piece (&a)[2], const Piece& b) {
+    uint32_t left[PARTS<T>][2][4], right[PARTS<T>][4];
+    split<T>(a, left);
+    split<T>(b, right);
+    multiply<T>(c, left, right);
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ namespace pyglobenc {
 
 namespace {
 
-constexpr int DEPTH = 64, COLUMNS = 32, STRIDE = COLUMNS + 2;  // of the piece of the matrix; 4 rows lie 8 banks apart
+constexpr int DEPTH = 64, COLUMNS = 32;  // of the piece of the matrix
 
 // Where a warp works: its first token, and its values' rows.
 struct Tokens {
@@ -35,8 +35,15 @@ struct Tokens {
     DEVICE int row(int half) const { return first + lane() / 4 + 8 * half; }
 };
 
-// Rows of values as the left factor: rows g and g + 8, pieces t of each 16 d, from `start`.
-DEVICE void load_values(const ValueArgs& p, const Tokens& tokens, int start, Piece (&out)[DEPTH / 16][2]) {
+// Rows of values as the left factor, in parts.
+template <class T>
+struct Values {
+    uint32_t of[DEPTH / 16][PARTS<T>][2][4];
+};
+
+// Rows g and g + 8, pieces t of each 16 d, from `start`.
+template <class T>
+DEVICE void load_values(const ValueArgs& p, const Tokens& tokens, int start, Values<T>& out) {
     UNROLL
     for (int c = 0; c < DEPTH / 16; ++c) {
         const int d = start + 16 * c + lane() % 4 * 4;
@@ -45,47 +52,96 @@ DEVICE void load_values(const ValueArgs& p, const Tokens& tokens, int start, Pie
         for (int half = 0; half < 2; ++half)
             if (tokens.row(half) < p.n && d < p.v.shape[3])
                 rows[half] = *reinterpret_cast<const Piece*>(tokens.v + tokens.row(half) * p.v.stride[2] + d);
+        Piece left[2];
         UNROLL
         for (int s = 0; s < 2; ++s)
-            out[c][s] = Piece{{rows[0].word[2 * s], rows[1].word[2 * s], rows[0].word[2 * s + 1], rows[1].word[2 * s + 1]}};
+            left[s] = Piece{{rows[0].word[2 * s], rows[1].word[2 * s], rows[0].word[2 * s + 1], rows[1].word[2 * s + 1]}};
+        split<T>(left, out.of[c]);
     }
 }
 
-// sums += rows of (v matrix) . other, or of its square without other; matrix [dh, width] with rows `stride` apart.
+// Where the piece keeps the parts of two rows' entries in a column: what lanes read together lies in different banks.
+template <class T>
+DEVICE uint32_t* held_at(int row, int column) {
+    return reinterpret_cast<uint32_t*>(shared()) + (row / 2 * COLUMNS + (column ^ 4 / PARTS<T> * (row / 4 % 4))) * 2 * PARTS<T>;
+}
+
+// Rows start to start + DEPTH - 1 and columns from `column` on to shared memory, zeros past the matrix's end.
+template <class T>
+DEVICE void hold_piece(const ValueArgs& p, const float* matrix, int64_t stride, int width, int start, int column) {
+    constexpr int APART = 2 * VALUE_THREADS / 32, AT_ONCE = 4;  // rows between a warp's pairs; pairs on their way at a time
+    const int e = column + lane();
+    const float* from = matrix + (start + 2 * warp()) * stride + e;
+    ROLL
+    for (int first = 2 * warp(); first < DEPTH; first += AT_ONCE * APART, from += AT_ONCE * APART * stride) {
+        float entries[AT_ONCE][2];
+        UNROLL
+        for (int at = 0; at < 2 * AT_ONCE; ++at) {
+            const int ahead = at / 2 * APART + at % 2;
+            entries[at / 2][at % 2] = start + first + ahead < p.head_dim && e < width ? from[ahead * stride] : 0.0f;
+        }
+        UNROLL
+        for (int at = 0; at < AT_ONCE; ++at) {
+            uint32_t even[PARTS<T>], odd[PARTS<T>];
+            split<T>(bits(entries[at][0]), even);
+            split<T>(bits(entries[at][1]), odd);
+            uint32_t* const to = held_at<T>(first + at * APART, lane());
+            if constexpr (PARTS<T> == 1) *reinterpret_cast<Twin*>(to) = {from_bits(even[0]), from_bits(odd[0])};
+            else *reinterpret_cast<Piece*>(to) = {{even[0], odd[0], even[1], odd[1]}};
+        }
+    }
+}
+
+// mixed += values times the piece held.
+template <class T>
+DEVICE void multiply_piece(const Values<T>& values, float (&mixed)[COLUMNS / 8][4]) {
+    UNROLL
+    for (int c = 0; c < DEPTH / 16; ++c)
+        UNROLL
+        for (int e = 0; e < COLUMNS / 8; ++e) {
+            uint32_t right[PARTS<T>][4];
+            UNROLL
+            for (int pair = 0; pair < 2; ++pair) {
+                const uint32_t* from = held_at<T>(16 * c + lane() % 4 * 4 + 2 * pair, 8 * e + lane() / 4);
+                if constexpr (PARTS<T> == 1) {
+                    const Twin rows = *reinterpret_cast<const Twin*>(from);
+                    right[0][2 * pair] = bits(rows.x), right[0][2 * pair + 1] = bits(rows.y);
+                } else {
+                    const Piece rows = *reinterpret_cast<const Piece*>(from);
+                    for (int at = 0; at < 4; ++at) right[at / 2][2 * pair + at % 2] = rows.word[at];
+                }
+            }
+            multiply<T>(mixed[e], values.of[c], right);
+        }
+}
+
+// sums += rows of (v matrix) . other, or of its square without other; matrix [dh, width] with rows `stride` apart, those of other in
+// pieces.
 template <class T>
 DEVICE void add_products(const ValueArgs& p, const Tokens& tokens, const float* matrix, int64_t stride, int width, const float* other,
                          int64_t other_stride, float (&sums)[2]) {
-    float* const held = reinterpret_cast<float*>(shared());
-    Piece left[DEPTH / 16][2];
+    Values<T> left;
     for (int column = 0; column < width; column += COLUMNS) {
         float mixed[COLUMNS / 8][4] = {};
         for (int start = 0; start < p.head_dim; start += DEPTH) {
             barrier();
-            for (int at = thread(); at < DEPTH * COLUMNS; at += threads()) {
-                const int d = start + at / COLUMNS, e = column + at % COLUMNS;
-                held[at / COLUMNS * STRIDE + at % COLUMNS] = d < p.head_dim && e < width ? matrix[d * stride + e] : 0.0f;
-            }
+            hold_piece<T>(p, matrix, stride, width, start, column);
             if (column == 0 || p.head_dim > DEPTH) load_values(p, tokens, start, left);
             barrier();
-            UNROLL
-            for (int c = 0; c < DEPTH / 16; ++c)
-                UNROLL
-                for (int e = 0; e < COLUMNS / 8; ++e) {
-                    Piece right;
-                    UNROLL
-                    for (int word = 0; word < 4; ++word)
-                        right.word[word] = bits(held[(16 * c + lane() % 4 * 4 + word) * STRIDE + 8 * e + lane() / 4]);
-                    product<T>(mixed[e], left[c], right);
-                }
+            multiply_piece(left, mixed);
         }
         UNROLL
-        for (int e = 0; e < COLUMNS / 8; ++e)
+        for (int half = 0; half < 2; ++half) {
+            const int row = tokens.row(half), first = column + lane() % 4 * 2;
+            const float* from = other + row * other_stride + first;
             UNROLL
-            for (int at = 0; at < 4; ++at) {
-                const int row = tokens.row(at / 2), to = column + 8 * e + lane() % 4 * 2 + at % 2;
-                const float with = !other ? mixed[e][at] : row < p.n && to < width ? other[row * other_stride + to] : 0.0f;
-                sums[at / 2] = fmaf(mixed[e][at], with, sums[at / 2]);
+            for (int e = 0; e < COLUMNS / 8; ++e) {
+                const float x = mixed[e][2 * half], y = mixed[e][2 * half + 1];
+                Twin with = {x, y};
+                if (other) with = row < p.n && first + 8 * e < width ? *reinterpret_cast<const Twin*>(from + 8 * e) : Twin{0, 0};
+                sums[half] = fmaf(y, with.y, fmaf(x, with.x, sums[half]));
             }
+        }
     }
 }
 
@@ -98,7 +154,8 @@ DEVICE void add_lanes(float (&sums)[2]) {
 
 inline int64_t value_blocks(const ValueArgs& p) { return (p.n + TOKENS - 1) / TOKENS * p.v.shape[0] * p.heads; }
 
-constexpr int VALUE_BYTES = DEPTH * STRIDE * 4;
+template <class T>
+constexpr int VALUE_BYTES = DEPTH * COLUMNS * PARTS<T> * 4;
 
 }  // namespace
 }  // namespace pyglobenc

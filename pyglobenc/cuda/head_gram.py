@@ -21,7 +21,7 @@ def head_gram(v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: 
     if gram.numel() == 0 or head_dim == 0:
         return gram.zero_(), cross if cross is None else cross.zero_()
     if x is not None:
-        x, cross_kernel = x if x.stride(-1) == 1 else x.contiguous(), cross_kernel.contiguous()
+        x, cross_kernel = in_pieces(x), cross_kernel.contiguous()
     with _extension.launching(v.device) as stream:
         tensors = (in_pieces(v), kernel.contiguous(), x, cross_kernel, gram, cross)
         _extension.kernels.head_gram(tensors, not _extension.allows_tf32(), stream)
