@@ -1,57 +1,70 @@
 """Whether `pyglobenc bench` and pytest-benchmark tell the same times.
 
-    pyglobenc bench --threads 2 --no-table --csv benchmarks/results/machine.csv
-    python benchmarks/agreement.py                     # every file of benchmarks/results
-    python benchmarks/agreement.py FILE.csv ...        # of the command and of op suites
+    python benchmarks/agreement.py FILE.csv ...        # runs of the command and of op suites, as many of each, in turn
+    python benchmarks/agreement.py FILE.csv ... --csv benchmarks/results/agreement.csv
 
-Compares every call that both measured (op, backend, n, dtype, one example, device, threads) and prints the ratio of pytest-benchmark's
-median to the command's. Two times agree if the quartiles of one reach those of the other, or if they are no further apart than LIMIT,
-about what two runs of one program differ by; of several runs of the command the lowest and the highest quartile count, since arrays that
-share a cache are up to 30 % slower in one process than in the next. Exit status 0 if all agree.
+Compares every call that both measured (op, backend, n, dtype, one example, device, threads): the ratio of the suites' median to the
+command's, beside the ratio of the slowest to the fastest run of each program. Two programs agree if their medians are no further apart
+than LIMIT, or if the quartiles of one's runs reach those of the other's. Exit status 0 if all calls do.
 """
 
 import argparse
+import csv
 import sys
+from collections import defaultdict
 from pathlib import Path
 from statistics import median
+from typing import Any
 
-from plot import RESULTS, read
+from plot import read
 
 LIMIT = 0.1
 SAME = ("backend", "n", "dtype", "device", "threads")
 TIMES = ("q1_s", "median_s", "q3_s")
+COMMAND, SUITE = "op", "benchmark"
 
 
-def compare(rows: list[dict[str, str]]) -> list[tuple[str, float, bool]]:
-    """Call, ratio and whether both agree, of every call that the command ("op") and a suite ("benchmark") measured."""
-    measured: dict[tuple, list] = {}
+def compare(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """A row of figures for every call that both the command ("op") and an op suite ("benchmark") measured."""
+    runs: dict[tuple, dict[str, list]] = defaultdict(lambda: {COMMAND: [], SUITE: []})
     for row in rows:
-        if "op" in row:
-            measured.setdefault((row["op"], *(row[name] for name in SAME)), []).append([float(row[name]) for name in TIMES])
-    out = []
-    for row in rows:
-        key = (row.get("benchmark"), *(row.get(name) for name in SAME))
-        if key not in measured or row.get("batch", "1") != "1":
-            continue
-        low, middle, high = (float(row[name]) for name in TIMES)
-        lows, middles, highs = zip(*measured[key], strict=True)
-        ratio = middle / median(middles)
-        agree = (low <= max(highs) and min(lows) <= high) or 1 / (1 + LIMIT) <= ratio <= 1 + LIMIT
-        out.append((" ".join(key[:4]), ratio, agree))
-    return out
+        for who in (COMMAND, SUITE):
+            if row.keys() >= {who, *SAME, *TIMES} and row.get("batch", "1") == "1":
+                key = (row[who], *(row[name] for name in SAME))
+                runs[key][who].append([float(row[name]) for name in TIMES])
+    return [_agreement(key, *found.values()) for key, found in runs.items() if all(found.values())]
+
+
+def _agreement(key: tuple, command: list, suite: list) -> dict[str, Any]:
+    """Figures of one call from (first quartile, median, third quartile) of each run."""
+    (lows, middles, highs), (other_lows, others, other_highs) = (tuple(zip(*runs, strict=True)) for runs in (command, suite))
+    ratio = median(others) / median(middles)
+    meet = min(other_lows) <= max(highs) and min(lows) <= max(other_highs)
+    figures = {"command_s": median(middles), "suite_s": median(others), "ratio": ratio}
+    spread = {"command_spread": max(middles) / min(middles), "suite_spread": max(others) / min(others)}
+    verdict = {"runs": min(len(middles), len(others)), "agree": meet or 1 / (1 + LIMIT) <= ratio <= 1 + LIMIT}
+    return dict(zip(("op", *SAME), key, strict=True)) | figures | spread | verdict
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="*", type=Path, help="what the command and op suites wrote (default: all of benchmarks/results)")
-    files = parser.parse_args(arguments).files or sorted(RESULTS.glob("*.csv"))
-    found = compare([row for path in files for row in read(path)])
+    parser.add_argument("files", nargs="+", type=Path, help="what the command and op suites wrote")
+    parser.add_argument("--csv", type=Path, help="where the figures go")
+    options = parser.parse_args(arguments)
+    found = compare([row for path in options.files for row in read(path)])
     if not found:
         parser.error("no call is in both: the op suites and the command must have run on one device with as many threads")
-    for call, ratio, agree in found:
-        print(f"{ratio:6.2f}  {'' if agree else 'DIFFERS  '}{call}")
-    print(f"median ratio {median(ratio for _, ratio, _ in found):.2f}; {sum(agree for *_, agree in found)} of {len(found)} agree")
-    return int(not all(agree for *_, agree in found))
+    for row in found:
+        call = " ".join(row[name] for name in ("op", "backend", "n", "dtype"))
+        spread = f"(runs of the command differ by {row['command_spread']:.2f}, of the suite by {row['suite_spread']:.2f})"
+        print(f"{row['ratio']:6.2f}  {'' if row['agree'] else 'DIFFERS  '}{call} {spread}")
+    print(f"median ratio {median(row['ratio'] for row in found):.2f}; {sum(row['agree'] for row in found)} of {len(found)} agree")
+    if options.csv:
+        with open(options.csv, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(found[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()} for row in found)
+    return int(not all(row["agree"] for row in found))
 
 
 if __name__ == "__main__":
