@@ -11,13 +11,12 @@ from functools import lru_cache
 
 import pytest
 import torch
-from measure import DEVICE, paired_ratio
+from measure import DEVICE, finished, paired_ratio
 from op_benchmark import peak_mb
 from published import published_maps, published_rollout
 from transformers import BertConfig, BertModel
 
 from pyglobenc import GlobEnc
-from pyglobenc.costs import synchronize
 
 ON_GPU = DEVICE.type == "cuda"
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
@@ -44,9 +43,6 @@ def batch_of(n):
 
 
 def run(benchmark, call, forward, rounds):
-    def finished(call):
-        return lambda: (call(), synchronize(DEVICE))
-
     call, forward = finished(call), finished(forward)
     for _ in range(2):
         call(), forward()

@@ -10,16 +10,14 @@ from functools import lru_cache
 
 import pytest
 import torch
-from measure import paired_ratio
+from measure import DEVICE, finished, paired_ratio
 from op_benchmark import BATCHES, DTYPES, LENGTHS, SLOW, peak_mb
 from transformers import BertConfig, BertForSequenceClassification
 
-from pyglobenc.costs import synchronize
 from pyglobenc.memory import estimate_memory
 from pyglobenc.methods.batching import SHARE, available_bytes
 from pyglobenc.methods.registry import METHODS
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FORWARD, ROUNDS = "forward", 3
 CALLS = [(FORWARD, ""), *((name, backend) for name in METHODS if name != "attention-flow" for backend in ("reference", "auto"))]
 
@@ -35,9 +33,9 @@ def build(model, method, backend, batch, n, dtype=None):
     """A call without arguments that returns what was computed."""
     inputs = {"input_ids": torch.randint(1000, 30000, (batch, n), generator=torch.Generator().manual_seed(0)).to(DEVICE)}
     if method == FORWARD:
-        return torch.no_grad()(lambda: (model(**inputs), synchronize(DEVICE)))
+        return finished(torch.no_grad()(lambda: model(**inputs)))
     run, targets = METHODS[method].build(model, backend, dtype), torch.zeros(batch, dtype=torch.long, device=DEVICE)
-    return lambda: (run(inputs, targets), synchronize(DEVICE))
+    return finished(lambda: run(inputs, targets))
 
 
 @pytest.mark.filterwarnings("ignore::pyglobenc.methods.reliability.PrecisionWarning")
@@ -65,6 +63,6 @@ def assert_right(model, method, backend):
     that from the reference itself (`lrp`), twice its own error."""
     wide = torch.float64 if model.dtype == torch.float32 else None
     calls = ((backend, 2, 12), ("reference", 2, 12), ("reference", 2, 12, wide))
-    ours, plain, exact = (build(model, method, *which)()[0].scores.double() for which in calls)
+    ours, plain, exact = (build(model, method, *which)().scores.double() for which in calls)
     error, own = ((scores - exact).abs().max() for scores in (ours, plain))
     assert error <= max(1e-2 * exact.abs().max(), 2 * own)

@@ -17,11 +17,10 @@ from statistics import median
 import pytest
 import torch
 from chefer import direct, relative
-from measure import DEVICE, paired_ratio, peak_memory_mb
+from measure import DEVICE, finished, paired_ratio, peak_memory_mb
 from transformers import BertConfig, BertForSequenceClassification
 
 from pyglobenc import TransformerAttribution
-from pyglobenc.costs import synchronize
 
 LENGTHS = (128, 256, 512)
 ROUNDS = 3
@@ -43,9 +42,6 @@ def batch_of(n):
 
 
 def run(benchmark, call, forward, rounds):
-    def finished(call):
-        return lambda: (call(), synchronize(DEVICE))
-
     call, forward = finished(call), finished(forward)
     call()
     benchmark.extra_info.update(paired_ratio(call, forward, rounds))

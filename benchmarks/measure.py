@@ -6,10 +6,24 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median, quantiles
+from typing import Any
 
 import torch
 
+from pyglobenc.costs import synchronize
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def finished(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call up to the end of what it gave the device."""
+
+    def run() -> Any:
+        result = call()
+        synchronize(DEVICE)
+        return result
+
+    return run
 
 
 def paired_ratio(call: Callable[[], object], baseline: Callable[[], object], rounds: int) -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from allocations import measure_allocations
+from measure import DEVICE
 
 from pyglobenc.backends import INTERPRETED
 from pyglobenc.ceilings import measure_ceilings, prepare
@@ -22,7 +23,7 @@ from pyglobenc.costs import Ceilings, count, flatten
 
 LENGTHS, BATCHES, DTYPES = (128, 512, 2048), (1, 8), ("float32", "bfloat16", "float16")
 # of ops alone, beside those; the methods would store too much
-LONGER = (4096,) if torch.cuda.is_available() else ()
+LONGER = (4096,) if DEVICE.type == "cuda" else ()
 # ops that may be given a half-precision model's tensors; the rules of relevance need float32's digits
 HALF = ("token_norms", "rollout_step", "head_gram", "head_norms")
 D = H * DH
@@ -63,7 +64,7 @@ def suite(
 
     @pytest.mark.parametrize("n, dtype, batch, backend", cases)
     def bench(benchmark, n, dtype, batch, backend):
-        device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), getattr(torch, dtype)
+        device, dtype = DEVICE, getattr(torch, dtype)
         kernel = backend not in (COMPILED, MATERIALISED, SDPA, "reference")
         if backend == "triton" and INTERPRETED:
             pytest.skip("interpreted kernels show what they compute, not how fast")

@@ -14,7 +14,8 @@ from torch import Tensor
 from pyglobenc.kernels._device import COUNTS, float32_precision, on, power_of_two, real_tokens
 from pyglobenc.kernels._division import safe_divide
 from pyglobenc.kernels._relevance import by_head, launch, load_rows, pair_relevance, relevance_reasons, store_rows
-from pyglobenc.reference.relevance_passes import Passes, sides
+from pyglobenc.reference.attention import sides
+from pyglobenc.reference.relevance_passes import Passes
 
 # rows of the rollout that one column pass carries
 MAX_ROWS = 32

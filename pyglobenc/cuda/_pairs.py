@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyglobenc.cuda import _extension
+from pyglobenc.reference.attention import sides
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
@@ -56,7 +57,6 @@ def run_pairs(op: str, given: tuple[Tensor | None, ...], rows, r, spans, out: Te
     q, k, lse, gram, *others = given
     q, k, lse = in_pieces(near(q), STEP), in_pieces(near(k), STEP), near(lse.float())
     kernels, (batch, heads, n, head_dim) = _extension.kernels, q.shape
-    left, right = (n if side < 0 else min(side, n) for side in window)
     with _extension.launching(q.device) as stream:
         keys, queries = kernels.pair_tile(heads, k.shape[1], head_dim, q.element_size())
         passes = 1 if r is None else -(-r.shape[1] // kernels.MAX_ROWS)
@@ -65,7 +65,7 @@ def run_pairs(op: str, given: tuple[Tensor | None, ...], rows, r, spans, out: Te
         packed = gram.new_empty(batch, -(-n // kernels.KEYS), kernels.form_size(heads), kernels.KEYS)
         queries = gram.new_empty(batch, 1 if r is None else r.shape[1], n if rows is None else n_queries, 2)
         tensors = (q, k, lse, gram, *others, rows, r, spans, parts, packed, queries)
-        getattr(kernels, op)(tensors, scaling, left, right, shares, not _extension.allows_tf32(), stream)
+        getattr(kernels, op)(tensors, scaling, *sides(window, n), shares, not _extension.allows_tf32(), stream)
     if r is None:
         return out
     return parts[0] if shares == 1 else parts.sum(0)

@@ -4,7 +4,8 @@ from torch import Tensor
 
 from pyglobenc.cuda import _extension
 from pyglobenc.cuda._relevance import relevance_reasons
-from pyglobenc.reference.relevance_passes import Passes, sides
+from pyglobenc.reference.attention import sides
+from pyglobenc.reference.relevance_passes import Passes
 
 OUTPUTS = ("r_q", "r_k", "r_v", "step", "map", "sums")
 

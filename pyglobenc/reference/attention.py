@@ -43,6 +43,12 @@ def attention(
     return torch.cat(outs, 2), torch.cat(lses, 2)
 
 
+def sides(window: tuple[int, int], n: int) -> tuple[int, int]:
+    """A window with n for unlimited."""
+    left, right = (n if side < 0 else min(side, n) for side in window)
+    return left, right
+
+
 def visible_keys(rows: slice, n: int, window: tuple[int, int]) -> slice:
     """Keys that any of the queries `rows` sees through the window."""
     left, right = window

@@ -79,9 +79,3 @@ class Passes:
             # once is enough
             r_k = r_v = None
         return torch.cat(steps, 1) + w
-
-
-def sides(window: tuple[int, int], n: int) -> tuple[int, int]:
-    """A window with n for unlimited."""
-    left, right = (n if side < 0 else min(side, n) for side in window)
-    return left, right
