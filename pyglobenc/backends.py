@@ -61,12 +61,18 @@ def pick(op: str, backend: str, available: tuple[str, ...], args: tuple) -> Call
         if not why:
             if refused and backend == "auto":
                 log_once(f"{op}: running on {name}; " + "; ".join(refused))
-            # torch takes seconds, which the command line's choices of a backend needn't
-            from pyglobenc.autocast import outside_autocast
-
-            return outside_autocast(getattr(load(op, name)[0], op))
+            return _runner(load(op, name)[0], op)
         refused += [f"{name}: {reason}" for reason in why]
     raise ValueError(f"{op}: backend {backend!r} can't run: " + "; ".join(refused))
+
+
+@cache
+def _runner(module: Any, op: str) -> Callable:
+    """A backend's function for an op, whose own products the caller's autocast doesn't touch."""
+    # torch takes seconds, which the command line's choices of a backend needn't
+    from pyglobenc.autocast import outside_autocast
+
+    return outside_autocast(getattr(module, op))
 
 
 def _device(args: tuple) -> str:

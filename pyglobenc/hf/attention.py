@@ -82,7 +82,7 @@ def _read_mask(name: str, mask: Any, window: tuple[int, int], n: int) -> tuple[T
     if not isinstance(mask, Mask):
         came = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"capture: {name}: attention_mask must be (B, n) of 0 and 1, got {came}")
-    if _within(mask.window, n) != _within(window, n):
+    if mask.window != window and _within(mask.window, n) != _within(window, n):
         raise ValueError(f"capture: {name}: the model's mask shows a query its keys in {mask.window}, its attention those in {window}")
     return mask.padding, None if mask.bias is None else StoredBias(mask.bias)
 

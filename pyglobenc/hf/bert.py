@@ -9,18 +9,19 @@ MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 
 def layers(base: nn.Module) -> list[LayerModules]:
     """Modules of every layer, first to last; base is the model without its head."""
-    return [
-        LayerModules(
-            block=layer,
-            attention=layer.attention.self,
-            query=layer.attention.self.query,
-            key=layer.attention.self.key,
-            value=layer.attention.self.value,
-            output=layer.attention.output.dense,
-            attention_norm=layer.attention.output.LayerNorm,
-            intermediate=layer.intermediate.dense,
-            mlp_output=layer.output.dense,
-            output_norm=layer.output.LayerNorm,
-        )
-        for layer in base.encoder.layer
-    ]
+    return [_layer(layer, layer.attention.self, layer.attention.output, layer.output) for layer in base.encoder.layer]
+
+
+def _layer(layer: nn.Module, attention: nn.Module, attended: nn.Module, output: nn.Module) -> LayerModules:
+    return LayerModules(
+        block=layer,
+        attention=attention,
+        query=attention.query,
+        key=attention.key,
+        value=attention.value,
+        output=attended.dense,
+        attention_norm=attended.LayerNorm,
+        intermediate=layer.intermediate.dense,
+        mlp_output=output.dense,
+        output_norm=output.LayerNorm,
+    )

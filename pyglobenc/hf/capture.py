@@ -105,23 +105,36 @@ def capture(model: PreTrainedModel, modules: Iterable[nn.Module] = (), offsets: 
             for attention in {layer.attention for layer in found}:
                 RECORDERS[attention] = _recorder(trace, attention)
                 stack.callback(RECORDERS.pop, attention)
-        for handle in _hooks(model, trace, found, modules):
-            stack.callback(handle.remove)
-        for part, module in _norms(found):
-            if type(module) is nn.LayerNorm and "forward" not in vars(module):
-                module.forward = _with_stats(trace, part, module)
-                stack.callback(delattr, module, "forward")
-            else:
-                stack.callback(module.register_forward_pre_hook(_keep_stats(trace, part)).remove)
+        stack.enter_context(_hooked(model, trace, found, modules))
         if offsets is not None:
             for attention in {layer.attention for layer in found}:
                 PACKED[attention] = offsets
                 stack.callback(PACKED.pop, attention)
         if any(layer.own_scores is None for layer in found):
-            stack.enter_context(_attention_implementation(model))
+            stack.enter_context(_attention_implementation(model, {layer.block for layer in found}))
         # a compiled model would run without its hooks
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield trace
+
+
+@contextmanager
+def _hooked(model: PreTrainedModel, trace: Trace, found: list[LayerModules], extra: Iterable[nn.Module]) -> Iterator[None]:
+    handles, replaced = [], []
+    try:
+        handles += _hooks(model, trace, found, extra)
+        for part, module in _norms(found):
+            if type(module) is nn.LayerNorm and "forward" not in vars(module):
+                # past nn.Module's own __setattr__, which takes ten times as long
+                vars(module)["forward"] = _with_stats(trace, part, module)
+                replaced.append(module)
+            else:
+                handles.append(module.register_forward_pre_hook(_keep_stats(trace, part)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in replaced:
+            del vars(module)["forward"]
 
 
 def _hooks(model: PreTrainedModel, trace: Trace, found: list[LayerModules], extra: Iterable[nn.Module]) -> Iterator[Any]:
@@ -157,13 +170,14 @@ def _with_stats(trace: Trace, part: str, module: nn.LayerNorm):
     """The module's forward pass, which also keeps the statistics that its kernel returns: a second kernel would read all of z again."""
 
     def forward(input: Tensor) -> Tensor:
-        weight = module.weight
-        # half precision has statistics of its own, and what autocast or a mode widens is theirs to widen
-        if input.dtype not in FULL or weight is None or weight.dtype != input.dtype or torch.is_autocast_enabled(input.device.type):
+        weight, device = module.weight, input.device.type
+        # on a CPU statistics of half precision are of half precision too; what autocast or a mode widens is theirs to widen
+        full = input.dtype in FULL or device == "cuda"
+        if not full or weight is None or weight.dtype != input.dtype or torch.is_autocast_enabled(device):
             _keep_stats(trace, part)(module, (input,))
             return nn.LayerNorm.forward(module, input)
         out, mean, rstd = torch.native_layer_norm(input, module.normalized_shape, weight, module.bias, module.eps)
-        trace.next_layer(part, module).norms[part] = NormStats(mean.detach().squeeze(-1), rstd.detach().squeeze(-1))
+        trace.next_layer(part, module).norms[part] = NormStats(mean, rstd)
         return out
 
     return forward
@@ -186,18 +200,17 @@ def _stats(z: Tensor, norm: nn.Module) -> NormStats:
         z = z.float()
     eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
     if not isinstance(norm, nn.LayerNorm):
-        return NormStats(None, (z.square().mean(-1) + eps).rsqrt())
+        return NormStats(None, (z.square().mean(-1, keepdim=True) + eps).rsqrt())
     # twenty times as fast as var_mean on a CPU
-    _, mean, rstd = torch.native_layer_norm(z, z.shape[-1:], None, None, eps)
-    return NormStats(mean[..., 0], rstd[..., 0])
+    return NormStats(*torch.native_layer_norm(z, z.shape[-1:], None, None, eps)[1:])
 
 
 @contextmanager
-def _attention_implementation(model: PreTrainedModel) -> Iterator[None]:
-    # modules() would take five times as long, a 20th of a small model's forward pass
+def _attention_implementation(model: PreTrainedModel, blocks: set[nn.Module]) -> Iterator[None]:
+    # modules(), and the blocks' own, would take twenty times as long, a 20th of a small model's forward pass
     inside, configs = [model], {}
     for module in inside:
-        inside.extend(filter(None, module._modules.values()))
+        inside.extend(inner for inner in module._modules.values() if inner is not None and inner not in blocks)
         if isinstance(module, PreTrainedModel):
             configs[id(module.config)] = module.config
     saved = [(config, config._attn_implementation) for config in configs.values()]

@@ -41,12 +41,21 @@ class LayerModules:
     own_scores: Callable[[nn.Module, dict[str, Any]], OwnScores] | None = None
 
 
-@dataclass
 class NormStats:
     """Statistics of one norm in the forward pass, each (B, n); rstd includes eps; mean is None for an RMSNorm."""
 
-    mean: Tensor | None
-    rstd: Tensor
+    def __init__(self, mean: Tensor | None, rstd: Tensor):
+        """As norms return them, (B, n, 1)."""
+        self._mean, self._rstd = mean, rstd
+
+    # most are never read: four views of a layer's norms would take as long as one of its kernels
+    @property
+    def mean(self) -> Tensor | None:
+        return None if self._mean is None else self._mean.detach().squeeze(-1)
+
+    @property
+    def rstd(self) -> Tensor:
+        return self._rstd.detach().squeeze(-1)
 
 
 @dataclass

@@ -26,10 +26,9 @@ def set_precision(layers: list[LayerTrace], dtype: torch.dtype | None) -> None:
         dtype: torch.float32, torch.float64 or None.
     """
     if dtype is None and layers[0].q.dtype == torch.float32:
-        # a padded query that sees no key has an infinite one
-        each = [torch.nan_to_num(layer.lse, posinf=0.0).abs().amax() for layer in layers]
-        # one wait for a GPU, not one a layer
-        largest = torch.stack([scores.to(each[0].device) for scores in each]).amax()
+        # a few kernels and one wait for a GPU, not as many a layer; a padded query that sees no key has an infinite one
+        scores = torch.cat([layer.lse.detach().flatten().to(layers[0].lse.device) for layer in layers])
+        largest = scores.nan_to_num_(posinf=0.0).abs_().amax()
         if not may_look():
             message = "attention scores are too large for float32; ask for dtype=torch.float64"
             require(largest <= LARGEST_FLOAT32_LSE, lambda: ValueError(message))

@@ -1,11 +1,14 @@
 """Registration of ops with torch, and the way past its dispatcher, which takes longer than the checks of an op's arguments."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
+
+PLAIN = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str}
 
 
 def register(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -21,7 +24,7 @@ def register(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         @wraps(function)
         def call(*args: Any) -> Any:
             watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-            return op(*args) if watched or any(map(_dispatched, args)) else function(*args)
+            return op(*args) if watched or not _plain(args) else function(*args)
 
         call.register_fake = op.register_fake
         return call
@@ -29,5 +32,10 @@ def register(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return decorate
 
 
-def _dispatched(arg: Any) -> bool:
-    return isinstance(arg, Tensor) and (type(arg) not in (Tensor, torch.nn.Parameter) or (arg.requires_grad and torch.is_grad_enabled()))
+def _plain(args: Sequence[Any]) -> bool:
+    """Whether no argument, or entry of one, is a tensor of a class of its own, or one whose gradient is being recorded."""
+    if list in map(type, args):
+        args = [*chain.from_iterable(arg if isinstance(arg, list) else (arg,) for arg in args)]
+    if not PLAIN.issuperset(map(type, args)):
+        return False
+    return not (torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args))
