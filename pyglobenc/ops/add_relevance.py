@@ -5,6 +5,7 @@ from torch import Tensor
 
 from pyglobenc.backends import pick
 from pyglobenc.ops._checks import check_floats, check_shape
+from pyglobenc.ops._registered import register
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")
 
@@ -42,7 +43,7 @@ def add_relevance(
     return _add_relevance(r, a, b, float(stabilizer), rescale, backend)
 
 
-@torch.library.custom_op("pyglobenc::add_relevance", mutates_args=())
+@register("add_relevance")
 def _add_relevance(r: Tensor, a: Tensor, b: Tensor, stabilizer: float, rescale: bool, backend: str) -> tuple[Tensor, Tensor]:
     args = (r, a, b, stabilizer, rescale)
     return pick("add_relevance", backend, BACKENDS, args)(*args)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pyglobenc.backends import pick
 from pyglobenc.ops._checks import check_floats, check_shape
+from pyglobenc.ops._registered import register
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")
 
@@ -37,7 +38,7 @@ def clone_relevance(parts: Sequence[Tensor], x: Tensor, *, backend: str = "auto"
     return _clone_relevance(list(parts), x, backend)
 
 
-@torch.library.custom_op("pyglobenc::clone_relevance", mutates_args=())
+@register("clone_relevance")
 def _clone_relevance(parts: list[Tensor], x: Tensor, backend: str) -> Tensor:
     return pick("clone_relevance", backend, BACKENDS, (parts, x))(parts, x)
 

@@ -1,10 +1,10 @@
 """Op `head_norms`: norms of every head's transformed vectors."""
 
-import torch
 from torch import Tensor
 
 from pyglobenc.backends import pick
 from pyglobenc.ops._checks import check_floats, check_heads, check_shape
+from pyglobenc.ops._registered import register
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")
 
@@ -35,7 +35,7 @@ def head_norms(v: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
     return _head_norms(v, weight, backend)
 
 
-@torch.library.custom_op("pyglobenc::head_norms", mutates_args=())
+@register("head_norms")
 def _head_norms(v: Tensor, weight: Tensor, backend: str) -> Tensor:
     return pick("head_norms", backend, BACKENDS, (v, weight))(v, weight)
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from pyglobenc.backends import pick
 from pyglobenc.ops._checks import check_floats, check_shape
+from pyglobenc.ops._registered import register
 from pyglobenc.reference.linear_relevance import clamped_relevance
 from pyglobenc.values import may_look
 
@@ -62,7 +63,7 @@ def linear_relevance(
     return _linear_relevance(r, x, weight, abs_weight, output, bias, backend)
 
 
-@torch.library.custom_op("pyglobenc::linear_relevance", mutates_args=())
+@register("linear_relevance")
 def _linear_relevance(
     r: Tensor, x: Tensor, weight: Tensor, abs_weight: Tensor | None, output: Tensor | None, bias: Tensor | None, backend: str
 ) -> Tensor:

@@ -1,10 +1,10 @@
 """Op `mixing_ratio`: how much of a token's output comes from other tokens."""
 
-import torch
 from torch import Tensor
 
 from pyglobenc.backends import pick
 from pyglobenc.ops._checks import check_floats, check_heads, check_shape
+from pyglobenc.ops._registered import register
 
 BACKENDS = ("reference",)
 
@@ -57,7 +57,7 @@ def mixing_ratio(
     return _mixing_ratio(q, k, v, o, lse, mapped_weight, mapped_x, scaling, backend)
 
 
-@torch.library.custom_op("pyglobenc::mixing_ratio", mutates_args=())
+@register("mixing_ratio")
 def _mixing_ratio(
     q: Tensor,
     k: Tensor,

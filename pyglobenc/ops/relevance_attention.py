@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pyglobenc.backends import pick
 from pyglobenc.ops._checks import check_floats, check_mask, check_shape, check_window
+from pyglobenc.ops._registered import register
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")
 
@@ -97,7 +98,7 @@ def check_relevance_args(op, q, k, v, lse, grad_o, s, key_mask, scaling, window)
     return sizes["dh"] ** -0.5 if scaling is None else float(scaling)
 
 
-@torch.library.custom_op("pyglobenc::relevance_attention", mutates_args=())
+@register("relevance_attention")
 def _relevance_attention(
     q: Tensor,
     k: Tensor,
@@ -123,7 +124,7 @@ def _(q, k, v, lse, grad_o, s, key_mask, scaling, left, right, additive_mask, no
     return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2])
 
 
-@torch.library.custom_op("pyglobenc::relevance_attention_step", mutates_args=())
+@register("relevance_attention_step")
 def _relevance_attention_step(
     q: Tensor,
     k: Tensor,

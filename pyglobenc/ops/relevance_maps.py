@@ -5,6 +5,7 @@ from torch import Tensor
 
 from pyglobenc.backends import pick
 from pyglobenc.ops._checks import check_shape
+from pyglobenc.ops._registered import register
 from pyglobenc.ops.relevance_attention import check_relevance_args
 from pyglobenc.values import check_range
 
@@ -50,7 +51,7 @@ def relevance_maps(
     return _relevance_maps(q, k, v, lse.to(q.dtype), grad_o, s, rows, key_mask, scaling, *window, backend)
 
 
-@torch.library.custom_op("pyglobenc::relevance_maps", mutates_args=())
+@register("relevance_maps")
 def _relevance_maps(
     q: Tensor,
     k: Tensor,

@@ -1,10 +1,10 @@
 """Op `relevance_rollout_step`: one layer of the rollout of relevance maps in row mode."""
 
-import torch
 from torch import Tensor
 
 from pyglobenc.backends import pick
 from pyglobenc.ops._checks import check_floats, check_shape
+from pyglobenc.ops._registered import register
 from pyglobenc.ops.relevance_attention import check_relevance_args
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")
@@ -48,7 +48,7 @@ def relevance_rollout_step(
     return _relevance_rollout_step(r, q, k, v, lse.to(q.dtype), grad_o, s, key_mask, scaling, *window, normalize, backend)
 
 
-@torch.library.custom_op("pyglobenc::relevance_rollout_step", mutates_args=())
+@register("relevance_rollout_step")
 def _relevance_rollout_step(
     r: Tensor,
     q: Tensor,
