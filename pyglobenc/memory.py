@@ -118,18 +118,19 @@ def estimate_memory(
 
 def _relevance(s: "_Sizes", method: str, weights: int, batch: int, n: int, element: int, wide: int) -> Estimate:
     """Of the methods that explain a class: numbers that autograd and the rules keep, as the allocator shows them."""
-    tokens, (tiles, most) = batch * n, TILES[wide]
     matrices = s.layers * 2 * (s.d * s.queries + s.d * s.keys + s.d * s.mlp)
+    rules, gradient = method != "attention-gradcam", method == "transformer-attribution"
+    # a small model's error is measured by a second run beside the first
+    if rules and wide == FLOAT32 and matrices * batch * n < MEASURED_BELOW:
+        batch *= 2
+    tokens, (tiles, most) = batch * n, TILES[wide]
     pairs = batch * s.heads * n * n
     # of the tile at work, and of the one before it
     tile = min(pairs, max(TILE_FLOATS, LEAST_QUERIES * batch * s.heads * n))
     before = min(tile, pairs - tile)
-    rules, gradient = method != "attention-gradcam", method == "transformer-attribution"
-    # a small model's error is measured by a second run, and the states of the first are still there
-    again = rules and wide == FLOAT32 and matrices * tokens < MEASURED_BELOW
     states = 4 * s.d + s.queries + s.keys + 2 * s.mlp
     # what autograd keeps beside them, less where the gradient's way back through all layers has freed it
-    saved = states + (3 * s.d + again * (states + 3 * s.d) if gradient else 4 * s.d + again * states)
+    saved = states + (3 * s.d if gradient else 4 * s.d)
     # of the clamped copies of an MLP's weights
     clamped = tokens * (2 * s.d + 4.5 * s.mlp) + 2 * s.d * s.mlp
     workspace = {
@@ -141,7 +142,7 @@ def _relevance(s: "_Sizes", method: str, weights: int, batch: int, n: int, eleme
     saved *= element
     if element < wide:
         # the layers' states in the dtype of the arithmetic, and the weights and activations of one Linear at a time
-        saved += (1 + again) * (s.d + 2 * s.queries + 2 * s.keys) * wide
+        saved += (s.d + 2 * s.queries + 2 * s.keys) * wide
         workspace += rules * (s.d * s.mlp + tokens * (s.d + s.mlp))
     return Estimate(
         weights=weights,

@@ -1,6 +1,6 @@
 """Handles to one layer's modules and the tensors of one forward pass through them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,3 +80,11 @@ class LayerTrace:
     def output_weight(self) -> Tensor:
         """W_O by head, (H, dh, d)."""
         return dense_weight(self.modules.output).unflatten(0, (self.q.shape[1], self.q.shape[3]))
+
+
+def outside(model: nn.Module, blocks: Container[nn.Module]) -> list[nn.Module]:
+    """The model and every module in it but the blocks and what is in them; modules() would walk those for most of its time."""
+    found = [model]
+    for module in found:
+        found.extend(inner for inner in module._modules.values() if inner is not None and inner not in blocks)
+    return found

@@ -1,6 +1,6 @@
 """One forward pass with gradients: everything that the relevance rules read."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from pyglobenc.autocast import callers_autocast
 from pyglobenc.hf import LayerModules, LayerTrace, Trace, capture, find_layers
+from pyglobenc.hf.layers import outside
 from pyglobenc.methods.relevance_support import check_layers
 from pyglobenc.methods.relevance_target import Index, Target, find_target
 from pyglobenc.methods.reliability import nudge
@@ -19,7 +20,7 @@ from pyglobenc.methods.wide import WideParameters
 
 @dataclass
 class States:
-    """Tensors of one forward pass; n includes padding.
+    """Tensors of one forward pass; n includes padding. B counts every example twice where it ran a second time beside the first.
 
     Attributes:
         layers: captured layers, first to last, detached.
@@ -28,7 +29,7 @@ class States:
         io: input and output of every Linear module, and of ViT's convolution, detached; see `take`.
         head: the Linear modules of the head, top down.
         target: the logit explained.
-        output: what the model returned.
+        output: what the model returned, for the examples as they are.
         dtype: of the relevance arithmetic.
     """
 
@@ -53,6 +54,7 @@ def run_forward(
     target: tuple[Any, Index, Index],
     dtype: torch.dtype | None,
     lowest: int,
+    twice: bool = False,
 ) -> States:
     """Run the model on a batch and take the gradient of the explained logit.
 
@@ -65,35 +67,65 @@ def run_forward(
         target: target, contrast and position of the call.
         dtype: float32, float64 or None; float64 on a narrower model widens the forward pass too.
         lowest: first layer whose gradient is wanted; the number of layers for none.
+        twice: after the examples all of them again, from a first layer's input moved by a rounding unit, with the target and the
+            gradients of the first.
     """
-    check_layers(find_layers(model))
+    found = find_layers(model)
+    check_layers(found)
     own = next(model.parameters()).dtype
     arithmetic = dtype or (torch.float64 if own == torch.float64 else torch.float32)
     with torch.inference_mode(False), torch.enable_grad():
         # a tensor made in inference mode can't enter a graph
         batch = {name: value.clone() if isinstance(value, Tensor) and value.is_inference() else value for name, value in batch.items()}
-        trace, output = _captured(model, batch, arithmetic, lambda x: x.detach().requires_grad_())
-        check_layers(find_layers(model), trace.layers)
-        chosen = find_target(kind, output, *target, trace.layers[0].key_mask)
+        others = _linears_outside(model, found)
+        trace, output = _captured(model, found, others, _doubled(model, batch) if twice else batch, arithmetic, twice)
+        check_layers(found, trace.layers)
+        key_mask = trace.layers[0].key_mask
+        if twice:
+            count = trace.layers[0].x.shape[0] // 2
+            output, key_mask = _first(output, count), key_mask if key_mask is None else key_mask[:count]
+        chosen = find_target(kind, output, *target, key_mask)
         grads = _attention_gradients(chosen.logit, trace.layers, lowest)
-    grads = [None if g is None else g.to(arithmetic) for g in grads]
     chosen.logit = chosen.logit.detach()
+    if twice:
+        grads = [None if g is None else g[:count].repeat(2, 1, 1, 1) for g in grads]
+        chosen = Target(*(None if t is None else t.repeat(2) for t in vars(chosen).values()))
+    grads = [None if g is None else g.to(arithmetic) for g in grads]
     io = _detach(trace, arithmetic)
-    return States(trace.layers, grads, io, _head(model, io), chosen, output, arithmetic)
+    return States(trace.layers, grads, io, _head(found, others, io), chosen, output, arithmetic)
 
 
-def run_again(model: PreTrainedModel, batch: Mapping[str, Any], states: States) -> States:
-    """The same from a first layer's input moved by a rounding unit, with the same target and gradients."""
-    with torch.no_grad():
-        trace, output = _captured(model, batch, states.dtype, nudge)
-    io = _detach(trace, states.dtype)
-    return States(trace.layers, states.grads, io, states.head, states.target, output, states.dtype)
+def _doubled(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch with every example a second time, after them all."""
+    main = batch.get(model.main_input_name)
+    size = len(batch["inputs_embeds"] if main is None else main)
+    return {
+        name: torch.cat([value, value]) if isinstance(value, Tensor) and value.dim() and len(value) == size else value
+        for name, value in batch.items()
+    }
 
 
-def _captured(model: PreTrainedModel, batch: Mapping[str, Any], dtype: torch.dtype, enter: Callable[[Tensor], Tensor]) -> tuple[Trace, Any]:
-    """Run the model with `enter` applied to the first layer's input, in float64 if dtype is."""
-    found = find_layers(model)
+def _first(output: Any, count: int) -> Any:
+    """What a model returned for the first of two halves of `count` examples."""
+    if isinstance(output, Tensor):
+        return output[:count] if output.dim() and len(output) == 2 * count else output
+    if isinstance(output, Mapping):
+        return type(output)(**{name: _first(value, count) for name, value in output.items()})
+    return tuple(_first(value, count) for value in output) if isinstance(output, tuple) else output
+
+
+def _captured(
+    model: PreTrainedModel, found: list[LayerModules], others: list[nn.Module], batch: Mapping[str, Any], dtype: torch.dtype, twice: bool
+) -> tuple[Trace, Any]:
+    """Run the model from a leaf of the graph, the first layer's input, in float64 if dtype is; twice: its second half is moved."""
     within = [getattr(m, part) for m in found for part in ("query", "key", "value", "output", "intermediate", "mlp_output")]
+
+    def enter(x: Tensor) -> Tensor:
+        x = x.detach()
+        if twice:
+            first, second = x.chunk(2)
+            x = torch.cat([first, nudge(second)])
+        return x.requires_grad_()
 
     def change(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if args:
@@ -101,7 +133,7 @@ def _captured(model: PreTrainedModel, batch: Mapping[str, Any], dtype: torch.dty
         return args, {**kwargs, "hidden_states": enter(kwargs["hidden_states"])}
 
     with ExitStack() as stack:
-        trace = stack.enter_context(capture(model, modules=[*within, *_outside(model, found)]))
+        trace = stack.enter_context(capture(model, modules=[*within, *others]))
         handle = found[0].block.register_forward_pre_hook(change, prepend=True, with_kwargs=True)
         stack.callback(handle.remove)
         if dtype == torch.float64 and next(model.parameters()).dtype != torch.float64:
@@ -126,15 +158,14 @@ def _attention_gradients(logit: Tensor, layers: list[LayerTrace], lowest: int) -
     return [None] * min(lowest, len(layers)) + list(grads)
 
 
-def _outside(model: PreTrainedModel, found: list[LayerModules]) -> list[nn.Module]:
+def _linears_outside(model: PreTrainedModel, found: list[LayerModules]) -> list[nn.Module]:
     """Linear modules, and the convolution that embeds patches, outside the layers."""
-    inside = {module for layer in found for module in layer.block.modules()}
-    return [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d) and module not in inside]
+    modules = outside(model, {layer.block for layer in found})
+    return [module for module in modules if isinstance(module, nn.Linear | nn.Conv2d)]
 
 
-def _head(model: PreTrainedModel, io: Mapping[nn.Module, Any]) -> list[nn.Linear]:
+def _head(found: list[LayerModules], others: list[nn.Module], io: Mapping[nn.Module, Any]) -> list[nn.Linear]:
     """Linear modules called after the last layer, last call first; between them a head applies only functions that pass relevance on."""
-    found = find_layers(model)
-    called, outside = list(io), set(_outside(model, found))
+    called = list(io)
     after = called[called.index(found[-1].mlp_output) + 1 :]
-    return [module for module in reversed(after) if module in outside]
+    return [module for module in reversed(after) if module in others]

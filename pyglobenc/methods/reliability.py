@@ -4,7 +4,8 @@ Relevance is divided by sums of both signs: a residual sum, the attention output
 its rounding error, and that of the whole forward pass before it, is amplified. Two ways to say how much, both of the relative L2 error
 of the scores without the pooled token's own entry, which the published code overwrites:
 
-measured: once more from a first layer's input moved by about one rounding unit, and compared: costs as much again, less the gradient.
+measured: once more from a first layer's input moved by about one rounding unit, and compared. Both run as one batch: a short input, bound
+by the time that Python takes, costs little more, a long one twice as much.
 
 estimated: carried along the pass itself, see `forward_error` and `relevance_error`.
 """

@@ -14,7 +14,7 @@ from pyglobenc.hf import find_layers, vit
 from pyglobenc.methods.inputs import check_batch, check_model
 from pyglobenc.methods.relevance_descent import MAPS, Descent
 from pyglobenc.methods.relevance_rules import LrpRules, Rules
-from pyglobenc.methods.relevance_states import States, run_again, run_forward
+from pyglobenc.methods.relevance_states import States, run_forward
 from pyglobenc.methods.relevance_target import Index, head_kind
 from pyglobenc.methods.relevance_variants import PUBLISHED, VARIANTS, Variant, variant_scores
 from pyglobenc.methods.reliability import DIGITS_GONE, MEASURED_BELOW, METHODS, PrecisionWarning, distance
@@ -78,6 +78,8 @@ class TransformerAttribution:
         self.model = model
         self.dtype = dtype
         self.kind = head_kind(model)
+        self.depth = len(found := find_layers(model))
+        self.weights = sum(p.numel() for layer in found for p in layer.block.parameters())
         images = model.config.model_type in vit.MODEL_TYPES
         # tokens before the patches of an image; None for text
         self.prefix = len(vit.prefix_tokens(model.base_model)) if images else None
@@ -110,7 +112,7 @@ class TransformerAttribution:
             layers: also return the relevance of every layer's input.
             maps: any of "map" (B, L, n, n), the matrix A that the rollout adds to the identity; "alpha", "R_alpha", "grad_alpha"
                 (B, L, H, n, n); "R_in" (B, L, n, d).
-            reliability: how `error` is found, see `reliability`: "measured" nearly doubles the time, "estimated" costs little, "auto"
+            reliability: how `error` is found, see `reliability`: "measured" up to doubles the time, "estimated" costs little, "auto"
                 measures small float32 inputs and estimates the others; "off". A PrecisionWarning is given above 1e-2.
             batch: the model's inputs, as its tokenizer or image processor returns them.
 
@@ -126,38 +128,42 @@ class TransformerAttribution:
         self._check(batch)
         if self.kind == "choice":
             batch, target, contrast = self._one_choice(batch, target, contrast)
-        depth = len(find_layers(self.model))
         everything = layers or bool(maps)
-        lowest = 0 if everything else chosen.lowest_gradient(start_layer, depth)
-        states = run_forward(self.model, batch, self.kind, (target, contrast, position), self.dtype, lowest)
-        how = self._error_method(reliability, chosen, states)
-        descent = self._descent(states, chosen, how == "estimated")
+        lowest = 0 if everything else chosen.lowest_gradient(start_layer, self.depth)
+        how = self._error_method(reliability, chosen, batch)
+        states = run_forward(self.model, batch, self.kind, (target, contrast, position), self.dtype, lowest, how == "measured")
+        rules = self.lrp if chosen.lrp else self.rules
+        descent = Descent(states, rules, chosen.gradient, self.prefix is None, how == "estimated")
         scores = variant_scores(self.model, chosen, descent, start_layer, self.prefix)
+        scores, moved = scores.chunk(2) if how == "measured" else (scores, None)
         result = self._result(scores, states, how)
         if how == "measured":
-            moved = self._descent(run_again(self.model, batch, states), chosen)
-            own = states.target.position.to(scores.device) if self.prefix is None and chosen.kind != "input" else None
-            result.error = distance(variant_scores(self.model, chosen, moved, start_layer, self.prefix), scores, own)
+            own = result.position.to(scores.device) if self.prefix is None and chosen.kind != "input" else None
+            result.error = distance(moved, scores, own)
         elif how == "estimated":
             result.error = descent.estimated_error()
         self._warn(result)
         if everything:
-            descent.roll_out(depth, 0, tuple(maps))
+            descent.roll_out(self.depth, 0, tuple(maps))
         self._add_layers(result, descent, layers)
         return result
 
-    def _descent(self, states: States, chosen: Variant, estimate: bool = False) -> Descent:
-        return Descent(states, self.lrp if chosen.lrp else self.rules, chosen.gradient, self.prefix is None, estimate)
-
-    @staticmethod
-    def _error_method(reliability: str, chosen: Variant, states: States) -> str | None:
+    def _error_method(self, reliability: str, chosen: Variant, batch: Mapping[str, Any]) -> str | None:
         if reliability == "off" or chosen.kind not in ("rollout", "layer", "input"):
             return None
         if reliability != "auto":
             return reliability
-        weights = sum(p.numel() for layer in states.layers for p in layer.modules.block.parameters())
-        small = weights * states.layers[0].x[..., 0].numel() < MEASURED_BELOW
-        return "measured" if small and states.dtype == torch.float32 else "estimated"
+        single = torch.float64 not in (self.dtype, self.model.dtype)
+        small = self.weights * self._tokens(batch) < MEASURED_BELOW
+        return "measured" if single and small else "estimated"
+
+    def _tokens(self, batch: Mapping[str, Any]) -> int:
+        """Tokens of a batch, padding and those before an image's patches among them."""
+        if self.prefix is None:
+            ids = batch.get("input_ids")
+            return batch["inputs_embeds"][..., 0].numel() if ids is None else ids.numel()
+        pixels, step = batch["pixel_values"], vit.patch_projection(self.model.base_model).stride
+        return len(pixels) * (self.prefix + (pixels.shape[2] // step[0]) * (pixels.shape[3] // step[1]))
 
     @staticmethod
     def _warn(result: RelevanceResult) -> None:
@@ -171,8 +177,7 @@ class TransformerAttribution:
             )
 
     def _variant(self, variant: str, start_layer: int, maps: Sequence[str], reliability: str) -> Variant:
-        name = PUBLISHED.get(variant, variant)
-        depth = len(find_layers(self.model))
+        name, depth = PUBLISHED.get(variant, variant), self.depth
         if name not in VARIANTS:
             raise ValueError(f"TransformerAttribution: variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
         if isinstance(start_layer, bool) or not isinstance(start_layer, int):
@@ -223,16 +228,17 @@ class TransformerAttribution:
         for name, value in states.output.items():
             if isinstance(value, Tensor):
                 states.output[name] = value.detach()
-        target = states.target
-        return RelevanceResult(scores, target.index, target.position, target.logit, error_method=how, output=states.output)
+        index, position, logit = (t[: len(scores)] for t in (states.target.index, states.target.position, states.target.logit))
+        return RelevanceResult(scores, index, position, logit, error_method=how, output=states.output)
 
     @staticmethod
     def _add_layers(result: RelevanceResult, descent: Descent, layers: bool) -> None:
-        sums = [descent.token_sums[index] for index in sorted(descent.token_sums)]
+        count = len(result.scores)
+        sums = [descent.token_sums[index][:count] for index in sorted(descent.token_sums)]
         if sums:
             totals = stack_layers([t.sum(-1) for t in sums])
             result.diagnostics = {"relevance_sums": totals, "conservation": (totals - 1).abs().amax(1)}
         if layers:
             result.relevance = stack_layers(sums[:-1])
         for name, by_layer in descent.maps.items():
-            result.maps[name] = stack_layers([by_layer[index] for index in sorted(by_layer)])
+            result.maps[name] = stack_layers([by_layer[index][:count] for index in sorted(by_layer)])

@@ -196,3 +196,21 @@ def test_published_names_are_variants():
     ta = TransformerAttribution(model)
     for name, variant in PUBLISHED.items():
         assert torch.equal(ta(**batch, variant=name).scores, ta(**batch, variant=variant).scores)
+
+
+@pytest.mark.filterwarnings("ignore::pyglobenc.methods.reliability.PrecisionWarning")
+@pytest.mark.parametrize("name, target", [("bert-classifier", [1, 0]), ("distilbert", None), ("vit", None)])
+def test_measuring_changes_nothing_else(name, target):
+    model = build(name)
+    call, batch = TransformerAttribution(model), random_batch(model, batch=2, n=12, pads=[0, 4])
+    wanted = dict(**batch, target=target, layers=True, maps=["map", "R_in"], output_hidden_states=True)
+    alone, measured = (call(**wanted, reliability=how) for how in ("off", "measured"))
+    assert alone.error is None and measured.error.shape == (2,) and (measured.error < 1e-6).all()
+    assert torch.equal(alone.target, measured.target) and torch.equal(alone.position, measured.position)
+    for one, other in [
+        *((getattr(alone, field), getattr(measured, field)) for field in ("scores", "logit", "relevance")),
+        *((alone.maps[key], measured.maps[key]) for key in ("map", "R_in")),
+        *((alone.diagnostics[key], measured.diagnostics[key]) for key in ("relevance_sums", "conservation")),
+        *zip(alone.output.hidden_states, measured.output.hidden_states, strict=True),
+    ]:
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
