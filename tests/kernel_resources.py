@@ -162,8 +162,9 @@ def arguments(case: dict, n: int = 1024) -> tuple:
         return meta(2, n, 3072), x, weight, weight, meta(2, n, 3072), weight[:, 0]
     if op.startswith("head_"):
         heads, head_dim = case["heads"], case["head_dim"]
-        v, width = meta(2, case["kv_heads"], n, head_dim), heads * head_dim
-        cross = (meta(2, n, width), meta(heads, head_dim, width)) if full else (None, None)
+        dtype, width = getattr(torch, case["dtype"]), heads * head_dim
+        v = meta(2, case["kv_heads"], n, head_dim, dtype=dtype)
+        cross = (meta(2, n, width, dtype=dtype), meta(heads, head_dim, width)) if full else (None, None)
         return (v, meta(heads, head_dim, width)) if op == "head_norms" else (v, meta(heads, head_dim, heads, head_dim), *cross)
     if op.startswith("relevance"):
         tensors, seen = relevance_arguments(case, n)

@@ -6,6 +6,7 @@ from pair_cases import KERNELS, Case, factor, layer, running
 
 from pyglobenc.ops import gram_kernels, head_gram
 
+HALF = (torch.bfloat16, torch.float16)
 CASES = [
     Case(B=40, n=1, H=1, Hkv=1, dh=1, d=3, norms=0),
     Case(B=3, n=13, H=5, Hkv=1, dh=7, d=35),
@@ -23,9 +24,14 @@ def arguments(case):
     return t, (t["v"], kernel, t["x"], cross_kernel)
 
 
+def rounded(args, dtype):
+    """v, K, x and P in float32, v and x rounded to dtype."""
+    return tuple(a.to(given) for a, given in zip(args, (dtype, torch.float32) * 2, strict=True))
+
+
 def compare(out, args, kernel):
     exact = head_gram(*(a.double() for a in args), backend="reference")
-    torch_out = head_gram(*args, backend="reference")
+    torch_out = head_gram(*(a.float() for a in args), backend="reference")
     for values in zip(out, exact, torch_out, strict=True):
         assert_as_good_as_torch(*values, factor(kernel))
 
@@ -55,9 +61,22 @@ def test_kernel_is_as_good_as_torch(case, kernel):
     assert torch.equal(gram, gram.mT)
 
 
+@pytest.mark.parametrize("kernel", ["reference", *KERNELS])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_values_in_half_precision(dtype, kernel):
+    args = rounded(arguments(Case(n=65, H=6, Hkv=2, dh=17, d=102))[1], dtype)
+    with running(kernel) as backend:
+        gram, cross = head_gram(*args, backend=backend)
+        alone, _ = head_gram(*args[:2], backend=backend)
+    assert gram.dtype == cross.dtype == torch.float32
+    compare((gram, cross), args, kernel)
+    assert torch.equal(alone, gram)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_strided_inputs(kernel):
-    args = tuple(a.float() for a in arguments(Case(n=37))[1])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_strided_inputs(dtype, kernel):
+    args = rounded(arguments(Case(n=37))[1], dtype)
     strided = tuple(torch.stack([a, a], -1)[..., 0] for a in args)
     with running(kernel) as backend:
         for first, second in zip(head_gram(*args, backend=backend), head_gram(*strided, backend=backend), strict=True):
@@ -96,11 +115,30 @@ def test_arguments_are_checked():
         head_gram(v, kernel, x)
     with pytest.raises(ValueError, match="multiple of that of key-value heads"):
         head_gram(v[:, :3], kernel)
+
+
+@pytest.mark.parametrize(
+    "v, kernel, x, cross_kernel",
+    [
+        (torch.float32, torch.float64, torch.float32, torch.float64),
+        (torch.float64, torch.float32, torch.float64, torch.float32),
+        (torch.bfloat16, torch.float64, torch.bfloat16, torch.float64),
+        (torch.bfloat16, torch.float16, torch.bfloat16, torch.float16),
+        (torch.bfloat16, torch.float32, torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32, torch.float16, torch.float32),
+        (torch.float32, torch.float32, torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.float32, torch.bfloat16, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_other_mixtures_are_refused(v, kernel, x, cross_kernel):
+    args = [a.to(dtype) for a, dtype in zip(arguments(Case(n=6))[1], (v, kernel, x, cross_kernel), strict=True)]
     with pytest.raises(TypeError, match="one dtype"):
-        head_gram(v.float(), kernel)
+        head_gram(*args)
 
 
-def test_opcheck():
-    args = tuple(a.float() for a in arguments(Case(n=6))[1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype):
+    args = rounded(arguments(Case(n=6))[1], dtype)
     torch.library.opcheck(torch.ops.pyglobenc.head_gram.default, (*args[:2], "auto"))
     torch.library.opcheck(torch.ops.pyglobenc.head_gram_cross.default, (*args, "auto"))

@@ -60,7 +60,7 @@ def cases() -> list[dict]:
             case("relevance_attention", shape)
         case("relevance_maps", HEADS[0])
         case("relevance_rollout_step", HEADS[0])
-        for shape in (HEADS[0], HEADS[-1]):
+        for shape in (HEADS[0], HEADS[-1], BERT, (12, 12, 64, "float16", 1)):
             case("head_gram", shape)
         case("head_norms", HEADS[0])
         case("token_norms", BERT)

@@ -76,6 +76,11 @@ uint32_t pack(float low, float high) {
     return uint32_t(narrow<T>(high).bits) << 16 | narrow<T>(low).bits;
 }
 
+template <class T>
+Twin unpack(uint32_t x) {
+    return {widen(T{uint16_t(x)}), widen(T{uint16_t(x >> 16)})};
+}
+
 inline float round_tf32(float x) { return from_bits((bits(x) + 0x1000u) & 0xffffe000u); }
 
 inline float exp2_approx(float x) { return x < -126 ? 0.0f : std::exp2(x); }

@@ -31,7 +31,7 @@
 //   load<V>(from)                     the Piece or float at `from`, in global memory that the kernel doesn't write
 //   settled(p)                        p, for load(): the compiler adds to it and doesn't take the sum that it is apart
 //   bf16, f16, tf32                   bf16 and f16 hold bits; tf32 only names a type of mma, whose operands are floats' bits
-//   pack<T>(low, high)                two floats, rounded to bf16 or f16, in 4 bytes
+//   pack<T>(low, high)                two floats, rounded to bf16 or f16, in 4 bytes; unpack<T>(x) those two, as a Twin
 //   Piece                             16 bytes, aligned: one load or store; Twin the same of two floats
 //   bits(x), from_bits(u)             a float as uint32_t and back
 //   round_tf32(x)                     to 11 significant bits; mma cuts off what a float has beyond them
@@ -145,6 +145,19 @@ template <>
 DEVICE uint32_t pack<f16>(float low, float high) {
     uint32_t out;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+    return out;
+}
+
+template <class T>
+DEVICE Twin unpack(uint32_t x);
+template <>
+DEVICE Twin unpack<bf16>(uint32_t x) {
+    return {from_bits(x << 16), from_bits(x & 0xffff0000u)};
+}
+template <>
+DEVICE Twin unpack<f16>(uint32_t x) {
+    Twin out;
+    asm("{.reg .f16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high;}" : "=f"(out.x), "=f"(out.y) : "r"(x));
     return out;
 }
 

@@ -8,9 +8,13 @@
 namespace pyglobenc {
 namespace {
 
-template <class T>
-KERNEL(VALUE_THREADS) head_gram_kernel(ValueArgs p) {
-    const Tokens tokens(p);
+// Blocks that a multiprocessor is to hold: for half precision ptxas, left alone, spills on sm_80 to fit four.
+template <class V>
+constexpr int LEAST_BLOCKS = sizeof(V) == 2 ? 2 : 0;
+
+template <class T, class V>
+KERNEL(VALUE_THREADS, LEAST_BLOCKS<V>) head_gram_kernel(ValueArgs p) {
+    const Tokens<V> tokens(p);
     const int h = tokens.head, d = p.head_dim;
     const float* matrix = static_cast<const float*>(p.matrix.data) + int64_t(h) * d * p.heads * d;
     float* gram = static_cast<float*>(p.out.data) + tokens.b * int64_t(p.n) * p.heads * p.heads;
@@ -25,7 +29,7 @@ KERNEL(VALUE_THREADS) head_gram_kernel(ValueArgs p) {
         }
     }
     if (!p.x.data) return;
-    const float* x = static_cast<const float*>(p.x.data) + tokens.b * p.x.stride[0];
+    const V* x = static_cast<const V*>(p.x.data) + tokens.b * p.x.stride[0];
     const float* cross = static_cast<const float*>(p.cross.data) + int64_t(h) * d * p.width;
     float sums[2] = {};
     add_products<T>(p, tokens, cross, p.width, p.width, x, p.x.stride[1], sums);
@@ -35,11 +39,18 @@ KERNEL(VALUE_THREADS) head_gram_kernel(ValueArgs p) {
         if (lane() % 4 == 0 && tokens.row(half) < p.n) out[int64_t(tokens.row(half)) * p.heads] = sums[half];
 }
 
+template <class V>
+void run(const ValueArgs& p, bool exact, void* stream) {
+    if (exact) launch(head_gram_kernel<float, V>, value_blocks(p), VALUE_THREADS, VALUE_BYTES<float>, stream, p);
+    else launch(head_gram_kernel<tf32, V>, value_blocks(p), VALUE_THREADS, VALUE_BYTES<tf32>, stream, p);
+}
+
 }  // namespace
 
 void head_gram(const ValueArgs& p, bool exact, void* stream) {
-    if (exact) launch(head_gram_kernel<float>, value_blocks(p), VALUE_THREADS, VALUE_BYTES<float>, stream, p);
-    else launch(head_gram_kernel<tf32>, value_blocks(p), VALUE_THREADS, VALUE_BYTES<tf32>, stream, p);
+    if (p.v.type == Type::f32) run<float>(p, exact, stream);
+    else if (p.v.type == Type::f16) run<f16>(p, exact, stream);
+    else run<bf16>(p, exact, stream);
 }
 
 }  // namespace pyglobenc

@@ -7,10 +7,10 @@ namespace {
 
 template <class T>
 KERNEL(VALUE_THREADS) head_norms_kernel(ValueArgs p) {
-    const Tokens tokens(p);
+    const Tokens<float> tokens(p);
     const float* weight = static_cast<const float*>(p.matrix.data) + int64_t(tokens.head) * p.head_dim * p.width;
     float sums[2] = {};
-    add_products<T>(p, tokens, weight, p.width, p.width, nullptr, 0, sums);
+    add_products<T, float>(p, tokens, weight, p.width, p.width, nullptr, 0, sums);
     add_lanes(sums);
     float* out = static_cast<float*>(p.out.data) + tokens.b * int64_t(p.n) * p.heads + tokens.head;
     for (int half = 0; half < 2; ++half)

@@ -22,33 +22,34 @@ DEVICE void split(uint32_t x, uint32_t (&parts)[PARTS<T>]) {
 }
 
 // c += a b^T of 16 x 8 entries over a step: the left factor as mma takes it, a[.][0] and a[.][1], the right one as it lies, 4 bytes of
-// row g each; which entries meet in which product doesn't matter if both sides agree.
-template <class T>
-DEVICE void multiply(float (&c)[4], const uint32_t (&a)[PARTS<T>][2][4], const uint32_t (&b)[PARTS<T>][4]) {
-    UNROLL
-    for (int s = 0; s < 2; ++s) {
-        const uint32_t right[2] = {b[0][2 * s], b[0][2 * s + 1]};
-        mma<T>(c, a[0][s], right);
+// row g each; which entries meet in which product doesn't matter if both sides agree. A left factor that is exact in tf32 comes in 1 part.
+//
+// Products of tf32, three or with such a left factor two, keep 22 digits of float32's. They are summed from 0 and added to c as float32
+// is: tensor cores round their sums towards 0, which over a whole row would cost another 4 digits.
+template <class T, int LEFT>
+DEVICE void multiply(float (&c)[4], const uint32_t (&a)[LEFT][2][4], const uint32_t (&b)[PARTS<T>][4]) {
+    if constexpr (PARTS<T> == 1) {
+        UNROLL
+        for (int s = 0; s < 2; ++s) {
+            const uint32_t right[2] = {b[0][2 * s], b[0][2 * s + 1]};
+            mma<T>(c, a[0][s], right);
+        }
+    } else {
+        float sum[4] = {};
+        UNROLL
+        for (int s = 0; s < 2; ++s) {
+            const uint32_t high[2] = {b[0][2 * s], b[0][2 * s + 1]}, low[2] = {b[1][2 * s], b[1][2 * s + 1]};
+            if constexpr (LEFT == 2) mma<tf32>(sum, a[1][s], high);
+            mma<tf32>(sum, a[0][s], low);
+        }
+        UNROLL
+        for (int s = 0; s < 2; ++s) {
+            const uint32_t high[2] = {b[0][2 * s], b[0][2 * s + 1]};
+            mma<tf32>(sum, a[0][s], high);
+        }
+        UNROLL
+        for (int e = 0; e < 4; ++e) c[e] += sum[e];
     }
-}
-
-// Three products of tf32 keep 22 digits of float32's. They are summed from 0 and added to c as float32 is: tensor cores round their sums
-// towards 0, which over a whole row would cost another 4 digits.
-template <>
-DEVICE void multiply<float>(float (&c)[4], const uint32_t (&a)[2][2][4], const uint32_t (&b)[2][4]) {
-    float sum[4] = {};
-    UNROLL
-    for (int s = 0; s < 2; ++s) {
-        const uint32_t high[2] = {b[0][2 * s], b[0][2 * s + 1]}, low[2] = {b[1][2 * s], b[1][2 * s + 1]};
-        mma<tf32>(sum, a[1][s], high), mma<tf32>(sum, a[0][s], low);
-    }
-    UNROLL
-    for (int s = 0; s < 2; ++s) {
-        const uint32_t high[2] = {b[0][2 * s], b[0][2 * s + 1]};
-        mma<tf32>(sum, a[0][s], high);
-    }
-    UNROLL
-    for (int e = 0; e < 4; ++e) c[e] += sum[e];
 }
 
 // The parts of a left factor, and of a right one.

@@ -2,10 +2,14 @@
 //
 // A block takes 64 tokens of a head, a warp 16 of them. The matrix goes through shared memory in pieces of 64 x 32; the product of values
 // and matrix stays in registers, where it meets what it is multiplied with and is summed: n * d floats a head that are never written.
+// T is the precision of the products, V the type of values and residual.
 #pragma once
+
+#include <type_traits>
 
 #include "product.h"
 #include "values.h"
+#include "widen.h"
 
 namespace pyglobenc {
 
@@ -13,10 +17,15 @@ namespace {
 
 constexpr int DEPTH = 64, COLUMNS = 32;  // of the piece of the matrix
 
+// What values are split in: half precision is exact in one part.
+template <class T, class V>
+using Left = std::conditional_t<sizeof(V) == 2, tf32, T>;
+
 // Where a warp works: its first token, and its values' rows.
+template <class V>
 struct Tokens {
     int b, head, first;
-    const float* v;  // of the example and head
+    const V* v;  // of the example and head
 
     DEVICE explicit Tokens(const ValueArgs& p) {
         const int blocks = (p.n + TOKENS - 1) / TOKENS;
@@ -28,8 +37,8 @@ struct Tokens {
         v = values(p, head);
     }
 
-    DEVICE const float* values(const ValueArgs& p, int of_head) const {
-        return static_cast<const float*>(p.v.data) + b * p.v.stride[0] + of_head / p.group * p.v.stride[1];
+    DEVICE const V* values(const ValueArgs& p, int of_head) const {
+        return static_cast<const V*>(p.v.data) + b * p.v.stride[0] + of_head / p.group * p.v.stride[1];
     }
 
     DEVICE int row(int half) const { return first + lane() / 4 + 8 * half; }
@@ -42,16 +51,15 @@ struct Values {
 };
 
 // Rows g and g + 8, pieces t of each 16 d, from `start`.
-template <class T>
-DEVICE void load_values(const ValueArgs& p, const Tokens& tokens, int start, Values<T>& out) {
+template <class T, class V>
+DEVICE void load_values(const ValueArgs& p, const Tokens<V>& tokens, int start, Values<T>& out) {
     UNROLL
     for (int c = 0; c < DEPTH / 16; ++c) {
         const int d = start + 16 * c + lane() % 4 * 4;
         Piece rows[2] = {};
         UNROLL
         for (int half = 0; half < 2; ++half)
-            if (tokens.row(half) < p.n && d < p.v.shape[3])
-                rows[half] = *reinterpret_cast<const Piece*>(tokens.v + tokens.row(half) * p.v.stride[2] + d);
+            if (tokens.row(half) < p.n && d < p.v.shape[3]) rows[half] = load_four(tokens.v + tokens.row(half) * p.v.stride[2] + d);
         Piece left[2];
         UNROLL
         for (int s = 0; s < 2; ++s)
@@ -93,8 +101,8 @@ DEVICE void hold_piece(const ValueArgs& p, const float* matrix, int64_t stride, 
 }
 
 // mixed += values times the piece held.
-template <class T>
-DEVICE void multiply_piece(const Values<T>& values, float (&mixed)[COLUMNS / 8][4]) {
+template <class T, class L>
+DEVICE void multiply_piece(const Values<L>& values, float (&mixed)[COLUMNS / 8][4]) {
     UNROLL
     for (int c = 0; c < DEPTH / 16; ++c)
         UNROLL
@@ -117,10 +125,10 @@ DEVICE void multiply_piece(const Values<T>& values, float (&mixed)[COLUMNS / 8][
 
 // sums += rows of (v matrix) . other, or of its square without other; matrix [dh, width] with rows `stride` apart, those of other in
 // pieces.
-template <class T>
-DEVICE void add_products(const ValueArgs& p, const Tokens& tokens, const float* matrix, int64_t stride, int width, const float* other,
+template <class T, class V>
+DEVICE void add_products(const ValueArgs& p, const Tokens<V>& tokens, const float* matrix, int64_t stride, int width, const V* other,
                          int64_t other_stride, float (&sums)[2]) {
-    Values<T> left;
+    Values<Left<T, V>> left;
     for (int column = 0; column < width; column += COLUMNS) {
         float mixed[COLUMNS / 8][4] = {};
         for (int start = 0; start < p.head_dim; start += DEPTH) {
@@ -128,17 +136,17 @@ DEVICE void add_products(const ValueArgs& p, const Tokens& tokens, const float* 
             hold_piece<T>(p, matrix, stride, width, start, column);
             if (column == 0 || p.head_dim > DEPTH) load_values(p, tokens, start, left);
             barrier();
-            multiply_piece(left, mixed);
+            multiply_piece<T>(left, mixed);
         }
         UNROLL
         for (int half = 0; half < 2; ++half) {
             const int row = tokens.row(half), first = column + lane() % 4 * 2;
-            const float* from = other + row * other_stride + first;
+            const V* from = other + row * other_stride + first;
             UNROLL
             for (int e = 0; e < COLUMNS / 8; ++e) {
                 const float x = mixed[e][2 * half], y = mixed[e][2 * half + 1];
                 Twin with = {x, y};
-                if (other) with = row < p.n && first + 8 * e < width ? *reinterpret_cast<const Twin*>(from + 8 * e) : Twin{0, 0};
+                if (other) with = row < p.n && first + 8 * e < width ? load_two(from + 8 * e) : Twin{0, 0};
                 sums[half] = fmaf(y, with.y, fmaf(x, with.x, sums[half]));
             }
         }

@@ -10,9 +10,9 @@ namespace pyglobenc {
 constexpr int TOKENS = 64, VALUE_THREADS = 2 * TOKENS;  // of a block
 
 struct ValueArgs {
-    View v;       // [B, Hkv, n, dh] f32, rows of whole, aligned pieces of 16 bytes
-    View matrix;  // head_norms [H, dh, d], head_gram [H, dh, H, dh], contiguous
-    View x;       // [B, n, d], rows as those of v, or none
+    View v;       // [B, Hkv, n, dh] f32 or for head_gram f16 or bf16, rows of whole, aligned pieces of 16 bytes
+    View matrix;  // head_norms [H, dh, d], head_gram [H, dh, H, dh], f32 as all below, contiguous
+    View x;       // [B, n, d], type and rows as those of v, or none
     View cross;   // [H, dh, d] contiguous, or none
     View out;     // head_norms [B, n, H], head_gram [B, n, H, H]
     View out_cross;  // [B, n, H] or none

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyglobenc.kernels._device import device_reasons
+from pyglobenc.kernels._device import HALF, device_reasons
 from pyglobenc.reference.safe_division import GUARD
 
 PUBLISHED_GUARD = tl.constexpr(GUARD)
@@ -32,10 +32,13 @@ def safe_divide_rn(a, b, stabilizer, STABILIZED: tl.constexpr):
     return tl.where(b == 0, 0.0, tl.div_rn(a, safe_denominator(b, stabilizer, STABILIZED)))
 
 
-def float32_reasons(**tensors: Tensor | None) -> list[str]:
-    """Why a float32 kernel can't run on these tensors."""
-    reasons = device_reasons(tensors)
-    wrong = {name: t.dtype for name, t in tensors.items() if t is not None and t.is_floating_point() and t.dtype != torch.float32}
+def float32_reasons(widened: dict[str, Tensor | None] | None = None, **tensors: Tensor | None) -> list[str]:
+    """Why a float32 kernel can't run on these tensors; those it widens may be in half precision."""
+    widened = widened or {}
+    given = {name: t for name, t in (widened | tensors).items() if t is not None}
+    reasons = device_reasons(given)
+    wrong = {name: t.dtype for name, t in given.items() if t.is_floating_point() and t.dtype != torch.float32}
+    wrong = {name: dtype for name, dtype in wrong.items() if name not in widened or dtype not in HALF}
     if wrong:
         reasons.append("computes in float32, got " + ", ".join(f"{name} {dtype}" for name, dtype in wrong.items()))
     return reasons

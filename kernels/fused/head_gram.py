@@ -16,9 +16,9 @@ from pyglobenc.kernels._division import float32_reasons
 
 @triton.jit
 def load_block(X, stride_row, rows, row_ok, columns, column_ok):
-    """X[row, column], 0 outside; columns are contiguous."""
+    """X[row, column] as float32, 0 outside; columns are contiguous."""
     at = X + rows.to(tl.int64)[:, None] * stride_row + columns[None, :]
-    return tl.load(at, mask=row_ok[:, None] & column_ok[None, :], other=0.0)
+    return tl.load(at, mask=row_ok[:, None] & column_ok[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -78,24 +78,21 @@ def launch(head_dim: int) -> dict[str, int]:
     return dict(BLOCK_N=32, BLOCK_D=min(64, power_of_two(head_dim, 16)), BLOCK_E=32, num_warps=4, num_stages=1)
 
 
-def values_reasons(v: Tensor, **others: Tensor | None) -> list[str]:
-    """Why a kernel over the values v (B, Hkv, n, dh) can't run on these tensors."""
-    reasons = float32_reasons(v=v, **others)
-    if v.shape[3] > MAX_HEAD_DIM:
-        reasons.append(f"takes heads of up to {MAX_HEAD_DIM}, got {v.shape[3]}")
-    return reasons
+def width_reasons(v: Tensor) -> list[str]:
+    """Why a kernel over the values v (B, Hkv, n, dh) can't run on heads of their width."""
+    return [f"takes heads of up to {MAX_HEAD_DIM}, got {v.shape[3]}"] if v.shape[3] > MAX_HEAD_DIM else []
 
 
 def not_supported(v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: Tensor | None = None) -> list[str]:
     """Why the kernel can't run on these arguments; empty when it can."""
-    return values_reasons(v, kernel=kernel, x=x, cross_kernel=cross_kernel)
+    return float32_reasons({"v": v, "x": x}, kernel=kernel, cross_kernel=cross_kernel) + width_reasons(v)
 
 
 def head_gram(v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """See `pyglobenc.ops.head_gram`: -> G (B, n, H, H), c (B, n, H) or None."""
     (batch, kv_heads, n, head_dim), heads = v.shape, kernel.shape[0]
-    gram = v.new_empty(batch, n, heads, heads)
-    cross = None if x is None else v.new_empty(batch, n, heads)
+    gram = kernel.new_empty(batch, n, heads, heads)
+    cross = None if x is None else kernel.new_empty(batch, n, heads)
     if gram.numel() == 0 or head_dim == 0:
         return gram.zero_(), cross
     tiles = launch(head_dim)

@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from pyglobenc.kernels._device import COUNTS, float32_precision, on
-from pyglobenc.kernels.head_gram import launch, transform, values_reasons
+from pyglobenc.kernels._division import float32_reasons
+from pyglobenc.kernels.head_gram import launch, transform, width_reasons
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -35,7 +36,7 @@ def _head_norms_kernel(
 
 def not_supported(v: Tensor, weight: Tensor) -> list[str]:
     """Why the kernel can't run on these arguments; empty when it can."""
-    return values_reasons(v, weight=weight)
+    return float32_reasons(v=v, weight=weight) + width_reasons(v)
 
 
 def head_norms(v: Tensor, weight: Tensor) -> Tensor:

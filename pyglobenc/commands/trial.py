@@ -56,7 +56,7 @@ def tensors(device: str, n: int | None = None, batch: int = 1, dtype: torch.dtyp
         device: "cpu" or "cuda".
         n: tokens; None: N.
         batch: B, examples.
-        dtype: of activations and weights, q (B, H, n, DH); what the rollout makes of them, gram, cross, r, log_scale and lse, is float32.
+        dtype: of activations and weights, q (B, H, n, DH); what GlobEnc makes of them, from kernel to r, and lse are float32.
     """
     n = N if n is None else n
     generator = torch.Generator().manual_seed(0)
@@ -67,9 +67,8 @@ def tensors(device: str, n: int | None = None, batch: int = 1, dtype: torch.dtyp
     out = {name: random(batch, H, n, DH) for name in ("q", "k", "v", "grad_o", "s")}
     out |= {name: random(batch, n, H * DH) for name in ("x", "y", "relevance")} | {"weight": random(H, DH, H * DH)}
     out["o"], out["lse"] = attention(out["q"], out["k"], out["v"])
-    kernel, cross_kernel = gram_kernels(out["weight"].float(), [])
-    out["gram"], out["cross"] = head_gram(out["v"].float(), kernel, out["x"].float(), cross_kernel, backend="reference")
-    out["kernel"], out["cross_kernel"] = kernel.to(dtype), cross_kernel.to(dtype)
+    out["kernel"], out["cross_kernel"] = gram_kernels(out["weight"].float(), [])
+    out["gram"], out["cross"] = head_gram(out["v"], out["kernel"], out["x"], out["cross_kernel"], backend="reference")
     out["r"], out["log_scale"] = random(batch, 1, n).abs().float(), torch.zeros(batch, 1, device=device)
     return out
 

@@ -11,13 +11,14 @@ from pyglobenc.cpu._extension import kernels, limits
 
 def not_supported(v, kernel, x=None, cross_kernel=None) -> list[str]:
     """Reasons that these arguments of `pyglobenc.ops.head_gram` can't run here."""
-    return limits(v, kernel)
+    return limits(kernel, v)
 
 
 def head_gram(v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """See `pyglobenc.ops.head_gram`: -> G (B, n, H, H), c (B, n, H) or None."""
     B, _, n, dh = v.shape
     heads = kernel.shape[0]
+    v, x = v.float(), None if x is None else x.float()
     gram, cross = v.new_zeros(B, n, heads, heads), None if x is None else v.new_zeros(B, n, heads)
     if gram.numel():
         # rows of both kernels are read as they lie

@@ -10,7 +10,7 @@ from pyglobenc.cuda._relevance import float32_reasons
 
 def not_supported(v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: Tensor | None = None) -> list[str]:
     """Why the kernel can't run on these arguments; empty when it can."""
-    return float32_reasons(v=v, kernel=kernel, x=x, cross_kernel=cross_kernel)
+    return float32_reasons({"v": v, "x": x}, kernel=kernel, cross_kernel=cross_kernel)
 
 
 def head_gram(v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

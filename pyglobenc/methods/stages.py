@@ -99,10 +99,11 @@ class StageOps:
         return weight
 
     def _residual(self, layer: LayerTrace) -> Tensor:
-        """The residual x, (B, n, d), over the rows' scale where the scale is of the attention's output alone."""
-        x = layer.x.detach().to(self.dtype_of(layer))
+        """The residual x, (B, n, d), as it is, or over the rows' scale where the scale is of the attention's output alone."""
+        x = layer.x.detach()
         if layer.modules.added_norm is None:
             return x
+        x = x.to(self.dtype_of(layer))
         return x / layer.norms["added_norm"].rstd.to(x.dtype)[..., None]
 
     def weights(self, layer: LayerTrace, stage: Stage) -> StageWeights:
@@ -129,12 +130,15 @@ class StageOps:
         """Norms of stage `name`, as a matrix that isn't stored."""
         check_stage("norm_matrix", layer, name)
         stage = STAGES[name]
-        weights, v = self.weights(layer, stage), layer.v.detach().to(self.dtype_of(layer))
+        weights, v = self.weights(layer, stage), layer.v.detach()
         cross = residual_sq = None
         if stage.residual:
             x = self._residual(layer)
+            # under autocast, or over an added norm's scale
+            if x.dtype != v.dtype:
+                v, x = v.to(weights.kernel.dtype), x.to(weights.kernel.dtype)
             gram, cross = head_gram(v, weights.kernel, x, weights.cross_kernel, backend=self.backend)
-            residual_sq = mapped_square(x, weights.gammas)
+            residual_sq = mapped_square(x.to(weights.kernel.dtype), weights.gammas)
         else:
             gram, _ = head_gram(v, weights.kernel, backend=self.backend)
         return self._matrix(layer, gram, cross, residual_sq, self.rstd(layer, stage))
@@ -192,7 +196,7 @@ class StageOps:
         stage, dtype = STAGES[name], self.dtype_of(layer)
         gammas = self._gammas(layer, stage)
         q, k, v, o, lse = (t.detach().to(dtype) for t in (layer.q, layer.k, layer.v, layer.o, layer.lse))
-        mapped_x = stage_map(self._residual(layer), gammas) if stage.residual else None
+        mapped_x = stage_map(self._residual(layer).to(dtype), gammas) if stage.residual else None
         weight = stage_map(self._weight(layer), gammas)
         if layer.score_mod is None:
             ratio = mixing_ratio(q, k, v, o, lse, weight, mapped_x, scaling=layer.scaling, backend=self.backend)

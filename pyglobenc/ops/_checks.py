@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+HALF = {torch.float16, torch.bfloat16}
 
 
 def check_shape(op: str, name: str, t: Tensor | None, symbols: str, sizes: dict[str, int]) -> None:
@@ -35,6 +36,14 @@ def check_floats(op: str, **tensors: Tensor | None) -> None:
             raise TypeError(f"{op}: {name} must be a floating-point tensor, got {dtype}")
     if len(set(dtypes.values())) > 1:
         raise TypeError(f"{op}: tensors must have one dtype, got " + ", ".join(f"{n} {d}" for n, d in dtypes.items()))
+
+
+def check_widened(op: str, inputs: dict[str, Tensor | None], weights: dict[str, Tensor | None]) -> None:
+    """All given tensors have one floating-point dtype, or the inputs, the first never None, a half precision and the weights float32."""
+    if next(iter(inputs.values())).dtype in HALF and all(t is None or t.dtype == torch.float32 for t in weights.values()):
+        check_floats(op, **inputs)
+    else:
+        check_floats(op, **inputs, **weights)
 
 
 def check_heads(op: str, heads: int, kv_heads: int) -> None:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from pyglobenc.backends import pick
-from pyglobenc.ops._checks import check_floats, check_heads, check_shape
+from pyglobenc.ops._checks import check_heads, check_shape, check_widened
 from pyglobenc.ops._registered import register
 from pyglobenc.reference.head_gram import gram_kernels
 
@@ -23,13 +23,13 @@ def head_gram(
 
     Args:
         v: values with their bias, (B, Hkv, n, dh), any float dtype.
-        kernel: (W_O[h] M)(W_O[h'] M)^T of `gram_kernels`, (H, dh, H, dh).
-        x: residual input of the layer, (B, n, d), or None for a stage without it.
-        cross_kernel: W_O M M^T of `gram_kernels`, (H, dh, d); given together with x.
+        kernel: (W_O[h] M)(W_O[h'] M)^T of `gram_kernels`, (H, dh, H, dh); the dtype of v, or float32 where that is half precision.
+        x: residual input of the layer, (B, n, d), the dtype of v, or None for a stage without it.
+        cross_kernel: W_O M M^T of `gram_kernels`, (H, dh, d), the dtype of kernel; given together with x.
         backend: "auto" or a backend's name.
 
     Returns:
-        G (B, n, H, H) and c (B, n, H), or None without x; the dtype of v.
+        G (B, n, H, H) and c (B, n, H), or None without x; the dtype of kernel.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that don't fit, or a backend that can't run.
@@ -42,7 +42,7 @@ def head_gram(
     check_shape(op, "x", x, "B n d", sizes)
     check_shape(op, "cross_kernel", cross_kernel, "H dh d", sizes)
     check_heads(op, sizes["H"], sizes["Hkv"])
-    check_floats(op, v=v, kernel=kernel, x=x, cross_kernel=cross_kernel)
+    check_widened(op, {"v": v, "x": x}, {"kernel": kernel, "cross_kernel": cross_kernel})
     if (x is None) != (cross_kernel is None):
         raise ValueError(f"{op}: x and cross_kernel must be given together")
     if x is None:
@@ -57,7 +57,7 @@ def _head_gram(v: Tensor, kernel: Tensor, backend: str) -> Tensor:
 
 @_head_gram.register_fake
 def _(v, kernel, backend):
-    return v.new_empty(v.shape[0], v.shape[2], kernel.shape[0], kernel.shape[0])
+    return kernel.new_empty(v.shape[0], v.shape[2], kernel.shape[0], kernel.shape[0])
 
 
 @register("head_gram_cross")
@@ -68,5 +68,5 @@ def _head_gram_cross(v: Tensor, kernel: Tensor, x: Tensor, cross_kernel: Tensor,
 
 @_head_gram_cross.register_fake
 def _(v, kernel, x, cross_kernel, backend):
-    gram = v.new_empty(v.shape[0], v.shape[2], kernel.shape[0], kernel.shape[0])
-    return gram, v.new_empty(v.shape[0], v.shape[2], kernel.shape[0])
+    gram = kernel.new_empty(v.shape[0], v.shape[2], kernel.shape[0], kernel.shape[0])
+    return gram, kernel.new_empty(v.shape[0], v.shape[2], kernel.shape[0])

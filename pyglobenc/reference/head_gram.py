@@ -30,7 +30,7 @@ def gram_kernels(weight: Tensor, gammas: list[Tensor]) -> tuple[Tensor, Tensor]:
 def head_gram(v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """See `pyglobenc.ops.head_gram`: -> G (B, n, H, H), c (B, n, H) or None."""
     n_heads, dh = kernel.shape[:2]
-    v = v.repeat_interleave(n_heads // v.shape[1], dim=1).transpose(1, 2).contiguous()  # (B, n, H, dh)
+    v = v.to(kernel.dtype).repeat_interleave(n_heads // v.shape[1], dim=1).transpose(1, 2).contiguous()  # (B, n, H, dh)
     gram = v.new_empty(*v.shape[:3], n_heads)
     for h in range(n_heads):
         mixed = v[:, :, h] @ kernel[h, :, h:].reshape(dh, -1)
@@ -39,5 +39,5 @@ def head_gram(v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: 
         gram[:, :, h:, h] = products
     if x is None:
         return gram, None
-    projected = x @ cross_kernel.flatten(0, 1).T
+    projected = x.to(kernel.dtype) @ cross_kernel.flatten(0, 1).T
     return gram, (projected.view_as(v) * v).sum(-1)
