@@ -8,6 +8,7 @@ import torch
 from numerics import assert_as_good_as_torch
 from pair_cases import Case, doubled, pair_args
 
+from pyglobenc.grids import MOST_SHARES, query_shares
 from pyglobenc.kernels import _pairs
 from pyglobenc.kernels.rollout_step import MAX_ROWS
 from pyglobenc.ops import rollout_step, token_norms
@@ -98,15 +99,31 @@ def test_more_rows_than_a_pass_takes(backend):
     check_step(backend, r, args)
 
 
+def cut_in(shares, monkeypatch):
+    """Launchers cut the queries into so many parts."""
+    for launcher in ("kernels.rollout_step", "kernels.token_norms", "cuda._pairs"):
+        monkeypatch.setattr(f"pyglobenc.{launcher}.query_shares", lambda *args: shares)
+
+
 @pytest.mark.parametrize("shares", [1, 4])
 def test_shares_of_the_queries_add_up(shares, monkeypatch, backend):
     case = Case(n=70, mask="holes", window=(40, 20))
     args = moved(pair_args(case))
-    r, _ = rows_of(case, 2)
-    for op in ("rollout_step", "token_norms"):
-        monkeypatch.setattr(f"pyglobenc.kernels.{op}.query_shares", lambda programs, tiles, device: shares)
-    check_step(backend, r, args)
+    cut_in(shares, monkeypatch)
+    check_step(backend, rows_of(case, 2)[0], args)
     check_norms(backend, args)
+
+
+# blocks of 64 keys and tiles of 32 queries, then of 32 and 16, two blocks on each of 132 multiprocessors
+@pytest.mark.parametrize("keys, queries, places, start", [(64, 32, 132, 2), (32, 16, 264, 3)])
+@pytest.mark.parametrize("n", [1, 33, 500, 2048, 5000, 10_000, 131_072])
+def test_no_multiprocessor_idles_for_long(n, keys, queries, places, start):
+    blocks, tiles = -(-n // keys), -(-n // queries)
+    shares = query_shares(blocks, tiles, places, start)
+    assert 1 <= shares <= min(tiles, MOST_SHARES)
+    # tiles that the busiest place takes, for those that it would take were all as busy
+    busiest = -(-blocks * shares // places) * -(-tiles // shares)
+    assert n < 2048 or blocks * tiles / places > 0.85 * busiest
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

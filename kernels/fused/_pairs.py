@@ -29,6 +29,7 @@ from pyglobenc.kernels._device import (
 )
 
 BLOCK_I = 16
+START = 3  # tiles' worth of work, guessed from the bytes, that a program's keys and G take to load
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -203,12 +204,9 @@ def pair_arguments(q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling:
     return tensors | sizes | dict(right=n if right < 0 else right) | steps | flags | tiles
 
 
-def query_shares(programs: int, tiles: int, device: torch.device) -> int:
-    """Parts in which the queries are cut: two programs a multiprocessor where there are that few, each part at least 4 tiles.
-
-    One sequence of 512 tokens is 16 blocks of keys, an eighth of an H200.
-    """
-    return max(1, min(2 * processors(device) // max(programs, 1), tiles // 4))
+def places(device: torch.device) -> int:
+    """Programs that run at a time, two on each multiprocessor."""
+    return 2 * processors(device)
 
 
 def strides(t: Tensor | None, axes: str) -> dict[str, int]:

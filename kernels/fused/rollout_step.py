@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyglobenc.grids import query_shares
 from pyglobenc.kernels._device import COUNTS, on, power_of_two, real_tokens
-from pyglobenc.kernels._pairs import hold_keys, load_gram, own_term, pair_arguments, pair_norms, pair_reasons, query_shares, strides
+from pyglobenc.kernels._pairs import START, hold_keys, load_gram, own_term, pair_arguments, pair_norms, pair_reasons, places, strides
 from pyglobenc.reference.packing import sequence_of
 
 # rows of the rollout that one pass carries; more rows take more passes
@@ -138,7 +139,7 @@ def rollout_step(
     block_t = 1 if n_rows == 1 else min(MAX_ROWS, power_of_two(n_rows, 16))
     row_blocks = triton.cdiv(n_rows, block_t)
     longest = n if offsets is None else int(offsets.diff().max())
-    shares = query_shares(key_blocks * row_blocks * batch, triton.cdiv(longest, given["BLOCK_I"]), q.device)
+    shares = query_shares(key_blocks * row_blocks * batch, triton.cdiv(longest, given["BLOCK_I"]), places(q.device), START)
     out = r.new_empty(shares, batch, n_rows, n)
     spans = None if offsets is None else _spans(offsets, q.device)
     with on(q.device):

@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyglobenc.grids import query_shares
 from pyglobenc.kernels._device import COUNTS, on, real_tokens
-from pyglobenc.kernels._pairs import hold_keys, load_gram, own_term, pair_arguments, pair_norms, pair_reasons, query_shares, strides
+from pyglobenc.kernels._pairs import START, hold_keys, load_gram, own_term, pair_arguments, pair_norms, pair_reasons, places, strides
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -95,7 +96,7 @@ def token_norms(
         return out
     given = pair_arguments(q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, window)
     key_blocks = triton.cdiv(n, given["BLOCK_J"])
-    shares = query_shares(key_blocks * batch, triton.cdiv(m, given["BLOCK_I"]), q.device)
+    shares = query_shares(key_blocks * batch, triton.cdiv(m, given["BLOCK_I"]), places(q.device), START)
     with on(q.device):
         _token_norms_kernel[(key_blocks * shares * batch,)](
             **given, ROWS=rows, OUT=out, m=m, key_blocks=key_blocks, shares=shares, HAS_ROWS=rows is not None, **strides(rows, "rb rn")

@@ -5,12 +5,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyglobenc.cuda import _extension
+from pyglobenc.grids import query_shares
 from pyglobenc.reference.attention import sides
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
 PIECE, STEP = 16, 64  # bytes that a lane, and that a quad of lanes, load at once
-MOST_SHARES, START = 16, 2  # of the queries; tiles' worth of work, guessed, that a block's keys and forms take to load
+START = 2  # tiles' worth of work, guessed, that a block's keys and forms take to load
 
 
 def pair_reasons(q: Tensor, k: Tensor, gram: Tensor, **others: Tensor | None) -> list[str]:
@@ -43,15 +44,6 @@ def near(t: Tensor) -> Tensor:
     return t if t.stride(1) * t.element_size() < 2**31 else t.contiguous()
 
 
-def query_shares(blocks: int, tiles: int) -> int:
-    """Parts in which the queries are cut, so that the last multiprocessor is done soonest; each has room for one block.
-
-    One sequence of 512 tokens is 8 blocks of keys for BERT-base; 79 blocks for 132 multiprocessors would leave 53 idle.
-    """
-    processors = _extension.kernels.processors()
-    return min(range(1, min(tiles, MOST_SHARES) + 1), key=lambda shares: -(-blocks * shares // processors) * (-(-tiles // shares) + START))
-
-
 def run_pairs(op: str, given: tuple[Tensor | None, ...], rows, r, spans, out: Tensor, n_queries: int, scaling: float, window) -> Tensor:
     """Launch an op on q, k, lse, gram, cross, residual_sq, rstd and key_mask; out is the result, (shares, *out.shape) for a rollout."""
     q, k, lse, gram, *others = given
@@ -60,7 +52,7 @@ def run_pairs(op: str, given: tuple[Tensor | None, ...], rows, r, spans, out: Te
     with _extension.launching(q.device) as stream:
         keys, queries = kernels.pair_tile(heads, k.shape[1], head_dim, q.element_size())
         passes = 1 if r is None else -(-r.shape[1] // kernels.MAX_ROWS)
-        shares = query_shares(-(-n // keys) * batch * passes, -(-n_queries // queries))
+        shares = query_shares(-(-n // keys) * batch * passes, -(-n_queries // queries), kernels.processors(), START)
         parts = out if r is None else out.new_empty(shares, *out.shape)
         packed = gram.new_empty(batch, -(-n // kernels.KEYS), kernels.form_size(heads), kernels.KEYS)
         queries = gram.new_empty(batch, 1 if r is None else r.shape[1], n if rows is None else n_queries, 2)

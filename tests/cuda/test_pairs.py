@@ -17,13 +17,13 @@ from test_kernels_pairs import (  # noqa: F401
     test_padding_may_hold_anything,
     test_refuses_with_reasons,
     test_rollout_step,
+    test_shares_of_the_queries_add_up,
     test_strided_inputs_and_expanded_gram,
     test_token_norms,
 )
 from test_kernels_relevance import far_memory
 
 from pyglobenc import GlobEnc
-from pyglobenc.cuda import _pairs
 from pyglobenc.ops import token_norms
 
 emulated_only = pytest.mark.skipif(DEVICE == "cuda", reason="needs the emulator")
@@ -98,27 +98,6 @@ def test_order_of_threads_is_nothing(case, emulated):
     forward = product(r, args, "cuda"), token_norms(**args, backend="cuda")
     emulated.machine(reversed=True)
     assert torch.equal(forward[0], product(r, args, "cuda")) and torch.equal(forward[1], token_norms(**args, backend="cuda"))
-
-
-@pytest.mark.parametrize("shares", [1, 3])
-def test_shares_of_the_queries_add_up(shares, monkeypatch, backend):
-    case = Case(n=150, mask="holes", window=(80, 40))
-    args = moved(pair_args(case))
-    monkeypatch.setattr(_pairs, "query_shares", lambda blocks, tiles: shares)
-    check_step(backend, rows_of(case, 2)[0], args)
-    check_norms(backend, args)
-
-
-@emulated_only
-@pytest.mark.parametrize("n", [1, 33, 500, 2048, 5000, 10_000, 131_072])
-def test_no_multiprocessor_idles_for_long(n, emulated):
-    emulated.machine(processors=132)
-    blocks, tiles = -(-n // 64), -(-n // 32)
-    shares = _pairs.query_shares(blocks, tiles)
-    assert 1 <= shares <= min(tiles, _pairs.MOST_SHARES)
-    # tiles that the busiest one takes, for those that it would take were all as busy
-    busiest = -(-blocks * shares // 132) * -(-tiles // shares)
-    assert n < 2048 or blocks * tiles / 132 > 0.85 * busiest
 
 
 @emulated_only
