@@ -12,7 +12,10 @@ namespace pyglobenc {
 #if defined(__CUDACC__)
 
 inline void check(cudaError_t status, const char* what) {
-    if (status != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(status));
+    if (status == cudaSuccess) return;
+    // else the next launch would report it as its own
+    cudaGetLastError();
+    throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(status));
 }
 
 // kernel(args...) on a grid of blocks of threads, with bytes of dynamic shared memory.
