@@ -175,7 +175,8 @@ def arguments(case: dict, n: int = 1024) -> tuple:
         return r, *tensors, *seen, full
     pair, scaling, window = pair_arguments(case, n), case["head_dim"] ** -0.5, (128, 0) if full else (-1, -1)
     if op == "rollout_step":
-        return r, *pair, scaling, window, torch.tensor([0, n], dtype=torch.int32) if full and case["packed"] else None
+        offsets = torch.tensor([0, n], dtype=torch.int32) if full and case["packed"] else None
+        return r, meta(2, case["rows"]), *pair, scaling, window, offsets
     return *pair, meta(2, 1, dtype=torch.int64) if full else None, scaling, window
 
 

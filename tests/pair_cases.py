@@ -1,5 +1,6 @@
 """Inputs of `token_norms` and `rollout_step`, and the backends they are tested on."""
 
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -7,8 +8,9 @@ import pytest
 import torch
 
 from pyglobenc.backends import load
-from pyglobenc.ops import gram_kernels, head_gram
+from pyglobenc.ops import gram_kernels, head_gram, rollout_step
 from pyglobenc.ops.attention import attention
+from pyglobenc.reference.packing import per_token
 from pyglobenc.reference.stage_map import stage_map
 
 SETS = ("avx512bf16", "avx512", "avx2", "portable")
@@ -119,3 +121,15 @@ def pair_args(case: Case, made: dict | None = None) -> dict:
 def doubled(args: dict) -> dict:
     """The same arguments with every floating-point tensor in float64."""
     return {name: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for name, t in args.items()}
+
+
+def product(r: torch.Tensor, args: dict, backend: str, offsets: torch.Tensor | None = None, top: float = 1.0) -> torch.Tensor:
+    """r @ norms from the rows of `rollout_step` and their scales, in the dtype of r.
+
+    top: its largest entry, about; a logarithm near 0 is rounded less than what it is the logarithm of.
+    """
+    unit = 2.0 ** -math.frexp(top)[1]
+    size = len(r) if offsets is None else len(offsets) - 1
+    out, scale = rollout_step(r * unit, r.new_zeros(size, r.shape[1]), **args, offsets=offsets, backend=backend)
+    back = scale.double().exp() / unit
+    return (out * (back[..., None] if offsets is None else per_token(back, offsets))).to(r.dtype)

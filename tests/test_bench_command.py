@@ -187,8 +187,8 @@ def test_auto_goes_by_the_table(table):
 
 
 def rollout_arguments():
-    r, _, q, k, lse, gram = EXAMPLES["rollout_step"](tensors("cpu", 8))
-    return r, q, k, lse, gram, None, None, None, None, 1.0, (-1, -1)
+    r, log_scale, q, k, lse, gram = EXAMPLES["rollout_step"](tensors("cpu", 8))
+    return r, log_scale, q, k, lse, gram, None, None, None, None, 1.0, (-1, -1)
 
 
 def test_saving_keeps_other_devices(table):

@@ -105,7 +105,8 @@ def test_shared_memory_fits(resources):
 
 
 def test_products_run_on_tensor_cores(resources):
-    assert [row for row in resources if bool(row["mma"]) == (row["op"] in ELEMENTWISE)] == []
+    without = [row for row in resources if row["op"] in ELEMENTWISE or row["kernel"] == "_finish_kernel"]
+    assert [row for row in resources if bool(row["mma"]) == (row in without)] == []
 
 
 def test_every_kernel_was_compiled(resources):

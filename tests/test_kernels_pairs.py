@@ -6,12 +6,14 @@ The CUDA backend takes these tests over in cuda/test_pairs.py.
 import pytest
 import torch
 from numerics import assert_as_good_as_torch
-from pair_cases import Case, doubled, pair_args
+from pair_cases import Case, doubled, pair_args, product
 
 from pyglobenc.grids import MOST_SHARES, query_shares
 from pyglobenc.kernels import _pairs
 from pyglobenc.kernels.rollout_step import MAX_ROWS
 from pyglobenc.ops import rollout_step, token_norms
+from pyglobenc.reference.packing import sequence_of
+from pyglobenc.reference.rollout_step import rescale_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -64,16 +66,10 @@ def check_norms(backend, args, rows=None):
     assert_as_good_as_torch(out, exact, torch_out, factor(backend))
 
 
-def product(r, args, backend, offsets=None):
-    """r @ norms before its rows are rescaled: log_scale would add its own rounding."""
-    names = ("q", "k", "lse", "gram", "cross", "residual_sq", "rstd", "key_mask", "scaling")
-    return torch.ops.pyglobenc.rollout_step(r, *(args[name] for name in names), *args["window"], backend, offsets)
-
-
 def check_step(backend, r, args, offsets=None):
-    args = {"cross": None, "residual_sq": None} | args
-    exact, torch_out = product(r.double(), doubled(args), "reference", offsets), product(r, args, "reference", offsets)
-    assert_as_good_as_torch(product(r, args, backend, offsets), exact, torch_out, factor(backend))
+    exact = product(r.double(), doubled(args), "reference", offsets)
+    out, torch_out = (product(r, args, name, offsets, float(exact.amax())) for name in (backend, "reference"))
+    assert_as_good_as_torch(out, exact, torch_out, factor(backend))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -124,6 +120,70 @@ def test_no_multiprocessor_idles_for_long(n, keys, queries, places, start):
     # tiles that the busiest place takes, for those that it would take were all as busy
     busiest = -(-blocks * shares // places) * -(-tiles // shares)
     assert n < 2048 or blocks * tiles / places > 0.85 * busiest
+
+
+def powers_of_two(B, n, window=(-1, -1), mask=None, offsets=None):
+    """Arguments whose probabilities are 1 and whose norms are powers of two, and the norms in float64: no order of sums rounds anything."""
+    zeros, sizes = torch.zeros(B, 1, n, 8), 2.0 ** torch.randint(-2, 3, (B, n))
+    left, right = (n if side < 0 else side for side in window)
+    ahead = torch.arange(n) - torch.arange(n)[:, None]
+    seen = ((ahead <= right) & (-ahead <= left)).expand(B, n, n)
+    if mask is not None:
+        seen = seen & mask[:, None] & mask[:, :, None]
+    if offsets is not None:
+        sequence = sequence_of(offsets, offsets.device)
+        seen = seen & (sequence == sequence[:, None])
+    args = dict(q=zeros, k=zeros, lse=zeros[..., 0], gram=sizes.square()[..., None, None], key_mask=mask, scaling=1.0, window=window)
+    return moved(args), (seen * sizes[:, None]).double().to(DEVICE)
+
+
+ROWS = {
+    "padded": dict(shares=1, shape=(2, 5, 40)),
+    "many shares": dict(shares=MOST_SHARES, shape=(2, 3, 9)),
+    "longer than a block of threads": dict(shares=2, shape=(1, 5, 1050), window=(3, 1)),
+    "packed": dict(shares=3, shape=(1, 5, 112), window=(40, 40), lengths=(1, 50, 7, 7, 45, 2)),
+    "many packed": dict(shares=1, shape=(1, 1, 75), lengths=(1, 2) * 25),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_rows_are_scaled_as_by_the_reference(case, monkeypatch, backend):
+    case = dict(window=(-1, -1), lengths=None) | ROWS[case]
+    (B, T, n), window, lengths = case["shape"], case["window"], case["lengths"]
+    offsets = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    mask = None if B == 1 else torch.arange(n) < torch.tensor([[n], [n // 2]])
+    args, norms = powers_of_two(B, n, window, mask, offsets)
+    r, log_scale = torch.randint(4, (B, T, n)).float().to(DEVICE), torch.randn(B if offsets is None else len(lengths), T).to(DEVICE)
+    r[:, 1:2] = 0
+    cut_in(case["shares"], monkeypatch)
+    out, scale = rollout_step(r, log_scale, **args, offsets=offsets, backend=backend)
+    exact = r.double() @ norms
+    expected, torch_scale = rescale_rows(exact.float(), log_scale, offsets)
+    assert torch.equal(out, expected) and torch.equal(scale[:, 1:2], log_scale[:, 1:2])
+    assert_as_good_as_torch(scale, rescale_rows(exact, log_scale.double(), offsets)[1], torch_scale)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_rows_that_are_not_finite(backend):
+    args, norms = powers_of_two(1, 70)
+    args["gram"][:, 33], norms[..., 33] = 2.0**120, 2.0**60
+    r, log_scale = torch.ones(1, 4, 70, device=DEVICE), torch.randn(1, 4).to(DEVICE)
+    # NaN, infinity, the products with one key beyond float32, and as they should be
+    r[0, 0, 5], r[0, 1, 5], r[0, 2] = torch.nan, torch.inf, 2.0**70
+    expected = rescale_rows((r.double() @ norms).float(), log_scale)
+    torch.testing.assert_close(rollout_step(r, log_scale, **args, backend=backend), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_row_with_a_nan_is_not_scaled(backend):
+    args, norms = powers_of_two(1, 300, window=(0, 0))
+    r, log_scale = torch.full((1, 1, 300), 3.0, device=DEVICE), torch.randn(1, 1).to(DEVICE)
+    expected = (r.double() @ norms).float()
+    r[..., 200] = torch.nan
+    out, scale = rollout_step(r, log_scale, **args, backend=backend)
+    # and the keys whose tile it is in
+    lost = out.isnan()
+    assert lost[..., 200] and not lost[..., :100].any()
+    assert torch.equal(out[~lost], expected[~lost]) and torch.equal(scale, log_scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

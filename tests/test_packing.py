@@ -3,7 +3,7 @@
 import pytest
 import torch
 from numerics import assert_as_good_as_torch
-from pair_cases import KERNELS, Case, doubled, factor, layer, pair_args, running
+from pair_cases import KERNELS, Case, doubled, factor, layer, pair_args, product, running
 
 from pyglobenc.ops import attention, rollout_step
 from pyglobenc.reference.score_mods import SoftCap
@@ -121,19 +121,17 @@ def test_kernel_on_unit_rows(kernel):
 
 
 def check_kernel(kernel, args, offsets):
-    """The error rule for the product before its rows are rescaled, which would add its own rounding."""
+    """The error rule for the product."""
+    args = dict(args)
+    r = args.pop("r")
+    exact = product(r.double(), doubled(args), "reference", offsets)
     with running(kernel) as backend:
-        out = product(args, backend, offsets)
-    assert_as_good_as_torch(out, product(doubled(args), "reference", offsets), product(args, "reference", offsets), factor(kernel))
-
-
-def product(args, backend, offsets):
-    """r @ norms."""
-    names = ("r", "q", "k", "lse", "gram", "cross", "residual_sq", "rstd", "key_mask", "scaling")
-    return torch.ops.pyglobenc.rollout_step(*(args.get(name) for name in names), *args["window"], backend, offsets)
+        out, torch_out = (product(r, args, name, offsets, float(exact.amax())) for name in (backend, "reference"))
+    assert_as_good_as_torch(out, exact, torch_out, factor(kernel))
 
 
 def test_opcheck():
     _, packed, offsets = pack(Case(), (4, 6), 2)
-    ordered = [packed[name] for name in ("r", "q", "k", "lse", "gram", "cross", "residual_sq", "rstd", "key_mask", "scaling")]
+    packed["log_scale"] = torch.randn(2, 2)
+    ordered = [packed[name] for name in ("r", "log_scale", "q", "k", "lse", "gram", "cross", "residual_sq", "rstd", "key_mask", "scaling")]
     torch.library.opcheck(torch.ops.pyglobenc.rollout_step.default, (*ordered, *packed["window"], "auto", offsets))

@@ -169,6 +169,14 @@ def test_arguments_are_checked():
 
 def test_opcheck():
     case = Case(n=9, mask="holes")
-    args, (r, _) = pair_args(case), rows_of(case, 2)
+    args, (r, log_scale) = pair_args(case), rows_of(case, 2)
     ordered = [args[name] for name in ("q", "k", "lse", "gram", "cross", "residual_sq", "rstd", "key_mask")]
-    torch.library.opcheck(torch.ops.pyglobenc.rollout_step.default, (r, *ordered, args["scaling"], -1, -1, "auto"))
+    torch.library.opcheck(torch.ops.pyglobenc.rollout_step.default, (r, log_scale, *ordered, args["scaling"], -1, -1, "auto"))
+
+
+def test_a_scale_of_another_dtype_keeps_it():
+    case = Case(n=9)
+    args, (r, log_scale) = pair_args(case), rows_of(case, 2)
+    out, scale = rollout_step(r, log_scale.double(), **args)
+    expected, added = rollout_step(r, torch.zeros_like(log_scale), **args)
+    assert torch.equal(out, expected) and torch.equal(scale, log_scale.double() + added)

@@ -205,7 +205,8 @@ inline void run(int64_t blocks, int threads, int shared, std::function<void()> b
         m.warps.assign(threads / 32, Warp());
         for (Gate& gate : m.gates) gate = Gate();
         m.error.clear();
-        for (Fiber& fiber : m.fibers) {
+        for (int thread = 0; thread < threads; ++thread) {
+            Fiber& fiber = m.fibers[thread];
             if (!fiber.stack) fiber.stack.reset(new char[Machine::STACK]);
             fiber.begun = fiber.done = false;
             fiber.gate = nullptr;

@@ -11,8 +11,8 @@ namespace pyglobenc {
 template <void (*RUN)(const PairArgs&, bool, void*)>
 void bind_pair_op(const pybind11::tuple& tensors, float scaling, int left, int right, int shares, bool exact, uintptr_t stream) {
     PairArgs p;
-    View* const views[] = {&p.q,    &p.k, &p.lse,   &p.gram, &p.cross,  &p.residual_sq, &p.rstd,
-                           &p.key_mask, &p.rows, &p.r, &p.spans, &p.out,  &p.packed, &p.queries};
+    View* const views[] = {&p.q,    &p.k, &p.lse,     &p.gram,      &p.cross, &p.residual_sq, &p.rstd, &p.key_mask,
+                           &p.rows, &p.r, &p.offsets, &p.log_scale, &p.out,   &p.out_scale,   &p.room};
     for (size_t index = 0; index < tensors.size(); ++index) *views[index] = view(tensors[index]);
     p.scaling = scaling;
     p.left = left;
@@ -25,6 +25,10 @@ void bind_pair_op(const pybind11::tuple& tensors, float scaling, int left, int r
 inline pybind11::tuple bind_tile(int heads, int kv_heads, int head_dim, int size) {
     const PairTile tile = choose_tile(heads, kv_heads, head_dim, size, shared_limit());
     return pybind11::make_tuple(tile.groups * KEYS, tile.queries);
+}
+
+inline int64_t bind_room(int64_t batch, int heads, int64_t n, int64_t n_queries, int64_t rows, int shares, bool packed_sequences) {
+    return choose_room(batch, heads, n, n_queries, rows, shares, packed_sequences).size;
 }
 
 // v, matrix, x, cross, out, out_cross; the matrix is [H, dh, ...].
@@ -47,8 +51,7 @@ inline void bind_globenc(pybind11::module_& m) {
     m.def("head_gram", bind_value_op<head_gram>);
     m.def("head_norms", bind_value_op<head_norms>);
     m.def("pair_tile", bind_tile, "Keys of a block and queries of a tile on the current device; no keys where nothing fits.");
-    m.def("form_size", form_size, "Coefficients of a key's quadratic form, from the number of heads.");
-    m.attr("KEYS") = int(KEYS);
+    m.def("pair_room", bind_room, "Floats of scratch memory, from B, H, n, the queries, T or 0, shares and whether sequences are packed.");
     m.attr("MAX_ROWS") = int(MAX_ROWS);
     m.attr("MAX_HEADS") = int(MAX_HEADS);
 }

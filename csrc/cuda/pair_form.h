@@ -141,7 +141,7 @@ struct Seen {
 // Queries that see this lane's key: those in its window and its sequence, none for padding.
 DEVICE Seen seen_from(const PairArgs& p, int b, int key) {
     if (key >= p.n || (p.key_mask.data && !element<uint8_t>(p.key_mask, b, key))) return {0, 0};
-    const int low = p.spans.data ? element<int>(p.spans, 0, key) : 0, high = p.spans.data ? element<int>(p.spans, 1, key) : p.n;
+    const int low = p.spans ? p.spans[key] : 0, high = p.spans ? p.spans[p.n + key] : p.n;
     return {key - p.right > low ? key - p.right : low, key + p.left + 1 < high ? key + p.left + 1 : high};
 }
 

@@ -59,7 +59,7 @@ DEVICE void add_warps(const PairArgs& p, const Place& place, const float (&sums)
     for (int line = place.warp; line < MAX_ROWS && place.first_row + line < p.n_rows; line += p.tile.warps) {
         float sum = 0;
         for (int w = 0; w < p.tile.warps; ++w) sum += scratch[(w * MAX_ROWS + line) * KEYS + lane()];
-        float* out = static_cast<float*>(p.out.data) + ((place.share * p.q.shape[0] + place.b) * p.n_rows + place.first_row + line) * p.n;
+        float* out = p.parts + ((place.share * p.q.shape[0] + place.b) * p.n_rows + place.first_row + line) * p.n;
         if (place.key < p.n) out[place.key] = sum;
     }
 }
@@ -83,7 +83,7 @@ DEVICE Place find_place(const PairArgs& p) {
     out.q = settled(static_cast<const char*>(p.q.data) + out.b * p.q_step[0] + lane() % 4 * 16);
     out.k = static_cast<const char*>(p.k.data) + out.b * p.k_step[0] + lane() % 4 * 16;
     out.lse = static_cast<const char*>(p.lse.data) + out.b * p.lse.stride[0] * 4;
-    out.queries = static_cast<const Weighted*>(p.queries.data) + (out.b * p.queries.shape[1] + out.first_row) * p.n_queries;
+    out.queries = p.queries + (int64_t(out.b) * p.lines + out.first_row) * p.n_queries;
     return out;
 }
 
@@ -114,7 +114,7 @@ KERNEL(THREADS, 1) pairs_kernel(PairArgs p) {
     hold_own(p, place, seen);
     for (int at = heads * HEAD + place.thread; at < padded_heads(heads) * HEAD; at += count) alpha[at] = {0, 0};
     Form<HEADS, QUERIES> form;
-    form.load(static_cast<const float*>(p.packed.data) + (place.b * int64_t(p.key_blocks) + place.block) * p.form_size * KEYS);
+    form.load(p.packed + (place.b * int64_t(p.key_blocks) + place.block) * p.form_size * KEYS);
     list<ROLLOUT>(p, place, all.first, fetch_query<QUERIES>(place, all.first, all.last), lists[0]);
     barrier(id, count);
 
@@ -150,10 +150,9 @@ void run_heads(const PairArgs& p, void* stream) {
     launch(kernel, blocks, 32 * p.tile.groups * p.tile.warps, p.tile.groups * p.tile.bytes, stream, p);
 }
 
-// exact: products of float32 keep float32's digits.
+// Of prepared arguments; exact: products of float32 keep float32's digits.
 template <bool ROLLOUT>
-void run_pairs(const PairArgs& given, bool exact, void* stream) {
-    const PairArgs p = prepared(given, stream);
+void run_pairs(const PairArgs& p, bool exact, void* stream) {
     if (p.q.type == Type::bf16) run_heads<ROLLOUT, bf16>(p, stream);
     else if (p.q.type == Type::f16) run_heads<ROLLOUT, f16>(p, stream);
     else if (exact) run_heads<ROLLOUT, float>(p, stream);

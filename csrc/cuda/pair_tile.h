@@ -18,6 +18,11 @@ constexpr int SIDE = 8;   // of such a block
 constexpr float LOG2_E = 1.44269504f;
 
 template <class T>
+DEVICE T& element(const View& view, int64_t i0) {
+    return static_cast<T*>(view.data)[i0 * view.stride[0]];
+}
+
+template <class T>
 DEVICE T& element(const View& view, int64_t i0, int64_t i1) {
     return static_cast<T*>(view.data)[i0 * view.stride[0] + i1 * view.stride[1]];
 }

@@ -20,17 +20,30 @@ DEVICE void fill_query(const PairArgs& p, int b, int row) {
     const int i = p.rows.data ? int(element<int64_t>(p.rows, b, row)) : row;
     const bool counts = !p.key_mask.data || element<uint8_t>(p.key_mask, b, i);
     const float rstd = counts && p.rstd.data ? element<float>(p.rstd, b, i) : 1.0f;
-    Weighted* out = static_cast<Weighted*>(p.queries.data) + b * p.queries.shape[1] * p.n_queries + row;
-    for (int t = 0; t < p.queries.shape[1]; ++t, out += p.n_queries)
+    Weighted* out = p.queries + int64_t(b) * p.lines * p.n_queries + row;
+    for (int t = 0; t < p.lines; ++t, out += p.n_queries)
         *out = counts ? Weighted{i, p.r.data ? element<float>(p.r, b, t, i) * rstd : rstd} : Weighted{-1, 0};
+}
+
+// First and last + 1 token of the sequence that a token lies in.
+DEVICE void fill_span(const PairArgs& p, int token) {
+    int low = 0, high = int(p.offsets.shape[0]) - 1;
+    while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        (element<int>(p.offsets, middle) > token ? high : low) = middle;
+    }
+    p.spans[token] = element<int>(p.offsets, low);
+    p.spans[p.n + token] = element<int>(p.offsets, high);
 }
 
 // Coefficient e of each key: G[h][g] + G[g][h] for h < g, G[h][h], else 0; and the queries, shared out to the blocks.
 KERNEL(256) pack_kernel(PairArgs p, int padded) {
-    for (int row = block() % p.key_blocks * threads() + thread(); row < p.n_queries; row += p.key_blocks * threads())
+    for (int row = block() % p.key_blocks * threads() + thread(); row < p.n_queries; row += p.key_blocks * threads()) {
         fill_query(p, block() / p.key_blocks, row);
+        if (p.spans) fill_span(p, row);
+    }
     const int b = block() / p.key_blocks, key = block() % p.key_blocks * KEYS + lane();
-    float* out = static_cast<float*>(p.packed.data) + int64_t(block()) * p.form_size * KEYS;
+    float* out = p.packed + int64_t(block()) * p.form_size * KEYS;
     const float* gram = static_cast<const float*>(p.gram.data) + b * p.gram.stride[0] + key * p.gram.stride[1];
     for (int e = warp(); e < p.form_size; e += threads() / 32) {
         // rows of the triangle, of entries or of blocks of SIDE x SIDE
@@ -69,8 +82,19 @@ PairTile choose_tile(int heads, int kv_heads, int head_dim, int size, int limit)
     return PairTile();
 }
 
+PairRoom choose_room(int64_t batch, int heads, int64_t n, int64_t n_queries, int64_t rows, int shares, bool packed_sequences) {
+    const auto whole = [](int64_t floats) { return (floats + 31) / 32 * 32; };
+    PairRoom room;
+    room.queries = batch * ((n + KEYS - 1) / KEYS) * form_size(heads) * KEYS;
+    room.spans = room.queries + whole(2 * batch * (rows ? rows : 1) * n_queries);
+    room.parts = room.spans + (packed_sequences ? whole(2 * n) : 0);
+    room.size = room.parts + (shares > 1 ? shares * batch * rows * n : 0);
+    return room;
+}
+
 PairArgs prepared(PairArgs p, void* stream) {
     if (!p.tile.groups) throw std::runtime_error("no tile of this many heads fits the device's shared memory");
+    if (p.shares > MOST_SHARES) throw std::runtime_error("the queries in more shares than are added up");
     const int padded = form_heads(int(p.q.shape[1])), size = p.q.type == Type::f32 ? 4 : 2;
     p.n = int(p.k.shape[2]);
     p.heads = int(p.q.shape[1]);
@@ -91,6 +115,14 @@ PairArgs prepared(PairArgs p, void* stream) {
     p.key_blocks = (p.n + KEYS - 1) / KEYS;
     p.row_blocks = p.r ? (p.n_rows + MAX_ROWS - 1) / MAX_ROWS : 1;
     p.form_size = form_size(p.heads);
+    p.lines = p.r ? p.n_rows : 1;
+    const PairRoom room = choose_room(p.q.shape[0], p.heads, p.n, p.n_queries, p.n_rows, p.shares, bool(p.offsets));
+    if (p.room.shape[0] < room.size) throw std::runtime_error("too little scratch memory");
+    p.packed = static_cast<float*>(p.room.data);
+    p.queries = reinterpret_cast<Weighted*>(p.packed + room.queries);
+    p.spans = p.offsets ? reinterpret_cast<int*>(p.packed + room.spans) : nullptr;
+    // one share is summed where its result goes
+    p.parts = p.shares > 1 ? p.packed + room.parts : static_cast<float*>(p.out.data);
     launch(pack_kernel, p.key_blocks * p.q.shape[0], 256, 0, stream, p, padded);
     return p;
 }

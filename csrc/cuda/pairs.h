@@ -10,6 +10,7 @@ namespace pyglobenc {
 constexpr int KEYS = 32;       // that a group of warps holds, one a lane
 constexpr int MAX_ROWS = 4;    // of the rollout that a pass carries; more rows take more passes
 constexpr int MAX_HEADS = 64;
+constexpr int MOST_SHARES = 16;  // that the queries are cut into
 constexpr int THREADS = 256;  // of a block at most, so that each may have 255 registers, half of them for coefficients
 
 // How a block is cut, and where in its group's shared memory, in bytes, things lie.
@@ -39,16 +40,22 @@ struct PairArgs {
     View key_mask;     // [B, n] u8 or none
     View rows;         // [B, m] i64, the queries of token_norms, or none: all
     View r;            // [B, T, n], or none for token_norms
-    View spans;        // [2, n] i32, first and last + 1 token of each key's sequence, or none
-    View out;          // rollout_step [shares, B, T, n], token_norms [B, m, n]
-    View packed;       // [B, blocks of keys, coefficients, KEYS], room for the quadratic forms
-    View queries;      // [B, T or 1, m or n] of Weighted, room for the queries
+    View offsets;      // [S + 1] i32, where each of the sequences packed into one begins, and n, or none
+    View log_scale;    // [B, T], of packed sequences [S, T], contiguous, or none for token_norms
+    View out;          // rollout_step [B, T, n], token_norms [B, m, n]
+    View out_scale;    // as log_scale
+    View room;         // [size] as choose_room says
     float scaling = 1;
     int left = 0, right = 0;  // at most n
-    int shares = 1;           // parts that the queries are cut into
+    int shares = 1;           // parts that the queries are cut into, up to MOST_SHARES
     PairTile tile;
 
     // filled in by prepared()
+    float* packed = nullptr;      // [B, blocks of keys, coefficients, KEYS], the quadratic forms
+    Weighted* queries = nullptr;  // [B, lines, m or n]
+    int* spans = nullptr;         // [2, n], first and last + 1 token of each key's sequence, or null
+    float* parts = nullptr;       // [shares, B, T, n]
+    int lines = 1;                // of weights of the queries: T, or 1 for token_norms
     int n = 0, heads = 0, group = 0;         // tokens, heads, heads that share a key-value head
     int n_queries = 0, n_rows = 0;           // m or n; T, or 0 for token_norms
     int steps = 0;                           // of 4 pieces of 16 bytes, one a lane of a quad, in a row of q or k
@@ -66,7 +73,15 @@ int form_size(int heads);
 
 PairTile choose_tile(int heads, int kv_heads, int head_dim, int size, int limit);
 
-// With the derived fields; packed and queries are being filled.
+// Where in the scratch memory of a call, in floats, things lie.
+struct PairRoom {
+    int64_t queries = 0, spans = 0, parts = 0, size = 0;
+};
+
+// rows: T, or 0 for token_norms; n_queries: m or n.
+PairRoom choose_room(int64_t batch, int heads, int64_t n, int64_t n_queries, int64_t rows, int shares, bool packed_sequences);
+
+// With the derived fields; packed, queries and spans are being filled.
 PairArgs prepared(PairArgs args, void* stream);
 
 }  // namespace pyglobenc

@@ -4,6 +4,6 @@
 
 namespace pyglobenc {
 
-void token_norms(const PairArgs& args, bool exact, void* stream) { run_pairs<false>(args, exact, stream); }
+void token_norms(const PairArgs& args, bool exact, void* stream) { run_pairs<false>(prepared(args, stream), exact, stream); }
 
 }  // namespace pyglobenc

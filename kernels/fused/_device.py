@@ -20,7 +20,7 @@ INTERPRETED_LIMIT = SHARED_LIMITS[90]
 
 # arguments that change with the length and number of the inputs but tell a kernel nothing of alignment: specialised for 1 and for
 # multiples of 16, as Triton does by itself, `rollout_step` would be compiled 33 times over a corpus, now 3 times
-COUNTS = ("m", "n_rows", "left", "right", "key_blocks", "row_blocks", "blocks", "shares", "batch", "total_rows")
+COUNTS = ("m", "n_rows", "left", "right", "key_blocks", "row_blocks", "blocks", "shares", "batch", "sequences", "total_rows")
 
 
 def interpreting() -> bool:

@@ -1,8 +1,9 @@
 """One layer of the rollout in row mode, fused: out[t, j] = sum_i r[t, i] rstd[i] norm0[i, j], norms rebuilt tile by tile, never stored.
 
 The norms are those of `_pairs` (Modarressi et al., 2022, eq. 6 to 10, expanded over heads). A program owns BLOCK_J keys and a share of
-the queries; shares are summed afterwards, so there are no atomics and a run repeats bit for bit. H*(dh + H) multiply-adds on tensor
-cores and H exponentials a pair, heads padded to a power of two; q is read once for every block of keys, everything else once.
+the queries; a second kernel sums the shares, so there are no atomics and a run repeats bit for bit, and scales the rows. H*(dh + H)
+multiply-adds on tensor cores and H exponentials a pair, heads padded to a power of two; q is read once for every block of keys,
+everything else once.
 """
 
 import torch
@@ -13,17 +14,25 @@ from torch import Tensor
 from pyglobenc.grids import query_shares
 from pyglobenc.kernels._device import COUNTS, on, power_of_two, real_tokens
 from pyglobenc.kernels._pairs import START, hold_keys, load_gram, own_term, pair_arguments, pair_norms, pair_reasons, places, strides
-from pyglobenc.reference.packing import sequence_of
 
 # rows of the rollout that one pass carries; more rows take more passes
 MAX_ROWS = 64
+# of a row, that a program of the second kernel scales at a time
+BLOCK = 1024
 
 
 @triton.jit
-def _sequences(SPANS, j, j_ok, n, PACKED: tl.constexpr):
+def _sequences(OFFSETS, sequences, j, j_ok, n, STEPS: tl.constexpr):
     """First and last + 1 token of each key's sequence, (keys,) each; n and 0 of a key that doesn't count."""
-    if PACKED:
-        return tl.load(SPANS + j, mask=j_ok, other=n), tl.load(SPANS + n + j, mask=j_ok, other=0)
+    if STEPS:
+        low = tl.zeros_like(j)
+        high = low + sequences
+        # in a loop that stays one, the whole kernel takes 255 registers for 162, and spills
+        for _ in tl.static_range(STEPS):
+            middle = (low + high) // 2
+            after = tl.load(OFFSETS + middle, mask=j_ok, other=0) > j
+            low, high = tl.where(after, low, middle), tl.where(after, middle, high)
+        return tl.load(OFFSETS + low, mask=j_ok, other=n), tl.load(OFFSETS + low + 1, mask=j_ok, other=0)
     else:
         return tl.where(j_ok, 0, n), tl.where(j_ok, n, 0)
 
@@ -58,15 +67,15 @@ def _rollout_step_kernel(
     RESIDUAL_SQ,  # (B, n)
     RSTD,  # (B, n)
     MASK,  # (B, n)
-    SPANS,  # (2, n): first and last + 1 token of each token's sequence, where several are packed into one
+    OFFSETS,  # (S + 1,): where each of the sequences packed into one begins, and n
     OUT,  # (shares, B, T, n)
-    scaling, n, n_heads, group, n_rows, left, right, key_blocks, row_blocks, shares, batch,
+    scaling, n, n_heads, group, n_rows, left, right, key_blocks, row_blocks, shares, batch, sequences,
     stride_rb, stride_rt, stride_rn, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_lb, stride_lh, stride_ln, stride_gb, stride_gn, stride_gh, stride_gg, stride_cb, stride_cn, stride_ch,
     stride_xb, stride_xn, stride_sb, stride_sn, stride_mb, stride_mn,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr, HELD: tl.constexpr, HAS_OWN: tl.constexpr, HAS_RSTD: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, PACKED: tl.constexpr, SCORES: tl.constexpr, FORM: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, STEPS: tl.constexpr, SCORES: tl.constexpr, FORM: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     # neighbours in the grid share their queries, so that they meet in L2
     block, rest = tl.program_id(0) % key_blocks, tl.program_id(0) // key_blocks
@@ -80,7 +89,7 @@ def _rollout_step_kernel(
     head_ok = heads < n_heads
     j = block * BLOCK_J + tl.arange(0, BLOCK_J)
     j_ok = real_tokens(MASK, b, stride_mb, stride_mn, j, j < n, HAS_MASK)
-    start_j, stop_j = _sequences(SPANS, j, j_ok, n, PACKED)
+    start_j, stop_j = _sequences(OFFSETS, sequences, j, j_ok, n, STEPS)
     first, last = _queries(block, start_j, stop_j, left, right, share, shares, BLOCK_I, BLOCK_J)
     gram = load_gram(GRAM + b * stride_gb, stride_gn, stride_gh, stride_gg, heads, head_ok, j, j_ok)
     k_held = hold_keys(K, stride_kh, stride_kn, heads, head_ok, group, j, j_ok, HEAD_DIM, BLOCK_D, HELD, UPCAST)
@@ -98,7 +107,7 @@ def _rollout_step_kernel(
         norms = pair_norms(Q, K, LSE, stride_qh, stride_qn, stride_kh, stride_kn, stride_lh, stride_ln, heads, head_ok, group, i, i_ok,
                            j, j_ok, k_held, gram, own, scaling, left, right, HEAD_DIM, BLOCK_D, HELD, HAS_OWN, HAS_WINDOW, SCORES,
                            FORM, UPCAST)  # fmt: skip
-        if PACKED:
+        if STEPS:
             norms = tl.where((i[None, :] >= start_j[:, None]) & (i[None, :] < stop_j[:, None]), norms, 0.0)
         at = R + b * stride_rb + i64[:, None] * stride_rn + t.to(tl.int64)[None, :] * stride_rt
         weights = tl.load(at, mask=i_ok[:, None] & (t < n_rows)[None, :], other=0.0)
@@ -110,14 +119,58 @@ def _rollout_step_kernel(
     tl.store(OUT + j[:, None], acc, mask=(j < n)[:, None] & (t < n_rows)[None, :])
 
 
-def not_supported(r, q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, window, offsets=None) -> list[str]:
+@triton.jit
+def _larger(a, b):
+    """The larger, NaN if one is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _total(PARTS, at, ok, shares, step):
+    """Sum over the shares, in order, of what lies `step` apart."""
+    total = tl.load(PARTS + at, mask=ok, other=0.0)
+    for share in range(1, shares):
+        total += tl.load(PARTS + share * step + at, mask=ok, other=0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _finish_kernel(
+    PARTS,  # (shares, B, T, n), OUT itself where there is one share
+    LOG_SCALE,  # (B, T), of packed sequences (S, T)
+    OFFSETS,  # (S + 1,), as above
+    OUT,  # (B, T, n)
+    OUT_SCALE,  # as LOG_SCALE
+    n, n_rows, shares, batch, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # a row of an example, or of a packed sequence, scaled as rescale_rows of the reference does
+    row, first, last = tl.program_id(0).to(tl.int64), 0, n
+    if PACKED:
+        first, last = tl.load(OFFSETS + row // n_rows), tl.load(OFFSETS + row // n_rows + 1)
+        row = row % n_rows
+    step = batch.to(tl.int64) * n_rows * n
+    top = tl.zeros((BLOCK,), tl.float32)
+    for start in range(first, last, BLOCK):
+        key = start + tl.arange(0, BLOCK)
+        top = _larger(top, _total(PARTS, row * n + key, key < last, shares, step))
+    top = tl.reduce(top, 0, _larger)
+    top = tl.where(top > 0, top, 1.0)
+    for start in range(first, last, BLOCK):
+        key = start + tl.arange(0, BLOCK)
+        total = _total(PARTS, row * n + key, key < last, shares, step)
+        tl.store(OUT + row * n + key, tl.div_rn(total, top), mask=key < last)
+    tl.store(OUT_SCALE + tl.program_id(0), tl.load(LOG_SCALE + tl.program_id(0)) + tl.log(top))
+
+
+def not_supported(r, log_scale, q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, window, offsets=None) -> list[str]:
     """Why the kernel can't run on these arguments; empty when it can."""
-    others = dict(r=r, k=k, lse=lse, cross=cross, residual_sq=residual_sq, rstd=rstd, key_mask=key_mask)
+    others = dict(r=r, log_scale=log_scale, k=k, lse=lse, cross=cross, residual_sq=residual_sq, rstd=rstd, key_mask=key_mask)
     return pair_reasons(q, gram, others)
 
 
 def rollout_step(
     r: Tensor,
+    log_scale: Tensor,
     q: Tensor,
     k: Tensor,
     lse: Tensor,
@@ -129,28 +182,29 @@ def rollout_step(
     scaling: float,
     window: tuple[int, int],
     offsets: Tensor | None = None,
-) -> Tensor:
-    """See `pyglobenc.ops.rollout_step`: -> r @ norms (B, T, n), not yet rescaled."""
+) -> tuple[Tensor, Tensor]:
+    """See `pyglobenc.ops.rollout_step`: -> r @ norms (B, T, n), each row scaled to maximum 1, and log_scale (B, T)."""
     batch, n_rows, n = r.shape
+    out, out_scale = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (r, log_scale))
     if r.numel() == 0:
-        return torch.empty_like(r)
+        return out, log_scale.clone()
     given = pair_arguments(q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, window)
     key_blocks = triton.cdiv(n, given["BLOCK_J"])
     block_t = 1 if n_rows == 1 else min(MAX_ROWS, power_of_two(n_rows, 16))
     row_blocks = triton.cdiv(n_rows, block_t)
-    longest = n if offsets is None else int(offsets.diff().max())
+    longest, sequences, steps = n, batch, 0
+    if offsets is not None:
+        longest, sequences, offsets = int(offsets.diff().max()), len(offsets) - 1, offsets.contiguous().to(q.device, non_blocking=True)
+        # of a search among them: 8, 16 or 24, so that few numbers are compiled for
+        steps = -(-max(1, (sequences - 1).bit_length()) // 8) * 8
     shares = query_shares(key_blocks * row_blocks * batch, triton.cdiv(longest, given["BLOCK_I"]), places(q.device), START)
-    out = r.new_empty(shares, batch, n_rows, n)
-    spans = None if offsets is None else _spans(offsets, q.device)
+    parts = out if shares == 1 else r.new_empty(shares, *r.shape)
+    given |= dict(R=r, OFFSETS=offsets, OUT=parts, n_rows=n_rows, key_blocks=key_blocks, row_blocks=row_blocks, shares=shares, batch=batch)
     with on(q.device):
         _rollout_step_kernel[(key_blocks * shares * row_blocks * batch,)](
-            **given, R=r, SPANS=spans, OUT=out, n_rows=n_rows, key_blocks=key_blocks, row_blocks=row_blocks, shares=shares, batch=batch,
-            BLOCK_T=block_t, PACKED=offsets is not None, **strides(r, "rb rt rn"),
-        )  # fmt: skip
-    return out.sum(0) if shares > 1 else out[0]
-
-
-def _spans(offsets: Tensor, device: torch.device) -> Tensor:
-    """First and last + 1 token of the sequence of every token, (2, N) int32."""
-    sequence = sequence_of(offsets, offsets.device)
-    return torch.stack([offsets[:-1][sequence], offsets[1:][sequence]]).to(device, non_blocking=True)
+            **given, sequences=sequences, BLOCK_T=block_t, STEPS=steps, **strides(r, "rb rt rn")
+        )
+        _finish_kernel[(sequences * n_rows,)](
+            parts, log_scale.contiguous(), offsets, out, out_scale, n, n_rows, shares, batch, PACKED=steps > 0, BLOCK=BLOCK, num_warps=8
+        )
+    return out, out_scale

@@ -1,5 +1,8 @@
 """What the launchers of the kernels over (query, key) pairs share: csrc/cuda/pair_tile.h."""
 
+import math
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,19 +27,31 @@ def pair_reasons(q: Tensor, k: Tensor, gram: Tensor, **others: Tensor | None) ->
         return reasons
     if heads > kernels.MAX_HEADS or head_dim > MAX_HEAD_DIM:
         return [f"takes up to {kernels.MAX_HEADS} heads of up to {MAX_HEAD_DIM}, got {heads} of {head_dim}"]
-    with _extension.launching(q.device):
-        if not kernels.pair_tile(heads, k.shape[1], head_dim, q.element_size())[0]:
-            return [f"no tile of {heads} heads of {head_dim} fits the device's shared memory"]
+    if not pair_tile(q.device, heads, k.shape[1], head_dim, q.element_size())[0]:
+        return [f"no tile of {heads} heads of {head_dim} fits the device's shared memory"]
     return []
+
+
+@cache
+def pair_tile(device: torch.device, heads: int, kv_heads: int, head_dim: int, size: int) -> tuple[int, int]:
+    """Keys of a block and queries of a tile, for q and k of `size` bytes an entry; no keys where nothing fits the device."""
+    with _extension.launching(device):
+        return _extension.kernels.pair_tile(heads, kv_heads, head_dim, size)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device; each has room for one block."""
+    with _extension.launching(device):
+        return _extension.kernels.processors()
 
 
 def in_pieces(t: Tensor, unit: int = PIECE) -> Tensor:
     """t with rows of whole units, in bytes, that can be read in pieces: a padded copy where they can't."""
-    piece, step = PIECE // t.element_size(), unit // t.element_size()
-    aligned = t.data_ptr() % PIECE == 0 and not any(s % piece for s in t.stride()[:-1])
-    if t.stride(-1) == 1 and aligned and t.shape[-1] % step == 0:
+    size, (*steps, last) = t.element_size(), t.stride()
+    if last == 1 and math.gcd(t.data_ptr(), size * math.gcd(*steps)) % PIECE == 0 and t.shape[-1] * size % unit == 0:
         return t
-    return F.pad(t, (0, -t.shape[-1] % step)).contiguous()
+    return F.pad(t, (0, -t.shape[-1] % (unit // size))).contiguous()
 
 
 def near(t: Tensor) -> Tensor:
@@ -44,20 +59,24 @@ def near(t: Tensor) -> Tensor:
     return t if t.stride(1) * t.element_size() < 2**31 else t.contiguous()
 
 
-def run_pairs(op: str, given: tuple[Tensor | None, ...], rows, r, spans, out: Tensor, n_queries: int, scaling: float, window) -> Tensor:
-    """Launch an op on q, k, lse, gram, cross, residual_sq, rstd and key_mask; out is the result, (shares, *out.shape) for a rollout."""
-    q, k, lse, gram, *others = given
+def run_pairs(op: str, given: tuple[Tensor | None, ...], outs: tuple[Tensor | None, ...], longest: int, scaling: float, window) -> None:
+    """Launch an op.
+
+    Args:
+        given: q, k, lse, gram, cross, residual_sq, rstd, key_mask, rows, r, offsets and log_scale.
+        outs: for the result; for a rollout's rows and their scale.
+        longest: queries that a key may meet at most.
+    """
+    q, k, lse, *others = given
+    rows, r, offsets, _ = given[8:]
     q, k, lse = in_pieces(near(q), STEP), in_pieces(near(k), STEP), near(lse.float())
     kernels, (batch, heads, n, head_dim) = _extension.kernels, q.shape
+    n_queries, n_rows = n if rows is None else rows.shape[1], 0 if r is None else r.shape[1]
+    keys, queries = pair_tile(q.device, heads, k.shape[1], head_dim, q.element_size())
+    blocks = -(-n // keys) * batch * max(1, -(-n_rows // kernels.MAX_ROWS))
+    shares = query_shares(blocks, -(-longest // queries), processors(q.device), START)
+    room = outs[0].new_empty(kernels.pair_room(batch, heads, n, n_queries, n_rows, shares, offsets is not None))
+    tensors = (q, k, lse, *others, *outs, room)
+    exact = q.dtype == torch.float32 and not _extension.allows_tf32()
     with _extension.launching(q.device) as stream:
-        keys, queries = kernels.pair_tile(heads, k.shape[1], head_dim, q.element_size())
-        passes = 1 if r is None else -(-r.shape[1] // kernels.MAX_ROWS)
-        shares = query_shares(-(-n // keys) * batch * passes, -(-n_queries // queries), kernels.processors(), START)
-        parts = out if r is None else out.new_empty(shares, *out.shape)
-        packed = gram.new_empty(batch, -(-n // kernels.KEYS), kernels.form_size(heads), kernels.KEYS)
-        queries = gram.new_empty(batch, 1 if r is None else r.shape[1], n if rows is None else n_queries, 2)
-        tensors = (q, k, lse, gram, *others, rows, r, spans, parts, packed, queries)
-        getattr(kernels, op)(tensors, scaling, *sides(window, n), shares, not _extension.allows_tf32(), stream)
-    if r is None:
-        return out
-    return parts[0] if shares == 1 else parts.sum(0)
+        getattr(kernels, op)(tensors, scaling, *sides(window, n), shares, exact, stream)

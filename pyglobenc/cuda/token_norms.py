@@ -29,5 +29,6 @@ def token_norms(
     out = torch.empty(q.shape[0], n_queries, q.shape[2], device=q.device)
     if out.numel() == 0:
         return out
-    given = (q, k, lse, gram, cross, residual_sq, rstd, key_mask)
-    return run_pairs("token_norms", given, rows, None, None, out, n_queries, scaling, window)
+    given = (q, k, lse, gram, cross, residual_sq, rstd, key_mask, rows, None, None, None)
+    run_pairs("token_norms", given, (out, None), n_queries, scaling, window)
+    return out

@@ -76,8 +76,7 @@ class NormMatrix:
         if self.score_mod is None:
             return rollout_step(r, log_scale, **self._args(), offsets=self.offsets)
         tensors = (self.q, self.k, self.lse, self.gram, self.cross, self.residual_sq, self.rstd, self.key_mask)
-        out = reference_rollout_step(r, *tensors, self.scaling, self.window, self.offsets, self.score_mod)
-        return rescale_rows(out, log_scale, self.offsets)
+        return reference_rollout_step(r, log_scale, *tensors, self.scaling, self.window, self.offsets, self.score_mod)
 
     def full(self) -> Tensor:
         return token_norms(**self._args()) if self.score_mod is None else self._modified(None)

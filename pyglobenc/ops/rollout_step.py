@@ -7,7 +7,6 @@ from pyglobenc.backends import pick
 from pyglobenc.ops._checks import check_floats, check_offsets, check_shape
 from pyglobenc.ops._registered import register
 from pyglobenc.ops.token_norms import check_attention_args
-from pyglobenc.reference.rollout_step import rescale_rows
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")
 
@@ -57,13 +56,17 @@ def rollout_step(
     check_offsets(op, offsets, key_mask, sizes)
     check_shape(op, "log_scale", log_scale, "B T" if offsets is None else "S T", sizes)
     check_floats(op, r=r, gram=gram)
-    out = _rollout_step(r, q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, *window, backend, offsets)
-    return rescale_rows(out, log_scale, offsets)
+    # a scale of another dtype, float64 say, is added to as it is
+    own = log_scale.dtype == r.dtype
+    given = log_scale if own else torch.zeros_like(log_scale, dtype=r.dtype)
+    out, scale = _rollout_step(r, given, q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, *window, backend, offsets)
+    return out, scale if own else log_scale + scale
 
 
 @register("rollout_step")
 def _rollout_step(
     r: Tensor,
+    log_scale: Tensor,
     q: Tensor,
     k: Tensor,
     lse: Tensor,
@@ -77,11 +80,11 @@ def _rollout_step(
     right: int,
     backend: str,
     offsets: Tensor | None = None,
-) -> Tensor:
-    args = (r, q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, (left, right), offsets)
+) -> tuple[Tensor, Tensor]:
+    args = (r, log_scale, q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, (left, right), offsets)
     return pick("rollout_step", backend, BACKENDS, args)(*args)
 
 
 @_rollout_step.register_fake
-def _(r, q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, left, right, backend, offsets=None):
-    return torch.empty_like(r)
+def _(r, log_scale, q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, left, right, backend, offsets=None):
+    return torch.empty_like(r), torch.empty_like(log_scale)

@@ -13,6 +13,7 @@ from pyglobenc.reference.token_norms import diagonal_sq, key_tiles
 
 def rollout_step(
     r: Tensor,
+    log_scale: Tensor,
     q: Tensor,
     k: Tensor,
     lse: Tensor,
@@ -25,12 +26,18 @@ def rollout_step(
     window: tuple[int, int],
     offsets: Tensor | None = None,
     score_mod: ScoreMod | None = None,
-) -> Tensor:
-    """See `pyglobenc.ops.rollout_step`: -> r @ norms (B, T, n), not yet rescaled."""
-    if offsets is not None:
-        tensors, axes = (r, q, k, lse, gram, cross, residual_sq, rstd, key_mask), (2, 2, 2, 2, 1, 1, 1, 1, 1)
-        parts = (take(tensors, axes, tokens) for tokens in slices(offsets))
-        return torch.cat([rollout_step(*part, scaling, window, score_mod=score_mod) for part in parts], 2)
+) -> tuple[Tensor, Tensor]:
+    """See `pyglobenc.ops.rollout_step`: -> r @ norms (B, T, n), each row scaled to maximum 1, and log_scale (B, T)."""
+    tensors, settings = (r, q, k, lse, gram, cross, residual_sq, rstd, key_mask), (scaling, window, score_mod)
+    if offsets is None:
+        return rescale_rows(_product(*tensors, *settings), log_scale)
+    axes = (2, 2, 2, 2, 1, 1, 1, 1, 1)
+    parts = [_product(*take(tensors, axes, tokens), *settings) for tokens in slices(offsets)]
+    return rescale_rows(torch.cat(parts, 2), log_scale, offsets)
+
+
+def _product(r, q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, window, score_mod) -> Tensor:
+    """r @ norms (B, T, n)."""
     q, k, lse = q.to(gram.dtype), k.to(gram.dtype), lse.to(gram.dtype)
     diagonal = None if cross is None else diagonal_sq(q, k, lse, gram, cross, residual_sq, scaling, score_mod)
     weights = r if rstd is None else r * rstd[:, None]

@@ -3,7 +3,7 @@
 import emulator
 import pytest
 
-from pyglobenc.cuda import _extension
+from pyglobenc.cuda import _extension, _pairs
 
 
 @pytest.fixture(scope="session")
@@ -14,6 +14,14 @@ def emulated_module(tmp_path_factory):
 @pytest.fixture
 def emulated(emulated_module, monkeypatch):
     """backend="cuda" runs emulated, on CPU tensors; machine() sets the order of threads and the device's limits."""
+    change = emulated_module.machine
+
+    def machine(**settings):
+        change(**settings)
+        _pairs.pair_tile.cache_clear()
+        _pairs.processors.cache_clear()
+
+    monkeypatch.setattr(emulated_module, "machine", machine)
     monkeypatch.setattr(_extension, "kernels", emulated_module)
     emulated_module.machine()
     emulated_module.launches()

@@ -5,18 +5,20 @@ import test_packing
 import torch
 from models import build
 from numerics import assert_as_good_as_torch
-from pair_cases import Case, doubled, pair_args
+from pair_cases import Case, doubled, pair_args, product
 from test_kernels_pairs import (  # noqa: F401
     DEVICE,
     check_norms,
     check_step,
     moved,
-    product,
     rows_of,
+    test_a_row_with_a_nan_is_not_scaled,
     test_empty,
     test_padding_may_hold_anything,
     test_refuses_with_reasons,
     test_rollout_step,
+    test_rows_are_scaled_as_by_the_reference,
+    test_rows_that_are_not_finite,
     test_shares_of_the_queries_add_up,
     test_strided_inputs_and_expanded_gram,
     test_token_norms,
@@ -61,7 +63,7 @@ def test_shapes(case, backend):
 @pytest.mark.parametrize("case, lengths, count", test_packing.CASES, ids=lambda value: str(value))
 def test_packed_sequences(case, lengths, count, backend):
     _, packed, offsets = test_packing.pack(case, lengths, count)
-    args = {"cross": None, "residual_sq": None} | moved(packed)
+    args = moved(packed)
     check_step(backend, args.pop("r"), args, offsets)
 
 
@@ -93,7 +95,7 @@ def test_offsets_beyond_32_bits(axis, backend):
 @emulated_only
 @pytest.mark.parametrize("case", [Case(n=70, mask="holes", window=(40, 20)), Case(B=1, n=50, H=24, Hkv=8, dtype=torch.bfloat16)], ids=str)
 def test_order_of_threads_is_nothing(case, emulated):
-    args = {"cross": None, "residual_sq": None} | pair_args(case)
+    args = pair_args(case)
     r, _ = rows_of(case, 2)
     forward = product(r, args, "cuda"), token_norms(**args, backend="cuda")
     emulated.machine(reversed=True)
@@ -115,7 +117,7 @@ def test_every_tile(dtype, emulated):
                 token_norms(**args, backend="cuda")
             continue
         check_step("cuda", r, args)
-        _, (_, threads, size) = emulated.launches()
+        _, (_, threads, size), _ = emulated.launches()
         assert size <= limit
         launches.add((threads, size))
     assert limit == 16_384 and len(launches) > 1
