@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -19,10 +20,9 @@ def device_reasons(tensors: dict[str, Tensor | None]) -> list[str]:
     """Why these tensors can't meet in a CUDA kernel, dtypes aside."""
     if kernels is None:
         return [missing]
-    given = {name: t for name, t in tensors.items() if t is not None}
-    devices = {t.device for t in given.values()}
+    devices = {t.device for t in tensors.values() if t is not None}
     if len(devices) > 1:
-        return ["tensors are on several devices: " + ", ".join(f"{name} {t.device}" for name, t in given.items())]
+        return ["tensors are on several devices: " + ", ".join(f"{name} {t.device}" for name, t in tensors.items() if t is not None)]
     device = devices.pop()
     if kernels.emulated:
         return [] if device.type == "cpu" else [f"the kernels are emulated, on CPU tensors, got {device}"]
@@ -31,9 +31,13 @@ def device_reasons(tensors: dict[str, Tensor | None]) -> list[str]:
         return [f"needs tensors on a GPU, got {device}" + (f" ({problem})" if problem else "")]
     if torch.version.hip:
         return ["needs an NVIDIA GPU"]
-    if torch.cuda.get_device_capability(device) < OLDEST:
+    if capability(device) < OLDEST:
         return ["needs compute capability 8.0 or later"]
     return []
+
+
+# torch asks the driver's properties, through several functions, every time
+capability = cache(torch.cuda.get_device_capability)
 
 
 @contextmanager
@@ -43,7 +47,8 @@ def launching(device: torch.device) -> Iterator[int]:
         yield 0
         return
     with torch.cuda.device(device):
-        yield torch.cuda.current_stream(device).cuda_stream
+        # the public way makes an object of it
+        yield torch._C._cuda_getCurrentRawStream(device.index)
 
 
 def allows_tf32() -> bool:
