@@ -58,6 +58,7 @@ def count(op: str, arguments: Any, result: Any, *, batch: int, heads: int, n: in
         "head_gram": (tokens * d * (d + dh) / 2 + tokens * d * d, 0),
         # by the vectors, or by their quadratic forms and W_O W_O^T of every head
         "head_norms": (min(tokens * d, (tokens + d) * dh) * d, 0),
+        "mapped_square": (0, 0),
         "mixing_ratio": (tokens * d * d, 0),
         "relevance_attention": (9 * pairs * d, pairs * heads),
         "relevance_maps": (3 * pairs * d, pairs * heads),

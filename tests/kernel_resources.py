@@ -156,6 +156,8 @@ def arguments(case: dict, n: int = 1024) -> tuple:
         return (x.device,)
     if op == "clone_relevance":
         return [x, x, x], x
+    if op == "mapped_square":
+        return x.to(getattr(torch, case["dtype"])), [weight[0]] * 2
     if op == "add_relevance":
         return x, x, x
     if op == "linear_relevance":

@@ -34,7 +34,8 @@ SHAPES = [
     (64, 8, 256, "bfloat16", 1),
     (4, 4, 256, "bfloat16", 1),
 ]
-ELEMENTWISE = ("clone_relevance", "add_relevance", "linear_relevance", "exp")
+# no products of matrices
+ELEMENTWISE = ("clone_relevance", "add_relevance", "linear_relevance", "exp", "mapped_square")
 HEADS = [(12, 12, 64, "float32", 1), (16, 16, 80, "float32", 24), (4, 4, 256, "float32", 1)]
 
 
@@ -63,6 +64,7 @@ def cases() -> list[dict]:
         for shape in (HEADS[0], HEADS[-1], BERT, (12, 12, 64, "float16", 1)):
             case("head_gram", shape)
         case("head_norms", HEADS[0])
+        case("mapped_square", BERT)
         case("token_norms", BERT)
         case("rollout_step", BERT, precision="tf32")
         case("rollout_step", BERT, packed=False)
@@ -131,7 +133,9 @@ def variant(kernel, args: tuple, kwargs: dict) -> tuple:
     return tuple(given[name] if name in constant else specialised(given[name], name not in loosely) for name in parameters)
 
 
-@pytest.mark.parametrize("op", ["rollout_step", "token_norms", "head_gram", "head_norms", "relevance_attention", "relevance_maps"])
+@pytest.mark.parametrize(
+    "op", ["rollout_step", "token_norms", "head_gram", "head_norms", "mapped_square", "relevance_attention", "relevance_maps"]
+)
 def test_a_corpus_compiles_a_kernel_a_few_times(op):
     case, found = dict(op=op, heads=12, kv_heads=12, head_dim=64, dtype="float32", rows=1, full=True, packed=False), defaultdict(set)
     with pretend(90, "tf32x3"):

@@ -1,4 +1,4 @@
-"""`head_gram` and `head_norms` of the GPU backends against the reference: on the GPU where there is one, else Triton's interpreter.
+"""`head_gram`, `head_norms`, `mapped_square` of the GPU backends against the reference: on the GPU where there is one, else interpreted.
 
 The CUDA backend takes these tests over in cuda/test_values.py.
 """
@@ -8,13 +8,13 @@ import torch
 from numerics import assert_as_good_as_torch
 from test_kernels_pairs import factor
 
-from pyglobenc.ops import gram_kernels, head_gram, head_norms
+from pyglobenc.ops import gram_kernels, head_gram, head_norms, mapped_square
 
 HALF = (torch.bfloat16, torch.float16)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # B, H, Hkv, n, dh, d; of each many results, so that torch's own error is not small by luck
 SHAPES = [
-    (4, 1, 1, 1500, 1, 1), (40, 3, 1, 1, 8, 24), (2, 4, 4, 33, 16, 64),
+    (4, 1, 1, 750, 1, 1), (20, 2, 1, 1, 8, 24), (2, 4, 4, 33, 16, 64),
     (2, 6, 2, 40, 20, 70), (1, 3, 3, 70, 100, 33), (1, 2, 1, 60, 256, 40),
 ]  # fmt: skip
 
@@ -61,6 +61,28 @@ def test_head_norms(shape, backend):
     check(backend, head_norms, v, weight)
 
 
+def check_square(backend, x, gammas):
+    exact = mapped_square(x.double(), [gamma.double() for gamma in gammas], backend="reference")
+    torch_out = mapped_square(x, gammas, backend="reference")
+    assert_as_good_as_torch(mapped_square(x, gammas, backend=backend), exact, torch_out)
+
+
+# odd widths and, last, more than a lane keeps of a row
+@pytest.mark.parametrize("shape", [(40, 1, 2), (2, 33, 24), (3, 37, 35), (1, 70, 768), (2, 19, 1029)], ids=str)
+@pytest.mark.parametrize("norms", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_mapped_square(dtype, norms, shape, backend):
+    x = (torch.randn(shape) + 0.5).to(DEVICE, dtype)
+    check_square(backend, x, [torch.rand(shape[-1], device=DEVICE) + 0.5 for _ in range(norms)])
+
+
+def test_mapped_square_of_what_lies_apart(backend):
+    x, gammas = torch.randn(2, 9, 24, 2, device=DEVICE)[..., 0], torch.rand(24, 2, device=DEVICE).unbind(-1)
+    check_square(backend, x, gammas)
+    # rows that start in the middle of 16 bytes
+    check_square(backend, torch.randn(2, 9, 25, device=DEVICE)[..., 1:], [torch.rand(25, device=DEVICE)[1:]])
+
+
 def test_strided(backend):
     v, weight, x, kernel, cross_kernel = (torch.stack([t, t], -1)[..., 0] for t in inputs(2, 4, 2, 9, 16, 24))
     assert v.stride(-1) == 2
@@ -75,12 +97,15 @@ def test_empty(B, n, backend):
     v, weight = torch.zeros(B, 2, n, 16, device=DEVICE), torch.zeros(2, 16, 8, device=DEVICE)
     x, kernel = torch.zeros(B, n, 8, device=DEVICE), torch.zeros(2, 16, 2, 16, device=DEVICE)
     gram, cross = head_gram(v, kernel, x, weight, backend=backend)
+    assert mapped_square(x, [x.new_ones(8)], backend=backend).shape == (B, n)
     assert gram.shape == (B, n, 2, 2) and cross.shape == head_norms(v, weight, backend=backend).shape == (B, n, 2)
 
 
 def test_refuses_with_reasons(backend):
-    v, weight, _, kernel, _ = inputs(1, 2, 2, 3, 16, 8)
+    v, weight, x, kernel, _ = inputs(1, 2, 2, 3, 16, 8)
     with pytest.raises(ValueError, match="computes in float32, got v torch.float64, weight torch.float64"):
         head_norms(v.double(), weight.double(), backend=backend)
     with pytest.raises(ValueError, match="computes in float32, got kernel torch.bfloat16"):
         head_gram(v.bfloat16(), kernel.bfloat16(), backend=backend)
+    with pytest.raises(ValueError, match="computes in float32, got x torch.float64"):
+        mapped_square(x.double(), [], backend=backend)

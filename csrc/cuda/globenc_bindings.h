@@ -45,11 +45,20 @@ void bind_value_op(const pybind11::tuple& tensors, bool exact, uintptr_t stream)
     RUN(p, exact, reinterpret_cast<void*>(stream));
 }
 
+inline void bind_mapped_square(const pybind11::object& x, const pybind11::list& gammas, int width, const pybind11::object& out,
+                               uintptr_t stream) {
+    SquareArgs p = {view(x), {}, int(gammas.size()), width, static_cast<float*>(view(out).data)};
+    if (p.count > SquareArgs::MOST) throw pybind11::value_error("too many gammas");
+    for (int k = 0; k < p.count; ++k) p.gammas[k] = static_cast<const float*>(view(gammas[k]).data);
+    mapped_square(p, reinterpret_cast<void*>(stream));
+}
+
 inline void bind_globenc(pybind11::module_& m) {
     m.def("rollout_step", bind_pair_op<rollout_step>);
     m.def("token_norms", bind_pair_op<token_norms>);
     m.def("head_gram", bind_value_op<head_gram>);
     m.def("head_norms", bind_value_op<head_norms>);
+    m.def("mapped_square", bind_mapped_square);
     m.def("pair_tile", bind_tile, "Keys of a block and queries of a tile on the current device; no keys where nothing fits.");
     m.def("pair_room", bind_room, "Floats of scratch memory, from B, H, n, the queries, T or 0, shares and whether sequences are packed.");
     m.attr("MAX_ROWS") = int(MAX_ROWS);

@@ -21,5 +21,6 @@ void rollout_step(const PairArgs& args, bool exact, void* stream);
 void token_norms(const PairArgs& args, bool exact, void* stream);
 void head_gram(const ValueArgs& args, bool exact, void* stream);
 void head_norms(const ValueArgs& args, bool exact, void* stream);
+void mapped_square(const SquareArgs& args, void* stream);
 
 }  // namespace pyglobenc

@@ -1,4 +1,4 @@
-// Arguments of head_gram and head_norms: see value_tile.h.
+// Arguments of head_gram and head_norms, see value_tile.h, and of mapped_square.
 #pragma once
 
 #include <cstdint>
@@ -18,6 +18,15 @@ struct ValueArgs {
     View out_cross;  // [B, n, H] or none
     int n = 0, heads = 0, group = 0, width = 0;  // tokens, heads, heads that share a value head, d
     int head_dim = 0;                            // of the matrix; that of v may be padded with zeros
+};
+
+struct SquareArgs {
+    static constexpr int MOST = 2;
+    View x;                     // [B, n, d] f32, f16 or bf16, rows of whole, aligned pieces of 16 bytes
+    const float* gammas[MOST];  // [d], as rows of x; zeros past d
+    int count;                  // of gammas
+    int width;                  // d
+    float* out;                 // [B, n]
 };
 
 }  // namespace pyglobenc

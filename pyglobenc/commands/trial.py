@@ -70,6 +70,7 @@ def tensors(device: str, n: int | None = None, batch: int = 1, dtype: torch.dtyp
     out["kernel"], out["cross_kernel"] = gram_kernels(out["weight"].float(), [])
     out["gram"], out["cross"] = head_gram(out["v"], out["kernel"], out["x"], out["cross_kernel"], backend="reference")
     out["r"], out["log_scale"] = random(batch, 1, n).abs().float(), torch.zeros(batch, 1, device=device)
+    out["gamma"] = random(H * DH).float()
     return out
 
 
@@ -83,6 +84,7 @@ EXAMPLES: dict[str, Callable[[dict[str, Tensor]], list]] = {
     "head_norms": _take("v", "weight"),
     "token_norms": _take("q", "k", "lse", "gram"),
     "rollout_step": _take("r", "log_scale", "q", "k", "lse", "gram"),
+    "mapped_square": lambda tensors: [tensors["x"], [tensors["gamma"]] * 2],
     "mixing_ratio": _take("q", "k", "v", "o", "lse", "weight"),
     "relevance_attention": _take("q", "k", "v", "lse", "grad_o", "s"),
     "relevance_maps": _take("q", "k", "v", "lse", "grad_o", "s"),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyglobenc.hf import LayerTrace
 from pyglobenc.hf.weights import parameter, weight_version
 from pyglobenc.methods.layer_matrix import NormMatrix, check_score_mod
-from pyglobenc.ops import gram_kernels, head_gram, head_norms, mixing_ratio
+from pyglobenc.ops import gram_kernels, head_gram, head_norms, mapped_square, mixing_ratio
 from pyglobenc.reference.mixing_ratio import mixing_ratio as reference_mixing_ratio
 from pyglobenc.reference.score_mods import to_dtype
 from pyglobenc.reference.stage_map import stage_map
@@ -52,16 +52,6 @@ def deepest_stage(layer: LayerTrace) -> str:
 def stages_of(layer: LayerTrace) -> tuple[str, ...]:
     """Names of the stages that the layer has."""
     return tuple(name for name, stage in STAGES.items() if not (layer.modules.pre_norm and stage.norms))
-
-
-def mapped_square(x: Tensor, gammas: list[Tensor]) -> Tensor:
-    """|x M|^2 of `stage_map`, x (*, d) -> (*), by LayerNorm's kernel: its scale is divided out again, at a fifth of the time."""
-    scale = None
-    for gamma in gammas:
-        x, _, rstd = torch.native_layer_norm(x, x.shape[-1:], gamma, None, 1e-12)
-        scale = rstd if scale is None else scale * rstd
-    square = torch.linalg.vecdot(x, x)
-    return square if scale is None else square / scale.squeeze(-1).square()
 
 
 def check_stage(who: str, layer: LayerTrace, name: str) -> None:
@@ -138,7 +128,7 @@ class StageOps:
             if x.dtype != v.dtype:
                 v, x = v.to(weights.kernel.dtype), x.to(weights.kernel.dtype)
             gram, cross = head_gram(v, weights.kernel, x, weights.cross_kernel, backend=self.backend)
-            residual_sq = mapped_square(x.to(weights.kernel.dtype), weights.gammas)
+            residual_sq = mapped_square(x, weights.gammas, backend=self.backend)
         else:
             gram, _ = head_gram(v, weights.kernel, backend=self.backend)
         return self._matrix(layer, gram, cross, residual_sq, self.rstd(layer, stage))

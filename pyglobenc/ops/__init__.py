@@ -6,6 +6,7 @@ from pyglobenc.ops.clone_relevance import clone_relevance
 from pyglobenc.ops.head_gram import gram_kernels, head_gram
 from pyglobenc.ops.head_norms import head_norms
 from pyglobenc.ops.linear_relevance import linear_relevance
+from pyglobenc.ops.mapped_square import mapped_square
 from pyglobenc.ops.mixing_ratio import mixing_ratio
 from pyglobenc.ops.relevance_attention import relevance_attention
 from pyglobenc.ops.relevance_maps import relevance_maps
@@ -21,6 +22,7 @@ __all__ = [
     "head_gram",
     "head_norms",
     "linear_relevance",
+    "mapped_square",
     "mixing_ratio",
     "relevance_attention",
     "relevance_maps",

@@ -1,4 +1,4 @@
-"""`head_gram` and `head_norms` in CUDA C++: emulated where there is no GPU."""
+"""`head_gram`, `head_norms` and `mapped_square` in CUDA C++: emulated where there is no GPU."""
 
 import pytest
 import torch
@@ -6,6 +6,8 @@ from test_kernels_values import (  # noqa: F401
     test_empty,
     test_head_gram,
     test_head_norms,
+    test_mapped_square,
+    test_mapped_square_of_what_lies_apart,
     test_refuses_with_reasons,
     test_strided,
 )

@@ -1,0 +1,93 @@
+// mapped_square: |x[i] M|^2, M = (C diag(gamma_1)) (C diag(gamma_2)), C the centering matrix (Modarressi et al., 2022, eq. 6 to 10, of the
+// residual).
+//
+// A warp takes a row: each mean is that of what the maps before it made, which is then centred. n * d numbers read once.
+#include "launch.h"
+#include "ops.h"
+#include "widen.h"
+
+namespace pyglobenc {
+namespace {
+
+constexpr int SQUARE_THREADS = 128;
+
+// A lane's fours of a row. Those of the first 1,024 numbers it keeps, later ones it reads again.
+template <class V>
+struct Row {
+    static constexpr int HELD = 8, STEP = 4 * 32;
+    Piece held[HELD];
+    const V* from;
+    int width;
+
+    DEVICE Row(const V* from, int width) : from(from), width(width) {
+        UNROLL
+        for (int k = 0; k < HELD; ++k) {
+            const int at = k * STEP + 4 * lane();
+            held[k] = at < width ? load_four(from + at) : Piece{};
+        }
+    }
+
+    // The sum over the warp of body(four, its first column).
+    template <class Body>
+    DEVICE float sum(const Body& body) const {
+        float out = 0;
+        UNROLL
+        for (int k = 0; k < HELD; ++k) {
+            const int at = k * STEP + 4 * lane();
+            if (at < width) out += body(held[k], at);
+        }
+        for (int at = HELD * STEP + 4 * lane(); at < width; at += STEP) out += body(load_four(from + at), at);
+        for (int mask = 16; mask; mask /= 2) out += shuffle_xor(out, mask);
+        return out;
+    }
+};
+
+struct Four {
+    float x[4];
+};
+
+// Four numbers of a row, from column `at`, after the first `passed` maps; 0 past the row's end, where the gammas are.
+DEVICE Four mapped(const SquareArgs& p, const Piece& four, int at, const float (&means)[SquareArgs::MOST], int passed) {
+    Four out;
+    for (int e = 0; e < 4; ++e) out.x[e] = from_bits(four.word[e]);
+    UNROLL
+    for (int k = 0; k < SquareArgs::MOST; ++k) {
+        if (k >= passed) break;
+        const Piece gamma = load_four(p.gammas[k] + at);
+        for (int e = 0; e < 4; ++e) out.x[e] = (out.x[e] - means[k]) * from_bits(gamma.word[e]);
+    }
+    return out;
+}
+
+template <class V>
+KERNEL(SQUARE_THREADS) mapped_square_kernel(SquareArgs p) {
+    const int64_t n = p.x.shape[1], i = int64_t(block()) * (SQUARE_THREADS / 32) + warp();
+    if (i >= p.x.shape[0] * n) return;
+    const Row<V> row(static_cast<const V*>(p.x.data) + i / n * p.x.stride[0] + i % n * p.x.stride[1], p.width);
+    float means[SquareArgs::MOST] = {};
+    UNROLL
+    for (int k = 0; k < SquareArgs::MOST; ++k) {
+        if (k == p.count) break;
+        means[k] = row.sum([&](const Piece& four, int at) {
+            const Four m = mapped(p, four, at, means, k);
+            return (m.x[0] + m.x[1]) + (m.x[2] + m.x[3]);
+        }) / float(p.width);
+    }
+    const float square = row.sum([&](const Piece& four, int at) {
+        const Four m = mapped(p, four, at, means, p.count);
+        return fmaf(m.x[0], m.x[0], m.x[1] * m.x[1]) + fmaf(m.x[2], m.x[2], m.x[3] * m.x[3]);
+    });
+    if (lane() == 0) p.out[i] = square;
+}
+
+}  // namespace
+
+void mapped_square(const SquareArgs& p, void* stream) {
+    const auto kernel = p.x.type == Type::f32   ? mapped_square_kernel<float>
+                        : p.x.type == Type::f16 ? mapped_square_kernel<f16>
+                                                : mapped_square_kernel<bf16>;
+    constexpr int rows = SQUARE_THREADS / 32;
+    launch(kernel, (p.x.shape[0] * p.x.shape[1] + rows - 1) / rows, SQUARE_THREADS, 0, stream, p);
+}
+
+}  // namespace pyglobenc
