@@ -39,7 +39,7 @@ def check_floats(op: str, **tensors: Tensor | None) -> None:
 
 
 def check_widened(op: str, inputs: dict[str, Tensor | None], weights: dict[str, Tensor | None]) -> None:
-    """All given tensors have one floating-point dtype, or the inputs, the first never None, a half precision and the weights float32."""
+    """All given tensors have one dtype, or the inputs, the first never None, a half one (float16, bfloat16) and the weights float32."""
     if next(iter(inputs.values())).dtype in HALF and all(t is None or t.dtype == torch.float32 for t in weights.values()):
         check_floats(op, **inputs)
     else:
