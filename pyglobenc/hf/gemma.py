@@ -1,7 +1,5 @@
 """Gemma 2 and 3: a norm before and one after the attention and the MLP."""
 
-from dataclasses import replace
-
 from torch import nn
 
 from pyglobenc.hf import llama
@@ -13,8 +11,7 @@ MODEL_TYPES = ("gemma2", "gemma3_text")
 def layers(base: nn.Module) -> list[LayerModules]:
     """Modules of every layer, first to last; base is the model without its head."""
     return [
-        replace(
-            modules,
+        modules._replace(
             output_norm=modules.block.pre_feedforward_layernorm,
             added_norm=modules.block.post_attention_layernorm,
             unit_offset=True,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -19,8 +19,7 @@ class OwnScores:
     key_mask: Tensor | None  # (B, n) bool
 
 
-@dataclass(frozen=True)
-class LayerModules:
+class LayerModules(NamedTuple):
     """Modules of one transformer layer, by the part they play; None for a part that the architecture has in another shape."""
 
     block: nn.Module  # called with the layer's input x
