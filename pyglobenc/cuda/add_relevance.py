@@ -15,9 +15,10 @@ def not_supported(r: Tensor, a: Tensor, b: Tensor, stabilizer: float = 0.0, resc
 def add_relevance(r: Tensor, a: Tensor, b: Tensor, stabilizer: float = 0.0, rescale: bool = True) -> tuple[Tensor, Tensor]:
     """See `pyglobenc.ops.add_relevance`: -> R_a, R_b (B, n, d)."""
     r_a, r_b = new_like(r), new_like(r)
-    if r.numel():
-        blocks = _extension.kernels.add_relevance_blocks(r[0].numel())
-        sums = torch.empty(r.shape[0], blocks, 3, dtype=torch.float64, device=r.device)
+    if size := r.numel():
+        batch = r.shape[0]
+        blocks = _extension.kernels.add_relevance_blocks(size // batch)
+        sums = torch.empty(batch, blocks, 3, dtype=torch.float64, device=r.device)
         with _extension.launching(r.device) as stream:
             tensors = (r.contiguous(), a.contiguous(), b.contiguous(), sums, r_a, r_b)
             _extension.kernels.add_relevance(tensors, stabilizer, rescale, stream)
