@@ -12,7 +12,7 @@ namespace pyglobenc {
 
 template <class T = float>
 T* data_of(const pybind11::handle& tensor) {
-    return static_cast<T*>(view(tensor).data);
+    return tensor.is_none() ? nullptr : reinterpret_cast<T*>(tensor.attr("data_ptr")().cast<uintptr_t>());
 }
 
 inline int64_t count_of(const pybind11::handle& tensor) { return tensor.attr("numel")().cast<int64_t>(); }
@@ -27,7 +27,7 @@ inline void bind_clone(const pybind11::list& parts, const pybind11::object& x, c
 }
 
 inline void bind_add(const pybind11::tuple& tensors, float stabilizer, bool rescale, uintptr_t stream) {
-    const View r = view(tensors[0]), sums = view(tensors[3]);
+    const View sums = view(tensors[3]);
     const int64_t batch = sums.shape[0], size = count_of(tensors[0]) / batch;
     add_relevance({data_of(tensors[0]), data_of(tensors[1]), data_of(tensors[2]), static_cast<double*>(sums.data), data_of(tensors[4]),
                    data_of(tensors[5]), batch, size, int(sums.shape[1]), stabilizer, rescale},
