@@ -106,16 +106,26 @@ def test_nothing_is_read_by_transformer_attribution(variant, nothing_is_read):
     torch.testing.assert_close(found.scores, expected.scores, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    "op", ["rollout_step", "token_norms", "head_gram", "mapped_square", "add_relevance", "clone_relevance", "relevance_attention"]
+OPS = (
+    "rollout_step",
+    "token_norms",
+    "head_gram",
+    "mapped_square",
+    "add_relevance",
+    "clone_relevance",
+    "linear_relevance",
+    "relevance_attention",
 )
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_launchers_read_nothing(op):
     case = dict(op=op, heads=4, kv_heads=4, head_dim=16, dtype="float32", rows=1, full=True, packed=True)
     # meta tensors have no values to read
     assert record(op, arguments(case, n=32))
 
 
-def test_linear_relevance_reads_nothing():
+def test_linear_relevance_without_kernels_reads_nothing():
     r, x, weight = meta(2, 5, 4), meta(2, 5, 3), meta(4, 3)
     with checks_put_off():
         assert linear_relevance(r, x, weight).shape == x.shape

@@ -12,6 +12,7 @@ from numerics import assert_as_good_as_torch
 from pyglobenc.backends import reasons
 from pyglobenc.kernels import _device
 from pyglobenc.ops import add_relevance, clone_relevance, linear_relevance
+from pyglobenc.values import checks_put_off
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -98,9 +99,16 @@ def test_linear(shape, given, backend):
     compare(backend, linear_relevance, args)
 
 
-@pytest.mark.parametrize("part", [0.002, 0.5], ids=["few", "many"])
+def test_linear_is_recorded_as_it_runs(backend):
+    args = linear(2, 3, 10, 7)
+    with checks_put_off():
+        recorded = linear_relevance(**args, backend=backend)
+    assert torch.equal(recorded, linear_relevance(**args, backend=backend))
+
+
+@pytest.mark.parametrize("part", [0.002, 0.5, 1.0], ids=["few", "many", "all"])
 def test_linear_with_nearly_dead_outputs(part, backend):
-    args = linear(2, 40, 64, 50)
+    args = linear(2, 6, 64, 50)
     x, weight = args["x"].abs() + 0.1, -args["weight"].abs() - 0.01
     dead = torch.rand(50, device=DEVICE) < part
     dead[3] = True
@@ -109,6 +117,19 @@ def test_linear_with_nearly_dead_outputs(part, backend):
     weight[dead, 0] = 1e-5
     out = compare(backend, linear_relevance, args | dict(x=x, weight=weight))
     assert out[..., 0].abs().min() > 0
+
+
+@pytest.mark.parametrize("form", ["plain", "turned", "half"])
+def test_linear_with_outputs_dead_for_one_token(form, backend):
+    """Among more columns than a program or warp takes; the other tokens have none, and nothing else of that one is."""
+    args = linear(2, 2, 270, 515)
+    dead = torch.tensor([3, 127, 128, 300, 514], device=DEVICE)
+    args["x"][0, 1] = args["x"][0, 1].abs() + 0.1
+    args["weight"][dead] = -args["weight"][dead].abs() - 0.01
+    args["weight"][dead, 0] = args["weight"][dead, -1] = 1e-3
+    args["r"][0, 1, 300] = 0
+    args["weight"] = {"turned": lambda t: t.T.contiguous().T, "half": torch.Tensor.bfloat16}.get(form, torch.clone)(args["weight"])
+    compare(backend, linear_relevance, args)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4)], ids=str)

@@ -2,6 +2,10 @@
 //
 //   S = R / safe(Z), Z = (y - bias + |x| |W|^T) / 2     three reads, one write, where torch makes seven passes
 //   R_in = (x (S W) + |x| (S |W|)) / 2                  three reads, one write
+//
+// Outputs whose Z is a tiny part of |x| |W|^T + |bias| have lost their digits. S is 0 there; the warp that meets some sums their
+// Z = sum_e max(x_e w_e, 0), one output after the other, leaves R / safe(Z) where |x| |W|^T was and sets its strip's flag, for the second
+// pass to add R / safe(Z) max(x_e w_e, 0). So nothing about them is read on the host.
 #include "division.h"
 #include "launch.h"
 #include "relevance.h"
@@ -10,55 +14,100 @@ namespace pyglobenc {
 
 constexpr int LINEAR_THREADS = 256;
 
-KERNEL(LINEAR_THREADS) linear_quotient_kernel(QuotientArgs args) {
-    const int64_t size = args.rows * args.width, first = int64_t(block()) * QUOTIENT_BLOCK;
-    // one division of 64 bits a block, of 32 bits four elements
-    const uint32_t width = uint32_t(args.width), start = uint32_t(first % args.width);
-    int dead[1] = {0};
-    for (int inner = 4 * thread(); inner < QUOTIENT_BLOCK; inner += 4 * LINEAR_THREADS) {
-        const int64_t at = first + inner;
-        if (at >= size) break;
-        uint32_t column = (start + inner) % width;
-        const Four r = load_four(args.r, at, size), output = load_four(args.output, at, size), bound = load_four(args.bound, at, size);
-        Four s;
+namespace {
+
+// body(from, e) where lane `from` has set[e], one after the other, by the whole warp.
+template <class Body>
+DEVICE void for_each_set(const bool (&set)[4], const Body& body) {
+    ROLL
+    for (int from = 0; from < 32; ++from) {
+        UNROLL
+        for (int e = 0; e < 4; ++e)
+            if (shuffle(int(set[e]), from)) body(from, e);
+    }
+}
+
+DEVICE float positive(float x) { return x > 0 ? x : 0.0f; }
+
+// sum_e max(x[e] w[e], 0) of an output, by the whole warp.
+DEVICE float clamped_sum(const LinearArgs& args, int64_t row, int output) {
+    const float* const x = args.x + row * args.d_in;
+    const float* const w = args.weight + output * args.output_step;
+    float sum = 0;
+    for (int e = lane(); e < args.d_in; e += 32) sum += positive(x[e] * w[e * args.input_step]);
+    for (int step = 16; step; step /= 2) sum += shuffle_xor(sum, step);
+    return sum;
+}
+
+// Adds what the dead outputs of a strip give this lane's inputs, x, from input `at` on.
+DEVICE void add_dead(const LinearArgs& args, int64_t row, int strip, int at, const Four& x, Four& out) {
+    const int first = strip * LINEAR_STRIP;
+    const Four s = load_four(args.bound + row * args.d_out, first + 4 * lane(), args.d_out);
+    bool dead[4];
+    UNROLL
+    for (int e = 0; e < 4; ++e) dead[e] = s.x[e] != 0;
+    for_each_set(dead, [&](int from, int e) {
+        const float alone = shuffle(s.x[e], from);
+        const float* const w = args.weight + (first + 4 * from + e) * args.output_step;
+        UNROLL
+        for (int i = 0; i < 4; ++i)
+            if (at + i < args.d_in) out.x[i] += alone * positive(x.x[i] * w[(at + i) * args.input_step]);
+    });
+}
+
+}  // namespace
+
+// A block a token, a warp a strip at a time; so is the second.
+KERNEL(LINEAR_THREADS, 4) linear_quotient_kernel(QuotientArgs args) {
+    const int64_t row = block(), start = row * args.d_out;
+    for (int strip = warp(); strip < args.strips; strip += LINEAR_THREADS / 32) {
+        const int first = strip * LINEAR_STRIP, at = first + 4 * lane();
+        const Four r = load_four(args.r + start, at, args.d_out), output = load_four(args.output + start, at, args.d_out);
+        const Four bound = load_four(args.bound + start, at, args.d_out);
+        Four bias = {};
+        if (args.bias) bias = load_four(args.bias, at, args.d_out);
+        Four s, alone = {};
+        bool dead[4];
         UNROLL
         for (int e = 0; e < 4; ++e) {
-            const float bias = args.bias ? args.bias[column] : 0.0f;
-            column = column + 1 == width ? 0 : column + 1;
-            const float z = (output.x[e] + bound.x[e] - bias) * 0.5f;
-            const bool lost = z < args.least * (bound.x[e] + magnitude(bias)) && r.x[e] != 0;
-            s.x[e] = lost ? 0.0f : safe_divide(r.x[e], z);
-            dead[0] += lost;
-            if (args.dead && at + e < size) args.dead[at + e] = lost;
+            const float z = (output.x[e] + bound.x[e] - bias.x[e]) * 0.5f;
+            dead[e] = z < args.least * (bound.x[e] + magnitude(bias.x[e])) && r.x[e] != 0;
+            s.x[e] = dead[e] ? 0.0f : safe_divide(r.x[e], z);
         }
-        store_four(args.s, at, size, s);
+        store_four(args.s + start, at, args.d_out, s);
+        const bool some = any(dead[0] || dead[1] || dead[2] || dead[3]);
+        if (lane() == 0) args.flags[row * args.strips + strip] = some;
+        if (!some) continue;
+        for_each_set(dead, [&](int from, int e) {
+            const float z = clamped_sum(args, row, first + 4 * from + e);
+            if (lane() == from) alone.x[e] = safe_divide(r.x[e], z);
+        });
+        store_four(args.bound + start, at, args.d_out, alone);
     }
-    sum_over_block(dead);
-    if (thread() == 0) args.counts[block()] = dead[0];
 }
 
 void linear_quotient(const QuotientArgs& args, void* stream) {
-    const int64_t blocks = (args.rows * args.width + QUOTIENT_BLOCK - 1) / QUOTIENT_BLOCK;
-    launch(linear_quotient_kernel, blocks, LINEAR_THREADS, LINEAR_THREADS / 32 * sizeof(int), stream, args);
+    launch(linear_quotient_kernel, args.rows, LINEAR_THREADS, 0, stream, args);
 }
 
-KERNEL(LINEAR_THREADS) linear_product_kernel(const float* x,         // [size]
-                                             const float* signed_s,  // [size]: S W
-                                             const float* plain_s,   // [size]: S |W|
-                                             float* out,             // [size]
-                                             int64_t size) {
-    const int64_t at = 4 * (int64_t(block()) * LINEAR_THREADS + thread());
-    if (at >= size) return;
-    const Four value = load_four(x, at, size), left = load_four(signed_s, at, size), right = load_four(plain_s, at, size);
-    Four product;
-    UNROLL
-    for (int e = 0; e < 4; ++e) product.x[e] = (value.x[e] * left.x[e] + magnitude(value.x[e]) * right.x[e]) * 0.5f;
-    store_four(out, at, size, product);
+KERNEL(LINEAR_THREADS, 4) linear_product_kernel(ProductArgs args) {
+    const int64_t row = block(), start = row * args.d_in;
+    for (int first = warp() * LINEAR_STRIP; first < args.d_in; first += LINEAR_THREADS / 32 * LINEAR_STRIP) {
+        const int at = first + 4 * lane();
+        const Four x = load_four(args.x + start, at, args.d_in), plain = load_four(args.plain_s + start, at, args.d_in);
+        Four out = load_four(args.out + start, at, args.d_in);
+        UNROLL
+        for (int e = 0; e < 4; ++e) out.x[e] = (x.x[e] * out.x[e] + magnitude(x.x[e]) * plain.x[e]) * 0.5f;
+        for (int strip = 0; strip < args.strips; strip += 32) {
+            const bool flag = strip + lane() < args.strips && args.flags[row * args.strips + strip + lane()];
+            if (!any(flag)) continue;
+            for (int from = 0; from < 32; ++from)
+                if (shuffle(int(flag), from)) add_dead(args, row, strip + from, at, x, out);
+        }
+        store_four(args.out + start, at, args.d_in, out);
+    }
 }
 
-void linear_product(const float* x, const float* signed_s, const float* plain_s, float* out, int64_t size, void* stream) {
-    const int each = 4 * LINEAR_THREADS;
-    launch(linear_product_kernel, (size + each - 1) / each, LINEAR_THREADS, 0, stream, x, signed_s, plain_s, out, size);
-}
+void linear_product(const ProductArgs& args, void* stream) { launch(linear_product_kernel, args.rows, LINEAR_THREADS, 0, stream, args); }
 
 }  // namespace pyglobenc

@@ -31,23 +31,35 @@ struct AddArgs {
 int add_relevance_blocks(int64_t size);
 void add_relevance(const AddArgs& args, void* stream);
 
-// Outputs whose Z is below `least` of bound + |bias| lost their digits: they get s = 0, are counted and marked in dead.
-struct QuotientArgs {
-    const float* r;       // [rows, width]
-    const float* output;  // [rows, width]: x W^T + bias
-    const float* bound;   // [rows, width]: |x| |W|^T
-    const float* bias;    // [width] or null
-    float* s;             // [rows, width]
-    bool* dead;           // [rows, width] or null
-    int64_t* counts;      // [blocks]: how many, of QUOTIENT_BLOCK elements each
-    int64_t rows, width;
+// What both passes of the Linear rule take. A strip of a token's outputs that holds nearly dead ones has its flag set; there bound becomes
+// R / safe(Z) of these, 0 elsewhere.
+struct LinearArgs {
+    const float* x;       // [rows, d_in]
+    const float* weight;  // [d_out, d_in], of any strides
+    float* bound;         // [rows, d_out]: |x| |W|^T
+    int32_t* flags;       // [rows, strips]
+    int64_t rows, output_step, input_step;
+    int d_in, d_out, strips;
+};
+
+// Outputs whose Z is below `least` of bound + |bias| are nearly dead.
+struct QuotientArgs : LinearArgs {
+    const float* r;       // [rows, d_out]
+    const float* output;  // [rows, d_out]: x W^T + bias
+    const float* bias;    // [d_out] or null
+    float* s;             // [rows, d_out]
     float least;
 };
 
-constexpr int QUOTIENT_BLOCK = 4096;
+struct ProductArgs : LinearArgs {
+    float* out;            // [rows, d_in]: S W, then the result
+    const float* plain_s;  // [rows, d_in]: S |W|
+};
+
+constexpr int LINEAR_STRIP = 128;  // a warp's columns
 
 void linear_quotient(const QuotientArgs& args, void* stream);
-void linear_product(const float* x, const float* signed_s, const float* plain_s, float* out, int64_t size, void* stream);
+void linear_product(const ProductArgs& args, void* stream);
 
 struct RelevanceArgs {
     View q;         // [B, H, n, dh], the last axis contiguous

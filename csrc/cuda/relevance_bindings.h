@@ -34,16 +34,19 @@ inline void bind_add(const pybind11::tuple& tensors, float stabilizer, bool resc
                   stream_of(stream));
 }
 
-inline void bind_quotient(const pybind11::tuple& tensors, float least, uintptr_t stream) {
-    const View bound = view(tensors[2]);
-    linear_quotient({data_of(tensors[0]), data_of(tensors[1]), data_of(tensors[2]), data_of(tensors[3]), data_of(tensors[4]),
-                     data_of<bool>(tensors[5]), data_of<int64_t>(tensors[6]), bound.shape[0] * bound.shape[1], bound.shape[2], least},
-                    stream_of(stream));
+// x, weight, bound and flags.
+inline LinearArgs linear_args(const pybind11::tuple& tensors) {
+    const View weight = view(tensors[1]), flags = view(tensors[3]);
+    return {data_of(tensors[0]), static_cast<float*>(weight.data), data_of(tensors[2]), static_cast<int32_t*>(flags.data), flags.shape[0],
+            weight.stride[0], weight.stride[1], int(weight.shape[1]), int(weight.shape[0]), int(flags.shape[1])};
 }
 
-inline void bind_product(const pybind11::object& x, const pybind11::object& signed_s, const pybind11::object& plain_s,
-                         const pybind11::object& out, uintptr_t stream) {
-    linear_product(data_of(x), data_of(signed_s), data_of(plain_s), data_of(out), count_of(x), stream_of(stream));
+inline void bind_quotient(const pybind11::tuple& common, const pybind11::tuple& own, float least, uintptr_t stream) {
+    linear_quotient({linear_args(common), data_of(own[0]), data_of(own[1]), data_of(own[2]), data_of(own[3]), least}, stream_of(stream));
+}
+
+inline void bind_product(const pybind11::tuple& common, const pybind11::tuple& own, uintptr_t stream) {
+    linear_product({linear_args(common), data_of(own[0]), data_of(own[1])}, stream_of(stream));
 }
 
 inline RelevanceArgs relevance_args(const pybind11::tuple& tensors, const pybind11::tuple& outputs, float scaling, float stabilizer,
@@ -74,7 +77,7 @@ inline void bind_relevance(pybind11::module_& m) {
     m.def("add_relevance_blocks", add_relevance_blocks, "Blocks of one example, from its number of elements.");
     m.def("linear_quotient", bind_quotient);
     m.def("linear_product", bind_product);
-    m.attr("QUOTIENT_BLOCK") = QUOTIENT_BLOCK;
+    m.attr("LINEAR_STRIP") = LINEAR_STRIP;
     m.def("relevance_rows", bind_pairs<relevance_rows>);
     m.def("relevance_columns", bind_pairs<relevance_columns>);
     m.def("relevance_maps", bind_pairs<relevance_maps>);

@@ -3,8 +3,9 @@
     Z = (y - b + |x| |W|^T) / 2,   S = R / safe(Z)       one pass: three reads, one write, where torch makes seven passes
     R_in = (x (S W) + |x| (S |W|)) / 2                    one pass: three reads, one write
 
-Outputs whose Z is a tiny part of |x| |W|^T are counted in the first pass and, if there are any, done in the reference's clamped form.
-Reading the count is the one place where the host waits for the device.
+Outputs whose Z is a tiny part of |x| |W|^T + |b| have lost their digits. S is 0 there; the program that meets some sums their
+Z = sum_e max(x_e w_e, 0), one output after the other, leaves R / safe(Z) where |x| |W|^T was and sets its strip's flag, for the second
+pass to add R / safe(Z) max(x_e w_e, 0). So nothing about them is read on the host.
 """
 
 import torch
@@ -12,59 +13,95 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyglobenc.kernels._device import device_reasons, on
+from pyglobenc.kernels._device import device_reasons, on, power_of_two
 from pyglobenc.kernels._division import float32_reasons, safe_divide_rn
 from pyglobenc.reference.linear_relevance import DEAD, around_gemms
 
-BLOCK = 4096
+STRIP = 256  # of a token's columns, one program: two pieces of 16 bytes a thread
 DEAD_PART = tl.constexpr(DEAD[torch.float32])
 
 
 @triton.jit
+def clamped_sum(X, W, d_in, stride_wi, BLOCK: tl.constexpr):
+    """sum_e max(x[e] w[e], 0) of rows of x and W."""
+    parts = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, d_in, BLOCK):
+        e = start + tl.arange(0, BLOCK)
+        x = tl.load(X + e, mask=e < d_in, other=0.0)
+        w = tl.load(W + e.to(tl.int64) * stride_wi, mask=e < d_in, other=0.0)
+        parts += tl.maximum(x * w, 0.0)
+    return tl.sum(parts, 0)
+
+
+@triton.jit
 def _quotient_kernel(
+    X,  # (rows, d_in)
+    W,  # (d_out, d_in)
+    BOUND,  # (rows, d_out): |x| |W|^T; in flagged strips then R / safe(Z) of dead outputs, 0 at others
+    FLAGS,  # (rows, strips) int32
     R,  # (rows, d_out)
     Y,  # (rows, d_out)
-    BOUND,  # (rows, d_out)
     BIAS,  # (d_out,)
     S,  # (rows, d_out)
-    IS_DEAD,  # (rows, d_out) bool
-    COUNTS,  # (programs,) int32
-    size, d_out, HAS_BIAS: tl.constexpr, MARK: tl.constexpr, BLOCK: tl.constexpr,
+    d_in, d_out, strips, stride_wo, stride_wi, HAS_BIAS: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    at = first + tl.arange(0, BLOCK)
-    ok = at < size
+    row = (tl.program_id(0) // strips).to(tl.int64)
+    column = tl.program_id(0) % strips * STRIP + tl.arange(0, STRIP)
+    ok = column < d_out
+    at = row * d_out + column
     r = tl.load(R + at, mask=ok, other=0.0)
     bound = tl.load(BOUND + at, mask=ok, other=0.0)
     z = tl.load(Y + at, mask=ok, other=0.0) + bound
     if HAS_BIAS:
-        # one division of 64 bits a block, of 32 bits an element
-        column = ((first % d_out).to(tl.int32) + tl.arange(0, BLOCK)) % d_out
         bias = tl.load(BIAS + column, mask=ok, other=0.0)
         z -= bias
         bound += tl.abs(bias)
     z *= 0.5
     dead = (z - DEAD_PART * bound < 0) & (r != 0)
     tl.store(S + at, tl.where(dead, 0.0, safe_divide_rn(r, z, 0.0, False)), mask=ok)
-    tl.store(COUNTS + tl.program_id(0), tl.sum(dead.to(tl.int32), 0))
-    if MARK:
-        tl.store(IS_DEAD + at, dead, mask=ok)
+    some = tl.sum(dead.to(tl.int32), 0)
+    tl.store(FLAGS + tl.program_id(0).to(tl.int64), some)
+    if some > 0:
+        alone = tl.zeros((STRIP,), tl.float32)
+        for _ in range(0, some):
+            first = tl.min(tl.where(dead, column, d_out), 0)
+            exact = clamped_sum(X + row * d_in, W + first.to(tl.int64) * stride_wo, d_in, stride_wi, STRIP)
+            alone = tl.where(column == first, safe_divide_rn(r, exact, 0.0, False), alone)
+            dead = dead & (column != first)
+        tl.store(BOUND + at, alone, mask=ok)
 
 
 @triton.jit
-def _combine_kernel(
-    X,  # (size,)
-    SIGNED,  # (size,): S W
-    UNSIGNED,  # (size,): S |W|
-    OUT,  # (size,)
-    size, BLOCK: tl.constexpr,
+def _product_kernel(
+    X,  # (rows, d_in)
+    W,  # (d_out, d_in)
+    ALONE,  # (rows, d_out): BOUND as the first pass left it
+    FLAGS,  # (rows, strips) int32
+    OUT,  # (rows, d_in): S W, then R_in
+    UNSIGNED,  # (rows, d_in): S |W|
+    d_in, d_out, in_strips, strips, stride_wo, stride_wi, STRIP: tl.constexpr, STRIPS: tl.constexpr,
 ):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    ok = at < size
+    row = (tl.program_id(0) // in_strips).to(tl.int64)
+    e = tl.program_id(0) % in_strips * STRIP + tl.arange(0, STRIP)
+    ok = e < d_in
+    at = row * d_in + e
     x = tl.load(X + at, mask=ok, other=0.0)
-    signed = tl.load(SIGNED + at, mask=ok, other=0.0)
     unsigned = tl.load(UNSIGNED + at, mask=ok, other=0.0)
-    tl.store(OUT + at, (signed * x + unsigned * tl.abs(x)) * 0.5, mask=ok)
+    out = (tl.load(OUT + at, mask=ok, other=0.0) * x + unsigned * tl.abs(x)) * 0.5
+    strip = tl.arange(0, STRIPS)
+    flags = tl.load(FLAGS + row * strips + strip, mask=strip < strips, other=0)
+    if tl.max(flags, 0) > 0:
+        for each in range(0, strips):
+            if tl.load(FLAGS + row * strips + each) > 0:
+                o = each * STRIP + tl.arange(0, STRIP)
+                dead = tl.load(ALONE + row * d_out + o, mask=o < d_out, other=0.0) != 0
+                for _ in range(0, tl.sum(dead.to(tl.int32), 0)):
+                    first = tl.min(tl.where(dead, o, d_out), 0)
+                    w = W + first.to(tl.int64) * stride_wo + e.to(tl.int64) * stride_wi
+                    w = tl.load(w, mask=ok, other=0.0)
+                    out += tl.load(ALONE + row * d_out + first) * tl.maximum(x * w, 0.0)
+                    dead = dead & (o != first)
+    tl.store(OUT + at, out, mask=ok)
 
 
 def not_supported(
@@ -80,23 +117,21 @@ def linear_relevance(
     r: Tensor, x: Tensor, weight: Tensor, abs_weight: Tensor | None = None, output: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
     """See `pyglobenc.ops.linear_relevance`: -> (B, n, d_in)."""
-    return around_gemms(r, x, weight, abs_weight, output, bias, quotient, product)
-
-
-def quotient(r: Tensor, y: Tensor, bound: Tensor, bias: Tensor | None, dead: Tensor | None) -> tuple[Tensor, Tensor]:
-    """S (B, n, d_out), 0 at outputs that are nearly dead, and how many each block has of those; marks them in dead, if given."""
-    s = torch.empty_like(r)
-    programs = triton.cdiv(r.numel(), BLOCK)
-    counts = torch.empty(programs, dtype=torch.int32, device=r.device)
-    flags = dict(HAS_BIAS=bias is not None, MARK=dead is not None, BLOCK=BLOCK, num_warps=8)
     with on(r.device):
-        _quotient_kernel[(programs,)](r, y, bound, bias, s, dead, counts, r.numel(), r.shape[-1], **flags)
-    return s, counts
+        return around_gemms(r, x, weight, abs_weight, output, bias, STRIP, quotient, product)
 
 
-def product(x: Tensor, signed: Tensor, unsigned: Tensor) -> Tensor:
-    """R_in (B, n, d_in) of x, S W and S |W|."""
-    out = torch.empty_like(x)
-    with on(x.device):
-        _combine_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, signed, unsigned, out, x.numel(), BLOCK=BLOCK, num_warps=8)
-    return out
+def quotient(common: tuple[Tensor, ...], own: tuple[Tensor | None, ...]) -> None:
+    """The first pass, as `around_gemms` calls it."""
+    (x, weight, _, flags), (r, _, bias, _) = common, own
+    sizes = (x.shape[-1], r.shape[-1], flags.shape[1], *weight.stride())
+    _quotient_kernel[(flags.numel(),)](*common, *own, *sizes, HAS_BIAS=bias is not None, STRIP=STRIP, num_warps=1)
+
+
+def product(common: tuple[Tensor, ...], own: tuple[Tensor, ...]) -> None:
+    """The second."""
+    x, weight, bound, flags = common
+    in_strips, strips = triton.cdiv(x.shape[-1], STRIP), flags.shape[1]
+    sizes = (x.shape[-1], bound.shape[-1], in_strips, strips, *weight.stride())
+    grid = (flags.shape[0] * in_strips,)
+    _product_kernel[grid](*common, *own, *sizes, STRIP=STRIP, STRIPS=power_of_two(strips, 1), num_warps=1)

@@ -6,15 +6,18 @@ in absolute values, plain GEMMs without clamped copies: Z = (x W^T + |x| |W|^T) 
 known from the forward pass that is 3 n d_in d_out multiply-adds.
 
 The two terms of Z cancel where nearly all contributions to an output are negative: the clamped sum has only positive terms and keeps
-its digits, the difference loses them. Such outputs are taken out of the GEMMs and done in the clamped form.
+its digits, the difference loses them. Such outputs are taken out of the GEMMs and done in the clamped form; all are, for four GEMMs,
+where many are nearly dead or where their number must not be read, as while a CUDA graph is recorded.
 """
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from pyglobenc.reference.safe_division import safe_divide
+from pyglobenc.values import may_look
 
 # an output is nearly dead when Z is below this part of |x| |W|^T + |bias|; the digits lost above it are its logarithm
 DEAD = {torch.float32: 2.0**-6, torch.float64: 2.0**-20}
@@ -30,6 +33,8 @@ def linear_relevance(
 ) -> Tensor:
     """See `pyglobenc.ops.linear_relevance`: -> (B, n, d_in)."""
     weight = weight.to(x.dtype)
+    if not may_look():
+        return clamped_relevance(r, x, weight)
     abs_weight = weight.abs() if abs_weight is None else abs_weight.to(x.dtype)
     abs_x = x.abs()
     bound = abs_x @ abs_weight.T
@@ -62,43 +67,41 @@ def around_gemms(
     abs_weight: Tensor | None,
     output: Tensor | None,
     bias: Tensor | None,
-    quotient: Callable[..., tuple[Tensor, Tensor]],
-    product: Callable[..., Tensor],
+    strip: int,
+    quotient: Callable[..., None],
+    product: Callable[..., None],
 ) -> Tensor:
-    """The rule by a GPU's kernels: torch's GEMMs and what those kernels do around them.
+    """The rule by a GPU's kernels: torch's GEMMs and what those kernels do around them, nearly dead outputs included; reads no value.
 
     Args:
         r, x, weight, abs_weight, output, bias: as `pyglobenc.ops.linear_relevance` takes them.
-        quotient: of r, y, |x| |W|^T (B, n, d_out), bias (d_out,) or None, and dead (B, n, d_out) bool or None: S (B, n, d_out), 0 at nearly
-            dead outputs, and how many each block has of those (blocks,); marks them in dead.
-        product: of x, S W and S |W|, (B, n, d_in) each: R_in (B, n, d_in).
+        strip: how many outputs of a token share a flag.
+        quotient: called with (x, weight, bound, flags) and (r, y, bias, s): bound = |x| |W|^T, y = x W^T + bias and s (B, n, d_out), bias
+            (d_out,) or None, flags (B n, strips) int32. Fills s with S, 0 at nearly dead outputs, and the flags, not 0 where a strip has
+            some; there bound becomes R / safe(Z) of these outputs, Z their clamped sum, 0 at the others.
+        product: called with the same (x, weight, bound, flags) and (S W, S |W|), (B, n, d_in) each: S W becomes R_in.
 
     Returns:
         R_in (B, n, d_in).
     """
     if r.numel() == 0 or x.numel() == 0:
         return torch.zeros_like(x, memory_format=torch.contiguous_format)
-    r, x, weight = r.contiguous(), x.contiguous(), weight.to(x.dtype)
-    abs_weight = weight.abs() if abs_weight is None else abs_weight.to(x.dtype)
-    bound = x.abs() @ abs_weight.T
-    y = x @ weight.T if output is None else output.contiguous()
-    bias = None if output is None or bias is None else bias.to(x.dtype).contiguous()
-    s, counts = quotient(r, y, bound, bias, None)
-    count, dead = total(counts), None
-    if count:
-        if count > MOST_DEAD * r.numel():
-            return clamped_relevance(r, x, weight)
-        dead = torch.empty_like(r, dtype=torch.bool)
-        quotient(r, y, bound, bias, dead)
-    out = product(x, s @ weight, s @ abs_weight)
-    if dead is not None:
-        add_single_outputs(out, dead, r, x, weight)
+    (batch, n, d_out), r, x, weight = r.shape, r.contiguous(), x.contiguous(), _cast(weight, x.dtype)
+    abs_weight = weight.abs() if abs_weight is None else _cast(abs_weight, x.dtype)
+    bound = linear(x.abs(), abs_weight)
+    y = linear(x, weight) if output is None else output.contiguous()
+    bias = None if output is None or bias is None else _cast(bias, x.dtype).contiguous()
+    s, flags = torch.empty_like(r), torch.empty(batch * n, -(-d_out // strip), dtype=torch.int32, device=r.device)
+    common = (x, weight, bound, flags)
+    quotient(common, (r, y, bias, s))
+    out = s @ weight
+    product(common, (out, s @ abs_weight))
     return out
 
 
-def total(counts: Tensor) -> int:
-    """Sum of counts (blocks,), on the host."""
-    return int(counts.sum())
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    # a call of `to` that changes nothing takes four times as long
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def clamped_relevance(r: Tensor, x: Tensor, weight: Tensor) -> Tensor:

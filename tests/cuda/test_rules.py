@@ -1,9 +1,12 @@
 """The elementwise relevance rules in CUDA C++: emulated where there is no GPU."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_kernels_rules import (  # noqa: F401
     compare,
+    linear,
     random,
     test_add,
     test_add_of_both_signs_is_the_reference,
@@ -11,11 +14,15 @@ from test_kernels_rules import (  # noqa: F401
     test_clone_guard,
     test_empty,
     test_linear,
+    test_linear_is_recorded_as_it_runs,
     test_linear_with_nearly_dead_outputs,
+    test_linear_with_outputs_dead_for_one_token,
     test_refuses_with_reasons,
     test_strided,
 )
 
+from pyglobenc.cuda import _extension
+from pyglobenc.cuda.linear_relevance import linear_relevance as launch
 from pyglobenc.ops import add_relevance, clone_relevance, linear_relevance
 
 
@@ -32,6 +39,23 @@ def backend():
 def test_add_of_more_tiles_than_blocks(backend):
     r, a, b = (random(1, 259, 1024).abs() + 0.1 for _ in range(3))
     compare(backend, add_relevance, dict(r=r, a=a, b=b))
+
+
+def test_linear_of_more_strips_than_lanes_and_warps(backend):
+    args = linear(1, 1, 1100, 4200)
+    args["x"] = args["x"].abs() + 0.1
+    for dead in (5, 4199):
+        args["weight"][dead] = -args["weight"][dead].abs() - 0.01
+        args["weight"][dead, 1] = args["weight"][dead, -1] = 1e-3
+    compare(backend, linear_relevance, args)
+
+
+def test_linear_reads_nothing(monkeypatch):
+    # meta tensors have no values to read
+    r, x, weight = (torch.empty(*shape, device="meta") for shape in ((2, 5, 4), (2, 5, 3), (4, 3)))
+    idle = SimpleNamespace(LINEAR_STRIP=128, linear_quotient=lambda *args: None, linear_product=lambda *args: None)
+    monkeypatch.setattr(_extension, "kernels", idle)
+    assert launch(r, x, weight).shape == x.shape
 
 
 @pytest.mark.parametrize("shape", [(2, 7, 13), (3, 5, 16)], ids=str)
