@@ -1,7 +1,5 @@
 """Argument checks shared by the ops: each error names the op, what it expects and what came."""
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -13,7 +11,7 @@ def check_shape(op: str, name: str, t: Tensor | None, symbols: str, sizes: dict[
     """Check t against symbols such as "B H n dh"; sizes learns the symbols not met before. None passes."""
     if t is None:
         return
-    expected, came = _symbols(symbols), t.shape
+    expected, came = symbols.split(), t.shape
     ok = len(came) == len(expected)
     if ok:
         for symbol, size in zip(expected, came, strict=True):
@@ -22,12 +20,6 @@ def check_shape(op: str, name: str, t: Tensor | None, symbols: str, sizes: dict[
         shape = ", ".join(expected)
         known = ", ".join(f"{s}={sizes[s]}" for s in dict.fromkeys(expected) if s in sizes) if len(came) == len(expected) else ""
         raise ValueError(f"{op}: {name} must be ({shape}){f' with {known}' if known else ''}, got {tuple(came)}")
-
-
-@cache
-def _symbols(text: str) -> list[str]:
-    """Splitting them every time took a third of a check."""
-    return text.split()
 
 
 def check_floats(op: str, **tensors: Tensor | None) -> None:
