@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pyglobenc.hf import LayerTrace
 from pyglobenc.methods.relevance_states import States
 from pyglobenc.methods.weight_cache import WeightCache
-from pyglobenc.reference.relevance_attention import probability_tiles
+from pyglobenc.reference.safe_division import GUARD
 from pyglobenc.reference.token_norms import take_queries
 
 # queries of an example that stand for all of them
@@ -30,104 +30,132 @@ class LayerError:
     Attributes:
         read: (B, n, 1), of what queries, keys and values are projected from, mean over the features.
         o: (B, H, 1, dh), of the attention's output beside its own rounding, mean over the tokens.
-        attended: (B, n, d), of the attention's residual sum.
-        returned: (B, n, d), of the MLP's residual sum.
+        attended, returned: (B, n, d), of what is divided by the residual sum of the attention, and of the MLP, relative.
+        alpha: (B, H, 1, n), the explained token's probabilities; not an error.
+        moved: (B, H, 1, n), of these.
     """
 
     read: Tensor
     o: Tensor
     attended: Tensor
     returned: Tensor
+    alpha: Tensor
+    moved: Tensor
+
+
+@dataclass
+class Sample:
+    """Queries that stand for all, of every layer, where its tensors lie.
+
+    Attributes:
+        rows: (B, SAMPLED + 1), spread evenly over the real tokens, and the explained token.
+        hidden: (B, 1, 1, n) bool, keys that are padding, or None.
+        share: (B, 1, n), 1 / their number at real tokens, 0 at others.
+    """
+
+    rows: Tensor
+    hidden: Tensor | None
+    share: Tensor
+
+    @classmethod
+    def of(cls, layer: LayerTrace, position: Tensor) -> "Sample":
+        x, mask = layer.x, layer.key_mask
+        batch, n, _ = x.shape
+        steps = torch.arange(SAMPLED, device=x.device)
+        if mask is None:
+            rows, hidden, share = (steps * n // SAMPLED).expand(batch, -1), None, x.new_full((batch, 1, n), 1 / n)
+        else:
+            count = mask.sum(1, keepdim=True)
+            real = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+            rows, hidden, share = real.gather(1, steps * count // SAMPLED), ~mask[:, None, None], (mask / count).to(x.dtype)[:, None]
+        return cls(torch.cat([rows, position.to(x.device)[:, None]], 1), hidden, share)
+
+    def to(self, device: torch.device) -> "Sample":
+        """The same on a device: the parts of a model may lie on several."""
+        return Sample(self.rows.to(device), None if self.hidden is None else self.hidden.to(device), self.share.to(device))
 
 
 def forward_errors(states: States, weights: WeightCache) -> list[LayerError]:
     """Errors of every layer of a forward pass, first to last."""
-    errors, x = [], states.layers[0].x.square()
+    errors, x, sample = [], states.layers[0].x.square(), Sample.of(states.layers[0], states.target.position)
     for layer, above in zip(states.layers, [*states.layers[1:], None], strict=True):
-        m, x = layer.modules, x.to(layer.x.device)
+        m, x, sample = layer.modules, x.to(layer.x.device), sample.to(layer.x.device)
         hidden, mlp = states.take(m.mlp_output)
         y, _ = states.take(m.intermediate)
-        _, attended = states.take(m.output)
+        merged, attended = states.take(m.output)
         read = x
         if m.pre_norm:
-            read = _after_norm(x, m.attention_norm, layer.norms["attention_norm"].rstd, states.take(m.query)[0])
+            read = _after_norm(x, m.attention_norm, layer.norms["attention_norm"].rstd, states.take(m.query)[0], weights)
         read = read.mean(-1, keepdim=True)
-        o = attention_error(layer, read, weights)
-        merged = o.mean((1, 3)).unsqueeze(-1) + _mean_square(layer.o.transpose(1, 2).flatten(2))
-        z = attended + layer.x
-        at_attended = z.square_().add_(x).add_(_after_linear(merged, m.output, attended, weights))
+        o, alpha, moved = attention_error(layer, read, sample, weights)
+        within = _plus_mean_square(o.mean((1, 3))[..., None], merged)
+        at_attended, by_attended = _after_sum(attended, layer.x, x, within, m.output, weights)
         norm = "output_norm" if m.pre_norm else "attention_norm"
-        at_y = _after_norm(at_attended, getattr(m, norm), layer.norms[norm].rstd, y)
-        active = (hidden > 0).to(y.dtype).mean(-1, keepdim=True)
-        within = active * at_y.mean(-1, keepdim=True) * weights.row_norms(m.intermediate, y.dtype).mean() + 2 * _mean_square(hidden)
+        at_y = _after_norm(at_attended, getattr(m, norm), layer.norms[norm].rstd, y, weights)
+        active = (hidden > 0).mean(-1, keepdim=True, dtype=y.dtype)
+        within = active.mul_(at_y.mean(-1, keepdim=True)).mul_(weights.mean_row_norm(m.intermediate, y.dtype))
+        within = _plus_mean_square(within, hidden, 2)
         residual, error = (layer.x + attended, at_attended) if m.pre_norm else (y, at_y)
-        at_returned = (mlp + residual).square_().add_(error).add_(_after_linear(within, m.mlp_output, mlp, weights))
-        errors.append(LayerError(read, o, at_attended, at_returned))
+        at_returned, by_returned = _after_sum(mlp, residual, error, within, m.mlp_output, weights)
+        errors.append(LayerError(read, o, by_attended, by_returned, alpha, moved))
         if m.pre_norm or above is None:
             x = at_returned
         else:
-            x = _after_norm(at_returned, m.output_norm, layer.norms["output_norm"].rstd, above.x.to(at_returned.device))
+            x = _after_norm(at_returned, m.output_norm, layer.norms["output_norm"].rstd, above.x.to(at_returned.device), weights)
     return errors
 
 
-def attention_error(layer: LayerTrace, read: Tensor, weights: WeightCache) -> Tensor:
-    """Error that attention's output inherits, mean over sampled queries, (B, H, 1, dh)."""
-    rows = _spread_rows(layer)
-    q, o, lse = (take_queries(t, rows) for t in (layer.q, layer.o, layer.lse))
-    scores = score_error(layer, read, rows, weights, softmax=True).mul_(layer.scaling**2)
-    at_v, v_sq = projection_error(layer.v, read, layer.modules.value, weights), layer.v.square()
-    total = torch.zeros_like(o[:, :, :1])
-    for tile, _, alpha in probability_tiles(q, layer.k, lse, layer.key_mask, layer.scaling, layer.window, rows):
-        weight = alpha.square_()
-        moved = weight * scores[:, :, tile]
-        own = o[:, :, tile]
-        spread = moved @ v_sq - 2 * own * (moved @ layer.v) + own.square() * moved.sum(-1, keepdim=True)
-        total += (weight @ at_v + spread.clamp_(min=0)).sum(2, keepdim=True)
-    return total / rows.shape[1]
+def attention_error(layer: LayerTrace, read: Tensor, sample: Sample, weights: WeightCache) -> tuple[Tensor, Tensor, Tensor]:
+    """What `LayerError` holds of the attention: o, alpha and moved."""
+    q, own = (take_queries(t, sample.rows) for t in (layer.q, layer.o))
+    q *= layer.scaling
+    scores = q @ layer.k.transpose(2, 3)
+    if sample.hidden is not None:
+        scores.masked_fill_(sample.hidden, float("-inf"))
+    alpha = scores.softmax(-1)
+    # a part common to all scores changes nothing
+    mean_key = (sample.share @ layer.k.transpose(1, 2).flatten(2)).view(*own.shape[:2], 1, own.shape[3])
+    at_scores = score_error(layer, q, sample.rows, read, (layer.k - mean_key).square_(), weights, layer.scaling)
+    weight = alpha.square()
+    moved = at_scores.mul_(weight)
+    v_sq, spread_rows = layer.v.square(), moved[:, :, :SAMPLED]
+    own = own[:, :, :SAMPLED]
+    inner = torch.addcmul(spread_rows @ layer.v, own, spread_rows.sum(-1, keepdim=True), value=-0.5)
+    spread = (spread_rows @ v_sq).addcmul_(own, inner, value=-2).clamp_(min=0).mean(2, keepdim=True)
+    at_v = v_sq.addcmul_(read[:, None], row_norms(layer, layer.modules.value, weights))
+    o = spread + weight[:, :, :SAMPLED].mean(2, keepdim=True) @ at_v
+    return o, alpha[:, :, SAMPLED:].clone(), moved[:, :, SAMPLED:].clone()
 
 
-def score_error(layer: LayerTrace, read: Tensor, rows: Tensor, weights: WeightCache, softmax: bool = False) -> Tensor:
-    """Squared error of q . k for the queries `rows` (B, m), (B, H, m, n); softmax: of what it changes, a common part left out."""
+def score_error(layer: LayerTrace, q: Tensor, rows: Tensor, read: Tensor, k_sq: Tensor, weights: WeightCache, scaling: float = 1) -> Tensor:
+    """Squared error of scaling q . k for the queries `rows` (B, m), (B, H, m, n); q: these, scaled; k_sq: squares of keys, or of keys
+    less what all scores share."""
     m = layer.modules
-    at_q, at_k = projection_error(layer.q, read, m.query, weights), projection_error(layer.k, read, m.key, weights)
-    at_k += layer.k.square()
-    k = layer.k - _mean_key(layer) if softmax else layer.k
-    return take_queries(at_q, rows) @ k.square().transpose(2, 3) + take_queries(layer.q, rows).square_() @ at_k.transpose(2, 3)
+    at_k = torch.addcmul(k_sq, layer.k, layer.k, value=2).addcmul_(read[:, None], row_norms(layer, m.key, weights))
+    by_query = row_norms(layer, m.query, weights) @ k_sq.transpose(2, 3)
+    return (q.square() @ at_k.transpose(2, 3)).addcmul_(read.gather(1, rows[..., None])[:, None], by_query, value=scaling**2)
 
 
-def projection_error(t: Tensor, read: Tensor, module: nn.Linear, weights: WeightCache) -> Tensor:
-    """Squared error of queries, keys or values t, (B, H, n, dh)."""
-    rows = weights.row_norms(module, t.dtype).view(t.shape[1], 1, t.shape[3])
-    return t.square().addcmul_(read[:, None], rows)
+def row_norms(layer: LayerTrace, module: nn.Linear, weights: WeightCache) -> Tensor:
+    """Of the module of queries, keys or values, by head, (H, 1, dh)."""
+    return weights.row_norms(module, layer.q.dtype).view(layer.q.shape[1], 1, layer.q.shape[3])
 
 
-def _spread_rows(layer: LayerTrace) -> Tensor:
-    """SAMPLED tokens of every example, evenly spread over the real ones, (B, SAMPLED)."""
-    batch, _, n, _ = layer.q.shape
-    steps = torch.arange(SAMPLED, device=layer.q.device)
-    if layer.key_mask is None:
-        return (steps * n // SAMPLED).expand(batch, -1)
-    real = layer.key_mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-    return real.gather(1, steps * layer.key_mask.sum(1, keepdim=True) // SAMPLED)
+def _after_sum(a: Tensor, b: Tensor, at_b: Tensor, read: Tensor, module: nn.Linear, weights: WeightCache) -> tuple[Tensor, Tensor]:
+    """Error of a + b, (B, n, d), and relative of a division by it; a: returned by a module that read the error `read` (B, n, 1)."""
+    z = a + b
+    square = torch.addcmul(weights.number(GUARD**2, z), z, z)
+    error = (square + at_b).addcmul_(a, a).addcmul_(read, weights.row_norms(module, a.dtype))
+    # where the sum is 0 nothing is divided by it
+    return error, error / square
 
 
-def _mean_key(layer: LayerTrace) -> Tensor:
-    """Mean of the real keys, (B, H, 1, dh)."""
-    if layer.key_mask is None:
-        return layer.k.mean(2, keepdim=True)
-    real = layer.key_mask[:, None, :, None]
-    return (layer.k * real).sum(2, keepdim=True) / real.sum(2, keepdim=True)
-
-
-def _after_linear(mean: Tensor, module: nn.Linear, returned: Tensor, weights: WeightCache) -> Tensor:
-    return returned.square().addcmul_(mean, weights.row_norms(module, returned.dtype))
-
-
-def _after_norm(error: Tensor, norm: nn.LayerNorm, rstd: Tensor, returned: Tensor) -> Tensor:
-    scale = norm.weight.detach().to(error.dtype).square() * rstd.to(error.dtype).square()[..., None]
+def _after_norm(error: Tensor, norm: nn.LayerNorm, rstd: Tensor, returned: Tensor, weights: WeightCache) -> Tensor:
+    scale = weights.square(norm, error.dtype) * rstd.to(error.dtype).square()[..., None]
     return returned.square().addcmul_(error, scale)
 
 
-def _mean_square(t: Tensor) -> Tensor:
-    """Mean over the features, (B, n, 1)."""
-    return torch.linalg.vector_norm(t, dim=-1, keepdim=True).square_().div_(t.shape[-1])
+def _plus_mean_square(error: Tensor, t: Tensor, count: int = 1) -> Tensor:
+    """error (B, 1 or n, 1) and count times the mean square of every token of t (B, n, d), (B, n, 1)."""
+    norm = torch.linalg.vector_norm(t, dim=-1, keepdim=True)
+    return torch.addcmul(error, norm, norm, value=count / t.shape[-1])

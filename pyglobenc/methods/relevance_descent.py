@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyglobenc.methods.forward_error import forward_errors
-from pyglobenc.methods.relevance_error import TINY, Relevance, map_row_error, query_error
+from pyglobenc.methods.relevance_error import TINY, MapRow, Quotient, Relevance, map_row, row_error
 from pyglobenc.methods.relevance_layers import below_attention, down_to_attention, head_relevance
 from pyglobenc.methods.relevance_rules import Rules
 from pyglobenc.methods.relevance_states import States
@@ -39,9 +39,7 @@ class Descent:
         self.normalize = normalize
         depth = len(states.layers)
         self.errors = forward_errors(states, rules.weights) if estimate else [None] * depth
-        # expected squared error of the row, (B, n), in units of the rounding unit squared
-        self._moved = torch.zeros((), device=states.layers[-1].x.device)
-        self._row: Tensor | None = None
+        self._steps: list[MapRow] = []
         self.token_sums: dict[int, Tensor] = {}
         self.maps: dict[str, dict[int, Tensor]] = defaultdict(dict)
 
@@ -84,29 +82,19 @@ class Descent:
         self.input = r
         return roll[:, 0], r
 
-    def _count(self, index: int, s: Relevance, before: Tensor | None, after: Tensor) -> None:
-        """Take note of the error that a layer's map brings to the row (B, 1, n), before and after its step; before None: all of it."""
-        if s.error is None:
-            return
-        position, grad = self._position(after), self.states.grads[index] if self.gradient else None
-        own, moved = map_row_error(self.states.layers[index], self.errors[index], grad, s, position, self.rules.weights)
-        if before is not None:
-            # the other rows' part has the error of the queries that it comes from
-            norm, error = query_error(s)
-            norm = (norm * before[:, 0].square()).scatter(1, position[:, None], 0)
-            others = (norm * error).sum(1, keepdim=True) / norm.sum(1, keepdim=True).clamp(min=TINY)
-            weight = before[:, 0].gather(1, position[:, None])
-            moved = moved * weight.square() + others * (after[:, 0] - before[:, 0] - weight * own).square()
-        self._moved = self._moved.to(moved.device) + moved
-        self._row = after[:, 0]
+    def _count(self, index: int, s: Quotient, before: Tensor | None, after: Tensor) -> None:
+        """Take note of what a layer's map brings to the row (B, 1, n), before and after its step; before None: all of it."""
+        if s.norm is not None:
+            grad = self.states.grads[index] if self.gradient else None
+            self._steps.append(map_row(self.states.layers[index], self.errors[index], grad, s, self._position(after), before, after))
 
     def estimated_error(self) -> Tensor:
         """Expected relative L2 error of the last row or relevance made, a row's own entry left out, (B,)."""
-        moved, scores = self._moved, self._row
-        if scores is None:
-            moved, scores = self.input.squared_error().sum(-1), self.input.values.sum(-1)
+        if self._steps:
+            moved, scores = row_error(self._steps, self.states.target.position, self.rules.weights), self._steps[-1].after
+            moved, scores = (t.scatter(1, self._position(t)[:, None], 0) for t in (moved, scores.to(moved.device)))
         else:
-            moved, scores = (t.scatter(1, self._position(t)[:, None], 0) for t in (moved, scores))
+            moved, scores = self.input.squared_error().sum(-1), self.input.values.sum(-1)
         unit = torch.finfo(self.states.dtype).eps / 2
         return (moved.sum(1) / scores.square().sum(1).clamp(min=TINY)).sqrt().double() * unit
 

@@ -1,7 +1,7 @@
 """Relevance with its expected error, carried along the rules.
 
-The error of every divisor is that of `forward_error`; a tensor of relevance carries its expected squared relative error, by element or
-by token, in units of the rounding unit squared:
+The error of every divisor is that of `forward_error`; a tensor of relevance carries its expected squared error, or by token its expected
+squared relative error, in units of the rounding unit squared:
 
     division by b                     adds  var b / b^2
     shares w of a residual sum        e  ->  (1 - 2 w) e + sum w^2 e        a term that dominates the total is divided by itself
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from pyglobenc.hf import LayerTrace
-from pyglobenc.methods.forward_error import SAMPLED, LayerError, projection_error, score_error
+from pyglobenc.methods.forward_error import SAMPLED, LayerError, row_norms, score_error
+from pyglobenc.methods.rollout import stack_layers
 from pyglobenc.methods.weight_cache import WeightCache
-from pyglobenc.reference.relevance_attention import query_tiles
 from pyglobenc.reference.safe_division import GUARD
 from pyglobenc.reference.token_norms import take_queries
 
@@ -29,95 +29,191 @@ TINY = 1e-30
 
 @dataclass
 class Relevance:
-    """Relevance of a tensor (B, n, d) and its expected squared relative error, (B, n, d) or (B, n, 1), or None."""
+    """Relevance of a tensor (B, n, d) and its expected error, in one of two ways, or None.
+
+    Attributes:
+        values: (B, n, d).
+        relative: squared relative error, (B, n, d), or (B, n or 1, 1) of every token as a whole.
+        squared: squared error, (B, n, d).
+    """
 
     values: Tensor
-    error: Tensor | None
+    relative: Tensor | None = None
+    squared: Tensor | None = None
 
     def to(self, device: torch.device) -> "Relevance":
         """The same on a device: the parts of a model may lie on several."""
-        return Relevance(self.values.to(device), None if self.error is None else self.error.to(device))
+        return Relevance(*(None if t is None else t.to(device) for t in (self.values, self.relative, self.squared)))
 
-    def squared_error(self) -> Tensor:
+    def squared_error(self) -> Tensor | None:
         """Squared error of the values, (B, n, d)."""
-        return self.values.square() * self.error
+        return self.squared if self.relative is None else self.values.square().mul_(self.relative)
 
 
-def divided_error(divisor: Tensor, variance: Tensor) -> Tensor:
-    """Squared relative error of a quotient from its divisor's, of the same shape."""
-    return (variance / divisor.square().add_(GUARD**2)).masked_fill_(divisor == 0, 0)
+@dataclass
+class Quotient:
+    """s = R_o / o and its expected error by query, or None.
+
+    Attributes:
+        values: (B, H, n, dh).
+        relative: (B, n, 1), squared relative error of R_o.
+        norm: (B, n), squared norm.
+        moved: (B, n), squared error.
+    """
+
+    values: Tensor
+    relative: Tensor | None = None
+    norm: Tensor | None = None
+    moved: Tensor | None = None
 
 
-def added_error(error: Tensor, z: Tensor, at_z: Tensor, branches: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Of both branches of a residual sum z, (B, n, d); branches: their relevance, None if it isn't rescaled to shares of a total."""
-    error = divided_error(z, at_z) + error
+def added_error(r: Relevance, quotient: Tensor, branches: tuple[Tensor, Tensor] | None, weights: WeightCache) -> Tensor:
+    """Squared relative error of both branches of a residual sum, (B, n, d).
+
+    quotient: that of a division by the sum, (B, n, d); branches: their relevance, None if it isn't rescaled to shares of a total.
+    """
+    if r.squared is None:
+        error = quotient + r.relative
+    else:
+        error = torch.addcdiv(quotient, r.squared, torch.addcmul(weights.number(TINY, r.values), r.values, r.values))
     if branches is None:
         return error
     share = branches[0] + branches[1]
     share /= share.sum((1, 2), keepdim=True, dtype=torch.float64).to(share.dtype)
-    common = (share.square() * error).sum((1, 2), keepdim=True)
-    return share.mul_(-2).add_(1).mul_(error).add_(common).clamp_(min=0)
+    moved = share * error
+    common = share.mul_(moved).sum((1, 2), keepdim=True)
+    return error.sub_(moved, alpha=2).add_(common).clamp_(min=0)
 
 
 def cloned(parts: Sequence[Relevance], total: Tensor) -> Relevance:
-    """The sum of relevances, with its error."""
-    if any(part.error is None for part in parts):
-        return Relevance(total, None)
-    return Relevance(total, sum(part.squared_error() for part in parts) / total.square().clamp_(min=TINY))
+    """The sum of relevances, with its error; all but the first come with relative ones."""
+    squared = parts[0].squared_error()
+    if squared is not None:
+        for part in parts[1:]:
+            squared = torch.addcmul(squared, part.values.square(), part.relative)
+    return Relevance(total, squared=squared)
 
 
-def feature_mean(r: Relevance) -> Tensor | None:
-    """Squared relative error of every token as a whole, (B, n, 1)."""
-    if r.error is None or r.error.shape[-1] == 1:
-        return r.error
-    return r.squared_error().sum(-1, keepdim=True) / r.values.square().sum(-1, keepdim=True).clamp_(min=TINY)
+def token_error(r: Relevance) -> Tensor | None:
+    """Squared relative error of every token as a whole, (B, n or 1, 1)."""
+    if r.squared is None and (r.relative is None or r.relative.shape[-1] == 1):
+        return r.relative
+    size = r.values.square()
+    norm = size.sum(-1, keepdim=True).clamp_(min=TINY)
+    squared = size.mul_(r.relative) if r.squared is None else r.squared
+    return squared.sum(-1, keepdim=True).div_(norm)
 
 
-def query_error(s: Relevance) -> tuple[Tensor, Tensor]:
-    """Of s = R_o / o, (B, H, n, dh): its squared norm and squared relative error by query, (B, n)."""
-    size = s.values.square()
+def quotient_error(r_o: Relevance, s: Tensor, o: Tensor, at_o: Tensor, weights: WeightCache) -> Quotient:
+    """s = R_o / o, (B, H, n, dh), with its error; at_o: squared error of o beside its own rounding, (B, H, 1, dh)."""
+    size = s.square()
     norm = size.sum((1, 3))
-    return norm, size.mul_(s.error).sum((1, 3)) / norm.clamp(min=TINY)
+    inherited = size.div_(torch.addcmul(weights.number(GUARD**2, o), o, o)).transpose(1, 2).flatten(2) @ at_o.flatten(1)[..., None]
+    return Quotient(s, r_o.relative, norm, torch.addcmul(inherited[..., 0], norm, r_o.relative[..., 0] + 1))
 
 
-def projected_error(layer: LayerTrace, errors: LayerError, s: Relevance, parts: Sequence[Tensor], weights: WeightCache) -> list[Tensor]:
-    """Squared relative errors (B, n, 1) of R_q, R_k and R_v, parts (B, H, n, dh): of s, and for the queries with the largest R_q of
+def projected_error(layer: LayerTrace, errors: LayerError, s: Quotient, parts: Sequence[Tensor], weights: WeightCache) -> list[Tensor]:
+    """Squared relative errors (B, n or 1, 1) of R_q, R_k and R_v, parts (B, H, n, dh): of s, and for the queries with the largest R_q of
     the division by q . k."""
-    norm, inherited = query_error(s)
-    overall = ((norm * inherited).sum(1, keepdim=True) / norm.sum(1, keepdim=True).clamp(min=TINY)).expand_as(norm)
-    sizes = [part.square().sum((1, 3)) for part in parts]
-    rows = sizes[0].topk(min(SAMPLED, norm.shape[1]), dim=1).indices
-    q, s_rows, lse = (take_queries(t, rows) for t in (layer.q, s.values, layer.lse))
-    scores = score_error(layer, errors.read, rows, weights)
-    own_q, own_k = torch.zeros_like(rows, dtype=norm.dtype), torch.zeros_like(norm)
-    q_sq, k_sq = (t.square().sum(-1) / t.shape[-1] ** 0.5 for t in (q, layer.k))
-    for tile in query_tiles(q, layer.k, layer.v, lse, None, s_rows, layer.key_mask, layer.scaling, layer.window, rows):
-        moved = divided_error(tile.dots, scores[:, :, tile.rows]).add_(scores[:, :, tile.rows], alpha=layer.scaling**2)
-        # squared error of u q k / 2, u = R_alpha / q.k
-        moved *= (tile.relevance / (2 * tile.dots)).masked_fill_(tile.dots == 0, 0).square_()
-        moved *= q_sq[:, :, tile.rows, None] * k_sq[:, :, None]
-        own_q[:, tile.rows] = moved.sum((1, 3))
-        own_k += moved.sum((1, 2))
-    own_q = torch.zeros_like(norm).scatter_(1, rows, own_q)
-    at_q, at_k = (own / size.clamp(min=TINY) for own, size in zip((own_q, own_k), sizes, strict=False))
-    return [t.unsqueeze(-1) for t in (inherited + at_q, overall + at_k, overall)]
+    inherited = s.moved / s.norm.clamp(min=TINY)
+    overall = s.moved.sum(1, keepdim=True) / s.norm.sum(1, keepdim=True).clamp_(min=TINY)
+    size_q, size_k = (torch.linalg.vector_norm(part, dim=(1, 3)).square_().clamp_(min=TINY) for part in parts[:2])
+    size_q, rows = size_q.topk(min(SAMPLED, size_q.shape[1]), dim=1)
+    moved = _sampled_error(layer, errors, s, rows, weights)
+    at_q = inherited.scatter_add_(1, rows, moved.sum((1, 3)).div_(size_q))
+    at_k = torch.addcdiv(overall, moved.sum((1, 2)), size_k)
+    return [t.unsqueeze(-1) for t in (at_q, at_k, overall)]
 
 
-def map_row_error(
-    layer: LayerTrace, errors: LayerError, grad: Tensor | None, s: Relevance, position: Tensor, weights: WeightCache
-) -> tuple[Tensor, Tensor]:
-    """Row `position` (B,) of a layer's map, and its squared error, (B, n) both."""
-    rows = position[:, None]
-    q, s_row, lse = (take_queries(t, rows) for t in (layer.q, s.values, layer.lse))
-    at_s = s_row.square() * take_queries(s.error, rows)
-    scores = score_error(layer, errors.read, rows, weights, softmax=True).mul_(layer.scaling**2)
-    at_v = projection_error(layer.v, errors.read, layer.modules.value, weights)
-    (tile,) = query_tiles(q, layer.k, layer.v, lse, None, s_row, layer.key_mask, layer.scaling, layer.window, rows)
-    moved = at_s @ layer.v.square().transpose(2, 3) + s_row.square() @ at_v.transpose(2, 3)
-    moved = moved * tile.alpha.square() / 4 + tile.relevance.square() * scores
-    row = tile.relevance
+def _sampled_error(layer: LayerTrace, errors: LayerError, s: Quotient, rows: Tensor, weights: WeightCache) -> Tensor:
+    """Squared error of u q k / 2, u = R_alpha / q.k, of queries `rows` (B, m), by pair and head: (B, H, m, n)."""
+    q, s_rows = (take_queries(t, rows) for t in (layer.q, s.values))
+    dots = q @ layer.k.transpose(2, 3)
+    alpha = dots * layer.scaling
+    if layer.key_mask is not None:
+        alpha.masked_fill_(~layer.key_mask[:, None, None], float("-inf"))
+    alpha = alpha.softmax(-1)
+    scores = score_error(layer, q, rows, errors.read, layer.k.square(), weights)
+    # R_alpha = alpha s.v / 2 times |q| |k|, a mean over the features that it is spread to
+    s_rows *= torch.linalg.vector_norm(q, dim=-1, keepdim=True) * (0.25 * layer.scaling / q.shape[3] ** 0.5)
+    moved = (s_rows @ layer.v.transpose(2, 3)).mul_(alpha).mul_(torch.linalg.vector_norm(layer.k, dim=-1)[:, :, None])
+    # nothing is divided by a score of 0
+    square = torch.nn.functional.threshold_(dots.square_(), GUARD**2, float("inf"))
+    moved = moved.square_().div_(square)
+    # of the division, and of the softmax before it
+    return torch.addcdiv(moved, moved, square, value=layer.scaling**-2).mul_(scores)
+
+
+@dataclass
+class MapRow:
+    """What one layer's map brought to the explained token's row.
+
+    Attributes:
+        layer, errors: the layer.
+        s, grad: (B, H, 1, dh), of the token; grad None where the map isn't weighed with it.
+        quotient: s of all tokens, its values left out.
+        before, after: (B, n), the row; before None: the map's own row.
+    """
+
+    layer: LayerTrace
+    errors: LayerError
+    s: Tensor
+    grad: Tensor | None
+    quotient: Quotient
+    before: Tensor | None
+    after: Tensor
+
+
+def map_row(
+    layer: LayerTrace, errors: LayerError, grad: Tensor | None, s: Quotient, position: Tensor, before: Tensor | None, after: Tensor
+) -> MapRow:
+    """Keep of s and grad (B, H, n, dh) what `row_error` needs; position (B,); before, after (B, 1, n)."""
+    s_row, grad = (None if t is None else take_queries(t, position[:, None]) for t in (s.values, grad))
+    quotient = Quotient(s_row, s.relative, s.norm, s.moved)
+    return MapRow(layer, errors, s_row, grad, quotient, None if before is None else before[:, 0], after[:, 0])
+
+
+def row_error(steps: Sequence[MapRow], position: Tensor, weights: WeightCache) -> Tensor:
+    """Squared error of the row after all steps, position (B,), (B, n)."""
+    own, moved = _map_row_errors(steps, position, weights)
+    if steps[0].before is None:
+        return moved[:, 0]
+    before, after, norm, inherited = (
+        stack_layers(t) for t in zip(*[(step.before, step.after, step.quotient.norm, step.quotient.moved) for step in steps], strict=True)
+    )
+    # the other rows' part has the error of the queries that it comes from
+    here = position.to(before.device)[:, None, None].expand(-1, len(steps), 1)
+    weight, others = before.gather(2, here), before.square().scatter_(2, here, 0)
+    others = (others * inherited).sum(2, keepdim=True) / (others * norm).sum(2, keepdim=True).clamp_(min=TINY)
+    rest = torch.addcmul(after - before, weight, own, value=-1).square_()
+    return (moved * weight.square()).addcmul_(others, rest).sum(1)
+
+
+def _map_row_errors(steps: Sequence[MapRow], position: Tensor, weights: WeightCache) -> tuple[Tensor, Tensor]:
+    """The token's row of every layer's map, and its squared error, (B, L, n) both."""
+    s, grad = (None if t[0] is None else stack_layers(t) for t in zip(*[(step.s, step.grad) for step in steps], strict=True))
+    here = position[:, None]
+    o = stack_layers([take_queries(step.layer.o, here.to(step.layer.o.device)) for step in steps])
+    relative, read = (stack_layers(t) for t in zip(*[(step.quotient.relative, step.errors.read) for step in steps], strict=True))
+    relative = relative.gather(2, here.to(s.device)[:, None, None].expand(-1, len(steps), 1, 1))[:, :, None]
+    at_o, alpha, at_alpha = (stack_layers([getattr(step.errors, name) for step in steps]) for name in ("o", "alpha", "moved"))
+    size = s.square()
+    # of s, beside the values' own rounding
+    at_s = torch.addcdiv(relative + 2, at_o, torch.addcmul(weights.number(GUARD**2, o), o, o)).mul_(size)
+    rows = s if grad is None else torch.cat([s, grad], 3)
+    products, errors, norms = [], [], []
+    for index, step in enumerate(steps):
+        v = step.layer.v.transpose(2, 3)
+        products.append(rows[:, index].to(v.device) @ v)
+        errors.append(at_s[:, index].to(v.device) @ v.square())
+        norms.append(row_norms(step.layer, step.layer.modules.value, weights).to(s.device))
+    products, moved = stack_layers(products), stack_layers(errors)
+    moved.addcmul_((size * torch.stack(norms)).sum(-1, keepdim=True), read.transpose(2, 3)[:, :, None])
+    relevance = products[..., :1, :]
+    moved.mul_(alpha.square()).addcmul_(relevance.square(), at_alpha)
+    row = alpha.mul_(relevance)
     if grad is not None:
-        gradient = take_queries(grad, rows) @ layer.v.transpose(2, 3)
-        moved *= gradient.square()
-        row = row * gradient
-    return row.clamp(min=0).mean(1)[:, 0], moved.masked_fill(row <= 0, 0).sum(1)[:, 0] / row.shape[1] ** 2
+        row *= products[..., 1:, :]
+        moved *= products[..., 1:, :].square()
+    moved = moved.masked_fill_(row <= 0, 0).sum((2, 3)).div_(4 * s.shape[2] ** 2)
+    return row.clamp_(min=0).mean((2, 3)).div_(2), moved

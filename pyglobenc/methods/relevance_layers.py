@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyglobenc.hf import LayerTrace
 from pyglobenc.methods.forward_error import LayerError
-from pyglobenc.methods.relevance_error import Relevance, cloned, feature_mean
+from pyglobenc.methods.relevance_error import Quotient, Relevance, cloned, token_error
 from pyglobenc.methods.relevance_rules import Rules
 from pyglobenc.methods.relevance_states import States
 
@@ -40,7 +40,7 @@ def head_relevance(states: States, rules: Rules, estimate: bool) -> Relevance:
     last = states.layers[-1].x
     r = rules.clone([r], x).to(last.device)
     index = target.position[:, None, None].expand(-1, 1, last.shape[2]).to(last.device)
-    return Relevance(torch.zeros_like(last).scatter_(1, index, r.values), feature_mean(r))
+    return Relevance(torch.zeros_like(last).scatter_(1, index, r.values), token_error(r))
 
 
 def _at(t: Tensor, position: Tensor) -> Tensor:
@@ -48,20 +48,20 @@ def _at(t: Tensor, position: Tensor) -> Tensor:
     return t[:, None] if t.dim() == 2 else t[torch.arange(t.shape[0], device=t.device), position.to(t.device)][:, None]
 
 
-def down_to_attention(states: States, index: int, r: Relevance, rules: Rules, errors: LayerError | None) -> tuple[Relevance, Residual]:
+def down_to_attention(states: States, index: int, r: Relevance, rules: Rules, errors: LayerError | None) -> tuple[Quotient, Residual]:
     """From a layer's output to its attention: s = R_o / safe(o), (B, H, n, dh), and the residual branch."""
     layer = states.layers[index]
     m = layer.modules
-    at_returned, at_attended, at_o = (None,) * 3 if errors is None else (errors.returned, errors.attended, errors.o)
+    by_returned, by_attended, at_o = (None,) * 3 if errors is None else (errors.returned, errors.attended, errors.o)
     _, mlp = states.take(m.mlp_output)
     merged, attended = states.take(m.output)
     # the MLP's residual: the tensor it reads after BERT's norm, before ViT's
     y = layer.x + attended if m.pre_norm else states.take(m.intermediate)[0]
-    r_mlp, r_y = rules.add(r.to(y.device), mlp, y, at_returned)
+    r_mlp, r_y = rules.add(r.to(y.device), mlp, y, by_returned)
     for module in (m.mlp_output, m.intermediate):
         r_mlp = rules.linear(r_mlp, module, *states.take(module))
     r = rules.clone([r_mlp, r_y], y)
-    r_attended, r_x = rules.add(r, attended, layer.x, at_attended)
+    r_attended, r_x = rules.add(r, attended, layer.x, by_attended)
     r_o = rules.linear(r_attended, m.output, merged, attended)
     s = rules.over_output(r_o, layer.o, at_o)
     return s, Residual(layer, layer.x, r_x)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from pyglobenc.hf import LayerTrace
 from pyglobenc.methods.forward_error import LayerError
-from pyglobenc.methods.relevance_error import Relevance, added_error, cloned, divided_error, feature_mean, projected_error
+from pyglobenc.methods.relevance_error import Quotient, Relevance, added_error, cloned, projected_error, quotient_error, token_error
 from pyglobenc.methods.weight_cache import WeightCache
 from pyglobenc.ops import add_relevance, clone_relevance, linear_relevance, relevance_attention, relevance_rollout_step
 from pyglobenc.reference.relevance_attention import relevance_attention as reference_attention
@@ -33,25 +33,25 @@ class Rules:
         bias = None if module.bias is None else module.bias.detach()
         weight, absolute = module.weight.detach(), self.weights.absolute(module, r.values.dtype)
         out = linear_relevance(r.values, given, weight, abs_weight=absolute, output=returned, bias=bias, backend=self.backend)
-        return Relevance(out, feature_mean(r))
+        return Relevance(out, token_error(r))
 
-    def add(self, r: Relevance, a: Tensor, b: Tensor, at_sum: Tensor | None = None) -> tuple[Relevance, Relevance]:
-        """Relevance of both branches of a residual sum, (B, n, d); at_sum: squared error of a + b, of the same shape."""
+    def add(self, r: Relevance, a: Tensor, b: Tensor, by_sum: Tensor | None = None) -> tuple[Relevance, Relevance]:
+        """Relevance of both branches of a residual sum, (B, n, d); by_sum: squared relative error of a division by a + b."""
         branches = add_relevance(r.values, a, b, stabilizer=self.stabilizer, rescale=self.rescale, backend=self.backend)
-        error = None if r.error is None or at_sum is None else added_error(r.error, a + b, at_sum, branches if self.rescale else None)
+        error = None if by_sum is None else added_error(r, by_sum, branches if self.rescale else None, self.weights)
         return tuple(Relevance(t, error) for t in branches)
 
     def clone(self, parts: list[Relevance], x: Tensor) -> Relevance:
         """Relevance of a tensor read by several branches, (B, n, d)."""
         return cloned(parts, clone_relevance([part.values for part in parts], x, backend=self.backend))
 
-    def over_output(self, r_o: Relevance, o: Tensor, at_o: Tensor | None = None) -> Relevance:
-        """s = R_o / safe(o) by head, (B, H, n, dh), from relevance (B, n, d); at_o: squared error of o, broadcast to its shape."""
+    def over_output(self, r_o: Relevance, o: Tensor, at_o: Tensor | None = None) -> Quotient:
+        """s = R_o / safe(o) by head, (B, H, n, dh), from relevance (B, n, d); at_o: squared error of o, (B, H, 1, dh)."""
         s = safe_divide(r_o.values.unflatten(2, (o.shape[1], -1)).transpose(1, 2), o, self.stabilizer)
-        return Relevance(s, None if r_o.error is None else r_o.error[:, None] + divided_error(o, o.square() + at_o))
+        return Quotient(s) if at_o is None else quotient_error(r_o, s, o, at_o, self.weights)
 
     def attention(
-        self, layer: LayerTrace, grad_o: Tensor | None, s: Relevance, roll: Tensor | None, normalize: bool, errors: LayerError | None
+        self, layer: LayerTrace, grad_o: Tensor | None, s: Quotient, roll: Tensor | None, normalize: bool, errors: LayerError | None
     ) -> tuple:
         """Relevance of queries, keys and values, (B, n, d) each, and the stepped rollout (B, T, n) or None."""
         *parts, _, rolled = self._attention(layer, grad_o, s.values, roll, normalize)
@@ -112,7 +112,7 @@ class LrpRules(Rules):
         for bound in ({"min": 0}, {"max": 0}):
             x, w = given.clamp(**bound), weight.clamp(**bound)
             out += x * (safe_divide(r.values, x @ w.T) @ w)
-        return Relevance(out, feature_mean(r))
+        return Relevance(out, token_error(r))
 
     def _attention(self, layer: LayerTrace, grad_o: Tensor | None, s: Tensor, roll: Tensor | None, normalize: bool) -> tuple:
         return reference_attention(

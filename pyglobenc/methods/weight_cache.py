@@ -7,22 +7,38 @@ from torch import Tensor, nn
 
 
 class WeightCache:
-    """|W| and the squared row norms of Linear modules, kept until the weights change."""
+    """|W|, squared row norms and other small things of modules' weights, kept until the weights change."""
 
     def __init__(self):
-        self._kept: dict[tuple[nn.Module, str], tuple[tuple, Tensor]] = {}
+        self._kept: dict[tuple, tuple[tuple, Tensor]] = {}
+        self._numbers: dict[tuple, Tensor] = {}
 
     def absolute(self, module: nn.Linear, dtype: torch.dtype) -> Tensor | None:
         """|W| (d_out, d_in), or None where it would have to be widened."""
-        return self._keep(module, "absolute", torch.abs) if module.weight.dtype == dtype else None
+        return self._keep(module, "absolute", dtype, torch.abs) if module.weight.dtype == dtype else None
 
     def row_norms(self, module: nn.Linear, dtype: torch.dtype) -> Tensor:
         """Sum of squares of every row of W, (d_out,)."""
-        return self._keep(module, "row_norms", lambda w: torch.linalg.vector_norm(w, dim=1).square_()).to(dtype)
+        return self._keep(module, "row_norms", dtype, lambda w: torch.linalg.vector_norm(w, dim=1).square_().to(dtype))
 
-    def _keep(self, module: nn.Linear, name: str, make: Callable[[Tensor], Tensor]) -> Tensor:
+    def mean_row_norm(self, module: nn.Linear, dtype: torch.dtype) -> Tensor:
+        """Their mean, ()."""
+        return self._keep(module, "mean_row_norm", dtype, lambda _: self.row_norms(module, dtype).mean())
+
+    def square(self, module: nn.Module, dtype: torch.dtype) -> Tensor:
+        """Square of a LayerNorm's weight, (d,)."""
+        return self._keep(module, "square", dtype, lambda w: w.to(dtype).square())
+
+    def number(self, value: float, like: Tensor) -> Tensor:
+        """A constant of a tensor's dtype and device, ()."""
+        key = (value, like.dtype, like.device)
+        if key not in self._numbers:
+            self._numbers[key] = like.new_full((), value)
+        return self._numbers[key]
+
+    def _keep(self, module: nn.Module, name: str, dtype: torch.dtype, make: Callable[[Tensor], Tensor]) -> Tensor:
         weight = module.weight.detach()
-        version = (weight.data_ptr(), weight._version)
-        if self._kept.get((module, name), (None,))[0] != version:
-            self._kept[module, name] = (version, make(weight))
-        return self._kept[module, name][1]
+        key, version = (module, name, dtype), (weight.data_ptr(), weight._version)
+        if self._kept.get(key, (None,))[0] != version:
+            self._kept[key] = (version, make(weight))
+        return self._kept[key][1]
