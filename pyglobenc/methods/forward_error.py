@@ -31,16 +31,16 @@ class LayerError:
         read: (B, n, 1), of what queries, keys and values are projected from, mean over the features.
         o: (B, H, 1, dh), of the attention's output beside its own rounding, mean over the tokens.
         attended, returned: (B, n, d), of what is divided by the residual sum of the attention, and of the MLP, relative.
-        alpha: (B, H, 1, n), the explained token's probabilities; not an error.
-        moved: (B, H, 1, n), of these.
+        token: (B, 2, H, 1, n), the explained token's probabilities, and their squared errors.
+        token_o: (B, H, 1, dh), its attention output; not an error.
     """
 
     read: Tensor
     o: Tensor
     attended: Tensor
     returned: Tensor
-    alpha: Tensor
-    moved: Tensor
+    token: Tensor
+    token_o: Tensor
 
 
 @dataclass
@@ -87,7 +87,7 @@ def forward_errors(states: States, weights: WeightCache) -> list[LayerError]:
         if m.pre_norm:
             read = _after_norm(x, m.attention_norm, layer.norms["attention_norm"].rstd, states.take(m.query)[0], weights)
         read = read.mean(-1, keepdim=True)
-        o, alpha, moved = attention_error(layer, read, sample, weights)
+        o, token, token_o = attention_error(layer, read, sample, weights)
         within = _plus_mean_square(o.mean((1, 3))[..., None], merged)
         at_attended, by_attended = _after_sum(attended, layer.x, x, within, m.output, weights)
         norm = "output_norm" if m.pre_norm else "attention_norm"
@@ -97,7 +97,7 @@ def forward_errors(states: States, weights: WeightCache) -> list[LayerError]:
         within = _plus_mean_square(within, hidden, 2)
         residual, error = (layer.x + attended, at_attended) if m.pre_norm else (y, at_y)
         at_returned, by_returned = _after_sum(mlp, residual, error, within, m.mlp_output, weights)
-        errors.append(LayerError(read, o, by_attended, by_returned, alpha, moved))
+        errors.append(LayerError(read, o, by_attended, by_returned, token, token_o))
         if m.pre_norm or above is None:
             x = at_returned
         else:
@@ -106,25 +106,26 @@ def forward_errors(states: States, weights: WeightCache) -> list[LayerError]:
 
 
 def attention_error(layer: LayerTrace, read: Tensor, sample: Sample, weights: WeightCache) -> tuple[Tensor, Tensor, Tensor]:
-    """What `LayerError` holds of the attention: o, alpha and moved."""
-    q, own = (take_queries(t, sample.rows) for t in (layer.q, layer.o))
+    """What `LayerError` holds of the attention: o, token and token_o."""
+    q, o_rows = (take_queries(t, sample.rows) for t in (layer.q, layer.o))
     q *= layer.scaling
     scores = q @ layer.k.transpose(2, 3)
     if sample.hidden is not None:
         scores.masked_fill_(sample.hidden, float("-inf"))
     alpha = scores.softmax(-1)
     # a part common to all scores changes nothing
-    mean_key = (sample.share @ layer.k.transpose(1, 2).flatten(2)).view(*own.shape[:2], 1, own.shape[3])
+    mean_key = (sample.share @ layer.k.transpose(1, 2).flatten(2)).view_as(o_rows[:, :, :1])
     at_scores = score_error(layer, q, sample.rows, read, (layer.k - mean_key).square_(), weights, layer.scaling)
     weight = alpha.square()
     moved = at_scores.mul_(weight)
-    v_sq, spread_rows = layer.v.square(), moved[:, :, :SAMPLED]
-    own = own[:, :, :SAMPLED]
-    inner = torch.addcmul(spread_rows @ layer.v, own, spread_rows.sum(-1, keepdim=True), value=-0.5)
-    spread = (spread_rows @ v_sq).addcmul_(own, inner, value=-2).clamp_(min=0).mean(2, keepdim=True)
+    token, token_o = torch.stack([alpha[:, :, SAMPLED:], moved[:, :, SAMPLED:]], dim=1), o_rows[:, :, SAMPLED:]
+    weight, moved, o_rows = (t[:, :, :SAMPLED] for t in (weight, moved, o_rows))
+    v_sq = layer.v.square()
+    # moved (v - o)^2 = moved v^2 - 2 o (moved v - o moved / 2)
+    inner = torch.addcmul(moved @ layer.v, o_rows, moved.sum(-1, keepdim=True), value=-0.5)
+    spread = (moved @ v_sq).addcmul_(o_rows, inner, value=-2).clamp_(min=0).mean(2, keepdim=True)
     at_v = v_sq.addcmul_(read[:, None], row_norms(layer, layer.modules.value, weights))
-    o = spread + weight[:, :, :SAMPLED].mean(2, keepdim=True) @ at_v
-    return o, alpha[:, :, SAMPLED:].clone(), moved[:, :, SAMPLED:].clone()
+    return spread + weight.mean(2, keepdim=True) @ at_v, token, token_o
 
 
 def score_error(layer: LayerTrace, q: Tensor, rows: Tensor, read: Tensor, k_sq: Tensor, weights: WeightCache, scaling: float = 1) -> Tensor:

@@ -57,7 +57,7 @@ class Quotient:
     Attributes:
         values: (B, H, n, dh).
         relative: (B, n, 1), squared relative error of R_o.
-        norm: (B, n), squared norm.
+        norm: (B, n), squared norm, TINY at least.
         moved: (B, n), squared error.
     """
 
@@ -107,7 +107,7 @@ def token_error(r: Relevance) -> Tensor | None:
 def quotient_error(r_o: Relevance, s: Tensor, o: Tensor, at_o: Tensor, weights: WeightCache) -> Quotient:
     """s = R_o / o, (B, H, n, dh), with its error; at_o: squared error of o beside its own rounding, (B, H, 1, dh)."""
     size = s.square()
-    norm = size.sum((1, 3))
+    norm = size.sum((1, 3)).clamp_(min=TINY)
     inherited = size.div_(torch.addcmul(weights.number(GUARD**2, o), o, o)).transpose(1, 2).flatten(2) @ at_o.flatten(1)[..., None]
     return Quotient(s, r_o.relative, norm, torch.addcmul(inherited[..., 0], norm, r_o.relative[..., 0] + 1))
 
@@ -115,9 +115,10 @@ def quotient_error(r_o: Relevance, s: Tensor, o: Tensor, at_o: Tensor, weights: 
 def projected_error(layer: LayerTrace, errors: LayerError, s: Quotient, parts: Sequence[Tensor], weights: WeightCache) -> list[Tensor]:
     """Squared relative errors (B, n or 1, 1) of R_q, R_k and R_v, parts (B, H, n, dh): of s, and for the queries with the largest R_q of
     the division by q . k."""
-    inherited = s.moved / s.norm.clamp(min=TINY)
-    overall = s.moved.sum(1, keepdim=True) / s.norm.sum(1, keepdim=True).clamp_(min=TINY)
-    size_q, size_k = (torch.linalg.vector_norm(part, dim=(1, 3)).square_().clamp_(min=TINY) for part in parts[:2])
+    inherited = s.moved / s.norm
+    overall = s.moved.sum(1, keepdim=True) / s.norm.sum(1, keepdim=True)
+    norms = [torch.linalg.vector_norm(part, dim=(1, 3)) for part in parts[:2]]
+    size_q, size_k = (torch.addcmul(weights.number(TINY, t), t, t) for t in norms)
     size_q, rows = size_q.topk(min(SAMPLED, size_q.shape[1]), dim=1)
     moved = _sampled_error(layer, errors, s, rows, weights)
     at_q = inherited.scatter_add_(1, rows, moved.sum((1, 3)).div_(size_q))
@@ -192,12 +193,10 @@ def row_error(steps: Sequence[MapRow], position: Tensor, weights: WeightCache) -
 def _map_row_errors(steps: Sequence[MapRow], position: Tensor, weights: WeightCache) -> tuple[Tensor, Tensor]:
     """The token's row of every layer's map, and its squared error, (B, L, n) both."""
     s, grad = (None if t[0] is None else stack_layers(t) for t in zip(*[(step.s, step.grad) for step in steps], strict=True))
-    here = position[:, None]
-    o = stack_layers([take_queries(step.layer.o, here.to(step.layer.o.device)) for step in steps])
+    at_o, token, o = (stack_layers([getattr(step.errors, name) for step in steps]) for name in ("o", "token", "token_o"))
     relative, read = (stack_layers(t) for t in zip(*[(step.quotient.relative, step.errors.read) for step in steps], strict=True))
-    relative = relative.gather(2, here.to(s.device)[:, None, None].expand(-1, len(steps), 1, 1))[:, :, None]
-    at_o, alpha, at_alpha = (stack_layers([getattr(step.errors, name) for step in steps]) for name in ("o", "alpha", "moved"))
-    size = s.square()
+    relative = relative.gather(2, position.to(s.device)[:, None, None, None].expand(-1, len(steps), 1, 1))[:, :, None]
+    (alpha, at_alpha), size = token.unbind(2), s.square()
     # of s, beside the values' own rounding
     at_s = torch.addcdiv(relative + 2, at_o, torch.addcmul(weights.number(GUARD**2, o), o, o)).mul_(size)
     rows = s if grad is None else torch.cat([s, grad], 3)

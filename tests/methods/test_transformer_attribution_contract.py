@@ -128,6 +128,22 @@ def test_estimate_is_an_example_s_own(name):
     assert torch.allclose(both[1:], one, rtol=1e-2)
 
 
+@pytest.mark.parametrize("variant", ["transformer_attribution", "last_layer", "full"])
+def test_estimate_where_divisors_are_0(variant):
+    model = build("bert-classifier", torch.float32)
+    first, second, _ = model.bert.encoder.layer
+    with torch.no_grad():
+        for part in (first.attention.self.query, second.attention.self.value):
+            part.weight[:12], part.bias[:12] = 0, 0
+        # features 0 to 4 of the second layer's residual sums
+        for part in (first.output.LayerNorm, second.attention.output.dense, second.attention.output.LayerNorm, second.output.dense):
+            part.weight[:5], part.bias[:5] = 0, 0
+    ta = TransformerAttribution(model, dtype=torch.float64)
+    batch = random_batch(model, batch=2, n=30, pads=[0, 11])
+    error = ta(**batch, variant=variant, reliability="estimated").error
+    assert ((error > 0) & (error < 1e-6)).all()
+
+
 def test_a_lost_result_warns_and_float64_steadies_it():
     model = build("bert-classifier", torch.float32, num_hidden_layers=12)
     batch = random_batch(model, batch=16, n=40)
