@@ -144,6 +144,7 @@ class TransformerAttribution:
             result.error = descent.estimated_error()
         self._warn(result)
         if everything:
+            descent = Descent(states, rules, chosen.gradient, self.prefix is None)
             descent.roll_out(self.depth, 0, tuple(maps))
         self._add_layers(result, descent, layers)
         return result
