@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from pyglobenc.methods.family import METHODS as ROLLOUT_FAMILY
 from pyglobenc.methods.family import OF_STAGE
-from pyglobenc.methods.reliability import MEASURED_BELOW
+from pyglobenc.methods.reliability import measured
 from pyglobenc.reference.relevance_attention import LEAST_QUERIES, TILE_FLOATS
 
 # reads the whole map of every layer, and makes numpy and scipy hold so many bytes an entry of one example's
@@ -94,7 +94,7 @@ def estimate_memory(
     wide = FLOAT64 if FLOAT64 in (element, dtype and torch.empty((), dtype=dtype).element_size()) else FLOAT32
     weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     if method in RELEVANCE:
-        return _relevance(s, method, weights, batch, n, element if dtype is None else wide, wide)
+        return _relevance(s, method, weights, batch, n, element if dtype is None else wide, wide, model.device)
     tokens = batch * n
     # asked for in double, the states of a narrower model are cast before the rollout
     state = wide if dtype == torch.float64 else element
@@ -116,12 +116,14 @@ def estimate_memory(
     )
 
 
-def _relevance(s: "_Sizes", method: str, weights: int, batch: int, n: int, element: int, wide: int) -> Estimate:
+def _relevance(
+    s: "_Sizes", method: str, weights: int, batch: int, n: int, element: int, wide: int, device: torch.device
+) -> Estimate:
     """Of the methods that explain a class: numbers that autograd and the rules keep, as the allocator shows them."""
     matrices = s.layers * 2 * (s.d * s.queries + s.d * s.keys + s.d * s.mlp)
     rules, gradient = method != "attention-gradcam", method == "transformer-attribution"
     # a small model's error is measured by a second run beside the first
-    if rules and wide == FLOAT32 and matrices * batch * n < MEASURED_BELOW:
+    if rules and wide == FLOAT32 and measured(matrices * batch * n, device):
         batch *= 2
     tokens, (tiles, most) = batch * n, TILES[wide]
     pairs = batch * s.heads * n * n

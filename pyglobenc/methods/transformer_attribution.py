@@ -17,7 +17,7 @@ from pyglobenc.methods.relevance_rules import LrpRules, Rules
 from pyglobenc.methods.relevance_states import States, run_forward
 from pyglobenc.methods.relevance_target import Index, head_kind
 from pyglobenc.methods.relevance_variants import PUBLISHED, VARIANTS, Variant, variant_scores
-from pyglobenc.methods.reliability import DIGITS_GONE, MEASURED_BELOW, METHODS, PrecisionWarning, distance
+from pyglobenc.methods.reliability import DIGITS_GONE, METHODS, PrecisionWarning, distance, measured
 from pyglobenc.methods.rollout import stack_layers
 from pyglobenc.values import may_look, require
 
@@ -155,8 +155,7 @@ class TransformerAttribution:
         if reliability != "auto":
             return reliability
         single = torch.float64 not in (self.dtype, self.model.dtype)
-        small = self.weights * self._tokens(batch) < MEASURED_BELOW
-        return "measured" if single and small else "estimated"
+        return "measured" if single and measured(self.weights * self._tokens(batch), self.model.device) else "estimated"
 
     def _tokens(self, batch: Mapping[str, Any]) -> int:
         """Tokens of a batch, padding and those before an image's patches among them."""

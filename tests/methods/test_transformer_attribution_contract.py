@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from transformers import BertConfig, BertForSequenceClassification, BertModel, DeiTConfig, DeiTForImageClassificationWithTeacher
 
 from pyglobenc import TransformerAttribution
-from pyglobenc.methods import transformer_attribution
+from pyglobenc.methods import reliability
 from pyglobenc.methods.relevance_variants import PUBLISHED, VARIANTS
 from pyglobenc.methods.reliability import PrecisionWarning
 
@@ -104,7 +104,7 @@ def random_case(seed):
 @pytest.mark.filterwarnings("ignore::pyglobenc.methods.reliability.PrecisionWarning")
 @pytest.mark.parametrize("method, below", [("measured", math.inf), ("estimated", 0)])
 def test_reliability_tells_good_from_bad(monkeypatch, method, below):
-    monkeypatch.setattr(transformer_attribution, "MEASURED_BELOW", below)
+    monkeypatch.setattr(reliability, "MEASURED_BELOW", {"cpu": below})
     said, true = [], []
     for seed in range(100):
         model, batch = random_case(seed)
