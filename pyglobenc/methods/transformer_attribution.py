@@ -132,8 +132,7 @@ class TransformerAttribution:
         lowest = 0 if everything else chosen.lowest_gradient(start_layer, self.depth)
         how = self._error_method(reliability, chosen, batch)
         states = run_forward(self.model, batch, self.kind, (target, contrast, position), self.dtype, lowest, how == "measured")
-        rules = self.lrp if chosen.lrp else self.rules
-        descent = Descent(states, rules, chosen.gradient, self.prefix is None, how == "estimated")
+        descent = self._descent(states, chosen, how == "estimated")
         scores = variant_scores(self.model, chosen, descent, start_layer, self.prefix)
         scores, moved = scores.chunk(2) if how == "measured" else (scores, None)
         result = self._result(scores, states, how)
@@ -144,10 +143,13 @@ class TransformerAttribution:
             result.error = descent.estimated_error()
         self._warn(result)
         if everything:
-            descent = Descent(states, rules, chosen.gradient, self.prefix is None)
+            descent = self._descent(states, chosen)
             descent.roll_out(self.depth, 0, tuple(maps))
         self._add_layers(result, descent, layers)
         return result
+
+    def _descent(self, states: States, chosen: Variant, estimate: bool = False) -> Descent:
+        return Descent(states, self.lrp if chosen.lrp else self.rules, chosen.gradient, self.prefix is None, estimate)
 
     def _error_method(self, reliability: str, chosen: Variant, batch: Mapping[str, Any]) -> str | None:
         if reliability == "off" or chosen.kind not in ("rollout", "layer", "input"):
