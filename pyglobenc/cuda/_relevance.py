@@ -10,13 +10,12 @@ HALF = (torch.float16, torch.bfloat16)
 
 def float32_reasons(widened: dict[str, Tensor | None] | None = None, **tensors: Tensor | None) -> list[str]:
     """Why a float32 kernel can't run on these tensors; those it widens may be in half precision."""
-    widened = widened or {}
-    given = {name: t for name, t in (widened | tensors).items() if t is not None}
+    given = {**(widened or {}), **tensors}
     reasons = _extension.device_reasons(given)
-    wrong = {name: t.dtype for name, t in given.items() if t.is_floating_point() and t.dtype != torch.float32}
-    wrong = {name: dtype for name, dtype in wrong.items() if name not in widened or dtype not in HALF}
+    others = {name: t for name, t in given.items() if t is not None and t.dtype != torch.float32 and t.is_floating_point()}
+    wrong = [f"{name} {t.dtype}" for name, t in others.items() if t.dtype not in HALF or name in tensors]
     if wrong:
-        reasons.append("computes in float32, got " + ", ".join(f"{name} {dtype}" for name, dtype in wrong.items()))
+        reasons.append("computes in float32, got " + ", ".join(wrong))
     return reasons
 
 

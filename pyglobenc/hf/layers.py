@@ -50,11 +50,16 @@ class NormStats:
     # most are never read: four views of a layer's norms would take as long as one of its kernels
     @property
     def mean(self) -> Tensor | None:
-        return None if self._mean is None else self._mean.detach().squeeze(-1)
+        return None if self._mean is None else _by_token(self._mean)
 
     @property
     def rstd(self) -> Tensor:
-        return self._rstd.detach().squeeze(-1)
+        return _by_token(self._rstd)
+
+
+def _by_token(t: Tensor) -> Tensor:
+    t = t.squeeze(-1)
+    return t.detach() if t.requires_grad else t
 
 
 @dataclass
