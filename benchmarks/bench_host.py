@@ -3,7 +3,7 @@
     pytest benchmarks/bench_host.py --threads 1 --csv host
 
 `ratio` is the call's time over the plain forward pass's, measured in turn. On a GPU it bounds every input whose kernels are done before
-the host has launched the next ones: BERT-base's in bfloat16 to about 2,000 tokens.
+the host has launched the next ones.
 """
 
 import pytest
