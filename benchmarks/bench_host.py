@@ -16,10 +16,7 @@ from pyglobenc import GlobEnc, TransformerAttribution
 ON_GPU = DEVICE.type == "cuda"
 ROUNDS, TOKENS = 100, 16
 BACKENDS = ("triton", "cuda") if ON_GPU else ("cpu",)
-METHODS = {
-    "globenc": lambda model, backend: GlobEnc(model, backend=backend),
-    "transformer-attribution": lambda model, backend: TransformerAttribution(model, backend=backend),
-}
+METHODS = {"globenc": GlobEnc, "transformer-attribution": TransformerAttribution}
 CALLS = [("globenc", {}), *(("transformer-attribution", {"reliability": how}) for how in ("off", "estimated", "measured"))]
 
 

@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pyglobenc.dtypes import HALF
 from pyglobenc.hf.limits import max_tokens, vocabulary
 from pyglobenc.hf.registry import is_decoder
 from pyglobenc.hf.unwrap import stock_model
@@ -99,7 +100,7 @@ class Runner:
         if options.packed and why_padded:
             raise ValueError(why_padded)
         # of torch's attention for packed sequences a GPU has half precision alone; without it each length takes a call of its own
-        pays = self.model.device.type == "cpu" or self.model.dtype in (torch.float16, torch.bfloat16)
+        pays = self.model.device.type == "cpu" or self.model.dtype in HALF
         self.packed = why_padded is None and (pays if options.packed is None else options.packed)
         self.model_name = model.name_or_path or type(model).__name__
         self.versions = {"model_dtype": str(model.dtype).split(".")[-1], "device": str(model.device)}

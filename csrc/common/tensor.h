@@ -41,15 +41,20 @@ inline pybind11::object call(const pybind11::handle& tensor, PyObject* name) {
     return pybind11::reinterpret_steal<pybind11::object>(out);
 }
 
+inline void* pointer(const pybind11::handle& tensor) {
+    static PyObject* const POINTER = PyUnicode_InternFromString("data_ptr");
+    return PyLong_AsVoidPtr(call(tensor, POINTER).ptr());
+}
+
 inline View view(const pybind11::handle& tensor) {
     static PyObject *const SHAPE = PyUnicode_InternFromString("shape"), *const STRIDE = PyUnicode_InternFromString("stride"),
-                           *const DTYPE = PyUnicode_InternFromString("dtype"), *const POINTER = PyUnicode_InternFromString("data_ptr");
+                           *const DTYPE = PyUnicode_InternFromString("dtype");
     View out;
     if (tensor.is_none()) return out;
     const pybind11::tuple shape = attribute(tensor, SHAPE), stride = call(tensor, STRIDE);
     if (shape.size() > 4) throw pybind11::type_error("unsupported tensor of " + std::to_string(shape.size()) + " axes");
     out.type = type_of(attribute(tensor, DTYPE));
-    out.data = PyLong_AsVoidPtr(call(tensor, POINTER).ptr());
+    out.data = pointer(tensor);
     for (size_t axis = 0; axis < shape.size(); ++axis) {
         out.shape[axis] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), axis));
         out.stride[axis] = PyLong_AsLongLong(PyTuple_GET_ITEM(stride.ptr(), axis));

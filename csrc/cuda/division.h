@@ -1,5 +1,5 @@
 // The guarded division of the relevance rules, to the letter of pyglobenc/reference/safe_division.py, four floats at a time from memory of
-// any alignment, and sums over a block.
+// any alignment, and sums over a warp and a block.
 #pragma once
 
 #include "../common/simt.h"
@@ -44,13 +44,19 @@ DEVICE void store_four(float* p, int64_t at, int64_t count, const Four& four) {
         if (at + e < count) p[at + e] = four.x[e];
 }
 
+template <class T>
+DEVICE T sum_over_warp(T x) {
+    for (int step = 16; step; step /= 2) x += shuffle_xor(x, step);
+    return x;
+}
+
 // Every x becomes its sum over the threads of the block, in the same order each time. Uses the first N * threads() / 32 of shared().
 template <int N, class T>
 DEVICE void sum_over_block(T (&x)[N]) {
     T* const of_warps = reinterpret_cast<T*>(shared());
     UNROLL
     for (int k = 0; k < N; ++k) {
-        for (int step = 16; step; step /= 2) x[k] += shuffle_xor(x[k], step);
+        x[k] = sum_over_warp(x[k]);
         if (lane() == 0) of_warps[N * warp() + k] = x[k];
     }
     barrier();

@@ -35,8 +35,7 @@ DEVICE float clamped_sum(const LinearArgs& args, int64_t row, int output) {
     const float* const w = args.weight + output * args.output_step;
     float sum = 0;
     for (int e = lane(); e < args.d_in; e += 32) sum += positive(x[e] * w[e * args.input_step]);
-    for (int step = 16; step; step /= 2) sum += shuffle_xor(sum, step);
-    return sum;
+    return sum_over_warp(sum);
 }
 
 // Adds what the dead outputs of a strip give this lane's inputs, x, from input `at` on.

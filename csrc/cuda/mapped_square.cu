@@ -2,6 +2,7 @@
 // residual).
 //
 // A warp takes a row: each mean is that of what the maps before it made, which is then centred. n * d numbers read once.
+#include "division.h"
 #include "launch.h"
 #include "ops.h"
 #include "widen.h"
@@ -37,13 +38,8 @@ struct Row {
             if (at < width) out += body(held[k], at);
         }
         for (int at = HELD * STEP + 4 * lane(); at < width; at += STEP) out += body(load_four(from + at), at);
-        for (int mask = 16; mask; mask /= 2) out += shuffle_xor(out, mask);
-        return out;
+        return sum_over_warp(out);
     }
-};
-
-struct Four {
-    float x[4];
 };
 
 // Four numbers of a row, from column `at`, after the first `passed` maps; 0 past the row's end, where the gammas are.

@@ -12,7 +12,7 @@ namespace pyglobenc {
 
 template <class T = float>
 T* data_of(const pybind11::handle& tensor) {
-    return tensor.is_none() ? nullptr : reinterpret_cast<T*>(tensor.attr("data_ptr")().cast<uintptr_t>());
+    return tensor.is_none() ? nullptr : static_cast<T*>(pointer(tensor));
 }
 
 inline int64_t count_of(const pybind11::handle& tensor) { return tensor.attr("numel")().cast<int64_t>(); }

@@ -11,7 +11,6 @@ from torch import Tensor
 
 MAX_HEADS = 64
 MAX_HEAD_DIM = 256
-HALF = (torch.float16, torch.bfloat16)
 
 # bytes of shared memory that one program may use, by compute capability (CUDA C++ programming guide, table of technical specifications)
 SHARED_LIMITS = {80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448, 120: 101_376}

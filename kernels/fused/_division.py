@@ -1,11 +1,11 @@
 """The guarded division of the relevance rules on the device, and reasons that the elementwise rules share."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyglobenc.kernels._device import HALF, device_reasons
+from pyglobenc import dtypes
+from pyglobenc.kernels._device import device_reasons
 from pyglobenc.reference.safe_division import GUARD
 
 PUBLISHED_GUARD = tl.constexpr(GUARD)
@@ -34,10 +34,5 @@ def safe_divide_rn(a, b, stabilizer, STABILIZED: tl.constexpr):
 
 def float32_reasons(widened: dict[str, Tensor | None] | None = None, **tensors: Tensor | None) -> list[str]:
     """Why a float32 kernel can't run on these tensors; those it widens may be in half precision."""
-    given = {**(widened or {}), **tensors}
-    reasons = device_reasons(given)
-    others = {name: t for name, t in given.items() if t is not None and t.dtype != torch.float32 and t.is_floating_point()}
-    wrong = [f"{name} {t.dtype}" for name, t in others.items() if t.dtype not in HALF or name in tensors]
-    if wrong:
-        reasons.append("computes in float32, got " + ", ".join(wrong))
-    return reasons
+    widened = widened or {}
+    return device_reasons({**widened, **tensors}) + dtypes.float32_reasons(widened, tensors)

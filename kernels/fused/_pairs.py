@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyglobenc.dtypes import HALF
 from pyglobenc.kernels._device import (
-    HALF,
     MAX_HEAD_DIM,
     MAX_HEADS,
     device_reasons,

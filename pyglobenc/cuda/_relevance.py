@@ -3,20 +3,14 @@
 import torch
 from torch import Tensor
 
+from pyglobenc import dtypes
 from pyglobenc.cuda import _extension
-
-HALF = (torch.float16, torch.bfloat16)
 
 
 def float32_reasons(widened: dict[str, Tensor | None] | None = None, **tensors: Tensor | None) -> list[str]:
     """Why a float32 kernel can't run on these tensors; those it widens may be in half precision."""
-    given = {**(widened or {}), **tensors}
-    reasons = _extension.device_reasons(given)
-    others = {name: t for name, t in given.items() if t is not None and t.dtype != torch.float32 and t.is_floating_point()}
-    wrong = [f"{name} {t.dtype}" for name, t in others.items() if t.dtype not in HALF or name in tensors]
-    if wrong:
-        reasons.append("computes in float32, got " + ", ".join(wrong))
-    return reasons
+    widened = widened or {}
+    return _extension.device_reasons({**widened, **tensors}) + dtypes.float32_reasons(widened, tensors)
 
 
 def new_like(t: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pyglobenc.dtypes import HALF
 from pyglobenc.hf.attention import NAME, PACKED, RECORDERS
 from pyglobenc.hf.layers import LayerModules, LayerTrace, NormStats, outside
 from pyglobenc.hf.own_attention import own_attention_hooks
@@ -196,7 +197,7 @@ def _recorder(trace: Trace, module: nn.Module):
 
 def _stats(z: Tensor, norm: nn.Module) -> NormStats:
     z = z.detach()
-    if z.dtype in (torch.float16, torch.bfloat16):
+    if z.dtype in HALF:
         z = z.float()
     eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
     if not isinstance(norm, nn.LayerNorm):

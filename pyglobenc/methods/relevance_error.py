@@ -12,7 +12,7 @@ The row of a layer's map inherits the error of its queries, and moves the scores
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -151,16 +151,15 @@ class MapRow:
 
     Attributes:
         layer, errors: the layer.
-        s, grad: (B, H, 1, dh), of the token; grad None where the map isn't weighed with it.
-        quotient: s of all tokens, its values left out.
+        s: values (B, H, 1, dh) of the token alone, errors of all tokens.
+        grad: (B, H, 1, dh), of the token; None where the map isn't weighed with it.
         before, after: (B, n), the row; before None: the map's own row.
     """
 
     layer: LayerTrace
     errors: LayerError
-    s: Tensor
+    s: Quotient
     grad: Tensor | None
-    quotient: Quotient
     before: Tensor | None
     after: Tensor
 
@@ -170,8 +169,7 @@ def map_row(
 ) -> MapRow:
     """Keep of s and grad (B, H, n, dh) what `row_error` needs; position (B,); before, after (B, 1, n)."""
     s_row, grad = (None if t is None else take_queries(t, position[:, None]) for t in (s.values, grad))
-    quotient = Quotient(s_row, s.relative, s.norm, s.moved)
-    return MapRow(layer, errors, s_row, grad, quotient, None if before is None else before[:, 0], after[:, 0])
+    return MapRow(layer, errors, replace(s, values=s_row), grad, None if before is None else before[:, 0], after[:, 0])
 
 
 def row_error(steps: Sequence[MapRow], position: Tensor, weights: WeightCache) -> Tensor:
@@ -180,7 +178,7 @@ def row_error(steps: Sequence[MapRow], position: Tensor, weights: WeightCache) -
     if steps[0].before is None:
         return moved[:, 0]
     before, after, norm, inherited = (
-        stack_layers(t) for t in zip(*[(step.before, step.after, step.quotient.norm, step.quotient.moved) for step in steps], strict=True)
+        stack_layers(t) for t in zip(*[(step.before, step.after, step.s.norm, step.s.moved) for step in steps], strict=True)
     )
     # the other rows' part has the error of the queries that it comes from
     here = position.to(before.device)[:, None, None].expand(-1, len(steps), 1)
@@ -192,9 +190,9 @@ def row_error(steps: Sequence[MapRow], position: Tensor, weights: WeightCache) -
 
 def _map_row_errors(steps: Sequence[MapRow], position: Tensor, weights: WeightCache) -> tuple[Tensor, Tensor]:
     """The token's row of every layer's map, and its squared error, (B, L, n) both."""
-    s, grad = (None if t[0] is None else stack_layers(t) for t in zip(*[(step.s, step.grad) for step in steps], strict=True))
+    s, grad = (None if t[0] is None else stack_layers(t) for t in zip(*[(step.s.values, step.grad) for step in steps], strict=True))
     at_o, token, o = (stack_layers([getattr(step.errors, name) for step in steps]) for name in ("o", "token", "token_o"))
-    relative, read = (stack_layers(t) for t in zip(*[(step.quotient.relative, step.errors.read) for step in steps], strict=True))
+    relative, read = (stack_layers(t) for t in zip(*[(step.s.relative, step.errors.read) for step in steps], strict=True))
     relative = relative.gather(2, position.to(s.device)[:, None, None, None].expand(-1, len(steps), 1, 1))[:, :, None]
     (alpha, at_alpha), size = token.unbind(2), s.square()
     # of s, beside the values' own rounding

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from pyglobenc.dtypes import HALF
+
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-HALF = {torch.float16, torch.bfloat16}
 
 
 def check_shape(op: str, name: str, t: Tensor | None, symbols: str, sizes: dict[str, int]) -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyglobenc.autocast import outside_autocast
+from pyglobenc.dtypes import HALF
 from pyglobenc.ops._checks import check_floats, check_heads, check_mask, check_offsets, check_shape, check_window
 from pyglobenc.reference.attention import attention as reference_attention
 from pyglobenc.reference.attention import hidden_keys, visible_keys
@@ -15,8 +16,6 @@ from pyglobenc.reference.packing import slices
 from pyglobenc.reference.score_mods import ScoreMod
 
 aten = torch.ops.aten
-
-HALF = (torch.float16, torch.bfloat16)
 
 # queries that share one call and one mask where the window is local: about as many as the window is wide, within these
 BAND = (64, 512)
