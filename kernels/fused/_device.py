@@ -27,13 +27,14 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
+@cache
 def shared_limit(device: torch.device) -> int:
     """Bytes of shared memory that one program may use on a device."""
     if device.type != "cuda":
         return INTERPRETED_LIMIT
     if torch.version.hip:
         return SMALLEST_LIMIT
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = capability(device)
     return SHARED_LIMITS.get(10 * major + minor, SMALLEST_LIMIT)
 
 
@@ -43,9 +44,14 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+# torch asks the driver's properties, through several functions, every time
+capability = cache(torch.cuda.get_device_capability)
+
+
 def on(device: torch.device) -> contextlib.AbstractContextManager:
     """Context in which launches go to a tensor's device."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    here = device.type != "cuda" or device.index == torch.cuda.current_device()
+    return contextlib.nullcontext() if here else torch.cuda.device(device)
 
 
 def float32_precision() -> str:
@@ -80,7 +86,7 @@ def device_reasons(tensors: dict[str, Tensor | None]) -> list[str]:
     if device.type == "cuda":
         if interpreting():
             return ["TRITON_INTERPRET is set: kernels run interpreted, on CPU tensors"]
-        if not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+        if not torch.version.hip and capability(device) < (8, 0):
             return ["needs compute capability 8.0 or later"]
         problem = driver_problem()
         return [] if problem is None else [f"Triton doesn't start: {problem}"]
@@ -99,4 +105,5 @@ def real_tokens(MASK, b, stride_b, stride_n, rows, ok, HAS_MASK: tl.constexpr):
 
 def power_of_two(size: int, least: int) -> int:
     """Smallest power of two that is at least size and least."""
-    return max(least, triton.next_power_of_2(size))
+    # Triton's own, and its cdiv, take 3 us a call from the host: kernels may call them too
+    return max(least, 1 << (size - 1).bit_length())

@@ -96,9 +96,9 @@ def add_relevance(r: Tensor, a: Tensor, b: Tensor, stabilizer: float = 0.0, resc
     if r.numel() == 0:
         return r_a, r_b
     batch, size = r.shape[0], r[0].numel()
-    tiles = triton.cdiv(size, BLOCK)
+    tiles = -(-size // BLOCK)
     blocks = min(MOST_BLOCKS, tiles)
-    per_block = triton.cdiv(tiles, blocks) * BLOCK
+    per_block = -(-tiles // blocks) * BLOCK
     sums = torch.empty(batch, 3, blocks, dtype=torch.float64, device=r.device)
     given = (r.contiguous(), a.contiguous(), b.contiguous(), sums)
     sizes = (stabilizer, size, per_block, blocks)

@@ -56,7 +56,7 @@ def clone_relevance(parts: Sequence[Tensor], x: Tensor) -> Tensor:
     given = [part.contiguous() for part in parts]
     given += [given[0]] * (MOST_PARTS - len(given))
     with on(x.device):
-        _clone_relevance_kernel[(triton.cdiv(x.numel(), BLOCK),)](
+        _clone_relevance_kernel[(-(-x.numel() // BLOCK),)](
             *given, x.contiguous(), out, x.numel(), COUNT=len(parts), BLOCK=BLOCK, num_warps=8
         )
     return out

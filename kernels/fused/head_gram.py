@@ -96,7 +96,7 @@ def head_gram(v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: 
     if gram.numel() == 0 or head_dim == 0:
         return gram.zero_(), cross
     tiles = launch(head_dim)
-    blocks = triton.cdiv(n, tiles["BLOCK_N"])
+    blocks = -(-n // tiles["BLOCK_N"])
     v = v if v.stride(-1) == 1 else v.contiguous()
     width, steps = 0, (0, 0)
     if x is not None:

@@ -46,7 +46,7 @@ def head_norms(v: Tensor, weight: Tensor) -> Tensor:
     if out.numel() == 0 or head_dim == 0:
         return out.zero_()
     tiles = launch(head_dim)
-    blocks = triton.cdiv(n, tiles["BLOCK_N"])
+    blocks = -(-n // tiles["BLOCK_N"])
     v = v if v.stride(-1) == 1 else v.contiguous()
     with on(v.device):
         _head_norms_kernel[(blocks * heads * batch,)](

@@ -131,7 +131,7 @@ def quotient(common: tuple[Tensor, ...], own: tuple[Tensor | None, ...]) -> None
 def product(common: tuple[Tensor, ...], own: tuple[Tensor, ...]) -> None:
     """The second."""
     x, weight, bound, flags = common
-    in_strips, strips = triton.cdiv(x.shape[-1], STRIP), flags.shape[1]
+    in_strips, strips = -(-x.shape[-1] // STRIP), flags.shape[1]
     sizes = (x.shape[-1], bound.shape[-1], in_strips, strips, *weight.stride())
     grid = (flags.shape[0] * in_strips,)
     _product_kernel[grid](*common, *own, *sizes, STRIP=STRIP, STRIPS=power_of_two(strips, 1), num_warps=1)

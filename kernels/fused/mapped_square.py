@@ -76,7 +76,7 @@ def mapped_square(x: Tensor, gammas: Sequence[Tensor]) -> Tensor:
     if out.numel() == 0 or width == 0:
         return out.zero_()
     tiles = launch(width)
-    blocks = triton.cdiv(n, tiles["BLOCK_N"])
+    blocks = -(-n // tiles["BLOCK_N"])
     x = x if x.stride(-1) == 1 else x.contiguous()
     given = [gamma.contiguous() for gamma in gammas] + [None, None]
     with on(x.device):

@@ -185,7 +185,7 @@ class TritonPasses(Passes):
         tiles = launch(head_dim)
         given, steps = zip(*(by_head(t, self.q) for t in (self.q, self.k, self.v, self.s, self.grad_o)), strict=True)
         masks = (0, 0) if self.key_mask is None else self.key_mask.stride()
-        blocks = triton.cdiv(n, tiles[block])
+        blocks = -(-n // tiles[block])
         with on(self.q.device):
             kernel[(blocks * batch * heads,)](
                 *given, self.lse, self.key_mask, *tensors, self.scaling, self.stabilizer, n, heads, *sides(self.window, n), blocks, *sizes,

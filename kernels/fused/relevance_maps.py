@@ -81,7 +81,7 @@ def relevance_maps(
     tiles = launch(head_dim)
     del tiles["BLOCK_D"]  # no product over keys here
     given, steps = zip(*(by_head(t, q) for t in (q, k, v, s, grad_o)), strict=True)
-    row_blocks, key_blocks = triton.cdiv(m, tiles["BLOCK_I"]), triton.cdiv(n, tiles["BLOCK_J"])
+    row_blocks, key_blocks = -(-m // tiles["BLOCK_I"]), -(-n // tiles["BLOCK_J"])
     with on(q.device):
         _relevance_maps_kernel[(row_blocks * key_blocks * batch,)](
             *given, lse, key_mask, rows, out, scaling, n, m, heads, *sides(window, n), row_blocks, key_blocks,

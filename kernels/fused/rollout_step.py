@@ -189,15 +189,15 @@ def rollout_step(
     if r.numel() == 0:
         return out, log_scale.clone()
     given = pair_arguments(q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, window)
-    key_blocks = triton.cdiv(n, given["BLOCK_J"])
+    key_blocks = -(-n // given["BLOCK_J"])
     block_t = 1 if n_rows == 1 else min(MAX_ROWS, power_of_two(n_rows, 16))
-    row_blocks = triton.cdiv(n_rows, block_t)
+    row_blocks = -(-n_rows // block_t)
     longest, sequences, steps = n, batch, 0
     if offsets is not None:
         longest, sequences, offsets = int(offsets.diff().max()), len(offsets) - 1, offsets.contiguous().to(q.device, non_blocking=True)
         # of a search among them: 8, 16 or 24, so that few numbers are compiled for
         steps = -(-max(1, (sequences - 1).bit_length()) // 8) * 8
-    shares = query_shares(key_blocks * row_blocks * batch, triton.cdiv(longest, given["BLOCK_I"]), places(q.device), START)
+    shares = query_shares(key_blocks * row_blocks * batch, -(-longest // given["BLOCK_I"]), places(q.device), START)
     parts = out if shares == 1 else r.new_empty(shares, *r.shape)
     given |= dict(R=r, OFFSETS=offsets, OUT=parts, n_rows=n_rows, key_blocks=key_blocks, row_blocks=row_blocks, shares=shares, batch=batch)
     with on(q.device):

@@ -95,8 +95,8 @@ def token_norms(
     if out.numel() == 0:
         return out
     given = pair_arguments(q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, window)
-    key_blocks = triton.cdiv(n, given["BLOCK_J"])
-    shares = query_shares(key_blocks * batch, triton.cdiv(m, given["BLOCK_I"]), places(q.device), START)
+    key_blocks = -(-n // given["BLOCK_J"])
+    shares = query_shares(key_blocks * batch, -(-m // given["BLOCK_I"]), places(q.device), START)
     with on(q.device):
         _token_norms_kernel[(key_blocks * shares * batch,)](
             **given, ROWS=rows, OUT=out, m=m, key_blocks=key_blocks, shares=shares, HAS_ROWS=rows is not None, **strides(rows, "rb rn")

@@ -1,5 +1,7 @@
 """Argument checks shared by the ops: each error names the op, what it expects and what came."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,10 @@ def check_shape(op: str, name: str, t: Tensor | None, symbols: str, sizes: dict[
     """Check t against symbols such as "B H n dh"; sizes learns the symbols not met before. None passes."""
     if t is None:
         return
-    expected, came = symbols.split(), t.shape
+    expected, came = _axes(symbols), t.shape
+    # most tensors have axes that others had before
+    if tuple(map(sizes.get, expected)) == came:
+        return
     ok = len(came) == len(expected)
     if ok:
         for symbol, size in zip(expected, came, strict=True):
@@ -23,14 +28,19 @@ def check_shape(op: str, name: str, t: Tensor | None, symbols: str, sizes: dict[
         raise ValueError(f"{op}: {name} must be ({shape}){f' with {known}' if known else ''}, got {tuple(came)}")
 
 
+_axes = cache(str.split)
+
+
 def check_floats(op: str, **tensors: Tensor | None) -> None:
     """All given tensors have one floating-point dtype."""
+    met = {t.dtype for t in tensors.values() if t is not None}
+    if len(met) < 2 and met <= FLOATS:
+        return
     dtypes = {name: t.dtype for name, t in tensors.items() if t is not None}
     for name, dtype in dtypes.items():
         if dtype not in FLOATS:
             raise TypeError(f"{op}: {name} must be a floating-point tensor, got {dtype}")
-    if len(set(dtypes.values())) > 1:
-        raise TypeError(f"{op}: tensors must have one dtype, got " + ", ".join(f"{n} {d}" for n, d in dtypes.items()))
+    raise TypeError(f"{op}: tensors must have one dtype, got " + ", ".join(f"{n} {d}" for n, d in dtypes.items()))
 
 
 def check_widened(op: str, inputs: dict[str, Tensor | None], weights: dict[str, Tensor | None]) -> None:
