@@ -5,7 +5,7 @@ import torch
 from numerics import assert_as_good_as_torch
 from pair_cases import KERNELS, Case, doubled, factor, layer, pair_args, product, running
 
-from pyglobenc.ops import attention, rollout_step
+from pyglobenc.ops import add_relevance, attention, relevance_attention, relevance_rollout_step, rollout_step
 from pyglobenc.reference.score_mods import SoftCap
 
 AXES = {"q": 2, "k": 2, "v": 2, "lse": 2, "gram": 1, "cross": 1, "residual_sq": 1, "rstd": 1}
@@ -135,3 +135,84 @@ def test_opcheck():
     packed["log_scale"] = torch.randn(2, 2)
     ordered = [packed[name] for name in ("r", "log_scale", "q", "k", "lse", "gram", "cross", "residual_sq", "rstd", "key_mask", "scaling")]
     torch.library.opcheck(torch.ops.pyglobenc.rollout_step.default, (*ordered, *packed["window"], "auto", offsets))
+
+
+# as above; lengths side by side, one of a token, more than a block of queries
+RELEVANCE = [((1,), 1), ((1, 1, 2, 1), 2), ((7, 7, 33, 5, 5, 5, 18), 1), ((64, 65, 3), 3), ((130, 1, 30), 11)]
+
+
+def relevance_args(lengths, count, heads=2, dh=16):
+    """Arguments of `relevance_attention` of each sequence alone, the same packed, and offsets.
+
+    Queries and keys are halves of small integers: scores are exact, and a division by one amplifies no rounding.
+    """
+    alone = []
+    for n in lengths:
+        q, k, v, grad_o, s = (torch.randn(1, heads, n, dh) for _ in range(5))
+        q, k = (q * 2).round() / 2, (k * 2).round() / 2
+        _, lse = attention(q.double(), k.double(), v.double())
+        alone.append(dict(q=q, k=k, v=v, lse=lse.float(), grad_o=grad_o, s=s, r=torch.rand(1, count, n)))
+    return alone, packed_together(alone, 2), torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def packed_together(alone, axis):
+    return {name: torch.cat([one[name] for one in alone], axis) for name in alone[0]}
+
+
+def of_sequences(op, alone, axes, **options):
+    """What the reference gives of each sequence in float64, and in float32, packed."""
+    outs = []
+    for convert in (doubled, dict):
+        each = [op(**convert(one), **options, backend="reference") for one in alone]
+        each = [out if isinstance(out, tuple) else (out,) for out in each]
+        outs.append([torch.cat(parts, axis) for parts, axis in zip(zip(*each, strict=True), axes, strict=True)])
+    return outs
+
+
+def compare(op, backend, alone, packed, offsets, axes, **options):
+    exact, torch_out = of_sequences(op, alone, axes, **options)
+    with running(backend) as name:
+        out = op(**packed, **options, offsets=offsets, backend=name)
+    for values in zip(out if isinstance(out, tuple) else (out,), exact, torch_out, strict=True):
+        assert_as_good_as_torch(*values, factor(backend))
+
+
+# without the additive mask a sequence of the definition is an example like others
+@pytest.mark.parametrize("options", [{}, dict(additive_mask=True, normalize=True), dict(window=(6, 3), stabilizer=1e-3)], ids=str)
+@pytest.mark.parametrize("lengths, count", RELEVANCE, ids=str)
+@pytest.mark.parametrize("backend", ["reference", *KERNELS])
+def test_relevance_is_each_sequence_alone(backend, lengths, count, options):
+    alone, packed, offsets = relevance_args(lengths, count)
+    compare(relevance_attention, backend, alone, packed, offsets, (2, 2, 2, 1, 2), **options)
+    options = {name: value for name, value in options.items() if name in ("normalize", "window")}
+    compare(relevance_rollout_step, backend, alone, packed, offsets, (2,), **options)
+
+
+@pytest.mark.parametrize("options", [{}, dict(stabilizer=1e-3), dict(rescale=False)], ids=str)
+@pytest.mark.parametrize("lengths", [lengths for lengths, _ in RELEVANCE], ids=str)
+@pytest.mark.parametrize("backend", ["reference", *KERNELS])
+def test_sums_of_a_sequence_are_its_own(backend, lengths, options):
+    alone = [dict(r=torch.randn(1, n, 70), a=torch.randn(1, n, 70), b=torch.randn(1, n, 70)) for n in lengths]
+    offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    compare(add_relevance, backend, alone, packed_together(alone, 1), offsets, (1, 1), **options)
+
+
+def test_relevance_without_a_rollout():
+    alone, packed, offsets = relevance_args((4, 4, 9), 1)
+    for args in (packed, *alone):
+        del args["r"], args["grad_o"]
+    out = relevance_attention(**packed, grad_o=None, offsets=offsets, backend="reference")
+    expected = [relevance_attention(**one, grad_o=None, backend="reference") for one in alone]
+    assert out[4] is None
+    for got, wanted, axis in zip(out[:4], zip(*(one[:4] for one in expected), strict=True), (2, 2, 2, 1), strict=True):
+        torch.testing.assert_close(got, torch.cat(wanted, axis))
+
+
+def test_relevance_refuses_wrong_offsets():
+    _, packed, offsets = relevance_args((4, 9), 1)
+    with pytest.raises(ValueError, match="relevance_attention: offsets must increase from 0 to n = 13"):
+        relevance_attention(**packed, offsets=offsets[:2])
+    with pytest.raises(ValueError, match="relevance_rollout_step: packed sequences are a batch of 1 without key_mask"):
+        relevance_rollout_step(**packed, key_mask=torch.ones(1, 13, dtype=torch.bool), offsets=offsets)
+    with pytest.raises(ValueError, match="add_relevance: packed sequences are a batch of 1"):
+        add_relevance(*torch.zeros(3, 2, 13, 4), offsets=offsets)

@@ -197,10 +197,10 @@ class TritonPasses(Passes):
 
 
 def not_supported(
-    q, k, v, lse, grad_o, s, r, key_mask, scaling, window, additive_mask, normalize, stabilizer, rescale=True
+    q, k, v, lse, grad_o, s, r, key_mask, scaling, window, additive_mask, normalize, stabilizer, offsets=None
 ) -> list[str]:
     """Why the kernel can't run on these arguments; empty when it can."""
-    return relevance_reasons(q, k=k, v=v, lse=lse, grad_o=grad_o, s=s, r=r, key_mask=key_mask)
+    return relevance_reasons(q, offsets, k=k, v=v, lse=lse, grad_o=grad_o, s=s, r=r, key_mask=key_mask)
 
 
 def relevance_attention(
@@ -217,8 +217,8 @@ def relevance_attention(
     additive_mask: bool,
     normalize: bool,
     stabilizer: float,
-    rescale: bool = True,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """See `pyglobenc.ops.relevance_attention`: -> R_q, R_k, R_v (B, H, n, dh), row_sums (B, n), r_out (B, T, n) or None."""
     passes = TritonPasses(q, k, v, lse, grad_o, s, key_mask, scaling, window, additive_mask, stabilizer)
-    return passes.relevance(r, normalize, rescale)
+    return passes.relevance(r, normalize)

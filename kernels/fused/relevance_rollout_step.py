@@ -9,9 +9,9 @@ from pyglobenc.kernels._relevance import relevance_reasons
 from pyglobenc.kernels.relevance_attention import TritonPasses
 
 
-def not_supported(r, q, k, v, lse, grad_o, s, key_mask, scaling, window, normalize) -> list[str]:
+def not_supported(r, q, k, v, lse, grad_o, s, key_mask, scaling, window, normalize, offsets=None) -> list[str]:
     """Why the kernel can't run on these arguments; empty when it can."""
-    return relevance_reasons(q, k=k, v=v, lse=lse, grad_o=grad_o, s=s, r=r, key_mask=key_mask)
+    return relevance_reasons(q, offsets, k=k, v=v, lse=lse, grad_o=grad_o, s=s, r=r, key_mask=key_mask)
 
 
 def relevance_rollout_step(
@@ -26,6 +26,7 @@ def relevance_rollout_step(
     scaling: float,
     window: tuple[int, int],
     normalize: bool,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """See `pyglobenc.ops.relevance_rollout_step`: -> (B, T, n)."""
     return TritonPasses(q, k, v, lse, grad_o, s, key_mask, scaling, window).rollout_step(r, normalize)

@@ -5,11 +5,12 @@ from torch import Tensor
 
 from pyglobenc.cpu._extension import single
 from pyglobenc.cpu._relevance import query_tiles
-from pyglobenc.reference.relevance_attention import rescale_scores, roll_rows
+from pyglobenc.reference.packing import by_runs
+from pyglobenc.reference.relevance_attention import PACKED_AXES, rescale_scores, roll_rows
 
 
 def not_supported(
-    q, k, v, lse, grad_o, s, r, key_mask, scaling, window, additive_mask, normalize, stabilizer, rescale=True
+    q, k, v, lse, grad_o, s, r, key_mask, scaling, window, additive_mask, normalize, stabilizer, offsets=None
 ) -> list[str]:
     """Reasons that these arguments of `pyglobenc.ops.relevance_attention` can't run here."""
     return single(*(t for t in (q, k, v, lse, grad_o, s, r) if t is not None))
@@ -29,9 +30,12 @@ def relevance_attention(
     additive_mask: bool,
     normalize: bool,
     stabilizer: float,
-    rescale: bool = True,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """See `pyglobenc.ops.relevance_attention`: -> R_q, R_k, R_v (B, H, n, dh), row_sums (B, n), r_out (B, T, n) or None."""
+    if offsets is not None:
+        options, tensors = (None, scaling, window, additive_mask, normalize, stabilizer), (q, k, v, lse, grad_o, s, r)
+        return tuple(by_runs(lambda *each: relevance_attention(*each, *options), tensors, PACKED_AXES, (2, 2, 2, 1, 2), offsets))
     r_q, r_k, r_v = (t.new_zeros(t.shape) for t in (q, k, v))
     row_sums = q.new_empty(q.shape[0], q.shape[2])
     r_out = None if r is None else r.new_zeros(r.shape)
@@ -49,6 +53,6 @@ def relevance_attention(
         r_v += torch.matmul(tile.alpha.transpose(2, 3), s[:, :, rows], out=product)
     for out, operand in ((r_q, q), (r_k, k), (r_v, v)):
         out.mul_(operand).mul_(0.5)
-    if additive_mask and rescale:
+    if additive_mask:
         rescale_scores(r_q, r_k, *sums.unbind(1))
     return r_q, r_k, r_v, row_sums, r_out

@@ -18,9 +18,11 @@ def new_like(t: Tensor) -> Tensor:
     return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
-def relevance_reasons(q: Tensor, **others: Tensor | None) -> list[str]:
+def relevance_reasons(q: Tensor, offsets: Tensor | None, **others: Tensor | None) -> list[str]:
     """Why a relevance kernel over pairs can't run on these tensors."""
     reasons = float32_reasons(q=q, **others)
+    if offsets is not None:
+        reasons.append("takes no packed sequences")
     if not reasons:
         with _extension.launching(q.device):
             limit, needed = _extension.kernels.shared_limit(), _extension.kernels.relevance_shared(q.shape[3])

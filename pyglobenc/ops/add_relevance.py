@@ -4,14 +4,21 @@ import torch
 from torch import Tensor
 
 from pyglobenc.backends import pick
-from pyglobenc.ops._checks import check_floats, check_shape
+from pyglobenc.ops._checks import check_floats, check_offsets, check_shape
 from pyglobenc.ops._registered import register
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")
 
 
 def add_relevance(
-    r: Tensor, a: Tensor, b: Tensor, *, stabilizer: float = 0.0, rescale: bool = True, backend: str = "auto"
+    r: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    stabilizer: float = 0.0,
+    rescale: bool = True,
+    offsets: Tensor | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Split the relevance of a + b over the two branches.
 
@@ -26,6 +33,7 @@ def add_relevance(
         a, b: the branches in the forward pass, (B, n, d), same dtype.
         stabilizer: 0 for that guard in S; e > 0 divides by a + b + e * sign(a + b) instead.
         rescale: False leaves out the second line (the LRP baseline's rule).
+        offsets: of S sequences packed into one, as `rollout_step` takes them: each is an example with sums of its own.
         backend: "auto" or a backend's name.
 
     Returns:
@@ -40,15 +48,18 @@ def add_relevance(
     for name, t in (("r", r), ("a", a), ("b", b)):
         check_shape(op, name, t, "B n d", sizes)
     check_floats(op, r=r, a=a, b=b)
-    return _add_relevance(r, a, b, float(stabilizer), rescale, backend)
+    check_offsets(op, offsets, None, sizes)
+    return _add_relevance(r, a, b, float(stabilizer), rescale, backend, offsets)
 
 
 @register("add_relevance")
-def _add_relevance(r: Tensor, a: Tensor, b: Tensor, stabilizer: float, rescale: bool, backend: str) -> tuple[Tensor, Tensor]:
-    args = (r, a, b, stabilizer, rescale)
+def _add_relevance(
+    r: Tensor, a: Tensor, b: Tensor, stabilizer: float, rescale: bool, backend: str, offsets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    args = (r, a, b, stabilizer, rescale, offsets)
     return pick("add_relevance", backend, BACKENDS, args)(*args)
 
 
 @_add_relevance.register_fake
-def _(r, a, b, stabilizer, rescale, backend):
+def _(r, a, b, stabilizer, rescale, backend, offsets=None):
     return tuple(torch.empty_like(r, memory_format=torch.contiguous_format) for _ in range(2))

@@ -1,7 +1,6 @@
 """Op `attention`: softmax attention with its log-sum-exp, by torch's own kernels where they return it."""
 
 from functools import cache
-from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,7 @@ from pyglobenc.dtypes import HALF
 from pyglobenc.ops._checks import check_floats, check_heads, check_mask, check_offsets, check_shape, check_window
 from pyglobenc.reference.attention import attention as reference_attention
 from pyglobenc.reference.attention import hidden_keys, visible_keys
-from pyglobenc.reference.packing import slices
+from pyglobenc.reference.packing import by_runs
 from pyglobenc.reference.score_mods import ScoreMod
 
 aten = torch.ops.aten
@@ -88,15 +87,11 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, scaling: float, window, score_mod, 
         tokens = (t[0].transpose(0, 1) for t in (q, k, v))
         out = aten._flash_attention_forward(*tokens, *sizes, scale=scaling, window_size_left=left, window_size_right=right)
         return out[0].transpose(0, 1)[None], out[1][None]
-    outs, lses = [], []
-    for n, run in groupby(slices(offsets), lambda tokens: tokens.stop - tokens.start):
-        run = list(run)
-        tokens = slice(run[0].start, run[-1].stop)
-        batch = (t[0, :, tokens].unflatten(1, (len(run), n)).transpose(0, 1) for t in (q, k, v))
-        o, lse = attention(*batch, scaling=scaling, window=window, score_mod=score_mod)
-        outs.append(o.transpose(1, 2).flatten(0, 1))
-        lses.append(lse.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outs).transpose(0, 1)[None], torch.cat(lses).T[None]
+
+    def run(*batch: Tensor) -> tuple[Tensor, Tensor]:
+        return attention(*batch, scaling=scaling, window=window, score_mod=score_mod)
+
+    return tuple(by_runs(run, (q, k, v), (2, 2, 2), (2, 2), offsets))
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scaling: float, window, score_mod) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pyglobenc.backends import pick
-from pyglobenc.ops._checks import check_floats, check_mask, check_shape, check_window
+from pyglobenc.ops._checks import check_floats, check_mask, check_offsets, check_shape, check_window
 from pyglobenc.ops._registered import register
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")
@@ -43,6 +43,7 @@ def relevance_attention(
     additive_mask: bool = False,
     normalize: bool = False,
     stabilizer: float = 0.0,
+    offsets: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Relevance of queries, keys and values from that of the attention output, and a rollout step, without an (n, n) array.
@@ -62,6 +63,7 @@ def relevance_attention(
         additive_mask: the scores went through BERT's sum with a mask, which is a node of the add rule (its own relevance is 0).
         normalize: divide each row of I + A by its sum in the rollout step.
         stabilizer: 0 for that guard in U; e > 0 divides by D + e * sign(D) instead.
+        offsets: of S sequences packed into one, as `rollout_step` takes them: each attends to itself alone, with a factor c of its own.
         backend: "auto" or a backend's name.
 
     Returns:
@@ -75,10 +77,12 @@ def relevance_attention(
     op = "relevance_attention"
     scaling = check_relevance_args(op, q, k, v, lse, grad_o, s, key_mask, scaling, window)
     args = (q, k, v, lse.to(q.dtype), grad_o, s)
-    options = (key_mask, scaling, *window, additive_mask, normalize, float(stabilizer), backend)
+    sizes = {"B": q.shape[0], "n": q.shape[2]}
+    check_offsets(op, offsets, key_mask, sizes)
+    options = (key_mask, scaling, *window, additive_mask, normalize, float(stabilizer), backend, offsets)
     if r is None:
         return *_relevance_attention(*args, *options), None
-    check_shape(op, "r", r, "B T n", {"B": q.shape[0], "n": q.shape[2]})
+    check_shape(op, "r", r, "B T n", sizes)
     check_floats(op, q=q, r=r)
     return _relevance_attention_step(*args, r, *options)
 
@@ -114,13 +118,14 @@ def _relevance_attention(
     normalize: bool,
     stabilizer: float,
     backend: str,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    args = (q, k, v, lse, grad_o, s, None, key_mask, scaling, (left, right), additive_mask, normalize, stabilizer)
+    args = (q, k, v, lse, grad_o, s, None, key_mask, scaling, (left, right), additive_mask, normalize, stabilizer, offsets)
     return pick("relevance_attention", backend, BACKENDS, args)(*args)[:4]
 
 
 @_relevance_attention.register_fake
-def _(q, k, v, lse, grad_o, s, key_mask, scaling, left, right, additive_mask, normalize, stabilizer, backend):
+def _(q, k, v, lse, grad_o, s, key_mask, scaling, left, right, additive_mask, normalize, stabilizer, backend, offsets=None):
     return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2])
 
 
@@ -141,12 +146,13 @@ def _relevance_attention_step(
     normalize: bool,
     stabilizer: float,
     backend: str,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    args = (q, k, v, lse, grad_o, s, r, key_mask, scaling, (left, right), additive_mask, normalize, stabilizer)
+    args = (q, k, v, lse, grad_o, s, r, key_mask, scaling, (left, right), additive_mask, normalize, stabilizer, offsets)
     return pick("relevance_attention", backend, BACKENDS, args)(*args)
 
 
 @_relevance_attention_step.register_fake
-def _(q, k, v, lse, grad_o, s, r, key_mask, scaling, left, right, additive_mask, normalize, stabilizer, backend):
+def _(q, k, v, lse, grad_o, s, r, key_mask, scaling, left, right, additive_mask, normalize, stabilizer, backend, offsets=None):
     row_sums = q.new_empty(q.shape[0], q.shape[2])
     return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape), row_sums, r.new_empty(r.shape)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from pyglobenc.backends import pick
-from pyglobenc.ops._checks import check_floats, check_shape
+from pyglobenc.ops._checks import check_floats, check_offsets, check_shape
 from pyglobenc.ops._registered import register
 from pyglobenc.ops.relevance_attention import check_relevance_args
 
@@ -23,6 +23,7 @@ def relevance_rollout_step(
     scaling: float | None = None,
     window: tuple[int, int] = (-1, -1),
     normalize: bool = False,
+    offsets: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Multiply rows of the rollout by one layer's I + A, A never stored: the `r_out` of `relevance_attention`, alone.
@@ -31,7 +32,7 @@ def relevance_rollout_step(
 
     Args:
         r: rows of the rollout down to this layer, (B, T, n), the dtype of q.
-        q, k, v, lse, grad_o, s, key_mask, scaling, window, normalize, backend: as for `relevance_attention`.
+        q, k, v, lse, grad_o, s, key_mask, scaling, window, normalize, offsets, backend: as for `relevance_attention`.
 
     Returns:
         r (I + A), each row of I + A divided by its sum with normalize, (B, T, n).
@@ -43,9 +44,11 @@ def relevance_rollout_step(
     """
     op = "relevance_rollout_step"
     scaling = check_relevance_args(op, q, k, v, lse, grad_o, s, key_mask, scaling, window)
-    check_shape(op, "r", r, "B T n", {"B": q.shape[0], "n": q.shape[2]})
+    sizes = {"B": q.shape[0], "n": q.shape[2]}
+    check_shape(op, "r", r, "B T n", sizes)
     check_floats(op, q=q, r=r)
-    return _relevance_rollout_step(r, q, k, v, lse.to(q.dtype), grad_o, s, key_mask, scaling, *window, normalize, backend)
+    check_offsets(op, offsets, key_mask, sizes)
+    return _relevance_rollout_step(r, q, k, v, lse.to(q.dtype), grad_o, s, key_mask, scaling, *window, normalize, backend, offsets)
 
 
 @register("relevance_rollout_step")
@@ -63,11 +66,12 @@ def _relevance_rollout_step(
     right: int,
     normalize: bool,
     backend: str,
+    offsets: Tensor | None = None,
 ) -> Tensor:
-    args = (r, q, k, v, lse, grad_o, s, key_mask, scaling, (left, right), normalize)
+    args = (r, q, k, v, lse, grad_o, s, key_mask, scaling, (left, right), normalize, offsets)
     return pick("relevance_rollout_step", backend, BACKENDS, args)(*args)
 
 
 @_relevance_rollout_step.register_fake
-def _(r, q, k, v, lse, grad_o, s, key_mask, scaling, left, right, normalize, backend):
+def _(r, q, k, v, lse, grad_o, s, key_mask, scaling, left, right, normalize, backend, offsets=None):
     return r.new_empty(r.shape)

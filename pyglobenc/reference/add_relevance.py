@@ -9,11 +9,16 @@ the terms are of both signs and up to 1e6 times their sum.
 import torch
 from torch import Tensor
 
+from pyglobenc.reference.packing import by_runs
 from pyglobenc.reference.safe_division import safe_divide
 
 
-def add_relevance(r: Tensor, a: Tensor, b: Tensor, stabilizer: float = 0.0, rescale: bool = True) -> tuple[Tensor, Tensor]:
+def add_relevance(
+    r: Tensor, a: Tensor, b: Tensor, stabilizer: float = 0.0, rescale: bool = True, offsets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """See `pyglobenc.ops.add_relevance`: -> R_a, R_b (B, n, d)."""
+    if offsets is not None:
+        return tuple(by_runs(lambda *each: add_relevance(*each, stabilizer, rescale), (r, a, b), (1, 1, 1), (1, 1), offsets))
     s = safe_divide(r, a + b, stabilizer)
     r_a, r_b = a * s, b * s
     if not rescale:

@@ -1,6 +1,8 @@
 """Sequences packed into one: N tokens in a batch of 1, sequence s from offsets[s] to offsets[s + 1]; offsets (S + 1,) int32, on the CPU."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,40 @@ def per_sequence(r: Tensor, offsets: Tensor) -> Tensor:
     rows = r[0].T
     index = sequence_of(offsets, r.device)[:, None].expand_as(rows)
     return rows.new_zeros(len(offsets) - 1, rows.shape[1]).scatter_reduce(0, index, rows, "amax")
+
+
+def by_runs(
+    function: Callable[..., Sequence[Any]],
+    tensors: Sequence[Tensor | None],
+    axes: Sequence[int],
+    out_axes: Sequence[int],
+    offsets: Tensor,
+) -> list[Tensor | None]:
+    """Call a function on each run of sequences of one length side by side, as a batch of them, and pack what it returns.
+
+    Args:
+        function: of tensors (S, ..., n, ...), views; returns some, each with S first and n along its axis of tokens, or None.
+        tensors: (1, ..., N, ...), or None.
+        axes, out_axes: of tokens, of tensors and of what the function returns.
+        offsets: of the packed sequences.
+    """
+    outs = []
+    for _, run in groupby(slices(offsets), lambda tokens: tokens.stop - tokens.start):
+        run = list(run)
+        tokens = slice(run[0].start, run[-1].stop)
+        outs.append(function(*(_unpacked(t, axis, len(run)) for t, axis in zip(take(tensors, axes, tokens), axes, strict=True))))
+    columns = zip(zip(*outs, strict=True), out_axes, strict=True)
+    return [None if parts[0] is None else torch.cat([_packed(part, axis) for part in parts], axis) for parts, axis in columns]
+
+
+def _unpacked(t: Tensor | None, axis: int, count: int) -> Tensor | None:
+    """(1, ..., N, ...) of `count` sequences of one length as a batch (count, ..., n, ...)."""
+    return None if t is None else t[0].unflatten(axis - 1, (count, -1)).movedim(axis - 1, 0)
+
+
+def _packed(t: Tensor, axis: int) -> Tensor:
+    """The reverse."""
+    return t.movedim(0, axis - 1).flatten(axis - 1, axis)[None]
 
 
 def take(tensors: Sequence[Tensor | None], axes: Sequence[int], tokens: slice) -> list[Tensor | None]:

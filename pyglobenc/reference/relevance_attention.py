@@ -16,11 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyglobenc.reference.packing import by_runs
 from pyglobenc.reference.safe_division import safe_divide
 
 # smaller blocks waste the GEMMs, larger ones leave the cache
 TILE_FLOATS = 1 << 18
 LEAST_QUERIES = 16
+
+# axes of tokens of q, k, v, lse, grad_o, s and r
+PACKED_AXES = (2,) * 7
 
 
 @dataclass
@@ -48,12 +52,17 @@ def relevance_attention(
     additive_mask: bool,
     normalize: bool,
     stabilizer: float,
+    offsets: Tensor | None = None,
     rescale: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """See `pyglobenc.ops.relevance_attention`: -> R_q, R_k, R_v (B, H, n, dh), row_sums (B, n), r_out (B, T, n) or None.
 
     Without rescale the factor c of the additive mask is 1 (the LRP baseline's rule).
     """
+    if offsets is not None:
+        options = (None, scaling, window, additive_mask, normalize, stabilizer, None, rescale)
+        tensors = (q, k, v, lse, grad_o, s, r)
+        return tuple(by_runs(lambda *each: relevance_attention(*each, *options), tensors, PACKED_AXES, (2, 2, 2, 1, 2), offsets))
     r_q, r_k, r_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     row_sums = q.new_empty(q.shape[0], q.shape[2])
     r_out = None if r is None else torch.zeros_like(r)

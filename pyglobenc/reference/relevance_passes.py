@@ -41,7 +41,7 @@ class Passes:
         """Fill R_k but for the mask's factor, R_v (B, H, n, dh), and step (B, H, T, n): w (B, T, n) times each A_h. None: not wanted."""
         raise NotImplementedError
 
-    def relevance(self, r: Tensor | None, normalize: bool, rescale: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    def relevance(self, r: Tensor | None, normalize: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """R_q, R_k, R_v (B, H, n, dh), row_sums (B, n), r_out (B, T, n) or None without r."""
         r_q, r_k, r_v = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (self.q, self.k, self.v))
         if self.q.numel() == 0:
@@ -49,7 +49,7 @@ class Passes:
             return r_q, r_k, r_v, row_sums, None if r is None else r.clone(memory_format=torch.contiguous_format)
         row_sums, totals = self._rows(r_q)
         r_out = self._columns(r, row_sums if normalize else None, r_k, r_v)
-        if self.additive_mask and rescale:
+        if self.additive_mask:
             rescale_scores(r_q, r_k, *totals.sum((2, 3)))
         return r_q, r_k, r_v, row_sums, r_out
 

@@ -7,7 +7,8 @@ Cost 3 n^2 d multiply-adds, tiles of n*d floats.
 import torch
 from torch import Tensor
 
-from pyglobenc.reference.relevance_attention import query_tiles, roll_rows
+from pyglobenc.reference.packing import by_runs
+from pyglobenc.reference.relevance_attention import PACKED_AXES, query_tiles, roll_rows
 
 
 def relevance_rollout_step(
@@ -22,8 +23,12 @@ def relevance_rollout_step(
     scaling: float,
     window: tuple[int, int],
     normalize: bool,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """See `pyglobenc.ops.relevance_rollout_step`: -> (B, T, n)."""
+    if offsets is not None:
+        options, tensors = (None, scaling, window, normalize), (r, q, k, v, lse, grad_o, s)
+        return by_runs(lambda *each: (relevance_rollout_step(*each, *options),), tensors, PACKED_AXES, (2,), offsets)[0]
     out = torch.zeros_like(r)
     for tile in query_tiles(q, k, v, lse, grad_o, s, key_mask, scaling, window):
         roll_rows(out, r, tile, tile.weighted.sum(-1), normalize)

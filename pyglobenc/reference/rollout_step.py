@@ -6,7 +6,7 @@ The cost is that of `token_norms`; memory O(n*d + T*n).
 import torch
 from torch import Tensor
 
-from pyglobenc.reference.packing import per_sequence, per_token, slices, take
+from pyglobenc.reference.packing import by_runs, per_sequence, per_token
 from pyglobenc.reference.score_mods import ScoreMod
 from pyglobenc.reference.token_norms import diagonal_sq, key_tiles
 
@@ -31,9 +31,8 @@ def rollout_step(
     tensors, settings = (r, q, k, lse, gram, cross, residual_sq, rstd, key_mask), (scaling, window, score_mod)
     if offsets is None:
         return rescale_rows(_product(*tensors, *settings), log_scale)
-    axes = (2, 2, 2, 2, 1, 1, 1, 1, 1)
-    parts = [_product(*take(tensors, axes, tokens), *settings) for tokens in slices(offsets)]
-    return rescale_rows(torch.cat(parts, 2), log_scale, offsets)
+    (out,) = by_runs(lambda *each: (_product(*each, *settings),), tensors, (2, 2, 2, 2, 1, 1, 1, 1, 1), (2,), offsets)
+    return rescale_rows(out, log_scale, offsets)
 
 
 def _product(r, q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, window, score_mod) -> Tensor:
