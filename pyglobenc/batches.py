@@ -110,8 +110,6 @@ class Runner:
         """Why texts can't be packed, or None."""
         if not self.method.packs:
             return f"explain: {self.method.name} takes no packed texts"
-        if self.is_classifier:
-            return f"explain: {type(self.model).__name__} classifies one text a row, so texts can't be packed"
         try:
             check_packable("explain", self.model)
         except ValueError as error:
@@ -161,7 +159,7 @@ class Runner:
         scores, log_scale, targets = rows.scores.detach().cpu().numpy(), rows.log_scale.tolist(), rows.targets.tolist()
         logits = [None] * len(jobs)
         if self.is_classifier and self.model.config.num_labels > 1 and self.model.config.problem_type in ONE_OF_MANY:
-            logits = list(rows.output.logits.detach().double().cpu())
+            logits = list(rows.logits.detach().double().cpu())
         return [Row(scores[b, : len(window)], log_scale[b], targets[b], logits[b]) for b, (_, window) in enumerate(jobs)]
 
     def _targets(self, texts: list[Encoded], plans: list[Plan], jobs: list[tuple[int, list[int]]]) -> Tensor | None:

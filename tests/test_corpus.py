@@ -97,9 +97,10 @@ def test_windows_and_batches(tmp_path, minilm_is_tiny):
         np.testing.assert_allclose(row["scores"], alone.scores, rtol=1e-10)
 
 
-def test_packed_and_padded_batches_agree(tmp_path, monkeypatch):
-    # no classifier, so that texts can be packed, in double arithmetic
-    monkeypatch.setattr("pyglobenc.hf.pretrained.load_pretrained", lambda *args: (build("bert"), tiny.tokenizer()))
+@pytest.mark.parametrize("model", [lambda: build("bert"), tiny.classifier], ids=["encoder", "classifier"])
+def test_packed_and_padded_batches_agree(tmp_path, monkeypatch, model):
+    # in double arithmetic
+    monkeypatch.setattr("pyglobenc.hf.pretrained.load_pretrained", lambda *args: (model(), tiny.tokenizer()))
     (tmp_path / "corpus.txt").write_text("\n".join(text for text in TEXTS if "\ud800" not in text))
     options = ("--long", "windows", "--max-length", "9", "--batch-tokens", "64")
     for name, flags in (("packed", ()), ("padded", ("--no-packed",))):
@@ -110,12 +111,12 @@ def test_packed_and_padded_batches_agree(tmp_path, monkeypatch):
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one["scores"], other["scores"], rtol=1e-9, atol=1e-12)
         assert one["log_scale"] == pytest.approx(other["log_scale"], rel=1e-9) and one["target_name"] == "[CLS]"
+        assert one["label"] == other["label"] and one["probability"] == (other["probability"] and pytest.approx(other["probability"]))
 
 
 def test_what_cannot_be_packed_says_why(corpus, tmp_path, minilm_is_tiny, capsys):
-    for options, reason in ((), "classifies one text a row"), (("--method", "attention-flow"), "attention-flow takes no packed texts"):
-        assert run(corpus, tmp_path / "out", "--packed", *options) != 0
-        assert reason in capsys.readouterr().err
+    assert run(corpus, tmp_path / "out", "--packed", "--method", "attention-flow") != 0
+    assert "attention-flow takes no packed texts" in capsys.readouterr().err
     with pytest.raises(ValueError, match="MPNetModel computes attention itself"):
         job.make_runner(build("mpnet"), tiny.tokenizer(), packed=True)
     assert not job.make_runner(build("mpnet"), tiny.tokenizer(), packed=None).packed

@@ -224,7 +224,7 @@ def test_windows_all_explain_one_class(monkeypatch):
         def run(batch, targets):
             calls.extend(targets.tolist())
             scores = batch["attention_mask"].double()
-            return Rows(scores, torch.zeros(len(scores)), targets, model(**batch))
+            return Rows(scores, torch.zeros(len(scores)), targets, model(**batch).logits)
 
         return run
 

@@ -104,7 +104,8 @@ class GlobEnc:
             batch: the inputs of S sequences, a list of each one's, as the model's tokenizer returns them unasked for padding or tensors.
 
         Returns:
-            What each sequence gives alone: S results of batch size 1, in order. Their output is None: the model's head isn't run.
+            What each sequence gives alone: S results of batch size 1, in order. Their output is None unless the model classifies
+            sequences: no other head is run.
 
         Raises:
             TypeError, ValueError: as for a batch, or a model that can't be given the positions of packed sequences.

@@ -1,6 +1,7 @@
 """Sequences of any lengths through the model and the rollout as one, packed end to end without padding."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -16,7 +17,7 @@ from pyglobenc.hf.registry import is_decoder
 from pyglobenc.methods.inputs import check_ids, target_positions
 from pyglobenc.methods.precision import set_precision
 from pyglobenc.methods.rollout import RolloutResult, rollout_result
-from pyglobenc.reference.packing import slices
+from pyglobenc.reference.packing import per_sequence, slices
 
 # scores (1, L, T, N) and log_scale (S, L, T) of captured layers and targets (S, T), positions among all N tokens
 Rows = Callable[[list[LayerTrace], Tensor], tuple[Tensor, Tensor]]
@@ -30,22 +31,22 @@ class Packed:
         inputs: of the model without its head, each (1, N).
         offsets: (S + 1,) int32, on the CPU: sequence order[s] is tokens offsets[s] to offsets[s + 1].
         order: numbers of the sequences as they were given.
+        read: (S,) int64, on the CPU: the token of each, among all N, that a classifier's head reads.
     """
 
     inputs: dict[str, Tensor]
     offsets: Tensor
     order: list[int]
+    read: Tensor
 
 
 def attribute_packed(
     who: str, model: PreTrainedModel, batch: Mapping[str, Any], targets: Any, dtype: torch.dtype | None, layers: bool, rows: Rows
 ) -> list[RolloutResult]:
     """Run a model on packed sequences, roll out with `rows`, and cut the result into one for each sequence."""
-    base = check_packable(who, model)
-    packed = pack(who, base, batch)
-    options = {"use_cache": False} if is_decoder(base) else {}
-    with capture(base, offsets=packed.offsets) as trace, callers_autocast():
-        base(**packed.inputs, **options)
+    packed = pack(who, model, batch)
+    with capture(model if classifies(model) else model.base_model, offsets=packed.offsets) as trace, callers_autocast():
+        output = run_packed(model, packed)
     captured = trace.layers
     set_precision(captured, dtype)
     positions = _positions(who, targets, packed, causal=captured[-1].window[1] == 0)
@@ -53,14 +54,66 @@ def attribute_packed(
     out: list[Any] = [None] * len(packed.order)
     for s, (index, tokens) in enumerate(zip(packed.order, slices(packed.offsets), strict=True)):
         own = slice(s, s + 1)
-        out[index] = RolloutResult(whole.scores[..., tokens], whole.log_scale[own])
+        out[index] = RolloutResult(whole.scores[..., tokens], whole.log_scale[own], output=of_examples(output, own, len(out)))
         if layers:
             out[index].layer_scores, out[index].layer_log_scale = whole.layer_scores[..., tokens], whole.layer_log_scale[own]
     return out
 
 
-def check_packable(who: str, model: PreTrainedModel) -> nn.Module:
-    """The model without its head; ValueError, naming who, if it can't keep packed sequences apart."""
+def run_packed(model: PreTrainedModel, packed: Packed) -> Any:
+    """Run a model within `capture` on packed sequences: what a classifier returns for the S of them, else None, and no head is run."""
+    base = model.base_model
+    options = {"use_cache": False} if is_decoder(base) else {}
+    if not classifies(model):
+        base(**packed.inputs, **options)
+        return None
+    ids = packed.inputs["input_ids"][0, packed.read.to(model.device)][:, None]
+    with _read_tokens(base, packed, options):
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), return_dict=True)
+
+
+@contextmanager
+def _read_tokens(base: nn.Module, packed: Packed, options: dict[str, Any]) -> Iterator[None]:
+    """Context in which a model without its head runs on packed sequences, whatever it is given, and returns the token of each that a head
+    reads, (S, 1, d): sequences of one token to the head."""
+    own, forward = vars(base).get("forward"), base.forward
+
+    def read(*args: Any, **kwargs: Any) -> Any:
+        out = forward(**packed.inputs, **options, return_dict=True)
+        states = out.last_hidden_state
+        states = out.last_hidden_state = states[0, packed.read.to(states.device)][:, None]
+        if getattr(base, "pooler", None) is not None:
+            # ALBERT's is a Linear beside its activation
+            alone = isinstance(base.pooler, nn.Linear)
+            out.pooler_output = base.pooler_activation(base.pooler(states[:, 0])) if alone else base.pooler(states)
+        return out
+
+    vars(base)["forward"] = read
+    try:
+        yield
+    finally:
+        if own is None:
+            del vars(base)["forward"]
+        else:
+            vars(base)["forward"] = own
+
+
+def of_examples(output: Any, own: slice, size: int) -> Any:
+    """What a model returned for some of `size` examples."""
+    if isinstance(output, Tensor):
+        return output[own] if output.dim() and len(output) == size else output
+    if isinstance(output, Mapping):
+        return type(output)(**{name: of_examples(value, own, size) for name, value in output.items()})
+    return tuple(of_examples(value, own, size) for value in output) if isinstance(output, tuple) else output
+
+
+def classifies(model: PreTrainedModel) -> bool:
+    """Whether the model's head classifies sequences."""
+    return any(cls.__name__.endswith("ForSequenceClassification") for cls in type(model).__mro__)
+
+
+def check_packable(who: str, model: PreTrainedModel) -> None:
+    """Raise ValueError, naming who, if a model can't keep packed sequences apart."""
     base = model.base_model
     if any(layer.own_scores is not None for layer in find_layers(model)):
         raise ValueError(f"{who}: {type(model).__name__} computes attention itself and can't keep packed sequences apart")
@@ -68,20 +121,23 @@ def check_packable(who: str, model: PreTrainedModel) -> nn.Module:
         raise ValueError(f"{who}: {type(model).__name__} takes {model.main_input_name}, which can't be packed")
     if "position_ids" not in signature(base.forward).parameters:
         raise ValueError(f"{who}: {type(base).__name__} takes no position_ids: packed sequences would be one long text to it")
-    return base
+    if classifies(model) and getattr(model.config, "classifier_pooling", "cls") != "cls":
+        raise ValueError(f"{who}: the head of {type(model).__name__} reads the mean of a sequence's tokens, and of packed ones gets one")
 
 
-def pack(who: str, model: nn.Module, batch: Mapping[str, Any]) -> Packed:
+def pack(who: str, model: PreTrainedModel, batch: Mapping[str, Any]) -> Packed:
     """Sequences end to end with their positions.
 
     Args:
         who: method named in errors.
-        model: without its head.
+        model: that gets them.
         batch: of each input a list of S lists or tensors (n_s,); attention_mask of ones, or left out.
 
     Raises:
-        TypeError, ValueError: training mode, nothing to pack, padding, inputs of different lengths, a sequence too long for the model.
+        TypeError, ValueError: a model that can't keep them apart, training mode, nothing to pack, padding, inputs of different lengths, a
+            sequence too long for the model.
     """
+    check_packable(who, model)
     if model.training:
         raise ValueError(f"{who}: the model is in training mode, where dropout changes the result; call model.eval() first")
     ids = batch.get("input_ids")
@@ -104,7 +160,21 @@ def pack(who: str, model: nn.Module, batch: Mapping[str, Any]) -> Packed:
     # without a mask some architectures look for packed sequences themselves
     columns["attention_mask"] = torch.ones_like(columns["input_ids"])
     offsets = torch.tensor([0] + [lengths[s] for s in order], device="cpu").cumsum(0).to(torch.int32)
-    return Packed({name: column[None].to(model.device) for name, column in columns.items()}, offsets, order)
+    read = _tokens_read(model, columns["input_ids"], offsets)
+    return Packed({name: column[None].to(model.device) for name, column in columns.items()}, offsets, order, read)
+
+
+def _tokens_read(model: PreTrainedModel, ids: Tensor, offsets: Tensor) -> Tensor:
+    """Token of each sequence that a classifier's head reads: the first, of a decoder the last that isn't its padding token's."""
+    first = offsets[:-1].long()
+    if not is_decoder(model):
+        return first
+    padding = model.config.get_text_config().pad_token_id
+    last = torch.arange(len(ids), device="cpu")
+    if padding is not None:
+        # a sequence of nothing else is read at its first
+        last = last.masked_fill(ids == padding, 0)
+    return torch.maximum(per_sequence(last[None, None], offsets)[:, 0], first)
 
 
 def _is_row(row: Any) -> bool:

@@ -1,6 +1,6 @@
 """Methods by name, each called the same way: what `pyglobenc.explain` and the command line offer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ class Rows:
     scores: Tensor  # (B, n), padding 0
     log_scale: Tensor  # (B,), the method's own value is scores * exp(log_scale)
     targets: Tensor  # (B,) int64, what was explained
-    output: Any  # what the model returned
+    logits: Tensor | None  # (B, ...), None of a model without a head, or whose head wasn't run
 
 
 # of a batch, or of lists to be packed, and targets (B,) int64: token positions, or classes, of which None is the predicted ones
@@ -56,11 +56,16 @@ def _rollout(name: str, model: PreTrainedModel, backend: str, dtype: torch.dtype
         if not isinstance(batch["input_ids"], Tensor):
             results = attribute.packed(**batch, targets=targets[:, None])
             scores = pad_sequence([one.scores[0, 0] for one in results], batch_first=True)
-            return Rows(scores, torch.cat([one.log_scale[0] for one in results]), targets, None)
+            return Rows(scores, torch.cat([one.log_scale[0] for one in results]), targets, _logits([one.output for one in results]))
         result = attribute(**batch, targets=targets[:, None])
-        return Rows(result.scores[:, 0], result.log_scale[:, 0], targets, result.output)
+        return Rows(result.scores[:, 0], result.log_scale[:, 0], targets, getattr(result.output, "logits", None))
 
     return run
+
+
+def _logits(outputs: Sequence[Any]) -> Tensor | None:
+    """(S, classes) of what the model returned for each of S sequences, or None."""
+    return None if outputs[0] is None else torch.cat([output.logits for output in outputs])
 
 
 def _relevance(variant: str, model: PreTrainedModel, backend: str, dtype: torch.dtype | None) -> Run:
@@ -69,7 +74,7 @@ def _relevance(variant: str, model: PreTrainedModel, backend: str, dtype: torch.
 
     def run(batch: Mapping[str, Tensor], targets: Tensor | None) -> Rows:
         result = attribute(**batch, target=targets, variant=variant)
-        return Rows(result.scores, torch.zeros_like(result.scores[:, 0]), result.target, result.output)
+        return Rows(result.scores, torch.zeros_like(result.scores[:, 0]), result.target, result.output.logits)
 
     return run
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from models import build
+import transformers
+from models import DECODER, PRE_NORM, build, randomize
 from numerics import assert_as_good_as_torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -13,6 +14,8 @@ from pyglobenc.methods.family import METHODS, Rollout
 # unsorted, two of one length, one of one token
 LENGTHS = (7, 3, 12, 3, 1, 20)
 ARCHITECTURES = ("bert", "roberta", "electra", "albert-groups", "modernbert", "gpt2", "llama", "qwen2", "gemma2")
+GPT2 = PRE_NORM["gpt2"][2]
+CLASSIFIERS = ("bert-classifier", "roberta", "electra", "distilbert", "albert", "modernbert")
 
 
 def sequences():
@@ -39,6 +42,44 @@ def test_equals_the_padded_batch(name):
     check(globenc.packed(input_ids=ids), globenc(**padded))
     targets = torch.stack([torch.randint(0, n, (2,)) for n in LENGTHS])
     check(globenc.packed(input_ids=ids, targets=targets, layers=True), globenc(**padded, targets=targets, layers=True))
+
+
+def check_output(found, batch):
+    """What a classifier returns for every sequence against the padded batch."""
+    for s, one in enumerate(found):
+        torch.testing.assert_close(one.output.logits, batch.output.logits[s : s + 1], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_a_classifier_s_head_reads_every_sequence(name):
+    model = build(name)
+    ids, padded = sequences()
+    for method in (GlobEnc(model), Rollout(model, "attention-rollout")):
+        found, batch = method.packed(input_ids=ids), method(**padded)
+        check(found, batch)
+        check_output(found, batch)
+    assert "forward" not in vars(model.base_model)
+
+
+@pytest.mark.parametrize("name, padding", [("GPT2", 0), ("Llama", 0), ("Llama", 11)])
+def test_a_decoder_s_head_reads_the_last_token(name, padding):
+    config = getattr(transformers, f"{name}Config")(**{"gpt2": GPT2, "llama": DECODER}[name.lower()] | dict(pad_token_id=padding))
+    model = randomize(getattr(transformers, f"{name}ForSequenceClassification")(config)).double().eval()
+    ids, _ = sequences()
+    # a text may end with the token that pads, which the model passes over
+    ids[2] = [7, 8, padding, padding]
+    globenc = GlobEnc(model)
+    for row, one in zip(ids, globenc.packed(input_ids=ids), strict=True):
+        alone = globenc(input_ids=torch.tensor([row]))
+        torch.testing.assert_close(one.output.logits, alone.output.logits, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(one.scores, alone.scores, rtol=1e-9, atol=1e-12)
+
+
+def test_no_other_head_is_run():
+    found = GlobEnc(build("llama")).packed(input_ids=[[5, 6], [7]])
+    assert all(one.output is None for one in found)
+    with pytest.raises(ValueError, match="the head of ModernBertForSequenceClassification reads the mean of a sequence's tokens"):
+        GlobEnc(build("modernbert", classifier_pooling="mean")).packed(input_ids=[[5, 6], [7]])
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "attention-flow"])
@@ -119,11 +160,11 @@ def test_wrong_input():
 
 
 def test_nothing_is_left_behind():
-    model = build("bert")
+    model = build("bert-classifier")
     globenc = GlobEnc(model)
     globenc.packed(input_ids=[[5, 6], [7]])
     with pytest.raises(IndexError):
         globenc.packed(input_ids=[[5, 6], [7]], token_type_ids=[[0, 0], [9]])
-    layers = [layer.attention.self for layer in model.encoder.layer]
+    layers = [layer.attention.self for layer in model.bert.encoder.layer]
     assert not any(layer in PACKED or layer in RECORDERS for layer in layers)
-    assert model.config._attn_implementation == "sdpa" and not model._forward_pre_hooks
+    assert model.config._attn_implementation == "sdpa" and not model._forward_pre_hooks and "forward" not in vars(model.bert)
