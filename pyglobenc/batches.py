@@ -99,8 +99,9 @@ class Runner:
         why_padded = self._why_padded()
         if options.packed and why_padded:
             raise ValueError(why_padded)
-        # of torch's attention for packed sequences a GPU has half precision alone; without it each length takes a call of its own
-        pays = self.model.device.type == "cpu" or self.model.dtype in HALF
+        # of torch's attention for packed sequences a GPU has half precision alone; without it each length takes a call of its own. A class
+        # is explained in padded batches, whose error is estimated and warned of, unless asked otherwise
+        pays = (self.model.device.type == "cpu" or self.model.dtype in HALF) and self.method.target == "token"
         self.packed = why_padded is None and (pays if options.packed is None else options.packed)
         self.model_name = model.name_or_path or type(model).__name__
         self.versions = {"model_dtype": str(model.dtype).split(".")[-1], "device": str(model.device)}

@@ -114,6 +114,17 @@ def test_packed_and_padded_batches_agree(tmp_path, monkeypatch, model):
         assert one["label"] == other["label"] and one["probability"] == (other["probability"] and pytest.approx(other["probability"]))
 
 
+@pytest.mark.parametrize("method", ["transformer-attribution", "partial-lrp"])
+def test_relevance_is_packed_when_asked_for(corpus, tmp_path, minilm_is_tiny, method):
+    for name, flags in (("packed", ("--packed",)), ("padded", ())):
+        assert run(corpus, tmp_path / name, "--method", method, *flags) == 0
+        assert json.loads((tmp_path / name / "_manifest.json").read_text())["settings"]["packed"] == (name == "packed")
+    for one, other in zip(rows(tmp_path / "packed"), rows(tmp_path / "padded"), strict=True):
+        largest = max(map(abs, other["scores"]))
+        np.testing.assert_allclose(one["scores"], other["scores"], rtol=1e-6, atol=1e-6 * largest)
+        assert (one["target"], one["label"]) == (other["target"], other["label"])
+
+
 def test_what_cannot_be_packed_says_why(corpus, tmp_path, minilm_is_tiny, capsys):
     assert run(corpus, tmp_path / "out", "--packed", "--method", "attention-flow") != 0
     assert "attention-flow takes no packed texts" in capsys.readouterr().err

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stride", type=_positive, help="tokens from one window's start to the next's (default: half a window)")
     sizes = f"{CPU_TOKENS} on a CPU, {GPU_TOKENS} on a GPU"
     parser.add_argument("--batch-tokens", type=_positive, help=f"tokens computed at once, padding included (default {sizes})")
-    packed = "batches without padding, scores the same up to rounding (default: where model and method allow, on a GPU in half precision)"
+    packed = "no padding, scores the same up to rounding (default: where the model can, but for classes and in float32 on a GPU)"
     parser.add_argument("--packed", action=argparse.BooleanOptionalAction, help=packed)
     parser.add_argument("--shard-size", type=_positive, default=SHARD_SIZE, help=f"records a shard (default {SHARD_SIZE})")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="kernels to run on (default: the fastest that can)")

@@ -39,6 +39,12 @@ class Packed:
     order: list[int]
     read: Tensor
 
+    def twice(self) -> "Packed":
+        """All sequences, and after them all of them again."""
+        inputs = {name: torch.cat([column, column], 1) for name, column in self.inputs.items()}
+        offsets, read = (torch.cat([t, own + self.offsets[-1]]) for t, own in ((self.offsets, self.offsets[1:]), (self.read, self.read)))
+        return Packed(inputs, offsets, self.order * 2, read)
+
 
 def attribute_packed(
     who: str, model: PreTrainedModel, batch: Mapping[str, Any], targets: Any, dtype: torch.dtype | None, layers: bool, rows: Rows

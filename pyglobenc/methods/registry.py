@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from pyglobenc.methods import family
 from pyglobenc.methods.globenc import GlobEnc
+from pyglobenc.methods.relevance_variants import FOLLOWED, VARIANTS
 from pyglobenc.methods.transformer_attribution import TransformerAttribution
 
 
@@ -72,7 +73,12 @@ def _relevance(variant: str, model: PreTrainedModel, backend: str, dtype: torch.
     """Any variant of `TransformerAttribution`."""
     attribute = TransformerAttribution(model, backend, dtype)
 
-    def run(batch: Mapping[str, Tensor], targets: Tensor | None) -> Rows:
+    def run(batch: Mapping[str, Any], targets: Tensor | None) -> Rows:
+        if not isinstance(batch["input_ids"], Tensor):
+            results = attribute.packed(**batch, target=targets, variant=variant)
+            scores = pad_sequence([one.scores[0] for one in results], batch_first=True)
+            classes = torch.cat([one.target for one in results])
+            return Rows(scores, torch.zeros_like(scores[:, 0]), classes, _logits([one.output for one in results]))
         result = attribute(**batch, target=targets, variant=variant)
         return Rows(result.scores, torch.zeros_like(result.scores[:, 0]), result.target, result.output.logits)
 
@@ -88,7 +94,10 @@ RELEVANCE = {
 }
 
 METHODS = {name: Method(name, summary, partial(_rollout, name), packs=name != "attention-flow") for name, summary in family.METHODS.items()}
-METHODS |= {name: Method(name, summary, partial(_relevance, variant), target="class") for name, (variant, summary) in RELEVANCE.items()}
+METHODS |= {
+    name: Method(name, summary, partial(_relevance, variant), target="class", packs=VARIANTS[variant].kind in FOLLOWED)
+    for name, (variant, summary) in RELEVANCE.items()
+}
 
 
 def find_method(name: str) -> Method:

@@ -11,6 +11,7 @@ from pyglobenc.methods.relevance_layers import below_attention, down_to_attentio
 from pyglobenc.methods.relevance_rules import Rules
 from pyglobenc.methods.relevance_states import States
 from pyglobenc.ops import relevance_maps
+from pyglobenc.reference.packing import by_runs
 
 HEAD_MAPS = ("alpha", "R_alpha", "grad_alpha")
 MAPS = ("map", *HEAD_MAPS, "R_in")
@@ -46,7 +47,7 @@ class Descent:
     def start_row(self) -> Tensor:
         """The unit row of the pooled token, (B, 1, n), that a rollout starts from."""
         row = torch.zeros_like(self.states.layers[-1].x[:, None, :, 0])
-        return row.scatter_(2, self._position(row)[:, None, None], 1)
+        return row.scatter_(2, self.states.own(row.device)[:, None], 1)
 
     def _position(self, t: Tensor) -> Tensor:
         """The pooled token, (B,), where t lies."""
@@ -102,9 +103,24 @@ class Descent:
         """Row of the pooled token in the map of one layer, (B, n)."""
         _, r = self.roll_out(len(self.states.layers), index + 1)
         s, _ = down_to_attention(self.states, index, r, self.rules, self.errors[index])
+        if self.states.layers[index].offsets is not None:
+            return self._rows_of_sequences(index, s.values)
         row = self._map(index, s.values, self._position(s.values)[:, None])
         self._count(index, s, None, row)
         return row[:, 0]
+
+    def _rows_of_sequences(self, index: int, s: Tensor) -> Tensor:
+        """Row of the pooled token of each packed sequence in the map of one layer, (1, N)."""
+        layer, grad = self.states.layers[index], self.states.grads[index] if self.gradient else None
+        tensors = (layer.q, layer.k, layer.v, layer.lse, grad, s)
+        options = dict(scaling=layer.scaling, window=layer.window, backend=self.rules.backend)
+
+        def run(*each: Tensor) -> tuple[Tensor]:
+            # the head reads the first
+            rows = torch.zeros(len(each[0]), 1, dtype=torch.long, device=s.device)
+            return (relevance_maps(*each, rows=rows, **options),)
+
+        return by_runs(run, tensors, (2,) * 6, (2,), layer.offsets)[0][:, 0]
 
     def _map(self, index: int, s: Tensor, rows: Tensor | None = None) -> Tensor:
         layer = self.states.layers[index]

@@ -39,8 +39,8 @@ def head_relevance(states: States, rules: Rules, estimate: bool) -> Relevance:
         r = rules.linear(r.to(x.device), module, x, returned)
     last = states.layers[-1].x
     r = rules.clone([r], x).to(last.device)
-    index = target.position[:, None, None].expand(-1, 1, last.shape[2]).to(last.device)
-    return Relevance(torch.zeros_like(last).scatter_(1, index, r.values), token_error(r))
+    index = states.own(last.device)[..., None].expand(-1, -1, last.shape[2])
+    return Relevance(torch.zeros_like(last).scatter_(1, index, r.values.view(index.shape)), token_error(r))
 
 
 def _at(t: Tensor, position: Tensor) -> Tensor:
@@ -57,11 +57,11 @@ def down_to_attention(states: States, index: int, r: Relevance, rules: Rules, er
     merged, attended = states.take(m.output)
     # the MLP's residual: the tensor it reads after BERT's norm, before ViT's
     y = layer.x + attended if m.pre_norm else states.take(m.intermediate)[0]
-    r_mlp, r_y = rules.add(r.to(y.device), mlp, y, by_returned)
+    r_mlp, r_y = rules.add(r.to(y.device), mlp, y, by_returned, layer.offsets)
     for module in (m.mlp_output, m.intermediate):
         r_mlp = rules.linear(r_mlp, module, *states.take(module))
     r = rules.clone([r_mlp, r_y], y)
-    r_attended, r_x = rules.add(r, attended, layer.x, by_attended)
+    r_attended, r_x = rules.add(r, attended, layer.x, by_attended, layer.offsets)
     r_o = rules.linear(r_attended, m.output, merged, attended)
     s = rules.over_output(r_o, layer.o, at_o)
     return s, Residual(layer, layer.x, r_x)

@@ -35,9 +35,12 @@ class Rules:
         out = linear_relevance(r.values, given, weight, abs_weight=absolute, output=returned, bias=bias, backend=self.backend)
         return Relevance(out, token_error(r))
 
-    def add(self, r: Relevance, a: Tensor, b: Tensor, by_sum: Tensor | None = None) -> tuple[Relevance, Relevance]:
+    def add(
+        self, r: Relevance, a: Tensor, b: Tensor, by_sum: Tensor | None = None, offsets: Tensor | None = None
+    ) -> tuple[Relevance, Relevance]:
         """Relevance of both branches of a residual sum, (B, n, d); by_sum: squared relative error of a division by a + b."""
-        branches = add_relevance(r.values, a, b, stabilizer=self.stabilizer, rescale=self.rescale, backend=self.backend)
+        options = dict(stabilizer=self.stabilizer, rescale=self.rescale, offsets=offsets, backend=self.backend)
+        branches = add_relevance(r.values, a, b, **options)
         error = None if by_sum is None else added_error(r, by_sum, branches if self.rescale else None, self.weights)
         return tuple(Relevance(t, error) for t in branches)
 
@@ -74,6 +77,7 @@ class Rules:
             additive_mask=not layer.modules.pre_norm,
             normalize=normalize,
             stabilizer=self.stabilizer,
+            offsets=layer.offsets,
             backend=self.backend,
         )
 
@@ -91,6 +95,7 @@ class Rules:
             scaling=layer.scaling,
             window=layer.window,
             normalize=normalize,
+            offsets=layer.offsets,
             backend=self.backend,
         )
 
@@ -129,6 +134,7 @@ class LrpRules(Rules):
             not layer.modules.pre_norm,
             normalize,
             self.stabilizer,
+            layer.offsets,
             rescale=False,
         )
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from pyglobenc.autocast import callers_autocast
 from pyglobenc.hf import LayerModules, LayerTrace, Trace, capture, find_layers
 from pyglobenc.hf.layers import outside
+from pyglobenc.methods.packing import Packed, of_examples, run_packed
 from pyglobenc.methods.relevance_support import check_layers
 from pyglobenc.methods.relevance_target import Index, Target, find_target
 from pyglobenc.methods.reliability import nudge
@@ -20,7 +21,8 @@ from pyglobenc.methods.wide import WideParameters
 
 @dataclass
 class States:
-    """Tensors of one forward pass; n includes padding. B counts every example twice where it ran a second time beside the first.
+    """Tensors of one forward pass; n includes padding. B counts every example twice where it ran a second time beside the first. Packed
+    sequences are one example of all their tokens, but S of the target and the output.
 
     Attributes:
         layers: captured layers, first to last, detached.
@@ -31,6 +33,7 @@ class States:
         target: the logit explained.
         output: what the model returned, for the examples as they are.
         dtype: of the relevance arithmetic.
+        twice: whether the second half of the tensors is of the second run.
     """
 
     layers: list[LayerTrace]
@@ -40,16 +43,37 @@ class States:
     target: Target
     output: Any
     dtype: torch.dtype
+    twice: bool
 
     def take(self, module: nn.Module) -> tuple[Tensor, Tensor]:
         """Input and output of a module, in the dtype of the arithmetic."""
         given, returned = self.io[module]
         return given.to(self.dtype), returned.to(self.dtype)
 
+    @property
+    def offsets(self) -> Tensor | None:
+        """Of packed sequences as they are, (S + 1,) int32, on the CPU."""
+        offsets = self.layers[0].offsets
+        return offsets if offsets is None or not self.twice else offsets[: self.count + 1]
+
+    @property
+    def count(self) -> int:
+        """Examples as they are."""
+        return len(self.target.index) // (2 if self.twice else 1)
+
+    def halves(self, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A tensor (B, n, ...) for the examples as they are, and for the second run if there was one."""
+        return tuple(t.chunk(2, 0 if self.layers[0].offsets is None else 1)) if self.twice else (t, None)
+
+    def own(self, device: torch.device) -> Tensor:
+        """Index of the pooled tokens along the axis of tokens, (B, 1), of packed sequences (1, S)."""
+        position = self.target.position.to(device)
+        return position[:, None] if self.layers[0].offsets is None else position[None]
+
 
 def run_forward(
     model: PreTrainedModel,
-    batch: Mapping[str, Any],
+    batch: Mapping[str, Any] | Packed,
     kind: str,
     target: tuple[Any, Index, Index],
     dtype: torch.dtype | None,
@@ -62,7 +86,7 @@ def run_forward(
 
     Args:
         model: a known architecture, in evaluation mode.
-        batch: its inputs, checked.
+        batch: its inputs, checked, or packed sequences.
         kind: of `head_kind`.
         target: target, contrast and position of the call.
         dtype: float32, float64 or None; float64 on a narrower model widens the forward pass too.
@@ -75,24 +99,32 @@ def run_forward(
     own = next(model.parameters()).dtype
     arithmetic = dtype or (torch.float64 if own == torch.float64 else torch.float32)
     with torch.inference_mode(False), torch.enable_grad():
-        # a tensor made in inference mode can't enter a graph
-        batch = {name: value.clone() if isinstance(value, Tensor) and value.is_inference() else value for name, value in batch.items()}
+        packed = isinstance(batch, Packed)
+        if not packed:
+            # a tensor made in inference mode can't enter a graph
+            batch = {name: value.clone() if isinstance(value, Tensor) and value.is_inference() else value for name, value in batch.items()}
+        if twice:
+            batch = batch.twice() if packed else _doubled(model, batch)
         others = _linears_outside(model, found)
-        trace, output = _captured(model, found, others, _doubled(model, batch) if twice else batch, arithmetic, twice)
+        trace, output = _captured(model, found, others, batch, arithmetic, twice)
         check_layers(found, trace.layers)
         key_mask = trace.layers[0].key_mask
         if twice:
-            count = trace.layers[0].x.shape[0] // 2
-            output, key_mask = _first(output, count), key_mask if key_mask is None else key_mask[:count]
+            size = len(batch.read) if packed else trace.layers[0].x.shape[0]
+            half = slice(0, size // 2)
+            output, key_mask = of_examples(output, half, size), key_mask if key_mask is None else key_mask[half]
         chosen = find_target(kind, output, *target, key_mask)
         grads = _attention_gradients(chosen.logit, trace.layers, lowest)
     chosen.logit = chosen.logit.detach()
     if twice:
-        grads = [None if g is None else g[:count].repeat(2, 1, 1, 1) for g in grads]
+        axis = 2 if packed else 0
+        grads = [None if g is None else torch.cat([g.chunk(2, axis)[0]] * 2, axis) for g in grads]
         chosen = Target(*(None if t is None else t.repeat(2) for t in vars(chosen).values()))
+    if packed:
+        chosen.position = batch.read.to(chosen.position.device)
     grads = [None if g is None else g.to(arithmetic) for g in grads]
     io = _detach(trace, arithmetic)
-    return States(trace.layers, grads, io, _head(found, others, io), chosen, output, arithmetic)
+    return States(trace.layers, grads, io, _head(found, others, io), chosen, output, arithmetic, twice)
 
 
 def _doubled(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,26 +137,24 @@ def _doubled(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
-def _first(output: Any, count: int) -> Any:
-    """What a model returned for the first of two halves of `count` examples."""
-    if isinstance(output, Tensor):
-        return output[:count] if output.dim() and len(output) == 2 * count else output
-    if isinstance(output, Mapping):
-        return type(output)(**{name: _first(value, count) for name, value in output.items()})
-    return tuple(_first(value, count) for value in output) if isinstance(output, tuple) else output
-
-
 def _captured(
-    model: PreTrainedModel, found: list[LayerModules], others: list[nn.Module], batch: Mapping[str, Any], dtype: torch.dtype, twice: bool
+    model: PreTrainedModel,
+    found: list[LayerModules],
+    others: list[nn.Module],
+    batch: Mapping[str, Any] | Packed,
+    dtype: torch.dtype,
+    twice: bool,
 ) -> tuple[Trace, Any]:
     """Run the model from a leaf of the graph, the first layer's input, in float64 if dtype is; twice: its second half is moved."""
     within = [getattr(m, part) for m in found for part in ("query", "key", "value", "output", "intermediate", "mlp_output")]
+    offsets = batch.offsets if isinstance(batch, Packed) else None
 
     def enter(x: Tensor) -> Tensor:
         x = x.detach()
         if twice:
-            first, second = x.chunk(2)
-            x = torch.cat([first, nudge(second)])
+            axis, own = (0, None) if offsets is None else (1, offsets[: len(offsets) // 2 + 1])
+            first, second = x.chunk(2, axis)
+            x = torch.cat([first, nudge(second, own)], axis)
         return x.requires_grad_()
 
     def change(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -133,13 +163,13 @@ def _captured(
         return args, {**kwargs, "hidden_states": enter(kwargs["hidden_states"])}
 
     with ExitStack() as stack:
-        trace = stack.enter_context(capture(model, modules=[*within, *others]))
+        trace = stack.enter_context(capture(model, modules=[*within, *others], offsets=offsets))
         handle = found[0].block.register_forward_pre_hook(change, prepend=True, with_kwargs=True)
         stack.callback(handle.remove)
         if dtype == torch.float64 and next(model.parameters()).dtype != torch.float64:
             stack.enter_context(WideParameters(torch.float64))
         stack.enter_context(callers_autocast())
-        return trace, model(**{**batch, "return_dict": True})
+        return trace, model(**{**batch, "return_dict": True}) if offsets is None else run_packed(model, batch)
 
 
 def _detach(trace: Trace, dtype: torch.dtype) -> dict[nn.Module, tuple[Tensor, Tensor]]:

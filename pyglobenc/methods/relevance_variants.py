@@ -45,6 +45,9 @@ VARIANTS = {
     "attn_gradcam": Variant("grad_cam", gradient=True),
 }
 
+# kinds that follow relevance down the layers; the others only read attention
+FOLLOWED = ("rollout", "layer", "input")
+
 # names of the published BERT code's functions
 PUBLISHED = {
     "generate_LRP": "transformer_attribution",

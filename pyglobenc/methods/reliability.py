@@ -13,6 +13,8 @@ estimated: carried along the pass itself, see `forward_error` and `relevance_err
 import torch
 from torch import Tensor
 
+from pyglobenc.reference.packing import position_of, sequence_sums
+
 METHODS = ("auto", "measured", "estimated", "off")
 
 # "auto" measures where that costs little, by a forward pass's multiply-adds: on two cores at most half of the attribution's time again, on
@@ -39,18 +41,25 @@ def squared_norm(t: Tensor) -> Tensor:
     return torch.linalg.vector_norm(t.flatten(1), dim=1).double().square()
 
 
-def nudge(x: Tensor) -> Tensor:
-    """x (B, n, d) moved by about its rounding unit, by the same pattern every time, so that an example alone moves as in a batch."""
-    token = torch.arange(x.shape[1], device=x.device, dtype=torch.float64)[:, None]
+def nudge(x: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """x (B, n, d) moved by about its rounding unit, by the same pattern every time, so that an example alone moves as in a batch, and a
+    sequence alone as packed among others, (1, N, d)."""
+    token = torch.arange(x.shape[1], device=x.device) if offsets is None else position_of(offsets, x.device)
+    token = token.double()[:, None]
     feature = torch.arange(x.shape[2], device=x.device, dtype=torch.float64)
     # sines of integers: zero mean, no period
     pattern = torch.sin(token * 977 + feature + 1) * 2**0.5
     return (x.double() * (1 + pattern * torch.finfo(x.dtype).eps)).to(x.dtype)
 
 
-def distance(moved: Tensor, scores: Tensor, own: Tensor | None) -> Tensor:
-    """Relative L2 distance (B,) of two results (B, ...); own (B,): index of the pooled token, whose entry is left out."""
+def distance(moved: Tensor, scores: Tensor, own: Tensor | None, offsets: Tensor | None = None) -> Tensor:
+    """Relative L2 distance (B,) of two results (B, ...), of packed sequences (1, N) that of each, (S,); own (B, 1) or (1, S): indices of
+    pooled tokens, whose entries are left out."""
     difference, size = moved - scores, scores
     if own is not None:
-        difference, size = (t.scatter(1, own[:, None], 0) for t in (difference, size))
-    return (squared_norm(difference) / squared_norm(size).clamp_min(TINY)).sqrt()
+        difference, size = (t.scatter(1, own, 0) for t in (difference, size))
+    if offsets is not None:
+        difference, size = (sequence_sums(t.double().square(), offsets) for t in (difference, size))
+    else:
+        difference, size = squared_norm(difference), squared_norm(size)
+    return (difference / size.clamp_min(TINY)).sqrt()

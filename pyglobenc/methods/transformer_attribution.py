@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,46 +11,15 @@ from transformers import PreTrainedModel
 from pyglobenc.autocast import callers_autocast, outside_autocast
 from pyglobenc.hf import find_layers, vit
 from pyglobenc.methods.inputs import check_batch, check_model
+from pyglobenc.methods.packing import Packed, classifies, pack
 from pyglobenc.methods.relevance_descent import MAPS, Descent
+from pyglobenc.methods.relevance_result import RelevanceResult, add_layers, of_sequences, relevance_result
 from pyglobenc.methods.relevance_rules import LrpRules, Rules
 from pyglobenc.methods.relevance_states import States, run_forward
 from pyglobenc.methods.relevance_target import Index, head_kind
-from pyglobenc.methods.relevance_variants import PUBLISHED, VARIANTS, Variant, variant_scores
+from pyglobenc.methods.relevance_variants import FOLLOWED, PUBLISHED, VARIANTS, Variant, variant_scores
 from pyglobenc.methods.reliability import DIGITS_GONE, METHODS, PrecisionWarning, distance, measured
-from pyglobenc.methods.rollout import stack_layers
-from pyglobenc.values import may_look, require
-
-
-@dataclass
-class RelevanceResult:
-    """Attribution of one logit an example.
-
-    Attributes:
-        scores: (B, n) tokens, padding 0; for images (B, patches), or (B, height, width) pixels of the variants "full" and "lrp".
-        target: (B,) int64, the class explained; 0 or 1 for a span's start or end.
-        position: (B,) int64, the pooled token, whose row the scores are.
-        logit: (B,), the value explained.
-        error: (B,), how far rounding moves the scores: relative L2 distance, the pooled token's own entry left out; see `reliability`.
-            None when it is off, and for variants that only read attention.
-        error_method: "measured" or "estimated"; None without error.
-        relevance: (B, L, n), relevance of each layer's input summed over the hidden size; None unless asked for.
-        maps: the maps asked for, by name.
-        diagnostics: "relevance_sums" (B, layers + 1), the sum of the relevance of the input of each layer that it went through, lowest
-            first, and of the last layer's output: 1 in exact arithmetic without the guards; "conservation" (B,), the largest distance
-            of these from 1.
-        output: what the model returned.
-    """
-
-    scores: Tensor
-    target: Tensor
-    position: Tensor
-    logit: Tensor
-    error: Tensor | None = None
-    error_method: str | None = None
-    relevance: Tensor | None = None
-    maps: dict[str, Tensor] = field(default_factory=dict)
-    diagnostics: dict[str, Tensor] = field(default_factory=dict)
-    output: Any = None
+from pyglobenc.values import may_look
 
 
 class TransformerAttribution:
@@ -128,31 +96,85 @@ class TransformerAttribution:
         self._check(batch)
         if self.kind == "choice":
             batch, target, contrast = self._one_choice(batch, target, contrast)
+        how = self._error_method(reliability, chosen, batch)
+        return self._attribute(batch, (target, contrast, position), chosen, start_layer, layers, maps, how)
+
+    @outside_autocast
+    def packed(
+        self,
+        *,
+        target: Any = None,
+        contrast: Index = None,
+        start_layer: int = 0,
+        variant: str = "transformer_attribution",
+        layers: bool = False,
+        reliability: str = "auto",
+        **batch: Any,
+    ) -> list[RelevanceResult]:
+        """Attribute the class of sequences of any lengths, packed into one so that nothing is spent on padding.
+
+        Args:
+            target, contrast: classes, one or (S,), as for a batch.
+            start_layer, layers: as for a batch.
+            variant: one that follows relevance; those that only read attention take padded batches.
+            reliability: "measured" or "off"; "auto" measures small inputs and leaves the error of others out.
+            batch: the inputs of S sequences, a list of each one's, as the model's tokenizer returns them unasked for padding or tensors.
+
+        Returns:
+            What each sequence gives alone: S results of batch size 1, in order.
+
+        Raises:
+            TypeError, ValueError: as for a batch, or a model that doesn't classify sequences or can't be given packed ones.
+        """
+        who, chosen = "TransformerAttribution", self._variant(variant, start_layer, (), reliability)
+        if not classifies(self.model):
+            raise ValueError(f"{who}: packed sequences need a ...ForSequenceClassification, got {type(self.model).__name__}")
+        if chosen.kind not in FOLLOWED:
+            raise ValueError(f"{who}: {variant} reads attention alone, and no packed sequences")
+        if reliability == "estimated":
+            raise ValueError(f"{who}: the error of packed sequences can be 'measured', or 'off', not estimated")
+        with torch.inference_mode(False):
+            packed = pack(who, self.model, batch)
+        explained = (*(_in_order(index, packed.order) for index in (target, contrast)), None)
+        how = self._error_method(reliability, chosen, packed.inputs)
+        whole = self._attribute(packed, explained, chosen, start_layer, layers, (), None if how == "estimated" else how)
+        return of_sequences(whole, packed)
+
+    def _attribute(
+        self,
+        batch: Mapping[str, Any] | Packed,
+        explained: tuple[Any, Index, Index],
+        chosen: Variant,
+        start_layer: int,
+        layers: bool,
+        maps: Sequence[str],
+        how: str | None,
+    ) -> RelevanceResult:
+        """Of a checked batch, or of packed sequences as one; explained: target, contrast and position."""
         everything = layers or bool(maps)
         lowest = 0 if everything else chosen.lowest_gradient(start_layer, self.depth)
-        how = self._error_method(reliability, chosen, batch)
-        states = run_forward(self.model, batch, self.kind, (target, contrast, position), self.dtype, lowest, how == "measured")
+        states = run_forward(self.model, batch, self.kind, explained, self.dtype, lowest, how == "measured")
         descent = self._descent(states, chosen, how == "estimated")
-        scores = variant_scores(self.model, chosen, descent, start_layer, self.prefix)
-        scores, moved = scores.chunk(2) if how == "measured" else (scores, None)
-        result = self._result(scores, states, how)
+        scores, moved = states.halves(variant_scores(self.model, chosen, descent, start_layer, self.prefix))
+        result = relevance_result(states, scores, how)
         if how == "measured":
-            own = result.position.to(scores.device) if self.prefix is None and chosen.kind != "input" else None
-            result.error = distance(moved, scores, own)
+            left_out = self.prefix is None and chosen.kind != "input"
+            own = states.halves(states.own(scores.device))[0] if left_out else None
+            result.error = distance(moved, scores, own, states.offsets)
         elif how == "estimated":
             result.error = descent.estimated_error()
         self._warn(result)
         if everything:
             descent = self._descent(states, chosen)
             descent.roll_out(self.depth, 0, tuple(maps))
-        self._add_layers(result, descent, layers)
+        add_layers(result, descent, layers)
         return result
 
     def _descent(self, states: States, chosen: Variant, estimate: bool = False) -> Descent:
         return Descent(states, self.lrp if chosen.lrp else self.rules, chosen.gradient, self.prefix is None, estimate)
 
     def _error_method(self, reliability: str, chosen: Variant, batch: Mapping[str, Any]) -> str | None:
-        if reliability == "off" or chosen.kind not in ("rollout", "layer", "input"):
+        if reliability == "off" or chosen.kind not in FOLLOWED:
             return None
         if reliability != "auto":
             return reliability
@@ -175,7 +197,7 @@ class TransformerAttribution:
                 f"TransformerAttribution: rounding moves the scores of {count} of {len(result.error)} examples by more than "
                 f"{DIGITS_GONE:.0%} (at worst {worst:.1%}, {result.error_method}); use dtype=torch.float64, or a stabilizer",
                 PrecisionWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _variant(self, variant: str, start_layer: int, maps: Sequence[str], reliability: str) -> Variant:
@@ -223,24 +245,10 @@ class TransformerAttribution:
         rows = torch.arange(first.shape[0], device=first.device)
         return {**batch, **{name: value[rows, index][:, None] for name, value in inputs.items()}}, 0, None
 
-    @staticmethod
-    def _result(scores: Tensor, states: States, how: str | None) -> RelevanceResult:
-        message = "TransformerAttribution: the attribution is not finite; the activations hold NaN or infinity for this input"
-        require(torch.isfinite(scores).all(), lambda: ValueError(message))
-        for name, value in states.output.items():
-            if isinstance(value, Tensor):
-                states.output[name] = value.detach()
-        index, position, logit = (t[: len(scores)] for t in (states.target.index, states.target.position, states.target.logit))
-        return RelevanceResult(scores, index, position, logit, error_method=how, output=states.output)
 
-    @staticmethod
-    def _add_layers(result: RelevanceResult, descent: Descent, layers: bool) -> None:
-        count = len(result.scores)
-        sums = [descent.token_sums[index][:count] for index in sorted(descent.token_sums)]
-        if sums:
-            totals = stack_layers([t.sum(-1) for t in sums])
-            result.diagnostics = {"relevance_sums": totals, "conservation": (totals - 1).abs().amax(1)}
-        if layers:
-            result.relevance = stack_layers(sums[:-1])
-        for name, by_layer in descent.maps.items():
-            result.maps[name] = stack_layers([by_layer[index][:count] for index in sorted(by_layer)])
+def _in_order(index: Any, order: list[int]) -> Any:
+    """One class for each sequence as they are packed; one for all as it is."""
+    if index is None or isinstance(index, str):
+        return index
+    index = torch.as_tensor(index)
+    return index[order] if index.shape == (len(order),) else index

@@ -19,6 +19,17 @@ def sequence_of(offsets: Tensor, device: torch.device) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff()).to(device, non_blocking=True)
 
 
+def position_of(offsets: Tensor, device: torch.device) -> Tensor:
+    """Position of every token in its sequence, (N,) int64."""
+    starts = torch.repeat_interleave(offsets[:-1], offsets.diff())
+    return (torch.arange(len(starts), device=offsets.device) - starts).to(device, non_blocking=True)
+
+
+def sequence_sums(t: Tensor, offsets: Tensor) -> Tensor:
+    """Sum of t (1, N) over each sequence: (S,)."""
+    return t.new_zeros(len(offsets) - 1).index_add_(0, sequence_of(offsets, t.device), t[0])
+
+
 def per_token(t: Tensor, offsets: Tensor) -> Tensor:
     """What every sequence has, t (S, T), at each of its tokens: (1, T, N)."""
     return t[sequence_of(offsets, t.device)].T[None]

@@ -1,0 +1,89 @@
+"""What transformer attribution returns, from a descent of relevance."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyglobenc.methods.packing import Packed, of_examples
+from pyglobenc.methods.relevance_descent import Descent
+from pyglobenc.methods.relevance_states import States
+from pyglobenc.methods.rollout import stack_layers
+from pyglobenc.reference.packing import sequence_sums, slices
+from pyglobenc.values import require
+
+
+@dataclass
+class RelevanceResult:
+    """Attribution of one logit an example.
+
+    Attributes:
+        scores: (B, n) tokens, padding 0; for images (B, patches), or (B, height, width) pixels of the variants "full" and "lrp".
+        target: (B,) int64, the class explained; 0 or 1 for a span's start or end.
+        position: (B,) int64, the pooled token, whose row the scores are.
+        logit: (B,), the value explained.
+        error: (B,), how far rounding moves the scores: relative L2 distance, the pooled token's own entry left out; see `reliability`.
+            None when it is off, and for variants that only read attention.
+        error_method: "measured" or "estimated"; None without error.
+        relevance: (B, L, n), relevance of each layer's input summed over the hidden size; None unless asked for.
+        maps: the maps asked for, by name.
+        diagnostics: "relevance_sums" (B, layers + 1), the sum of the relevance of the input of each layer that it went through, lowest
+            first, and of the last layer's output: 1 in exact arithmetic without the guards; "conservation" (B,), the largest distance
+            of these from 1.
+        output: what the model returned.
+    """
+
+    scores: Tensor
+    target: Tensor
+    position: Tensor
+    logit: Tensor
+    error: Tensor | None = None
+    error_method: str | None = None
+    relevance: Tensor | None = None
+    maps: dict[str, Tensor] = field(default_factory=dict)
+    diagnostics: dict[str, Tensor] = field(default_factory=dict)
+    output: Any = None
+
+
+def relevance_result(states: States, scores: Tensor, how: str | None) -> RelevanceResult:
+    """Result of scores (B, n), of packed sequences (1, N) with what else there is of each (S,); ValueError when they aren't finite."""
+    message = "TransformerAttribution: the attribution is not finite; the activations hold NaN or infinity for this input"
+    require(torch.isfinite(scores).all(), lambda: ValueError(message))
+    for name, value in states.output.items():
+        if isinstance(value, Tensor):
+            states.output[name] = value.detach()
+    target = states.target
+    index, position, logit = (t[: states.count] for t in (target.index, target.position, target.logit))
+    return RelevanceResult(scores, index, position, logit, error_method=how, output=states.output)
+
+
+def add_layers(result: RelevanceResult, descent: Descent, layers: bool) -> None:
+    """Add to a result what a descent kept of every layer; layers: also the relevance of its input."""
+    states = descent.states
+    sums = [states.halves(descent.token_sums[index])[0] for index in sorted(descent.token_sums)]
+    if sums:
+        totals = stack_layers([t.sum(-1) if states.offsets is None else sequence_sums(t, states.offsets) for t in sums])
+        result.diagnostics = {"relevance_sums": totals, "conservation": (totals - 1).abs().amax(1)}
+    if layers:
+        result.relevance = stack_layers(sums[:-1])
+    for name, by_layer in descent.maps.items():
+        result.maps[name] = stack_layers([states.halves(by_layer[index])[0] for index in sorted(by_layer)])
+
+
+def of_sequences(result: RelevanceResult, packed: Packed) -> list[RelevanceResult]:
+    """A result of packed sequences cut into each one's, in the order in which they were given."""
+    out: list[Any] = [None] * len(packed.order)
+    for s, (index, tokens) in enumerate(zip(packed.order, slices(packed.offsets), strict=True)):
+        own = slice(s, s + 1)
+        of_each = {name: None if t is None else t[own] for name, t in vars(result).items() if name in ("target", "logit", "error")}
+        out[index] = RelevanceResult(
+            scores=result.scores[:, tokens],
+            position=result.position[own] - tokens.start,
+            error_method=result.error_method,
+            relevance=None if result.relevance is None else result.relevance[..., tokens],
+            diagnostics={name: t[own] for name, t in result.diagnostics.items()},
+            output=of_examples(result.output, own, len(out)),
+            **of_each,
+        )
+    return out
