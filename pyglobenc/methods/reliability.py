@@ -19,7 +19,7 @@ METHODS = ("auto", "measured", "estimated", "off")
 
 # "auto" measures where that costs little, by a forward pass's multiply-adds: on two cores at most half of the attribution's time again, on
 # a GPU as long as its kernels are done before the host has launched the next ones
-MEASURED_BELOW = {"cpu": 1 << 29, "cuda": 1 << 35}
+MEASURED_BELOW = {"cpu": 1 << 29, "cuda": 1 << 36}
 
 # above this relative error a warning is given
 DIGITS_GONE = 1e-2

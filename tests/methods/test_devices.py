@@ -83,7 +83,23 @@ def test_packed_sequences():
     devices, model = scattered("bert-classifier")
     with devices.apart():
         packed = GlobEnc(model).packed(input_ids=[[5, 6, 7], [8, 9]])
-    equal(packed[1].scores, GlobEnc(build("bert-classifier"))(input_ids=torch.tensor([[8, 9]])).scores)
+    alone = GlobEnc(build("bert-classifier"))(input_ids=torch.tensor([[8, 9]]))
+    equal(packed[1].scores, alone.scores)
+    equal(packed[1].output.logits, alone.output.logits)
+
+
+@pytest.mark.parametrize("variant", ["transformer_attribution", "last_layer", "full", "lrp"])
+@pytest.mark.parametrize("rest", [HOST, ONE, TWO], ids=str)
+def test_packed_relevance(rest, variant):
+    devices, model = scattered("bert-classifier", rest)
+    options = dict(input_ids=[[5, 6, 7], [8, 9], [7, 9]], variant=variant, layers=True, reliability="measured", target=[0, 1, 1])
+    exact = TransformerAttribution(build("bert-classifier")).packed(**options)
+    with devices.apart():
+        out = TransformerAttribution(model).packed(**options)
+    for one, expected in zip(out, exact, strict=True):
+        equal(one.scores, expected.scores)
+        equal(one.relevance, expected.relevance)
+        torch.testing.assert_close(one.error, expected.error, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
