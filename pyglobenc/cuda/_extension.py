@@ -1,7 +1,7 @@
 """The compiled module, the device and stream its kernels run on, and reasons that they can't."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
 import torch
@@ -40,15 +40,19 @@ def device_reasons(tensors: dict[str, Tensor | None]) -> list[str]:
 capability = cache(torch.cuda.get_device_capability)
 
 
-@contextmanager
-def launching(device: torch.device) -> Iterator[int]:
+def launching(device: torch.device) -> AbstractContextManager[int]:
     """Context in which launches go to a tensor's device; gives torch's current stream there, for the kernels."""
     if device.type != "cuda":
-        yield 0
-        return
+        return nullcontext(0)
+    # the public way makes an object of it
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    return nullcontext(stream) if device.index == torch.cuda.current_device() else _elsewhere(device, stream)
+
+
+@contextmanager
+def _elsewhere(device: torch.device, stream: int) -> Iterator[int]:
     with torch.cuda.device(device):
-        # the public way makes an object of it
-        yield torch._C._cuda_getCurrentRawStream(device.index)
+        yield stream
 
 
 def allows_tf32() -> bool:
