@@ -178,8 +178,9 @@ class TransformerAttribution:
             return None
         if reliability != "auto":
             return reliability
-        single = torch.float64 not in (self.dtype, self.model.dtype)
-        return "measured" if single and measured(self.weights * self._tokens(batch), self.model.device) else "estimated"
+        # a graph, within which nothing is looked at, has no host that a second run could hide behind
+        cheap = may_look() and torch.float64 not in (self.dtype, self.model.dtype)
+        return "measured" if cheap and measured(self.weights * self._tokens(batch), self.model.device) else "estimated"
 
     def _tokens(self, batch: Mapping[str, Any]) -> int:
         """Tokens of a batch, padding and those before an image's patches among them."""
