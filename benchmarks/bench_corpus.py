@@ -1,9 +1,10 @@
-"""A corpus job, packed and padded, against the plain forward pass in the same padded batches: MiniLM, 2,000 sentences, CPU or GPU.
+"""A corpus job, packed and padded, against the plain forward pass in the same padded batches: MiniLM with its classifier, CPU or GPU.
 
     PYGLOBENC_CORPUS=sentences.tsv pytest benchmarks/bench_corpus.py --csv corpus
 
-The job is all of `pyglobenc attribute` but loading the model: reading, tokens, batches, GlobEnc, Parquet on disk. Its share of the
-forward pass's rate is 1 / ratio. Without PYGLOBENC_CORPUS, a .tsv file without header, sentences of like lengths are made up.
+The job is all of `pyglobenc attribute` but loading the model: reading, tokens, batches, GlobEnc of 2,000 sentences or transformer
+attribution of 500, Parquet on disk. Its share of the forward pass's rate is 1 / ratio. Without PYGLOBENC_CORPUS, a .tsv file without
+header, sentences of like lengths are made up.
 """
 
 import os
@@ -16,33 +17,33 @@ from measure import paired_ratio
 
 from pyglobenc.corpus.job import Plan, attribute_records, buckets, encode_records, make_runner, run_job
 from pyglobenc.corpus.records import open_source
-from pyglobenc.hf.pretrained import load_pretrained
+from pyglobenc.hf.pretrained import SENTIMENT, load_pretrained
 
-SENTENCES, SHARD_SIZE, ROUNDS = 2000, 1000, 3
+SENTENCES, SHARD_SIZE, ROUNDS = {"globenc": 2000, "transformer-attribution": 500}, 1000, 3
 WORDS = ("a", "the", "film", "movie", "of", "and", "with", "is", "deep", "good", "bad", "long", "story", "never", "makes", "one", "feel")
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """A corpus of SENTENCES lines."""
+@pytest.fixture
+def source(tmp_path_factory, method):
+    """A corpus of as many lines as the method is given."""
+    count = SENTENCES[method]
     given, path = os.environ.get("PYGLOBENC_CORPUS"), tmp_path_factory.mktemp("corpus") / "sentences.tsv"
     if given:
-        lines = Path(given).read_text(encoding="utf-8").splitlines(keepends=True)[:SENTENCES]
+        lines = Path(given).read_text(encoding="utf-8").splitlines(keepends=True)[:count]
     else:
         chance = random.Random(0)
         # SST-2's sentences have 19 words on average, 9 in the standard deviation
-        lines = [" ".join(chance.choices(WORDS, k=max(1, round(chance.gauss(19, 9))))) + "\n" for _ in range(SENTENCES)]
+        lines = [" ".join(chance.choices(WORDS, k=max(1, round(chance.gauss(19, 9))))) + "\n" for _ in range(count)]
     path.write_text("".join(lines), encoding="utf-8")
     return open_source(path, header=False)
 
 
 @pytest.fixture(scope="module")
-def runner():
+def model():
     try:
-        model, tokenizer = load_pretrained("minilm")
+        return load_pretrained(SENTIMENT)
     except ValueError as error:
         pytest.skip(str(error))
-    return make_runner(model, tokenizer)
 
 
 def plain_forward(runner, batches):
@@ -52,7 +53,7 @@ def plain_forward(runner, batches):
     def forward():
         for batch in batches:
             output = runner.model(**batch)
-        return output.last_hidden_state.cpu()
+        return output.logits.cpu()
 
     return forward
 
@@ -69,12 +70,14 @@ def batches_of(runner, records, batch_tokens):
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("batch_tokens", [1024, 4096])
-def bench_attribute(benchmark, source, runner, tmp_path, batch_tokens, packed):
-    runner.packed = packed
+@pytest.mark.parametrize("method", SENTENCES)
+@pytest.mark.filterwarnings("ignore::pyglobenc.methods.reliability.PrecisionWarning")
+def bench_attribute(benchmark, source, model, tmp_path, method, batch_tokens, packed):
+    runner = make_runner(*model, method=method, packed=packed)
     records = list(source.records())
     assert not attribute_records(runner, records[:50], batch_tokens)[1], "every sentence is attributed"
     forward = plain_forward(runner, batches_of(runner, records, batch_tokens))
-    common = {"method": "globenc", "model": "benchmark", "dtype": "float32", "settings": {}}
+    common = {"method": method, "model": "benchmark", "dtype": "float32", "settings": {}}
 
     def job():
         plan = Plan(source, tmp_path, SHARD_SIZE, batch_tokens, common)
