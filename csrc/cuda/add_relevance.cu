@@ -8,18 +8,38 @@
 #include "relevance.h"
 
 namespace pyglobenc {
+namespace {
 
 constexpr int ADD_THREADS = 256;
 constexpr int ADD_MOST_BLOCKS = ADD_THREADS;  // an example: fills a card, and a block reads their sums at a glance
+constexpr int TILE = 4 * ADD_THREADS;         // elements that a block takes at once
+
+// One block's part of an example.
+struct Share {
+    int64_t first, last;  // elements
+    double* sums;         // [blocks, 3], of the example
+    int block, blocks;    // of the example's blocks; a block past them is idle
+};
+
+BOTH int tiles_of(int64_t size) { return int((size + TILE - 1) / TILE); }
+BOTH int blocks_of(int tiles) { return tiles < ADD_MOST_BLOCKS ? tiles : ADD_MOST_BLOCKS; }
+
+DEVICE Share share_of(const AddArgs& args, int most_blocks) {
+    const int example = block() / most_blocks, index = block() % most_blocks;
+    const int64_t first = (args.offsets ? args.offsets[example] : example) * args.width;
+    const int64_t end = (args.offsets ? args.offsets[example + 1] : example + 1) * args.width;
+    const int tiles = tiles_of(end - first), blocks = blocks_of(tiles), each = (tiles + blocks - 1) / blocks;
+    const int64_t from = first + int64_t(index) * each * TILE, to = from + int64_t(each) * TILE;
+    // no example has more blocks than tiles of the whole begin in it, and one
+    return {from, to < end ? to : end, args.sums + 3 * (first / TILE + example), index, blocks};
+}
 
 struct Branches {
     Four r, a, b;  // R, R_a and R_b before the rescaling
 };
 
-DEVICE Branches branches(const AddArgs& args, int64_t example, int64_t at) {
-    const int64_t start = example * args.size;
-    Branches out = {load_four(args.r + start, at, args.size), load_four(args.a + start, at, args.size),
-                    load_four(args.b + start, at, args.size)};
+DEVICE Branches branches(const AddArgs& args, int64_t at, int64_t last) {
+    Branches out = {load_four(args.r, at, last), load_four(args.a, at, last), load_four(args.b, at, last)};
     UNROLL
     for (int e = 0; e < 4; ++e) {
         const float s = safe_divide(out.r.x[e], out.a.x[e] + out.b.x[e], args.stabilizer);
@@ -29,70 +49,58 @@ DEVICE Branches branches(const AddArgs& args, int64_t example, int64_t at) {
     return out;
 }
 
-// body(at) for this thread's fours of this block's part of an example.
-template <class Body>
-DEVICE void for_fours(const AddArgs& args, int64_t per_block, const Body& body) {
-    const int64_t first = block() % args.blocks * per_block;
-    const int64_t last = first + per_block < args.size ? first + per_block : args.size;
-    for (int64_t at = first + 4 * thread(); at < last; at += 4 * ADD_THREADS) body(at);
-}
-
-KERNEL(ADD_THREADS) add_relevance_sums_kernel(AddArgs args, int64_t per_block) {
-    const int64_t example = block() / args.blocks;
+KERNEL(ADD_THREADS) add_relevance_sums_kernel(AddArgs args, int most_blocks) {
+    const Share share = share_of(args, most_blocks);
+    if (share.block >= share.blocks) return;
     double sums[3] = {0, 0, 0};
-    for_fours(args, per_block, [&](int64_t at) {
-        const Branches part = branches(args, example, at);
+    for (int64_t at = share.first + 4 * thread(); at < share.last; at += TILE) {
+        const Branches part = branches(args, at, share.last);
         UNROLL
         for (int e = 0; e < 4; ++e) {
             sums[0] += double(part.a.x[e]);
             sums[1] += double(part.b.x[e]);
             sums[2] += double(part.r.x[e]);
         }
-    });
+    }
     sum_over_block(sums);
     if (thread() == 0)
-        for (int k = 0; k < 3; ++k) args.sums[3 * int64_t(block()) + k] = sums[k];
+        for (int k = 0; k < 3; ++k) share.sums[3 * share.block + k] = sums[k];
 }
 
-KERNEL(ADD_THREADS) add_relevance_kernel(AddArgs args, int64_t per_block) {
-    const int64_t example = block() / args.blocks;
+KERNEL(ADD_THREADS) add_relevance_kernel(AddArgs args, int most_blocks) {
+    const Share share = share_of(args, most_blocks);
+    if (share.block >= share.blocks) return;
     float factor_a = 1, factor_b = 1;
     if (args.rescale) {
         double sums[3] = {0, 0, 0};
-        if (thread() < args.blocks)
-            for (int k = 0; k < 3; ++k) sums[k] = args.sums[3 * (example * args.blocks + thread()) + k];
+        if (thread() < share.blocks)
+            for (int k = 0; k < 3; ++k) sums[k] = share.sums[3 * thread() + k];
         sum_over_block(sums);
         const double both = magnitude(sums[0]) + magnitude(sums[1]);
         factor_a = float(safe_divide(safe_divide(magnitude(sums[0]), both) * sums[2], sums[0]));
         factor_b = float(safe_divide(safe_divide(magnitude(sums[1]), both) * sums[2], sums[1]));
     }
-    for_fours(args, per_block, [&](int64_t at) {
-        Branches part = branches(args, example, at);
+    for (int64_t at = share.first + 4 * thread(); at < share.last; at += TILE) {
+        Branches part = branches(args, at, share.last);
         UNROLL
         for (int e = 0; e < 4; ++e) {
             part.a.x[e] *= factor_a;
             part.b.x[e] *= factor_b;
         }
-        store_four(args.r_a + example * args.size, at, args.size, part.a);
-        store_four(args.r_b + example * args.size, at, args.size, part.b);
-    });
+        store_four(args.r_a, at, share.last, part.a);
+        store_four(args.r_b, at, share.last, part.b);
+    }
 }
 
-static int64_t per_block(int64_t size, int blocks) {
-    constexpr int64_t each = 4 * ADD_THREADS;
-    return ((size + each - 1) / each + blocks - 1) / blocks * each;
-}
+}  // namespace
 
-int add_relevance_blocks(int64_t size) {
-    const int64_t tiles = per_block(size, 1) / (4 * ADD_THREADS);
-    return int(tiles < ADD_MOST_BLOCKS ? tiles : ADD_MOST_BLOCKS);
-}
+int64_t add_relevance_parts(int64_t size, int64_t examples) { return size / TILE + examples; }
 
 void add_relevance(const AddArgs& args, void* stream) {
-    const int64_t blocks = args.batch * args.blocks;
+    const int blocks = blocks_of(tiles_of(args.longest * args.width));
     const int bytes = ADD_THREADS / 32 * 3 * sizeof(double);
-    if (args.rescale) launch(add_relevance_sums_kernel, blocks, ADD_THREADS, bytes, stream, args, per_block(args.size, args.blocks));
-    launch(add_relevance_kernel, blocks, ADD_THREADS, bytes, stream, args, per_block(args.size, args.blocks));
+    if (args.rescale) launch(add_relevance_sums_kernel, int64_t(args.examples) * blocks, ADD_THREADS, bytes, stream, args, blocks);
+    launch(add_relevance_kernel, int64_t(args.examples) * blocks, ADD_THREADS, bytes, stream, args, blocks);
 }
 
 }  // namespace pyglobenc

@@ -16,19 +16,21 @@ struct CloneParts {
 void clone_relevance(const CloneParts& parts, const float* x, float* out, int64_t size, void* stream);
 
 struct AddArgs {
-    const float* r;  // [batch, size]
-    const float* a;  // [batch, size]
-    const float* b;  // [batch, size]
-    double* sums;    // [batch, blocks, 3]: of R_a, R_b and R
-    float* r_a;      // [batch, size]
-    float* r_b;      // [batch, size]
-    int64_t batch, size;
-    int blocks;  // of an example, from add_relevance_blocks
+    const float* r;      // [tokens, width]
+    const float* a;      // [tokens, width]
+    const float* b;      // [tokens, width]
+    const int* offsets;  // [examples + 1], where each one's tokens begin, and their number; null: an example is one token
+    double* sums;        // [add_relevance_parts, 3]: of R_a, R_b and R
+    float* r_a;          // [tokens, width]
+    float* r_b;          // [tokens, width]
+    int64_t width;
+    int examples, longest;  // tokens of the longest
     float stabilizer;
     bool rescale;
 };
 
-int add_relevance_blocks(int64_t size);
+// Parts that some examples' sums are left in at most, from the number of elements of all.
+int64_t add_relevance_parts(int64_t size, int64_t examples);
 void add_relevance(const AddArgs& args, void* stream);
 
 // What both passes of the Linear rule take. A strip of a token's outputs that holds nearly dead ones has its flag set; there bound becomes
@@ -71,6 +73,7 @@ struct RelevanceArgs {
     View key_mask;  // [B, n] bool, or null
     View rows;      // [B, m] int64, or null: the queries of a map
     View w;         // [B, T, n], T <= MOST_ROWS, or null: rows of the rollout
+    View offsets;   // [S + 1] int32, where each of the sequences packed into one begins, and n, or null
     float* r_q;     // [B, H, n, dh], as are r_k and r_v; null: no relevance
     float* r_k;
     float* r_v;
@@ -80,6 +83,7 @@ struct RelevanceArgs {
     float scaling, stabilizer;
     int left, right;  // the window, n for unlimited
     bool additive;
+    int examples, longest;  // B and n, or S and the tokens of the longest of these
 
     static constexpr int MOST_ROWS = 8;
 };

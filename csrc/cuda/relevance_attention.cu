@@ -31,14 +31,21 @@ struct Pass {
     float* raw;   // the next ones
     Side held;
 
-    DEVICE explicit Pass(const RelevanceArgs& args) : head{args, 0, 0} {
-        const int heads = int(args.k.shape[0] * args.k.shape[1]), of_head = (head.n() + own() - 1) / own();
-        start = block() % of_head * own();
-        head_index = block() / of_head % heads;
+    DEVICE explicit Pass(const RelevanceArgs& args) : head{args, 0, 0, 0, int(args.k.shape[2])} {
+        const int heads = int(args.k.shape[1]), of_head = (args.longest + own() - 1) / own();
+        head.h = block() / of_head % heads;
+        const int example = block() / of_head / heads % args.examples;
         // a slice of 64 is all of a head
-        slice = SLICE > 64 ? block() / of_head / heads * SLICE : 0;
-        head.b = head_index / int(args.k.shape[1]);
-        head.h = head_index % int(args.k.shape[1]);
+        slice = SLICE > 64 ? block() / of_head / heads / args.examples * SLICE : 0;
+        if (args.offsets.data) {
+            const int* const ends = static_cast<const int*>(args.offsets.data) + example;
+            head.first = ends[0];
+            head.last = ends[1];
+        } else {
+            head.b = example;
+        }
+        start = head.first + block() % of_head * own();
+        head_index = head.b * heads + head.h;
         const int stride = row_stride(head.head_dim());
         parts = {reinterpret_cast<bf16*>(shared()), STREAM_ROWS * stride, stride};
         raw = reinterpret_cast<float*>(parts.rows + 3 * parts.part);
@@ -46,6 +53,9 @@ struct Pass {
         held = {rows, own() * stride, reinterpret_cast<Place*>(rows + HELD_TENSORS * own() * stride)};
     }
 
+    // Whether the block lies past the end of its sequence.
+    DEVICE bool idle() const { return start >= head.last; }
+    DEVICE int n() const { return int(head.args.k.shape[2]); }
     DEVICE int own() const { return WARP_ROWS * (threads() / 32); }
     DEVICE Place* places(int stage) const { return held.places + own() + stage * STREAM; }
     // [MOST_ROWS, STREAM], rows W_STRIDE apart
@@ -62,7 +72,7 @@ struct Pass {
         if (!from.data) return;
         for (int at = thread(); at < RelevanceArgs::MOST_ROWS * STREAM; at += threads()) {
             const int t = at / STREAM, i = first + at % STREAM;
-            const bool ok = t < from.shape[1] && i < head.n();
+            const bool ok = t < from.shape[1] && i < head.last;
             const int64_t offset = ok ? head.b * from.stride[0] + t * from.stride[1] + i * from.stride[2] : 0;
             copy_async<4>(w(stage) + t * W_STRIDE + at % STREAM, static_cast<const float*>(from.data) + offset, ok);
         }
@@ -70,19 +80,22 @@ struct Pass {
 
     // body(pairs, w) for each tile of the other side that has a pair with this warp's rows.
     template <class Body>
-    DEVICE void walk(const Body& body) const {
+    DEVICE void walk(const Body& body) {
         const RelevanceArgs& args = head.args;
         const int before = start - (ROWS ? args.left : args.right), after = start + own() + (ROWS ? args.right : args.left);
-        const int first = before > 0 ? before / STREAM * STREAM : 0, last = after < head.n() ? after : head.n();
+        // tiles lie as if the sequence were alone
+        const int first = head.first + (before > head.first ? (before - head.first) / STREAM * STREAM : 0);
         const Side mine = {held.rows + warp() * WARP_ROWS * parts.stride, held.step, held.places + warp() * WARP_ROWS};
         fill<ROWS>(held, head, own(), [&](int at) { return start + at; });
+        // nothing past the window is fetched
+        if (after < head.last) head.last = after;
         fetch(0, first);
-        for (int at = first, stage = 0; at < last; at += STREAM, stage ^= 1) {
+        for (int at = first, stage = 0; at < head.last; at += STREAM, stage ^= 1) {
             wait_copies<0>();
             barrier();
             split(parts, raw, STREAM_ROWS, head.head_dim());
             barrier();
-            if (at + STREAM < last) fetch(stage ^ 1, at + STREAM);
+            if (at + STREAM < head.last) fetch(stage ^ 1, at + STREAM);
             if (!any_pair<TILES>(mine.places, places(stage))) continue;
             Pairs<TILES> pairs;
             multiply<ROWS, TILES>(pairs, mine, parts, head.head_dim());
@@ -106,13 +119,18 @@ struct Pass {
     DEVICE void store(float* out, const Sums& sums, int tensor) const {
         const int head_dim = head.head_dim();
         UNROLL
-        for (int d = 0; d < SLICE / 8; ++d)
-            for (int e = 0; e < 4; ++e) {
-                const int row = warp() * WARP_ROWS + lane() / 4 + e / 2 * 8, column = slice + 8 * d + lane() % 4 * 2 + e % 2;
-                if (start + row >= head.n() || column >= head_dim) continue;
-                const float own = held.rows[tensor * held.step + row * row_stride(head_dim) + column];
-                out[(int64_t(head_index) * head.n() + start + row) * head_dim + column] = sums[d][e] * own * 0.5f;
-            }
+        for (int half = 0; half < 2; ++half) {
+            const int row = warp() * WARP_ROWS + lane() / 4 + half * 8, at = held.places[row].at;
+            if (at < 0) continue;
+            const float* const own = held.rows + tensor * held.step + row * row_stride(head_dim);
+            float* const to = out + (int64_t(head_index) * n() + at) * head_dim;
+            UNROLL
+            for (int d = 0; d < SLICE / 8; ++d)
+                for (int e = 0; e < 2; ++e) {
+                    const int column = slice + 8 * d + lane() % 4 * 2 + e;
+                    if (column < head_dim) to[column] = sums[d][2 * half + e] * own[column] * 0.5f;
+                }
+        }
     }
 };
 
@@ -133,8 +151,8 @@ DEVICE T sum_of_row(T x) {
 template <int SLICE>
 KERNEL(32 * MOST_WARPS, BLOCKS_AT_ONCE) relevance_rows_kernel(CONSTANT RelevanceArgs args) {
     using Rows = Pass<true, SLICE>;
-    const Rows pass(args);
-    const int n = pass.head.n();
+    Rows pass(args);
+    if (pass.idle()) return;
     // of the rows of A, and of R_alpha and R'; in float32 they would lose digits from some 8,192 keys on
     constexpr int SUMS = SLICE ? 3 : 1;
     double sums[SUMS][2] = {};
@@ -165,24 +183,24 @@ KERNEL(32 * MOST_WARPS, BLOCKS_AT_ONCE) relevance_rows_kernel(CONSTANT Relevance
             for (int half = 0; half < 2; ++half) sums[k][half] += double(of_tile[k][half]);
     });
     if constexpr (SLICE > 0) pass.store(args.r_q, r_q, 0);
-    const int64_t all = args.q.shape[0] * args.q.shape[1] * n;
+    const int64_t all = args.q.shape[0] * args.q.shape[1] * pass.n();
     UNROLL
     for (int half = 0; half < 2; ++half) {
-        const int i = pass.start + warp() * WARP_ROWS + lane() / 4 + half * 8;
+        const int i = pass.held.places[warp() * WARP_ROWS + lane() / 4 + half * 8].at;
         UNROLL
         for (int k = 0; k < SUMS; ++k) sums[k][half] = sum_of_row(sums[k][half]);
-        if (i >= n || pass.slice || lane() % 4) continue;
+        if (i < 0 || pass.slice || lane() % 4) continue;
         UNROLL
         for (int k = 0; k < SUMS; ++k)
-            if (k == 0 || args.additive) args.sums[k * all + int64_t(pass.head_index) * n + i] = sums[k][half];
+            if (k == 0 || args.additive) args.sums[k * all + int64_t(pass.head_index) * pass.n() + i] = sums[k][half];
     }
 }
 
 template <int SLICE>
 KERNEL(32 * MOST_WARPS, BLOCKS_AT_ONCE) relevance_columns_kernel(CONSTANT RelevanceArgs args) {
     using Columns = Pass<false, SLICE>;
-    const Columns pass(args);
-    const int n = pass.head.n();
+    Columns pass(args);
+    if (pass.idle()) return;
     const bool step = args.w.data && !pass.slice;
     float sums[4] = {0, 0, 0, 0};
     typename Columns::Sums r_k = {}, r_v = {};
@@ -214,8 +232,8 @@ KERNEL(32 * MOST_WARPS, BLOCKS_AT_ONCE) relevance_columns_kernel(CONSTANT Releva
     const int64_t steps = args.w.shape[1];
     UNROLL
     for (int e = 0; e < 4; ++e) {
-        const int j = pass.start + warp() * WARP_ROWS + lane() / 4 + e / 2 * 8, t = lane() % 4 * 2 + e % 2;
-        if (step && j < n && t < steps) args.step[(pass.head_index * steps + t) * n + j] = sums[e];
+        const int j = pass.held.places[warp() * WARP_ROWS + lane() / 4 + e / 2 * 8].at, t = lane() % 4 * 2 + e % 2;
+        if (step && j >= 0 && t < steps) args.step[(pass.head_index * steps + t) * pass.n() + j] = sums[e];
     }
 }
 
@@ -223,7 +241,7 @@ template <class AnyPass>
 static void start(void (*kernel)(const RelevanceArgs), const RelevanceArgs& args, void* stream) {
     const int head_dim = int(args.k.shape[3]), warps = warps_that_fit(AnyPass::bytes, head_dim), own = WARP_ROWS * warps;
     const int64_t slices = AnyPass::COLUMNS ? (head_dim + AnyPass::COLUMNS - 1) / AnyPass::COLUMNS : 1;
-    const int64_t blocks = (args.k.shape[2] + own - 1) / own * args.k.shape[0] * args.k.shape[1] * slices;
+    const int64_t blocks = (args.longest + own - 1) / own * args.k.shape[1] * args.examples * slices;
     launch(kernel, blocks, 32 * warps, AnyPass::bytes(head_dim, warps), stream, args);
 }
 

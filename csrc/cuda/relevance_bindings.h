@@ -26,11 +26,10 @@ inline void bind_clone(const pybind11::list& parts, const pybind11::object& x, c
     clone_relevance(given, data_of(x), data_of(out), count_of(x), stream_of(stream));
 }
 
-inline void bind_add(const pybind11::tuple& tensors, float stabilizer, bool rescale, uintptr_t stream) {
-    const View sums = view(tensors[3]);
-    const int64_t batch = sums.shape[0], size = count_of(tensors[0]) / batch;
-    add_relevance({data_of(tensors[0]), data_of(tensors[1]), data_of(tensors[2]), static_cast<double*>(sums.data), data_of(tensors[4]),
-                   data_of(tensors[5]), batch, size, int(sums.shape[1]), stabilizer, rescale},
+inline void bind_add(const pybind11::tuple& tensors, int examples, int64_t width, int longest, float stabilizer, bool rescale,
+                     uintptr_t stream) {
+    add_relevance({data_of(tensors[0]), data_of(tensors[1]), data_of(tensors[2]), data_of<int>(tensors[3]), data_of<double>(tensors[4]),
+                   data_of(tensors[5]), data_of(tensors[6]), width, examples, longest, stabilizer, rescale},
                   stream_of(stream));
 }
 
@@ -50,9 +49,9 @@ inline void bind_product(const pybind11::tuple& common, const pybind11::tuple& o
 }
 
 inline RelevanceArgs relevance_args(const pybind11::tuple& tensors, const pybind11::tuple& outputs, float scaling, float stabilizer,
-                                    int left, int right, bool additive) {
+                                    int left, int right, bool additive, int longest) {
     RelevanceArgs args = {};
-    View* const views[] = {&args.q, &args.k, &args.v, &args.s, &args.grad, &args.lse, &args.key_mask, &args.rows, &args.w};
+    View* const views[] = {&args.q, &args.k, &args.v, &args.s, &args.grad, &args.lse, &args.key_mask, &args.rows, &args.w, &args.offsets};
     for (size_t index = 0; index < tensors.size(); ++index) *views[index] = view(tensors[index]);
     float** const floats[] = {&args.r_q, &args.r_k, &args.r_v, &args.step, &args.map};
     for (size_t index = 0; index < 5; ++index) *floats[index] = data_of(outputs[index]);
@@ -62,19 +61,21 @@ inline RelevanceArgs relevance_args(const pybind11::tuple& tensors, const pybind
     args.left = left;
     args.right = right;
     args.additive = additive;
+    args.examples = int(args.offsets ? args.offsets.shape[0] - 1 : args.k.shape[0]);
+    args.longest = longest;
     return args;
 }
 
 template <void (*RUN)(const RelevanceArgs&, void*)>
 void bind_pairs(const pybind11::tuple& tensors, const pybind11::tuple& outputs, float scaling, float stabilizer, int left, int right,
-                bool additive, uintptr_t stream) {
-    RUN(relevance_args(tensors, outputs, scaling, stabilizer, left, right, additive), stream_of(stream));
+                bool additive, int longest, uintptr_t stream) {
+    RUN(relevance_args(tensors, outputs, scaling, stabilizer, left, right, additive, longest), stream_of(stream));
 }
 
 inline void bind_relevance(pybind11::module_& m) {
     m.def("clone_relevance", bind_clone);
     m.def("add_relevance", bind_add);
-    m.def("add_relevance_blocks", add_relevance_blocks, "Blocks of one example, from its number of elements.");
+    m.def("add_relevance_parts", add_relevance_parts, "Parts that sums are left in, from the number of elements and of examples.");
     m.def("linear_quotient", bind_quotient);
     m.def("linear_product", bind_product);
     m.attr("LINEAR_STRIP") = LINEAR_STRIP;

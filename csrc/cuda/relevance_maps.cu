@@ -16,9 +16,10 @@ static int map_bytes(int head_dim, int warps) {
 template <int TILES>
 KERNEL(32 * MOST_WARPS, BLOCKS_AT_ONCE) relevance_maps_kernel(CONSTANT RelevanceArgs args) {
     constexpr int KEYS = 8 * TILES;
-    Head head = {args, 0, 0};
+    const int n = int(args.k.shape[2]);
+    Head head = {args, 0, 0, 0, n};
     const View& rows = args.rows;
-    const int n = head.n(), m = rows.data ? int(rows.shape[1]) : n, own = WARP_ROWS * (threads() / 32);
+    const int m = rows.data ? int(rows.shape[1]) : n, own = WARP_ROWS * (threads() / 32);
     const int row_blocks = (m + own - 1) / own, key_blocks = (n + KEYS - 1) / KEYS, stride = row_stride(head.head_dim());
     const int first = block() % row_blocks * own, first_key = block() / row_blocks % key_blocks * KEYS;
     head.b = block() / row_blocks / key_blocks;

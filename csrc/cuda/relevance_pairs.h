@@ -139,7 +139,8 @@ DEVICE void product(float (&tile)[4], const Left& a, const Right& b) {
 BOTH int padded(int head_dim) { return (head_dim + 15) / 16 * 16; }
 BOTH int row_stride(int head_dim) { return padded(head_dim) + 8; }
 
-// What stands beside each row in shared memory: which query or key it is, and a query's lse, 0 for a key; infinity where there is none.
+// What stands beside each row in shared memory: which query or key it is, -1 past the last, and a query's lse, 0 for a key; infinity where
+// there is none.
 struct Place {
     int at;
     float beside;
@@ -147,20 +148,20 @@ struct Place {
 
 DEVICE bool missing(const Place& place) { return place.beside == INFINITY; }
 
+// A head of an example, or of one of the sequences packed into one, which has tokens `first` to `last` - 1.
 struct Head {
     const RelevanceArgs& args;
-    int b, h;
+    int b, h, first, last;
 
-    DEVICE int n() const { return int(args.k.shape[2]); }
     DEVICE int head_dim() const { return int(args.k.shape[3]); }
     DEVICE const float* row(const View& x, int at) const {
         return static_cast<const float*>(x.data) + b * x.stride[0] + h * x.stride[1] + at * x.stride[2];
     }
-    DEVICE Place query(int i) const { return {i, i < n() ? *row(args.lse, i) : INFINITY}; }
+    DEVICE Place query(int i) const { return i < last ? Place{i, *row(args.lse, i)} : Place{-1, INFINITY}; }
     DEVICE Place key(int j) const {
         const View& mask = args.key_mask;
-        const bool real = j < n() && (!mask.data || static_cast<const bool*>(mask.data)[b * mask.stride[0] + j * mask.stride[1]]);
-        return {j, real ? 0.0f : INFINITY};
+        const bool real = j < last && (!mask.data || static_cast<const bool*>(mask.data)[b * mask.stride[0] + j * mask.stride[1]]);
+        return {j < last ? j : -1, real ? 0.0f : INFINITY};
     }
 };
 
@@ -177,7 +178,7 @@ DEVICE void copy_rows(float* to, const View& x, const Head& head, int count, boo
     const int head_dim = head.head_dim(), stride = row_stride(head_dim), width = padded(head_dim);
     for (int at = thread() / 8; at < count; at += threads() / 8) {
         const int row = index(at);
-        const bool there = queries ? row < head.n() : !missing(head.key(row));
+        const bool there = queries ? row < head.last : !missing(head.key(row));
         const float* from = head.row(x, there ? row : 0);
         float* const start = to + at * stride;
         if (head_dim % 4 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0)

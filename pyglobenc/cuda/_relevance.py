@@ -18,11 +18,14 @@ def new_like(t: Tensor) -> Tensor:
     return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
-def relevance_reasons(q: Tensor, offsets: Tensor | None, **others: Tensor | None) -> list[str]:
+def packed(offsets: Tensor, device: torch.device) -> tuple[Tensor, int]:
+    """Offsets (S + 1,) of packed sequences on a device, and the tokens of the longest."""
+    return offsets.to(device, non_blocking=True), int(offsets.diff().max())
+
+
+def relevance_reasons(q: Tensor, **others: Tensor | None) -> list[str]:
     """Why a relevance kernel over pairs can't run on these tensors."""
     reasons = float32_reasons(q=q, **others)
-    if offsets is not None:
-        reasons.append("takes no packed sequences")
     if not reasons:
         with _extension.launching(q.device):
             limit, needed = _extension.kernels.shared_limit(), _extension.kernels.relevance_shared(q.shape[3])

@@ -28,6 +28,7 @@ class Passes:
     window: tuple[int, int]
     additive_mask: bool = False
     stabilizer: float = 0.0
+    offsets: Tensor | None = None
 
     # rows of the rollout that one pass over columns carries
     most_rows: ClassVar[int]
@@ -50,8 +51,20 @@ class Passes:
         row_sums, totals = self._rows(r_q)
         r_out = self._columns(r, row_sums if normalize else None, r_k, r_v)
         if self.additive_mask:
-            rescale_scores(r_q, r_k, *totals.sum((2, 3)))
+            self._rescale(r_q, r_k, totals)
         return r_q, r_k, r_v, row_sums, r_out
+
+    def _rescale(self, r_q: Tensor, r_k: Tensor, totals: Tensor) -> None:
+        """Multiply R_q and R_k by the mask's factor, from `_rows`."""
+        if self.offsets is None:
+            rescale_scores(r_q, r_k, *totals.sum((2, 3)))
+            return
+        # a token takes the place of an example, with the sums of its sequence; not by index_add, whose order on a GPU is any
+        ends, per_token = self.offsets.to(totals.device, non_blocking=True), totals.sum((1, 2))
+        sums = torch.stack([torch.segment_reduce(each, "sum", offsets=ends) for each in per_token])
+        # told the size, torch doesn't wait for the device
+        sums = sums.repeat_interleave(ends.diff(), 1, output_size=per_token.shape[1])
+        rescale_scores(r_q.movedim(2, 0), r_k.movedim(2, 0), *sums)
 
     def rollout_step(self, r: Tensor, normalize: bool) -> Tensor:
         """r_out (B, T, n) alone."""

@@ -1,0 +1,105 @@
+"""Packed sequences in CUDA C++: emulated where there is no GPU."""
+
+import pytest
+import torch
+from numerics import assert_as_good_as_torch
+from test_packing import of_sequences, packed_together, relevance_args
+
+from pyglobenc.ops import add_relevance, relevance_attention, relevance_rollout_step
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+AXES = {relevance_attention: (2, 2, 2, 1, 2), relevance_rollout_step: (2,), add_relevance: (1, 1)}
+# alone, of a token each, with more rows of the rollout than a pass takes, of a block of keys and one more
+LENGTHS = [((1,), 1), ((1, 1, 2, 1), 2), ((7, 7, 33, 5, 5, 5, 18), 11), ((64, 65, 3), 3)]
+OPTIONS = [{}, dict(normalize=True, window=(-1, 0)), dict(window=(6, 3), stabilizer=1e-3)]
+
+
+@pytest.fixture(autouse=not torch.cuda.is_available())
+def kernels(emulated):
+    return emulated
+
+
+def run(op, args, offsets=None, **options):
+    """What the kernels give, as a list."""
+    out = op(**{name: t.to(DEVICE) for name, t in args.items()}, **options, offsets=offsets, backend="cuda")
+    return [t.cpu() for t in (out if isinstance(out, tuple) else (out,))]
+
+
+def run_packed(op, alone, lengths, **options):
+    offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return run(op, packed_together(alone, AXES[op][0]), offsets, **options)
+
+
+def assert_the_same(op, alone, lengths, **options):
+    """No sequence changes another: each has every bit that the kernels give of it alone, where they are held to the reference."""
+    each = zip(*(run(op, one, **options) for one in alone), strict=True)
+    for out, parts, axis in zip(run_packed(op, alone, lengths, **options), each, AXES[op], strict=True):
+        assert torch.equal(out, torch.cat(parts, axis))
+
+
+def assert_as_good(op, alone, lengths, **options):
+    """The error rule, against the reference of each sequence alone."""
+    expected = of_sequences(op, alone, AXES[op], **options)
+    for values in zip(run_packed(op, alone, lengths, **options), *expected, strict=True):
+        assert_as_good_as_torch(*values)
+
+
+def of_one_sign(alone):
+    """Of both signs R_alpha sums to next to nothing, and its rounding becomes that of the additive mask's factor."""
+    return [one | {name: one[name].abs() for name in "vs"} for one in alone]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("lengths, count", LENGTHS, ids=str)
+def test_relevance_of_a_sequence(lengths, count, options):
+    alone = relevance_args(lengths, count)[0]
+    assert_the_same(relevance_attention, alone, lengths, **options)
+    options = {name: value for name, value in options.items() if name != "stabilizer"}
+    assert_the_same(relevance_rollout_step, alone, lengths, **options)
+
+
+@pytest.mark.parametrize("lengths, count", LENGTHS, ids=str)
+def test_factor_of_the_additive_mask(lengths, count):
+    alone = of_one_sign(relevance_args(lengths, count)[0])
+    each = zip(*(run(relevance_attention, one, additive_mask=True) for one in alone), strict=True)
+    out = run_packed(relevance_attention, alone, lengths, additive_mask=True)
+    for found, parts, axis in zip(out, each, AXES[relevance_attention], strict=True):
+        # the factor is rounded once, from float64 sums in another order, and so is its product
+        torch.testing.assert_close(found, torch.cat(parts, axis), rtol=2.0**-22, atol=0)
+
+
+def test_wide_heads():
+    assert_the_same(relevance_attention, relevance_args((9, 1, 20), 1, dh=136)[0], (9, 1, 20))
+
+
+@pytest.mark.parametrize("options", [{}, dict(additive_mask=True, normalize=True), dict(window=(6, 3), stabilizer=1e-3)], ids=str)
+def test_relevance_is_as_good_as_torch(options):
+    alone = relevance_args((64, 65, 3), 3)[0]
+    assert_as_good(relevance_attention, of_one_sign(alone) if "additive_mask" in options else alone, (64, 65, 3), **options)
+
+
+@pytest.mark.parametrize("options", [{}, dict(stabilizer=1e-3), dict(rescale=False)], ids=str)
+@pytest.mark.parametrize("lengths", [lengths for lengths, _ in LENGTHS], ids=str)
+def test_sums_of_a_sequence_are_its_own(lengths, options):
+    assert_the_same(add_relevance, [{name: torch.randn(1, n, 70) for name in "rab"} for n in lengths], lengths, **options)
+
+
+# the second of more tiles than blocks
+@pytest.mark.parametrize("lengths, d", [((33, 1, 64), 70), ((3, 258, 2), 1024)], ids=str)
+def test_add_is_as_good_as_torch(lengths, d):
+    # sums whose terms don't cancel: with random signs both errors are those of a few pairs near 0
+    assert_as_good(add_relevance, [{name: torch.rand(1, n, d) + 0.1 for name in "rab"} for n in lengths], lengths)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts the emulated launches")
+@pytest.mark.parametrize("lengths", [(19,), (5, 9, 1, 4)], ids=str)
+def test_launches_do_not_grow_with_the_sequences(lengths, kernels):
+    alone, sums = relevance_args(lengths, 1)[0], [{name: torch.randn(1, n, 8) for name in "rab"} for n in lengths]
+    kernels.launches()
+    for op, each, options in (
+        (relevance_attention, alone, dict(additive_mask=True)),
+        (relevance_rollout_step, alone, dict(normalize=True)),
+        (add_relevance, sums, {}),
+    ):
+        run_packed(op, each, lengths, **options)
+        assert len(kernels.launches()) == 2
