@@ -28,8 +28,8 @@ DEVICE Share share_of(const AddArgs& args, int most_blocks) {
     const int example = block() / most_blocks, index = block() % most_blocks;
     const int64_t first = (args.offsets ? args.offsets[example] : example) * args.width;
     const int64_t end = (args.offsets ? args.offsets[example + 1] : example + 1) * args.width;
-    const int tiles = tiles_of(end - first), blocks = blocks_of(tiles), each = (tiles + blocks - 1) / blocks;
-    const int64_t from = first + int64_t(index) * each * TILE, to = from + int64_t(each) * TILE;
+    const int tiles = tiles_of(end - first), blocks = blocks_of(tiles), each = (tiles + blocks - 1) / blocks * TILE;
+    const int64_t from = first + int64_t(index) * each, to = from + each;
     // no example has more blocks than tiles of the whole begin in it, and one
     return {from, to < end ? to : end, args.sums + 3 * (first / TILE + example), index, blocks};
 }
