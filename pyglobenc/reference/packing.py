@@ -27,7 +27,7 @@ def position_of(offsets: Tensor, device: torch.device) -> Tensor:
 
 def sequence_sums(t: Tensor, offsets: Tensor) -> Tensor:
     """Sum of t (1, N) over each sequence: (S,)."""
-    return t.new_zeros(len(offsets) - 1).index_add_(0, sequence_of(offsets, t.device), t[0])
+    return torch.segment_reduce(t[0], "sum", offsets=offsets.to(t.device, non_blocking=True))
 
 
 def per_token(t: Tensor, offsets: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pyglobenc.reference.packing import sequence_sums
 from pyglobenc.reference.relevance_attention import rescale_scores
 
 
@@ -59,11 +60,11 @@ class Passes:
         if self.offsets is None:
             rescale_scores(r_q, r_k, *totals.sum((2, 3)))
             return
-        # a token takes the place of an example, with the sums of its sequence; not by index_add, whose order on a GPU is any
-        ends, per_token = self.offsets.to(totals.device, non_blocking=True), totals.sum((1, 2))
-        sums = torch.stack([torch.segment_reduce(each, "sum", offsets=ends) for each in per_token])
+        # a token takes the place of an example, with the sums of its sequence
+        sums = torch.stack([sequence_sums(t.sum(1), self.offsets) for t in totals])
+        lengths = self.offsets.diff().to(sums.device, non_blocking=True)
         # told the size, torch doesn't wait for the device
-        sums = sums.repeat_interleave(ends.diff(), 1, output_size=per_token.shape[1])
+        sums = sums.repeat_interleave(lengths, 1, output_size=totals.shape[3])
         rescale_scores(r_q.movedim(2, 0), r_k.movedim(2, 0), *sums)
 
     def rollout_step(self, r: Tensor, normalize: bool) -> Tensor:

@@ -3,12 +3,11 @@
 import pytest
 import torch
 from numerics import assert_as_good_as_torch
-from test_packing import of_sequences, packed_together, relevance_args
+from test_packing import AXES_OF, of_one_sign, of_sequences, packed_together, relevance_args
 
 from pyglobenc.ops import add_relevance, relevance_attention, relevance_rollout_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-AXES = {relevance_attention: (2, 2, 2, 1, 2), relevance_rollout_step: (2,), add_relevance: (1, 1)}
 # alone, of a token each, with more rows of the rollout than a pass takes, of a block of keys and one more
 LENGTHS = [((1,), 1), ((1, 1, 2, 1), 2), ((7, 7, 33, 5, 5, 5, 18), 11), ((64, 65, 3), 3)]
 OPTIONS = [{}, dict(normalize=True, window=(-1, 0)), dict(window=(6, 3), stabilizer=1e-3)]
@@ -27,26 +26,21 @@ def run(op, args, offsets=None, **options):
 
 def run_packed(op, alone, lengths, **options):
     offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    return run(op, packed_together(alone, AXES[op][0]), offsets, **options)
+    return run(op, packed_together(alone, AXES_OF[op][0]), offsets, **options)
 
 
 def assert_the_same(op, alone, lengths, **options):
     """No sequence changes another: each has every bit that the kernels give of it alone, where they are held to the reference."""
     each = zip(*(run(op, one, **options) for one in alone), strict=True)
-    for out, parts, axis in zip(run_packed(op, alone, lengths, **options), each, AXES[op], strict=True):
+    for out, parts, axis in zip(run_packed(op, alone, lengths, **options), each, AXES_OF[op], strict=True):
         assert torch.equal(out, torch.cat(parts, axis))
 
 
 def assert_as_good(op, alone, lengths, **options):
     """The error rule, against the reference of each sequence alone."""
-    expected = of_sequences(op, alone, AXES[op], **options)
+    expected = of_sequences(op, alone, AXES_OF[op], **options)
     for values in zip(run_packed(op, alone, lengths, **options), *expected, strict=True):
         assert_as_good_as_torch(*values)
-
-
-def of_one_sign(alone):
-    """Of both signs R_alpha sums to next to nothing, and its rounding becomes that of the additive mask's factor."""
-    return [one | {name: one[name].abs() for name in "vs"} for one in alone]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -63,7 +57,7 @@ def test_factor_of_the_additive_mask(lengths, count):
     alone = of_one_sign(relevance_args(lengths, count)[0])
     each = zip(*(run(relevance_attention, one, additive_mask=True) for one in alone), strict=True)
     out = run_packed(relevance_attention, alone, lengths, additive_mask=True)
-    for found, parts, axis in zip(out, each, AXES[relevance_attention], strict=True):
+    for found, parts, axis in zip(out, each, AXES_OF[relevance_attention], strict=True):
         # the factor is rounded once, from float64 sums in another order, and so is its product
         torch.testing.assert_close(found, torch.cat(parts, axis), rtol=2.0**-22, atol=0)
 
