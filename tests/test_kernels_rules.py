@@ -171,7 +171,7 @@ def test_refuses_with_reasons(backend):
 def test_reasons_of_a_gpu(capability, problem, expected, monkeypatch):
     monkeypatch.setattr(_device, "interpreting", lambda: False)
     monkeypatch.setattr(_device, "driver_problem", lambda: problem)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(_device, "capability", lambda device: capability)
     assert _device.device_reasons({"x": SimpleNamespace(device=torch.device("cuda:0"))}) == expected
 
 
