@@ -80,6 +80,18 @@ def test_add_of_more_blocks_than_a_glance(backend):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pyglobenc.kernels.add_relevance.MOST_BLOCKS", most)
         compare(backend, add_relevance, dict(r=r, a=a, b=b))
+        compare(backend, add_relevance, dict(r=r, a=a, b=b), offsets=torch.tensor([0, 1, shape[1]], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("options", [{}, dict(rescale=False), dict(stabilizer=1e-3)], ids=str)
+@pytest.mark.parametrize("lengths, d", [((1, 1, 2, 1), 96), ((7, 7, 33, 5, 5, 5, 18), 70), ((60, 1), 1)], ids=str)
+def test_add_packed(lengths, d, options, backend):
+    # sums of R_a and R_b of two signs, or they would need no rescaling; each sequence's by a factor of its own
+    part = torch.linspace(0.1, 0.9, len(lengths)).repeat_interleave(torch.tensor(lengths))[:, None].to(DEVICE)
+    r, a, b = (random(1, sum(lengths), d).abs() + 0.1 for _ in range(3))
+    a, b = a + b, -part * b
+    offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    compare(backend, add_relevance, dict(r=r, a=a, b=b), **options, offsets=offsets)
 
 
 def linear(batch, n, d_in, d_out):

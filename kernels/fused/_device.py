@@ -95,6 +95,21 @@ def device_reasons(tensors: dict[str, Tensor | None]) -> list[str]:
     return []
 
 
+def sequences(offsets: Tensor, device: torch.device) -> tuple[Tensor, int, int]:
+    """Offsets of packed sequences on a device, how many they are, and how many tokens the longest has."""
+    return offsets.contiguous().to(device, non_blocking=True), len(offsets) - 1, int(offsets.diff().max())
+
+
+@triton.jit
+def example(OFFSETS, number, n, PACKED: tl.constexpr):
+    """Which example of the batch a program works on, from which token, on how many: all, or a sequence's of those packed into one."""
+    if PACKED:
+        first = tl.load(OFFSETS + number)
+        return 0, first.to(tl.int64), tl.load(OFFSETS + number + 1) - first
+    else:
+        return number.to(tl.int64), 0, n
+
+
 @triton.jit
 def real_tokens(MASK, b, stride_b, stride_n, rows, ok, HAS_MASK: tl.constexpr):
     """Which of the rows that are ok aren't padding of example b: padding may hold anything, and is never loaded."""

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyglobenc.kernels._device import COUNTS, on
+from pyglobenc.kernels._device import COUNTS, example, on, sequences
 from pyglobenc.kernels._division import float32_reasons, safe_divide, safe_divide_rn
 
 BLOCK = 2048
@@ -33,21 +33,24 @@ def _add_relevance_sums_kernel(
     R,  # (batch, size)
     A,  # (batch, size)
     B,  # (batch, size)
+    OFFSETS,  # (S + 1,): where each of the sequences packed into one begins, and n; size is then a token's, batch S
     SUMS,  # (batch, 3, blocks) float64: of R_a, R_b and R
-    stabilizer, size, per_block, blocks, STABILIZED: tl.constexpr, BLOCK: tl.constexpr,
+    stabilizer, size, per_block, blocks, PACKED: tl.constexpr, STABILIZED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    block, example = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    block, number = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    b, first, count = example(OFFSETS, number, 1, PACKED)
+    base, size = (b + first) * size, count * tl.cast(size, tl.int64)
     sum_a = tl.zeros((BLOCK,), tl.float64)
     sum_b = tl.zeros((BLOCK,), tl.float64)
     total = tl.zeros((BLOCK,), tl.float64)
-    first = block.to(tl.int64) * per_block
-    for start in range(first, tl.minimum(first + per_block, size), BLOCK):
+    low = block.to(tl.int64) * per_block
+    for start in range(low, tl.minimum(low + per_block, size), BLOCK):
         at = start + tl.arange(0, BLOCK)
-        r, r_a, r_b = _branches(R, A, B, example * size + at, at < size, stabilizer, STABILIZED)
+        r, r_a, r_b = _branches(R, A, B, base + at, at < size, stabilizer, STABILIZED)
         sum_a += r_a.to(tl.float64)
         sum_b += r_b.to(tl.float64)
         total += r.to(tl.float64)
-    of_block = SUMS + example * 3 * blocks + block
+    of_block = SUMS + number * 3 * blocks + block
     tl.store(of_block, tl.sum(sum_a, 0))
     tl.store(of_block + blocks, tl.sum(sum_b, 0))
     tl.store(of_block + 2 * blocks, tl.sum(total, 0))
@@ -58,38 +61,44 @@ def _add_relevance_kernel(
     R,  # (batch, size)
     A,  # (batch, size)
     B,  # (batch, size)
+    OFFSETS,  # (S + 1,): where each of the sequences packed into one begins, and n; size is then a token's, batch S
     SUMS,  # (batch, 3, blocks) float64
     R_A,  # (batch, size)
     R_B,  # (batch, size)
-    stabilizer, size, per_block, blocks, RESCALE: tl.constexpr, BLOCKS: tl.constexpr, STABILIZED: tl.constexpr, BLOCK: tl.constexpr,
+    stabilizer, size, per_block, blocks, RESCALE: tl.constexpr, PACKED: tl.constexpr, BLOCKS: tl.constexpr, STABILIZED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    block, example = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    block, number = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    b, first, count = example(OFFSETS, number, 1, PACKED)
+    base, size = (b + first) * size, count * tl.cast(size, tl.int64)
+    low = block.to(tl.int64) * per_block
+    if PACKED and low >= size:
+        return
     if RESCALE:
         part = tl.arange(0, BLOCKS)
-        of_block = SUMS + example * 3 * blocks + part
+        of_block = SUMS + number * 3 * blocks + part
         sum_a = tl.sum(tl.load(of_block, mask=part < blocks, other=0.0), 0)
         sum_b = tl.sum(tl.load(of_block + blocks, mask=part < blocks, other=0.0), 0)
         total = tl.sum(tl.load(of_block + 2 * blocks, mask=part < blocks, other=0.0), 0)
         both = tl.abs(sum_a) + tl.abs(sum_b)
         factor_a = safe_divide(safe_divide(tl.abs(sum_a), both, 0.0, False) * total, sum_a, 0.0, False).to(tl.float32)
         factor_b = safe_divide(safe_divide(tl.abs(sum_b), both, 0.0, False) * total, sum_b, 0.0, False).to(tl.float32)
-    first = block.to(tl.int64) * per_block
-    for start in range(first, tl.minimum(first + per_block, size), BLOCK):
+    for start in range(low, tl.minimum(low + per_block, size), BLOCK):
         at = start + tl.arange(0, BLOCK)
         ok = at < size
-        _, r_a, r_b = _branches(R, A, B, example * size + at, ok, stabilizer, STABILIZED)
+        _, r_a, r_b = _branches(R, A, B, base + at, ok, stabilizer, STABILIZED)
         if RESCALE:
             r_a *= factor_a
             r_b *= factor_b
-        tl.store(R_A + example * size + at, r_a, mask=ok)
-        tl.store(R_B + example * size + at, r_b, mask=ok)
+        tl.store(R_A + base + at, r_a, mask=ok)
+        tl.store(R_B + base + at, r_b, mask=ok)
 
 
 def not_supported(
     r: Tensor, a: Tensor, b: Tensor, stabilizer: float = 0.0, rescale: bool = True, offsets: Tensor | None = None
 ) -> list[str]:
     """Why the kernel can't run on these arguments; empty when it can."""
-    return float32_reasons(r=r, a=a, b=b) + (["takes no packed sequences"] if offsets is not None else [])
+    return float32_reasons(r=r, a=a, b=b)
 
 
 def add_relevance(
@@ -99,18 +108,21 @@ def add_relevance(
     r_a, r_b = (torch.empty_like(r, memory_format=torch.contiguous_format) for _ in range(2))
     if r.numel() == 0:
         return r_a, r_b
-    batch, size = r.shape[0], r[0].numel()
-    tiles = -(-size // BLOCK)
+    # but for its sums a sequence has nothing of its own
+    packed = rescale and offsets is not None
+    offsets, examples, longest = sequences(offsets, r.device) if packed else (None, r.shape[0], 1)
+    size = r.shape[2] if packed else r[0].numel()
+    tiles = -(-longest * size // BLOCK)
     blocks = min(MOST_BLOCKS, tiles)
     per_block = -(-tiles // blocks) * BLOCK
-    sums = torch.empty(batch, 3, blocks, dtype=torch.float64, device=r.device)
-    given = (r.contiguous(), a.contiguous(), b.contiguous(), sums)
+    sums = torch.empty(examples, 3, blocks, dtype=torch.float64, device=r.device)
+    given = (r.contiguous(), a.contiguous(), b.contiguous(), offsets, sums)
     sizes = (stabilizer, size, per_block, blocks)
-    flags = dict(STABILIZED=stabilizer != 0, BLOCK=BLOCK, num_warps=8)
+    flags = dict(PACKED=packed, STABILIZED=stabilizer != 0, BLOCK=BLOCK, num_warps=8)
     with on(r.device):
         if rescale:
-            _add_relevance_sums_kernel[(batch * blocks,)](*given, *sizes, **flags)
-        _add_relevance_kernel[(batch * blocks,)](
+            _add_relevance_sums_kernel[(examples * blocks,)](*given, *sizes, **flags)
+        _add_relevance_kernel[(examples * blocks,)](
             *given, r_a, r_b, *sizes, RESCALE=rescale, BLOCKS=MOST_BLOCKS, **flags
         )
     return r_a, r_b

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyglobenc.grids import query_shares
-from pyglobenc.kernels._device import COUNTS, on, power_of_two, real_tokens
+from pyglobenc.kernels._device import COUNTS, on, power_of_two, real_tokens, sequences
 from pyglobenc.kernels._pairs import START, hold_keys, load_gram, own_term, pair_arguments, pair_norms, pair_reasons, places, strides
 
 # rows of the rollout that one pass carries; more rows take more passes
@@ -192,19 +192,19 @@ def rollout_step(
     key_blocks = -(-n // given["BLOCK_J"])
     block_t = 1 if n_rows == 1 else min(MAX_ROWS, power_of_two(n_rows, 16))
     row_blocks = -(-n_rows // block_t)
-    longest, sequences, steps = n, batch, 0
+    examples, longest, steps = batch, n, 0
     if offsets is not None:
-        longest, sequences, offsets = int(offsets.diff().max()), len(offsets) - 1, offsets.contiguous().to(q.device, non_blocking=True)
+        offsets, examples, longest = sequences(offsets, q.device)
         # of a search among them: 8, 16 or 24, so that few numbers are compiled for
-        steps = -(-max(1, (sequences - 1).bit_length()) // 8) * 8
+        steps = -(-max(1, (examples - 1).bit_length()) // 8) * 8
     shares = query_shares(key_blocks * row_blocks * batch, -(-longest // given["BLOCK_I"]), places(q.device), START)
     parts = out if shares == 1 else r.new_empty(shares, *r.shape)
     given |= dict(R=r, OFFSETS=offsets, OUT=parts, n_rows=n_rows, key_blocks=key_blocks, row_blocks=row_blocks, shares=shares, batch=batch)
     with on(q.device):
         _rollout_step_kernel[(key_blocks * shares * row_blocks * batch,)](
-            **given, sequences=sequences, BLOCK_T=block_t, STEPS=steps, **strides(r, "rb rt rn")
+            **given, sequences=examples, BLOCK_T=block_t, STEPS=steps, **strides(r, "rb rt rn")
         )
-        _finish_kernel[(sequences * n_rows,)](
+        _finish_kernel[(examples * n_rows,)](
             parts, log_scale.contiguous(), offsets, out, out_scale, n, n_rows, shares, batch, PACKED=steps > 0, BLOCK=BLOCK, num_warps=8
         )
     return out, out_scale
