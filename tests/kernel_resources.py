@@ -141,8 +141,9 @@ def pair_arguments(case: dict, n: int = 1024) -> tuple:
 
 
 def relevance_arguments(case: dict, n: int = 1024) -> tuple:
-    """q, k, v, lse, grad_o, s of a case, then its mask, scaling and window."""
-    t, mask = meta(2, case["heads"], n, case["head_dim"]), meta(2, n, dtype=torch.bool) if case["full"] else None
+    """q, k, v, lse, grad_o, s of a case, then its mask, scaling and window; of packed sequences no mask."""
+    t = meta(1 if case["packed"] else 2, case["heads"], n, case["head_dim"])
+    mask = meta(2, n, dtype=torch.bool) if case["full"] and not case["packed"] else None
     window = (128, 0) if case["full"] else (-1, -1)
     return (t, t, t, t[..., 0], t if case["full"] else None, t), (mask, case["head_dim"] ** -0.5, window)
 
@@ -150,6 +151,7 @@ def relevance_arguments(case: dict, n: int = 1024) -> tuple:
 def arguments(case: dict, n: int = 1024) -> tuple:
     """Meta tensors in the place of an op's arguments; "full" turns every optional one on."""
     op, full, r = case["op"], case["full"], meta(2, case["rows"], n)
+    offsets = torch.tensor([0, n], dtype=torch.int32) if full and case["packed"] else None
     x, weight = meta(2, n, 768), meta(3072, 768)
     if op == "exp":
         return (x.device,)
@@ -158,7 +160,7 @@ def arguments(case: dict, n: int = 1024) -> tuple:
     if op == "mapped_square":
         return x.to(getattr(torch, case["dtype"])), [weight[0]] * 2
     if op == "add_relevance":
-        return x, x, x
+        return x, x, x, 0.0, True, offsets
     if op == "linear_relevance":
         return meta(2, n, 3072), x, weight, weight, meta(2, n, 3072), weight[:, 0]
     if op.startswith("head_"):
@@ -169,14 +171,14 @@ def arguments(case: dict, n: int = 1024) -> tuple:
         return (v, meta(heads, head_dim, width)) if op == "head_norms" else (v, meta(heads, head_dim, heads, head_dim), *cross)
     if op.startswith("relevance"):
         tensors, seen = relevance_arguments(case, n)
+        r = meta(len(tensors[0]), case["rows"], n)
         if op == "relevance_attention":
-            return *tensors, r, *seen, full, full, 0.0
+            return *tensors, r, *seen, full, full, 0.0, offsets
         if op == "relevance_maps":
             return *tensors, None, *seen
-        return r, *tensors, *seen, full
+        return r, *tensors, *seen, full, offsets
     pair, scaling, window = pair_arguments(case, n), case["head_dim"] ** -0.5, (128, 0) if full else (-1, -1)
     if op == "rollout_step":
-        offsets = torch.tensor([0, n], dtype=torch.int32) if full and case["packed"] else None
         return r, meta(2, case["rows"]), *pair, scaling, window, offsets
     return *pair, meta(2, 1, dtype=torch.int64) if full else None, scaling, window
 

@@ -40,7 +40,8 @@ HEADS = [(12, 12, 64, "float32", 1), (16, 16, 80, "float32", 24), (4, 4, 256, "f
 
 
 def cases() -> list[dict]:
-    """Every optional argument on; tf32, which a caller may ask for, no packed sequences, and all off for one shape."""
+    """Every optional argument on, padding and packed sequences by turns where they exclude each other; tf32, which a caller may ask for,
+    no packed sequences, and all off for one shape."""
     out = []
     for capability in CAPABILITIES:
 
@@ -50,17 +51,22 @@ def cases() -> list[dict]:
             out.append(chosen | dict(zip(names, shape, strict=True)))
 
         if capability == AMD:
-            for op in ("rollout_step", "token_norms", *ELEMENTWISE, "relevance_attention", "relevance_maps", "head_gram", "head_norms"):
-                case(op, BERT if op in ("rollout_step", "token_norms") else HEADS[0], precision="ieee")
+            for op in ("rollout_step", "token_norms"):
+                case(op, BERT, precision="ieee")
+            for op in (*ELEMENTWISE, "relevance_attention", "relevance_maps", "head_gram", "head_norms"):
+                case(op, HEADS[0], precision="ieee", packed=False)
+            for op in ("add_relevance", "relevance_attention"):
+                case(op, HEADS[0], precision="ieee")
             continue
         for shape in SHAPES:
             case("rollout_step", shape)
-        for op in ELEMENTWISE:
-            case(op, HEADS[0])
-        for shape in HEADS:
-            case("relevance_attention", shape)
-        case("relevance_maps", HEADS[0])
-        case("relevance_rollout_step", HEADS[0])
+        for op in (*ELEMENTWISE, "relevance_maps"):
+            case(op, HEADS[0], packed=False)
+        case("add_relevance", HEADS[0])
+        for packed in (True, False):
+            for shape in HEADS:
+                case("relevance_attention", shape, packed=packed)
+            case("relevance_rollout_step", HEADS[0], packed=packed)
         for shape in (HEADS[0], HEADS[-1], BERT, (12, 12, 64, "float16", 1)):
             case("head_gram", shape)
         case("head_norms", HEADS[0])

@@ -33,6 +33,7 @@ class Case:
     additive: bool = False
     normalize: bool = False
     stabilizer: float = 0.0
+    lengths: tuple[int, ...] = ()  # of sequences packed into one, in the place of n
 
 
 CASES = [
@@ -48,6 +49,14 @@ CASES = [
     Case(B=1, n=19, dh=256),
 ]
 
+# of one token, of one length side by side, a tile's queries and keys and one more or less
+PACKED = [
+    Case(B=1, H=8, T=8, lengths=(1, 1, 2, 1), additive=True, normalize=True),
+    Case(B=1, H=3, lengths=(7, 7, 33, 5, 5, 5, 18), additive=True, normalize=True),
+    Case(B=1, dh=24, T=3, lengths=(34, 31, 3), grad=False, normalize=True),
+    Case(B=1, lengths=(16, 50, 17), window=(6, 3), stabilizer=1e-3),
+]
+
 
 @pytest.fixture
 def backend():
@@ -60,14 +69,20 @@ def layer(case: Case) -> tuple[dict, torch.Tensor]:
     Queries and keys are halves of small integers, so that scores are exact, many of them 0: the division by a score that nearly cancels
     amplifies rounding without bound, in torch as in the kernel, and two draws of such errors don't compare.
     """
-    shape = (case.B, case.n, case.H, case.dh)
+    n = sum(case.lengths) or case.n
+    shape = (case.B, n, case.H, case.dh)
     q, k = ((torch.randn(shape) * 2).round().transpose(1, 2).to(DEVICE) / 2 for _ in range(2))
     v, s, grad = (torch.randn(shape).transpose(1, 2).to(DEVICE) for _ in range(3))
-    mask = key_mask(case.mask, case.B, case.n)
+    mask = key_mask(case.mask, case.B, n)
     seen = dict(key_mask=mask if mask is None else mask.to(DEVICE), scaling=case.dh**-0.5, window=case.window)
+    if case.lengths:
+        # nothing cancels: in a short sequence few pairs make the additive mask's factor, and its largest error
+        q, k, v, s = q.abs() + 0.5, k.abs() + 0.5, v.abs(), s.abs()
+        q[:, :, ::3] = 0  # scores of 0 are what the factor makes up for
+        seen["offsets"] = torch.tensor([0, *case.lengths]).cumsum(0).to(torch.int32)
     _, lse = attention(q.double(), k.double(), v.double(), **seen)
     args = dict(q=q, k=k, v=v, lse=lse.float(), grad_o=grad if case.grad else None, s=s, **seen)
-    return args, torch.rand(case.B, case.T, case.n, device=DEVICE)
+    return args, torch.rand(case.B, case.T, n, device=DEVICE)
 
 
 def compare(backend, op, args: dict, tensors: dict, **options):
@@ -105,6 +120,21 @@ def test_relevance_maps(case, backend):
     compare(backend, relevance_maps, args, dict(rows=rows))
 
 
+@pytest.mark.parametrize("case", PACKED, ids=str)
+def test_packed(case, backend):
+    args, r = layer(case)
+    options = dict(additive_mask=case.additive, normalize=case.normalize, stabilizer=case.stabilizer)
+    compare(backend, relevance_attention, args, dict(r=r), **options)
+    compare(backend, relevance_rollout_step, args, dict(r=r), normalize=case.normalize)
+
+
+def test_one_packed_sequence(backend):
+    args, r = layer(Case(B=1, lengths=(1,)))
+    packed = relevance_attention(**args, r=r, backend=backend)
+    del args["offsets"]
+    assert all(torch.equal(*pair) for pair in zip(packed, relevance_attention(**args, r=r, backend=backend), strict=True))
+
+
 def test_without_a_rollout(backend):
     args, _ = layer(Case())
     assert compare(backend, relevance_attention, args, {})[4] is None
@@ -134,28 +164,34 @@ def far_memory() -> torch.Tensor:
     return torch.frombuffer(mmap.mmap(-1, 4 * count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000), dtype=torch.float32)
 
 
+def far_apart(tensors: dict, axis: int) -> dict:
+    """Floating-point tensors with the first and last entry along the axis 2^31 floats apart."""
+    memory, used, out = far_memory(), 0, dict(tensors)
+    for name, t in tensors.items():
+        if isinstance(t, torch.Tensor) and t.is_floating_point():
+            rest = [1 if at == axis else size for at, size in enumerate(t.shape)]
+            steps = list(torch.empty(rest).stride())
+            steps[axis] = 2**31 // (t.shape[axis] - 1)
+            out[name] = memory.as_strided(t.shape, steps, used).copy_(t)
+            used += t.numel() // t.shape[axis]
+    return out
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_offsets_beyond_32_bits(axis, backend):
     args, r = layer(Case(n=9, T=2))
-    memory, used = far_memory(), 0
-
-    def far(t):
-        """t with the first and last entry along the axis 2^31 floats apart."""
-        nonlocal used
-        if not isinstance(t, torch.Tensor):
-            return t
-        rest = [1 if at == axis else size for at, size in enumerate(t.shape)]
-        steps = list(torch.empty(rest).stride())
-        steps[axis] = 2**31 // (t.shape[axis] - 1)
-        out = memory.as_strided(t.shape, steps, used).copy_(t)
-        used += t.numel() // t.shape[axis]
-        return out
-
-    apart, far_r = {name: far(t) for name, t in args.items()}, far(r)
-    out, plain = (relevance_attention(**given, r=rows, backend=backend) for given, rows in ((apart, far_r), (args, r)))
+    apart = far_apart(args | dict(r=r), axis)
+    out, plain = (relevance_attention(**given, backend=backend) for given in (apart, args | dict(r=r)))
     assert all(torch.equal(*pair) for pair in zip(out, plain, strict=True))
+    del apart["r"]
     out, plain = (relevance_maps(**given, backend=backend) for given in (apart, args))
     assert torch.equal(out, plain)
+
+
+def test_packed_offsets_beyond_32_bits(backend):
+    args, r = layer(Case(B=1, lengths=(4, 4, 1), T=2))
+    out, plain = (relevance_attention(**given, backend=backend) for given in (far_apart(args | dict(r=r), 2), args | dict(r=r)))
+    assert all(torch.equal(*pair) for pair in zip(out, plain, strict=True))
 
 
 @pytest.mark.parametrize("B, n, T", [(0, 4, 1), (2, 0, 1), (2, 4, 0)])

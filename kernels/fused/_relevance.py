@@ -68,11 +68,9 @@ def launch(head_dim: int) -> dict[str, int]:
     return tile | dict(num_warps=8, num_stages=1) | registers(255)
 
 
-def relevance_reasons(q: Tensor, offsets: Tensor | None, **others: Tensor | None) -> list[str]:
+def relevance_reasons(q: Tensor, **others: Tensor | None) -> list[str]:
     """Why a relevance kernel over pairs can't run on these tensors."""
     reasons = float32_reasons(q=q, **others)
-    if offsets is not None:
-        reasons.append("takes no packed sequences")
     if q.shape[3] > MAX_HEAD_DIM:
         reasons.append(f"takes heads of up to {MAX_HEAD_DIM}, got {q.shape[3]}")
     return reasons

@@ -7,11 +7,13 @@ an additive mask, what its factor needs; a pass over columns gives R_k, R_v and 
 q, k, v, s, grad_o read for every block; nothing of n x n is stored, no atomics.
 """
 
+from functools import cached_property
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyglobenc.kernels._device import COUNTS, float32_precision, on, power_of_two, real_tokens
+from pyglobenc.kernels._device import COUNTS, example, float32_precision, on, power_of_two, real_tokens, sequences
 from pyglobenc.kernels._division import safe_divide
 from pyglobenc.kernels._relevance import by_head, launch, load_rows, pair_relevance, relevance_reasons, store_rows
 from pyglobenc.reference.attention import sides
@@ -40,36 +42,42 @@ def _relevance_rows_kernel(
     GRAD,  # (B, H, n, dh)
     LSE,  # (B, H, n)
     MASK,  # (B, n)
+    OFFSETS,  # (S + 1,): where each of the sequences packed into one begins, and n
     R_Q,  # (B, H, n, dh)
     SUMS,  # (1, B, H, n) float64: of A_h's rows; with an additive mask (3, B, H, n), also of R_alpha's and R''s
     scaling, stabilizer, n, n_heads, left, right, blocks, total_rows,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_sb, stride_sh, stride_sn, stride_gb, stride_gh, stride_gn, stride_lb, stride_lh, stride_ln, stride_mb, stride_mn,
     HEAD_DIM: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, RELEVANCE: tl.constexpr,
-    HAS_GRAD: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr, ADDITIVE: tl.constexpr, STABILIZED: tl.constexpr,
-    PRODUCTS: tl.constexpr,
+    HAS_GRAD: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr, PACKED: tl.constexpr, ADDITIVE: tl.constexpr,
+    STABILIZED: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     block, head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    b, h = (head // n_heads).to(tl.int64), (head % n_heads).to(tl.int64)
-    Q += b * stride_qb + h * stride_qh
-    K += b * stride_kb + h * stride_kh
-    V += b * stride_vb + h * stride_vh
-    S += b * stride_sb + h * stride_sh
-    LSE += b * stride_lb + h * stride_lh
+    b, first, n_own = example(OFFSETS, head // n_heads, n, PACKED)
+    h = (head % n_heads).to(tl.int64)
+    if PACKED:
+        head = head % n_heads
+        if block * BLOCK_I >= n_own:
+            return
+    Q += b * stride_qb + h * stride_qh + first * stride_qn
+    K += b * stride_kb + h * stride_kh + first * stride_kn
+    V += b * stride_vb + h * stride_vh + first * stride_vn
+    S += b * stride_sb + h * stride_sh + first * stride_sn
+    LSE += b * stride_lb + h * stride_lh + first * stride_ln
     if HAS_GRAD:
-        GRAD += b * stride_gb + h * stride_gh
+        GRAD += b * stride_gb + h * stride_gh + first * stride_gn
     i = block * BLOCK_I + tl.arange(0, BLOCK_I)
-    i_ok = i < n
+    i_ok = i < n_own
     d = tl.arange(0, BLOCK_D)
     # in float32 they would lose digits from some 8,192 keys on
     sums = tl.zeros((BLOCK_I,), tl.float64)
     acc = tl.zeros((BLOCK_I, BLOCK_D), tl.float32)
     before = tl.zeros((BLOCK_I,), tl.float64)
     after = tl.zeros((BLOCK_I,), tl.float64)
-    first = tl.maximum(0, block * BLOCK_I - left) // BLOCK_J * BLOCK_J
-    for start in range(first, tl.minimum(n, (block + 1) * BLOCK_I + right), BLOCK_J):
+    low = tl.maximum(0, block * BLOCK_I - left) // BLOCK_J * BLOCK_J
+    for start in range(low, tl.minimum(n_own, (block + 1) * BLOCK_I + right), BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
-        j_ok = real_tokens(MASK, b, stride_mb, stride_mn, j, j < n, HAS_MASK)
+        j_ok = real_tokens(MASK, b, stride_mb, stride_mn, j, j < n_own, HAS_MASK)
         dots, _, relevance, weighted = pair_relevance(Q, K, V, S, GRAD, LSE, stride_qn, stride_kn, stride_vn, stride_sn, stride_gn,
                                                       stride_ln, i, i_ok, j, j_ok, scaling, left, right, HEAD_DIM, HAS_GRAD,
                                                       HAS_WINDOW, PRODUCTS)  # fmt: skip
@@ -80,14 +88,14 @@ def _relevance_rows_kernel(
             if ADDITIVE:
                 before += tl.sum(relevance, 1).to(tl.float64)
                 after += tl.sum(passed, 1).to(tl.float64)
-    at = head.to(tl.int64) * n + i
-    tl.store(SUMS + at, sums, mask=i_ok)
+    row = head.to(tl.int64) * n + first
+    tl.store(SUMS + row + i, sums, mask=i_ok)
     if RELEVANCE:
         r_q = acc * load_rows(Q, stride_qn, i, i_ok, d, HEAD_DIM) * 0.5
-        store_rows(R_Q + head.to(tl.int64) * n * HEAD_DIM, HEAD_DIM, i, i_ok, d, r_q, HEAD_DIM)
+        store_rows(R_Q + row * HEAD_DIM, HEAD_DIM, i, i_ok, d, r_q, HEAD_DIM)
         if ADDITIVE:
-            tl.store(SUMS + total_rows + at, before, mask=i_ok)
-            tl.store(SUMS + 2 * total_rows + at, after, mask=i_ok)
+            tl.store(SUMS + total_rows + row + i, before, mask=i_ok)
+            tl.store(SUMS + 2 * total_rows + row + i, after, mask=i_ok)
 
 
 @triton.jit
@@ -111,6 +119,7 @@ def _relevance_columns_kernel(
     GRAD,  # (B, H, n, dh)
     LSE,  # (B, H, n)
     MASK,  # (B, n)
+    OFFSETS,  # (S + 1,): where each of the sequences packed into one begins, and n
     W,  # (B, T, n): rows of the rollout, divided by the sums if they are to be
     R_K,  # (B, H, n, dh)
     R_V,  # (B, H, n, dh)
@@ -120,48 +129,54 @@ def _relevance_columns_kernel(
     stride_sb, stride_sh, stride_sn, stride_gb, stride_gh, stride_gn, stride_lb, stride_lh, stride_ln, stride_mb, stride_mn,
     stride_wb, stride_wt, stride_wn,
     HEAD_DIM: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
-    RELEVANCE: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr, ADDITIVE: tl.constexpr,
-    STABILIZED: tl.constexpr, PRODUCTS: tl.constexpr,
+    RELEVANCE: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr, PACKED: tl.constexpr,
+    ADDITIVE: tl.constexpr, STABILIZED: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     block, head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    b, h = (head // n_heads).to(tl.int64), (head % n_heads).to(tl.int64)
-    Q += b * stride_qb + h * stride_qh
-    K += b * stride_kb + h * stride_kh
-    V += b * stride_vb + h * stride_vh
-    S += b * stride_sb + h * stride_sh
-    LSE += b * stride_lb + h * stride_lh
+    b, first, n_own = example(OFFSETS, head // n_heads, n, PACKED)
+    h = (head % n_heads).to(tl.int64)
+    if PACKED:
+        head = head % n_heads
+        if block * BLOCK_J >= n_own:
+            return
+    Q += b * stride_qb + h * stride_qh + first * stride_qn
+    K += b * stride_kb + h * stride_kh + first * stride_kn
+    V += b * stride_vb + h * stride_vh + first * stride_vn
+    S += b * stride_sb + h * stride_sh + first * stride_sn
+    LSE += b * stride_lb + h * stride_lh + first * stride_ln
     if HAS_GRAD:
-        GRAD += b * stride_gb + h * stride_gh
+        GRAD += b * stride_gb + h * stride_gh + first * stride_gn
     j = block * BLOCK_J + tl.arange(0, BLOCK_J)
-    j_ok = real_tokens(MASK, b, stride_mb, stride_mn, j, j < n, HAS_MASK)
+    j_ok = real_tokens(MASK, b, stride_mb, stride_mn, j, j < n_own, HAS_MASK)
     d = tl.arange(0, BLOCK_D)
     acc_k = tl.zeros((BLOCK_J, BLOCK_D), tl.float32)
     acc_v = tl.zeros((BLOCK_J, BLOCK_D), tl.float32)
     # BLOCK_T 0: no step
     t = tl.arange(0, max(BLOCK_T, 1))
     acc_t = tl.zeros((max(BLOCK_T, 1), BLOCK_J), tl.float32)
-    first = tl.maximum(0, block * BLOCK_J - right) // BLOCK_I * BLOCK_I
-    last = tl.minimum(n, (block + 1) * BLOCK_J + left)
-    last = tl.where(tl.max(j_ok.to(tl.int32), 0) > 0, last, first)
-    for start in range(first, last, BLOCK_I):
+    low = tl.maximum(0, block * BLOCK_J - right) // BLOCK_I * BLOCK_I
+    high = tl.minimum(n_own, (block + 1) * BLOCK_J + left)
+    high = tl.where(tl.max(j_ok.to(tl.int32), 0) > 0, high, low)
+    for start in range(low, high, BLOCK_I):
         i = start + tl.arange(0, BLOCK_I)
-        i_ok = i < n
+        i_ok = i < n_own
         dots, alpha, relevance, weighted = pair_relevance(Q, K, V, S, GRAD, LSE, stride_qn, stride_kn, stride_vn, stride_sn, stride_gn,
                                                           stride_ln, i, i_ok, j, j_ok, scaling, left, right, HEAD_DIM, HAS_GRAD,
                                                           HAS_WINDOW, PRODUCTS)  # fmt: skip
         if BLOCK_T > 0:
-            acc_t = _step(acc_t, W + b * stride_wb, stride_wt, stride_wn, t, t < n_rows, i, i_ok, weighted, BLOCK_T, PRODUCTS)
+            w = W + b * stride_wb + first * stride_wn
+            acc_t = _step(acc_t, w, stride_wt, stride_wn, t, t < n_rows, i, i_ok, weighted, BLOCK_T, PRODUCTS)
         if RELEVANCE:
             _, u = _shares_of_scores(relevance, dots, scaling, stabilizer, ADDITIVE, STABILIZED)
             acc_k = tl.dot(tl.trans(u), load_rows(Q, stride_qn, i, i_ok, d, HEAD_DIM), acc_k, input_precision=PRODUCTS)
             acc_v = tl.dot(tl.trans(alpha), load_rows(S, stride_sn, i, i_ok, d, HEAD_DIM), acc_v, input_precision=PRODUCTS)
-    j_in = j < n
+    j_in = j < n_own
     if RELEVANCE:
-        base = head.to(tl.int64) * n * HEAD_DIM
-        store_rows(R_K + base, HEAD_DIM, j, j_in, d, acc_k * load_rows(K, stride_kn, j, j_ok, d, HEAD_DIM) * 0.5, HEAD_DIM)
-        store_rows(R_V + base, HEAD_DIM, j, j_in, d, acc_v * load_rows(V, stride_vn, j, j_ok, d, HEAD_DIM) * 0.5, HEAD_DIM)
+        row = head.to(tl.int64) * n + first
+        store_rows(R_K + row * HEAD_DIM, HEAD_DIM, j, j_in, d, acc_k * load_rows(K, stride_kn, j, j_ok, d, HEAD_DIM) * 0.5, HEAD_DIM)
+        store_rows(R_V + row * HEAD_DIM, HEAD_DIM, j, j_in, d, acc_v * load_rows(V, stride_vn, j, j_ok, d, HEAD_DIM) * 0.5, HEAD_DIM)
     if BLOCK_T > 0:
-        at = (head.to(tl.int64) * n_rows + t.to(tl.int64)[:, None]) * n + j[None, :]
+        at = (head.to(tl.int64) * n_rows + t.to(tl.int64)[:, None]) * n + first + j[None, :]
         tl.store(OUT + at, acc_t, mask=(t < n_rows)[:, None] & j_in[None, :])
 
 
@@ -179,19 +194,25 @@ class TritonPasses(Passes):
         tensors = (w, r_k, r_v, step)
         self._launch(_relevance_columns_kernel, "BLOCK_J", r_k is not None, tensors, (count,), steps, BLOCK_T=block_t)
 
+    @cached_property
+    def _examples(self) -> tuple[Tensor | None, int, int]:
+        """Offsets on the device, how many examples or packed sequences there are, and how many tokens the longest has."""
+        return (None, self.q.shape[0], self.q.shape[2]) if self.offsets is None else sequences(self.offsets, self.q.device)
+
     def _launch(self, kernel, block: str, relevance: bool, tensors: tuple, sizes: tuple, more: tuple = (), **flags) -> None:
         """Launch a kernel on one program a head and block; sizes follow the common ones, more the common strides."""
-        batch, heads, n, head_dim = self.q.shape
+        _, heads, n, head_dim = self.q.shape
+        offsets, examples, longest = self._examples
         tiles = launch(head_dim)
         given, steps = zip(*(by_head(t, self.q) for t in (self.q, self.k, self.v, self.s, self.grad_o)), strict=True)
         masks = (0, 0) if self.key_mask is None else self.key_mask.stride()
-        blocks = -(-n // tiles[block])
+        blocks = -(-longest // tiles[block])
         with on(self.q.device):
-            kernel[(blocks * batch * heads,)](
-                *given, self.lse, self.key_mask, *tensors, self.scaling, self.stabilizer, n, heads, *sides(self.window, n), blocks, *sizes,
-                *(step for three in steps for step in three), *self.lse.stride(), *masks, *more,
+            kernel[(blocks * examples * heads,)](
+                *given, self.lse, self.key_mask, offsets, *tensors, self.scaling, self.stabilizer, n, heads, *sides(self.window, n), blocks,
+                *sizes, *(step for three in steps for step in three), *self.lse.stride(), *masks, *more,
                 HEAD_DIM=head_dim, RELEVANCE=relevance, HAS_GRAD=self.grad_o is not None, HAS_MASK=self.key_mask is not None,
-                HAS_WINDOW=max(self.window) >= 0, ADDITIVE=self.additive_mask, STABILIZED=self.stabilizer != 0,
+                HAS_WINDOW=max(self.window) >= 0, PACKED=offsets is not None, ADDITIVE=self.additive_mask, STABILIZED=self.stabilizer != 0,
                 PRODUCTS=float32_precision(), **flags, **tiles,
             )  # fmt: skip
 
@@ -200,7 +221,7 @@ def not_supported(
     q, k, v, lse, grad_o, s, r, key_mask, scaling, window, additive_mask, normalize, stabilizer, offsets=None
 ) -> list[str]:
     """Why the kernel can't run on these arguments; empty when it can."""
-    return relevance_reasons(q, offsets, k=k, v=v, lse=lse, grad_o=grad_o, s=s, r=r, key_mask=key_mask)
+    return relevance_reasons(q, k=k, v=v, lse=lse, grad_o=grad_o, s=s, r=r, key_mask=key_mask)
 
 
 def relevance_attention(
@@ -220,5 +241,5 @@ def relevance_attention(
     offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """See `pyglobenc.ops.relevance_attention`: -> R_q, R_k, R_v (B, H, n, dh), row_sums (B, n), r_out (B, T, n) or None."""
-    passes = TritonPasses(q, k, v, lse, grad_o, s, key_mask, scaling, window, additive_mask, stabilizer)
+    passes = TritonPasses(q, k, v, lse, grad_o, s, key_mask, scaling, window, additive_mask, stabilizer, offsets)
     return passes.relevance(r, normalize)

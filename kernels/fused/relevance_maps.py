@@ -57,7 +57,7 @@ def _relevance_maps_kernel(
 
 def not_supported(q, k, v, lse, grad_o, s, rows, key_mask, scaling, window) -> list[str]:
     """Why the kernel can't run on these arguments; empty when it can."""
-    return relevance_reasons(q, None, k=k, v=v, lse=lse, grad_o=grad_o, s=s, rows=rows, key_mask=key_mask)
+    return relevance_reasons(q, k=k, v=v, lse=lse, grad_o=grad_o, s=s, rows=rows, key_mask=key_mask)
 
 
 def relevance_maps(

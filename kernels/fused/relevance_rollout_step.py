@@ -11,7 +11,7 @@ from pyglobenc.kernels.relevance_attention import TritonPasses
 
 def not_supported(r, q, k, v, lse, grad_o, s, key_mask, scaling, window, normalize, offsets=None) -> list[str]:
     """Why the kernel can't run on these arguments; empty when it can."""
-    return relevance_reasons(q, offsets, k=k, v=v, lse=lse, grad_o=grad_o, s=s, r=r, key_mask=key_mask)
+    return relevance_reasons(q, k=k, v=v, lse=lse, grad_o=grad_o, s=s, r=r, key_mask=key_mask)
 
 
 def relevance_rollout_step(
@@ -29,4 +29,4 @@ def relevance_rollout_step(
     offsets: Tensor | None = None,
 ) -> Tensor:
     """See `pyglobenc.ops.relevance_rollout_step`: -> (B, T, n)."""
-    return TritonPasses(q, k, v, lse, grad_o, s, key_mask, scaling, window).rollout_step(r, normalize)
+    return TritonPasses(q, k, v, lse, grad_o, s, key_mask, scaling, window, offsets=offsets).rollout_step(r, normalize)
