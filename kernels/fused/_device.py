@@ -102,7 +102,7 @@ def sequences(offsets: Tensor, device: torch.device) -> tuple[Tensor, int, int]:
 
 @triton.jit
 def example(OFFSETS, number, n, PACKED: tl.constexpr):
-    """Which example of the batch a program works on, from which token, on how many: all, or a sequence's of those packed into one."""
+    """Which example of the batch, its first token and how many: all n, or those of one of the sequences packed into the only one."""
     if PACKED:
         first = tl.load(OFFSETS + number)
         return 0, first.to(tl.int64), tl.load(OFFSETS + number + 1) - first

@@ -33,6 +33,16 @@ def _shares_of_scores(relevance, dots, scaling, stabilizer, ADDITIVE: tl.constex
     return passed, safe_divide(passed, dots, stabilizer, STABILIZED)
 
 
+@triton.jit
+def _one_head(OFFSETS, head, n_heads, n, PACKED: tl.constexpr):
+    """`example` of the one that a program's head is of, which of its heads that is, and which of all the heads in the results."""
+    b, first, n_own = example(OFFSETS, head // n_heads, n, PACKED)
+    h = head % n_heads
+    if PACKED:
+        head = h
+    return b, first, n_own, h.to(tl.int64), head
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def _relevance_rows_kernel(
     Q,  # (B, H, n, dh)
@@ -53,19 +63,15 @@ def _relevance_rows_kernel(
     STABILIZED: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     block, head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    b, first, n_own = example(OFFSETS, head // n_heads, n, PACKED)
-    h = (head % n_heads).to(tl.int64)
-    if PACKED:
-        head = head % n_heads
-        if block * BLOCK_I >= n_own:
-            return
+    b, first, n_own, h, head = _one_head(OFFSETS, head, n_heads, n, PACKED)
+    if PACKED and block * BLOCK_I >= n_own:
+        return
     Q += b * stride_qb + h * stride_qh + first * stride_qn
     K += b * stride_kb + h * stride_kh + first * stride_kn
     V += b * stride_vb + h * stride_vh + first * stride_vn
     S += b * stride_sb + h * stride_sh + first * stride_sn
+    GRAD += b * stride_gb + h * stride_gh + first * stride_gn
     LSE += b * stride_lb + h * stride_lh + first * stride_ln
-    if HAS_GRAD:
-        GRAD += b * stride_gb + h * stride_gh + first * stride_gn
     i = block * BLOCK_I + tl.arange(0, BLOCK_I)
     i_ok = i < n_own
     d = tl.arange(0, BLOCK_D)
@@ -99,11 +105,11 @@ def _relevance_rows_kernel(
 
 
 @triton.jit
-def _step(acc, W, stride_t, stride_n, t, t_ok, i, i_ok, weighted, BLOCK_T: tl.constexpr, PRODUCTS: tl.constexpr):
+def _step(acc, W, stride_t, stride_n, t, t_ok, i, i_ok, weighted, PRODUCTS: tl.constexpr):
     """acc + W A_h of a tile: (rows of the rollout, keys)."""
     at = W + t.to(tl.int64)[:, None] * stride_t + i.to(tl.int64)[None, :] * stride_n
     w = tl.load(at, mask=t_ok[:, None] & i_ok[None, :], other=0.0)
-    if BLOCK_T == 1:
+    if acc.shape[0] == 1:
         acc += tl.sum(tl.trans(w) * weighted, 0)[None, :]
     else:
         acc = tl.dot(w, weighted, acc, input_precision=PRODUCTS)
@@ -125,38 +131,31 @@ def _relevance_columns_kernel(
     R_V,  # (B, H, n, dh)
     OUT,  # (B, H, T, n): W A_h
     scaling, stabilizer, n, n_heads, left, right, blocks, n_rows,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_sb, stride_sh, stride_sn, stride_gb, stride_gh, stride_gn, stride_lb, stride_lh, stride_ln, stride_mb, stride_mn,
-    stride_wb, stride_wt, stride_wn,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_sb, stride_sh, stride_sn,
+    stride_gb, stride_gh, stride_gn, stride_lb, stride_lh, stride_ln, stride_mb, stride_mn, stride_wb, stride_wt, stride_wn,
     HEAD_DIM: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
     RELEVANCE: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr, PACKED: tl.constexpr,
     ADDITIVE: tl.constexpr, STABILIZED: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     block, head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    b, first, n_own = example(OFFSETS, head // n_heads, n, PACKED)
-    h = (head % n_heads).to(tl.int64)
-    if PACKED:
-        head = head % n_heads
-        if block * BLOCK_J >= n_own:
-            return
+    b, first, n_own, h, head = _one_head(OFFSETS, head, n_heads, n, PACKED)
+    if PACKED and block * BLOCK_J >= n_own:
+        return
     Q += b * stride_qb + h * stride_qh + first * stride_qn
     K += b * stride_kb + h * stride_kh + first * stride_kn
     V += b * stride_vb + h * stride_vh + first * stride_vn
     S += b * stride_sb + h * stride_sh + first * stride_sn
+    GRAD += b * stride_gb + h * stride_gh + first * stride_gn
     LSE += b * stride_lb + h * stride_lh + first * stride_ln
-    if HAS_GRAD:
-        GRAD += b * stride_gb + h * stride_gh + first * stride_gn
     j = block * BLOCK_J + tl.arange(0, BLOCK_J)
     j_ok = real_tokens(MASK, b, stride_mb, stride_mn, j, j < n_own, HAS_MASK)
-    d = tl.arange(0, BLOCK_D)
     acc_k = tl.zeros((BLOCK_J, BLOCK_D), tl.float32)
     acc_v = tl.zeros((BLOCK_J, BLOCK_D), tl.float32)
     # BLOCK_T 0: no step
-    t = tl.arange(0, max(BLOCK_T, 1))
+    d, t = tl.arange(0, BLOCK_D), tl.arange(0, max(BLOCK_T, 1))
     acc_t = tl.zeros((max(BLOCK_T, 1), BLOCK_J), tl.float32)
     low = tl.maximum(0, block * BLOCK_J - right) // BLOCK_I * BLOCK_I
-    high = tl.minimum(n_own, (block + 1) * BLOCK_J + left)
-    high = tl.where(tl.max(j_ok.to(tl.int32), 0) > 0, high, low)
+    high = tl.where(tl.max(j_ok.to(tl.int32), 0) > 0, tl.minimum(n_own, (block + 1) * BLOCK_J + left), low)
     for start in range(low, high, BLOCK_I):
         i = start + tl.arange(0, BLOCK_I)
         i_ok = i < n_own
@@ -164,8 +163,7 @@ def _relevance_columns_kernel(
                                                           stride_ln, i, i_ok, j, j_ok, scaling, left, right, HEAD_DIM, HAS_GRAD,
                                                           HAS_WINDOW, PRODUCTS)  # fmt: skip
         if BLOCK_T > 0:
-            w = W + b * stride_wb + first * stride_wn
-            acc_t = _step(acc_t, w, stride_wt, stride_wn, t, t < n_rows, i, i_ok, weighted, BLOCK_T, PRODUCTS)
+            acc_t = _step(acc_t, W + b * stride_wb + first * stride_wn, stride_wt, stride_wn, t, t < n_rows, i, i_ok, weighted, PRODUCTS)
         if RELEVANCE:
             _, u = _shares_of_scores(relevance, dots, scaling, stabilizer, ADDITIVE, STABILIZED)
             acc_k = tl.dot(tl.trans(u), load_rows(Q, stride_qn, i, i_ok, d, HEAD_DIM), acc_k, input_precision=PRODUCTS)
