@@ -11,8 +11,8 @@ from pyglobenc.reference.score_mods import SoftCap
 AXES = {"q": 2, "k": 2, "v": 2, "lse": 2, "gram": 1, "cross": 1, "residual_sq": 1, "rstd": 1}
 # lengths of the sequences: alone, of one token, of one length side by side, longer than a block of keys and of queries
 CASES = [
-    (Case(H=3, Hkv=3, dh=5), (1,), 1),
-    (Case(), (1, 1, 1, 2, 1), 2),
+    (Case(H=3, Hkv=3, dh=5), (1,), 50),
+    (Case(), (1, 1, 1, 2, 1), 20),
     (Case(H=6, Hkv=2), (7, 7, 33, 5, 5, 5, 18), 1),
     (Case(norms=1), (64, 65, 3), 3),
     (Case(H=12, Hkv=12, dh=64, d=768), (41, 70, 9), 1),
@@ -145,12 +145,12 @@ AXES_OF = {relevance_attention: (2, 2, 2, 1, 2), relevance_rollout_step: (2,), a
 def relevance_args(lengths, count, heads=2, dh=16):
     """Arguments of `relevance_attention` of each sequence alone, the same packed, and offsets.
 
-    Queries and keys are halves of small integers: scores are exact, and a division by one amplifies no rounding.
+    All but the gradients are positive: where sums cancel, the largest errors are those of a few numbers near 0, and a matter of luck.
     """
     alone = []
     for n in lengths:
-        q, k, v, grad_o, s = (torch.randn(1, heads, n, dh) for _ in range(5))
-        q, k = (q * 2).round() / 2, (k * 2).round() / 2
+        q, k, v, s = (torch.rand(1, heads, n, dh) + 0.1 for _ in range(4))
+        grad_o = torch.randn(1, heads, n, dh)
         _, lse = attention(q.double(), k.double(), v.double())
         alone.append(dict(q=q, k=k, v=v, lse=lse.float(), grad_o=grad_o, s=s, r=torch.rand(1, count, n)))
     return alone, packed_together(alone, 2), torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
@@ -168,11 +168,6 @@ def of_sequences(op, alone, axes, **options):
         each = [out if isinstance(out, tuple) else (out,) for out in each]
         outs.append([torch.cat(parts, axis) for parts, axis in zip(zip(*each, strict=True), axes, strict=True)])
     return outs
-
-
-def of_one_sign(alone):
-    """Of both signs R_alpha sums to next to nothing, and its rounding becomes that of the additive mask's factor."""
-    return [one | {name: one[name].abs() for name in "vs"} for one in alone]
 
 
 def run_packed(op, backend, alone, **options):
@@ -197,7 +192,7 @@ def compare(op, backend, alone, **options):
 @pytest.mark.parametrize("backend", ["reference", *KERNELS])
 def test_relevance_is_each_sequence_alone(backend, lengths, count, options):
     alone = relevance_args(lengths, count)[0]
-    compare(relevance_attention, backend, of_one_sign(alone) if "additive_mask" in options else alone, **options)
+    compare(relevance_attention, backend, alone, **options)
     compare(relevance_rollout_step, backend, alone, **{name: options[name] for name in ("normalize", "window") if name in options})
 
 
