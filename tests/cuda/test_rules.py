@@ -10,6 +10,7 @@ from test_kernels_rules import (  # noqa: F401
     random,
     test_add,
     test_add_of_both_signs_is_the_reference,
+    test_add_packed,
     test_clone,
     test_clone_guard,
     test_empty,
