@@ -47,7 +47,7 @@ def reasons(op: str, backend: str, args: tuple) -> list[str]:
 def pick(op: str, backend: str, available: tuple[str, ...], args: tuple) -> Callable:
     """Function of the backend asked for, or, with "auto", of the first of `available` that can run.
 
-    Where `pyglobenc bench` has left its measurements, `pyglobenc.device_table`, "auto" tries the fastest first.
+    Where `pyglobenc bench` measured the device, here or for the package (`pyglobenc.device_table`), "auto" tries the fastest first.
 
     Raises:
         ValueError: unknown name, or the backend asked for by name can't run; the reasons are in the message.

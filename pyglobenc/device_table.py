@@ -1,7 +1,7 @@
 """Which backend was the fastest for an op on a device, as `pyglobenc bench` measured it; read by backend="auto".
 
-A JSON file, {device: {op: [backends, fastest first]}}, at PYGLOBENC_TABLE, else in the user's cache folder. An empty PYGLOBENC_TABLE means
-none. Without a file, or without an entry, the order is that of the op's own list.
+A JSON file, {device: {op: [backends, fastest first]}}, at PYGLOBENC_TABLE, else in the user's cache folder; where it says nothing, the
+measurements that come with the package. An empty PYGLOBENC_TABLE means neither. Without an entry the order is that of the op's own list.
 """
 
 import json
@@ -12,6 +12,9 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 log = logging.getLogger("pyglobenc")
+
+# what comes with the package: where it is installed, and in a checkout
+SHIPPED = (Path(__file__).parent / "measured" / "backends.json", Path(__file__).parents[1] / "benchmarks" / "results" / "backends.json")
 
 
 def table_path() -> Path | None:
@@ -50,12 +53,25 @@ def preferred(op: str, available: tuple[str, ...], kind: str) -> tuple[str, ...]
     return (*first, *(sorted(rest, key=lambda name: name != "cpu") if kind == "cpu" else rest))
 
 
+def tables() -> list[Path]:
+    """Files that "auto" goes by, a later one before an earlier."""
+    path = table_path()
+    return [] if path is None else [file for file in (*SHIPPED, path) if file.exists()]
+
+
 @lru_cache(maxsize=1)
 def _table() -> dict[str, dict[str, list[str]]]:
-    """The file's contents; read once."""
-    path = table_path()
+    """The files' contents; read once."""
+    out: dict[str, dict[str, list[str]]] = {}
+    for path in tables():
+        for device, ops in _read(path).items():
+            out[device] = out.get(device, {}) | ops
+    return out
+
+
+def _read(path: Path) -> dict[str, dict[str, list[str]]]:
     try:
-        found = {} if path is None or not path.exists() else json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes())
         return {device: {op: [str(name) for name in names] for op, names in ops.items()} for device, ops in found.items()}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         log.warning("%s is not a table of backends and is passed over: %s", path, error)
@@ -69,8 +85,8 @@ def save_table(kind: str, orders: dict[str, list[str]]) -> Path | None:
     path = table_path()
     if path is None:
         return None
-    _table.cache_clear()
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, (json.dumps(_table() | {device_name(kind): orders}, indent=1, sort_keys=True) + "\n").encode())
+    known = _read(path) if path.exists() else {}
+    write_file(path, (json.dumps(known | {device_name(kind): orders}, indent=1, sort_keys=True) + "\n").encode())
     _table.cache_clear()
     return path

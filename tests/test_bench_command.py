@@ -25,6 +25,7 @@ def table(tmp_path, monkeypatch):
     """A table of the test's own, read anew."""
     path = tmp_path / "cache" / "backends.json"
     monkeypatch.setenv("PYGLOBENC_TABLE", str(path))
+    monkeypatch.setattr(device_table, "SHIPPED", (tmp_path / "shipped.json",))
     device_table._table.cache_clear()
     yield path
     device_table._table.cache_clear()
@@ -184,6 +185,20 @@ def test_auto_goes_by_the_table(table):
     assert chosen() == "pyglobenc.reference.rollout_step"
     table.write_text("not JSON")
     assert chosen() == default
+
+
+def test_what_comes_with_the_package_is_asked_last(table, monkeypatch):
+    here = device_table.device_name("cpu")
+    device_table.SHIPPED[0].write_text(json.dumps({here: {"rollout_step": ["reference"], "head_gram": ["reference"]}}))
+    rooms = ("cpu", "reference")
+    assert device_table.preferred("rollout_step", rooms, "cpu") == ("reference", "cpu")
+    device_table.save_table("cpu", {"rollout_step": ["cpu"]})
+    assert json.loads(table.read_bytes()) == {here: {"rollout_step": ["cpu"]}}, "its own measurements alone"
+    assert device_table.preferred("rollout_step", rooms, "cpu") == ("cpu", "reference")
+    assert device_table.preferred("head_gram", rooms, "cpu") == ("reference", "cpu")
+    monkeypatch.setenv("PYGLOBENC_TABLE", "")
+    device_table._table.cache_clear()
+    assert device_table.preferred("head_gram", rooms, "cpu") == ("cpu", "reference")
 
 
 def rollout_arguments():

@@ -80,6 +80,7 @@ def test_sdist_and_wheel_hold_the_sources(wheel):
     tracked = subprocess.run(["git", "ls-files", "pyglobenc", "kernels/fused"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     for path in tracked:
         assert path.replace("kernels/fused", "pyglobenc/kernels") in names, path
+    assert "pyglobenc/measured/backends.json" in names
     with tarfile.open(wheel[1]) as archive:
         sources = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     tracked = subprocess.run(["git", "ls-files", "csrc"], cwd=ROOT, capture_output=True, text=True).stdout.split()

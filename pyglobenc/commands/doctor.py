@@ -38,6 +38,7 @@ def run(options: argparse.Namespace) -> int:
             "GPU": _gpu(),
             **{name: _tool(commands) for name, commands in TOOLS.items()},
             "model minilm": _minilm(),
+            "backend auto": _order(),
         }
     )
     return _kernels()
@@ -121,6 +122,12 @@ def _minilm() -> str:
         return model_folder("minilm")
     except ValueError as error:
         return str(error)
+
+
+def _order() -> str:
+    from pyglobenc.device_table import tables
+
+    return "takes the fastest by " + ", then ".join(map(str, reversed(tables()))) if tables() else "takes each op's first that runs"
 
 
 def _kernels() -> int:
