@@ -132,7 +132,7 @@ def test_transformer_attribution_as_a_graph():
     fast = graphed(attribute, input_ids=ids[0], target=[0, 0], **options)
     for batch, target in zip(ids, (0, 1, [1, 0]), strict=True):
         expected = attribute(input_ids=batch, target=target, **options)
-        # the last layer alone, as above; the graph's Linear rule is the clamped one
+        # the last layer alone, as above
         torch.testing.assert_close(fast(input_ids=batch, target=target).scores, expected.scores, rtol=1e-3, atol=1e-6)
 
 
@@ -147,6 +147,21 @@ def test_packed_sequences(name, dtype):
     alone = [globenc(input_ids=torch.tensor([row], device="cuda")) for row in ids]
     scores, exact, torch_out = (torch.cat([one.scores.flatten() for one in results]) for results in (found, exact, alone))
     assert_as_good_as_torch(scores, exact, torch_out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packed_relevance(dtype, backend):
+    model = build("bert-classifier").cuda()
+    ids = [torch.randint(5, 97, (n,)).tolist() for n in (7, 40, 12, 12, 1)]
+    # the last layer alone, as above
+    options = dict(start_layer=2, target=1, reliability="off")
+    exact = TransformerAttribution(model).packed(input_ids=ids, **options)
+    attribute = TransformerAttribution(model.to(dtype), backend=backend)
+    found = attribute.packed(input_ids=ids, **options)
+    alone = [attribute(input_ids=torch.tensor([row], device="cuda"), **options) for row in ids]
+    for part in (lambda one: one.scores[0], lambda one: one.output.logits[0]):
+        values = [torch.cat([part(one) for one in results]) for results in (found, exact, alone)]
+        assert_as_good_as_torch(*values, 4.0)
 
 
 def test_runs_repeat_bit_for_bit(backend):
