@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyglobenc.gpu import capability, is_current
+
 MAX_HEADS = 64
 MAX_HEAD_DIM = 256
 
@@ -44,14 +46,9 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-# torch asks the driver's properties, through several functions, every time
-capability = cache(torch.cuda.get_device_capability)
-
-
 def on(device: torch.device) -> contextlib.AbstractContextManager:
     """Context in which launches go to a tensor's device."""
-    here = device.type != "cuda" or device.index == torch.cuda.current_device()
-    return contextlib.nullcontext() if here else torch.cuda.device(device)
+    return contextlib.nullcontext() if is_current(device) else torch.cuda.device(device)
 
 
 def float32_precision() -> str:
@@ -93,11 +90,6 @@ def device_reasons(tensors: dict[str, Tensor | None]) -> list[str]:
     if device.type != "cpu" or not interpreting():
         return [f"needs tensors on a GPU, got {device}"]
     return []
-
-
-def sequences(offsets: Tensor, device: torch.device) -> tuple[Tensor, int, int]:
-    """Offsets of packed sequences on a device, how many they are, and how many tokens the longest has."""
-    return offsets.contiguous().to(device, non_blocking=True), len(offsets) - 1, int(offsets.diff().max())
 
 
 @triton.jit

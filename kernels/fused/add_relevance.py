@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyglobenc.kernels._device import COUNTS, example, on, sequences
+from pyglobenc.kernels._device import COUNTS, example, on
 from pyglobenc.kernels._division import float32_reasons, safe_divide, safe_divide_rn
+from pyglobenc.reference.packing import on_device
 
 BLOCK = 2048
 MOST_BLOCKS = 256  # blocks an example: fills a card, and one program adds their sums up in a glance
@@ -110,8 +111,8 @@ def add_relevance(
         return r_a, r_b
     # but for its sums a sequence has nothing of its own
     packed = rescale and offsets is not None
-    offsets, examples, longest = sequences(offsets, r.device) if packed else (None, r.shape[0], 1)
-    size = r.shape[2] if packed else r[0].numel()
+    examples, size = (len(offsets) - 1, r.shape[2]) if packed else (r.shape[0], r[0].numel())
+    offsets, longest = on_device(offsets, r.device) if packed else (None, 1)
     tiles = -(-longest * size // BLOCK)
     blocks = min(MOST_BLOCKS, tiles)
     per_block = -(-tiles // blocks) * BLOCK

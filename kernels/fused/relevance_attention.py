@@ -7,13 +7,11 @@ an additive mask, what its factor needs; a pass over columns gives R_k, R_v and 
 q, k, v, s, grad_o read for every block; nothing of n x n is stored, no atomics.
 """
 
-from functools import cached_property
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyglobenc.kernels._device import COUNTS, example, float32_precision, on, power_of_two, real_tokens, sequences
+from pyglobenc.kernels._device import COUNTS, example, float32_precision, on, power_of_two, real_tokens
 from pyglobenc.kernels._division import safe_divide
 from pyglobenc.kernels._relevance import by_head, launch, load_rows, pair_relevance, relevance_reasons, store_rows
 from pyglobenc.reference.attention import sides
@@ -192,15 +190,10 @@ class TritonPasses(Passes):
         tensors = (w, r_k, r_v, step)
         self._launch(_relevance_columns_kernel, "BLOCK_J", r_k is not None, tensors, (count,), steps, BLOCK_T=block_t)
 
-    @cached_property
-    def _examples(self) -> tuple[Tensor | None, int, int]:
-        """Offsets on the device, how many examples or packed sequences there are, and how many tokens the longest has."""
-        return (None, self.q.shape[0], self.q.shape[2]) if self.offsets is None else sequences(self.offsets, self.q.device)
-
     def _launch(self, kernel, block: str, relevance: bool, tensors: tuple, sizes: tuple, more: tuple = (), **flags) -> None:
         """Launch a kernel on one program a head and block; sizes follow the common ones, more the common strides."""
         _, heads, n, head_dim = self.q.shape
-        offsets, examples, longest = self._examples
+        offsets, examples, longest = self.examples
         tiles = launch(head_dim)
         given, steps = zip(*(by_head(t, self.q) for t in (self.q, self.k, self.v, self.s, self.grad_o)), strict=True)
         masks = (0, 0) if self.key_mask is None else self.key_mask.stride()

@@ -12,8 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from pyglobenc.grids import query_shares
-from pyglobenc.kernels._device import COUNTS, on, power_of_two, real_tokens, sequences
+from pyglobenc.kernels._device import COUNTS, on, power_of_two, real_tokens
 from pyglobenc.kernels._pairs import START, hold_keys, load_gram, own_term, pair_arguments, pair_norms, pair_reasons, places, strides
+from pyglobenc.reference.packing import on_device
 
 # rows of the rollout that one pass carries; more rows take more passes
 MAX_ROWS = 64
@@ -194,7 +195,7 @@ def rollout_step(
     row_blocks = -(-n_rows // block_t)
     examples, longest, steps = batch, n, 0
     if offsets is not None:
-        offsets, examples, longest = sequences(offsets, q.device)
+        examples, (offsets, longest) = len(offsets) - 1, on_device(offsets, q.device)
         # of a search among them: 8, 16 or 24, so that few numbers are compiled for
         steps = -(-max(1, (examples - 1).bit_length()) // 8) * 8
     shares = query_shares(key_blocks * row_blocks * batch, -(-longest // given["BLOCK_I"]), places(q.device), START)

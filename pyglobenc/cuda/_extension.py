@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
 
 import torch
 from torch import Tensor
+
+from pyglobenc.gpu import capability, is_current
 
 try:
     from pyglobenc import _cuda as kernels
@@ -36,17 +37,13 @@ def device_reasons(tensors: dict[str, Tensor | None]) -> list[str]:
     return []
 
 
-# torch asks the driver's properties, through several functions, every time
-capability = cache(torch.cuda.get_device_capability)
-
-
 def launching(device: torch.device) -> AbstractContextManager[int]:
     """Context in which launches go to a tensor's device; gives torch's current stream there, for the kernels."""
     if device.type != "cuda":
         return nullcontext(0)
     # the public way makes an object of it
     stream = torch._C._cuda_getCurrentRawStream(device.index)
-    return nullcontext(stream) if device.index == torch.cuda.current_device() else _elsewhere(device, stream)
+    return nullcontext(stream) if is_current(device) else _elsewhere(device, stream)
 
 
 @contextmanager

@@ -18,11 +18,6 @@ def new_like(t: Tensor) -> Tensor:
     return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
-def packed(offsets: Tensor, device: torch.device) -> tuple[Tensor, int]:
-    """Offsets (S + 1,) of packed sequences on a device, and the tokens of the longest."""
-    return offsets.to(device, non_blocking=True), int(offsets.diff().max())
-
-
 def relevance_reasons(q: Tensor, **others: Tensor | None) -> list[str]:
     """Why a relevance kernel over pairs can't run on these tensors."""
     reasons = float32_reasons(q=q, **others)

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from pyglobenc.cuda import _extension
-from pyglobenc.cuda._relevance import float32_reasons, new_like, packed
+from pyglobenc.cuda._relevance import float32_reasons, new_like
+from pyglobenc.reference.packing import on_device
 
 
 def not_supported(
@@ -25,7 +26,7 @@ def add_relevance(
             ends, examples, width, longest = None, r.shape[0], size // r.shape[0], 1
         else:
             examples, width = len(offsets) - 1, r.shape[2]
-            ends, longest = packed(offsets, r.device)
+            ends, longest = on_device(offsets, r.device)
         sums = torch.empty(_extension.kernels.add_relevance_parts(size, examples), 3, dtype=torch.float64, device=r.device)
         with _extension.launching(r.device) as stream:
             tensors = (r.contiguous(), a.contiguous(), b.contiguous(), ends, sums, r_a, r_b)

@@ -1,11 +1,9 @@
 """Launchers of csrc/cuda/relevance_attention.cu: the pass over rows and the pass over columns."""
 
-from functools import cached_property
-
 from torch import Tensor
 
 from pyglobenc.cuda import _extension
-from pyglobenc.cuda._relevance import packed, relevance_reasons
+from pyglobenc.cuda._relevance import relevance_reasons
 from pyglobenc.reference.attention import sides
 from pyglobenc.reference.relevance_passes import Passes
 
@@ -25,15 +23,10 @@ class CudaPasses(Passes):
     def launch_columns(self, w: Tensor | None, r_k: Tensor | None, r_v: Tensor | None, step: Tensor | None) -> None:
         self.launch("relevance_columns", w=w, r_k=r_k, r_v=r_v, step=step)
 
-    @cached_property
-    def sequences(self) -> tuple[Tensor | None, int]:
-        """Offsets where the kernels read them, and the tokens of the longest sequence."""
-        return (None, self.q.shape[2]) if self.offsets is None else packed(self.offsets, self.q.device)
-
     def launch(self, kernel: str, rows: Tensor | None = None, w: Tensor | None = None, **outputs: Tensor | None) -> None:
         """Run a kernel on the queries `rows` (B, m), None: all, and the rollout's rows w (B, T, n); outputs by their names in OUTPUTS."""
         by_head = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (self.q, self.k, self.v, self.s, self.grad_o))
-        offsets, longest = self.sequences
+        offsets, _, longest = self.examples
         tensors = (*by_head, self.lse, self.key_mask, rows, w, offsets)
         out = tuple(outputs.get(name) for name in OUTPUTS)
         options = (self.scaling, self.stabilizer, *sides(self.window, self.q.shape[2]), self.additive_mask, longest)

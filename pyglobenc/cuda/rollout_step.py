@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from pyglobenc.cuda._pairs import pair_reasons, run_pairs
+from pyglobenc.reference.packing import on_device
 
 
 def not_supported(r, log_scale, q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, window, offsets=None) -> list[str]:
@@ -33,7 +34,7 @@ def rollout_step(
         return out, log_scale.clone()
     longest = r.shape[2]
     if offsets is not None:
-        longest, offsets = int(offsets.diff().max()), offsets.to(r.device, non_blocking=True)
+        offsets, longest = on_device(offsets, r.device)
     given = (q, k, lse, gram, cross, residual_sq, rstd, key_mask, None, r, offsets, log_scale.contiguous())
     run_pairs("rollout_step", given, (out, out_scale), longest, scaling, window)
     return out, out_scale

@@ -45,6 +45,13 @@ class Packed:
         offsets, read = (torch.cat([t, own + self.offsets[-1]]) for t, own in ((self.offsets, self.offsets[1:]), (self.read, self.read)))
         return Packed(inputs, offsets, self.order * 2, read)
 
+    def cut(self, of: Callable[[slice, slice], Any]) -> list[Any]:
+        """What `of` makes of each sequence, in the order in which they were given, from its place among the S and its tokens."""
+        out: list[Any] = [None] * len(self.order)
+        for s, (index, tokens) in enumerate(zip(self.order, slices(self.offsets), strict=True)):
+            out[index] = of(slice(s, s + 1), tokens)
+        return out
+
 
 def attribute_packed(
     who: str, model: PreTrainedModel, batch: Mapping[str, Any], targets: Any, dtype: torch.dtype | None, layers: bool, rows: Rows
@@ -57,13 +64,13 @@ def attribute_packed(
     set_precision(captured, dtype)
     positions = _positions(who, targets, packed, causal=captured[-1].window[1] == 0)
     whole = rollout_result(who, *rows(captured, positions), layers)
-    out: list[Any] = [None] * len(packed.order)
-    for s, (index, tokens) in enumerate(zip(packed.order, slices(packed.offsets), strict=True)):
-        own = slice(s, s + 1)
-        out[index] = RolloutResult(whole.scores[..., tokens], whole.log_scale[own], output=of_examples(output, own, len(out)))
-        if layers:
-            out[index].layer_scores, out[index].layer_log_scale = whole.layer_scores[..., tokens], whole.layer_log_scale[own]
-    return out
+
+    def one(own: slice, tokens: slice) -> RolloutResult:
+        of_layers = (whole.layer_scores[..., tokens], whole.layer_log_scale[own]) if layers else ()
+        returned = of_examples(output, own, len(packed.order))
+        return RolloutResult(whole.scores[..., tokens], whole.log_scale[own], *of_layers, output=returned)
+
+    return packed.cut(one)
 
 
 def run_packed(model: PreTrainedModel, packed: Packed) -> Any:

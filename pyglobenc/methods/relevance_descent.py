@@ -1,6 +1,7 @@
 """Relevance from the explained logit down the layers, with what each variant takes from them on the way."""
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,10 +50,6 @@ class Descent:
         row = torch.zeros_like(self.states.layers[-1].x[:, None, :, 0])
         return row.scatter_(2, self.states.own(row.device)[:, None], 1)
 
-    def _position(self, t: Tensor) -> Tensor:
-        """The pooled token, (B,), where t lies."""
-        return self.states.target.position.to(t.device)
-
     def roll_out(self, start_layer: int, lowest: int, names: tuple[str, ...] = ()) -> tuple[Tensor, Relevance | None]:
         """Row of the rollout from the top layer to start_layer, (B, n), and the relevance of the input, (B, n, d).
 
@@ -86,14 +83,14 @@ class Descent:
     def _count(self, index: int, s: Quotient, before: Tensor | None, after: Tensor) -> None:
         """Take note of what a layer's map brings to the row (B, 1, n), before and after its step; before None: all of it."""
         if s.norm is not None:
-            grad = self.states.grads[index] if self.gradient else None
-            self._steps.append(map_row(self.states.layers[index], self.errors[index], grad, s, self._position(after), before, after))
+            grad, own = self.states.grads[index] if self.gradient else None, self.states.own(after.device)
+            self._steps.append(map_row(self.states.layers[index], self.errors[index], grad, s, own, before, after))
 
     def estimated_error(self) -> Tensor:
         """Expected relative L2 error of the last row or relevance made, a row's own entry left out, (B,)."""
         if self._steps:
             moved, scores = row_error(self._steps, self.states.target.position, self.rules.weights), self._steps[-1].after
-            moved, scores = (t.scatter(1, self._position(t)[:, None], 0) for t in (moved, scores.to(moved.device)))
+            moved, scores = (t.scatter(1, self.states.own(t.device), 0) for t in (moved, scores.to(moved.device)))
         else:
             moved, scores = self.input.squared_error().sum(-1), self.input.values.sum(-1)
         unit = torch.finfo(self.states.dtype).eps / 2
@@ -103,44 +100,30 @@ class Descent:
         """Row of the pooled token in the map of one layer, (B, n)."""
         _, r = self.roll_out(len(self.states.layers), index + 1)
         s, _ = down_to_attention(self.states, index, r, self.rules, self.errors[index])
-        if self.states.layers[index].offsets is not None:
-            return self._rows_of_sequences(index, s.values)
-        row = self._map(index, s.values, self._position(s.values)[:, None])
+        row = self._own_row(index, s.values)
         self._count(index, s, None, row)
         return row[:, 0]
 
-    def _rows_of_sequences(self, index: int, s: Tensor) -> Tensor:
-        """Row of the pooled token of each packed sequence in the map of one layer, (1, N)."""
+    def _own_row(self, index: int, s: Tensor) -> Tensor:
+        """Row of the pooled token in the map of one layer, (B, 1, n)."""
+        tensors, options = self._map_arguments(index, s)
+        own, offsets = self.states.own(s.device), self.states.layers[index].offsets
+        if offsets is None:
+            return relevance_maps(*tensors, rows=own, **options)
+        # the head reads each sequence's first
+        first = torch.zeros_like(own[0, :, None])
+        return by_runs(lambda *each: (relevance_maps(*each, rows=first[: len(each[0])], **options),), tensors, (2,) * 6, (2,), offsets)[0]
+
+    def _map_arguments(self, index: int, s: Tensor) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
+        """Tensors and options of `relevance_maps`."""
         layer, grad = self.states.layers[index], self.states.grads[index] if self.gradient else None
-        tensors = (layer.q, layer.k, layer.v, layer.lse, grad, s)
-        options = dict(scaling=layer.scaling, window=layer.window, backend=self.rules.backend)
-
-        def run(*each: Tensor) -> tuple[Tensor]:
-            # the head reads the first
-            rows = torch.zeros(len(each[0]), 1, dtype=torch.long, device=s.device)
-            return (relevance_maps(*each, rows=rows, **options),)
-
-        return by_runs(run, tensors, (2,) * 6, (2,), layer.offsets)[0][:, 0]
-
-    def _map(self, index: int, s: Tensor, rows: Tensor | None = None) -> Tensor:
-        layer = self.states.layers[index]
-        return relevance_maps(
-            layer.q,
-            layer.k,
-            layer.v,
-            layer.lse,
-            self.states.grads[index] if self.gradient else None,
-            s,
-            rows=rows,
-            key_mask=layer.key_mask,
-            scaling=layer.scaling,
-            window=layer.window,
-            backend=self.rules.backend,
-        )
+        options = dict(key_mask=layer.key_mask, scaling=layer.scaling, window=layer.window, backend=self.rules.backend)
+        return (layer.q, layer.k, layer.v, layer.lse, grad, s), options
 
     def _keep(self, names: tuple[str, ...], index: int, s: Tensor) -> None:
         if "map" in names:
-            self.maps["map"][index] = self._map(index, s)
+            tensors, options = self._map_arguments(index, s)
+            self.maps["map"][index] = relevance_maps(*tensors, **options)
         if set(names) & set(HEAD_MAPS):
             for name, value in self._head_maps(index, s).items():
                 if name in names:

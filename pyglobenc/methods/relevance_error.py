@@ -165,10 +165,10 @@ class MapRow:
 
 
 def map_row(
-    layer: LayerTrace, errors: LayerError, grad: Tensor | None, s: Quotient, position: Tensor, before: Tensor | None, after: Tensor
+    layer: LayerTrace, errors: LayerError, grad: Tensor | None, s: Quotient, own: Tensor, before: Tensor | None, after: Tensor
 ) -> MapRow:
-    """Keep of s and grad (B, H, n, dh) what `row_error` needs; position (B,); before, after (B, 1, n)."""
-    s_row, grad = (None if t is None else take_queries(t, position[:, None]) for t in (s.values, grad))
+    """Keep of s and grad (B, H, n, dh) what `row_error` needs; own (B, 1): the token; before, after (B, 1, n)."""
+    s_row, grad = (None if t is None else take_queries(t, own) for t in (s.values, grad))
     return MapRow(layer, errors, replace(s, values=s_row), grad, None if before is None else before[:, 0], after[:, 0])
 
 

@@ -10,7 +10,7 @@ from pyglobenc.methods.packing import Packed, of_examples
 from pyglobenc.methods.relevance_descent import Descent
 from pyglobenc.methods.relevance_states import States
 from pyglobenc.methods.rollout import stack_layers
-from pyglobenc.reference.packing import sequence_sums, slices
+from pyglobenc.reference.packing import sequence_sums
 from pyglobenc.values import require
 
 
@@ -73,17 +73,18 @@ def add_layers(result: RelevanceResult, descent: Descent, layers: bool) -> None:
 
 def of_sequences(result: RelevanceResult, packed: Packed) -> list[RelevanceResult]:
     """A result of packed sequences cut into each one's, in the order in which they were given."""
-    out: list[Any] = [None] * len(packed.order)
-    for s, (index, tokens) in enumerate(zip(packed.order, slices(packed.offsets), strict=True)):
-        own = slice(s, s + 1)
-        of_each = {name: None if t is None else t[own] for name, t in vars(result).items() if name in ("target", "logit", "error")}
-        out[index] = RelevanceResult(
+
+    def one(own: slice, tokens: slice) -> RelevanceResult:
+        return RelevanceResult(
             scores=result.scores[:, tokens],
+            target=result.target[own],
             position=result.position[own] - tokens.start,
+            logit=result.logit[own],
+            error=None if result.error is None else result.error[own],
             error_method=result.error_method,
             relevance=None if result.relevance is None else result.relevance[..., tokens],
             diagnostics={name: t[own] for name, t in result.diagnostics.items()},
-            output=of_examples(result.output, own, len(out)),
-            **of_each,
+            output=of_examples(result.output, own, len(packed.order)),
         )
-    return out
+
+    return packed.cut(one)

@@ -1,17 +1,16 @@
 """Op `attention`: softmax attention with its log-sum-exp, by torch's own kernels where they return it."""
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pyglobenc.autocast import outside_autocast
 from pyglobenc.dtypes import HALF
+from pyglobenc.gpu import capability
 from pyglobenc.ops._checks import check_floats, check_heads, check_mask, check_offsets, check_shape, check_window
 from pyglobenc.reference.attention import attention as reference_attention
 from pyglobenc.reference.attention import hidden_keys, visible_keys
-from pyglobenc.reference.packing import by_runs
+from pyglobenc.reference.packing import by_runs, on_device
 from pyglobenc.reference.score_mods import ScoreMod
 
 aten = torch.ops.aten
@@ -81,7 +80,7 @@ def attention(
 def _packed(q: Tensor, k: Tensor, v: Tensor, scaling: float, window, score_mod, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """Every sequence alone: in one call of torch's flash kernel on a GPU, else in one for each run of equal lengths."""
     if q.device.type == "cuda" and score_mod is None and _takes_flash(q):
-        ends, longest = offsets.to(q.device, non_blocking=True), int(offsets.diff().max())
+        ends, longest = on_device(offsets, q.device)
         left, right = (None if side < 0 else side for side in window)
         sizes = (ends, ends, longest, longest, 0.0, False, False)
         tokens = (t[0].transpose(0, 1) for t in (q, k, v))
@@ -156,10 +155,9 @@ def _has_kernel(q: Tensor) -> bool:
     return q.device.type == "cpu"
 
 
-@cache
 def since_ampere(device: torch.device) -> bool:
     """Whether a GPU has flash attention and products of bfloat16; those of AMD that torch supports have."""
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.version.hip is not None or capability(device) >= (8, 0)
 
 
 def _sees_nothing(key_mask: Tensor, window: tuple[int, int]) -> Tensor | None:

@@ -14,6 +14,11 @@ def slices(offsets: Tensor) -> list[slice]:
     return [slice(start, stop) for start, stop in zip(ends, ends[1:], strict=False)]
 
 
+def on_device(offsets: Tensor, device: torch.device) -> tuple[Tensor, int]:
+    """Offsets where a kernel reads them, and the tokens of the longest sequence, without a wait for the device."""
+    return offsets.contiguous().to(device, non_blocking=True), int(offsets.diff().max())
+
+
 def sequence_of(offsets: Tensor, device: torch.device) -> Tensor:
     """Sequence of every token, (N,) int64."""
     return torch.repeat_interleave(torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff()).to(device, non_blocking=True)

@@ -5,12 +5,13 @@ and each head's part of the rollout step. The formulas are those of `pyglobenc.o
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from pyglobenc.reference.packing import sequence_sums
+from pyglobenc.reference.packing import on_device, sequence_sums
 from pyglobenc.reference.relevance_attention import rescale_scores
 
 
@@ -33,6 +34,14 @@ class Passes:
 
     # rows of the rollout that one pass over columns carries
     most_rows: ClassVar[int]
+
+    @cached_property
+    def examples(self) -> tuple[Tensor | None, int, int]:
+        """Offsets on the device, or None; how many examples, or packed sequences, there are; how many tokens the longest has."""
+        if self.offsets is None:
+            return None, self.q.shape[0], self.q.shape[2]
+        ends, longest = on_device(self.offsets, self.q.device)
+        return ends, len(ends) - 1, longest
 
     def launch_rows(self, r_q: Tensor | None, sums: Tensor) -> None:
         """Fill R_q (B, H, n, dh) but for the mask's factor, if given, and the sums of A_h's rows, (1, B, H, n) float64; with an additive
