@@ -1,30 +1,64 @@
-"""The stock transformers model inside what users wrap around it."""
+"""Finds the transformers model inside the wrappers that users put around it."""
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Pipeline, PreTrainedModel
 
 
-def stock_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside torch.compile, PEFT or sentence-transformers wrappers; a stock model is returned as it is.
+def called_module(model: nn.Module | Pipeline) -> nn.Module:
+    """Return the module whose forward pass gives the model's outputs.
 
-    It shares its modules with the wrapper, adapters included, and runs uncompiled, since compiled code would run without the hooks.
+    Wrappers that change nothing are taken off: torch.compile, DataParallel, PEFT, sentence-transformers, a transformers pipeline.
+    What remains shares its modules with the wrapper, adapters included. It runs uncompiled, since compiled code runs no hooks.
+
+    Returns:
+        A PreTrainedModel; or the user's own module, if it holds exactly one PreTrainedModel, with a head of its own around it.
 
     Raises:
-        TypeError: no transformers model is found.
-        ValueError: a PEFT method that changes the input (prompts, prefixes), whose tokens the model inside never sees.
+        TypeError: the module holds no transformers model, or more than one.
+        ValueError: a PEFT method that changes the input (prompts, prefixes). The model inside never sees the tokens that it adds.
     """
     inner = model
     while not isinstance(inner, PreTrainedModel):
         if hasattr(inner, "_orig_mod"):
             inner = inner._orig_mod
-        elif hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
+        elif isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = inner.module
+        elif isinstance(inner, Pipeline):
+            inner = inner.model
+        elif hasattr(inner, "peft_config"):
             kinds = [config.peft_type for config in inner.peft_config.values() if config.is_prompt_learning]
             if kinds:
                 raise ValueError(f"capture: PEFT's {kinds[0]} adds virtual tokens outside the model, which can't be captured")
-            inner = inner.get_base_model()
+            # a PeftMixedModel lacks get_base_model
+            inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner.base_model.model
         elif isinstance(inner, nn.Sequential) and len(inner) and hasattr(inner[0], "auto_model"):
             # sentence-transformers: the first module holds the model
             inner = inner[0].auto_model
         else:
-            raise TypeError(f"capture: model must be a transformers PreTrainedModel, got {type(model).__name__}")
+            _only_model(inner, type(model).__name__)
+            return inner
     return inner
+
+
+def stock_model(model: nn.Module | Pipeline) -> PreTrainedModel:
+    """Return the transformers model inside `called_module(model)`: the module itself, or the encoder that it holds."""
+    called = called_module(model)
+    return called if isinstance(called, PreTrainedModel) else _only_model(called, type(called).__name__)
+
+
+def _only_model(module: nn.Module, name: str) -> PreTrainedModel:
+    """Return the one outermost PreTrainedModel inside a module; name is the module's, for errors."""
+    found: dict[int, PreTrainedModel] = {}
+    waiting = [module] if isinstance(module, nn.Module) else []
+    while waiting:
+        for child in waiting.pop().children():
+            if isinstance(child, PreTrainedModel):
+                found[id(child)] = child
+            else:
+                waiting.append(child)
+    if len(found) == 1:
+        return next(iter(found.values()))
+    if not found:
+        raise TypeError(f"capture: model must be a transformers PreTrainedModel, or a module around one, got {name}")
+    kinds = ", ".join(sorted(type(one).__name__ for one in found.values()))
+    raise TypeError(f"capture: {name} holds {len(found)} transformers models ({kinds}); capture one of them at a time")
