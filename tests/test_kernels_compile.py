@@ -104,19 +104,23 @@ def resources():
     return rows
 
 
+@pytest.mark.slow
 def test_nothing_spills(resources):
     assert [row for row in resources if row["spilled"]] == []
 
 
+@pytest.mark.slow
 def test_shared_memory_fits(resources):
     assert [row for row in resources if row["shared"] > LIMITS[row["capability"]]] == []
 
 
+@pytest.mark.slow
 def test_products_run_on_tensor_cores(resources):
     without = [row for row in resources if row["op"] in ELEMENTWISE or row["kernel"] == "_finish_kernel"]
     assert [row for row in resources if bool(row["mma"]) == (row in without)] == []
 
 
+@pytest.mark.slow
 def test_every_kernel_was_compiled(resources):
     source = "".join(path.read_text() for path in (ROOT / "kernels" / "fused").glob("*.py"))
     kernels = set(re.findall(r"^def (_\w+_kernel)\(", source, re.MULTILINE))

@@ -23,6 +23,7 @@ def library(compiler: str, name: str) -> str | None:
     return path if os.path.isabs(path) else None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(KERNELS[0].marks), reason="the compiled module is missing")
 def test_no_sanitizer_complains(tmp_path):
     compiler = shutil.which("g++")
