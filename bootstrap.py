@@ -46,6 +46,14 @@ def prepare(folder: Path, extras: str) -> Path:
     return python
 
 
+def tell_what_is_missing() -> None:
+    """Say which compiled modules were not built, and why; pip keeps that to itself."""
+    for failed in sorted(ROOT.glob("build/*.failed")):
+        lines = failed.read_text(encoding="utf-8").splitlines()
+        reason = next((line for line in lines if "error" in line), lines[0])
+        print(f"{failed.stem} is not built, so other backends run in its place: {reason} ({failed.relative_to(ROOT)})", file=sys.stderr)
+
+
 def main() -> None:
     if not (3, 10) <= sys.version_info[:2] <= (3, 13):
         sys.exit(f"pyglobenc needs Python 3.10 to 3.13, this is {sys.version.split()[0]}")
@@ -58,7 +66,10 @@ def main() -> None:
         command = (python, "-m", "pyglobenc", "explain", SENTENCE, "--model", "minilm", "--merge-words", "--html", "demo.html")
     else:
         command = (python, "-m", "pytest")
-    run(*command, *rest)
+    try:
+        run(*command, *rest)
+    finally:
+        tell_what_is_missing()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ CXX                         the compiler
 
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -58,8 +60,8 @@ def switched_on(name: str) -> bool:
 def find_compiler() -> list[str]:
     """$CXX, or the first C++ compiler on PATH, as a command; raises CompileError without one."""
     for command in ([os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]):
-        if shutil.which(command.split()[0]):
-            return command.split()
+        if shutil.which(shlex.split(command)[0]):
+            return shlex.split(command)
     raise CompileError("no C++ compiler found")
 
 
@@ -97,6 +99,16 @@ def architectures() -> str:
     return f"-gencode=arch=compute_{archs[0]},code=[{','.join(f'sm_{arch}' for arch in archs)},compute_{archs[0]}]"
 
 
+def shell(*words: str | Path) -> str:
+    """Words of a command as a build file holds them: quoted for the shell, and $ escaped for ninja."""
+    return shlex.join(map(str, words)).replace("$", "$$")
+
+
+def ninja_path(name: str | Path) -> str:
+    """A path as a build statement holds it: ninja takes a space or a colon for the end of a name."""
+    return re.sub(r"([$ :])", r"$\1", str(name))
+
+
 class BuildFile:
     """build.ninja of one module: how to compile a source, and the objects to link."""
 
@@ -104,18 +116,19 @@ class BuildFile:
         self.lines, self.objects = [], []
 
     def rule(self, name: str, *command: str) -> None:
-        command = [*command, "-MMD", "-MF", "$out.d", "-c", "$in", "-o", "$out"]
-        self.lines += [f"rule {name}", f"  command = {' '.join(command)}", "  depfile = $out.d", "  deps = gcc"]
+        # ninja quotes $in and $out for the shell itself
+        steps = f"{shell(*command)} $extra -MMD -MF $out.d -c $in -o $out"
+        self.lines += [f"rule {name}", f"  command = {steps}", "  depfile = $out.d", "  deps = gcc"]
 
     def compile(self, rule: str, source: Path, name: str, *extra: str) -> None:
         self.objects.append(name)
-        self.lines += [f"build {name}: {rule} {source.resolve()}", f"  extra = {' '.join(extra)}"]
+        self.lines += [f"build {name}: {rule} {ninja_path(source.resolve())}", f"  extra = {shell(*extra)}"]
 
     def link(self, output: Path, *command: str) -> str:
         """Text of the file, its last step included."""
         undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-        command = [*command, "-shared", *undefined, "$in", "-o", "$out"]
-        self.lines += ["rule link", f"  command = {' '.join(command)}", f"build {output}: link {' '.join(self.objects)}"]
+        step = f"{shell(*command, '-shared', *undefined)} $in -o $out"
+        self.lines += ["rule link", f"  command = {step}", f"build {ninja_path(output)}: link {' '.join(self.objects)}"]
         return "\n".join(self.lines) + "\n"
 
 
@@ -123,19 +136,19 @@ def python_includes() -> list[str]:
     """Flags that find the headers of Python and pybind11."""
     import pybind11
 
-    return [f"-isystem {path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+    return ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
 
 
 def cpu_build(output: Path, folder: Path) -> str:
     """Text of build.ninja for pyglobenc._cpu."""
     compiler = find_compiler()
     sets = [name for name in instruction_sets() if all(accepts(compiler, flag, folder) for flag in SETS[name])]
-    flags = [*FLAGS, *CPU_FLAGS, *QUIET, *os.environ.get("PYGLOBENC_CXX_FLAGS", "").split()]
+    flags = [*FLAGS, *CPU_FLAGS, *QUIET, *shlex.split(os.environ.get("PYGLOBENC_CXX_FLAGS", ""))]
     flags += [f"-DPYGLOBENC_HAS_{name.upper()}" for name in sets]
     if accepts(compiler, "-fopenmp", folder):
         flags.append("-fopenmp")
     file = BuildFile()
-    file.rule("compile", *compiler, *flags, "$extra")
+    file.rule("compile", *compiler, *flags)
     # the portable objects come first: of functions that several objects define, the linker takes the first
     for isa in sets:
         for op in OPS:
@@ -152,7 +165,7 @@ def cuda_build(output: Path, folder: Path) -> str:
     if nvcc is None:
         raise CompileError("no nvcc found")
     file = BuildFile()
-    file.rule("compile", *find_compiler(), *FLAGS, "$extra")
+    file.rule("compile", *find_compiler(), *FLAGS)
     file.rule("nvcc", nvcc, *NVCC_FLAGS, architectures())
     for source in sorted(CUDA.glob("*.cu")):
         file.compile("nvcc", source, f"{source.stem}.o")
@@ -171,6 +184,17 @@ class BuildWithNinja(build_ext):
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
+        failed = Path("build", f"{ext.name}.failed")
+        failed.unlink(missing_ok=True)
+        try:
+            self._build(ext)
+        except CompileError as error:
+            # pip shows no warnings; bootstrap.py reads the reason here
+            failed.parent.mkdir(exist_ok=True)
+            failed.write_text(str(error), encoding="utf-8")
+            raise
+
+    def _build(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.unlink(missing_ok=True)
         if switched_on("PYGLOBENC_NO_EXTENSIONS"):

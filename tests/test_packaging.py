@@ -2,6 +2,8 @@
 
 import ast
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,3 +96,46 @@ def test_wheel_runs(wheel, tmp_path):
     code = "import pyglobenc, pyglobenc.kernels; print(pyglobenc.__file__, pyglobenc.kernels.__file__)"
     printed = python(code, tmp_path, PYTHONPATH=str(tmp_path))
     assert printed.count(str(tmp_path)) == 2
+
+
+# a compiler that makes every file it is told to
+COMPILER = """#!/bin/sh
+while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of what setup.py needs, in a folder whose name the shell and ninja would both misread."""
+    folder = tmp_path / "it's a: $checkout"
+    for name in ("csrc", "pyglobenc", "kernels", "benchmarks/results"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "*.png"))
+    for name in ("setup.py", "pyproject.toml", "bootstrap.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "c++").write_text(COMPILER)
+    (folder / "c++").chmod(0o755)
+    return folder
+
+
+def build_in(folder, compiler):
+    env = os.environ | {"CXX": shlex.quote(str(compiler)), "PYGLOBENC_SETS": "portable", "PYGLOBENC_NO_CUDA": "1"}
+    done = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = "import bootstrap; bootstrap.tell_what_is_missing()"
+    return subprocess.run([sys.executable, "-c", told], cwd=folder, capture_output=True, text=True).stderr.splitlines()
+
+
+def test_modules_are_built_whatever_the_folder_is_called(checkout):
+    left_out = "pyglobenc._cuda is not built, so other backends run in its place: left out, PYGLOBENC_NO_CUDA is set"
+    assert build_in(checkout, checkout / "c++") == [f"{left_out} (build/pyglobenc._cuda.failed)"]
+    assert list((checkout / "pyglobenc").glob("_cpu*.so"))
+
+
+def test_bootstrap_says_why_a_module_is_not_built(checkout):
+    lines = build_in(checkout, checkout / "no compiler")
+    assert len(lines) == 2 and lines[0].startswith("pyglobenc._cpu is not built") and "no C++ compiler found" in lines[0]
+    (checkout / "csrc" / "cpu" / "table.cpp").unlink()
+    lines = build_in(checkout, checkout / "c++")
+    assert "ninja: error" in lines[0] and "table.cpp" in lines[0]
+    shutil.copy(ROOT / "csrc" / "cpu" / "table.cpp", checkout / "csrc" / "cpu")
+    assert len(build_in(checkout, checkout / "c++")) == 1
