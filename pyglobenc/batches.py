@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pyglobenc.dtypes import HALF
+from pyglobenc.hf.labels import class_count, class_name, predict
 from pyglobenc.hf.limits import max_tokens, vocabulary
 from pyglobenc.hf.registry import is_decoder
 from pyglobenc.hf.unwrap import stock_model
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 # tokenizers without a limit say so with a huge number
 NO_LIMIT = 10**9
-# problem types of a classifier that picks one class
-ONE_OF_MANY = (None, "single_label_classification")
 
 
 def longest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: int | None) -> int | None:
@@ -48,7 +47,7 @@ def longest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: i
 def check_target(runner: Runner, encoded: Encoded, name: str) -> None:
     """Raise ValueError, naming the text, if the target asked for isn't among its n tokens, or the model's classes."""
     target, kind = runner.options.target, runner.method.target
-    classes = runner.model.config.num_labels
+    classes = class_count(runner.model)
     if kind == "class" and target is not None and not 0 <= target < classes:
         raise ValueError(f"explain: target must be a class in [0, {classes}), got {target}")
     n = len(encoded.tokens)
@@ -159,7 +158,7 @@ class Runner:
         rows = self._run(batch, self._targets(texts, plans, jobs))
         scores, log_scale, targets = rows.scores.detach().cpu().numpy(), rows.log_scale.tolist(), rows.targets.tolist()
         logits = [None] * len(jobs)
-        if self.is_classifier and self.model.config.num_labels > 1 and self.model.config.problem_type in ONE_OF_MANY:
+        if self.is_classifier:
             logits = list(rows.logits.detach().double().cpu())
         return [Row(scores[b, : len(window)], log_scale[b], targets[b], logits[b]) for b, (_, window) in enumerate(jobs)]
 
@@ -192,14 +191,11 @@ class Runner:
 
     def _joined(self, text: Encoded, plan: Plan, rows: list[Row]) -> dict[str, Any]:
         of_class = self.method.target == "class"
-        # set by hand from a config.json, whose keys are strings
-        classes = {int(index): name for index, name in self.model.config.id2label.items()}
         target = rows[0].target if of_class else plan[0]
         scores, log_scale = join(len(text.tokens), plan[1], [row.scores for row in rows], [row.log_scale for row in rows])
         fields = dict(scores=scores, log_scale=log_scale, target=target, target_kind=self.method.target, windows=text.spans(plan[1]))
-        fields["target_name"] = classes[target] if of_class else text.tokens[target]
+        fields["target_name"] = class_name(self.model.config, target) if of_class else text.tokens[target]
         if rows[0].logits is None:
             return fields
-        probabilities = torch.stack([row.logits for row in rows]).mean(0).softmax(0)
-        best = int(probabilities.argmax())
-        return fields | {"label": classes[best], "probability": float(probabilities[best])}
+        # windows vote with their logits
+        return fields | predict(self.model.config, torch.stack([row.logits for row in rows]).mean(0))._asdict()

@@ -12,10 +12,13 @@ from pyglobenc._version import __version__
 from pyglobenc.files import write_file
 
 FORMAT = "pyglobenc.attribution"
-FORMAT_VERSION = 1
+# 2 added predictions
+FORMAT_VERSION = 2
 SUFFIXES = (".json", ".safetensors")
 # of what is saved, what follows from the rest
 DERIVED = ("words", "dtype")
+# fields that are lists of pairs, which JSON knows as lists of lists
+PAIRS = ("offsets", "windows", "predictions")
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,10 @@ class Attribution:
         merge_words: pictures show words rather than tokens.
         cut: tokens at the end of the text that were left out by truncation.
         windows: (start, stop) of text tokens in each window that was joined, in positions of tokens; None for a text in one piece.
-        label, probability: what a classifier predicts; None for other models.
+        label, probability: the class that a classifier predicts; of a multi-label one (config.problem_type) its most probable label,
+            if that is above 0.5. None where no label is predicted, of a regression and of models without such a head.
+        predictions: names and probabilities of every class or label that a classifier predicts, most probable first: one class, or the
+            labels above 0.5. Of a regression, names and plain numbers of its outputs. None of other models.
         settings: the options it was computed with; strings, numbers, None.
         version: of pyglobenc.
 
@@ -75,6 +81,7 @@ class Attribution:
     windows: list[tuple[int, int]] | None = None
     label: str | None = None
     probability: float | None = None
+    predictions: list[tuple[str, float]] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     version: str = __version__
 
@@ -142,7 +149,7 @@ class Attribution:
         """Everything in it as JSON knows it; scores as Python floats, which hold float32 and float64 exactly."""
         out = {f.name: getattr(self, f.name) for f in fields(self)}
         out |= {"scores": self.scores.tolist(), "dtype": self.scores.dtype.name}
-        for name in ("offsets", "windows"):
+        for name in PAIRS:
             out[name] = None if out[name] is None else [list(pair) for pair in out[name]]
         if self.merge_words:
             out["words"] = [{"text": unit.text, "score": unit.score, "tokens": list(unit.positions)} for unit in self.units()]
@@ -153,8 +160,8 @@ class Attribution:
         """The inverse of `to_dict`; scores (n,), or None for those in data."""
         values = {name: value for name, value in data.items() if name not in DERIVED}
         values["scores"] = np.array(values["scores"], dtype=data["dtype"]) if scores is None else scores
-        for name in ("offsets", "windows"):
-            if values[name] is not None:
+        for name in PAIRS:
+            if values.get(name) is not None:
                 values[name] = [tuple(pair) for pair in values[name]]
         return cls(**values)
 

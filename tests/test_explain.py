@@ -15,6 +15,7 @@ from pyglobenc import GlobEnc, Rollout, TransformerAttribution, explain
 from pyglobenc.batches import Runner
 from pyglobenc.explain import explain_each
 from pyglobenc.methods.registry import METHODS, RELEVANCE, Method, Rows
+from pyglobenc.viz.common import caption
 from pyglobenc.windows import encode, join
 
 TEXT = "the good film is deep, filming."
@@ -114,9 +115,37 @@ def test_classifiers_tell_what_they_predict():
     with torch.no_grad():
         chances = classifier()(input_ids=torch.tensor([a.token_ids])).logits[0].softmax(0)
     assert a.label == ["BAD", "GOOD"][int(chances.argmax())] and a.probability == pytest.approx(float(chances.max()), rel=1e-12)
-    several = build("bert-classifier", problem_type="multi_label_classification")
-    assert explain(several, tokenizer(), TEXT).label is None
-    assert explain(build("bert-classifier", num_labels=1), tokenizer(), TEXT).label is None
+    assert a.predictions == [(a.label, a.probability)]
+
+
+def test_the_problem_type_decides_what_is_predicted():
+    names = dict(id2label={0: "RED", 1: "ROUND", 2: "TALL"})
+    model = build("bert-classifier", problem_type="multi_label_classification", **names)
+    a = explain(model, tokenizer(), TEXT)
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([a.token_ids])).logits[0]
+    chances = dict(zip(["RED", "ROUND", "TALL"], logits.sigmoid().tolist(), strict=True))
+    assert dict(a.predictions) == pytest.approx({name: chance for name, chance in chances.items() if chance > 0.5}, rel=1e-12)
+    assert (a.label, a.probability) == (max(chances, key=chances.get), pytest.approx(max(chances.values()), rel=1e-12))
+    model.config.problem_type = "regression"
+    b = explain(model, tokenizer(), TEXT)
+    assert b.label is None and b.probability is None
+    assert dict(b.predictions) == pytest.approx(dict(zip(chances, logits.tolist(), strict=True)), rel=1e-12)
+    one = explain(build("bert-classifier", num_labels=1), tokenizer(), TEXT, long="windows", max_length=8)
+    assert one.label is None and len(one.predictions) == 1 and one.predictions[0][0] == "LABEL_0"
+    assert "predicted LABEL_0 (" in " ".join(f"{name} {value}" for name, value in caption(one))
+
+
+@pytest.mark.parametrize("names", [{0: "A", 2: "C"}, {"first": "A"}, {2: None}, None])
+def test_classes_without_a_name_are_called_by_their_number(names):
+    model = build("bert-classifier", num_labels=3)
+    model.config.id2label = names
+    for target in range(3):
+        a = explain(model, tokenizer(), "film", "transformer-attribution", target=target)
+        expected = (names or {}).get(target)
+        assert a.target_name == (str(target) if expected is None else expected) and a.label is not None
+    with pytest.raises(ValueError, match=r"target must be a class in \[0, 3\), got 3"):
+        explain(model, tokenizer(), "film", "transformer-attribution", target=3)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -293,7 +322,7 @@ def test_models_and_tokenizers_that_do_not_fit():
         explain(build("bert", vocab_size=60), tokenizer(), "film")
     with pytest.raises(TypeError, match="tokenizer must be a transformers tokenizer, got str"):
         explain(classifier(), "bert-base-uncased", TEXT)
-    with pytest.raises(TypeError, match="model must be a transformers PreTrainedModel, got Linear"):
+    with pytest.raises(TypeError, match="model must be a transformers PreTrainedModel, .*, got Linear"):
         explain(torch.nn.Linear(2, 2), tokenizer(), TEXT)
     with pytest.raises(ValueError, match="ViTForImageClassification takes pixel_values, not text"):
         explain(build("vit"), tokenizer(), TEXT)

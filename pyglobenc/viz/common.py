@@ -72,11 +72,21 @@ def remainder(attribution: Attribution, limit: int = 200) -> str:
     return rest if len(rest) <= limit else rest[:limit] + "..."
 
 
+def _predicted(attribution: Attribution) -> str:
+    """What a classifier predicts: labels with their probabilities, or a regression's outputs."""
+    named = [(name, f"{number:.4g}") for name, number in attribution.predictions]
+    if attribution.label is not None:
+        named = [(name, f"{number:.1%}") for name, number in attribution.predictions]
+    return ", ".join(f"{name} ({number})" for name, number in named)
+
+
 def caption(attribution: Attribution) -> list[tuple[str, str]]:
     """What a reader must know beside the colours, as names and values."""
     kind = "target" if attribution.target_kind == "token" else "target class"
     out = [("method", attribution.method), (kind, f"{attribution.target_name} ({attribution.target})"), ("model", attribution.model)]
-    if attribution.label is not None:
+    if attribution.predictions is not None:
+        out.append(("predicted", _predicted(attribution) or "no label above 50%"))
+    elif attribution.label is not None:
         chance = "" if attribution.probability is None else f" ({attribution.probability:.1%})"
         out.append(("predicted", f"{attribution.label}{chance}"))
     if attribution.windows:
