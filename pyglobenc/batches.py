@@ -18,6 +18,7 @@ from pyglobenc.hf.limits import max_tokens, vocabulary
 from pyglobenc.hf.registry import is_decoder
 from pyglobenc.hf.unwrap import stock_model
 from pyglobenc.methods.batching import fitting_batch, in_batches
+from pyglobenc.methods.inputs import require_finite
 from pyglobenc.methods.packing import check_packable
 from pyglobenc.methods.registry import find_method
 from pyglobenc.windows import Encoded, join
@@ -90,7 +91,9 @@ class Runner:
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise TypeError(f"explain: tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}")
         # what transformers makes where the tokenizer's files are missing
-        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        special = set(tokenizer.all_special_tokens)
+        # the whole vocabulary takes longer than a short text's forward pass
+        if len(tokenizer) <= len(special) and special.issuperset(tokenizer.get_vocab()):
             raise ValueError("explain: the tokenizer has no vocabulary; were its files saved with the model?")
         if options.merge_words and not tokenizer.is_fast:
             raise ValueError(f"explain: merge_words needs a fast tokenizer, which knows its words; got {type(tokenizer).__name__}")
@@ -159,6 +162,8 @@ class Runner:
         scores, log_scale, targets = rows.scores.detach().cpu().numpy(), rows.log_scale.tolist(), rows.targets.tolist()
         logits = [None] * len(jobs)
         if self.is_classifier:
+            # a weight that is NaN may reach the class and not the scores
+            require_finite("explain", self.model, (rows.logits,))
             logits = list(rows.logits.detach().double().cpu())
         return [Row(scores[b, : len(window)], log_scale[b], targets[b], logits[b]) for b, (_, window) in enumerate(jobs)]
 

@@ -204,7 +204,7 @@ class ShardedGlobEnc:
             targets = [shares.n - 1 if captured[-1].window[1] == 0 else 0]
         rows = torch.as_tensor(targets, device=input_ids.device)[None]
         matrices = (ShardedMatrix(self.ops.norm_matrix(layer, stage), shares) for layer in reversed(captured))
-        return rollout_result("ShardedGlobEnc", *roll_out_rows(matrices, rows, layers), layers)
+        return rollout_result("ShardedGlobEnc", self.model, *roll_out_rows(matrices, rows, layers), layers)
 
     def _shares(self, input_ids: Tensor, targets: Sequence[int] | None, stage: str | None) -> Shares:
         rank, world = dist.get_rank(self.group), dist.get_world_size(self.group)

@@ -1,4 +1,4 @@
-"""What a model can be given: its longest input, and weights that are numbers."""
+"""What a model can be given: its longest input. What its weights must be: readable, and numbers where a result rests on them."""
 
 import torch
 from transformers import PreTrainedModel
@@ -27,12 +27,18 @@ def vocabulary(model: PreTrainedModel) -> int:
     return getattr(model.get_input_embeddings(), "num_embeddings", model.config.vocab_size)
 
 
-def check_weights(model: PreTrainedModel) -> None:
-    """Raise ValueError if a parameter holds NaN or infinity, or can't be read outside torch.inference_mode."""
+def check_readable(model: PreTrainedModel) -> None:
+    """Raise ValueError if a parameter can't be read outside torch.inference_mode; values aren't looked at."""
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        name = next(name for name, parameter in model.named_parameters() if parameter.is_inference())
+        raise ValueError(f"{type(model).__name__}: parameter {name} was made in torch.inference_mode; load the model outside of it")
+
+
+def not_finite(who: str, model: PreTrainedModel) -> ValueError:
+    """Return the error of a result that isn't finite. It names the first parameter that holds NaN or infinity, if one does."""
     for name, parameter in model.named_parameters():
-        if parameter.is_inference():
-            raise ValueError(f"{type(model).__name__}: parameter {name} was made in torch.inference_mode; load the model outside of it")
         # offloaded and quantised weights can't be looked at here
         readable = parameter.is_floating_point() and parameter.device.type != "meta" and type(parameter.data) is torch.Tensor
         if readable and not torch.isfinite(parameter).all():
-            raise ValueError(f"{type(model).__name__}: parameter {name} holds NaN or infinity; no attribution can be computed")
+            return ValueError(f"{who}: the attribution is not finite; {type(model).__name__}: parameter {name} holds NaN or infinity")
+    return ValueError(f"{who}: the attribution is not finite; the model's activations hold NaN or infinity for this input")

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from pyglobenc.autocast import outside_autocast
 from pyglobenc.hf import LayerTrace
 from pyglobenc.methods.flow import attention_flow
-from pyglobenc.methods.inputs import check_model, run_captured, target_rows
+from pyglobenc.methods.inputs import check_model, require_finite, run_captured, target_rows
 from pyglobenc.methods.layer_matrix import LayerMatrix, ResidualMatrix
 from pyglobenc.methods.packing import attribute_packed
 from pyglobenc.methods.rollout import RolloutResult, roll_out, roll_out_rows, rollout_result, stack_layers
@@ -46,7 +46,7 @@ class Rollout:
         dtype: of the attribution arithmetic; None is float32, or float64 for a float64 model.
 
     Raises:
-        TypeError, ValueError: unknown method, architecture or backend, training mode, weights that are NaN or infinite.
+        TypeError, ValueError: unknown method, architecture or backend, training mode.
     """
 
     def __init__(
@@ -81,11 +81,14 @@ class Rollout:
             raise ValueError(f"Rollout: maps must be a sequence of names among {', '.join(MAPS)}, got {maps!r}")
         captured, output = run_captured("Rollout", self.model, batch, self.dtype)
         rows = target_rows("Rollout", targets, captured[-1])
-        result = rollout_result("Rollout", *self._rows(captured, rows, layers), layers)
+        result = rollout_result("Rollout", self.model, *self._rows(captured, rows, layers), layers)
         result.output = output
         full = [self._matrix(layer).full() for layer in captured] if maps else []
         for name in maps:
             result.maps[name] = stack_layers(full) if name == "layers" else roll_out(full)
+        if maps:
+            # rows other than the targets' may read what these don't
+            require_finite("Rollout", self.model, result.maps.values())
         return result
 
     @outside_autocast
@@ -120,6 +123,8 @@ class Rollout:
         if self.method != "attention-flow":
             return roll_out_rows((self._matrix(layer) for layer in reversed(captured)), rows, layers, offsets)
         full = stack_layers([self._matrix(layer).full() for layer in captured])
+        # the solver's integers would hide NaN
+        require_finite("Rollout", self.model, (full,))
         scores = attention_flow(full, rows, captured[-1].key_mask, layers)
         return rescale_rows(scores, torch.zeros_like(scores[..., 0]))
 

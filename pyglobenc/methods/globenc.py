@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from pyglobenc.autocast import outside_autocast
 from pyglobenc.hf import LayerTrace
-from pyglobenc.methods.inputs import check_model, run_captured, target_rows
+from pyglobenc.methods.inputs import check_model, require_finite, run_captured, target_rows
 from pyglobenc.methods.layer_matrix import LayerMatrix, StoredMatrix
 from pyglobenc.methods.packing import attribute_packed
 from pyglobenc.methods.rollout import RolloutResult, roll_out, roll_out_rows, rollout_result, stack_layers
@@ -28,7 +28,7 @@ class GlobEnc:
         dtype: of the attribution arithmetic; None is float32, or float64 for a float64 model.
 
     Raises:
-        TypeError, ValueError: unknown architecture or backend, training mode, weights that are NaN or infinite.
+        TypeError, ValueError: unknown architecture or backend, training mode.
     """
 
     def __init__(self, model: PreTrainedModel, backend: str = "auto", dtype: torch.dtype | None = None):
@@ -65,7 +65,8 @@ class GlobEnc:
 
         Raises:
             TypeError, ValueError: unknown stage or map, targets out of range or padding, input longer than the model takes,
-                an example without a real token, a result that isn't finite.
+                an example without a real token, a result that isn't finite (the error names the parameter that holds NaN or
+                infinity).
         """
         if stage is not None and stage not in STAGES:
             raise ValueError(f"GlobEnc: stage must be one of {', '.join(STAGES)}, got {stage!r}")
@@ -82,13 +83,16 @@ class GlobEnc:
             matrices: Iterable[LayerMatrix] = (self.ops.norm_matrix(layer, stage) for layer in reversed(captured))
         else:
             matrices = [StoredMatrix(matrix) for matrix in reversed(full)]
-        result = rollout_result("GlobEnc", *roll_out_rows(matrices, rows, layers), layers)
+        result = rollout_result("GlobEnc", self.model, *roll_out_rows(matrices, rows, layers), layers)
         result.output = output
         for name in maps:
             if name == "rollout":
                 result.maps[name] = roll_out(full)
             else:
                 result.maps[name] = stack_layers(full if name == stage else self._maps(name, captured))
+        if maps:
+            # rows other than the targets' may read what these don't
+            require_finite("GlobEnc", self.model, result.maps.values())
         return result
 
     @outside_autocast

@@ -1,6 +1,6 @@
 """From a batch to captured layers: everything is checked before and while the model sees it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from pyglobenc.autocast import callers_autocast
 from pyglobenc.backends import check_backend
 from pyglobenc.hf import LayerTrace, capture, find_layers
-from pyglobenc.hf.limits import check_weights, max_tokens, vocabulary
+from pyglobenc.hf.limits import check_readable, max_tokens, not_finite, vocabulary
 from pyglobenc.hf.registry import is_decoder
 from pyglobenc.hf.unwrap import stock_model
 from pyglobenc.methods.precision import set_precision
@@ -21,13 +21,13 @@ OPTIONS = {"target", "targets", "stage", "variant", "layers", "maps", "start_lay
 
 
 def check_model(who: str, model: nn.Module, backend: str, dtype: torch.dtype | None) -> PreTrainedModel:
-    """The stock model inside; TypeError or ValueError, naming who, unless its architecture, weights, backend and dtype are fine."""
+    """The stock model inside; TypeError or ValueError, naming who, unless its architecture, parameters, backend and dtype are fine."""
     check_backend(backend, who)
     if dtype not in (None, torch.float32, torch.float64):
         raise ValueError(f"{who}: dtype must be None, torch.float32 or torch.float64, got {dtype}")
     model = stock_model(model)
     find_layers(model)
-    check_weights(model)
+    check_readable(model)
     return model
 
 
@@ -155,3 +155,10 @@ def target_positions(who: str, targets: Tensor, batch: int) -> Tensor:
     if rows.dim() != 2 or rows.shape[0] != batch or rows.shape[1] == 0:
         raise ValueError(f"{who}: targets must be T positions or (B, T) with B={batch} and T at least 1, got {tuple(rows.shape)}")
     return rows.long()
+
+
+def require_finite(who: str, model: PreTrainedModel, tensors: Iterable[Tensor]) -> None:
+    """Raise ValueError, naming who and the parameter at fault if one is, unless all entries of a result's tensors are finite."""
+    finite = [torch.isfinite(t).all() for t in tensors]
+    # the layers of a model may lie on several devices
+    require(torch.stack([one.to(finite[0].device) for one in finite]).all(), lambda: not_finite(who, model))

@@ -63,7 +63,7 @@ def attribute_packed(
     captured = trace.layers
     set_precision(captured, dtype)
     positions = _positions(who, targets, packed, causal=captured[-1].window[1] == 0)
-    whole = rollout_result(who, *rows(captured, positions), layers)
+    whole = rollout_result(who, model, *rows(captured, positions), layers)
 
     def one(own: slice, tokens: slice) -> RolloutResult:
         of_layers = (whole.layer_scores[..., tokens], whole.layer_log_scale[own]) if layers else ()

@@ -3,15 +3,17 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from pyglobenc.methods.inputs import require_finite
 from pyglobenc.methods.packing import Packed, of_examples
 from pyglobenc.methods.relevance_descent import Descent
 from pyglobenc.methods.relevance_states import States
 from pyglobenc.methods.rollout import stack_layers
 from pyglobenc.reference.packing import sequence_sums
-from pyglobenc.values import require
+
+WHO = "TransformerAttribution"
 
 
 @dataclass
@@ -46,10 +48,10 @@ class RelevanceResult:
     output: Any = None
 
 
-def relevance_result(states: States, scores: Tensor, how: str | None) -> RelevanceResult:
+def relevance_result(model: PreTrainedModel, states: States, scores: Tensor, how: str | None) -> RelevanceResult:
     """Result of scores (B, n), of packed sequences (1, N) with what else there is of each (S,); ValueError when they aren't finite."""
-    message = "TransformerAttribution: the attribution is not finite; the activations hold NaN or infinity for this input"
-    require(torch.isfinite(scores).all(), lambda: ValueError(message))
+    # the rules' clamps and guards may hide what the logit shows
+    require_finite(WHO, model, (scores, states.target.logit))
     for name, value in states.output.items():
         if isinstance(value, Tensor):
             states.output[name] = value.detach()
@@ -58,8 +60,8 @@ def relevance_result(states: States, scores: Tensor, how: str | None) -> Relevan
     return RelevanceResult(scores, index, position, logit, error_method=how, output=states.output)
 
 
-def add_layers(result: RelevanceResult, descent: Descent, layers: bool) -> None:
-    """Add to a result what a descent kept of every layer; layers: also the relevance of its input."""
+def add_layers(model: PreTrainedModel, result: RelevanceResult, descent: Descent, layers: bool) -> None:
+    """Add to a result what a descent kept of every layer; layers: also the relevance of its input. ValueError when it isn't finite."""
     states = descent.states
     sums = [states.halves(descent.token_sums[index])[0] for index in sorted(descent.token_sums)]
     if sums:
@@ -69,6 +71,9 @@ def add_layers(result: RelevanceResult, descent: Descent, layers: bool) -> None:
         result.relevance = stack_layers(sums[:-1])
     for name, by_layer in descent.maps.items():
         result.maps[name] = stack_layers([states.halves(by_layer[index])[0] for index in sorted(by_layer)])
+    kept = [*result.maps.values(), *([result.relevance] if layers else [])]
+    if kept:
+        require_finite(WHO, model, kept)
 
 
 def of_sequences(result: RelevanceResult, packed: Packed) -> list[RelevanceResult]:

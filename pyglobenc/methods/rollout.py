@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from pyglobenc.methods.inputs import require_finite
 from pyglobenc.methods.layer_matrix import LayerMatrix
 from pyglobenc.reference.rollout_step import rescale_rows
-from pyglobenc.values import require
 
 
 def roll_out_rows(
@@ -83,10 +84,9 @@ class RolloutResult:
     output: Any = None
 
 
-def rollout_result(who: str, scores: Tensor, log_scale: Tensor, layers: bool) -> RolloutResult:
-    """Result from what `roll_out_rows` returned for (B, L, T, n); ValueError when it isn't finite, who is named in it."""
-    message = f"{who}: the attribution is not finite; the model's activations hold NaN or infinity for this input"
-    require(torch.isfinite(scores).all() & torch.isfinite(log_scale).all(), lambda: ValueError(message))
+def rollout_result(who: str, model: PreTrainedModel, scores: Tensor, log_scale: Tensor, layers: bool) -> RolloutResult:
+    """Result from what `roll_out_rows` returned for (B, L, T, n); ValueError as `require_finite` when it isn't finite."""
+    require_finite(who, model, (scores, log_scale))
     if not layers:
         return RolloutResult(scores[:, -1], log_scale[:, -1])
     return RolloutResult(scores[:, -1], log_scale[:, -1], scores, log_scale)

@@ -34,7 +34,7 @@ class TransformerAttribution:
             b + e * sign(b).
 
     Raises:
-        TypeError, ValueError: unknown architecture, head or backend, training mode, weights that are NaN or infinite.
+        TypeError, ValueError: unknown architecture, head or backend, training mode.
 
     Source: Chefer et al., 2021, and its published code, whose guards are kept to the letter.
     """
@@ -89,8 +89,8 @@ class TransformerAttribution:
             it gets alone, without padding.
 
         Raises:
-            TypeError, ValueError: unknown variant or map, an index out of range, input that the model can't take, a result that
-                isn't finite.
+            TypeError, ValueError: unknown variant or map, an index out of range, input that the model can't take, a result or a
+                logit that isn't finite (the error names the parameter that holds NaN or infinity).
         """
         chosen = self._variant(variant, start_layer, maps, reliability)
         self._check(batch)
@@ -156,7 +156,7 @@ class TransformerAttribution:
         states = run_forward(self.model, batch, self.kind, explained, self.dtype, lowest, how == "measured")
         descent = self._descent(states, chosen, how == "estimated")
         scores, moved = states.halves(variant_scores(self.model, chosen, descent, start_layer, self.prefix))
-        result = relevance_result(states, scores, how)
+        result = relevance_result(self.model, states, scores, how)
         if how == "measured":
             left_out = self.prefix is None and chosen.kind != "input"
             own = states.halves(states.own(scores.device))[0] if left_out else None
@@ -167,7 +167,7 @@ class TransformerAttribution:
         if everything:
             descent = self._descent(states, chosen)
             descent.roll_out(self.depth, 0, tuple(maps))
-        add_layers(result, descent, layers)
+        add_layers(self.model, result, descent, layers)
         return result
 
     def _descent(self, states: States, chosen: Variant, estimate: bool = False) -> Descent:

@@ -1,15 +1,15 @@
 """A stock classifier's forward pass that also returns norms and the GlobEnc rollout, in the published tuple order."""
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from pyglobenc.hf import LayerTrace
-from pyglobenc.methods.inputs import check_model, run_captured
+from pyglobenc.methods.inputs import check_model, require_finite, run_captured
 from pyglobenc.methods.rollout import roll_out
 from pyglobenc.methods.stages import STAGES, StageOps
 
@@ -75,20 +75,15 @@ class WithNorms:
         attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if not (output_norms or output_globenc or attentions):
             return super().forward(**batch, return_dict=as_dict)
-        model, ops = _ready(self)
-        captured, output = run_captured(type(self).__name__, model, {**batch, "return_dict": True}, None)
+        name, ops = type(self).__name__, StageOps("auto")
+        check_model(name, self, "auto", None)
+        captured, output = run_captured(name, self, {**batch, "return_dict": True}, None)
         with torch.no_grad():
             found = _found(ops, captured, bool(attentions), bool(output_norms), bool(output_globenc), self.dtype)
+        seen, rollout, norms = found
+        require_finite(name, self, [t for t in (*(seen or ()), rollout, *chain(*(norms or ()))) if t is not None])
         parts = (output.loss, output.logits, output.hidden_states, *found)
         return GlobEncOutput(*parts) if as_dict else tuple(part for part in parts if part is not None)
-
-
-def _ready(model: PreTrainedModel) -> tuple[PreTrainedModel, StageOps]:
-    """The model, checked at its first use, and what is kept of its weights."""
-    if "_globenc_ops" not in model.__dict__:
-        check_model(type(model).__name__, model, "auto", None)
-        model.__dict__["_globenc_ops"] = StageOps("auto")
-    return model, model.__dict__["_globenc_ops"]
 
 
 def _found(
