@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from pyglobenc._version import __version__
-from pyglobenc.files import write_file
+from pyglobenc.fields import DTYPES, check_fields, is_index, is_number, shown
+from pyglobenc.files import one_line, write_file
 
 FORMAT = "pyglobenc.attribution"
 # 2 added predictions
@@ -17,6 +18,8 @@ FORMAT_VERSION = 2
 SUFFIXES = (".json", ".safetensors")
 # of what is saved, what follows from the rest
 DERIVED = ("words", "dtype")
+# fields that files of format 1 lack
+ADDED = ("predictions",)
 # fields that are lists of pairs, which JSON knows as lists of lists
 PAIRS = ("offsets", "windows", "predictions")
 
@@ -60,7 +63,7 @@ class Attribution:
         version: of pyglobenc.
 
     Raises:
-        ValueError: fields of different lengths, or scores that aren't finite.
+        ValueError: a field has another type, length or range than is said here, or isn't finite; the message names it.
     """
 
     text: str
@@ -87,16 +90,10 @@ class Attribution:
 
     def __post_init__(self):
         self.scores = np.asarray(self.scores)
-        if self.scores.dtype not in (np.float32, np.float64):
-            raise ValueError(f"Attribution: scores must be float32 or float64, got {self.scores.dtype}")
-        if self.scores.shape != (len(self.tokens),):
-            raise ValueError(f"Attribution: scores must be (n,) = ({len(self.tokens)},), got {self.scores.shape}")
-        for name in ("token_ids", "special", "word_ids", "offsets"):
-            value = getattr(self, name)
-            if value is not None and len(value) != len(self.tokens):
-                raise ValueError(f"Attribution: {name} must have n = {len(self.tokens)} entries, got {len(value)}")
-        if not (np.isfinite(self.scores).all() and np.isfinite(self.log_scale)):
-            raise ValueError("Attribution: scores and log_scale must be finite")
+        try:
+            check_fields(vars(self))
+        except ValueError as error:
+            raise ValueError(f"Attribution: {error}") from None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -157,13 +154,27 @@ class Attribution:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], scores: np.ndarray | None = None) -> "Attribution":
-        """The inverse of `to_dict`; scores (n,), or None for those in data."""
-        values = {name: value for name, value in data.items() if name not in DERIVED}
-        values["scores"] = np.array(values["scores"], dtype=data["dtype"]) if scores is None else scores
+        """The inverse of `to_dict`; scores (n,), or None for those in data.
+
+        Raises:
+            ValueError: a field is missing, unknown, or not what it must be; the message names it.
+        """
+        values = _named(data, scores is None)
+        dtype = data["dtype"]
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be {' or '.join(DTYPES)}, got {shown(dtype)}")
+        if scores is None:
+            listed = values["scores"]
+            if not isinstance(listed, list) or not all(map(is_number, listed)):
+                raise ValueError("scores must be a list of finite numbers")
+            with np.errstate(over="ignore"):
+                scores = np.array(listed, dtype=dtype)
+        elif scores.dtype.name != dtype:
+            raise ValueError(f"scores must be {dtype}, as dtype says, got {scores.dtype}")
         for name in PAIRS:
-            if values.get(name) is not None:
-                values[name] = [tuple(pair) for pair in values[name]]
-        return cls(**values)
+            if isinstance(values.get(name), list):
+                values[name] = [tuple(pair) if isinstance(pair, list) else pair for pair in values[name]]
+        return cls(**values | {"scores": scores})
 
     def save(self, path: str | Path) -> None:
         """Write a .json or .safetensors file that `pyglobenc.load` reads back, bit for bit."""
@@ -261,8 +272,10 @@ def save(path: str | Path, attributions: Attribution | Iterable[Attribution]) ->
 def load(path: str | Path) -> Attribution | Attributions:
     """Read what `save` wrote: an Attribution, or Attributions if several were saved together.
 
+    Every field is checked for its type, length and range before anything is returned.
+
     Raises:
-        ValueError: not a file that `save` wrote, or by a newer version.
+        ValueError: not a file that `save` wrote, or by a newer version; the message names the file and the field.
         OSError: the file can't be read.
     """
     path = Path(path)
@@ -270,28 +283,61 @@ def load(path: str | Path) -> Attribution | Attributions:
         raise ValueError(f"load: the file's name must end in {' or '.join(SUFFIXES)}, got {path.name!r}")
     try:
         document, tensors = _read(path)
-        if document["format_version"] > FORMAT_VERSION:
-            raise ValueError(f"its format {document['format_version']} is newer than this version's {FORMAT_VERSION}")
-        entries = [
-            Attribution.from_dict(entry, None if tensors is None else tensors[str(index)])
-            for index, entry in enumerate(document["attributions"])
-        ]
+        _check_header(document)
+        names = [str(index) for index in range(len(document["attributions"]))]
+        if tensors is not None and tensors.keys() != set(names):
+            raise ValueError(f"scores of {len(names)} attributions must be tensors named from 0, got {len(tensors)} tensors")
+        entries = []
+        for index, entry in zip(names, document["attributions"], strict=True):
+            try:
+                entries.append(Attribution.from_dict(entry, None if tensors is None else tensors[index]))
+            except ValueError as error:
+                raise ValueError(f"attribution {index}: {str(error).removeprefix('Attribution: ')}") from error
         return entries[0] if document["single"] else Attributions(entries)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"load: {path} is not a file of saved attributions: {error}") from error
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray] | None]:
+def _named(data: Any, with_scores: bool) -> dict[str, Any]:
+    """The fields of a saved attribution, after a check that each is there and no other."""
+    if not isinstance(data, dict):
+        raise ValueError(f"an attribution must be an object, got {shown(data)}")
+    expected = {f.name for f in fields(Attribution)} | {"dtype"}
+    if not with_scores:
+        expected.discard("scores")
+    for name in sorted(expected - data.keys() - set(ADDED)):
+        raise ValueError(f"{name} is missing")
+    for name in sorted(data.keys() - expected - set(DERIVED)):
+        raise ValueError(f"{shown(name)} is no field of an attribution")
+    return {name: value for name, value in data.items() if name not in DERIVED}
+
+
+def _check_header(document: Any) -> None:
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ValueError(f"no {FORMAT!r} header")
+    version, single, entries = (document.get(name) for name in ("format_version", "single", "attributions"))
+    if not is_index(version):
+        raise ValueError(f"format_version must be an integer of at least 0, got {shown(version)}")
+    if version > FORMAT_VERSION:
+        raise ValueError(f"its format {version} is newer than this version's {FORMAT_VERSION}")
+    if not isinstance(entries, list):
+        raise ValueError(f"attributions must be a list, got {shown(entries)}")
+    if not isinstance(single, bool) or (single and len(entries) != 1):
+        raise ValueError(f"single must be true of one attribution or false, got {shown(single)} and {len(entries)} attributions")
+
+
+def _read(path: Path) -> tuple[Any, dict[str, np.ndarray] | None]:
+    """A file's document, and of a .safetensors file its tensors by name."""
     if path.suffix == ".json":
-        document = json.loads(path.read_bytes())
-        if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise ValueError(f"no {FORMAT!r} header")
-        return document, None
+        return json.loads(path.read_bytes()), None
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "numpy") as file:
-            document, names = json.loads((file.metadata() or {})[FORMAT]), file.keys()
-            return document, {name: file.get_tensor(name) for name in names}
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
+            document = (file.metadata() or {}).get(FORMAT, "null")
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+    # a type that NumPy lacks raises NumPy's own errors
+    except (SafetensorError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"its tensors can't be read: {one_line(error)}") from error
+    return json.loads(document), tensors

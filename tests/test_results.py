@@ -111,7 +111,20 @@ def test_without_a_fast_tokenizer_tokens_are_shown_and_words_refused():
         (dict(special=[True]), "special must have n = 6 entries, got 1"),
         (dict(offsets=[]), "offsets must have n = 6 entries, got 0"),
         (dict(scores=np.full(6, np.nan)), "must be finite"),
-        (dict(log_scale=float("inf")), "must be finite"),
+        (dict(log_scale=float("inf")), "log_scale must be finite"),
+        (dict(log_scale="0"), "log_scale must be finite and a number, got '0'"),
+        (dict(text=b"bytes"), "text must be a string, got bytes"),
+        (dict(tokens=[]), "tokens must hold at least one token"),
+        (dict(token_ids=[2, 7, 8, 9, 10, 2**63]), "token_ids must hold integers of at least 0, got an integer of 64 bits at position 5"),
+        (dict(special=[True, False, False, False, False, 0]), "special must hold True or False, got 0 at position 5"),
+        (dict(offsets=[(0, 0), (0, 2), (2, 5), (6, 7), (6, 7), (12, 8)]), "offsets must hold pairs .* got tuple at position 5"),
+        (dict(target=6), "target must be a position below n = 6, got 6"),
+        (dict(target=True), "target must be an integer of at least 0, got True"),
+        (dict(target_kind="both"), "target_kind must be one of token, class, got 'both'"),
+        (dict(windows=[(1, 7)]), "windows must end at most at n = 6, got 7 at position 0"),
+        (dict(probability=1.5), r"probability must be a number in \[0, 1\] or None, got 1.5"),
+        (dict(settings={"stride": [1]}), "settings must be a dict from strings"),
+        (dict(merge_words=True, word_ids=None), "merge_words needs word_ids"),
     ],
 )
 def test_wrong_fields_are_refused(changes, message):
@@ -169,6 +182,39 @@ def test_what_was_not_saved_is_not_loaded(tmp_path, name, write, message):
     write(tmp_path / name)
     with pytest.raises(ValueError, match=message):
         pyglobenc.load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("offsets", [[0, "1"]] * 6, "offsets must hold pairs"),
+        ("dtype", "U1000000000", "dtype must be float32 or float64, got 'U1000000000'"),
+        ("scores", [1.0, 0.5, None, 0, 0, 0], "scores must be a list of finite numbers"),
+        ("scores", [1e39] * 6, "scores must be finite"),
+        ("extra", 1, "'extra' is no field of an attribution"),
+        ("log_scale", "missing", "log_scale is missing"),
+    ],
+)
+def test_a_wrong_field_of_a_file_is_named(tmp_path, name, value, message):
+    path = tmp_path / "a.json"
+    Attributions([attribution(), attribution()]).save(path)
+    document = json.loads(path.read_text())
+    document["attributions"][1][name] = value
+    if value == "missing":
+        del document["attributions"][1][name]
+    path.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=f"{path} is not a file of saved attributions: attribution 1: {message}"):
+        pyglobenc.load(path)
+
+
+def test_files_of_the_first_format_are_read(tmp_path):
+    path = tmp_path / "a.json"
+    attribution().save(path)
+    document = json.loads(path.read_text())
+    document["format_version"] = 1
+    del document["attributions"][0]["predictions"]
+    path.write_text(json.dumps(document))
+    assert pyglobenc.load(path) == attribution()
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.safetensors"])
