@@ -1,6 +1,7 @@
 import io
 import logging
 import re
+import warnings
 from html.parser import HTMLParser
 
 import numpy as np
@@ -236,6 +237,33 @@ def test_png_refuses_more_than_can_be_drawn(monkeypatch):
     monkeypatch.setattr(png, "TALLEST", 300)
     with pytest.raises(ValueError, match="png: the text needs a picture more than 300 pixels high; write HTML instead"):
         attribution(["word"] * 100).to_png()
+
+
+@pytest.mark.parametrize("word", ["abcdefghij", "a\u0301", "iiiiW", "\u4e2d", "\u0301\u200d"])
+def test_png_measures_a_long_word_in_linear_time(monkeypatch, word):
+    measured, renderer = [], png._renderer()
+    size = renderer.get_text_width_height_descent
+
+    def counted(text, *rest, **more):
+        measured.append(len(text))
+        return size(text, *rest, **more)
+
+    monkeypatch.setattr(renderer, "get_text_width_height_descent", counted)
+    png._width.cache_clear()
+    text = word * 400
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        parts = list(png._split(text, png.SIZE))
+        assert "".join(parts) == text and all(png._width(part, png.SIZE) <= png.ROOM for part in parts)
+    # every character once for its own width, once with its line, and once more where a line is cut again
+    assert sum(measured) <= 3 * len(text)
+
+
+def test_png_refuses_a_long_text_before_it_is_laid_out(monkeypatch):
+    monkeypatch.setattr(png, "_lay_out", None)
+    for words in (["abcdefghij" * 10_000], ["word"] * 50_000):
+        with pytest.raises(ValueError, match="more than 30000 pixels high"):
+            attribution(words).to_png()
 
 
 def test_pictures_of_several_texts_hold_all():

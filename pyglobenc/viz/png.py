@@ -1,10 +1,12 @@
 """Coloured text as a PNG picture, drawn by matplotlib without a display."""
 
 import logging
+import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from io import BytesIO
 
 from matplotlib import font_manager
@@ -26,6 +28,9 @@ ASCENT, DESCENT = 1.75, 0.75  # of a box above and below the base line, in pixel
 LEGEND_WIDTH, LEGEND_STEPS = 300, 60
 # Agg draws less than 2**16 pixels a side; taller pictures aren't looked at anyway
 TALLEST = 30_000
+ROOM = WIDTH - 2 * MARGIN
+# Unicode categories of characters that are drawn over others or not at all
+NARROW = ("Mn", "Me", "Cf")
 # tried in turn for what the first one lacks
 FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Noto Sans", "Noto Emoji", "Symbola")
 GREY = (110, 110, 110)
@@ -60,6 +65,7 @@ def picture(attributions: Sequence[Attribution], merge_words: bool | None = None
     with warnings.catch_warnings():
         # said once, by _warn_of_missing
         warnings.filterwarnings("ignore", "Glyph .* missing")
+        _check_height(_least_height(attributions, merge_words))
         for attribution in attributions:
             units = attribution.units(merge_words)
             scale = scale_of(units)
@@ -67,8 +73,7 @@ def picture(attributions: Sequence[Attribution], merge_words: bool | None = None
             y = _lay_out(_text(attribution, units, scale), placed, y, LINE) + LINE
             legends.append((y, -scale if any(unit.score < 0 for unit in units) else 0.0, scale))
             y += LINE + GAP
-            if y > TALLEST:
-                raise ValueError(f"png: the text needs a picture more than {TALLEST} pixels high; write HTML instead")
+            _check_height(y)
         _warn_of_missing(piece.text for piece in placed)
         return _draw(placed, legends, round(y - GAP))
 
@@ -103,21 +108,52 @@ def _lay_out(pieces: Iterable[Piece], placed: list[Piece], y: float, spacing: fl
             width = _width(text, piece.size) + 2 * pad
             if x + width > WIDTH - MARGIN and x > MARGIN:
                 x, y = float(MARGIN), y + spacing
+            _check_height(y)
             placed.append(Piece(text, "", piece.size, piece.ink, piece.fill, piece.edge, x, y, width))
             x += width
     return y
 
 
+def _check_height(y: float) -> None:
+    if y > TALLEST:
+        raise ValueError(f"png: the text needs a picture more than {TALLEST} pixels high; write HTML instead")
+
+
 def _split(text: str, size: int) -> Iterator[str]:
-    """Text in parts that fit a line each."""
-    room = WIDTH - 2 * MARGIN - 2 * PAD
-    while _width(text, size) > room:
-        count = max(1, int(len(text) * room / _width(text, size)))
-        while count > 1 and _width(text[:count], size) > room:
-            count -= 1
-        yield text[:count]
+    """Split a text into parts that fit a line each, in time linear in its length: lines are filled by the widths of characters."""
+    room, start, used = ROOM - 2 * PAD, 0, 0.0
+    for stop, char in enumerate(text):
+        used += _advance(char, size)
+        if used > room and stop > start:
+            yield from _fitting(text[start:stop], size, room)
+            start, used = stop, _advance(char, size)
+    yield from _fitting(text[start:], size, room)
+
+
+def _fitting(text: str, size: int, room: float) -> Iterator[str]:
+    """A part whose characters may be wider together than apart, as it is or cut again."""
+    while (width := _width(text, size)) > room and len(text) > 1:
+        count = max(1, min(len(text) - 1, int(len(text) * room / width)))
+        yield from _fitting(text[:count], size, room)
         text = text[count:]
     yield text
+
+
+def _advance(char: str, size: int) -> float:
+    """Width of a character by itself, at least a pixel, so that every line is full at some time."""
+    return 1.0 if unicodedata.category(char) in NARROW else max(1.0, _width(char, size))
+
+
+def _least_height(attributions: Sequence[Attribution], merge_words: bool | None) -> float:
+    """A height that the picture will surely have, from the widths of characters alone."""
+    least = 0.0
+    for attribution in attributions:
+        units = attribution.units(merge_words)
+        letters = Counter(char for unit in units for char in unit.text)
+        width = sum(_advance(char, SIZE) * count for char, count in letters.items()) + 2 * PAD * len(units)
+        least += LINE * width / ROOM
+    # letters side by side may take a little less than each alone
+    return 0.9 * least
 
 
 @cache
@@ -136,6 +172,8 @@ def _renderer():
     return FigureCanvasAgg(Figure(dpi=DPI)).get_renderer()
 
 
+# tokens come again, and a measurement takes a millisecond
+@lru_cache(maxsize=1 << 14)
 def _width(text: str, size: int) -> float:
     return _renderer().get_text_width_height_descent(text, _properties(size), ismath=False)[0]
 
