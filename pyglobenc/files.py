@@ -3,7 +3,10 @@
 import os
 import stat
 from pathlib import Path
+from typing import BinaryIO
 from uuid import uuid4
+
+from pyglobenc.characters import printable
 
 
 def write_file(path: str | Path, data: bytes) -> None:
@@ -47,11 +50,20 @@ def check_writable(path: str | Path) -> None:
         raise PermissionError(13, "not writable", str(path))
 
 
-def one_line(error: BaseException) -> str:
-    """An error's message in one line, the file's name first if it is about one."""
+def one_line(error: BaseException | str) -> str:
+    """An error's message in one line that steers no terminal, the file's name first if it is about one."""
+    message = str(error)
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+        message = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    return printable(" ".join(message.split())) or type(error).__name__
+
+
+def read_at_most(file: BinaryIO, name: str, most: int) -> bytes:
+    """All bytes of a file that may have no end; ValueError, with the file's name, if there are more than most."""
+    data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"{name}: holds more than {most >> 20} MiB")
+    return data
 
 
 def decode(data: bytes, name: str) -> str:

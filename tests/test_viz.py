@@ -9,9 +9,10 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
+from pyglobenc.characters import printable
 from pyglobenc.results import Attribution, Attributions
 from pyglobenc.viz import html, png, terminal
-from pyglobenc.viz.common import RAMPS, color, contrast, ink, printable, scale_of
+from pyglobenc.viz.common import RAMPS, color, contrast, ink, scale_of
 
 ESCAPES = "\x1b[31m \x07 \u202e \x00"
 

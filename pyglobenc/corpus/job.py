@@ -21,6 +21,9 @@ from pyglobenc.corpus.shards import shard_path, write_shard
 from pyglobenc.explain import Options
 from pyglobenc.windows import Encoded, encode
 
+# words of the text that settings are tried on, at most, where the model sets no limit
+TRIED = 1024
+
 try:
     import fcntl
 except ImportError:
@@ -114,7 +117,7 @@ def try_settings(runner: Runner) -> None:
         ValueError: the method refuses the model or the settings, whatever the text.
     """
     limit = longest(runner.model, runner.tokenizer, runner.options.max_length)
-    one = encode(runner.tokenizer, "a " * (abs(runner.options.target or 0) + 1), "a text", limit, "truncate", runner.options.stride)
+    one = encode(runner.tokenizer, "a " * min(abs(runner.options.target or 0) + 1, limit or TRIED), "a text", limit, "truncate", runner.options.stride)
     try:
         check_target(runner, one, "a text")
     except ValueError:

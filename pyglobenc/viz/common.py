@@ -1,8 +1,8 @@
-"""What the three pictures share: colours, the scale of scores, captions, and characters that are safe to show."""
+"""What the three pictures share: colours, the scale of scores, and captions."""
 
-import unicodedata
 from collections.abc import Sequence
 
+from pyglobenc.characters import printable
 from pyglobenc.results import Attribution, Unit
 
 RGB = tuple[int, int, int]
@@ -14,9 +14,6 @@ RAMPS: dict[bool, tuple[RGB, ...]] = {
 }
 # black or white leaves no background below a contrast of 4.5
 DARK, LIGHT = (0, 0, 0), (255, 255, 255)
-# joiners that scripts and emoji need
-KEPT = "\u200c\u200d"
-REPLACED = "\ufffd"
 
 
 def color(value: float) -> RGB:
@@ -50,17 +47,6 @@ def scale_of(units: Sequence[Unit]) -> float:
 def top_units(units: Sequence[Unit], count: int) -> list[Unit]:
     """The units of text with the largest absolute scores, largest first."""
     return sorted((unit for unit in units if not unit.special), key=lambda unit: -abs(unit.score))[:count]
-
-
-def printable(text: str, newlines: bool = False) -> str:
-    """Text without characters that would steer a terminal or a page: they become U+FFFD, every other space a space."""
-    return "".join(_printable(char, newlines) for char in text)
-
-
-def _printable(char: str, newlines: bool) -> str:
-    if char.isprintable() or char in KEPT or (char == "\n" and newlines):
-        return char
-    return " " if char.isspace() or unicodedata.category(char) == "Zs" else REPLACED
 
 
 def remainder(attribution: Attribution, limit: int = 200) -> str:

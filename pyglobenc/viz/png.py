@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.transforms import IdentityTransform
 
+from pyglobenc.characters import printable
 from pyglobenc.results import Attribution, Unit
-from pyglobenc.viz.common import DARK, RGB, caption, color, ink, printable, remainder, scale_of
+from pyglobenc.viz.common import DARK, RGB, caption, color, ink, remainder, scale_of
 
 log = logging.getLogger("pyglobenc")
 
