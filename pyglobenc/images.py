@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +15,17 @@ from pyglobenc.files import write_file
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
     from transformers import PreTrainedModel
 
-# the method whose targets are classes
-CLASSES = "transformer-attribution"
+# the method whose targets are classes, and the one of models that have none, or whose head it has no rules for
+CLASSES, TOKENS = "transformer-attribution", "globenc"
+# of an image file, decoders that are in wide use; Pillow's others read formats that hold programs or are rarely tested
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+# an image is held several times over, at up to 12 bytes a pixel
+MAX_PIXELS = 1 << 26
+# images of one size that the model sees at once
+BATCH = 8
 
 
 @dataclass
@@ -26,17 +35,21 @@ class ImageAttribution:
     Attributes:
         image: what the model saw, (height, width, 3) in [0, 1].
         scores: by target, (rows, columns) of patches, or (height, width) of pixels.
-        labels: the targets' names: a class and its probability, or a token.
-        probabilities: of every class of the model, (classes,).
-        predicted: class index.
+        labels: the targets' names: a class and its probability, or its plain number of a regression; or a token.
+        probabilities: of every class of the model, (classes,), by its config's problem_type: softmax, or sigmoid. None of a
+            regression and of a model without a classifier.
+        predicted: class with the largest logit; None of a model without a classifier.
+        predictions: names and probabilities of the classes or labels predicted, most probable first; of a regression names and plain
+            numbers of its outputs; None of a model without a classifier.
         error: by target, how far rounding moves the scores; see `TransformerAttribution`.
     """
 
     image: np.ndarray
     scores: dict[int, np.ndarray]
     labels: dict[int, str]
-    probabilities: np.ndarray
-    predicted: int
+    probabilities: np.ndarray | None
+    predicted: int | None
+    predictions: list[tuple[str, float]] | None = None
     error: dict[int, float] = field(default_factory=dict)
 
     def heat(self, target: int) -> np.ndarray:
@@ -47,9 +60,20 @@ class ImageAttribution:
 
     def to_png(self, path: str | Path | None = None) -> bytes:
         """The image and an overlay for every class, as a PNG file, written to path if given."""
+        return ImageAttributions([self]).to_png(path)
+
+    def _repr_png_(self) -> bytes:
+        return self.to_png()
+
+
+class ImageAttributions(list):
+    """Attributions of several images, a list that is pictured together."""
+
+    def to_png(self, path: str | Path | None = None) -> bytes:
+        """One PNG file with a row for every image, as `ImageAttribution.to_png` has it; written to path if given."""
         from pyglobenc.viz.image import to_png
 
-        png = to_png(self.image, {self.labels[target]: self.heat(target) for target in self.scores})
+        png = to_png([(one.image, [(one.labels[target], one.heat(target)) for target in one.scores]) for one in self])
         if path is not None:
             write_file(str(path), png)
         return png
@@ -63,42 +87,130 @@ def explain_image(
     processor: Any,
     image: Any,
     *,
-    method: str = "transformer-attribution",
+    method: str | None = None,
     targets: Sequence[int] | None = None,
     variant: str = "transformer_attribution",
     start_layer: int = 0,
     backend: str = "auto",
     dtype: torch.dtype | None = None,
-) -> ImageAttribution:
-    """Which patches of an image a classifier's result rests on.
+    max_pixels: int = MAX_PIXELS,
+) -> ImageAttribution | ImageAttributions:
+    """Which patches of an image a model's result rests on.
 
     Args:
-        model: an image classifier of a known architecture, in evaluation mode.
+        model: an image model of a known architecture, in evaluation mode; wrapped or not, as `GlobEnc` takes it.
         processor: the model's image processor, or None for an image that is its input already: a tensor (channels, height, width).
-        image: a PIL image of 8 bits a channel, turned as its EXIF data say, or what the processor takes.
-        method: "transformer-attribution" (ViT, DeiT), or a name in `pyglobenc.methods.family.METHODS` (any image encoder).
+        image: a PIL image of 8 bits a channel, turned as its EXIF data say, or what the processor takes. A list of images, or an array
+            with an axis for them in front, is a batch. Of an animation the current frame is explained.
+        method: "transformer-attribution" (classifiers of the ViT and DeiT kind), or a name in `pyglobenc.methods.family.METHODS` (any
+            image encoder). None: the first where it is defined, else "globenc".
         targets: classes explained, None: the predicted one; of the rollout family token positions, None: 0, [CLS].
         variant, start_layer: as for `TransformerAttribution`.
         backend, dtype: as for `GlobEnc`.
+        max_pixels: of an image; a larger one is refused before it is decoded.
 
     Returns:
-        ImageAttribution, with a map for every target.
+        ImageAttribution, with a map for every target. Of a batch ImageAttributions, a list of them; each is what its image gives alone.
 
     Raises:
-        TypeError, ValueError: unknown method, architecture, backend or target; an image of more than 8 bits a channel; anything else
-            that the method refuses.
+        TypeError, ValueError: unknown method, architecture, backend or target; an image of more than 8 bits a channel or of too many
+            pixels; a model without a classifier, asked for classes; anything else that the method refuses.
     """
-    if processor is not None and hasattr(image, "convert"):
-        image = _upright(image).convert("RGB" if getattr(model.config, "num_channels", 3) == 3 else "L")
-    pixels = image[None] if processor is None else processor(images=image, return_tensors="pt")["pixel_values"]
-    parameter = next(model.parameters())
-    pixels = pixels.to(parameter.device, parameter.dtype)
+    # these take seconds
+    import torch
+
+    from pyglobenc.hf.unwrap import stock_model
+    from pyglobenc.methods.family import Rollout
+    from pyglobenc.methods.transformer_attribution import TransformerAttribution
+
+    inner = stock_model(model)
+    if inner.main_input_name != "pixel_values":
+        raise ValueError(f"explain_image: {type(inner).__name__} takes {inner.main_input_name}, not images")
+    if method is None:
+        method = CLASSES if _has_rules(inner) else TOKENS
+    if method == CLASSES and not _is_classifier(inner):
+        raise ValueError(f"explain_image: {type(inner).__name__} has no classes to explain; method={TOKENS!r} explains its [CLS] token")
+    if targets is not None and not len(targets):
+        raise ValueError("explain_image: there is no target, got an empty list")
     if method == CLASSES:
-        return _explain_classes(model, pixels, targets, variant, start_layer, backend, dtype)
-    return _explain_tokens(model, pixels, [0] if targets is None else list(targets), method, backend, dtype)
+        attribute = TransformerAttribution(model, backend, dtype)
+        explain = partial(_explain_classes, attribute, targets=targets, variant=variant, start_layer=start_layer)
+    else:
+        explain = partial(_explain_tokens, Rollout(model, method, backend, dtype), targets=[0] if targets is None else targets)
+    images, single = _images(image)
+    pixels = [_pixels(inner, processor, one, max_pixels) for one in images]
+    done: dict[int, ImageAttribution] = {}
+    for rows in _batches(pixels, max(1, BATCH // len(targets or [0]))):
+        done.update(zip(rows, explain(torch.stack([pixels[row] for row in rows])), strict=True))
+    return done[0] if single else ImageAttributions(done[row] for row in range(len(pixels)))
 
 
-def _upright(image: Any) -> Any:
+def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image:
+    """Read an image file of one of FORMATS.
+
+    Raises:
+        ValueError: another format, more than max_pixels, or a file that is damaged.
+        OSError: the file can't be read.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        # of a damaged file the error says enough
+        with warnings.catch_warnings(record=True) as found, Image.open(path, formats=FORMATS) as image:
+            _check_size(image.size, max_pixels)
+            image.load()
+        for warning in found:
+            warnings.warn(f"image {str(path)!r}: {warning.message}", stacklevel=2)
+        return image
+    except UnidentifiedImageError:
+        raise ValueError(f"can't read image {str(path)!r}: it is none of {', '.join(FORMATS)}, or damaged") from None
+    # files that came from anywhere may raise anything
+    except Exception as error:
+        if getattr(error, "strerror", None):
+            raise
+        raise ValueError(f"can't read image {str(path)!r}: {error}") from error
+
+
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    if width * height > max_pixels:
+        raise ValueError(f"it has {width} x {height} pixels, and at most {max_pixels} (max_pixels) are taken; make it smaller first")
+
+
+def _images(image: Any) -> tuple[list[Any], bool]:
+    """The images of what `explain_image` was given, and whether it was one image."""
+    if isinstance(image, (list, tuple)) or getattr(image, "ndim", None) == 4:
+        images, single = list(image), False
+    else:
+        images, single = [image], True
+    if not images:
+        raise ValueError("explain_image: there is no image, got an empty list")
+    for one in images:
+        if getattr(one, "ndim", 3) not in (2, 3):
+            raise ValueError(f"explain_image: an image has 2 or 3 axes, a batch one more; got an array {tuple(one.shape)}")
+    return images, single
+
+
+def _pixels(model: PreTrainedModel, processor: Any, image: Any, max_pixels: int) -> torch.Tensor:
+    """The model's input for one image, (channels, height, width)."""
+    import torch
+
+    channels = getattr(model.config, "num_channels", 3)
+    if processor is None:
+        if not isinstance(image, torch.Tensor) or image.ndim != 3 or 0 in image.shape:
+            came = tuple(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
+            raise ValueError(f"explain_image: without a processor an image must be a tensor ({channels}, height, width), got {came}")
+        pixels = image
+    else:
+        if hasattr(image, "convert"):
+            _check_size(image.size, max_pixels)
+            image = _upright(image).convert("RGB" if channels == 3 else "L")
+        pixels = processor(images=image, return_tensors="pt")["pixel_values"][0]
+    parameter = next(model.parameters())
+    return pixels.to(parameter.device, parameter.dtype)
+
+
+def _upright(image: Image) -> Image:
     from PIL import ImageOps
 
     # Pillow would cut these off at 255
@@ -107,42 +219,82 @@ def _upright(image: Any) -> Any:
     return ImageOps.exif_transpose(image)
 
 
-def _explain_classes(model, pixels: torch.Tensor, targets, variant: str, start_layer: int, backend: str, dtype) -> ImageAttribution:
+def _batches(pixels: Sequence[torch.Tensor], size: int) -> list[list[int]]:
+    """Numbers of images of one shape, `size` at most together."""
+    shapes: dict[tuple[int, ...], list[int]] = {}
+    for index, one in enumerate(pixels):
+        shapes.setdefault(tuple(one.shape), []).append(index)
+    return [rows[start : start + size] for rows in shapes.values() for start in range(0, len(rows), size)]
+
+
+def _is_classifier(model: PreTrainedModel) -> bool:
+    return any("ForImageClassification" in cls.__name__ for cls in type(model).__mro__)
+
+
+def _has_rules(model: PreTrainedModel) -> bool:
+    """Whether transformer attribution explains a model's classes."""
+    from pyglobenc.hf import vit
+
+    named = any(cls.__name__.endswith("ForImageClassification") for cls in type(model).__mro__)
+    return named and model.config.model_type in vit.MODEL_TYPES
+
+
+def _explain_classes(attribute: Callable, pixels: torch.Tensor, targets: Sequence[int] | None, **options: Any) -> list[ImageAttribution]:
+    """Attributions of images (B, channels, height, width) by a `TransformerAttribution`."""
     import torch
 
-    from pyglobenc.methods.transformer_attribution import TransformerAttribution
+    count = 1 if targets is None else len(targets)
+    chosen = None if targets is None else torch.tensor(list(targets) * len(pixels), device=pixels.device)
+    result = attribute(pixel_values=pixels.repeat_interleave(count, 0), target=chosen, **options)
+    classes, error = result.target.tolist(), None if result.error is None else result.error.tolist()
+    out = []
+    for index in range(len(pixels)):
+        rows = range(index * count, (index + 1) * count)
+        scores = {classes[row]: result.scores[row] for row in rows}
+        found = {} if error is None else {classes[row]: error[row] for row in rows}
+        out.append(_attribution(attribute.model, pixels[index], result.output.logits[index * count], scores, True, found))
+    return out
 
-    batch = pixels if targets is None else pixels.expand(len(targets), -1, -1, -1)
-    chosen = None if targets is None else torch.tensor(list(targets), device=pixels.device)
-    attribute = TransformerAttribution(model, backend, dtype)
-    result = attribute(pixel_values=batch, target=chosen, variant=variant, start_layer=start_layer)
-    classes = result.target.tolist()
-    error = {} if result.error is None else dict(zip(classes, result.error.tolist(), strict=True))
-    return _attribution(model, pixels, result.output.logits[0], dict(zip(classes, result.scores, strict=True)), True, error)
 
-
-def _explain_tokens(model, pixels: torch.Tensor, targets: list[int], method: str, backend: str, dtype) -> ImageAttribution:
-    from pyglobenc.methods.family import Rollout
-
-    result = Rollout(model, method, backend, dtype)(pixel_values=pixels, targets=targets)
-    patch_height, patch_width = _patch(model)
+def _explain_tokens(attribute: Callable, pixels: torch.Tensor, targets: Sequence[int]) -> list[ImageAttribution]:
+    """Attributions of images (B, channels, height, width) by a `Rollout`."""
+    result = attribute(pixel_values=pixels, targets=list(targets))
+    patch_height, patch_width = _patch(attribute.model)
     count = (pixels.shape[2] // patch_height) * (pixels.shape[3] // patch_width)
+    logits = result.output.logits if _is_classifier(attribute.model) else [None] * len(pixels)
     # special tokens come first
-    scores = {target: row[-count:] for target, row in zip(targets, result.scores[0], strict=True)}
-    return _attribution(model, pixels, result.output.logits[0], scores, False, {})
+    scores = [{target: row[-count:] for target, row in zip(targets, rows, strict=True)} for rows in result.scores]
+    return [_attribution(attribute.model, *one, False, {}) for one in zip(pixels, logits, scores, strict=True)]
 
 
 def _attribution(
-    model, pixels: torch.Tensor, logits: torch.Tensor, scores: dict[int, torch.Tensor], classes: bool, error: dict[int, float]
+    model: PreTrainedModel,
+    pixels: torch.Tensor,
+    logits: torch.Tensor | None,
+    scores: dict[int, torch.Tensor],
+    classes: bool,
+    error: dict[int, float],
 ) -> ImageAttribution:
-    names = getattr(model.config, "id2label", None) or {}
-    probabilities = logits.float().softmax(-1).cpu().numpy()
+    from pyglobenc.hf.labels import class_name, predict, probabilities
+
+    chances = None
+    if logits is not None:
+        logits = logits.detach().double().cpu()
+        chances = probabilities(model.config, logits)
+
+    def label(target: int) -> str:
+        if not classes:
+            return "[CLS]" if target == 0 else f"token {target}"
+        number = f"{logits[target]:.4g}" if chances is None else f"{chances[target]:.1%}"
+        return f"{class_name(model.config, target)} ({number})"
+
     return ImageAttribution(
-        image=_shown(pixels[0]),
-        scores={target: _grid(row, pixels.shape[2:], model).double().cpu().numpy() for target, row in scores.items()},
-        labels={t: f"{names.get(t, t)} ({probabilities[t]:.1%})" if classes else "[CLS]" if t == 0 else f"token {t}" for t in scores},
-        probabilities=probabilities,
-        predicted=int(logits.argmax()),
+        image=_shown(pixels),
+        scores={target: _grid(row, pixels.shape[1:], model).double().cpu().numpy() for target, row in scores.items()},
+        labels={target: label(target) for target in scores},
+        probabilities=None if chances is None else chances.numpy(),
+        predicted=None if logits is None else int(logits.argmax()),
+        predictions=None if logits is None else predict(model.config, logits).predictions,
         error=error,
     )
 

@@ -1,15 +1,17 @@
 """Attribution of images: a small ViT trained on handwritten digits, overlays, pictures."""
 
 import io
+from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
+from models import IMAGES, build
 from PIL import Image
 from sklearn.datasets import load_digits
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from pyglobenc import TransformerAttribution, explain_image
+from pyglobenc import GlobEnc, TransformerAttribution, explain_image
 from pyglobenc.viz.image import overlay, to_unit, upscale
 
 
@@ -112,3 +114,99 @@ def test_overlay_adds_heat_to_the_image():
     assert mixed.dtype == np.uint8 and mixed.max() == 255
     assert mixed[0, 0, 2] > mixed[0, 0, 0] and mixed[1, 1, 0] > mixed[1, 1, 2]  # cold is blue, hot is red
     assert (to_unit(np.full((2, 2), 3.0)) == 0).all()
+
+
+def same(one, other):
+    assert one.labels == other.labels and one.predicted == other.predicted and one.scores.keys() == other.scores.keys()
+    assert np.array_equal(one.image, other.image)
+    for target, scores in one.scores.items():
+        exact = other.scores[target]
+        assert np.abs(scores - exact).max() <= 1e-9 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("name, method", [*((name, None) for name in IMAGES), ("vit", "attention-rollout")])
+def test_a_list_of_images_is_a_batch(name, method):
+    model, processor = build(name), ViTImageProcessor(size={"height": 12, "width": 12})
+    images = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (9 + i, 20, 3), dtype=np.uint8)) for i in range(3)]
+    found = explain_image(model, processor, images, method=method)
+    assert isinstance(found, list) and len(found) == 3
+    alone = [explain_image(model, processor, image, method=method) for image in images]
+    for one, other in zip(found, alone, strict=True):
+        same(one, other)
+    assert not np.allclose(alone[0].scores[next(iter(alone[0].scores))], alone[1].scores.get(next(iter(alone[0].scores)), 0))
+    # as the model takes them, and as an array
+    pixels = torch.cat([processor(images=image, return_tensors="pt")["pixel_values"] for image in images])
+    arrays = np.stack([np.asarray(image.resize((12, 12))) for image in images])
+    several = [explain_image(model, None, pixels, method=method), explain_image(model, None, list(pixels), method=method)]
+    for given in several:
+        for one, other in zip(given, found, strict=True):
+            same(one, other)
+    assert len(explain_image(model, processor, arrays, method=method)) == 3
+
+
+def test_images_of_several_sizes():
+    # DINOv2 interpolates its positions
+    model = build("dinov2")
+    pixels = [torch.randn(3, size, 12, dtype=torch.float64) for size in (12, 20, 12, 16, 20)]
+    found = explain_image(model, None, pixels, targets=[0, 2])
+    assert [one.scores[0].shape for one in found] == [(3, 3), (5, 3), (3, 3), (4, 3), (5, 3)]
+    for one, given in zip(found, pixels, strict=True):
+        same(one, explain_image(model, None, given, targets=[0, 2]))
+
+
+def test_several_classes_of_several_images(digits):
+    model, images = deepcopy(digits[0]).double(), digits[1][:9].double()
+    found = explain_image(model, None, images, targets=[3, 1])
+    for one, image in zip(found, images, strict=True):
+        assert list(one.scores) == [3, 1]
+        same(one, explain_image(model, None, image, targets=[3, 1]))
+
+
+@pytest.mark.parametrize("kind", ["single_label_classification", "multi_label_classification", "regression"])
+def test_labels_are_by_problem_type(kind):
+    model = build("vit", num_labels=3)
+    model.config.problem_type, model.config.id2label = kind, {0: "cat", 2: 7}
+    pixels = torch.randn(3, 12, 12, dtype=torch.float64)
+    logits = model(pixels[None]).logits[0].detach()
+    a = explain_image(model, None, pixels, targets=[0, 1, 2])
+    chances = {"single_label_classification": logits.softmax(-1), "multi_label_classification": logits.sigmoid()}.get(kind)
+    numbers = [f"{x:.4g}" for x in logits] if chances is None else [f"{x:.1%}" for x in chances]
+    assert list(a.labels.values()) == [f"{name} ({number})" for name, number in zip(("cat", "1", "7"), numbers, strict=True)]
+    assert a.predicted == int(logits.argmax())
+    if chances is None:
+        assert a.probabilities is None
+        torch.testing.assert_close(torch.tensor([value for _, value in a.predictions], dtype=torch.float64), logits)
+    else:
+        torch.testing.assert_close(torch.tensor(a.probabilities), chances)
+    assert len(a.predictions) == {"single_label_classification": 1, "regression": 3}.get(kind, int((logits > 0).sum()))
+
+
+@pytest.mark.parametrize("name", ["vit-headless", *(name for name in IMAGES if name != "vit")])
+def test_a_model_without_a_head_explains_its_first_token(name):
+    model = build("vit").vit if name == "vit-headless" else build(name)
+    pixels = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    exact = GlobEnc(model)(pixel_values=pixels, targets=[0]).scores[:, 0]
+    for one, row in zip(explain_image(model, None, pixels), exact, strict=True):
+        assert list(one.labels.values()) == ["[CLS]"]
+        assert one.probabilities is one.predicted is one.predictions is None
+        assert np.array_equal(one.scores[0].ravel(), row[-9:].numpy())
+    with pytest.raises(ValueError, match="has no classes to explain; method='globenc' explains its"):
+        explain_image(model, None, pixels, method="transformer-attribution")
+
+
+def test_what_is_no_image_is_refused():
+    model = build("vit")
+    for image, message in (
+        ([], "empty list"),
+        (torch.zeros(1, 2, 3, 12, 12), "a batch one more"),
+        (torch.zeros(12, 12), "must be a tensor"),
+        (np.zeros((3, 12, 12)), "must be a tensor"),
+        (torch.zeros(3, 0, 12), "must be a tensor"),
+        ("cat.png", "must be a tensor"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            explain_image(model, None, image)
+    with pytest.raises(ValueError, match="no target"):
+        explain_image(model, None, torch.zeros(3, 12, 12), targets=[])
+    with pytest.raises(ValueError, match="takes input_ids, not images"):
+        explain_image(build("bert"), None, torch.zeros(3, 12, 12))

@@ -74,12 +74,15 @@ def _runner(options: argparse.Namespace) -> Any:
 
     from pyglobenc.corpus.job import make_runner
     from pyglobenc.hf.pretrained import load_pretrained
+    from pyglobenc.methods.registry import find_method
 
     dtypes = {None: None} | {name: getattr(torch, name) for name in WEIGHT_DTYPES}
     device = options.device
     if device is None and torch.cuda.is_available():
         device = f"cuda:{environment_number('LOCAL_RANK', 0) % torch.cuda.device_count()}"
-    model, tokenizer = load_pretrained(options.model, dtypes[options.model_dtype], device, options.trust_remote_code)
+    # only a class is read off a head
+    head = find_method(options.method).target == "class"
+    model, tokenizer = load_pretrained(options.model, dtypes[options.model_dtype], device, options.trust_remote_code, head)
     names = ("method", "target", "long", "max_length", "stride", "backend", "packed")
     return make_runner(model, tokenizer, dtype=dtypes[options.dtype], **{name: getattr(options, name) for name in names})
 

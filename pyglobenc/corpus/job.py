@@ -117,7 +117,8 @@ def try_settings(runner: Runner) -> None:
         ValueError: the method refuses the model or the settings, whatever the text.
     """
     limit = longest(runner.model, runner.tokenizer, runner.options.max_length)
-    one = encode(runner.tokenizer, "a " * min(abs(runner.options.target or 0) + 1, limit or TRIED), "a text", limit, "truncate", runner.options.stride)
+    words = min(abs(runner.options.target or 0) + 1, limit or TRIED)
+    one = encode(runner.tokenizer, "a " * words, "a text", limit, "truncate", runner.options.stride)
     try:
         check_target(runner, one, "a text")
     except ValueError:

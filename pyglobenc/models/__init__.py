@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, BertForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-HEAD = Path(__file__).parent / "sst2_head.safetensors"
+from pyglobenc.models.checksums import HEAD, check_head, check_minilm
+
 LABELS = {0: "negative", 1: "positive"}
 
 
@@ -22,10 +23,15 @@ def minilm_sentiment(folder: str | Path, dtype: torch.dtype | None = None) -> tu
 
     Returns:
         BertForSequenceClassification in evaluation mode, and the tokenizer.
+
+    Raises:
+        ValueError: a file is missing, or isn't the one that was published.
     """
+    check_minilm(folder)
+    check_head()
     model = BertForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=dtype or torch.float32)
     with torch.no_grad():
         for name, value in load_file(HEAD).items():
             getattr(model.classifier, name).copy_(value)
     model.config.id2label, model.config.label2id = dict(LABELS), {label: index for index, label in LABELS.items()}
-    return model.eval(), AutoTokenizer.from_pretrained(folder)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -28,7 +28,8 @@ def read(path: str) -> tuple[list[str], Tensor]:
 def features(texts: list[str]) -> Tensor:
     """What the classifier of a BertForSequenceClassification would see, (rows, d)."""
     folder = model_folder("minilm")
-    model, tokenizer = BertModel.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(folder)
+    model = BertModel.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     out = torch.empty(len(texts), model.config.hidden_size)
     # of like lengths together
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))

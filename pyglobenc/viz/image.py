@@ -1,6 +1,6 @@
 """Scores of patches or pixels laid over the image, as the published notebooks show them: bilinear, jet colours, added to the image."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from io import BytesIO
 
 import matplotlib
@@ -8,8 +8,12 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from pyglobenc.characters import printable
+
 DPI = 100
 INCHES = 3.0  # side of one picture
+# Agg draws less than 2**16 pixels a side
+TALLEST = 30_000
 
 
 def upscale(scores: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -49,15 +53,23 @@ def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     return np.round(255 * mixed / mixed.max()).astype(np.uint8)
 
 
-def to_png(image: np.ndarray, heats: Mapping[str, np.ndarray]) -> bytes:
-    """A row of pictures: the image, and the overlay of each heat (height, width) in [0, 1] under its name; as a PNG file."""
-    pictures = {"input": image, **{name: overlay(image, heat) for name, heat in heats.items()}}
-    figure = Figure(figsize=(INCHES * len(pictures), INCHES + 0.3), dpi=DPI, layout="constrained")
+def to_png(rows: Sequence[tuple[np.ndarray, Sequence[tuple[str, np.ndarray]]]]) -> bytes:
+    """Draw rows of pictures as a PNG file: an image, and the overlay of each heat (height, width) in [0, 1] under its name."""
+    pictures = [[("input", image), *((printable(name), overlay(image, heat)) for name, heat in heats)] for image, heats in rows]
+    columns = max(map(len, pictures))
+    height = (INCHES + 0.3) * len(pictures)
+    if height * DPI > TALLEST:
+        raise ValueError(f"png: {len(pictures)} images need a picture more than {TALLEST} pixels high; write one for each")
+    figure = Figure(figsize=(INCHES * columns, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (name, picture) in zip(np.atleast_1d(figure.subplots(1, len(pictures))), pictures.items(), strict=True):
-        axes.imshow(picture, interpolation="nearest")
-        axes.set_title(name, fontsize=9, parse_math=False)
-        axes.set_axis_off()
+    grid = figure.subplots(len(pictures), columns, squeeze=False)
+    for cells, row in zip(grid, pictures, strict=True):
+        for axes in cells:
+            axes.set_axis_off()
+        for axes, (name, picture) in zip(cells, row, strict=False):
+            axes.imshow(picture, interpolation="nearest")
+            # a label's dollar signs are no formulas, whatever the user's settings
+            axes.set_title(name, fontsize=9, parse_math=False, usetex=False)
     out = BytesIO()
     figure.savefig(out, format="png")
     return out.getvalue()
