@@ -1,6 +1,7 @@
 """Attribution: one text's tokens and their scores, and what they were computed with."""
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -10,12 +11,14 @@ import numpy as np
 
 from pyglobenc._version import __version__
 from pyglobenc.fields import DTYPES, check_fields, is_index, is_number, shown
-from pyglobenc.files import one_line, write_file
+from pyglobenc.files import check_apart, one_line, write_file
 
 FORMAT = "pyglobenc.attribution"
 # 2 added predictions
 FORMAT_VERSION = 2
 SUFFIXES = (".json", ".safetensors")
+# a folder with one of them is a model's
+MODEL_FILES = ("config.json", "adapter_config.json")
 # of what is saved, what follows from the rest
 DERIVED = ("words", "dtype")
 # fields that files of format 1 lack
@@ -217,7 +220,7 @@ class Attributions(list):
 
         page = html.page(self, merge_words)
         if path is not None:
-            write_file(path, page.encode("utf-8"))
+            _write(path, page.encode("utf-8"), self)
         return page
 
     def to_png(self, path: str | Path | None = None, merge_words: bool | None = None) -> bytes:
@@ -226,7 +229,7 @@ class Attributions(list):
 
         picture = png.picture(self, merge_words)
         if path is not None:
-            write_file(path, picture)
+            _write(path, picture, self)
         return picture
 
     def _repr_html_(self) -> str:
@@ -251,22 +254,30 @@ def save(path: str | Path, attributions: Attribution | Iterable[Attribution]) ->
     """Write one attribution or several, as the path's suffix says: .json, or .safetensors with the scores as tensors 0, 1...
 
     Raises:
-        ValueError: another suffix.
+        ValueError: another suffix, or a file in the folder of an attribution's model.
         OSError: the file can't be written; what stood there is left.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"save: the file's name must end in {' or '.join(SUFFIXES)}, got {path.name!r}")
+    attributions = attributions if isinstance(attributions, Attribution) else list(attributions)
+    single = [attributions] if isinstance(attributions, Attribution) else attributions
     if path.suffix == ".json":
-        return write_file(path, to_json(attributions).encode("ascii"))
+        return _write(path, to_json(attributions).encode("ascii"), single)
     from safetensors.numpy import save as to_safetensors
 
     document = _document(attributions)
-    single = [attributions] if isinstance(attributions, Attribution) else attributions
     for entry in document["attributions"]:
         del entry["scores"]
     tensors = {str(index): np.ascontiguousarray(attribution.scores) for index, attribution in enumerate(single)}
-    return write_file(path, to_safetensors(tensors, {FORMAT: json.dumps(document)}))
+    return _write(path, to_safetensors(tensors, {FORMAT: json.dumps(document)}), single)
+
+
+def _write(path: str | Path, data: bytes, attributions: Iterable[Attribution]) -> None:
+    """Write a file, but not over or into the folder of a model that was attributed."""
+    models = {attribution.model for attribution in attributions}
+    check_apart(path, [model for model in models if any(os.path.isfile(os.path.join(model, name)) for name in MODEL_FILES)])
+    write_file(path, data)
 
 
 def load(path: str | Path) -> Attribution | Attributions:

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import threading
 from dataclasses import fields
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import pyglobenc
+from pyglobenc import files
 from pyglobenc.files import check_writable, decode, one_line, write_file
 from pyglobenc.results import Attribution, Attributions, save
 
@@ -268,6 +270,49 @@ def test_files_are_replaced_through_links_and_by_their_own_name(tmp_path):
     assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_bytes() == b"new"
     with pytest.raises(FileNotFoundError, match="nowhere"):
         write_file(tmp_path / "nowhere" / "file", b"")
+
+
+def test_a_replaced_file_keeps_its_permissions_and_a_new_one_has_the_umask_s(tmp_path):
+    (tmp_path / "old").write_bytes(b"old")
+    (tmp_path / "old").chmod(0o640)
+    umask = os.umask(0o027)
+    try:
+        for name in ("old", "new"):
+            write_file(tmp_path / name, b"new")
+    finally:
+        os.umask(umask)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("old", "new")] == [0o640, 0o640]
+    assert (tmp_path / "old").read_bytes() == b"new"
+    (tmp_path / "old").chmod(0o600)
+    write_file(tmp_path / "old", b"secret")
+    assert (tmp_path / "old").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_link_is_replaced_where_links_are_not_followed(tmp_path):
+    (tmp_path / "file").write_bytes(b"old")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    write_file(tmp_path / "link", b"new", follow=False)
+    assert not (tmp_path / "link").is_symlink() and (tmp_path / "link").read_bytes() == b"new"
+    assert (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_a_temporary_file_that_is_there_already_is_not_written(tmp_path, monkeypatch):
+    (tmp_path / "victim").write_bytes(b"old")
+    monkeypatch.setattr(files, "uuid4", lambda: type("Known", (), {"hex": "known"}))
+    (tmp_path / ".a.known.tmp").symlink_to(tmp_path / "victim")
+    with pytest.raises(FileExistsError):
+        write_file(tmp_path / "a", b"new")
+    assert (tmp_path / "victim").read_bytes() == b"old" and not (tmp_path / "a").exists()
+
+
+def test_two_writers_of_one_file_leave_one_of_the_two(tmp_path):
+    data = [bytes([letter]) * 200_000 for letter in b"ab"]
+    threads = [threading.Thread(target=lambda one: [write_file(tmp_path / "a", one) for _ in range(20)], args=(one,)) for one in data]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        assert not (tmp_path / "a").exists() or (tmp_path / "a").read_bytes() in data
+    assert os.listdir(tmp_path) == ["a"] and (tmp_path / "a").read_bytes() in data
 
 
 def test_check_writable_names_what_is_wrong(tmp_path):

@@ -78,9 +78,13 @@ def run(options: argparse.Namespace) -> int:
     # these take seconds
     import torch
 
+    from pyglobenc.commands.outputs import check_outputs
     from pyglobenc.hf.pretrained import load_pretrained
     from pyglobenc.methods.registry import METHODS
 
+    # standard input may have been a file
+    read = () if options.text else (0,) if options.file in (None, "-") else (options.file,)
+    check_outputs((path for path, _ in _outputs(options)), options.model, read)
     if options.method not in METHODS:
         options.error(f"--method: must be one of {', '.join(METHODS)}, got {options.method!r}")
     dtypes = {None: None} | {name: getattr(torch, name) for name in WEIGHT_DTYPES}

@@ -28,12 +28,14 @@ def run(options: argparse.Namespace) -> int:
     # these take seconds
     import torch
 
+    from pyglobenc.commands.outputs import check_outputs
     from pyglobenc.hf.pretrained import load_image_model
     from pyglobenc.images import CLASSES, explain_image, open_image
     from pyglobenc.methods.family import METHODS
 
     if options.method not in (None, CLASSES, *METHODS):
         options.error(f"--image: --method must be one of {', '.join((CLASSES, *METHODS))}, got {options.method!r}")
+    check_outputs(files, options.model, options.image)
     images = [open_image(name, options.max_pixels) for name in options.image]
     # a rollout needs no classes
     head = None if options.method is None else options.method == CLASSES
