@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pyglobenc.arguments import known_arguments
 from pyglobenc.dtypes import HALF
 from pyglobenc.hf.attention import NAME, PACKED, RECORDERS
 from pyglobenc.hf.layers import LayerModules, LayerTrace, NormStats, outside
@@ -64,6 +65,7 @@ class Trace:
         return self._layers
 
 
+@known_arguments
 @contextmanager
 def capture(model: PreTrainedModel, modules: Iterable[nn.Module] = (), offsets: Tensor | None = None) -> Iterator[Trace]:
     """Capture the forward passes of a stock transformers model.
