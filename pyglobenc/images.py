@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyglobenc.arguments import known_arguments
 from pyglobenc.files import write_file
 
 if TYPE_CHECKING:
@@ -83,7 +82,6 @@ class ImageAttributions(list):
         return self.to_png()
 
 
-@known_arguments
 def explain_image(
     model: PreTrainedModel,
     processor: Any,

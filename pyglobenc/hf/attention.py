@@ -4,6 +4,8 @@ Registered together: without the mask function transformers passes no mask, even
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -34,10 +36,22 @@ class Mask(NamedTuple):
         return self._replace(bias=bias)
 
 
-# attention module -> called with what its attention function saw and returned
-RECORDERS: "WeakKeyDictionary[nn.Module, Callable[..., None]]" = WeakKeyDictionary()
-# attention module -> offsets (S + 1,) of the sequences packed into its input
-PACKED: "WeakKeyDictionary[nn.Module, Tensor]" = WeakKeyDictionary()
+@dataclass(frozen=True)
+class Recorder:
+    """The capture that an attention module takes part in."""
+
+    record: Callable[..., None]  # called with what the attention function saw and returned
+    offsets: Tensor | None = None  # (S + 1,) of the sequences packed into the module's input
+    thread: int = field(default_factory=get_ident)
+
+    def __call__(self, **tensors: Any) -> None:
+        """Record a call in the capture's own thread."""
+        if self.thread == get_ident():
+            self.record(**tensors)
+
+
+# by attention module
+RECORDERS: "WeakKeyDictionary[nn.Module, Recorder]" = WeakKeyDictionary()
 
 
 def attention_function(
@@ -57,14 +71,15 @@ def attention_function(
     window = window_of(module, kwargs)
     key_mask, bias = _read_mask(name, attention_mask, window, query.shape[2])
     score_mod = bias if kwargs.get("softcap") is None else SoftCap(kwargs["softcap"])
-    offsets = PACKED.get(module)
+    recorder = RECORDERS.get(module)
+    offsets = None if recorder is None or recorder.thread != get_ident() else recorder.offsets
     if offsets is not None and bias is not None:
         raise ValueError(f"capture: {name} adds a bias for each pair of positions, which packed sequences don't have")
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     settings = dict(key_mask=key_mask, scaling=scaling, window=window, score_mod=score_mod, offsets=offsets)
     o, lse = attention(query, key, value, **settings)
-    if module in RECORDERS:
-        RECORDERS[module](q=query, k=key, v=value, o=o, lse=lse, **settings)
+    if recorder is not None:
+        recorder(q=query, k=key, v=value, o=o, lse=lse, **settings)
     return o.transpose(1, 2).contiguous(), None
 
 

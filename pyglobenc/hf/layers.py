@@ -1,11 +1,15 @@
 """Handles to one layer's modules and the tensors of one forward pass through them."""
 
+from collections import Counter
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from pyglobenc.hf.norms import NormParts, is_stock, norm_parts
+from pyglobenc.hf.projections import Directions, Projection, project
 from pyglobenc.hf.weights import dense_weight
 from pyglobenc.reference.score_mods import ScoreMod
 
@@ -56,6 +60,11 @@ class NormStats:
     def rstd(self) -> Tensor:
         return _by_token(self._rstd)
 
+    def followed_by(self, more: "NormStats") -> "NormStats":
+        """Statistics of these tokens and of more that come after them."""
+        pairs = ((self._mean, more._mean), (self._rstd, more._rstd))
+        return NormStats(*(None if t is None else torch.cat([t, other], 1) for t, other in pairs))
+
 
 def _by_token(t: Tensor) -> Tensor:
     t = t.squeeze(-1)
@@ -79,11 +88,41 @@ class LayerTrace:
     score_mod: ScoreMod | None = None  # what changes the scaled scores before the softmax
     offsets: Tensor | None = None  # (S + 1,) int32, of the sequences packed into one, on the CPU
     norms: dict[str, NormStats] = field(default_factory=dict)  # by the field's name in LayerModules
+    parts: dict[str, NormParts] = field(default_factory=dict)  # the same, of norms that aren't torch's own
+    # what `pyglobenc.hf.checks` compares, and the directions that all layers share
+    projections: dict[str, Projection] = field(default_factory=dict)
+    directions: Directions = field(default_factory=Directions)
+    calls: Counter[str] = field(default_factory=Counter)  # of the modules, by the field's name in LayerModules
+
+    def add_stats(self, part: str, stats: NormStats) -> None:
+        """Keep a norm's statistics, after those of the tokens before."""
+        before = self.norms.get(part)
+        self.norms[part] = stats if before is None else before.followed_by(stats)
+
+    def project(self, t: Tensor, **options: Any) -> Projection:
+        """A tensor (B, n, d) along the direction that all are compared in; options of `projections.project`."""
+        return project(t, self.directions, **options)
+
+    def keep(self, name: str, t: Tensor, **options: Any) -> None:
+        """Keep a tensor's projection, after that of the tokens before."""
+        before, new = self.projections.get(name), self.project(t, **options)
+        self.projections[name] = new if before is None else before.followed_by(new)
 
     @property
     def output_weight(self) -> Tensor:
         """W_O by head, (H, dh, d)."""
-        return dense_weight(self.modules.output).unflatten(0, (self.q.shape[1], self.q.shape[3]))
+        heads = (self.q.shape[1], self.q.shape[3])
+        return dense_weight(self.modules.output, heads[0] * heads[1]).unflatten(0, heads)
+
+    def norm_parts(self, name: str) -> NormParts:
+        """Weight, bias and eps of a layer norm, by its field's name in LayerModules."""
+        norm = getattr(self.modules, name)
+        return norm_parts(norm, self.x.shape[2]) if is_stock(norm) else self.parts[name]
+
+    def norm_weight(self, name: str) -> Tensor:
+        """Weight of a layer norm, (d,)."""
+        weight = self.norm_parts(name).weight
+        return self.x.new_ones(self.x.shape[2]).detach() if weight is None else weight
 
 
 def outside(model: nn.Module, blocks: Container[nn.Module]) -> list[nn.Module]:

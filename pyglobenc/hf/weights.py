@@ -8,23 +8,54 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from pyglobenc.values import require
+
 LEAVES = (nn.Linear, nn.LayerNorm, Conv1D)
 
 
-def dense_weight(module: nn.Module) -> Tensor:
+# of quantised weights, whose kernels round the inputs too: 8-bit integers
+QUANTISED_EPS = 2.0**-7
+
+
+def dense_weight(module: nn.Module, inputs: int | None = None) -> Tensor:
     """Weight of a linear module as the matrix W of `x @ W + b`, (inputs, outputs), detached.
 
     Args:
         module: a Linear layer or transformers' Conv1D; one with adapters that aren't merged; one with quantised weights, which are
             dequantised; one whose weights accelerate keeps elsewhere, which are fetched. Of any other module that is linear the
             matrix is read off by applying it to the unit vectors.
+        inputs: number of inputs, for a module that does not say.
+
+    Raises:
+        ValueError: the module isn't linear, so that no matrix describes it.
     """
     with torch.no_grad(), _present(module):
-        if type(module) is nn.Linear and is_plain(module.weight):
-            return module.weight.detach().T
-        if isinstance(module, Conv1D) and is_plain(module.weight):
-            return module.weight.detach()
-        return _with_adapters(module) if hasattr(module, "base_layer") else _quantised(module)
+        if _is_dense(module):
+            return module.weight.detach() if isinstance(module, Conv1D) else module.weight.detach().T
+        return _with_adapters(module, inputs) if hasattr(module, "base_layer") else _quantised(module, inputs)
+
+
+def dense_bias(module: nn.Module, inputs: int) -> Tensor | None:
+    """Bias b of the same `x @ W + b`, (outputs,) or None, detached."""
+    with torch.no_grad(), _present(module):
+        if _is_dense(module):
+            return None if module.bias is None else module.bias.detach()
+        return module(_zeros(module, inputs))[0]
+
+
+def rounding_of(module: nn.Module) -> float:
+    """Relative rounding of what a linear module computes beside that of its inputs and outputs."""
+    return max((0.0 if is_plain(p) or p.device.type == "meta" else QUANTISED_EPS for p in module.parameters()), default=0.0)
+
+
+def _is_dense(module: nn.Module) -> bool:
+    return (type(module) is nn.Linear or isinstance(module, Conv1D)) and is_plain(module.weight)
+
+
+def _zeros(module: nn.Module, inputs: int) -> Tensor:
+    """A token of zeros, (1, inputs), as the module takes it."""
+    like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    return torch.zeros(1, inputs, dtype=like.dtype, device=like.device)
 
 
 def parameter(module: nn.Module, name: str) -> Tensor:
@@ -62,13 +93,15 @@ def _present(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def _with_adapters(module: nn.Module) -> Tensor:
+def _with_adapters(module: nn.Module, inputs: int | None) -> Tensor:
     """PEFT: the layer below and what the active LoRA adapters add; other kinds are read off."""
+    if not hasattr(module, "active_adapters"):
+        return _applied(module, inputs)
     if module.merged or module.disable_adapters:
         return dense_weight(module.base_layer)
     active = [name for name in module.active_adapters if name in getattr(module, "lora_A", {})]
     if len(active) < len(module.active_adapters) or any(getattr(module, "use_dora", {}).get(name) for name in active):
-        return _applied(module)
+        return _applied(module, inputs)
     weight = dense_weight(module.base_layer)
     for name in active:
         delta = module.get_delta_weight(name)
@@ -76,21 +109,33 @@ def _with_adapters(module: nn.Module) -> Tensor:
     return weight
 
 
-def _quantised(module: nn.Module) -> Tensor:
+def _quantised(module: nn.Module, inputs: int | None) -> Tensor:
+    weight = getattr(module, "weight", None)
     # bitsandbytes rearranges 4-bit weights for its CPU kernel at the first call, and doesn't dequantise that layout
-    packed = getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False)
+    packed = getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False)
     if type(module).__module__.startswith("bitsandbytes") and not packed:
         from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
-        return dequantize_bnb_weight(module.weight, state=getattr(module, "state", None)).detach().T
-    if hasattr(module.weight, "dequantize") and not is_plain(module.weight) and not packed:
-        return module.weight.dequantize().detach().T
-    return _applied(module)
+        return dequantize_bnb_weight(weight, state=getattr(module, "state", None)).detach().T
+    if hasattr(weight, "dequantize") and not is_plain(weight) and not packed:
+        return weight.dequantize().detach().T
+    return _applied(module, inputs)
 
 
-def _applied(module: nn.Module) -> Tensor:
-    """The module applied to unit vectors, less its bias."""
-    floats = [p for p in module.parameters() if p.is_floating_point()]
-    dtype, device = (floats[0].dtype, floats[0].device) if floats else (torch.float32, None)
-    units = torch.eye(module.in_features, dtype=dtype, device=device)
-    return module(units) - module(torch.zeros_like(units[:1]))
+def _applied(module: nn.Module, inputs: int | None) -> Tensor:
+    """The module applied to unit vectors, less its bias; ValueError if it does another thing to other vectors."""
+    zeros = _zeros(module, inputs or module.in_features)
+    units = torch.eye(zeros.shape[1], dtype=zeros.dtype, device=zeros.device)
+    bias = module(zeros)
+    weight = module(units) - bias
+    # of the size of normalised activations
+    generator = torch.Generator().manual_seed(0)
+    other = torch.randn(2, len(units), generator=generator, dtype=torch.float64).to(zeros)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    found, expected = (module(other) - bias).to(wide), other.to(wide) @ weight.to(wide)
+    error, size = (torch.linalg.vector_norm(t, dim=-1) for t in (found - expected, expected))
+    eps = max(torch.finfo(zeros.dtype).eps, torch.finfo(weight.dtype).eps, rounding_of(module))
+    # beside rounding that adds up over the inputs, a step of quantisation
+    allowed = 4 * eps * (len(units) ** 0.5 if eps < 1e-5 else 4) * size
+    require((error <= allowed).all(), lambda: ValueError(f"capture: {type(module).__name__} isn't linear, so no matrix stands for W_O"))
+    return weight

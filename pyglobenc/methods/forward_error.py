@@ -85,23 +85,21 @@ def forward_errors(states: States, weights: WeightCache) -> list[LayerError]:
         merged, attended = states.take(m.output)
         read = x
         if m.pre_norm:
-            read = _after_norm(x, m.attention_norm, layer.norms["attention_norm"].rstd, states.take(m.query)[0], weights)
+            read = _after_norm(x, layer, "attention_norm", states.take(m.query)[0])
         read = read.mean(-1, keepdim=True)
         o, token, token_o = attention_error(layer, read, sample, weights)
         within = _plus_mean_square(o.mean((1, 3))[..., None], merged)
         at_attended, by_attended = _after_sum(attended, layer.x, x, within, m.output, weights)
         norm = "output_norm" if m.pre_norm else "attention_norm"
-        at_y = _after_norm(at_attended, getattr(m, norm), layer.norms[norm].rstd, y, weights)
+        at_y = _after_norm(at_attended, layer, norm, y)
         active = (hidden > 0).mean(-1, keepdim=True, dtype=y.dtype)
         within = active.mul_(at_y.mean(-1, keepdim=True)).mul_(weights.mean_row_norm(m.intermediate, y.dtype))
         within = _plus_mean_square(within, hidden, 2)
         residual, error = (layer.x + attended, at_attended) if m.pre_norm else (y, at_y)
         at_returned, by_returned = _after_sum(mlp, residual, error, within, m.mlp_output, weights)
         errors.append(LayerError(read, o, by_attended, by_returned, token, token_o))
-        if m.pre_norm or above is None:
-            x = at_returned
-        else:
-            x = _after_norm(at_returned, m.output_norm, layer.norms["output_norm"].rstd, above.x.to(at_returned.device), weights)
+        normalised = above is not None and not m.pre_norm
+        x = _after_norm(at_returned, layer, "output_norm", above.x.to(at_returned.device)) if normalised else at_returned
     return errors
 
 
@@ -151,8 +149,9 @@ def _after_sum(a: Tensor, b: Tensor, at_b: Tensor, read: Tensor, module: nn.Line
     return error, error / square
 
 
-def _after_norm(error: Tensor, norm: nn.LayerNorm, rstd: Tensor, returned: Tensor, weights: WeightCache) -> Tensor:
-    scale = weights.square(norm, error.dtype) * rstd.to(error.dtype).square()[..., None]
+def _after_norm(error: Tensor, layer: LayerTrace, norm: str, returned: Tensor) -> Tensor:
+    weight, rstd = layer.norm_weight(norm), layer.norms[norm].rstd
+    scale = weight.to(error.dtype).square() * rstd.to(error.dtype).square()[..., None]
     return returned.square().addcmul_(error, scale)
 
 

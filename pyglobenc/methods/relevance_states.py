@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from pyglobenc.autocast import callers_autocast
 from pyglobenc.hf import LayerModules, LayerTrace, Trace, capture, find_layers
 from pyglobenc.hf.layers import outside
-from pyglobenc.methods.arguments import output_settings
+from pyglobenc.hf.threads import in_this_thread
 from pyglobenc.methods.packing import Packed, of_examples, run_packed
 from pyglobenc.methods.relevance_support import check_layers
 from pyglobenc.methods.relevance_target import Index, Target, find_target
@@ -165,12 +165,12 @@ def _captured(
 
     with ExitStack() as stack:
         trace = stack.enter_context(capture(model, modules=[*within, *others], offsets=offsets))
-        handle = found[0].block.register_forward_pre_hook(change, prepend=True, with_kwargs=True)
+        handle = found[0].block.register_forward_pre_hook(in_this_thread(change), prepend=True, with_kwargs=True)
         stack.callback(handle.remove)
         if dtype == torch.float64 and next(model.parameters()).dtype != torch.float64:
             stack.enter_context(WideParameters(torch.float64))
         stack.enter_context(callers_autocast())
-        return trace, model(**{**batch, **output_settings(model)}) if offsets is None else run_packed(model, batch)
+        return trace, model(**{**batch, "return_dict": True}) if offsets is None else run_packed(model, batch)
 
 
 def _detach(trace: Trace, dtype: torch.dtype) -> dict[nn.Module, tuple[Tensor, Tensor]]:

@@ -31,6 +31,8 @@ def check_layers(found: Sequence[LayerModules], captured: Sequence[LayerTrace] =
                     f"{part} of a layer is a {type(module).__module__}.{type(module).__name__} whose weights aren't a plain matrix here; "
                     "merge adapters (merge_and_unload), load it unquantised, and don't offload its weights"
                 )
+        if m.pre_norm and not all(isinstance(norm, nn.LayerNorm) for norm in (m.attention_norm, m.output_norm)):
+            _refuse("a norm before its attention or MLP is not a torch.nn.LayerNorm")
         if m.scale is not None or m.added_norm is not None:
             _refuse("its layers scale or normalise the attention's output before the residual sum")
         if m.own_scores is not None:

@@ -76,7 +76,7 @@ class StageOps:
 
     def _gammas(self, layer: LayerTrace, stage: Stage) -> list[Tensor]:
         """Weights of the LayerNorms passed, (d,) each."""
-        return [parameter(getattr(layer.modules, name), "weight").to(self.dtype_of(layer)) for name in stage.norms]
+        return [layer.norm_weight(name).to(self.dtype_of(layer)) for name in stage.norms]
 
     def _weight(self, layer: LayerTrace) -> Tensor:
         """W_O by head, (H, dh, d), with what the layer multiplies the attention's output by before the residual sum."""

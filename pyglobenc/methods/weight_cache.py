@@ -25,10 +25,6 @@ class WeightCache:
         """Their mean, ()."""
         return self._keep(module, "mean_row_norm", dtype, lambda _: self.row_norms(module, dtype).mean())
 
-    def square(self, module: nn.Module, dtype: torch.dtype) -> Tensor:
-        """Square of a LayerNorm's weight, (d,)."""
-        return self._keep(module, "square", dtype, lambda w: w.to(dtype).square())
-
     def number(self, value: float, like: Tensor) -> Tensor:
         """A constant of a tensor's dtype and device, ()."""
         key = (value, like.dtype, like.device)
