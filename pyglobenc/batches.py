@@ -14,9 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pyglobenc.dtypes import HALF
 from pyglobenc.hf.labels import class_count, class_name, predict
-from pyglobenc.hf.limits import max_tokens, vocabulary
+from pyglobenc.hf.limits import max_tokens, padding_id, vocabulary
 from pyglobenc.hf.registry import is_decoder
 from pyglobenc.hf.unwrap import stock_model
+from pyglobenc.methods.arguments import output_settings, takes
 from pyglobenc.methods.batching import fitting_batch, in_batches
 from pyglobenc.methods.inputs import require_finite
 from pyglobenc.methods.packing import check_packable
@@ -105,6 +106,10 @@ class Runner:
         # is explained in padded batches, whose error is estimated and warned of, unless asked otherwise
         pays = (self.model.device.type == "cpu" or self.model.dtype in HALF) and self.method.target == "token"
         self.packed = why_padded is None and (pays if options.packed is None else options.packed)
+        # without a padding id texts of different lengths have no batch
+        self.batches = self.packed or padding_id(self.model) is not None
+        # tokenizers of another architecture's kind return some that the model has no use for
+        self.token_types = takes(self.model, "token_type_ids")
         self.model_name = model.name_or_path or type(model).__name__
         self.versions = {"model_dtype": str(model.dtype).split(".")[-1], "device": str(model.device)}
         self.versions |= {"torch": torch.__version__, "transformers": transformers.__version__}
@@ -126,7 +131,7 @@ class Runner:
         for index, (_, windows) in enumerate(plans):
             jobs += [(index, window) for window in windows]
         width, options = max((len(window) for _, window in jobs), default=0), self.options
-        size = fitting_batch(self.model, width, options.batch_size, options.method, options.dtype) if jobs else 1
+        size = fitting_batch(self.model, width, options.batch_size, options.method, options.dtype) if jobs and self.batches else 1
         for (index, _), row in in_batches(lambda batch: self._rows(texts, plans, batch), jobs, size):
             done[index].append(row)
             while waiting < len(texts) and len(done[waiting]) == len(plans[waiting][1]):
@@ -151,7 +156,7 @@ class Runner:
     @torch.no_grad()
     def _predict(self, text: Encoded) -> int:
         """The class with the largest logit, averaged over windows."""
-        logits = [self.model(**self._batch([text], [window]), return_dict=True).logits[0] for window in text.windows]
+        logits = [self.model(**self._batch([text], [window]), **output_settings(self.model)).logits[0] for window in text.windows]
         return int(torch.stack(logits).mean(0).argmax())
 
     def _rows(self, texts: list[Encoded], plans: list[Plan], jobs: list[tuple[int, list[int]]]) -> list[Row]:
@@ -178,16 +183,16 @@ class Runner:
             targets = [self._predict(texts[index]) if target is None else target for target, (index, _) in zip(targets, jobs, strict=True)]
         return torch.tensor(targets, device=self.model.device)
 
-    @staticmethod
-    def _columns(texts: list[Encoded], windows: list[list[int]]) -> dict[str, list[list[int]]]:
+    def _columns(self, texts: list[Encoded], windows: list[list[int]]) -> dict[str, list[list[int]]]:
         """The model's inputs, a list for each window."""
         pairs = list(zip(texts, windows, strict=True))
-        return {key: [[text.inputs[key][i] for i in window] for text, window in pairs] for key in texts[0].inputs}
+        keys = [key for key in texts[0].inputs if key != "token_type_ids" or self.token_types]
+        return {key: [[text.inputs[key][i] for i in window] for text, window in pairs] for key in keys}
 
     def _batch(self, texts: list[Encoded], windows: list[list[int]]) -> dict[str, Tensor]:
         """The model's inputs (B, n), padded on the right whatever the tokenizer's side, so that a window's positions start at 0."""
         width = max(len(window) for window in windows)
-        fill = {"input_ids": self.tokenizer.pad_token_id or 0}
+        fill = {"input_ids": padding_id(self.model) or 0}
         batch = {}
         for key, columns in self._columns(texts, windows).items():
             batch[key] = torch.tensor([column + [fill.get(key, 0)] * (width - len(column)) for column in columns], device=self.model.device)

@@ -16,11 +16,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from pyglobenc.arguments import known_arguments
 from pyglobenc.autocast import callers_autocast, outside_autocast
 from pyglobenc.hf import LayerTrace, capture, find_layers
 from pyglobenc.hf.attention import RECORDERS, window_of
-from pyglobenc.hf.limits import first_position, max_tokens
-from pyglobenc.hf.registry import is_decoder
+from pyglobenc.hf.limits import max_tokens
+from pyglobenc.hf.positions import own_positions
+from pyglobenc.methods.arguments import output_settings
 from pyglobenc.methods.inputs import check_model
 from pyglobenc.methods.layer_matrix import NormMatrix
 from pyglobenc.methods.rollout import RolloutResult, roll_out_rows, rollout_result
@@ -170,6 +172,7 @@ class ShardedGlobEnc:
         self.model, self.group = model, group
         self.ops = StageOps(backend)
 
+    @known_arguments
     @outside_autocast
     @torch.no_grad()
     def __call__(
@@ -220,16 +223,13 @@ class ShardedGlobEnc:
         return Shares(n, rank, world, self.group)
 
     def _positions(self, input_ids: Tensor) -> Tensor:
-        first = first_position(self.model)
-        return torch.arange(first, first + input_ids.shape[1], device=input_ids.device)[None]
+        return own_positions("ShardedGlobEnc", self.model, list(input_ids))[0][None].to(input_ids.device)
 
     def _run(self, own: Mapping[str, Tensor], shares: Shares) -> list[LayerTrace]:
-        # a cache would hold every key and value a second time
-        options = {"use_cache": False} if is_decoder(self.model) else {}
         # a module is in one capture at a time, so its shares are this call's
         with capture(self.model, attention=NAME) as trace, _sharded(find_layers(self.model), shares), callers_autocast():
             # a head's logits are of no use here, and a vocabulary's are wider than all states
-            self.model.base_model(**own, **options)
+            self.model.base_model(**own, **output_settings(self.model.base_model))
             return trace.layers
 
 

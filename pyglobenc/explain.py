@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from pyglobenc.arguments import known_arguments, refuse_unknown
 from pyglobenc.results import Attribution, Attributions
 from pyglobenc.windows import LONG, Encoded, encode
 
@@ -48,6 +49,10 @@ class Options:
         return {name: getattr(self, name) for name in names} | {"dtype": None if self.dtype is None else str(self.dtype).split(".")[-1]}
 
 
+NAMES = {field.name for field in fields(Options)}
+
+
+@known_arguments
 def explain(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -121,6 +126,7 @@ def explain_each(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tex
     # transformers takes seconds to import
     from pyglobenc.batches import Runner, check_target, longest
 
+    refuse_unknown("explain", options.keys() - NAMES, NAMES)
     chosen = Options(**options)
     names = _check_texts(texts)
     runner = Runner(model, tokenizer, chosen)

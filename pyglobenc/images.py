@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pyglobenc.arguments import known_arguments
 from pyglobenc.files import write_file
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class ImageAttributions(list):
         return self.to_png()
 
 
+@known_arguments
 def explain_image(
     model: PreTrainedModel,
     processor: Any,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from pyglobenc.arguments import known_arguments
 from pyglobenc.hf.attention import NAME, RECORDERS, Recorder
 from pyglobenc.hf.checks import check_layers, check_still, describe
 from pyglobenc.hf.layers import LayerModules, LayerTrace, NormStats, outside
@@ -101,6 +102,7 @@ class Trace:
         return self._layers
 
 
+@known_arguments
 @contextmanager
 def capture(
     model: PreTrainedModel, modules: Iterable[nn.Module] = (), offsets: Tensor | None = None, attention: str = NAME

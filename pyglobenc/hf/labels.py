@@ -31,6 +31,11 @@ def class_name(config: Any, index: int) -> str:
     return str(found[0] if found and found[0] is not None else index)
 
 
+def classifies(model: Any) -> bool:
+    """Whether the model's head classifies sequences."""
+    return any(cls.__name__.endswith("ForSequenceClassification") for cls in type(model).__mro__)
+
+
 def class_count(model: Any) -> int:
     """Return how many outputs the head of a classifier was built with; a config's id2label, which may have holes, can say less."""
     built = getattr(model, "num_labels", None)

@@ -1,18 +1,18 @@
-"""What a model can be given: its longest input. What its weights must be: readable, and numbers where a result rests on them."""
+"""What a model can be given: its longest input, its padding.
+
+What its weights must be: readable, and numbers where a result rests on them.
+"""
 
 import torch
 from transformers import PreTrainedModel
 
-# their position table starts after the padding index: the config's, or the one built in
-OFFSET_POSITIONS = {"roberta": None, "xlm-roberta": None, "camembert": None, "mpnet": 1}
+# their position table starts after the padding index
+OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")
 
 
 def first_position(model: PreTrainedModel) -> int:
     """Position of a text's first token: after the padding index in some tables."""
-    if model.config.model_type not in OFFSET_POSITIONS:
-        return 0
-    padding = OFFSET_POSITIONS[model.config.model_type]
-    return (model.config.pad_token_id if padding is None else padding) + 1
+    return model.base_model.embeddings.padding_idx + 1 if model.config.model_type in OFFSET_POSITIONS else 0
 
 
 def max_tokens(model: PreTrainedModel) -> int | None:
@@ -25,6 +25,20 @@ def vocabulary(model: PreTrainedModel) -> int:
     """How many token ids the model has embeddings for."""
     # an adapter around the embeddings doesn't say
     return getattr(model.get_input_embeddings(), "num_embeddings", model.config.vocab_size)
+
+
+def token_types(model: PreTrainedModel) -> int | None:
+    """How many token types the model has embeddings for; None where it looks none up."""
+    if model.config.model_type == "gpt2":
+        # it adds the embedding of a token
+        return vocabulary(model)
+    return getattr(model.config, "type_vocab_size", 0) or None
+
+
+def padding_id(model: PreTrainedModel) -> int | None:
+    """Token id that the model's config pads with; None where it names none, or one without an embedding."""
+    padding = model.config.get_text_config().pad_token_id
+    return padding if padding is not None and 0 <= padding < vocabulary(model) else None
 
 
 def check_readable(model: PreTrainedModel) -> None:

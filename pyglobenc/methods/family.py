@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from pyglobenc.autocast import outside_autocast
 from pyglobenc.hf import LayerTrace
+from pyglobenc.methods.arguments import model_inputs, packed_inputs
 from pyglobenc.methods.flow import attention_flow
 from pyglobenc.methods.inputs import check_model, require_finite, run_captured, target_rows
 from pyglobenc.methods.layer_matrix import LayerMatrix, ResidualMatrix
@@ -69,7 +70,7 @@ class Rollout:
             targets: token positions, T for every example or (B, T); 0 is [CLS]. None: the first real token, of a causal model the last.
             layers: also return the result up to every layer; for raw attention, every layer's own.
             maps: "layers", every layer's matrix (B, L, n, n), and "rollout", their product (B, n, n), float64.
-            batch: the model's inputs, as its tokenizer returns them.
+            batch: the model's inputs, as `GlobEnc` takes them.
 
         Returns:
             RolloutResult; the flow's rows sum to 1 before scaling.
@@ -77,6 +78,7 @@ class Rollout:
         Raises:
             TypeError, ValueError: as `GlobEnc`.
         """
+        batch = model_inputs("Rollout", self.model, batch, Rollout.__call__)
         if isinstance(maps, str) or any(name not in MAPS for name in maps):
             raise ValueError(f"Rollout: maps must be a sequence of names among {', '.join(MAPS)}, got {maps!r}")
         captured, output = run_captured("Rollout", self.model, batch, self.dtype)
@@ -105,6 +107,7 @@ class Rollout:
         Raises:
             TypeError, ValueError: as `GlobEnc.packed`.
         """
+        batch = packed_inputs("Rollout", batch, Rollout.packed)
         if self.method == "attention-flow":
             raise ValueError("Rollout: attention-flow reads whole matrices of attention, which packed sequences don't have")
 

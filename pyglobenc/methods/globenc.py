@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from pyglobenc.autocast import outside_autocast
 from pyglobenc.hf import LayerTrace
+from pyglobenc.methods.arguments import model_inputs, packed_inputs
 from pyglobenc.methods.inputs import check_model, require_finite, run_captured, target_rows
 from pyglobenc.methods.layer_matrix import LayerMatrix, StoredMatrix
 from pyglobenc.methods.packing import attribute_packed
@@ -58,16 +59,18 @@ class GlobEnc:
             layers: also return the rollout up to every layer.
             maps: any of "head_N" (B, L, H, n, n); "N", "N_Res", "N_ResLN", "N_Enc" (B, L, n, n); "mix_" and a stage's name (B, L, n);
                 "rollout" (B, n, n), unnormalised, float64. Rows of padding are 0.
-            batch: the model's inputs, as its tokenizer returns them.
+            batch: the model's inputs, as its tokenizer returns them: input_ids or inputs_embeds, attention_mask, token_type_ids,
+                position_ids, pixel_values, interpolate_pos_encoding; output_hidden_states and logits_to_keep, for output.
 
         Returns:
             RolloutResult.
 
         Raises:
-            TypeError, ValueError: unknown stage or map, targets out of range or padding, input longer than the model takes,
-                an example without a real token, a result that isn't finite (the error names the parameter that holds NaN or
-                infinity).
+            TypeError, ValueError: an unknown argument, one of transformers' that can't be honoured, unknown stage or map, targets out
+                of range or padding, input longer than the model takes, an example without a real token, a result that isn't finite
+                (the error names the parameter that holds NaN or infinity).
         """
+        batch = model_inputs("GlobEnc", self.model, batch, GlobEnc.__call__)
         if stage is not None and stage not in STAGES:
             raise ValueError(f"GlobEnc: stage must be one of {', '.join(STAGES)}, got {stage!r}")
         unknown = [name for name in maps if name not in MAPS]
@@ -114,6 +117,7 @@ class GlobEnc:
         Raises:
             TypeError, ValueError: as for a batch, or a model that can't be given the positions of packed sequences.
         """
+        batch = packed_inputs("GlobEnc", batch, GlobEnc.packed)
         if stage is not None and stage not in STAGES:
             raise ValueError(f"GlobEnc: stage must be one of {', '.join(STAGES)}, got {stage!r}")
 

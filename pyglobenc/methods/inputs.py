@@ -10,14 +10,13 @@ from transformers import PreTrainedModel
 from pyglobenc.autocast import callers_autocast
 from pyglobenc.backends import check_backend
 from pyglobenc.hf import LayerTrace, capture, find_layers
-from pyglobenc.hf.limits import check_readable, max_tokens, not_finite, vocabulary
+from pyglobenc.hf.labels import classifies
+from pyglobenc.hf.limits import check_readable, first_position, max_tokens, not_finite, padding_id, token_types, vocabulary
 from pyglobenc.hf.registry import is_decoder
 from pyglobenc.hf.unwrap import stock_model
+from pyglobenc.methods.arguments import output_settings
 from pyglobenc.methods.precision import set_precision
 from pyglobenc.values import check_range, may_look, require
-
-# options of methods: to one that lacks them they would be inputs, and transformers' models swallow what they don't know
-OPTIONS = {"target", "targets", "stage", "variant", "layers", "maps", "start_layer"}
 
 
 def check_model(who: str, model: nn.Module, backend: str, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -34,21 +33,18 @@ def check_model(who: str, model: nn.Module, backend: str, dtype: torch.dtype | N
 def run_captured(who: str, model: PreTrainedModel, batch: Mapping[str, Any], dtype: torch.dtype | None) -> tuple[list[LayerTrace], Any]:
     """Check a batch, run the model on it, and return its layers, in the precision asked for, and its output."""
     check_batch(who, model, batch)
-    if is_decoder(model):
-        # a cache would hold every key and value a second time
-        batch = {"use_cache": False, **batch}
-        if not may_look() and batch.get("attention_mask") is None:
-            # without one, transformers takes every input for packed sequences while a graph is recorded
-            ids = batch.get("input_ids", batch.get("inputs_embeds"))
-            batch["attention_mask"] = torch.ones(ids.shape[:2], dtype=torch.long, device=ids.device)
+    if is_decoder(model) and not may_look() and batch.get("attention_mask") is None:
+        # without one, transformers takes every input for packed sequences while a graph is recorded
+        ids = batch.get("input_ids", batch.get("inputs_embeds"))
+        batch = {**batch, "attention_mask": torch.ones(ids.shape[:2], dtype=torch.long, device=ids.device)}
     with capture(model) as trace, callers_autocast():
-        output = model(**{**batch, "return_dict": True})
+        output = model(**{**batch, **output_settings(model)})
     set_precision(trace.layers, dtype)
     return trace.layers, output
 
 
 def check_batch(who: str, model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
-    """Raise on what transformers would refuse obscurely, or take silently.
+    """Raise on values that transformers would refuse obscurely, or take silently.
 
     Args:
         who: method named in errors.
@@ -57,12 +53,9 @@ def check_batch(who: str, model: PreTrainedModel, batch: Mapping[str, Any]) -> N
             encoder pixel_values (B, channels, height, width).
 
     Raises:
-        TypeError, ValueError: training mode, no input, wrong shapes, ids beyond the vocabulary, empty or too long text, an example
-            without a real token, an option of another method.
+        TypeError, ValueError: training mode, no input, wrong shapes, ids beyond the vocabulary, empty or too long text, token types or
+            positions that the model has no embeddings for, an example without a real token, a classifier that would read padding.
     """
-    swallowed = OPTIONS & batch.keys()
-    if swallowed:
-        raise TypeError(f"{who}: takes no {' or '.join(sorted(swallowed))}")
     if model.training:
         raise ValueError(f"{who}: the model is in training mode, where dropout changes the result; call model.eval() first")
     if model.main_input_name == "pixel_values":
@@ -86,6 +79,11 @@ def check_batch(who: str, model: PreTrainedModel, batch: Mapping[str, Any]) -> N
         )
     if batch.get("attention_mask") is not None:
         _check_mask(who, batch["attention_mask"], ids.shape[:2])
+    for other, size in (("token_type_ids", token_types(model)), ("position_ids", limit and limit + first_position(model))):
+        if batch.get(other) is not None:
+            _check_index(who, other, batch[other], ids.shape[:2], size)
+    if is_decoder(model) and classifies(model):
+        _check_last(who, model, batch)
 
 
 def check_ids(who: str, model: PreTrainedModel, ids: Tensor) -> None:
@@ -93,6 +91,32 @@ def check_ids(who: str, model: PreTrainedModel, ids: Tensor) -> None:
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{who}: input_ids must be int64 or int32, got {ids.dtype}")
     check_range(who, "input_ids", ids, vocabulary(model))
+
+
+def _check_index(who: str, name: str, index: Any, shape: Sequence[int], size: int | None) -> None:
+    if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{who}: {name} must be a tensor of int64 or int32, got {getattr(index, 'dtype', type(index).__name__)}")
+    if tuple(index.shape) not in (tuple(shape), (1, shape[1])):
+        raise ValueError(f"{who}: {name} must be (B, n) = {tuple(shape)}, got {tuple(index.shape)}")
+    if size is not None:
+        check_range(who, name, index, size)
+
+
+def _check_last(who: str, model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
+    """Refuse padding that a decoder's classifier would read: it looks for the last token that isn't the model's padding id."""
+    mask, ids, padding = batch.get("attention_mask"), batch.get("input_ids"), padding_id(model)
+    if mask is None:
+        return
+    if ids is None or padding is None:
+        read = mask[:, -1]
+    else:
+        last = torch.arange(ids.shape[1], device=ids.device).masked_fill(ids == padding, 0).argmax(1)
+        read = mask.to(ids.device).gather(1, last[:, None])
+    known = "its config has no pad_token_id" if padding is None else f"pads with the token {padding}"
+    require(
+        read.all(),
+        lambda: ValueError(f"{who}: {type(model).__name__} {known}, so its head would read padding here; give one text at a time"),
+    )
 
 
 def _check_mask(who: str, mask: Any, shape: Sequence[int]) -> None:

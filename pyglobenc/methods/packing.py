@@ -13,12 +13,16 @@ from transformers import PreTrainedModel
 
 from pyglobenc.autocast import callers_autocast
 from pyglobenc.hf import LayerTrace, capture, find_layers
-from pyglobenc.hf.limits import first_position, max_tokens
+from pyglobenc.hf.labels import classifies
+from pyglobenc.hf.limits import max_tokens, padding_id, token_types
+from pyglobenc.hf.positions import own_positions
 from pyglobenc.hf.registry import is_decoder
+from pyglobenc.methods.arguments import output_settings
 from pyglobenc.methods.inputs import check_ids, target_positions
 from pyglobenc.methods.precision import set_precision
 from pyglobenc.methods.rollout import RolloutResult, rollout_result
 from pyglobenc.reference.packing import per_sequence, slices
+from pyglobenc.values import check_range
 
 # scores (1, L, T, N) and log_scale (S, L, T) of captured layers and targets (S, T), positions among all N tokens
 Rows = Callable[[list[LayerTrace], Tensor], tuple[Tensor, Tensor]]
@@ -77,13 +81,13 @@ def attribute_packed(
 def run_packed(model: PreTrainedModel, packed: Packed) -> Any:
     """Run a model within `capture` on packed sequences: what a classifier returns for the S of them, else None, and no head is run."""
     base = model.base_model
-    options = {"use_cache": False} if is_decoder(base) else {}
+    options = output_settings(base) | {"output_hidden_states": False}
     if not classifies(model):
         base(**packed.inputs, **options)
         return None
     ids = packed.inputs["input_ids"][0, packed.read.to(model.device)][:, None]
     with _read_tokens(base, packed, options):
-        return model(input_ids=ids, attention_mask=torch.ones_like(ids), return_dict=True)
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), **output_settings(model))
 
 
 @contextmanager
@@ -95,7 +99,7 @@ def _read_tokens(base: nn.Module, packed: Packed, options: dict[str, Any]) -> It
     def read(*args: Any, **kwargs: Any) -> Any:
         if get_ident() != thread:
             return forward(*args, **kwargs)
-        out = forward(**packed.inputs, **options, return_dict=True)
+        out = forward(**packed.inputs, **options)
         states = out.last_hidden_state
         states = out.last_hidden_state = states[0, packed.read.to(states.device)][:, None]
         if getattr(base, "pooler", None) is not None:
@@ -123,11 +127,6 @@ def of_examples(output: Any, own: slice, size: int) -> Any:
     return tuple(of_examples(value, own, size) for value in output) if isinstance(output, tuple) else output
 
 
-def classifies(model: PreTrainedModel) -> bool:
-    """Whether the model's head classifies sequences."""
-    return any(cls.__name__.endswith("ForSequenceClassification") for cls in type(model).__mro__)
-
-
 def check_packable(who: str, model: PreTrainedModel) -> None:
     """Raise ValueError, naming who, if a model can't keep packed sequences apart."""
     base = model.base_model
@@ -137,6 +136,9 @@ def check_packable(who: str, model: PreTrainedModel) -> None:
         raise ValueError(f"{who}: {type(model).__name__} takes {model.main_input_name}, which can't be packed")
     if "position_ids" not in signature(base.forward).parameters:
         raise ValueError(f"{who}: {type(base).__name__} takes no position_ids: packed sequences would be one long text to it")
+    if classifies(model) and is_decoder(model) and padding_id(model) is None:
+        name = type(model).__name__
+        raise ValueError(f"{who}: the config of {name} has no pad_token_id, without which its head takes one text at a time")
     if classifies(model) and getattr(model.config, "classifier_pooling", "cls") != "cls":
         raise ValueError(f"{who}: the head of {type(model).__name__} reads the mean of a sequence's tokens, and of packed ones gets one")
 
@@ -169,10 +171,12 @@ def pack(who: str, model: PreTrainedModel, batch: Mapping[str, Any]) -> Packed:
             raise ValueError(f"{who}: {name} must be as long as input_ids for every sequence")
         columns[name] = torch.cat([torch.as_tensor(rows[s], device="cpu") for s in order])
     check_ids(who, model, columns["input_ids"])
+    if "token_type_ids" in columns:
+        columns = _check_types(who, model, columns)
     if "attention_mask" in columns and not columns["attention_mask"].all():
         raise ValueError(f"{who}: attention_mask has zeros; packed sequences have no padding")
-    first = first_position(model)
-    columns["position_ids"] = torch.cat([torch.arange(first, first + lengths[s], device="cpu") for s in order])
+    sequences = columns["input_ids"].split([lengths[s] for s in order])
+    columns["position_ids"] = torch.cat(own_positions(who, model, sequences))
     # without a mask some architectures look for packed sequences themselves
     columns["attention_mask"] = torch.ones_like(columns["input_ids"])
     offsets = torch.tensor([0] + [lengths[s] for s in order], device="cpu").cumsum(0).to(torch.int32)
@@ -180,12 +184,24 @@ def pack(who: str, model: PreTrainedModel, batch: Mapping[str, Any]) -> Packed:
     return Packed({name: column[None].to(model.device) for name, column in columns.items()}, offsets, order, read)
 
 
+def _check_types(who: str, model: PreTrainedModel, columns: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The columns without token types that the model doesn't take, all 0."""
+    if "token_type_ids" in signature(model.base_model.forward).parameters:
+        size = token_types(model)
+        if size is not None:
+            check_range(who, "token_type_ids", columns["token_type_ids"], size)
+        return columns
+    if columns["token_type_ids"].any():
+        raise TypeError(f"{who}: takes no token_type_ids: {type(model).__name__} has no token types")
+    return {name: column for name, column in columns.items() if name != "token_type_ids"}
+
+
 def _tokens_read(model: PreTrainedModel, ids: Tensor, offsets: Tensor) -> Tensor:
     """Token of each sequence that a classifier's head reads: the first, of a decoder the last that isn't its padding token's."""
     first = offsets[:-1].long()
     if not is_decoder(model):
         return first
-    padding = model.config.get_text_config().pad_token_id
+    padding = padding_id(model)
     last = torch.arange(len(ids), device="cpu")
     if padding is not None:
         # a sequence of nothing else is read at its first

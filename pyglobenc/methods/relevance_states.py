@@ -13,6 +13,7 @@ from pyglobenc.autocast import callers_autocast
 from pyglobenc.hf import LayerModules, LayerTrace, Trace, capture, find_layers
 from pyglobenc.hf.layers import outside
 from pyglobenc.hf.threads import in_this_thread
+from pyglobenc.methods.arguments import output_settings
 from pyglobenc.methods.packing import Packed, of_examples, run_packed
 from pyglobenc.methods.relevance_support import check_layers
 from pyglobenc.methods.relevance_target import Index, Target, find_target
@@ -170,7 +171,7 @@ def _captured(
         if dtype == torch.float64 and next(model.parameters()).dtype != torch.float64:
             stack.enter_context(WideParameters(torch.float64))
         stack.enter_context(callers_autocast())
-        return trace, model(**{**batch, "return_dict": True}) if offsets is None else run_packed(model, batch)
+        return trace, model(**{**batch, **output_settings(model)}) if offsets is None else run_packed(model, batch)
 
 
 def _detach(trace: Trace, dtype: torch.dtype) -> dict[nn.Module, tuple[Tensor, Tensor]]:

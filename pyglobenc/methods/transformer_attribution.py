@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from pyglobenc.autocast import callers_autocast, outside_autocast
 from pyglobenc.hf import find_layers, vit
+from pyglobenc.methods.arguments import model_inputs, output_settings, packed_inputs
 from pyglobenc.methods.inputs import check_batch, check_model
 from pyglobenc.methods.packing import Packed, classifies, pack
 from pyglobenc.methods.relevance_descent import MAPS, Descent
@@ -82,7 +83,7 @@ class TransformerAttribution:
                 (B, L, H, n, n); "R_in" (B, L, n, d).
             reliability: how `error` is found, see `reliability`: "measured" up to doubles the time, "estimated" costs little, "auto"
                 measures small float32 inputs and estimates the others; "off". A PrecisionWarning is given above 1e-2.
-            batch: the model's inputs, as its tokenizer or image processor returns them.
+            batch: the model's inputs, as its tokenizer or image processor returns them and `GlobEnc` takes them.
 
         Returns:
             RelevanceResult. scores are the published ones before the pooled token's own entry is overwritten; every example's are what
@@ -92,6 +93,7 @@ class TransformerAttribution:
             TypeError, ValueError: unknown variant or map, an index out of range, input that the model can't take, a result or a
                 logit that isn't finite (the error names the parameter that holds NaN or infinity).
         """
+        batch = model_inputs("TransformerAttribution", self.model, batch, TransformerAttribution.__call__)
         chosen = self._variant(variant, start_layer, maps, reliability)
         self._check(batch)
         if self.kind == "choice":
@@ -127,6 +129,7 @@ class TransformerAttribution:
             TypeError, ValueError: as for a batch, or a model that doesn't classify sequences or can't be given packed ones.
         """
         who, chosen = "TransformerAttribution", self._variant(variant, start_layer, (), reliability)
+        batch = packed_inputs(who, batch, TransformerAttribution.packed)
         if not classifies(self.model):
             raise ValueError(f"{who}: packed sequences need a ...ForSequenceClassification, got {type(self.model).__name__}")
         if chosen.kind not in FOLLOWED:
@@ -239,7 +242,7 @@ class TransformerAttribution:
         first = next(iter(inputs.values()))
         if target is None:
             with torch.no_grad(), callers_autocast():
-                target = self.model(**{**batch, "return_dict": True}).logits.argmax(-1)
+                target = self.model(**{**batch, **output_settings(self.model)}).logits.argmax(-1)
         index = torch.as_tensor(target, device=first.device).expand(first.shape[0])
         if int(index.min()) < 0 or int(index.max()) >= first.shape[1]:
             raise ValueError(f"TransformerAttribution: target must lie in [0, {first.shape[1]}), the choices, got {index.tolist()}")

@@ -143,6 +143,9 @@ def test_wrong_input():
     for options, message in (
         (dict(attention_mask=[[1, 1, 0], [1]]), "attention_mask has zeros"),
         (dict(token_type_ids=[[0, 0], [0]]), "token_type_ids must be as long as input_ids"),
+        (dict(token_type_ids=[[0, 0, 0], [9]]), r"token_type_ids must lie in \[0, 2\), got 0 to 9"),
+        (dict(position_ids=[[1, 2, 3], [1]]), "position_ids can't be honoured: packed sequences get the positions"),
+        (dict(output_hidden_states=True), "output_hidden_states can't be honoured"),
         (dict(targets=[1]), "targets must lie in .0, n., n the tokens of their sequence, the shortest 1"),
         (dict(targets=[[0], [0], [0]]), "T positions or .B, T. with B=2"),
         (dict(stage="N_Out"), "stage must be one of"),
@@ -163,8 +166,12 @@ def test_nothing_is_left_behind():
     model = build("bert-classifier")
     globenc = GlobEnc(model)
     globenc.packed(input_ids=[[5, 6], [7]])
-    with pytest.raises(IndexError):
-        globenc.packed(input_ids=[[5, 6], [7]], token_type_ids=[[0, 0], [9]])
+    handle = model.bert.encoder.layer[1].register_forward_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        globenc.packed(input_ids=[[5, 6], [7]])
+    handle.remove()
+    table = model.bert.embeddings.position_embeddings
+    assert not table._forward_pre_hooks
     layers = [layer.attention.self for layer in model.bert.encoder.layer]
     assert not any(layer in RECORDERS for layer in layers)
     assert model.config._attn_implementation == "sdpa" and not model._forward_pre_hooks and "forward" not in vars(model.bert)

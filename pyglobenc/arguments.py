@@ -1,0 +1,42 @@
+"""Keyword arguments that a function doesn't know are refused by name, with the nearest name that it knows."""
+
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from functools import lru_cache, wraps
+from inspect import Parameter, signature
+from typing import Any
+
+# of difflib's ratio, above which two names are taken for the same one misspelt
+ALIKE = 0.5
+KINDS = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+
+
+def refuse_unknown(who: str, unknown: Iterable[str], known: Iterable[str]) -> None:
+    """Raise TypeError, naming who, if there is an unknown name; the message gives the nearest known names, or all of them."""
+    unknown, known = sorted(unknown), sorted(known)
+    if not unknown:
+        return
+    near = dict.fromkeys(match for name in unknown for match in get_close_matches(name, known, 1, ALIKE))
+    hint = f"did you mean {' or '.join(near)}?" if near else f"it takes {', '.join(known)}"
+    raise TypeError(f"{who}: takes no {' or '.join(unknown)}; {hint}")
+
+
+@lru_cache(maxsize=64)
+def argument_names(function: Callable[..., Any]) -> frozenset[str]:
+    """Return the names of a function's arguments that can be given by keyword; self isn't one."""
+    return frozenset(p.name for p in signature(function).parameters.values() if p.kind in KINDS) - {"self"}
+
+
+def known_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator: refuse unknown keyword arguments as `refuse_unknown` does, in place of Python's own error."""
+    names = argument_names(function)
+    owner, _, name = function.__qualname__.rpartition(".")
+    who = owner if name in ("__init__", "__call__") else name
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not kwargs.keys() <= names:
+            refuse_unknown(who, kwargs.keys() - names, names)
+        return function(*args, **kwargs)
+
+    return call

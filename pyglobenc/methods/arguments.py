@@ -1,0 +1,101 @@
+"""Which of a model's inputs a method honours; every other keyword argument is refused by name."""
+
+from collections.abc import Callable, Mapping
+from inspect import Parameter, signature
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pyglobenc.arguments import argument_names, refuse_unknown
+from pyglobenc.values import require
+
+# what a stock model may be given, if its forward pass names it
+TENSORS = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"})
+HONOURED = TENSORS | {"logits_to_keep"}
+IMAGES = frozenset({"pixel_values", "interpolate_pos_encoding"})
+PACKED = frozenset({"input_ids", "attention_mask", "token_type_ids"})
+NO_CACHE = "keys and values of earlier calls have no tokens to attribute to"
+# other arguments of transformers' models: the value that changes nothing, and why others are refused
+REFUSED = {
+    "return_dict": (True, "the output is always a ModelOutput"),
+    "output_attentions": (False, "attention probabilities are never stored; ask the model itself for them"),
+    "use_cache": (False, "no later call would read the cache"),
+    "cache": (None, NO_CACHE),
+    "past_key_values": (None, NO_CACHE),
+    "cache_position": (None, NO_CACHE),
+    "labels": (None, "a loss is no part of an attribution; ask the model itself for it"),
+    "bool_masked_pos": (None, "patches that are masked would count as if they were seen"),
+}
+PACKED_REFUSED = REFUSED | {
+    "position_ids": (None, "packed sequences get the positions that the model gives each one alone"),
+    "inputs_embeds": (None, "packed sequences are token ids"),
+    "output_hidden_states": (False, "only the token that a head reads is returned of packed sequences"),
+}
+
+
+def model_inputs(who: str, model: nn.Module, batch: Mapping[str, Any], method: Callable[..., Any]) -> dict[str, Any]:
+    """Return the inputs of a call that the model gets: those that are honoured, without those that change nothing.
+
+    Args:
+        who: method named in errors.
+        model: the module that is called: a stock model, or the user's own around one, whose forward pass says what it takes.
+        batch: the keyword arguments of the call but for the method's own.
+        method: the function called. Its own options are suggested where a name is misspelt.
+
+    Raises:
+        TypeError: a name that neither the method nor the model takes.
+        ValueError: an argument of transformers' models that can't be honoured.
+    """
+    named, others = _forward_names(model)
+    if not isinstance(model, PreTrainedModel):
+        return _checked(who, batch, named | (TENSORS if others else set()), REFUSED, method)
+    if others:
+        # a head hands on to the model inside what it doesn't name
+        named = named | _forward_names(model.base_model)[0]
+    batch = {name: value for name, value in batch.items() if value is not None or name not in named}
+    types = batch.get("token_type_ids")
+    if "token_type_ids" not in named and isinstance(types, Tensor):
+        # tokenizers of other architectures return zeros, which say no more than nothing does
+        require(~types.any(), lambda: TypeError(f"{who}: takes no token_type_ids: {type(model).__name__} has no token types"))
+        del batch["token_type_ids"]
+    honoured = (IMAGES if model.main_input_name == "pixel_values" else HONOURED) & named
+    return _checked(who, batch, honoured | {"output_hidden_states"}, REFUSED, method)
+
+
+def packed_inputs(who: str, batch: Mapping[str, Any], method: Callable[..., Any]) -> dict[str, Any]:
+    """Return the inputs of packed sequences that the model gets; see `model_inputs`."""
+    return _checked(who, batch, PACKED, PACKED_REFUSED, method)
+
+
+def takes(model: nn.Module, name: str) -> bool:
+    """Whether a module's forward pass, or that of the model inside a stock head, names an argument."""
+    named, others = _forward_names(model)
+    return name in named or (others and isinstance(model, PreTrainedModel) and name in _forward_names(model.base_model)[0])
+
+
+def output_settings(model: nn.Module) -> dict[str, Any]:
+    """Return arguments that a stock model is called with, whatever its config says of its outputs."""
+    if not isinstance(model, PreTrainedModel):
+        return {}
+    settings = {"return_dict": True, "output_attentions": False}
+    # a cache would hold every key and value a second time
+    return settings | {"use_cache": False} if takes(model, "use_cache") else settings
+
+
+def _checked(
+    who: str, batch: Mapping[str, Any], honoured: frozenset[str], refused: Mapping[str, Any], method: Callable[..., Any]
+) -> dict[str, Any]:
+    refuse_unknown(who, batch.keys() - honoured - refused.keys(), honoured | argument_names(method))
+    for name in batch.keys() - honoured:
+        neutral, reason = refused[name]
+        if batch[name] is not None and batch[name] is not neutral:
+            raise ValueError(f"{who}: {name} can't be honoured: {reason}")
+    return {name: batch[name] for name in batch if name in honoured}
+
+
+def _forward_names(module: nn.Module) -> tuple[frozenset[str], bool]:
+    """Names of the arguments of a module's forward pass, and whether it takes others too."""
+    parameters = signature(module.forward).parameters.values()
+    named = frozenset(p.name for p in parameters if p.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY))
+    return named, any(p.kind is Parameter.VAR_KEYWORD for p in parameters)
