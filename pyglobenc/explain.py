@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyglobenc.arguments import known_arguments, refuse_unknown
 from pyglobenc.results import Attribution, Attributions
-from pyglobenc.windows import LONG, Encoded, encode
+from pyglobenc.windows import LONG, Encoded, Text, encode
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +56,7 @@ NAMES = {field.name for field in fields(Options)}
 def explain(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    text: str | Sequence[str],
+    text: Text | Sequence[Text],
     method: str = "globenc",
     *,
     target: int | None = None,
@@ -74,13 +74,16 @@ def explain(
     Args:
         model: a transformers model of a known architecture, in evaluation mode; wrapped or not, as `GlobEnc` takes it.
         tokenizer: the model's.
-        text: one text, or several.
+        text: one text, or a list of several. A tuple of two texts is a sentence pair, encoded in the tokenizer's own way with its
+            token types; a list may hold pairs too.
         method: a name in `pyglobenc.methods.registry.METHODS`.
         target: what is explained: of most methods a token's position, special tokens counted, negative from the end, None for 0
             ([CLS]), or the last of a causal model; of methods that explain a class its index, None for the class predicted.
-        merge_words: pictures show words as the tokenizer splits them, the scores of their pieces summed. The result keeps the tokens.
+        merge_words: pictures show words as the tokenizer splits them, else as white space does, the scores of their pieces summed.
+            The result keeps the tokens.
         long: what is done with a text of more than max_length tokens: "error" raises, "truncate" leaves out its end, "windows" joins
-            the scores of overlapping windows as `pyglobenc.windows.join` says, of those windows that hold the target.
+            the scores of overlapping windows as `pyglobenc.windows.join` says, of those windows that hold the target. Of a pair the
+            longer text is truncated first, and windows are refused.
         max_length: tokens, special tokens included; None for all that model and tokenizer take.
         stride: of windows: tokens from the start of one to the start of the next; None for half a window.
         batch_size: texts or windows that the model sees at once, at most: fewer where an estimate says that memory is short, and half
@@ -95,7 +98,7 @@ def explain(
         TypeError, ValueError: text that is empty, not a string, or too long; unknown method, backend or architecture; target out of
             range; anything else that the method refuses. All texts are checked before the first is computed.
     """
-    single = isinstance(text, str)
+    single = isinstance(text, str | tuple)
     done = explain_each(
         model,
         tokenizer,
@@ -114,8 +117,10 @@ def explain(
     return next(done) if single else Attributions(done)
 
 
-def explain_each(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options: Any) -> Iterator[Attribution]:
-    """`explain` for several texts, with its options, one attribution at a time: when it is stopped, the caller has those before.
+def explain_each(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], **options: Any
+) -> Iterator[Attribution]:
+    """`explain` for several texts or pairs, with its options, one attribution at a time: when it is stopped, the caller has those before.
 
     Returns:
         Iterator of Attribution, scores (n,), in the order of texts.
@@ -141,11 +146,12 @@ def _attributions(runner: Runner, encoded: list[Encoded], options: Options) -> I
     common = dict(method=options.method, model=runner.model_name, merge_words=options.merge_words)
     for one, scored in zip(encoded, _with_bar(runner.run(encoded), len(encoded), options.progress), strict=True):
         columns = dict(token_ids=one.inputs["input_ids"], special=one.special, word_ids=one.word_ids, offsets=one.offsets)
+        columns |= dict(text_pair=one.text_pair, parts=one.parts)
         settings = options.record() | runner.versions
         yield Attribution(one.text, one.tokens, cut=one.cut, settings=settings, **columns, **common, **scored)
 
 
-def _check_texts(texts: Sequence[str]) -> list[str]:
+def _check_texts(texts: Sequence[Text]) -> list[str]:
     """What errors call each text."""
     if not isinstance(texts, Sequence) or isinstance(texts, (str, bytes)):
         raise TypeError(f"explain: text must be a string or a list of strings, got {type(texts).__name__}")
@@ -153,10 +159,14 @@ def _check_texts(texts: Sequence[str]) -> list[str]:
         raise ValueError("explain: there is no text, got an empty list")
     names = ["text"] if len(texts) == 1 else [f"text {number}" for number in range(1, len(texts) + 1)]
     for text, name in zip(texts, names, strict=True):
-        if not isinstance(text, str):
-            raise TypeError(f"explain: {name} must be a string, got {type(text).__name__}")
-        if not text.strip():
-            raise ValueError(f"explain: {name} is empty" if not text else f"explain: {name} is nothing but white space")
+        if isinstance(text, tuple) and len(text) != 2:
+            raise TypeError(f"explain: {name} is a tuple of {len(text)}; a tuple is a pair of texts, and several texts are a list")
+        for one in text if isinstance(text, tuple) else (text,):
+            if not isinstance(one, str):
+                raise TypeError(f"explain: {name} must be a string{' in both its parts' * (one is not text)}, got {type(one).__name__}")
+            if not one.strip():
+                where = f"a part of {name}" if one is not text else name
+                raise ValueError(f"explain: {where} is empty" if not one else f"explain: {where} is nothing but white space")
     return names
 
 

@@ -64,6 +64,7 @@ SCALARS = {
     "cut": (is_index, "an integer of at least 0"),
     "label": (_or_none(is_string), "a string or None"),
     "probability": (_or_none(lambda value: is_number(value) and 0 <= value <= 1), "a number in [0, 1] or None"),
+    "text_pair": (_or_none(is_string), "a string or None"),
     "version": (is_string, "a string"),
 }
 # what an entry must be, in words, whether the field may be None, and whether it has n entries
@@ -74,6 +75,7 @@ LISTS = {
     "word_ids": (_or_none(is_index), "integers of at least 0 or None", True, True),
     "offsets": (is_pair, "pairs of integers, 0 <= start <= stop", True, True),
     "windows": (is_pair, "pairs of integers, 0 <= start <= stop", True, False),
+    "parts": (lambda value: value is None or (is_index(value) and value < 2), "0, 1 or None", True, True),
     "predictions": (is_prediction, "pairs of a string and a finite number", True, False),
 }
 
@@ -125,6 +127,8 @@ def _check_together(values: dict[str, Any], n: int) -> None:
     """Check what holds between fields."""
     if values["target_kind"] == "token" and values["target"] >= n:
         raise ValueError(f"target must be a position below n = {n}, got {values['target']}")
+    if (values["text_pair"] is None) != (values["parts"] is None):
+        raise ValueError("text_pair and parts must both be given, or both be None")
     if values["merge_words"] and values["word_ids"] is None:
         raise ValueError("merge_words needs word_ids, got None")
     for position, (_, stop) in enumerate(values["windows"] or ()):

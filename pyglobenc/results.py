@@ -14,7 +14,7 @@ from pyglobenc.fields import DTYPES, check_fields, is_index, is_number, shown
 from pyglobenc.files import check_apart, one_line, write_file
 
 FORMAT = "pyglobenc.attribution"
-# 2 added predictions
+# 2 added predictions and sentence pairs
 FORMAT_VERSION = 2
 SUFFIXES = (".json", ".safetensors")
 # a folder with one of them is a model's
@@ -22,7 +22,7 @@ MODEL_FILES = ("config.json", "adapter_config.json")
 # of what is saved, what follows from the rest
 DERIVED = ("words", "dtype")
 # fields that files of format 1 lack
-ADDED = ("predictions",)
+ADDED = ("predictions", "text_pair", "parts")
 # fields that are lists of pairs, which JSON knows as lists of lists
 PAIRS = ("offsets", "windows", "predictions")
 
@@ -43,7 +43,7 @@ class Attribution:
     """How much each token of a text counts for one target.
 
     Attributes:
-        text: the text, whole.
+        text: the text, whole; of a sentence pair the first one.
         tokens, token_ids: the n tokens that the model saw, special tokens included.
         special: n times whether the tokenizer added the token ([CLS], [SEP]...).
         scores: (n,) float32 or float64, finite. Of a token target: the target's row, largest entry 1; see log_scale.
@@ -53,8 +53,9 @@ class Attribution:
         target_name: that token or class by name.
         target_kind: "token" or "class".
         log_scale: the method's own value is scores * exp(log_scale); of joined windows see `pyglobenc.windows.join`.
-        word_ids: n numbers of the word that each token belongs to, None for special tokens; None without a fast tokenizer.
-        offsets: n pairs (start, stop) of characters of the text; None without a fast tokenizer.
+        word_ids: n numbers of the word that each token belongs to, None for special tokens; None without a fast tokenizer. Words are
+            those of the tokenizer, or of white space where it doesn't split texts; see `pyglobenc.words`.
+        offsets: n pairs (start, stop) of characters of the text, or of the token's text of a pair; None without a fast tokenizer.
         merge_words: pictures show words rather than tokens.
         cut: tokens at the end of the text that were left out by truncation.
         windows: (start, stop) of text tokens in each window that was joined, in positions of tokens; None for a text in one piece.
@@ -62,6 +63,8 @@ class Attribution:
             if that is above 0.5. None where no label is predicted, of a regression and of models without such a head.
         predictions: names and probabilities of every class or label that a classifier predicts, most probable first: one class, or the
             labels above 0.5. Of a regression, names and plain numbers of its outputs. None of other models.
+        text_pair: the second text of a sentence pair; None of one text.
+        parts: of a sentence pair, n times 0 for a token of the first text, 1 for one of the second, None for a special token.
         settings: the options it was computed with; strings, numbers, None.
         version: of pyglobenc.
 
@@ -88,6 +91,8 @@ class Attribution:
     label: str | None = None
     probability: float | None = None
     predictions: list[tuple[str, float]] | None = None
+    text_pair: str | None = None
+    parts: list[int | None] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     version: str = __version__
 
@@ -105,7 +110,8 @@ class Attribution:
         return isinstance(other, Attribution) and self.to_dict() == other.to_dict()
 
     def __repr__(self) -> str:
-        return f"Attribution({self.text[:40]!r}, {len(self)} tokens, {self.method}, target {self.target_name!r})"
+        pair = "" if self.text_pair is None else f", {self.text_pair[:40]!r}"
+        return f"Attribution({self.text[:40]!r}{pair}, {len(self)} tokens, {self.method}, target {self.target_name!r})"
 
     def units(self, merge_words: bool | None = None) -> list[Unit]:
         """Tokens, or words with their pieces' scores summed; special tokens stay alone. None: as merge_words of the attribution.
@@ -123,27 +129,29 @@ class Attribution:
                 groups[-1].append(i)
             else:
                 groups.append([i])
-        units, end = [], 0
+        units, ends = [], [0, 0]
         for group in groups:
-            unit, end = self._unit(group, end)
+            part = (self.parts and self.parts[group[0]]) or 0
+            unit, ends[part] = self._unit(group, ends[part], self.text_pair if part else self.text)
             units.append(unit)
         return units
 
-    def _unit(self, group: list[int], end: int) -> tuple[Unit, int]:
-        """The unit of some tokens, and where the text is read up to: `end` before it."""
+    def _unit(self, group: list[int], end: int, text: str) -> tuple[Unit, int]:
+        """The unit of some tokens of a text, and where the text is read up to: `end` before it."""
         score, special = float(self.scores[group].sum(dtype=np.float64)), self.special[group[0]]
         raw, apart = "".join(self.tokens[i] for i in group), " " if group[0] else ""
         if special or self.offsets is None:
             return Unit(raw, apart, score, special, tuple(group)), end
-        if group[0] and not self.special[group[0] - 1]:
+        before = group[0] - 1
+        if group[0] and not self.special[before] and (self.parts is None or self.parts[before] == self.parts[group[0]]):
             apart = ""
         start, stop = self.offsets[group[0]][0], self.offsets[group[-1]][1]
-        piece = self.text[start:stop]
+        piece = text[start:stop]
         # pieces of one character all point at it, and some point at nothing: the vocabulary's own name is left
         if start < end or not piece.strip():
-            return Unit(raw, self.text[end:start] or apart, score, False, tuple(group)), max(end, stop)
-        lead = len(piece) - len(piece.lstrip())
-        return Unit(piece[lead:], self.text[end : start + lead] or apart, score, False, tuple(group)), stop
+            return Unit(raw, text[end:start] or apart, score, False, tuple(group)), max(end, stop)
+        start += len(piece) - len(piece.lstrip())
+        return Unit(piece.strip(), text[end:start] or apart, score, False, tuple(group)), start + len(piece.strip())
 
     def to_dict(self) -> dict[str, Any]:
         """Everything in it as JSON knows it; scores as Python floats, which hold float32 and float64 exactly."""

@@ -6,7 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from pyglobenc.words import word_numbers
+
 LONG = ("error", "truncate", "windows")
+# one text, or two that the model sees together
+Text = str | tuple[str, str]
 
 
 @dataclass
@@ -21,6 +25,8 @@ class Encoded:
     offsets: list[tuple[int, int]] | None
     cut: int
     windows: list[list[int]]  # positions of tokens; all n of them where the text fits
+    text_pair: str | None = None
+    parts: list[int | None] | None = None
 
     def spans(self, windows: list[list[int]]) -> list[tuple[int, int]] | None:
         """(start, stop) of the text tokens in each of some windows; None where one window holds the text."""
@@ -30,40 +36,88 @@ class Encoded:
         return [(positions[0], positions[-1] + 1) for positions in inside]
 
 
-def encode(tokenizer: Any, text: str, name: str, limit: int | None, long: str = "error", stride: int | None = None) -> Encoded:
-    """Tokenize a text; what doesn't fit is refused, cut with its length kept, or split, as long says; never cut silently.
+def encode(tokenizer: Any, text: Text, name: str, limit: int | None, long: str = "error", stride: int | None = None) -> Encoded:
+    """Tokenize a text, or a pair; what doesn't fit is refused, cut with its length kept, or split, as long says; never cut silently.
 
     Args:
         tokenizer: of transformers.
-        text: one text.
+        text: one text, or a pair, which the tokenizer joins in its own way.
         name: the text's, in errors: "text" or "text 3".
         limit: tokens that the model takes, special tokens included; None for no limit.
-        long: "error", "truncate" or "windows".
+        long: "error", "truncate" or "windows"; of a pair the longer text is truncated first, and windows are refused.
         stride: tokens from the start of one window to the start of the next; None for half a window.
 
     Raises:
         ValueError: no token, or more than limit with long="error"; stride that leaves gaps, limit without room for text.
     """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"explain: {name} isn't valid Unicode (a lone surrogate at character {error.start})") from error
-    found = tokenizer(
-        text, truncation=False, padding=False, verbose=False, return_special_tokens_mask=True, return_offsets_mapping=tokenizer.is_fast
-    )
-    special = [bool(flag) for flag in found["special_tokens_mask"]]
-    if all(special):
-        raise ValueError(f"explain: {name} holds nothing that the tokenizer knows: {text[:40]!r}")
-    head = special.index(False)
-    body = len(special) - special[::-1].index(False) - head
-    positions, windows, cut = _fit(len(special), head, body, name, limit, long, stride)
+    texts = (text,) if isinstance(text, str) else text
+    for one, part in zip(texts, _part_names(name, len(texts)), strict=True):
+        try:
+            one.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"explain: {part} isn't valid Unicode (a lone surrogate at character {error.start})") from error
+    found, special, parts = _tokenize(tokenizer, texts)
+    for number, part in enumerate(_part_names(name, len(texts))):
+        if number not in parts:
+            raise ValueError(f"explain: {part} holds nothing that the tokenizer knows: {texts[number][:40]!r}")
+    if len(texts) == 1:
+        head = special.index(False)
+        body = len(special) - special[::-1].index(False) - head
+        positions, windows, cut = _fit(len(special), head, body, name, limit, long, stride)
+    else:
+        n = len(special)
+        if limit is not None and n > limit:
+            _check_long_pair(n, special, name, limit, long)
+            found, special, parts = _tokenize(tokenizer, texts, truncation="longest_first", max_length=limit)
+        cut, positions = n - len(special), list(range(len(special)))
+        windows = [positions]
     inputs = {key: found[key] for key in tokenizer.model_input_names if key in found}
-    words = found.word_ids() if tokenizer.is_fast else None
-    offsets = found["offset_mapping"] if tokenizer.is_fast else None
+    words = offsets = None
+    if tokenizer.is_fast:
+        offsets = found["offset_mapping"]
+        words = word_numbers(found.word_ids(), offsets, parts, texts)
+    pair = dict(text_pair=texts[1], parts=parts) if len(texts) == 2 else {}
     keep = [None if column is None else [column[i] for i in positions] for column in (special, words, offsets)]
     inputs = {key: [column[i] for i in positions] for key, column in inputs.items()}
     tokens = tokenizer.convert_ids_to_tokens(inputs["input_ids"])
-    return Encoded(text, inputs, tokens, *keep, cut, windows)
+    return Encoded(texts[0], inputs, tokens, *keep, cut, windows, **pair)
+
+
+def _part_names(name: str, count: int) -> list[str]:
+    """What errors call the texts of a pair, or a single text."""
+    return [name] if count == 1 else [f"the first part of {name}", f"the second part of {name}"]
+
+
+def _tokenize(tokenizer: Any, texts: Sequence[str], **options: Any) -> tuple[Any, list[bool], list[int | None]]:
+    """What a tokenizer returns for a text or a pair; n times whether the token is special, and the number of its text or None."""
+    options = dict(truncation=False) | options
+    options |= dict(padding=False, verbose=False, return_special_tokens_mask=True, return_offsets_mapping=tokenizer.is_fast)
+    found = tokenizer(*texts, **options)
+    special = [bool(flag) for flag in found["special_tokens_mask"]]
+    if len(texts) == 1:
+        return found, special, [None if flag else 0 for flag in special]
+    if tokenizer.is_fast:
+        return found, special, found.sequence_ids()
+    if "max_length" in options:
+        raise ValueError(f"explain: {type(tokenizer).__name__} isn't a fast tokenizer, which would tell where it cut each text of a pair")
+    # a slow tokenizer doesn't say which token is of which text
+    counts = [len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in texts]
+    order = iter([0] * counts[0] + [1] * counts[1])
+    if special.count(False) != sum(counts):
+        raise ValueError(f"explain: {type(tokenizer).__name__} joins the texts of a pair to other tokens than each text has alone")
+    return found, special, [None if flag else next(order) for flag in special]
+
+
+def _check_long_pair(n: int, special: list[bool], name: str, limit: int, long: str) -> None:
+    """Raise ValueError unless a pair of n tokens may be truncated to limit of them."""
+    added, way = special.count(True), "choose long=truncate, which shortens the longer text first"
+    if long == "windows":
+        found = f"{name} is a pair of {n} tokens and at most {limit} fit"
+        raise ValueError(f"explain: {found}; windows of two texts that belong together have no meaning; {way}")
+    if long == "error":
+        raise ValueError(f"explain: {name} has {n} tokens and at most {limit} fit; {way}")
+    if limit < added + 2:
+        raise ValueError(f"explain: max_length must leave room for a token of each text beside {added} special ones, got {limit}")
 
 
 def _fit(n: int, head: int, body: int, name: str, limit: int | None, long: str, stride: int | None):

@@ -13,7 +13,7 @@ from pyglobenc.explain import explain_each
 from pyglobenc.files import check_writable, decode, one_line, read_at_most, write_file
 from pyglobenc.images import MAX_PIXELS
 from pyglobenc.results import SUFFIXES, Attribution, Attributions, to_json
-from pyglobenc.windows import LONG
+from pyglobenc.windows import LONG, Text
 
 NAME = "explain"
 HELP = "show which tokens of a text a model's result rests on"
@@ -26,10 +26,12 @@ MOST_BYTES, MOST_TEXTS = 1 << 26, 100_000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.epilog = (
-        "Of --file and of standard input every line is a text, blank lines aside; with --whole they are one text. "
+        "Of --file and of standard input every line is a text, blank lines aside; with --whole they are one text, with --pair each "
+        "line is two texts with a tab between. "
         "Ctrl-C, or an error halfway, writes the files asked for with the texts done so far."
     )
     parser.add_argument("text", nargs="*", help="texts; without any, and without --file, standard input is read")
+    parser.add_argument("--pair", action="store_true", help="explain sentence pairs: texts two by two, or two columns of a file")
     parser.add_argument("--file", metavar="FILE", help="read the texts from a UTF-8 file, one a line; - is standard input")
     parser.add_argument("--whole", action="store_true", help="the file or standard input is one text, lines and all")
     parser.add_argument("--image", nargs="+", metavar="FILE", help="explain images, with an image model as --model")
@@ -128,12 +130,16 @@ def _check_names(options: argparse.Namespace) -> None:
             options.error(f"{name} is named twice; it would be written over")
 
 
-def _texts(options: argparse.Namespace) -> list[str]:
-    """The texts asked for, none of them blank."""
+def _texts(options: argparse.Namespace) -> list[Text]:
+    """The texts or pairs asked for, none of them blank."""
     if options.text and (options.file is not None or options.whole):
         options.error("give texts as arguments or in a file, not both; --whole goes with a file or standard input")
+    if options.pair and options.whole:
+        options.error("--pair reads two columns a line, --whole one text")
+    if options.pair and len(options.text) % 2:
+        options.error(f"--pair takes texts two by two, got {len(options.text)}")
     if options.text:
-        return options.text
+        return list(zip(options.text[::2], options.text[1::2], strict=True)) if options.pair else options.text
     if options.file not in (None, "-"):
         name = options.file
         with open(name, "rb") as file:
@@ -150,7 +156,15 @@ def _texts(options: argparse.Namespace) -> list[str]:
     if len(texts) > MOST_TEXTS:
         most = f"at most {MOST_TEXTS} are explained at once; pyglobenc attribute takes any number"
         raise ValueError(f"{name}: holds {len(texts)} texts, and {most}")
-    return texts
+    return [_pair(line, f"{name}: pair {number}") for number, line in enumerate(texts, 1)] if options.pair else texts
+
+
+def _pair(line: str, name: str) -> tuple[str, str]:
+    """The two texts of a line, with a tab between."""
+    columns = line.rstrip("\r").split("\t")
+    if len(columns) != 2:
+        raise ValueError(f"{name} must be two texts with a tab between, got {len(columns)} columns")
+    return columns[0], columns[1]
 
 
 def _outputs(options: argparse.Namespace) -> list[tuple[str, Callable[[str, Attribution | Attributions], None]]]:

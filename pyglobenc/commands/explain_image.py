@@ -7,7 +7,7 @@ from pyglobenc.characters import printable
 from pyglobenc.files import check_writable
 
 # what has no meaning for an image
-TEXT_OPTIONS = ("html", "json", "save", "model_dtype", "merge_words", "max_length", "stride")
+TEXT_OPTIONS = ("pair", "html", "json", "save", "model_dtype", "merge_words", "max_length", "stride")
 
 
 def run(options: argparse.Namespace) -> int:

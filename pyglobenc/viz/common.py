@@ -51,7 +51,7 @@ def top_units(units: Sequence[Unit], count: int) -> list[Unit]:
 
 def remainder(attribution: Attribution, limit: int = 200) -> str:
     """Beginning of the text that truncation left out; empty where nothing was or where it isn't known."""
-    if not attribution.cut or attribution.offsets is None:
+    if not attribution.cut or attribution.offsets is None or attribution.text_pair is not None:
         return ""
     end = max(stop for _, stop in attribution.offsets)
     rest = attribution.text[end:]
@@ -78,5 +78,6 @@ def caption(attribution: Attribution) -> list[tuple[str, str]]:
     if attribution.windows:
         out.append(("windows", f"{len(attribution.windows)} overlapping, scores joined"))
     if attribution.cut:
-        out.append(("left out", f"the last {attribution.cut} tokens of the text"))
+        where = "last {} tokens of the text" if attribution.text_pair is None else "last tokens of both texts, {} in all"
+        out.append(("left out", f"the {where.format(attribution.cut)}"))
     return [(name, printable(value)) for name, value in out]
