@@ -15,10 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pyglobenc.dtypes import HALF
 from pyglobenc.hf.labels import class_count, class_name, predict
 from pyglobenc.hf.limits import max_tokens, padding_id, vocabulary
-from pyglobenc.hf.registry import is_decoder
-from pyglobenc.hf.unwrap import stock_model
-from pyglobenc.methods.arguments import output_settings, takes
+from pyglobenc.hf.unwrap import called_module, stock_model
+from pyglobenc.methods.arguments import accepts, output_settings
 from pyglobenc.methods.batching import fitting_batch, in_batches
+from pyglobenc.methods.head import find_logits
 from pyglobenc.methods.inputs import require_finite
 from pyglobenc.methods.packing import check_packable
 from pyglobenc.methods.registry import find_method
@@ -49,19 +49,21 @@ def longest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: i
 def check_target(runner: Runner, encoded: Encoded, name: str) -> None:
     """Raise ValueError, naming the text, if the target asked for isn't among its n tokens, or the model's classes."""
     target, kind = runner.options.target, runner.method.target
-    classes = class_count(runner.model)
-    if kind == "class" and target is not None and not 0 <= target < classes:
+    # how many classes a user's module has is known from its logits alone, and a base model has none
+    known_head = isinstance(runner.called, PreTrainedModel) and runner.called is not runner.called.base_model
+    classes = class_count(runner.model) if known_head else None
+    if kind == "class" and target is not None and classes is not None and not 0 <= target < classes:
         raise ValueError(f"explain: target must be a class in [0, {classes}), got {target}")
     n = len(encoded.tokens)
-    if kind == "token" and target is not None and not -n <= target < n:
+    if kind == "token" and isinstance(target, int) and not -n <= target < n:
         raise ValueError(f"explain: target must lie in [0, {n}), the tokens of {name}, or [-{n}, -1] from the end, got {target}")
     known, largest = vocabulary(runner.model), max(encoded.inputs["input_ids"])
     if largest >= known:
         raise ValueError(f"explain: the tokenizer isn't the model's: token id {largest}, and the model has {known} embeddings")
 
 
-# a text's target, None for the class that the method itself predicts, and the windows that hold it
-Plan = tuple[int | None, list[list[int]]]
+# the target of one text (None: what the method itself takes), followed by the windows that contain it
+Plan = tuple[int | str | None, list[list[int]]]
 
 
 class Row(NamedTuple):
@@ -69,7 +71,7 @@ class Row(NamedTuple):
 
     scores: np.ndarray  # as long as the window
     log_scale: float
-    target: int  # class, or position in the window
+    target: int | None  # class, or position in the window; None for a mean over tokens
     logits: Tensor | None  # (classes,) of a classifier
 
 
@@ -83,12 +85,12 @@ class Runner:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: Options):
         self.method = find_method(options.method)
         self._run = self.method.build(model, options.backend, options.dtype)
-        model = stock_model(model)
+        self.called = called_module(model)
+        model = stock_model(self.called)
         if model.main_input_name != "input_ids":
             raise ValueError(f"explain: {type(model).__name__} takes {model.main_input_name}, not text")
-        self.is_classifier = type(model).__name__.endswith("ForSequenceClassification")
-        if self.method.target == "class" and not self.is_classifier:
-            raise ValueError(f"explain: {options.method} explains a class of a ...ForSequenceClassification, got {type(model).__name__}")
+        if self.method.target == "class" and options.target == "mean":
+            raise TypeError(f"explain: {options.method} explains a class; target must be its index, got 'mean'")
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise TypeError(f"explain: tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}")
         # what transformers makes where the tokenizer's files are missing
@@ -106,10 +108,8 @@ class Runner:
         # is explained in padded batches, whose error is estimated and warned of, unless asked otherwise
         pays = (self.model.device.type == "cpu" or self.model.dtype in HALF) and self.method.target == "token"
         self.packed = why_padded is None and (pays if options.packed is None else options.packed)
-        # without a padding id texts of different lengths have no batch
-        self.batches = self.packed or padding_id(self.model) is not None
-        # tokenizers of another architecture's kind return some that the model has no use for
-        self.token_types = takes(self.model, "token_type_ids")
+        # without a padding id, or a mask that tells padding, texts of different lengths have no batch
+        self.batches = self.packed or (padding_id(self.model) is not None and accepts(self.called, "attention_mask"))
         self.model_name = model.name_or_path or type(model).__name__
         self.versions = {"model_dtype": str(model.dtype).split(".")[-1], "device": str(model.device)}
         self.versions |= {"torch": torch.__version__, "transformers": transformers.__version__}
@@ -119,7 +119,7 @@ class Runner:
         if not self.method.packs:
             return f"explain: {self.method.name} takes no packed texts"
         try:
-            check_packable("explain", self.model)
+            check_packable("explain", self.called)
         except ValueError as error:
             return str(error)
         return None
@@ -141,22 +141,23 @@ class Runner:
     def _plan(self, text: Encoded) -> Plan:
         target = self.options.target
         if self.method.target == "token":
-            target = (self._default_position() if target is None else target) % len(text.tokens)
-            return target, [window for window in text.windows if target in window]
+            if isinstance(target, int):
+                target %= len(text.tokens)
+            return target, [window for window in text.windows if not isinstance(target, int) or target in window]
         if target is None and len(text.windows) > 1:
             # all windows explain one class
             target = self._predict(text)
         return target, text.windows
 
-    def _default_position(self) -> int:
-        # the last token is the only one of a causal model that has seen the whole text
-        causal = is_decoder(self.model) and not getattr(self.model.config, "use_bidirectional_attention", False)
-        return -1 if causal else 0
-
     @torch.no_grad()
     def _predict(self, text: Encoded) -> int:
         """The class with the largest logit, averaged over windows."""
-        logits = [self.model(**self._batch([text], [window]), **output_settings(self.model)).logits[0] for window in text.windows]
+        logits = []
+        for window in text.windows:
+            found = find_logits(self.called(**{**self._batch([text], [window]), **output_settings(self.called)}))
+            if found is None or found.dim() != 2:
+                raise ValueError(f"explain: {type(self.called).__name__} has no head that classifies texts")
+            logits.append(found[0])
         return int(torch.stack(logits).mean(0).argmax())
 
     def _rows(self, texts: list[Encoded], plans: list[Plan], jobs: list[tuple[int, list[int]]]) -> list[Row]:
@@ -164,18 +165,20 @@ class Runner:
         arrange = self._columns if self.packed else self._batch
         batch = arrange([texts[index] for index, _ in jobs], [window for _, window in jobs])
         rows = self._run(batch, self._targets(texts, plans, jobs))
-        scores, log_scale, targets = rows.scores.detach().cpu().numpy(), rows.log_scale.tolist(), rows.targets.tolist()
-        logits = [None] * len(jobs)
-        if self.is_classifier:
+        scores, log_scale = rows.scores.detach().cpu().numpy(), rows.log_scale.tolist()
+        logits, targets = [None] * len(jobs), [None] * len(jobs) if rows.targets is None else rows.targets.tolist()
+        if rows.logits is not None and rows.logits.shape[:-1] == (len(jobs),):
             # a weight that is NaN may reach the class and not the scores
-            require_finite("explain", self.model, (rows.logits,))
+            require_finite("explain", self.called, (rows.logits,))
             logits = list(rows.logits.detach().double().cpu())
         return [Row(scores[b, : len(window)], log_scale[b], targets[b], logits[b]) for b, (_, window) in enumerate(jobs)]
 
-    def _targets(self, texts: list[Encoded], plans: list[Plan], jobs: list[tuple[int, list[int]]]) -> Tensor | None:
-        """(B,) int64, or None where every target is the class predicted."""
+    def _targets(self, texts: list[Encoded], plans: list[Plan], jobs: list[tuple[int, list[int]]]) -> Tensor | str | None:
+        """(B,) int64, "mean", or None where the method itself takes every target."""
         targets = [plans[index][0] for index, _ in jobs]
-        if self.method.target == "token":
+        if self.options.target == "mean":
+            return "mean"
+        if self.method.target == "token" and self.options.target is not None:
             targets = [window.index(target) for target, (_, window) in zip(targets, jobs, strict=True)]
         elif all(target is None for target in targets):
             return None
@@ -186,7 +189,7 @@ class Runner:
     def _columns(self, texts: list[Encoded], windows: list[list[int]]) -> dict[str, list[list[int]]]:
         """The model's inputs, a list for each window."""
         pairs = list(zip(texts, windows, strict=True))
-        keys = [key for key in texts[0].inputs if key != "token_type_ids" or self.token_types]
+        keys = [key for key in texts[0].inputs if accepts(self.called, key)]
         return {key: [[text.inputs[key][i] for i in window] for text, window in pairs] for key in keys}
 
     def _batch(self, texts: list[Encoded], windows: list[list[int]]) -> dict[str, Tensor]:
@@ -196,16 +199,25 @@ class Runner:
         batch = {}
         for key, columns in self._columns(texts, windows).items():
             batch[key] = torch.tensor([column + [fill.get(key, 0)] * (width - len(column)) for column in columns], device=self.model.device)
+        if not accepts(self.called, "attention_mask"):
+            return batch
         mask = [[1] * len(window) + [0] * (width - len(window)) for window in windows]
         return batch | {"attention_mask": torch.tensor(mask, device=self.model.device)}
 
     def _joined(self, text: Encoded, plan: Plan, rows: list[Row]) -> dict[str, Any]:
-        of_class = self.method.target == "class"
-        target = rows[0].target if of_class else plan[0]
-        scores, log_scale = join(len(text.tokens), plan[1], [row.scores for row in rows], [row.log_scale for row in rows])
-        fields = dict(scores=scores, log_scale=log_scale, target=target, target_kind=self.method.target, windows=text.spans(plan[1]))
-        fields["target_name"] = class_name(self.model.config, target) if of_class else text.tokens[target]
-        if rows[0].logits is None:
+        windows, kind, logits = plan[1], self.method.target, [row.logits for row in rows]
+        if kind == "class":
+            target, name = rows[0].target, class_name(self.model.config, rows[0].target)
+        else:
+            of_text = [None if row.target is None else window[row.target] for window, row in zip(windows, rows, strict=True)]
+            # a causal model reads the text's last token in the last window alone
+            kept = [i for i, one in enumerate(of_text) if one == of_text[-1]]
+            windows, rows, target = [windows[i] for i in kept], [rows[i] for i in kept], of_text[-1]
+            kind, target, name = ("mean", 0, "mean") if target is None else (kind, target, text.tokens[target])
+        scores, log_scale = join(len(text.tokens), windows, [row.scores for row in rows], [row.log_scale for row in rows])
+        fields = dict(scores=scores, log_scale=log_scale, target=target, target_kind=kind, windows=text.spans(windows))
+        fields["target_name"] = name
+        if logits[0] is None:
             return fields
         # windows vote with their logits
-        return fields | predict(self.model.config, torch.stack([row.logits for row in rows]).mean(0))._asdict()
+        return fields | predict(self.model.config, torch.stack(logits).mean(0))._asdict()

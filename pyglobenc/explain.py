@@ -22,7 +22,7 @@ class Options:
     """Options of `explain`, checked."""
 
     method: str = "globenc"
-    target: int | None = None
+    target: int | str | None = None
     merge_words: bool = False
     long: str = "error"
     max_length: int | None = None
@@ -38,6 +38,8 @@ class Options:
             raise ValueError(f"explain: long must be one of {', '.join(LONG)}, got {self.long!r}")
         for name in ("target", "max_length", "stride", "batch_size"):
             value = getattr(self, name)
+            if name == "target" and value == "mean":
+                continue
             if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
                 raise TypeError(f"explain: {name} must be an integer, got {value!r}")
         if self.batch_size < 1:
@@ -59,7 +61,7 @@ def explain(
     text: Text | Sequence[Text],
     method: str = "globenc",
     *,
-    target: int | None = None,
+    target: int | str | None = None,
     merge_words: bool = False,
     long: str = "error",
     max_length: int | None = None,
@@ -72,13 +74,15 @@ def explain(
     """Which tokens of a text a model's result rests on.
 
     Args:
-        model: a transformers model of a known architecture, in evaluation mode; wrapped or not, as `GlobEnc` takes it.
+        model: a transformers model of a known architecture, in evaluation mode; wrapped or not, or in a module with a head of its own
+            around it, as `GlobEnc` takes it.
         tokenizer: the model's.
         text: one text, or a list of several. A tuple of two texts is a sentence pair, encoded in the tokenizer's own way with its
             token types; a list may hold pairs too.
         method: a name in `pyglobenc.methods.registry.METHODS`.
-        target: what is explained: of most methods a token's position, special tokens counted, negative from the end, None for 0
-            ([CLS]), or the last of a causal model; of methods that explain a class its index, None for the class predicted.
+        target: what is explained: of most methods a token's position, special tokens counted, negative from the end, "mean" for
+            the mean of all tokens' rows, None as for `GlobEnc`; of methods that explain a class its index, None for the class
+            predicted.
         merge_words: pictures show words as the tokenizer splits them, else as white space does, the scores of their pieces summed.
             The result keeps the tokens.
         long: what is done with a text of more than max_length tokens: "error" raises, "truncate" leaves out its end, "windows" joins

@@ -8,7 +8,7 @@ import numpy as np
 
 # an index that Parquet and NumPy hold, too
 LARGEST = 2**63 - 1
-TARGET_KINDS = ("token", "class")
+TARGET_KINDS = ("token", "class", "mean")
 DTYPES = ("float32", "float64")
 
 

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyglobenc.hf.unwrap import stock_model
 from pyglobenc.methods.family import Rollout
 from pyglobenc.methods.globenc import GlobEnc
+from pyglobenc.methods.head import find_logits
 from pyglobenc.methods.inputs import target_positions
 from pyglobenc.methods.rollout import RolloutResult
 from pyglobenc.methods.transformer_attribution import RelevanceResult, TransformerAttribution
@@ -41,7 +43,7 @@ def graphed(method: GlobEnc | Rollout | TransformerAttribution, **example: Any) 
     if not isinstance(method, GlobEnc | Rollout | TransformerAttribution) or getattr(method, "method", None) == "attention-flow":
         known = "GlobEnc, a Rollout but for the flow, or TransformerAttribution"
         raise TypeError(f"graphed: method must be {known}, got {type(method).__name__}")
-    if getattr(method, "kind", None) == "choice":
+    if isinstance(method, TransformerAttribution) and method.has_choices(example):
         raise TypeError("graphed: a choice is made among inputs before the model runs; ask the method itself")
     if example.get("maps"):
         raise ValueError("graphed: records scores, no maps; ask the method itself for them")
@@ -53,9 +55,9 @@ class Graphed:
 
     def __init__(self, method: GlobEnc | Rollout | TransformerAttribution, example: dict[str, Any]):
         method(**example)
-        self._inputs = {name: t.to(method.model.device, copy=True) for name, t in _tensors(example).items()}
+        self._inputs = {name: t.to(stock_model(method.model).device, copy=True) for name, t in _tensors(example).items()}
         options = {name: value for name, value in example.items() if name not in self._inputs}
-        self._replay, self._result, self._checks = _record(lambda: method(**self._inputs, **options), method.model.device)
+        self._replay, self._result, self._checks = _record(lambda: method(**self._inputs, **options), stock_model(method.model).device)
 
     @torch.no_grad()
     def __call__(self, **batch: Any) -> RolloutResult | RelevanceResult:
@@ -81,7 +83,7 @@ class Graphed:
         for name in INDICES:
             if name in given:
                 # the graph would read outside its tensors
-                of = self._result.scores if name in ("targets", "position") else self._result.output.logits
+                of = self._result.scores if name in ("targets", "position") else find_logits(self._result.output)
                 check_range("graphed", name, given[name], of.shape[-1])
         for name, t in self._inputs.items():
             t.copy_(given[name], non_blocking=True)

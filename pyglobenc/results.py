@@ -49,9 +49,9 @@ class Attribution:
         scores: (n,) float32 or float64, finite. Of a token target: the target's row, largest entry 1; see log_scale.
         method: its name in `pyglobenc.methods.registry`.
         model: name or folder of the model.
-        target: position of the target token, or index of the target class.
+        target: position of the target token, or index of the target class; 0 of a mean over tokens.
         target_name: that token or class by name.
-        target_kind: "token" or "class".
+        target_kind: "token", "class", or "mean", whose scores are the mean of the rows of several tokens.
         log_scale: the method's own value is scores * exp(log_scale); of joined windows see `pyglobenc.windows.join`.
         word_ids: n numbers of the word that each token belongs to, None for special tokens; None without a fast tokenizer. Words are
             those of the tokenizer, or of white space where it doesn't split texts; see `pyglobenc.words`.

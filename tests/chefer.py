@@ -8,6 +8,8 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
 
 from pyglobenc import capture
+from pyglobenc.hf import find_layers
+from pyglobenc.hf.unwrap import stock_model
 
 BERT_NAMES = dict(
     vocab="vocab_size",
@@ -106,17 +108,26 @@ def clone(x, *parts):
     return x * sum(safe(part, x) for part in parts)
 
 
-def direct(model, batch, select, head, position=0, start_layer=0, rules=OURS):
+def direct(model, batch, select, head, position=0, start_layer=0, rules=OURS, weights=None):
     """Rollout row, (n,), and relevance of the first layer's input, (n, d), of one unpadded example, everything materialised.
 
     select: the explained logit of the model's output. head: the head's Linear modules, top down; the first row is given as its weight.
+    position: the token that the head reads; weights (n,): of a head that reads a sum over tokens, all Linear modules above the sum, and
+    at most a norm of each token below it.
     """
     (row, *rest) = head
-    found = []
-    with capture(model, modules=[m for m in model.modules() if isinstance(m, torch.nn.Linear)]) as trace:
+    found, last = [], []
+    stock = stock_model(model)
+    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    io, handles = {}, [m.register_forward_hook(lambda m, args, out: io.__setitem__(m, (args[0].detach(), out.detach()))) for m in linears]
+    # what is pooled: the last layer's output, through ViT's last norm
+    top = getattr(stock.base_model, "layernorm", None) or find_layers(stock)[-1].block
+    handles.append(top.register_forward_hook(lambda m, args, out: last.append((out[0] if isinstance(out, tuple) else out).detach())))
+    with capture(stock) as trace:
         output = model(**batch)
         grads = torch.autograd.grad(select(output), [layer.o for layer in trace.layers])
-    io = {m: tuple(t.detach() for t in pair) for m, pair in trace.io.items()}
+    for handle in handles:
+        handle.remove()
 
     def at(t):
         return t if t.dim() == 2 else t[:, position]
@@ -126,9 +137,14 @@ def direct(model, batch, select, head, position=0, start_layer=0, rules=OURS):
     r = through(torch.ones(1, 1, dtype=x.dtype, device=x.device), at(io[row[0]][0]), row[1])
     for module in rest:
         r = through(r, at(io[module][0]), module.weight.detach())
-    r = clone(x, r)
     hidden = torch.zeros_like(trace.layers[-1].x)
-    hidden[:, position] = r
+    if weights is None:
+        start = torch.eye(hidden.shape[1], dtype=x.dtype)[position]
+        hidden[:, position] = clone(x, r)
+    else:
+        # each feature's sum is a Linear of n inputs and one output
+        start = weights / weights.sum()
+        hidden[0] = through(r.T, last[0][0].T, weights[None].to(x.dtype)).T
     r = hidden
     for layer, grad in zip(reversed(trace.layers), reversed(grads), strict=True):
         r, a = through_layer(layer, io, grad, r, rules)
@@ -139,7 +155,7 @@ def direct(model, batch, select, head, position=0, start_layer=0, rules=OURS):
         if not trace.layers[0].modules.pre_norm:
             a = a / a.sum(-1, keepdim=True)
         rolled = a if rolled is None else a @ rolled
-    return rolled[position], r[0]
+    return start.to(rolled) @ rolled, r[0]
 
 
 def through_layer(layer, io, grad, r, rules):

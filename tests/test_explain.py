@@ -268,10 +268,10 @@ def test_windows_all_explain_one_class(monkeypatch):
 def test_methods_that_explain_a_class_say_what_they_lack():
     with pytest.raises(ValueError, match=r"target must be a class in \[0, 2\), got 2"):
         explain(classifier(), tokenizer(), TEXT, method="transformer-attribution", target=2)
-    with pytest.raises(ValueError, match="BertModel has no head to explain"):
+    with pytest.raises(ValueError, match="the model has no head to explain"):
         explain(build("bert"), tokenizer(), TEXT, method="transformer-attribution")
     tagger = BertForTokenClassification(classifier().config).double().eval()
-    with pytest.raises(ValueError, match="explains a class of a ...ForSequenceClassification, got BertForTokenClassification"):
+    with pytest.raises(ValueError, match="logits for every token"):
         explain(tagger, tokenizer(), TEXT, method="transformer-attribution")
 
 

@@ -122,7 +122,7 @@ def test_without_a_fast_tokenizer_tokens_are_shown_and_words_refused():
         (dict(offsets=[(0, 0), (0, 2), (2, 5), (6, 7), (6, 7), (12, 8)]), "offsets must hold pairs .* got tuple at position 5"),
         (dict(target=6), "target must be a position below n = 6, got 6"),
         (dict(target=True), "target must be an integer of at least 0, got True"),
-        (dict(target_kind="both"), "target_kind must be one of token, class, got 'both'"),
+        (dict(target_kind="both"), "target_kind must be one of token, class, mean, got 'both'"),
         (dict(windows=[(1, 7)]), "windows must end at most at n = 6, got 7 at position 0"),
         (dict(probability=1.5), r"probability must be a number in \[0, 1\] or None, got 1.5"),
         (dict(settings={"stride": [1]}), "settings must be a dict from strings"),

@@ -137,7 +137,7 @@ class Generator:
         batch = {"input_ids": input_ids, "attention_mask": attention_mask}
         check_batch("Generator", self._attribute.model, batch)
         target = (_class(index, self._attribute), None, None)
-        states = run_forward(self._attribute.model, batch, self._attribute.kind, target, None, self._last)
+        states = run_forward(self._attribute.model, batch, target, None, self._last)
         scores = _grad_cam(states.layers[-1], states.grads[-1])
         scores[:, 0] = 0
         return scores

@@ -82,6 +82,11 @@ class Trace:
         }
 
     @property
+    def inputs(self) -> list[Tensor]:
+        """Inputs of the layers that were called so far; nothing is checked yet."""
+        return [layer.x for layer in self._layers if layer.x is not None]
+
+    @property
     def layers(self) -> list[LayerTrace]:
         """Every layer's tensors, first to last.
 

@@ -4,6 +4,7 @@ What its weights must be: readable, and numbers where a result rests on them.
 """
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 # their position table starts after the padding index
@@ -41,14 +42,14 @@ def padding_id(model: PreTrainedModel) -> int | None:
     return padding if padding is not None and 0 <= padding < vocabulary(model) else None
 
 
-def check_readable(model: PreTrainedModel) -> None:
+def check_readable(model: nn.Module) -> None:
     """Raise ValueError if a parameter can't be read outside torch.inference_mode; values aren't looked at."""
     if any(parameter.is_inference() for parameter in model.parameters()):
         name = next(name for name, parameter in model.named_parameters() if parameter.is_inference())
         raise ValueError(f"{type(model).__name__}: parameter {name} was made in torch.inference_mode; load the model outside of it")
 
 
-def not_finite(who: str, model: PreTrainedModel) -> ValueError:
+def not_finite(who: str, model: nn.Module) -> ValueError:
     """Return the error of a result that isn't finite. It names the first parameter that holds NaN or infinity, if one does."""
     for name, parameter in model.named_parameters():
         # offloaded and quantised weights can't be looked at here

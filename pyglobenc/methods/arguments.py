@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pyglobenc.arguments import argument_names, refuse_unknown
+from pyglobenc.hf.unwrap import stock_model
 from pyglobenc.values import require
 
 # what a stock model may be given, if its forward pass names it
@@ -49,7 +50,8 @@ def model_inputs(who: str, model: nn.Module, batch: Mapping[str, Any], method: C
     """
     named, others = _forward_names(model)
     if not isinstance(model, PreTrainedModel):
-        return _checked(who, batch, named | (TENSORS if others else set()), REFUSED, method)
+        images = stock_model(model).main_input_name == "pixel_values"
+        return _checked(who, batch, named | ((IMAGES if images else TENSORS) if others else set()), REFUSED, method)
     if others:
         # a head hands on to the model inside what it doesn't name
         named = named | _forward_names(model.base_model)[0]
@@ -74,13 +76,20 @@ def takes(model: nn.Module, name: str) -> bool:
     return name in named or (others and isinstance(model, PreTrainedModel) and name in _forward_names(model.base_model)[0])
 
 
+def accepts(model: nn.Module, name: str) -> bool:
+    """Whether a model can be given one of its tokenizer's outputs: a stock model, or the user's module around one."""
+    named, others = _forward_names(model)
+    if isinstance(model, PreTrainedModel):
+        return takes(model, name)
+    return name in named or (others and takes(stock_model(model), name))
+
+
 def output_settings(model: nn.Module) -> dict[str, Any]:
-    """Return arguments that a stock model is called with, whatever its config says of its outputs."""
-    if not isinstance(model, PreTrainedModel):
-        return {}
-    settings = {"return_dict": True, "output_attentions": False}
+    """Return arguments that a stock model is called with, whatever its config says of its outputs; of a user's module those it names."""
     # a cache would hold every key and value a second time
-    return settings | {"use_cache": False} if takes(model, "use_cache") else settings
+    settings = {"return_dict": True, "output_attentions": False, "use_cache": False}
+    always = ("return_dict", "output_attentions") if isinstance(model, PreTrainedModel) else ()
+    return {name: value for name, value in settings.items() if name in always or takes(model, name)}
 
 
 def _checked(

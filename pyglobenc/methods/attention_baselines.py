@@ -10,12 +10,10 @@ from pyglobenc.reference.relevance_attention import probability_tiles
 from pyglobenc.reference.token_norms import take_queries
 
 
-def attention_row(layer: LayerTrace, position: Tensor) -> Tensor:
-    """Attention of the tokens `position` (B,), averaged over heads: (B, n)."""
-    rows = position[:, None].to(layer.q.device)
-    q, lse = take_queries(layer.q, rows), take_queries(layer.lse, rows)
-    tiles = probability_tiles(q, layer.k, lse, layer.key_mask, layer.scaling, layer.window, rows)
-    return next(tiles)[2].mean(1)[:, 0]
+def attention_row(layer: LayerTrace, row: Tensor) -> Tensor:
+    """Attention of tokens, averaged over heads, times their shares `row` (B, 1, n): (B, n)."""
+    row = row.to(layer.q.device)
+    return sum(row[:, :, rows] @ alpha.mean(1) for rows, _, alpha in _tiles(layer))[:, 0]
 
 
 def roll_out_attention(layers: Sequence[LayerTrace], row: Tensor) -> Tensor:
@@ -32,17 +30,18 @@ def roll_out_attention(layers: Sequence[LayerTrace], row: Tensor) -> Tensor:
     return row[:, 0]
 
 
-def grad_cam(layer: LayerTrace, grad_o: Tensor, position: Tensor) -> Tensor:
-    """Grad-CAM on attention as published for BERT: row `position` of the map scaled to [0, 1] over all its entries, (B, n).
+def grad_cam(layer: LayerTrace, grad_o: Tensor, row: Tensor) -> Tensor:
+    """Grad-CAM on attention as published for BERT: tokens' shares `row` (B, 1, n) times the map scaled to [0, 1] over all its entries,
+    (B, n).
 
     The mean gradient of a head has a closed form, <sum_i grad_o[i], sum_j v[j]> / n^2. Padding is left out of the mean and of the
     extremes, so that a padded example gets the values it has alone.
     """
-    mask, position = layer.key_mask, position.to(layer.q.device)
+    mask, row = layer.key_mask, row.to(layer.q.device)
     v = layer.v if mask is None else layer.v * mask[:, None, :, None]
     count = layer.q.shape[2] if mask is None else mask.sum(1).to(v.dtype)[:, None]
     weights = (grad_o.sum(2) * v.sum(2)).sum(-1) / count**2
-    low, high, row = None, None, None
+    low = high = read = None
     for rows, _, alpha in _tiles(layer):
         cam = (alpha * weights[:, :, None, None]).mean(1).clamp_(min=0)
         hidden = torch.zeros_like(cam, dtype=torch.bool) if mask is None else ~(mask[:, rows, None] & mask[:, None])
@@ -50,11 +49,9 @@ def grad_cam(layer: LayerTrace, grad_o: Tensor, position: Tensor) -> Tensor:
         most = cam.masked_fill(hidden, 0).amax((1, 2))
         low = least if low is None else torch.minimum(low, least)
         high = most if high is None else torch.maximum(high, most)
-        row = torch.zeros_like(cam[:, 0]) if row is None else row
-        here = (position >= rows.start) & (position < rows.stop)
-        found = cam[torch.arange(len(cam), device=cam.device), (position - rows.start).clamp(0, cam.shape[1] - 1)]
-        row = torch.where(here[:, None], found, row)
-    return _scale(row, low[:, None], high[:, None], mask)
+        part = (row[:, :, rows] @ cam)[:, 0]
+        read = part if read is None else read + part
+    return _scale(read, low[:, None], high[:, None], mask)
 
 
 def grad_cam_patches(layer: LayerTrace, grad_o: Tensor, prefix: int) -> Tensor:

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from pyglobenc.autocast import outside_autocast
 from pyglobenc.hf import LayerTrace
@@ -41,7 +40,7 @@ class Rollout:
     """A method of the rollout family on a stock transformers model.
 
     Args:
-        model: a known architecture, in evaluation mode; left as it is.
+        model: a known architecture, or a module with a head of its own around one, in evaluation mode; left as it is.
         method: a name in METHODS.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
         dtype: of the attribution arithmetic; None is float32, or float64 for a float64 model.
@@ -51,7 +50,7 @@ class Rollout:
     """
 
     def __init__(
-        self, model: PreTrainedModel, method: str = "attention-rollout", backend: str = "auto", dtype: torch.dtype | None = None
+        self, model: nn.Module, method: str = "attention-rollout", backend: str = "auto", dtype: torch.dtype | None = None
     ):
         if method not in METHODS:
             raise ValueError(f"Rollout: method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -62,12 +61,14 @@ class Rollout:
     @outside_autocast
     @torch.no_grad()
     def __call__(
-        self, *, targets: Sequence[int] | Tensor | None = None, layers: bool = False, maps: Sequence[str] = (), **batch: Any
+        self, *, targets: Sequence[int] | Tensor | str | None = None, layers: bool = False, maps: Sequence[str] = (), **batch: Any
     ) -> RolloutResult:
         """Attribute target tokens of a batch to the input tokens.
 
         Args:
-            targets: token positions, T for every example or (B, T); 0 is [CLS]. None: the first real token, of a causal model the last.
+            targets: token positions, T for every example or (B, T); 0 is [CLS]. "mean": the mean of all real tokens' rows, T = 1.
+                None: what the logits of a model with one set of them an example are computed from, a token or the mean of some; of
+                other models the first real token, of causal ones the last.
             layers: also return the result up to every layer; for raw attention, every layer's own.
             maps: "layers", every layer's matrix (B, L, n, n), and "rollout", their product (B, n, n), float64.
             batch: the model's inputs, as `GlobEnc` takes them.
@@ -81,10 +82,10 @@ class Rollout:
         batch = model_inputs("Rollout", self.model, batch, Rollout.__call__)
         if isinstance(maps, str) or any(name not in MAPS for name in maps):
             raise ValueError(f"Rollout: maps must be a sequence of names among {', '.join(MAPS)}, got {maps!r}")
-        captured, output = run_captured("Rollout", self.model, batch, self.dtype)
-        rows = target_rows("Rollout", targets, captured[-1])
+        captured, output, read = run_captured("Rollout", self.model, batch, self.dtype, targets)
+        rows = target_rows("Rollout", targets, captured[-1], read)
         result = rollout_result("Rollout", self.model, *self._rows(captured, rows, layers), layers)
-        result.output = output
+        result.output, result.targets = output, None if rows.is_floating_point() else rows
         full = [self._matrix(layer).full() for layer in captured] if maps else []
         for name in maps:
             result.maps[name] = stack_layers(full) if name == "layers" else roll_out(full)
@@ -95,7 +96,7 @@ class Rollout:
 
     @outside_autocast
     @torch.no_grad()
-    def packed(self, *, targets: Sequence[int] | Tensor | None = None, layers: bool = False, **batch: Any) -> list[RolloutResult]:
+    def packed(self, *, targets: Sequence[int] | Tensor | str | None = None, layers: bool = False, **batch: Any) -> list[RolloutResult]:
         """Attribute target tokens of sequences of any lengths, packed into one; the flow can't.
 
         Args:
@@ -120,6 +121,8 @@ class Rollout:
         offsets = captured[-1].offsets
         if self.method in OF_STAGE and self.method != "globenc":
             check_stage("Rollout", captured[-1], OF_STAGE[self.method])
+        if self.method == "attention-flow" and rows.is_floating_point():
+            raise ValueError("Rollout: attention-flow starts from tokens, not from a mean of them; name the tokens: targets=[0]")
         if self.method == "raw-attention":
             own = [roll_out_rows([self._matrix(layer)], rows, offsets=offsets) for layer in (captured if layers else captured[-1:])]
             return stack_layers([scores[:, 0] for scores, _ in own]), stack_layers([log_scale[:, 0] for _, log_scale in own])

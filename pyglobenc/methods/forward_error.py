@@ -77,7 +77,7 @@ class Sample:
 
 def forward_errors(states: States, weights: WeightCache) -> list[LayerError]:
     """Errors of every layer of a forward pass, first to last."""
-    errors, x, sample = [], states.layers[0].x.square(), Sample.of(states.layers[0], states.target.position)
+    errors, x, sample = [], states.layers[0].x.square(), Sample.of(states.layers[0], states.head.position)
     for layer, above in zip(states.layers, [*states.layers[1:], None], strict=True):
         m, x, sample = layer.modules, x.to(layer.x.device), sample.to(layer.x.device)
         hidden, mlp = states.take(m.mlp_output)

@@ -4,8 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from pyglobenc.autocast import outside_autocast
 from pyglobenc.hf import LayerTrace
@@ -24,7 +23,8 @@ class GlobEnc:
     """GlobEnc attribution of a stock transformers model.
 
     Args:
-        model: a known architecture, in evaluation mode; left as it is. It may be wrapped by torch.compile, PEFT or sentence-transformers.
+        model: a known architecture, in evaluation mode; left as it is. It may be wrapped by torch.compile, PEFT or
+            sentence-transformers, or stand in a module with a head of its own.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
         dtype: of the attribution arithmetic; None is float32, or float64 for a float64 model.
 
@@ -32,7 +32,7 @@ class GlobEnc:
         TypeError, ValueError: unknown architecture or backend, training mode.
     """
 
-    def __init__(self, model: PreTrainedModel, backend: str = "auto", dtype: torch.dtype | None = None):
+    def __init__(self, model: nn.Module, backend: str = "auto", dtype: torch.dtype | None = None):
         self.model = check_model("GlobEnc", model, backend, dtype)
         self.dtype = dtype
         self.ops = StageOps(backend)
@@ -42,7 +42,7 @@ class GlobEnc:
     def __call__(
         self,
         *,
-        targets: Sequence[int] | Tensor | None = None,
+        targets: Sequence[int] | Tensor | str | None = None,
         stage: str | None = None,
         layers: bool = False,
         maps: Sequence[str] = (),
@@ -53,7 +53,9 @@ class GlobEnc:
         Row mode, the default, stores no (n, n) array: memory is O(L*n*d + T*n). Each name in maps costs its own size.
 
         Args:
-            targets: token positions, T for every example or (B, T); 0 is [CLS]. None: the first real token, of a causal model the last.
+            targets: token positions, T for every example or (B, T); 0 is [CLS]. "mean": the mean of all real tokens' rows, T = 1.
+                None: what the logits of a model with one set of them an example are computed from, a token or the mean of some; of
+                other models the first real token, of causal ones the last.
             stage: "N", "N_Res", "N_ResLN" or "N_Enc", whose norms are rolled out. None: N_Enc, or N_Res for a pre-norm model, which
                 has no others but N: that extends the paper.
             layers: also return the rollout up to every layer.
@@ -76,18 +78,18 @@ class GlobEnc:
         unknown = [name for name in maps if name not in MAPS]
         if isinstance(maps, str) or unknown:
             raise ValueError(f"GlobEnc: maps must be a sequence of names among {', '.join(MAPS)}, got {maps!r}")
-        captured, output = run_captured("GlobEnc", self.model, batch, self.dtype)
+        captured, output, read = run_captured("GlobEnc", self.model, batch, self.dtype, targets)
         stage = stage or deepest_stage(captured[-1])
         for name in (stage, *(MIXING.get(name, name) for name in maps if MIXING.get(name, name) in STAGES)):
             check_stage("GlobEnc", captured[-1], name)
-        rows = target_rows("GlobEnc", targets, captured[-1])
+        rows = target_rows("GlobEnc", targets, captured[-1], read)
         full = self._full(captured, stage) if stage in maps or "rollout" in maps else None
         if full is None:
             matrices: Iterable[LayerMatrix] = (self.ops.norm_matrix(layer, stage) for layer in reversed(captured))
         else:
             matrices = [StoredMatrix(matrix) for matrix in reversed(full)]
         result = rollout_result("GlobEnc", self.model, *roll_out_rows(matrices, rows, layers), layers)
-        result.output = output
+        result.output, result.targets = output, None if rows.is_floating_point() else rows
         for name in maps:
             if name == "rollout":
                 result.maps[name] = roll_out(full)
@@ -101,18 +103,18 @@ class GlobEnc:
     @outside_autocast
     @torch.no_grad()
     def packed(
-        self, *, targets: Sequence[int] | Tensor | None = None, stage: str | None = None, layers: bool = False, **batch: Any
+        self, *, targets: Sequence[int] | Tensor | str | None = None, stage: str | None = None, layers: bool = False, **batch: Any
     ) -> list[RolloutResult]:
         """Attribute target tokens of sequences of any lengths, packed into one so that nothing is spent on padding.
 
         Args:
-            targets: token positions, T for every sequence or (S, T). None: the first token, of a causal model the last.
+            targets: token positions, T for every sequence or (S, T); "mean" or None as for a batch.
             stage, layers: as for a batch.
             batch: the inputs of S sequences, a list of each one's, as the model's tokenizer returns them unasked for padding or tensors.
 
         Returns:
-            What each sequence gives alone: S results of batch size 1, in order. Their output is None unless the model classifies
-            sequences: no other head is run.
+            What each sequence gives alone: S results of batch size 1, in order. Their output is None unless the model has one set of
+            logits for a sequence.
 
         Raises:
             TypeError, ValueError: as for a batch, or a model that can't be given the positions of packed sequences.

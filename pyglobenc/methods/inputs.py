@@ -1,6 +1,7 @@
 """From a batch to captured layers: everything is checked before and while the model sees it."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,37 +14,79 @@ from pyglobenc.hf import LayerTrace, capture, find_layers
 from pyglobenc.hf.labels import classifies
 from pyglobenc.hf.limits import check_readable, first_position, max_tokens, not_finite, padding_id, token_types, vocabulary
 from pyglobenc.hf.registry import is_decoder
-from pyglobenc.hf.unwrap import stock_model
+from pyglobenc.hf.unwrap import called_module, stock_model
 from pyglobenc.methods.arguments import output_settings
+from pyglobenc.methods.head import HeadRecord, detached, find_logits, recorded_head, tokens_read
 from pyglobenc.methods.precision import set_precision
+from pyglobenc.reference.packing import real_tokens
 from pyglobenc.values import check_range, may_look, require
 
 
-def check_model(who: str, model: nn.Module, backend: str, dtype: torch.dtype | None) -> PreTrainedModel:
-    """The stock model inside; TypeError or ValueError, naming who, unless its architecture, parameters, backend and dtype are fine."""
+def check_model(who: str, model: nn.Module, backend: str, dtype: torch.dtype | None) -> nn.Module:
+    """Return the module that is called, see `called_module`.
+
+    Raises:
+        TypeError, ValueError: naming who, unless architecture, parameters, backend and dtype are fine.
+    """
     check_backend(backend, who)
     if dtype not in (None, torch.float32, torch.float64):
         raise ValueError(f"{who}: dtype must be None, torch.float32 or torch.float64, got {dtype}")
-    model = stock_model(model)
+    model = called_module(model)
     find_layers(model)
     check_readable(model)
     return model
 
 
-def run_captured(who: str, model: PreTrainedModel, batch: Mapping[str, Any], dtype: torch.dtype | None) -> tuple[list[LayerTrace], Any]:
-    """Check a batch, run the model on it, and return its layers, in the precision asked for, and its output."""
+def run_captured(
+    who: str, model: nn.Module, batch: Mapping[str, Any], dtype: torch.dtype | None, targets: Any = ()
+) -> tuple[list[LayerTrace], Any, Tensor | None]:
+    """Check a batch and run the model on it.
+
+    Args:
+        who: method named in errors.
+        model: that `called_module` returned.
+        batch: its inputs.
+        dtype: of the attribution arithmetic, as for `GlobEnc`.
+        targets: None for what the model's head reads; others need no look at the head.
+
+    Returns:
+        Its layers, in the precision asked for; its output; and what its head reads, as `tokens_read` says, where targets is None and
+        the output holds one set of logits an example, else None.
+    """
     check_batch(who, model, batch)
-    if is_decoder(model) and not may_look() and batch.get("attention_mask") is None:
+    stock = stock_model(model)
+    if is_decoder(stock) and not may_look() and batch.get("attention_mask") is None:
         # without one, transformers takes every input for packed sequences while a graph is recorded
         ids = batch.get("input_ids", batch.get("inputs_embeds"))
         batch = {**batch, "attention_mask": torch.ones(ids.shape[:2], dtype=torch.long, device=ids.device)}
-    with capture(model) as trace, callers_autocast():
+    gradients = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(gradients), ExitStack() as stack:
+        # a tensor made in inference mode can't enter a graph
+        batch = {name: value.clone() if isinstance(value, Tensor) and value.is_inference() else value for name, value in batch.items()}
+        trace = stack.enter_context(capture(model))
+        stack.enter_context(callers_autocast())
+        record = None
+        if targets is None:
+            record = stack.enter_context(recorded_head(model, stock, trace, find_layers(stock), leaf=True))
         output = model(**{**batch, **output_settings(model)})
+        read = None
+        if record is not None:
+            read, output = read_by_head(who, model, record, output, trace.layers[-1].key_mask), detached(output)
     set_precision(trace.layers, dtype)
-    return trace.layers, output
+    return trace.layers, output, read
 
 
-def check_batch(who: str, model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
+def read_by_head(
+    who: str, model: nn.Module, record: HeadRecord, output: Any, key_mask: Tensor | None
+) -> Tensor | None:
+    """What the head reads, if it has one set of logits for each example."""
+    logits = find_logits(output)
+    if logits is None or logits.dim() != 2 or record.top is None or len(logits) != len(record.top):
+        return None
+    return tokens_read(who, model, record, logits, key_mask)
+
+
+def check_batch(who: str, model: nn.Module, batch: Mapping[str, Any]) -> None:
     """Raise on values that transformers would refuse obscurely, or take silently.
 
     Args:
@@ -56,8 +99,10 @@ def check_batch(who: str, model: PreTrainedModel, batch: Mapping[str, Any]) -> N
         TypeError, ValueError: training mode, no input, wrong shapes, ids beyond the vocabulary, empty or too long text, token types or
             positions that the model has no embeddings for, an example without a real token, a classifier that would read padding.
     """
-    if model.training:
+    stock = stock_model(model)
+    if model.training or stock.training:
         raise ValueError(f"{who}: the model is in training mode, where dropout changes the result; call model.eval() first")
+    model = stock
     if model.main_input_name == "pixel_values":
         _check_pixels(who, batch.get("pixel_values"))
         return
@@ -141,28 +186,68 @@ def _check_pixels(who: str, pixels: Any) -> None:
 
 
 def default_rows(layer: LayerTrace) -> Tensor:
-    """The token that a model's result rests on, (B, 1): the first real one ([CLS]), or the last real one of a causal model."""
+    """The token that a model without a head of its own rests on: the first real one ([CLS]), of a causal model the last real one.
+
+    Returns:
+        (B, 1); of packed sequences (S, 1), among all tokens.
+    """
+    causal = layer.window[1] == 0
+    if layer.offsets is not None:
+        ends = layer.offsets[:, None].long()
+        return ends[1:] - 1 if causal else ends[:-1]
     batch, _, n, _ = layer.q.shape
     i = torch.arange(n, device=layer.q.device).expand(batch, n)
     real = torch.ones_like(i, dtype=torch.bool) if layer.key_mask is None else layer.key_mask
-    if layer.window[1] == 0:
+    if causal:
         return i.masked_fill(~real, -1).amax(1, keepdim=True)
     return i.masked_fill(~real, n).amin(1, keepdim=True)
 
 
-def target_rows(who: str, targets: Sequence[int] | Tensor | None, layer: LayerTrace) -> Tensor:
-    """Targets as (B, T) int64, checked.
+def unnamed_rows(who: str, targets: str | None, layer: LayerTrace, read: Tensor | None) -> Tensor:
+    """Rows of a rollout that no positions are given for.
 
     Args:
         who: method named in errors.
-        targets: T positions for every example, or (B, T), each in [0, n) and not padding; None for `default_rows`.
+        targets: "mean", or None for what the head reads.
+        layer: any captured layer, for B, n, padding and packed sequences.
+        read: what the head reads, (B, 1) or (B, 1, n) as `tokens_read` says, packed sequences padded; None: `default_rows`.
+
+    Returns:
+        Positions (B, 1) int64, or the tokens' shares in a mean, (B, 1, n); of packed sequences (S, 1), among all tokens, or (1, 1, N).
+
+    Raises:
+        ValueError: another word than "mean".
+    """
+    if targets is not None and targets != "mean":
+        raise ValueError(f"{who}: targets must be token positions or 'mean', got {targets!r}")
+    offsets, device = layer.offsets, layer.q.device
+    real = layer.key_mask if offsets is None else real_tokens(offsets).to(device)
+    if targets == "mean":
+        batch, _, n, _ = layer.q.shape
+        if real is None:
+            return torch.full((batch, 1, n), 1 / n, dtype=torch.float64, device=device)
+        read = (real / real.sum(1, keepdim=True, dtype=torch.float64))[:, None]
+    if read is None:
+        return default_rows(layer)
+    if offsets is None:
+        return read
+    return read.cpu() + offsets[:-1, None].long() if read.dim() == 2 else read[:, 0][real][None, None]
+
+
+def target_rows(who: str, targets: str | Sequence[int] | Tensor | None, layer: LayerTrace, read: Tensor | None = None) -> Tensor:
+    """Targets as (B, T) int64, checked; of a mean over tokens the share of each, (B, 1, n).
+
+    Args:
+        who: method named in errors.
+        targets: T positions for every example, or (B, T), each in [0, n) and not padding; "mean" or None as for `unnamed_rows`.
         layer: any captured layer, for B, n and the padding.
+        read: what the head reads, as for `unnamed_rows`.
 
     Raises:
         TypeError, ValueError: not integers, empty, out of range, padding, or of another batch.
     """
-    if targets is None:
-        return default_rows(layer)
+    if targets is None or isinstance(targets, str):
+        return unnamed_rows(who, targets, layer, read)
     batch, _, n, _ = layer.q.shape
     rows = target_positions(who, torch.as_tensor(targets, device=layer.q.device), batch)
     check_range(who, "targets", rows, n)
@@ -181,7 +266,7 @@ def target_positions(who: str, targets: Tensor, batch: int) -> Tensor:
     return rows.long()
 
 
-def require_finite(who: str, model: PreTrainedModel, tensors: Iterable[Tensor]) -> None:
+def require_finite(who: str, model: nn.Module, tensors: Iterable[Tensor]) -> None:
     """Raise ValueError, naming who and the parameter at fault if one is, unless all entries of a result's tensors are finite."""
     finite = [torch.isfinite(t).all() for t in tensors]
     # the layers of a model may lie on several devices

@@ -1,7 +1,7 @@
 """Sequences of any lengths through the model and the rollout as one, packed end to end without padding."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from threading import get_ident
@@ -18,10 +18,11 @@ from pyglobenc.hf.limits import max_tokens, padding_id, token_types
 from pyglobenc.hf.positions import own_positions
 from pyglobenc.hf.registry import is_decoder
 from pyglobenc.methods.arguments import output_settings
-from pyglobenc.methods.inputs import check_ids, target_positions
+from pyglobenc.methods.head import HeadRecord, detached, find_logits, recorded_head
+from pyglobenc.methods.inputs import check_ids, read_by_head, target_positions, unnamed_rows
 from pyglobenc.methods.precision import set_precision
 from pyglobenc.methods.rollout import RolloutResult, rollout_result
-from pyglobenc.reference.packing import per_sequence, slices
+from pyglobenc.reference.packing import padded, real_tokens, slices
 from pyglobenc.values import check_range
 
 # scores (1, L, T, N) and log_scale (S, L, T) of captured layers and targets (S, T), positions among all N tokens
@@ -36,19 +37,16 @@ class Packed:
         inputs: of the model without its head, each (1, N).
         offsets: (S + 1,) int32, on the CPU: sequence order[s] is tokens offsets[s] to offsets[s + 1].
         order: numbers of the sequences as they were given.
-        read: (S,) int64, on the CPU: the token of each, among all N, that a classifier's head reads.
     """
 
     inputs: dict[str, Tensor]
     offsets: Tensor
     order: list[int]
-    read: Tensor
 
     def twice(self) -> "Packed":
         """All sequences, and after them all of them again."""
         inputs = {name: torch.cat([column, column], 1) for name, column in self.inputs.items()}
-        offsets, read = (torch.cat([t, own + self.offsets[-1]]) for t, own in ((self.offsets, self.offsets[1:]), (self.read, self.read)))
-        return Packed(inputs, offsets, self.order * 2, read)
+        return Packed(inputs, torch.cat([self.offsets, self.offsets[1:] + self.offsets[-1]]), self.order * 2)
 
     def cut(self, of: Callable[[slice, slice], Any]) -> list[Any]:
         """What `of` makes of each sequence, in the order in which they were given, from its place among the S and its tokens."""
@@ -59,56 +57,74 @@ class Packed:
 
 
 def attribute_packed(
-    who: str, model: PreTrainedModel, batch: Mapping[str, Any], targets: Any, dtype: torch.dtype | None, layers: bool, rows: Rows
+    who: str, model: nn.Module, batch: Mapping[str, Any], targets: Any, dtype: torch.dtype | None, layers: bool, rows: Rows
 ) -> list[RolloutResult]:
     """Run a model on packed sequences, roll out with `rows`, and cut the result into one for each sequence."""
     packed = pack(who, model, batch)
-    with capture(model if classifies(model) else model.base_model, offsets=packed.offsets) as trace, callers_autocast():
-        output = run_packed(model, packed)
+    with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
+        trace = stack.enter_context(capture(model, offsets=packed.offsets))
+        stack.enter_context(callers_autocast())
+        record = read = None
+        if targets is None:
+            record = stack.enter_context(recorded_head(model, model, trace, find_layers(model), leaf=True))
+        output = run_packed(model, packed, record)
+        if record is not None:
+            read, output = read_by_head(who, model, record, output, real_tokens(packed.offsets)), detached(output)
     captured = trace.layers
     set_precision(captured, dtype)
-    positions = _positions(who, targets, packed, causal=captured[-1].window[1] == 0)
+    positions = _positions(who, targets, packed, captured[-1], read)
     whole = rollout_result(who, model, *rows(captured, positions), layers)
+    logits, starts = find_logits(output), packed.offsets[:-1, None].to(positions.device)
+    of_sequences = logits is not None and logits.dim() == 2 and len(logits) == len(packed.order)
+    explained = None if positions.is_floating_point() else positions - starts
 
     def one(own: slice, tokens: slice) -> RolloutResult:
         of_layers = (whole.layer_scores[..., tokens], whole.layer_log_scale[own]) if layers else ()
-        returned = of_examples(output, own, len(packed.order))
-        return RolloutResult(whole.scores[..., tokens], whole.log_scale[own], *of_layers, output=returned)
+        returned = of_examples(output, own, len(packed.order)) if of_sequences else None
+        position = None if explained is None else explained[own]
+        return RolloutResult(whole.scores[..., tokens], whole.log_scale[own], *of_layers, output=returned, targets=position)
 
     return packed.cut(one)
 
 
-def run_packed(model: PreTrainedModel, packed: Packed) -> Any:
-    """Run a model within `capture` on packed sequences: what a classifier returns for the S of them, else None, and no head is run."""
+def run_packed(model: PreTrainedModel, packed: Packed, record: HeadRecord | None) -> Any:
+    """Run a model within `capture` on packed sequences: what its own head makes of the padded states of the S of them.
+
+    A language model's head isn't run, as it has no logits for a sequence; the result is then None. record: of the head, told where it
+    starts.
+    """
     base = model.base_model
     options = output_settings(base) | {"output_hidden_states": False}
-    if not classifies(model):
+    if base is model or model.get_output_embeddings() is not None:
         base(**packed.inputs, **options)
         return None
-    ids = packed.inputs["input_ids"][0, packed.read.to(model.device)][:, None]
-    with _read_tokens(base, packed, options):
-        return model(input_ids=ids, attention_mask=torch.ones_like(ids), **output_settings(model))
+    ids = padded(packed.inputs["input_ids"], packed.offsets, padding_id(model) or 0)
+    mask = real_tokens(packed.offsets).long().to(ids.device)
+    with _padded_states(base, packed, options, record):
+        return model(input_ids=ids, attention_mask=mask, **output_settings(model))
 
 
 @contextmanager
-def _read_tokens(base: nn.Module, packed: Packed, options: dict[str, Any]) -> Iterator[None]:
-    """Context in which a model without its head runs on packed sequences, whatever it is given, and returns the token of each that a head
-    reads, (S, 1, d): sequences of one token to the head."""
+def _padded_states(base: nn.Module, packed: Packed, options: dict[str, Any], record: HeadRecord | None) -> Iterator[None]:
+    """Context in which a model without its head runs on packed sequences, whatever it is given, and returns the states of each, padded."""
     own, forward, thread = vars(base).get("forward"), base.forward, get_ident()
 
-    def read(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
         if get_ident() != thread:
             return forward(*args, **kwargs)
-        out = forward(**packed.inputs, **options)
-        states = out.last_hidden_state
-        states = out.last_hidden_state = states[0, packed.read.to(states.device)][:, None]
+        wanted = {name: kwargs[name] for name in options if name in kwargs}
+        out = forward(**packed.inputs, **options | wanted)
+        states = padded(out.last_hidden_state, packed.offsets)
+        out.last_hidden_state = states = states if record is None else record.start(states)
         if getattr(base, "pooler", None) is not None:
             # ALBERT's is a Linear beside its activation
             alone = isinstance(base.pooler, nn.Linear)
             out.pooler_output = base.pooler_activation(base.pooler(states[:, 0])) if alone else base.pooler(states)
+        if out.get("hidden_states") is not None:
+            out.hidden_states = tuple(padded(t, packed.offsets) for t in out.hidden_states)
         return out
 
-    vars(base)["forward"] = read
+    vars(base)["forward"] = run
     try:
         yield
     finally:
@@ -127,8 +143,10 @@ def of_examples(output: Any, own: slice, size: int) -> Any:
     return tuple(of_examples(value, own, size) for value in output) if isinstance(output, tuple) else output
 
 
-def check_packable(who: str, model: PreTrainedModel) -> None:
+def check_packable(who: str, model: nn.Module) -> None:
     """Raise ValueError, naming who, if a model can't keep packed sequences apart."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"{who}: packed sequences need a transformers model; {type(model).__name__} has a head of its own around one")
     base = model.base_model
     if any(layer.own_scores is not None for layer in find_layers(model)):
         raise ValueError(f"{who}: {type(model).__name__} computes attention itself and can't keep packed sequences apart")
@@ -139,11 +157,9 @@ def check_packable(who: str, model: PreTrainedModel) -> None:
     if classifies(model) and is_decoder(model) and padding_id(model) is None:
         name = type(model).__name__
         raise ValueError(f"{who}: the config of {name} has no pad_token_id, without which its head takes one text at a time")
-    if classifies(model) and getattr(model.config, "classifier_pooling", "cls") != "cls":
-        raise ValueError(f"{who}: the head of {type(model).__name__} reads the mean of a sequence's tokens, and of packed ones gets one")
 
 
-def pack(who: str, model: PreTrainedModel, batch: Mapping[str, Any]) -> Packed:
+def pack(who: str, model: nn.Module, batch: Mapping[str, Any]) -> Packed:
     """Sequences end to end with their positions.
 
     Args:
@@ -180,8 +196,7 @@ def pack(who: str, model: PreTrainedModel, batch: Mapping[str, Any]) -> Packed:
     # without a mask some architectures look for packed sequences themselves
     columns["attention_mask"] = torch.ones_like(columns["input_ids"])
     offsets = torch.tensor([0] + [lengths[s] for s in order], device="cpu").cumsum(0).to(torch.int32)
-    read = _tokens_read(model, columns["input_ids"], offsets)
-    return Packed({name: column[None].to(model.device) for name, column in columns.items()}, offsets, order, read)
+    return Packed({name: column[None].to(model.device) for name, column in columns.items()}, offsets, order)
 
 
 def _check_types(who: str, model: PreTrainedModel, columns: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -196,28 +211,15 @@ def _check_types(who: str, model: PreTrainedModel, columns: dict[str, Tensor]) -
     return {name: column for name, column in columns.items() if name != "token_type_ids"}
 
 
-def _tokens_read(model: PreTrainedModel, ids: Tensor, offsets: Tensor) -> Tensor:
-    """Token of each sequence that a classifier's head reads: the first, of a decoder the last that isn't its padding token's."""
-    first = offsets[:-1].long()
-    if not is_decoder(model):
-        return first
-    padding = padding_id(model)
-    last = torch.arange(len(ids), device="cpu")
-    if padding is not None:
-        # a sequence of nothing else is read at its first
-        last = last.masked_fill(ids == padding, 0)
-    return torch.maximum(per_sequence(last[None, None], offsets)[:, 0], first)
-
-
 def _is_row(row: Any) -> bool:
     return isinstance(row, Tensor | Sequence) and torch.as_tensor(row, device="cpu").dim() == 1 and len(row) > 0
 
 
-def _positions(who: str, targets: Any, packed: Packed, causal: bool) -> Tensor:
-    """Positions (S, T) among all tokens of targets, T for every sequence or (S, T); None: the first, or last of a causal model."""
+def _positions(who: str, targets: Any, packed: Packed, layer: LayerTrace, read: Tensor | None) -> Tensor:
+    """Positions (S, T) among all tokens of targets, T for every sequence or (S, T); of a mean the tokens' shares, (1, 1, N)."""
+    if targets is None or isinstance(targets, str):
+        return unnamed_rows(who, targets, layer, read)
     starts, lengths = packed.offsets[:-1, None].long(), packed.offsets.diff()[:, None].long()
-    if targets is None:
-        return starts + (lengths - 1 if causal else 0)
     rows = target_positions(who, torch.as_tensor(targets, device="cpu"), len(packed.order))[packed.order]
     if bool(((rows < 0) | (rows >= lengths)).any()):
         raise ValueError(f"{who}: targets must lie in [0, n), n the tokens of their sequence, the shortest {int(lengths.min())}")

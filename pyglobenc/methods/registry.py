@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from pyglobenc.methods import family
 from pyglobenc.methods.globenc import GlobEnc
+from pyglobenc.methods.head import find_logits
 from pyglobenc.methods.relevance_variants import FOLLOWED, VARIANTS
 from pyglobenc.methods.transformer_attribution import TransformerAttribution
 
@@ -22,12 +23,12 @@ class Rows:
 
     scores: Tensor  # (B, n), padding 0
     log_scale: Tensor  # (B,), the method's own value is scores * exp(log_scale)
-    targets: Tensor  # (B,) int64, what was explained
+    targets: Tensor | None  # (B,) int64, what was explained; None for a mean over tokens
     logits: Tensor | None  # (B, ...), None of a model without a head, or whose head wasn't run
 
 
-# of a batch, or of lists to be packed, and targets (B,) int64: token positions, or classes, of which None is the predicted ones
-Run = Callable[[Mapping[str, Tensor], Tensor | None], Rows]
+# of a batch, or of lists to be packed, and targets (B,) int64: token positions, "mean", or classes; None is what the method itself takes
+Run = Callable[[Mapping[str, Tensor], Tensor | str | None], Rows]
 
 
 @dataclass(frozen=True)
@@ -53,20 +54,23 @@ def _rollout(name: str, model: PreTrainedModel, backend: str, dtype: torch.dtype
     """Any method that returns a `RolloutResult`."""
     attribute = GlobEnc(model, backend, dtype) if name == "globenc" else family.Rollout(model, name, backend, dtype)
 
-    def run(batch: Mapping[str, Any], targets: Tensor) -> Rows:
+    def run(batch: Mapping[str, Any], targets: Tensor | str | None) -> Rows:
+        rows = targets[:, None] if isinstance(targets, Tensor) else targets
         if not isinstance(batch["input_ids"], Tensor):
-            results = attribute.packed(**batch, targets=targets[:, None])
+            results = attribute.packed(**batch, targets=rows)
             scores = pad_sequence([one.scores[0, 0] for one in results], batch_first=True)
-            return Rows(scores, torch.cat([one.log_scale[0] for one in results]), targets, _logits([one.output for one in results]))
-        result = attribute(**batch, targets=targets[:, None])
-        return Rows(result.scores[:, 0], result.log_scale[:, 0], targets, getattr(result.output, "logits", None))
+            explained = None if results[0].targets is None else torch.cat([one.targets[:, 0] for one in results])
+            return Rows(scores, torch.cat([one.log_scale[0] for one in results]), explained, _logits([one.output for one in results]))
+        result = attribute(**batch, targets=rows)
+        explained = None if result.targets is None else result.targets[:, 0]
+        return Rows(result.scores[:, 0], result.log_scale[:, 0], explained, find_logits(result.output))
 
     return run
 
 
 def _logits(outputs: Sequence[Any]) -> Tensor | None:
     """(S, classes) of what the model returned for each of S sequences, or None."""
-    return None if outputs[0] is None else torch.cat([output.logits for output in outputs])
+    return None if outputs[0] is None else torch.cat([find_logits(output) for output in outputs])
 
 
 def _relevance(variant: str, model: PreTrainedModel, backend: str, dtype: torch.dtype | None) -> Run:
@@ -80,7 +84,7 @@ def _relevance(variant: str, model: PreTrainedModel, backend: str, dtype: torch.
             classes = torch.cat([one.target for one in results])
             return Rows(scores, torch.zeros_like(scores[:, 0]), classes, _logits([one.output for one in results]))
         result = attribute(**batch, target=targets, variant=variant)
-        return Rows(result.scores, torch.zeros_like(result.scores[:, 0]), result.target, result.output.logits)
+        return Rows(result.scores, torch.zeros_like(result.scores[:, 0]), result.target, find_logits(result.output))
 
     return run
 

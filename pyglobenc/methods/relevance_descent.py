@@ -1,6 +1,7 @@
 """Relevance from the explained logit down the layers, with what each variant takes from them on the way."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from pyglobenc.methods.relevance_layers import below_attention, down_to_attentio
 from pyglobenc.methods.relevance_rules import Rules
 from pyglobenc.methods.relevance_states import States
 from pyglobenc.ops import relevance_maps
-from pyglobenc.reference.packing import by_runs
+from pyglobenc.reference.packing import slices, take
 
 HEAD_MAPS = ("alpha", "R_alpha", "grad_alpha")
+ROW_BLOCK = 64
 MAPS = ("map", *HEAD_MAPS, "R_in")
 
 
@@ -46,9 +48,8 @@ class Descent:
         self.maps: dict[str, dict[int, Tensor]] = defaultdict(dict)
 
     def start_row(self) -> Tensor:
-        """The unit row of the pooled token, (B, 1, n), that a rollout starts from."""
-        row = torch.zeros_like(self.states.layers[-1].x[:, None, :, 0])
-        return row.scatter_(2, self.states.own(row.device)[:, None], 1)
+        """The row that a rollout starts from, (B, 1, n): each token's share in what the head reads."""
+        return self.states.packed(self.states.head.shares)[:, None].to(self.states.layers[-1].x.device)
 
     def roll_out(self, start_layer: int, lowest: int, names: tuple[str, ...] = ()) -> tuple[Tensor, Relevance | None]:
         """Row of the rollout from the top layer to start_layer, (B, n), and the relevance of the input, (B, n, d).
@@ -89,7 +90,7 @@ class Descent:
     def estimated_error(self) -> Tensor:
         """Expected relative L2 error of the last row or relevance made, a row's own entry left out, (B,)."""
         if self._steps:
-            moved, scores = row_error(self._steps, self.states.target.position, self.rules.weights), self._steps[-1].after
+            moved, scores = row_error(self._steps, self.states.head.position, self.rules.weights), self._steps[-1].after
             moved, scores = (t.scatter(1, self.states.own(t.device), 0) for t in (moved, scores.to(moved.device)))
         else:
             moved, scores = self.input.squared_error().sum(-1), self.input.values.sum(-1)
@@ -105,14 +106,23 @@ class Descent:
         return row[:, 0]
 
     def _own_row(self, index: int, s: Tensor) -> Tensor:
-        """Row of the pooled token in the map of one layer, (B, 1, n)."""
+        """Row of the tokens that the head reads in the map of one layer, (B, 1, n)."""
         tensors, options = self._map_arguments(index, s)
-        own, offsets = self.states.own(s.device), self.states.layers[index].offsets
+        offsets, start = self.states.layers[index].offsets, self.start_row().to(s.device)
         if offsets is None:
-            return relevance_maps(*tensors, rows=own, **options)
-        # the head reads each sequence's first
-        first = torch.zeros_like(own[0, :, None])
-        return by_runs(lambda *each: (relevance_maps(*each, rows=first[: len(each[0])], **options),), tensors, (2,) * 6, (2,), offsets)[0]
+            return self._share(tensors, options, start)
+        rows = []
+        for tokens in slices(offsets):
+            *own, share = take([*tensors, start], [2] * (len(tensors) + 1), tokens)
+            rows.append(self._share(own, options, share))
+        return torch.cat(rows, 2)
+
+    def _share(self, tensors: Sequence[Tensor | None], options: dict[str, Any], start: Tensor) -> Tensor:
+        """Row `start` (B, 1, n) of tokens' shares times the map of one layer, (B, 1, n), a block of the map's rows at a time."""
+        if self.states.head.position is not None:
+            return relevance_maps(*tensors, rows=start[:, 0].argmax(1, keepdim=True), **options)
+        blocks = torch.arange(start.shape[2], device=start.device).expand(len(start), -1).split(ROW_BLOCK, 1)
+        return sum(start.gather(2, rows[:, None]) @ relevance_maps(*tensors, rows=rows, **options) for rows in blocks)
 
     def _map_arguments(self, index: int, s: Tensor) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
         """Tensors and options of `relevance_maps`."""

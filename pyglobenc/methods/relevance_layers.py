@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pyglobenc.hf import LayerTrace
 from pyglobenc.methods.forward_error import LayerError
+from pyglobenc.methods.head_chain import SumStep
 from pyglobenc.methods.relevance_error import Quotient, Relevance, cloned, token_error
 from pyglobenc.methods.relevance_rules import Rules
 from pyglobenc.methods.relevance_states import States
@@ -23,29 +24,29 @@ class Residual:
 
 
 def head_relevance(states: States, rules: Rules, estimate: bool) -> Relevance:
-    """Relevance of the last layer's output, (B, n, d): 1 at the explained logit, down the head, at the token that the head reads.
+    """Relevance of the last layer's output, (B, n, d): 1 at the explained logit, down the head, at the tokens that the head reads.
 
     With estimate it carries its error."""
-    target, top = states.target, states.head[0]
-    weight = top.weight.detach()
-    row = weight[target.index.to(weight.device)].to(states.dtype)
-    if target.contrast is not None:
+    head, top = states.head, states.head.steps[0]
+    weight = top.module.weight.detach()
+    row = weight[head.index.to(weight.device)].to(states.dtype)
+    if head.contrast is not None:
         # the difference of two logits is one output whose weights are the difference
-        row = row - weight[target.contrast.to(weight.device)].to(states.dtype)
-    x = _at(states.take(top)[0], target.position)
+        row = row - weight[head.contrast.to(weight.device)].to(states.dtype)
+    x = top.given
     r = Relevance(rules.logit(x, row[:, None]), torch.ones_like(x[..., :1]) if estimate else None)
-    for module in states.head[1:]:
-        x, returned = (_at(t, target.position) for t in states.take(module))
-        r = rules.linear(r.to(x.device), module, x, returned)
+    for step in head.steps[1:]:
+        if isinstance(step, SumStep):
+            r = rules.token_sum(r.to(step.x.device), step.x, step.weights)
+        else:
+            x = step.given
+            r = rules.linear(r.to(x.device), step.module, x, step.returned)
     last = states.layers[-1].x
+    if head.position is None:
+        return Relevance(states.packed(r.values.to(last.device)))
     r = rules.clone([r], x).to(last.device)
     index = states.own(last.device)[..., None].expand(-1, -1, last.shape[2])
     return Relevance(torch.zeros_like(last).scatter_(1, index, r.values.view(index.shape)), token_error(r))
-
-
-def _at(t: Tensor, position: Tensor) -> Tensor:
-    """The token `position` (B,) of t (B, n, d), (B, 1, d); a t of (B, d) holds it already."""
-    return t[:, None] if t.dim() == 2 else t[torch.arange(t.shape[0], device=t.device), position.to(t.device)][:, None]
 
 
 def down_to_attention(states: States, index: int, r: Relevance, rules: Rules, errors: LayerError | None) -> tuple[Quotient, Residual]:

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pyglobenc.methods.head import detached
 from pyglobenc.methods.inputs import require_finite
 from pyglobenc.methods.packing import Packed, of_examples
 from pyglobenc.methods.relevance_descent import Descent
@@ -23,7 +24,8 @@ class RelevanceResult:
     Attributes:
         scores: (B, n) tokens, padding 0; for images (B, patches), or (B, height, width) pixels of the variants "full" and "lrp".
         target: (B,) int64, the class explained; 0 or 1 for a span's start or end.
-        position: (B,) int64, the pooled token, whose row the scores are.
+        position: (B,) int64, the token that the head reads, whose row the scores are; None of a head that reads the sum or mean of
+            several, for which the row starts from each one's share.
         logit: (B,), the value explained.
         error: (B,), how far rounding moves the scores: relative L2 distance, the pooled token's own entry left out; see `reliability`.
             None when it is off, and for variants that only read attention.
@@ -31,14 +33,14 @@ class RelevanceResult:
         relevance: (B, L, n), relevance of each layer's input summed over the hidden size; None unless asked for.
         maps: the maps asked for, by name.
         diagnostics: "relevance_sums" (B, layers + 1), the sum of the relevance of the input of each layer that it went through, lowest
-            first, and of the last layer's output: 1 in exact arithmetic without the guards; "conservation" (B,), the largest distance
-            of these from 1.
+            first, and of the last layer's output: 1 in exact arithmetic without the guards, less of a head that sums tokens, whose
+            features without a positive token pass nothing on; "conservation" (B,), the largest distance of these from 1.
         output: what the model returned.
     """
 
     scores: Tensor
     target: Tensor
-    position: Tensor
+    position: Tensor | None
     logit: Tensor
     error: Tensor | None = None
     error_method: str | None = None
@@ -52,12 +54,10 @@ def relevance_result(model: PreTrainedModel, states: States, scores: Tensor, how
     """Result of scores (B, n), of packed sequences (1, N) with what else there is of each (S,); ValueError when they aren't finite."""
     # the rules' clamps and guards may hide what the logit shows
     require_finite(WHO, model, (scores, states.target.logit))
-    for name, value in states.output.items():
-        if isinstance(value, Tensor):
-            states.output[name] = value.detach()
-    target = states.target
-    index, position, logit = (t[: states.count] for t in (target.index, target.position, target.logit))
-    return RelevanceResult(scores, index, position, logit, error_method=how, output=states.output)
+    target, position = states.target, states.head.position
+    index, logit = target.index[: states.count], target.logit[: states.count]
+    position = None if position is None else position[: states.count]
+    return RelevanceResult(scores, index, position, logit, error_method=how, output=detached(states.output))
 
 
 def add_layers(model: PreTrainedModel, result: RelevanceResult, descent: Descent, layers: bool) -> None:
@@ -83,7 +83,7 @@ def of_sequences(result: RelevanceResult, packed: Packed) -> list[RelevanceResul
         return RelevanceResult(
             scores=result.scores[:, tokens],
             target=result.target[own],
-            position=result.position[own] - tokens.start,
+            position=None if result.position is None else result.position[own],
             logit=result.logit[own],
             error=None if result.error is None else result.error[own],
             error_method=result.error_method,

@@ -35,6 +35,14 @@ class Rules:
         out = linear_relevance(r.values, given, weight, abs_weight=absolute, output=returned, bias=bias, backend=self.backend)
         return Relevance(out, token_error(r))
 
+    def token_sum(self, r: Relevance, x: Tensor, weights: Tensor) -> Relevance:
+        """Relevance of tokens x (B, n, d) from that of their sum with weights (B, n), r (B, 1, d): the rule of a Linear whose weights
+        are positive. A sum of one token with weight 1 is the token itself."""
+        parts = x.clamp(min=0) * weights[..., None]
+        out = parts * safe_divide(r.values, parts.sum(1, keepdim=True))
+        alone = (weights == 1).any(1) & (weights.count_nonzero(1) == 1)
+        return Relevance(torch.where(alone[:, None, None], r.values * weights[..., None], out))
+
     def add(
         self, r: Relevance, a: Tensor, b: Tensor, by_sum: Tensor | None = None, offsets: Tensor | None = None
     ) -> tuple[Relevance, Relevance]:

@@ -7,18 +7,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from pyglobenc.autocast import callers_autocast
 from pyglobenc.hf import LayerModules, LayerTrace, Trace, capture, find_layers
 from pyglobenc.hf.layers import outside
 from pyglobenc.hf.threads import in_this_thread
+from pyglobenc.hf.unwrap import stock_model
 from pyglobenc.methods.arguments import output_settings
+from pyglobenc.methods.head import HeadRecord, recorded_head
+from pyglobenc.methods.head_chain import Head, follow_head
 from pyglobenc.methods.packing import Packed, of_examples, run_packed
 from pyglobenc.methods.relevance_support import check_layers
 from pyglobenc.methods.relevance_target import Index, Target, find_target
 from pyglobenc.methods.reliability import nudge
 from pyglobenc.methods.wide import WideParameters
+from pyglobenc.reference.packing import real_tokens
 
 
 @dataclass
@@ -30,8 +33,8 @@ class States:
         layers: captured layers, first to last, detached.
         grads: gradient of the explained logit with respect to each layer's attention output, (B, H, n, dh); None below the lowest
             layer asked for.
-        io: input and output of every Linear module, and of ViT's convolution, detached; see `take`.
-        head: the Linear modules of the head, top down.
+        io: input and output of every Linear module of the layers, and of ViT's convolution, detached; see `take`.
+        head: the way from the logit down to the last layer's output.
         target: the logit explained.
         output: what the model returned, for the examples as they are.
         dtype: of the relevance arithmetic.
@@ -41,7 +44,7 @@ class States:
     layers: list[LayerTrace]
     grads: list[Tensor | None]
     io: dict[nn.Module, tuple[Tensor, Tensor]]
-    head: list[nn.Linear]
+    head: Head
     target: Target
     output: Any
     dtype: torch.dtype
@@ -67,16 +70,22 @@ class States:
         """A tensor (B, n, ...) for the examples as they are, and for the second run if there was one."""
         return tuple(t.chunk(2, 0 if self.layers[0].offsets is None else 1)) if self.twice else (t, None)
 
-    def own(self, device: torch.device) -> Tensor:
-        """Index of the pooled tokens along the axis of tokens, (B, 1), of packed sequences (1, S)."""
-        position = self.target.position.to(device)
-        return position[:, None] if self.layers[0].offsets is None else position[None]
+    def own(self, device: torch.device) -> Tensor | None:
+        """Index of the tokens read along the axis of tokens, (B, 1), of packed sequences (1, S); None where the head reads several."""
+        if self.head.position is None:
+            return None
+        position, offsets = self.head.position.to(device), self.layers[0].offsets
+        return position[:, None] if offsets is None else (position + offsets[:-1].to(device))[None]
+
+    def packed(self, t: Tensor) -> Tensor:
+        """t (B, n, ...), of packed sequences padded (S, n, ...), along the axis of tokens: the same, or (1, N, ...)."""
+        offsets = self.layers[0].offsets
+        return t if offsets is None else t[real_tokens(offsets).to(t.device)][None]
 
 
 def run_forward(
-    model: PreTrainedModel,
+    model: nn.Module,
     batch: Mapping[str, Any] | Packed,
-    kind: str,
     target: tuple[Any, Index, Index],
     dtype: torch.dtype | None,
     lowest: int,
@@ -87,18 +96,21 @@ def run_forward(
     Parameters get no gradient and keep their flags: the graph starts at the first layer's input.
 
     Args:
-        model: a known architecture, in evaluation mode.
+        model: a known architecture, or the user's module around one, in evaluation mode.
         batch: its inputs, checked, or packed sequences.
-        kind: of `head_kind`.
         target: target, contrast and position of the call.
         dtype: float32, float64 or None; float64 on a narrower model widens the forward pass too.
         lowest: first layer whose gradient is wanted; the number of layers for none.
         twice: after the examples all of them again, from a first layer's input moved by a rounding unit, with the target and the
             gradients of the first.
+
+    Raises:
+        ValueError: layers or a head that the relevance rules don't cover.
     """
-    found = find_layers(model)
+    stock = stock_model(model)
+    found = find_layers(stock)
     check_layers(found)
-    own = next(model.parameters()).dtype
+    own = next(stock.parameters()).dtype
     arithmetic = dtype or (torch.float64 if own == torch.float64 else torch.float32)
     with torch.inference_mode(False), torch.enable_grad():
         packed = isinstance(batch, Packed)
@@ -106,30 +118,27 @@ def run_forward(
             # a tensor made in inference mode can't enter a graph
             batch = {name: value.clone() if isinstance(value, Tensor) and value.is_inference() else value for name, value in batch.items()}
         if twice:
-            batch = batch.twice() if packed else _doubled(model, batch)
-        others = _linears_outside(model, found)
-        trace, output = _captured(model, found, others, batch, arithmetic, twice)
+            batch = batch.twice() if packed else _doubled(stock, batch)
+        trace, record, output = _captured(model, found, batch, arithmetic, twice)
         check_layers(found, trace.layers)
-        key_mask = trace.layers[0].key_mask
+        mask = real = real_tokens(batch.offsets) if packed else trace.layers[0].key_mask
         if twice:
-            size = len(batch.read) if packed else trace.layers[0].x.shape[0]
+            size = len(record.top)
             half = slice(0, size // 2)
-            output, key_mask = of_examples(output, half, size), key_mask if key_mask is None else key_mask[half]
-        chosen = find_target(kind, output, *target, key_mask)
+            output, mask = of_examples(output, half, size), mask if mask is None else mask[half]
+        chosen = find_target(output, *target, mask)
+        head = follow_head(model, record, chosen.logit, chosen.contrast is not None, real)
         grads = _attention_gradients(chosen.logit, trace.layers, lowest)
     chosen.logit = chosen.logit.detach()
     if twice:
         axis = 2 if packed else 0
         grads = [None if g is None else torch.cat([g.chunk(2, axis)[0]] * 2, axis) for g in grads]
         chosen = Target(*(None if t is None else t.repeat(2) for t in vars(chosen).values()))
-    if packed:
-        chosen.position = batch.read.to(chosen.position.device)
     grads = [None if g is None else g.to(arithmetic) for g in grads]
-    io = _detach(trace, arithmetic)
-    return States(trace.layers, grads, io, _head(found, others, io), chosen, output, arithmetic, twice)
+    return States(trace.layers, grads, _detach(trace, arithmetic), head.to(arithmetic), chosen, output, arithmetic, twice)
 
 
-def _doubled(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:
+def _doubled(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The batch with every example a second time, after them all."""
     main = batch.get(model.main_input_name)
     size = len(batch["inputs_embeds"] if main is None else main)
@@ -140,15 +149,13 @@ def _doubled(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _captured(
-    model: PreTrainedModel,
-    found: list[LayerModules],
-    others: list[nn.Module],
-    batch: Mapping[str, Any] | Packed,
-    dtype: torch.dtype,
-    twice: bool,
-) -> tuple[Trace, Any]:
+    model: nn.Module, found: list[LayerModules], batch: Mapping[str, Any] | Packed, dtype: torch.dtype, twice: bool
+) -> tuple[Trace, HeadRecord, Any]:
     """Run the model from a leaf of the graph, the first layer's input, in float64 if dtype is; twice: its second half is moved."""
+    stock = stock_model(model)
     within = [getattr(m, part) for m in found for part in ("query", "key", "value", "output", "intermediate", "mlp_output")]
+    # the convolution that embeds patches
+    within += [module for module in outside(stock, {layer.block for layer in found}) if isinstance(module, nn.Conv2d)]
     offsets = batch.offsets if isinstance(batch, Packed) else None
 
     def enter(x: Tensor) -> Tensor:
@@ -160,18 +167,22 @@ def _captured(
         return x.requires_grad_()
 
     def change(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        # a user's module may run its encoder without gradients
+        torch.set_grad_enabled(True)
         if args:
             return (enter(args[0]), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": enter(kwargs["hidden_states"])}
 
     with ExitStack() as stack:
-        trace = stack.enter_context(capture(model, modules=[*within, *others], offsets=offsets))
+        trace = stack.enter_context(capture(model, modules=within, offsets=offsets))
+        record = stack.enter_context(recorded_head(model, stock, trace, found, leaf=False))
         handle = found[0].block.register_forward_pre_hook(in_this_thread(change), prepend=True, with_kwargs=True)
         stack.callback(handle.remove)
-        if dtype == torch.float64 and next(model.parameters()).dtype != torch.float64:
+        if dtype == torch.float64 and next(stock.parameters()).dtype != torch.float64:
             stack.enter_context(WideParameters(torch.float64))
         stack.enter_context(callers_autocast())
-        return trace, model(**{**batch, **output_settings(model)}) if offsets is None else run_packed(model, batch)
+        output = model(**{**batch, **output_settings(model)}) if offsets is None else run_packed(model, batch, record)
+        return trace, record, output
 
 
 def _detach(trace: Trace, dtype: torch.dtype) -> dict[nn.Module, tuple[Tensor, Tensor]]:
@@ -188,16 +199,3 @@ def _attention_gradients(logit: Tensor, layers: list[LayerTrace], lowest: int) -
     wanted = [layer.o for layer in layers[lowest:]]
     grads = torch.autograd.grad(logit.sum(), wanted) if wanted else ()
     return [None] * min(lowest, len(layers)) + list(grads)
-
-
-def _linears_outside(model: PreTrainedModel, found: list[LayerModules]) -> list[nn.Module]:
-    """Linear modules, and the convolution that embeds patches, outside the layers."""
-    modules = outside(model, {layer.block for layer in found})
-    return [module for module in modules if isinstance(module, nn.Linear | nn.Conv2d)]
-
-
-def _head(found: list[LayerModules], others: list[nn.Module], io: Mapping[nn.Module, Any]) -> list[nn.Linear]:
-    """Linear modules called after the last layer, last call first; between them a head applies only functions that pass relevance on."""
-    called = list(io)
-    after = called[called.index(found[-1].mlp_output) + 1 :]
-    return [module for module in reversed(after) if module in others]

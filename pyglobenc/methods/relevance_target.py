@@ -1,24 +1,15 @@
-"""Which logit transformer attribution explains, and which token its head reads."""
+"""Which logit transformer attribution explains."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from pyglobenc.methods.head import find_logits
 from pyglobenc.values import check_range, require
 
-# what a model's head returns, by the end of its class name
-HEADS = {
-    "ForSequenceClassification": "class",
-    "ForImageClassification": "class",
-    "ForMultipleChoice": "choice",
-    "ForTokenClassification": "token",
-    "ForMaskedLM": "token",
-    "ForQuestionAnswering": "span",
-}
 SPANS = ("start", "end")
 
 Index = int | Sequence[int] | Tensor | None
@@ -31,51 +22,35 @@ class Target:
     Attributes:
         index: (B,) int64, class explained; 0 or 1 for a span's start or end.
         contrast: (B,) int64, class whose logit is subtracted, or None.
-        position: (B,) int64, token that the head reads.
         logit: (B,), the explained value, in the autograd graph.
     """
 
     index: Tensor
     contrast: Tensor | None
-    position: Tensor
     logit: Tensor
 
 
-def head_kind(model: PreTrainedModel) -> str:
-    """What the model's head returns: "class", "choice", "token" or "span".
-
-    Raises:
-        ValueError: a model without a head that is known.
-    """
-    for cls in type(model).__mro__:
-        for ending, kind in HEADS.items():
-            if cls.__name__.endswith(ending):
-                return kind
-    if type(model).__name__.endswith("WithTeacher"):
-        raise ValueError(
-            f"TransformerAttribution: {type(model).__name__} averages the logits of two heads at two tokens; the published rules have no "
-            "shares for that mean, load the checkpoint as ...ForImageClassification"
-        )
-    raise ValueError(
-        f"TransformerAttribution: {type(model).__name__} has no head to explain; known heads: "
-        + ", ".join(f"...{ending}" for ending in HEADS)
-    )
-
-
-def find_target(kind: str, output: Any, target: Any, contrast: Index, position: Index, key_mask: Tensor | None) -> Target:
+def find_target(output: Any, target: Any, contrast: Index, position: Index, key_mask: Tensor | None) -> Target:
     """Resolve the arguments of a call against the model's output; see `TransformerAttribution.__call__`.
 
     Args:
-        kind: of `head_kind`.
         output: what the model returned.
         target, contrast, position: as the user gave them.
         key_mask: (B, n) bool, True for real tokens, or None.
+
+    Raises:
+        TypeError, ValueError: the output holds no logits, or none that the arguments name.
     """
-    if kind == "span":
+    if isinstance(output, Mapping) and all(f"{name}_logits" in output for name in SPANS):
         return _span(output, target, contrast, position, key_mask)
-    logits = output.logits
+    logits = find_logits(output)
+    if logits is None:
+        raise ValueError(
+            "TransformerAttribution: the model has no head to explain; it must return logits (B, C) or (B, n, C), alone or as 'logits', "
+            "or start_logits and end_logits"
+        )
     batch, device = logits.shape[0], logits.device
-    if kind == "token":
+    if logits.dim() == 3:
         if position is None:
             raise ValueError(
                 "TransformerAttribution: this model has logits for every token; name the token: position=i, or one for each example"
@@ -85,17 +60,15 @@ def find_target(kind: str, output: Any, target: Any, contrast: Index, position: 
         logits = logits.gather(1, at[:, None, None].expand(-1, 1, logits.shape[2]))[:, 0]
     elif position is not None:
         raise ValueError("TransformerAttribution: position names a token's logit; this model has one set of logits for an example")
-    else:
-        at = torch.zeros(batch, dtype=torch.long, device=device)
     if isinstance(target, str):
         raise TypeError(f"TransformerAttribution: target must be a class index, got {target!r}")
     index = logits.argmax(-1) if target is None else _indices("target", target, batch, logits.shape[-1], device)
     logit = logits.gather(1, index[:, None])[:, 0]
     if contrast is None:
-        return Target(index, None, at, logit)
+        return Target(index, None, logit)
     other = _indices("contrast", contrast, batch, logits.shape[-1], device)
     require((other != index).all(), lambda: ValueError("TransformerAttribution: contrast must be another class than target"))
-    return Target(index, other, at, logit - logits.gather(1, other[:, None])[:, 0])
+    return Target(index, other, logit - logits.gather(1, other[:, None])[:, 0])
 
 
 def _span(output: Any, target: Any, contrast: Index, position: Index, key_mask: Tensor | None) -> Target:
@@ -112,7 +85,7 @@ def _span(output: Any, target: Any, contrast: Index, position: Index, key_mask: 
     else:
         at = _indices("position", position, *logits.shape, logits.device)
     _check_real(at, key_mask)
-    return Target(torch.full_like(at, SPANS.index(which)), None, at, logits.gather(1, at[:, None])[:, 0])
+    return Target(torch.full_like(at, SPANS.index(which)), None, logits.gather(1, at[:, None])[:, 0])
 
 
 def _indices(name: str, value: Any, batch: int, size: int, device: torch.device) -> Tensor:

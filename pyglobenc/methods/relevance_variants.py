@@ -68,15 +68,17 @@ def variant_scores(model: PreTrainedModel, chosen: Variant, descent: Descent, st
         _, r = descent.roll_out(depth, 0)
         return pixel_relevance(model, states, r, descent.rules) if images else r.values.sum(-1)
     if chosen.kind == "grad_cam" and images:
+        if states.head.position is None or bool((states.head.position != 0).any()):
+            raise ValueError("TransformerAttribution: Grad-CAM of images is published for heads that read [CLS]")
         return grad_cam_patches(last, states.grads[-1], prefix)
     if chosen.kind == "rollout":
         row, _ = descent.roll_out(start_layer, start_layer + 1)
     elif chosen.kind == "layer":
         row = descent.layer_row(chosen.layer % depth)
     elif chosen.kind == "attention":
-        row = attention_row(last, states.target.position)
+        row = attention_row(last, descent.start_row())
     elif chosen.kind == "attention_rollout":
         row = roll_out_attention(states.layers[start_layer:], descent.start_row())
     else:
-        row = grad_cam(last, states.grads[-1], states.target.position)
+        row = grad_cam(last, states.grads[-1], descent.start_row())
     return row[:, prefix:]

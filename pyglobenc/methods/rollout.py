@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from pyglobenc.methods.inputs import require_finite
 from pyglobenc.methods.layer_matrix import LayerMatrix
@@ -20,9 +19,9 @@ def roll_out_rows(
 
     Args:
         matrices: one a layer, last layer first; taken one at a time, so that a generator holds one layer's at once.
-        targets: rows wanted, (B, T) int64.
+        targets: rows wanted, (B, T) int64; or what rows are multiplied with, (B, T, n) floating point.
         layers: also the rollout up to every layer.
-        offsets: (S + 1,) of the sequences that the matrices pack; targets are then (S, T), positions among all N tokens.
+        offsets: (S + 1,) of the sequences that the matrices pack; targets are then (S, T), positions among all N tokens, or (1, T, N).
 
     Returns:
         scores (B, L, T, n), each row's largest entry 1, and log_scale (B, L, T); L is 1, the whole rollout, without layers. Of packed
@@ -42,6 +41,8 @@ def roll_out_rows(
 
 def _first_rows(matrix: LayerMatrix, targets: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rows of one matrix, scaled to maximum 1, and their log_scale."""
+    if targets.is_floating_point():
+        return matrix.step(targets, targets.new_zeros(len(targets) if offsets is None else len(offsets) - 1, targets.shape[1]))
     if offsets is None:
         rows = matrix.rows(targets)
         return rescale_rows(rows, torch.zeros_like(rows[..., 0]))
@@ -74,6 +75,7 @@ class RolloutResult:
         layer_log_scale: (B, L, T), or None.
         maps: the maps asked for, by name.
         output: what the model returned.
+        targets: (B, T) int64, positions of the targets; None for a mean over tokens, T = 1.
     """
 
     scores: Tensor
@@ -82,9 +84,10 @@ class RolloutResult:
     layer_log_scale: Tensor | None = None
     maps: dict[str, Tensor] = field(default_factory=dict)
     output: Any = None
+    targets: Tensor | None = None
 
 
-def rollout_result(who: str, model: PreTrainedModel, scores: Tensor, log_scale: Tensor, layers: bool) -> RolloutResult:
+def rollout_result(who: str, model: nn.Module, scores: Tensor, log_scale: Tensor, layers: bool) -> RolloutResult:
     """Result from what `roll_out_rows` returned for (B, L, T, n); ValueError as `require_finite` when it isn't finite."""
     require_finite(who, model, (scores, log_scale))
     if not layers:

@@ -5,29 +5,35 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from pyglobenc.autocast import callers_autocast, outside_autocast
 from pyglobenc.hf import find_layers, vit
+from pyglobenc.hf.unwrap import stock_model
 from pyglobenc.methods.arguments import model_inputs, output_settings, packed_inputs
+from pyglobenc.methods.head import find_logits
 from pyglobenc.methods.inputs import check_batch, check_model
-from pyglobenc.methods.packing import Packed, classifies, pack
+from pyglobenc.methods.packing import Packed, pack
 from pyglobenc.methods.relevance_descent import MAPS, Descent
 from pyglobenc.methods.relevance_result import RelevanceResult, add_layers, of_sequences, relevance_result
 from pyglobenc.methods.relevance_rules import LrpRules, Rules
 from pyglobenc.methods.relevance_states import States, run_forward
-from pyglobenc.methods.relevance_target import Index, head_kind
+from pyglobenc.methods.relevance_target import Index
 from pyglobenc.methods.relevance_variants import FOLLOWED, PUBLISHED, VARIANTS, Variant, variant_scores
 from pyglobenc.methods.reliability import DIGITS_GONE, METHODS, PrecisionWarning, distance, measured
 from pyglobenc.values import may_look
 
+WHO = "TransformerAttribution"
+
 
 class TransformerAttribution:
-    """Transformer attribution of a stock transformers classifier: BERT and its relatives, DistilBERT, ViT, DeiT.
+    """Transformer attribution of a transformers classifier: BERT and its relatives, DistilBERT, ViT, DeiT.
+
+    The head is what the logit is computed with, in the model or in a user's module around it: a chain of Linear modules, activations
+    and layer norms that reads one token, or the sum or mean of several. Every call checks that; other heads are refused.
 
     Args:
-        model: a known architecture with a head, in evaluation mode; left as it is.
+        model: a known architecture with a head, or a module with a head of its own around one, in evaluation mode; left as it is.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
         dtype: of the arithmetic; None is float32, or float64 for a float64 model. torch.float64 runs the forward pass and the
             relevance in double on a narrower model, weight by weight, without a second copy of it.
@@ -35,23 +41,24 @@ class TransformerAttribution:
             b + e * sign(b).
 
     Raises:
-        TypeError, ValueError: unknown architecture, head or backend, training mode.
+        TypeError, ValueError: unknown architecture or backend, training mode.
 
     Source: Chefer et al., 2021, and its published code, whose guards are kept to the letter.
     """
 
-    def __init__(self, model: PreTrainedModel, backend: str = "auto", dtype: torch.dtype | None = None, stabilizer: float = 0.0):
+    def __init__(self, model: nn.Module, backend: str = "auto", dtype: torch.dtype | None = None, stabilizer: float = 0.0):
         model = check_model("TransformerAttribution", model, backend, dtype)
         if not 0 <= stabilizer < float("inf"):
             raise ValueError(f"TransformerAttribution: stabilizer must be 0 or a positive number, got {stabilizer}")
         self.model = model
         self.dtype = dtype
-        self.kind = head_kind(model)
+        # the transformers model in it
+        self.stock = stock_model(model)
         self.depth = len(found := find_layers(model))
         self.weights = sum(p.numel() for layer in found for p in layer.block.parameters())
-        images = model.config.model_type in vit.MODEL_TYPES
+        images = self.stock.config.model_type in vit.MODEL_TYPES
         # tokens before the patches of an image; None for text
-        self.prefix = len(vit.prefix_tokens(model.base_model)) if images else None
+        self.prefix = len(vit.prefix_tokens(self.stock.base_model)) if images else None
         self.rules = Rules(backend, stabilizer)
         self.lrp = LrpRules(backend, stabilizer)
 
@@ -90,16 +97,17 @@ class TransformerAttribution:
             it gets alone, without padding.
 
         Raises:
-            TypeError, ValueError: unknown variant or map, an index out of range, input that the model can't take, a result or a
-                logit that isn't finite (the error names the parameter that holds NaN or infinity).
+            TypeError, ValueError: unknown variant or map, an index out of range, input that the model can't take, a head that the
+                relevance rules don't cover, a result or a logit that isn't finite (the error names the parameter that holds NaN or
+                infinity).
         """
         batch = model_inputs("TransformerAttribution", self.model, batch, TransformerAttribution.__call__)
         chosen = self._variant(variant, start_layer, maps, reliability)
         self._check(batch)
-        if self.kind == "choice":
+        if self.has_choices(batch):
             batch, target, contrast = self._one_choice(batch, target, contrast)
         how = self._error_method(reliability, chosen, batch)
-        return self._attribute(batch, (target, contrast, position), chosen, start_layer, layers, maps, how)
+        return self._attribute(batch, (target, contrast, position), chosen, start_layer, layers, maps, how, reliability)
 
     @outside_autocast
     def packed(
@@ -126,12 +134,11 @@ class TransformerAttribution:
             What each sequence gives alone: S results of batch size 1, in order.
 
         Raises:
-            TypeError, ValueError: as for a batch, or a model that doesn't classify sequences or can't be given packed ones.
+            TypeError, ValueError: as for a batch, or a model without one set of logits for a sequence, or that can't be given packed
+                ones.
         """
         who, chosen = "TransformerAttribution", self._variant(variant, start_layer, (), reliability)
         batch = packed_inputs(who, batch, TransformerAttribution.packed)
-        if not classifies(self.model):
-            raise ValueError(f"{who}: packed sequences need a ...ForSequenceClassification, got {type(self.model).__name__}")
         if chosen.kind not in FOLLOWED:
             raise ValueError(f"{who}: {variant} reads attention alone, and no packed sequences")
         if reliability == "estimated":
@@ -140,7 +147,7 @@ class TransformerAttribution:
             packed = pack(who, self.model, batch)
         explained = (*(_in_order(index, packed.order) for index in (target, contrast)), None)
         how = self._error_method(reliability, chosen, packed.inputs)
-        whole = self._attribute(packed, explained, chosen, start_layer, layers, (), None if how == "estimated" else how)
+        whole = self._attribute(packed, explained, chosen, start_layer, layers, (), None if how == "estimated" else how, reliability)
         return of_sequences(whole, packed)
 
     def _attribute(
@@ -152,16 +159,22 @@ class TransformerAttribution:
         layers: bool,
         maps: Sequence[str],
         how: str | None,
+        reliability: str,
     ) -> RelevanceResult:
         """Of a checked batch, or of packed sequences as one; explained: target, contrast and position."""
         everything = layers or bool(maps)
         lowest = 0 if everything else chosen.lowest_gradient(start_layer, self.depth)
-        states = run_forward(self.model, batch, self.kind, explained, self.dtype, lowest, how == "measured")
+        states = run_forward(self.model, batch, explained, self.dtype, lowest, how == "measured")
+        if how == "estimated" and states.head.position is None:
+            # the estimate follows one token's row
+            if reliability == "estimated":
+                raise ValueError(f"{WHO}: the error of a head that reads several tokens can be 'measured', or 'off', not estimated")
+            how = None
         descent = self._descent(states, chosen, how == "estimated")
-        scores, moved = states.halves(variant_scores(self.model, chosen, descent, start_layer, self.prefix))
+        scores, moved = states.halves(variant_scores(self.stock, chosen, descent, start_layer, self.prefix))
         result = relevance_result(self.model, states, scores, how)
         if how == "measured":
-            left_out = self.prefix is None and chosen.kind != "input"
+            left_out = self.prefix is None and chosen.kind != "input" and states.head.position is not None
             own = states.halves(states.own(scores.device))[0] if left_out else None
             result.error = distance(moved, scores, own, states.offsets)
         elif how == "estimated":
@@ -182,15 +195,15 @@ class TransformerAttribution:
         if reliability != "auto":
             return reliability
         # a graph, within which nothing is looked at, has no host that a second run could hide behind
-        cheap = may_look() and torch.float64 not in (self.dtype, self.model.dtype)
-        return "measured" if cheap and measured(self.weights * self._tokens(batch), self.model.device) else "estimated"
+        cheap = may_look() and torch.float64 not in (self.dtype, self.stock.dtype)
+        return "measured" if cheap and measured(self.weights * self._tokens(batch), self.stock.device) else "estimated"
 
     def _tokens(self, batch: Mapping[str, Any]) -> int:
         """Tokens of a batch, padding and those before an image's patches among them."""
         if self.prefix is None:
             ids = batch.get("input_ids")
             return batch["inputs_embeds"][..., 0].numel() if ids is None else ids.numel()
-        pixels, step = batch["pixel_values"], vit.patch_projection(self.model.base_model).stride
+        pixels, step = batch["pixel_values"], vit.patch_projection(self.stock.base_model).stride
         return len(pixels) * (self.prefix + (pixels.shape[2] // step[0]) * (pixels.shape[3] // step[1]))
 
     @staticmethod
@@ -224,15 +237,21 @@ class TransformerAttribution:
     def _check(self, batch: Mapping[str, Any]) -> None:
         who = "TransformerAttribution"
         if self.prefix is None:
-            flat = {k: v.flatten(0, 1) if self.kind == "choice" and isinstance(v, Tensor) and v.dim() > 2 else v for k, v in batch.items()}
+            choices = self.has_choices(batch)
+            flat = {k: v.flatten(0, 1) if choices and isinstance(v, Tensor) and v.dim() > 2 else v for k, v in batch.items()}
             check_batch(who, self.model, flat)
             return
-        if self.model.training:
+        if self.model.training or self.stock.training:
             raise ValueError(f"{who}: the model is in training mode, where dropout changes the result; call model.eval() first")
         pixels = batch.get("pixel_values")
         if not isinstance(pixels, Tensor) or pixels.dim() != 4 or 0 in pixels.shape:
             came = "nothing" if pixels is None else tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
             raise ValueError(f"{who}: pixel_values must be a tensor (B, channels, height, width), got {came}")
+
+    @staticmethod
+    def has_choices(batch: Mapping[str, Any]) -> bool:
+        """Whether each example is several texts, (B, choices, n), each with a logit of its own."""
+        return any(isinstance(t := batch.get(name), Tensor) and t.dim() == dim for name, dim in (("input_ids", 3), ("inputs_embeds", 4)))
 
     def _one_choice(self, batch: Mapping[str, Any], target: Any, contrast: Index) -> tuple[dict[str, Any], int, None]:
         """The batch cut to the choice explained: a choice's logit depends on its own text alone."""
@@ -242,7 +261,7 @@ class TransformerAttribution:
         first = next(iter(inputs.values()))
         if target is None:
             with torch.no_grad(), callers_autocast():
-                target = self.model(**{**batch, **output_settings(self.model)}).logits.argmax(-1)
+                target = find_logits(self.model(**{**batch, **output_settings(self.model)})).argmax(-1)
         index = torch.as_tensor(target, device=first.device).expand(first.shape[0])
         if int(index.min()) < 0 or int(index.max()) >= first.shape[1]:
             raise ValueError(f"TransformerAttribution: target must lie in [0, {first.shape[1]}), the choices, got {index.tolist()}")

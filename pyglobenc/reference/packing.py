@@ -30,6 +30,18 @@ def position_of(offsets: Tensor, device: torch.device) -> Tensor:
     return (torch.arange(len(starts), device=offsets.device) - starts).to(device, non_blocking=True)
 
 
+def real_tokens(offsets: Tensor) -> Tensor:
+    """Which tokens of the sequences in a padded batch are real, (S, n) bool, n those of the longest."""
+    lengths = offsets.diff()
+    return torch.arange(int(lengths.max()), device=offsets.device) < lengths[:, None]
+
+
+def padded(t: Tensor, offsets: Tensor, fill: float = 0) -> Tensor:
+    """Packed t (1, N, ...) as a padded batch, (S, n, ...)."""
+    real = real_tokens(offsets).to(t.device, non_blocking=True)
+    return t.new_full((*real.shape, *t.shape[2:]), fill).index_put(tuple(real.nonzero().T), t[0])
+
+
 def sequence_sums(t: Tensor, offsets: Tensor) -> Tensor:
     """Sum of t (1, N) over each sequence: (S,)."""
     return torch.segment_reduce(t[0], "sum", offsets=offsets.to(t.device, non_blocking=True))

@@ -68,8 +68,9 @@ def _predicted(attribution: Attribution) -> str:
 
 def caption(attribution: Attribution) -> list[tuple[str, str]]:
     """What a reader must know beside the colours, as names and values."""
-    kind = "target" if attribution.target_kind == "token" else "target class"
-    out = [("method", attribution.method), (kind, f"{attribution.target_name} ({attribution.target})"), ("model", attribution.model)]
+    kind = "target class" if attribution.target_kind == "class" else "target"
+    name = attribution.target_name if attribution.target_kind == "mean" else f"{attribution.target_name} ({attribution.target})"
+    out = [("method", attribution.method), (kind, name), ("model", attribution.model)]
     if attribution.predictions is not None:
         out.append(("predicted", _predicted(attribution) or "no label above 50%"))
     elif attribution.label is not None:

@@ -101,7 +101,7 @@ def test_nothing_is_left_behind():
         ("bert-classifier", dict(reliability="estimated"), "the error of packed sequences can be 'measured', or 'off'"),
         ("bert-classifier", dict(target=[0, 1, 0]), "target must be one integer or one for each of 2 examples"),
         ("bert-classifier", dict(attention_mask=[[1, 0], [1, 1]]), "TransformerAttribution: attention_mask has zeros"),
-        ("vit", {}, "packed sequences need a ...ForSequenceClassification, got ViTForImageClassification"),
+        ("vit", {}, "ViTForImageClassification takes pixel_values, which can't be packed"),
     ],
 )
 def test_refusals(name, options, message):

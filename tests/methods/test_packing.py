@@ -78,8 +78,17 @@ def test_a_decoder_s_head_reads_the_last_token(name, padding):
 def test_no_other_head_is_run():
     found = GlobEnc(build("llama")).packed(input_ids=[[5, 6], [7]])
     assert all(one.output is None for one in found)
-    with pytest.raises(ValueError, match="the head of ModernBertForSequenceClassification reads the mean of a sequence's tokens"):
-        GlobEnc(build("modernbert", classifier_pooling="mean")).packed(input_ids=[[5, 6], [7]])
+
+
+def test_a_head_reads_the_mean_of_every_sequence():
+    globenc = GlobEnc(build("modernbert", classifier_pooling="mean"))
+    ids, padded = sequences()
+    found, batch = globenc.packed(input_ids=ids), globenc(**padded)
+    check(found, batch)
+    check_output(found, batch)
+    check(found, globenc(**padded, targets="mean"))
+    check(globenc.packed(input_ids=ids, targets="mean", layers=True), globenc(**padded, targets="mean", layers=True))
+    assert batch.targets is None and all(one.targets is None for one in found)
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "attention-flow"])

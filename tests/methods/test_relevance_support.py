@@ -7,7 +7,7 @@ from pyglobenc import TransformerAttribution
 REASONS = {
     "albert": "layers share modules",
     "deberta-v3": "computes attention scores itself",
-    "gpt2": "no head to explain",
+    "gpt2": "no Linear module of their own for query and key and value",
     "modernbert": "no Linear module of their own for query and key and value and intermediate",
 }
 

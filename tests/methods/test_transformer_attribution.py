@@ -82,10 +82,10 @@ def test_float32_rules_on_shared_activations(name):
     # the forward pass in float32 for both, so that only the rules' own rounding is left
     model, cases = chefer_golden(name, torch.float32)
     for batch, target, _, _ in cases:
-        states = run_forward(model, batch, "class", (target, None, None), None, 0)
+        states = run_forward(model, batch, (target, None, None), None, 0)
         row, r = Descent(states, Rules("auto"), True, name == "chefer_bert").roll_out(0, 0)
-        widened = run_forward(model, batch, "class", (target, None, None), None, 0)
-        widened.dtype = torch.float64
+        widened = run_forward(model, batch, (target, None, None), None, 0)
+        widened.dtype, widened.head = torch.float64, widened.head.to(torch.float64)
         widened.grads = [grad.double() for grad in states.grads]
         for layer in widened.layers:
             for part in ("x", "q", "k", "v", "o", "lse"):

@@ -77,7 +77,7 @@ class WithNorms:
             return super().forward(**batch, return_dict=as_dict)
         name, ops = type(self).__name__, StageOps("auto")
         check_model(name, self, "auto", None)
-        captured, output = run_captured(name, self, {**batch, "return_dict": True}, None)
+        captured, output, _ = run_captured(name, self, {**batch, "return_dict": True}, None)
         with torch.no_grad():
             found = _found(ops, captured, bool(attentions), bool(output_norms), bool(output_globenc), self.dtype)
         seen, rollout, norms = found

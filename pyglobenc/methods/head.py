@@ -1,0 +1,260 @@
+"""What a model's head reads, found by following the logits back to the last layer's output.
+
+The autograd graph of the head says it: from the logits down to the last layer's output. No name of a class or module is trusted. A
+tensor carries the whole logit if every path of the graph from the logits to the last layer's output goes through it.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from pyglobenc.hf import LayerModules, Trace
+from pyglobenc.hf.layers import outside
+from pyglobenc.hf.limits import not_finite
+from pyglobenc.hf.threads import in_this_thread
+from pyglobenc.values import may_look, require
+
+# equal numbers from the same few operations differ by a few roundings, other functions by far more
+ROUNDINGS = 64
+
+
+@dataclass
+class Call:
+    """One call of a module of the head, with its first input and its output where a gradient flows to them.
+
+    Attributes:
+        given, returned: the tensors.
+        given_edge, returned_edge: their places in the autograd graph when the call returned.
+        versions: of both when the call returned; a function that works in place raises them.
+    """
+
+    module: nn.Module
+    given: Tensor
+    returned: Tensor
+    given_edge: GradientEdge
+    returned_edge: GradientEdge
+    versions: tuple[int, int]
+
+
+class HeadRecord:
+    """What a model did after its last layer, in one forward pass.
+
+    Attributes:
+        top: the last layer's output, (B, n, d); of packed sequences (S, n, d), padded. None before it was computed.
+        calls: of the modules outside the layers, after `top`.
+    """
+
+    def __init__(self, trace: Trace, found: list[LayerModules], leaf: bool):
+        self.top: Tensor | None = None
+        self.calls: list[Call] = []
+        self._trace, self._leaf = trace, leaf
+        self._waiting = sum(layer.block is found[-1].block for layer in found)
+        self._flagged: list[Tensor] = []
+
+    def layer_returned(self, output: Any) -> Any:
+        """Take note of an output of the last layer's module, which an earlier layer may share; returns it for the head."""
+        self._waiting -= 1
+        if self._waiting < 0:
+            raise ValueError("the model's layers ran more than once in one forward pass; explain one input at a time")
+        if self._waiting > 0:
+            return output
+        return (self.start(output[0]), *output[1:]) if isinstance(output, tuple) else self.start(output)
+
+    def start(self, top: Tensor) -> Tensor:
+        """Let the head begin at `top`; returns what it is to read."""
+        self.top, self.calls = top, []
+        if self._leaf:
+            for t in (top, *self._lower()):
+                # inference tensors can't take part in a graph
+                if not t.requires_grad and not t.is_inference():
+                    self._flagged.append(t.requires_grad_())
+            torch.set_grad_enabled(True)
+        # a copy, which the head may change in place
+        return top.clone()
+
+    def keep(self, module: nn.Module, args: tuple, kwargs: dict, returned: Any) -> None:
+        """Take note of a module's call."""
+        given = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.requires_grad), None)
+        if self.top is None or given is None or not isinstance(returned, Tensor) or not returned.requires_grad:
+            return
+        edges, versions = (get_gradient_edge(given), get_gradient_edge(returned)), (given._version, returned._version)
+        self.calls.append(Call(module, given, returned, *edges, versions))
+
+    def release(self) -> None:
+        """Take the gradient flags off again."""
+        while self._flagged:
+            self._flagged.pop().requires_grad_(False)
+
+    def depends(self, t: Tensor) -> bool:
+        """Whether t is computed from the last layer's output."""
+        return self._reaches(t, get_gradient_edge(self.top).node, ()) if t.requires_grad else False
+
+    def skips_layers(self, t: Tensor) -> bool:
+        """Whether t is computed from an earlier layer's output too, past the last one's."""
+        top = get_gradient_edge(self.top).node
+        nodes = {get_gradient_edge(x).node for x in self._lower() if x.requires_grad}
+        return any(self._reaches(t, node, (top,)) for node in nodes)
+
+    def carries(self, t: Tensor, edge: GradientEdge) -> bool:
+        """Whether all of t that is computed from the last layer's output is computed through the tensor at an edge."""
+        top = get_gradient_edge(self.top).node
+        return edge.node is top or not self._reaches(t, top, (edge.node,))
+
+    def leads_to(self, t: Tensor, call: Call) -> bool:
+        """Whether t is computed from what a call returned."""
+        return self._reaches(t, call.returned_edge.node, ())
+
+    def of_tokens(self, t: Tensor) -> bool:
+        """Whether a tensor of the head holds a vector for every token, (B, n, any)."""
+        return t.dim() == 3 and t.shape[:2] == self.top.shape[:2]
+
+    def _lower(self) -> list[Tensor]:
+        return self._trace.inputs
+
+    @staticmethod
+    def _reaches(t: Tensor, goal: Any, closed: Iterable[Any]) -> bool:
+        """Whether the graph leads from t to a node without passing through closed ones."""
+        waiting, seen = [get_gradient_edge(t).node], set(closed)
+        while waiting:
+            node = waiting.pop()
+            if node is goal and node not in seen:
+                return True
+            if node is not None and node not in seen:
+                seen.add(node)
+                waiting.extend(below for below, _ in node.next_functions)
+        return False
+
+
+@contextmanager
+def recorded_head(
+    called: nn.Module, encoder: nn.Module, trace: Trace, found: list[LayerModules], leaf: bool
+) -> Iterator[HeadRecord]:
+    """Context in which one forward pass of `called`, within `capture`, is recorded from the last layer's output on.
+
+    Args:
+        called: the model, or the user's module around it.
+        encoder: the transformers model in it.
+        trace: of `capture`.
+        found: the layers.
+        leaf: the layers run without gradients, and the autograd graph starts at the last one's output. Otherwise it is the caller's
+            to enable gradients.
+    """
+    record, blocks = HeadRecord(trace, found, leaf), {layer.block for layer in found}
+    handles = []
+    if leaf:
+        handles.append(encoder.register_forward_pre_hook(in_this_thread(lambda module, args: _without_gradients())))
+    hook = in_this_thread(lambda module, args, output: record.layer_returned(output))
+    handles.append(found[-1].block.register_forward_hook(hook))
+    keep = in_this_thread(record.keep)
+    for module in outside(called, blocks):
+        if not any(True for _ in module.children()):
+            handles.append(module.register_forward_hook(keep, with_kwargs=True))
+    try:
+        with torch.set_grad_enabled(True):
+            yield record
+    finally:
+        for handle in handles:
+            handle.remove()
+        record.release()
+
+
+def _without_gradients() -> None:
+    torch.set_grad_enabled(False)
+
+
+def find_logits(output: Any) -> Tensor | None:
+    """The logits in what a model or a user's module returned, (B, C) or (B, n, C); None if it holds none.
+
+    They are a tensor alone, a dict's or ModelOutput's "logits", or of a tuple the first tensor that isn't a loss.
+
+    Raises:
+        ValueError: a tuple that leaves open which tensor holds them.
+    """
+    if isinstance(output, Mapping):
+        logits = output.get("logits")
+    elif isinstance(output, tuple | list):
+        tensors = [t for t in output if isinstance(t, Tensor) and t.dim() > 0]
+        logits = tensors[0] if tensors else None
+        if logits is not None and logits.dim() == 3 and any(t.dim() == 2 for t in tensors):
+            raise ValueError("the model returns a tuple of several tensors; return the logits alone, or as a dict's 'logits'")
+    else:
+        logits = output
+    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.dim() not in (1, 2, 3):
+        return None
+    return logits[:, None] if logits.dim() == 1 else logits
+
+
+def detached(output: Any) -> Any:
+    """What a model returned, out of the graph; the containers stay the same."""
+    if isinstance(output, Tensor):
+        return output.detach()
+    if isinstance(output, Mapping):
+        for name, value in output.items():
+            output[name] = detached(value)
+        return output
+    return type(output)(detached(value) for value in output) if type(output) in (tuple, list) else output
+
+
+def tokens_read(who: str, model: nn.Module, record: HeadRecord, logits: Tensor, key_mask: Tensor | None) -> Tensor:
+    """What a head with one set of logits an example reads of the last layer's output.
+
+    Args:
+        who: method named in errors.
+        model: that ran.
+        record: of the forward pass.
+        logits: (B, C).
+        key_mask: (B, n) bool, True for real tokens, or None.
+
+    Returns:
+        The token that is read, (B, 1) int64; of a head that reads the mean or the sum of several the share of each, (B, 1, n).
+
+    Raises:
+        ValueError: the head reads something else, or runs without gradients.
+    """
+
+    def refuse(reason: str) -> ValueError:
+        return ValueError(f"{who}: {reason}; name the tokens: targets=[0], or targets='mean'")
+
+    if record.top is None or not record.depends(logits):
+        raise refuse("the logits can't be followed to the last layer's output, the head runs without gradients or doesn't read it")
+    if record.skips_layers(logits):
+        raise refuse("the head reads earlier layers' outputs, not the last one's alone")
+    # any class will do, and one alone may read nothing: a unit that isn't active passes no gradient on
+    logit = (logits * direction(logits[0])).sum()
+    (gradient,) = torch.autograd.grad(logit, record.top, retain_graph=True)
+    read = (gradient != 0).any(-1)
+    count = read.sum(1)
+    require(torch.isfinite(gradient).all(), lambda: not_finite(who, model))
+    require((count > 0).all(), lambda: refuse("the logits don't change with the last layer's output for this input"))
+    if key_mask is not None:
+        inside = ~(read & ~key_mask.to(read.device)).any()
+        require(inside, lambda: refuse("the head reads padding tokens; give texts of one length, or one at a time"))
+    if not may_look():
+        require((count == 1).all(), lambda: refuse("the head reads several tokens, which a graph isn't recorded for"))
+    elif not bool((count == 1).all()):
+        carrier = next((c for c in reversed(record.calls) if record.of_tokens(c.returned) and record.carries(logit, c.returned_edge)), None)
+        if carrier is not None:
+            (gradient,) = torch.autograd.grad(logit, carrier.returned_edge, retain_graph=True)
+        require(equal_shares(gradient, read, count), lambda: refuse("the head reads several tokens in unequal shares"))
+        return (read / count[:, None].to(gradient.dtype))[:, None]
+    return read.int().argmax(1, keepdim=True)
+
+
+def equal_shares(gradient: Tensor, read: Tensor, count: Tensor) -> Tensor:
+    """Whether the tokens read (B, n) all have one gradient, (B, n, d), as those of a mean or a sum have: () bool."""
+    # the same operations round alike, in half precision too
+    gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    mean = (gradient * read[..., None]).sum(1, keepdim=True) / count[:, None, None]
+    apart = ((gradient - mean) * read[..., None]).abs().amax((1, 2))
+    return (apart <= ROUNDINGS * torch.finfo(gradient.dtype).eps * mean.abs().amax((1, 2))).all()
+
+
+def direction(like: Tensor, seed: int = 1) -> Tensor:
+    """Numbers from 0.5 to 1.5 that follow no pattern, in the shape and dtype of `like`."""
+    steps = torch.arange(like.numel(), device=like.device, dtype=torch.float64)
+    return (1 + 0.5 * torch.sin(steps * 977 + seed)).to(like.dtype).view(like.shape)
