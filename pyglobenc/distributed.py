@@ -22,8 +22,9 @@ from pyglobenc.hf import LayerTrace, capture, find_layers
 from pyglobenc.hf.attention import RECORDERS, window_of
 from pyglobenc.hf.limits import max_tokens
 from pyglobenc.hf.positions import own_positions
-from pyglobenc.methods.arguments import output_settings
-from pyglobenc.methods.inputs import check_model
+from pyglobenc.hf.unwrap import stock_model
+from pyglobenc.methods.arguments import model_inputs, output_settings
+from pyglobenc.methods.inputs import check_batch, check_model
 from pyglobenc.methods.layer_matrix import NormMatrix
 from pyglobenc.methods.rollout import RolloutResult, roll_out_rows, rollout_result
 from pyglobenc.methods.stages import STAGES, StageOps, check_stage, deepest_stage
@@ -162,10 +163,12 @@ class ShardedGlobEnc:
         TypeError, ValueError: another architecture, or as `GlobEnc`.
     """
 
+    @known_arguments
     def __init__(self, model: PreTrainedModel, backend: str = "auto", group: Any = None):
         if not dist.is_initialized():
             raise RuntimeError("ShardedGlobEnc: torch.distributed isn't initialised; call init_process_group first")
         check_model("ShardedGlobEnc", model, backend, None)
+        model = stock_model(model)
         if model.config.model_type not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise ValueError(f"ShardedGlobEnc: architecture must be one of {known}, got {model.config.model_type!r}")
@@ -196,11 +199,15 @@ class ShardedGlobEnc:
             RolloutResult, the same on every rank, without the model's output. The arithmetic is the model's, float32 at least.
 
         Raises:
-            ValueError: unknown stage, shapes or targets that don't fit, input longer than the model takes, a result that isn't finite.
+            TypeError, ValueError: an unknown argument, unknown stage, ids, shapes or targets that don't fit, input longer than the model
+                takes, a result that isn't finite.
         """
         shares = self._shares(input_ids, targets, stage)
-        batch = {"input_ids": input_ids, "position_ids": self._positions(input_ids), "token_type_ids": token_type_ids}
-        captured = self._run({name: shares.take(t, 1) for name, t in batch.items() if t is not None}, shares)
+        batch = {"input_ids": input_ids} if token_type_ids is None else {"input_ids": input_ids, "token_type_ids": token_type_ids}
+        batch = model_inputs("ShardedGlobEnc", self.model, batch, ShardedGlobEnc.__call__)
+        check_batch("ShardedGlobEnc", self.model, batch)
+        batch["position_ids"] = self._positions(input_ids)
+        captured = self._run({name: shares.take(t, 1) for name, t in batch.items()}, shares)
         stage = stage or deepest_stage(captured[-1])
         check_stage("ShardedGlobEnc", captured[-1], stage)
         if targets is None:

@@ -39,7 +39,10 @@ def call(case):
     name, dtype, stage = case
     torch.manual_seed(0)
     model = build(name, dtype, **{"n_positions" if name == "gpt2" else "max_position_embeddings": 64})
-    return model, dict(input_ids=random_batch(model, 1, N)["input_ids"], targets=TARGETS, stage=stage, layers=True)
+    ids = random_batch(model, 1, N)["input_ids"]
+    # RoBERTa's positions pass over the padding id inside a text
+    ids[0, [4, 20]] = model.config.pad_token_id
+    return model, dict(input_ids=ids, targets=TARGETS, stage=stage, layers=True)
 
 
 class Counted:
@@ -162,9 +165,16 @@ def test_refusals(tmp_path):
             (dict(targets=[N]), "targets must"),
             (dict(input_ids=arguments["input_ids"].expand(2, -1)), r"must be \(1, n\)"),
             (dict(input_ids=torch.ones(1, 65, dtype=torch.long)), "65 tokens and the model takes 64"),
+            (dict(input_ids=arguments["input_ids"] + 97), r"input_ids must lie in \[0, 97\)"),
+            (dict(token_type_ids=torch.full((1, N), 7)), r"token_type_ids must lie in \[0, 2\)"),
         ):
             with pytest.raises(ValueError, match=message):
                 ShardedGlobEnc(model)(**(arguments | changes))
+        with pytest.raises(TypeError, match=r"ShardedGlobEnc: takes no target; did you mean targets\?"):
+            ShardedGlobEnc(model)(**arguments, target=0)
+        llama, arguments = call(CASES[5])
+        with pytest.raises(TypeError, match="takes no token_type_ids: LlamaForCausalLM has no token types"):
+            ShardedGlobEnc(llama)(**arguments, token_type_ids=torch.ones_like(arguments["input_ids"]))
     finally:
         dist.destroy_process_group()
     assert not os.environ.get("RANK")

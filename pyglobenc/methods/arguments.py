@@ -1,6 +1,7 @@
 """Which of a model's inputs a method honours; every other keyword argument is refused by name."""
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from inspect import Parameter, signature
 from typing import Any
 
@@ -105,6 +106,17 @@ def _checked(
 
 def _forward_names(module: nn.Module) -> tuple[frozenset[str], bool]:
     """Names of the arguments of a module's forward pass, and whether it takes others too."""
-    parameters = signature(module.forward).parameters.values()
+    # inspecting a signature takes as long as a small kernel; a replaced forward pass may hold the model, so it isn't kept
+    own = "forward" in vars(module)
+    return _names(module.forward) if own else _class_names(type(module).forward)
+
+
+@lru_cache(maxsize=64)
+def _class_names(forward: Callable[..., Any]) -> tuple[frozenset[str], bool]:
+    return _names(forward)
+
+
+def _names(forward: Callable[..., Any]) -> tuple[frozenset[str], bool]:
+    parameters = signature(forward).parameters.values()
     named = frozenset(p.name for p in parameters if p.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY))
     return named, any(p.kind is Parameter.VAR_KEYWORD for p in parameters)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyglobenc.arguments import known_arguments
 from pyglobenc.autocast import outside_autocast
 from pyglobenc.hf import LayerTrace
 from pyglobenc.methods.arguments import model_inputs, packed_inputs
@@ -49,6 +50,7 @@ class Rollout:
         TypeError, ValueError: unknown method, architecture or backend, training mode.
     """
 
+    @known_arguments
     def __init__(
         self, model: nn.Module, method: str = "attention-rollout", backend: str = "auto", dtype: torch.dtype | None = None
     ):

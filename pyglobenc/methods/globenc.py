@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyglobenc.arguments import known_arguments
 from pyglobenc.autocast import outside_autocast
 from pyglobenc.hf import LayerTrace
 from pyglobenc.methods.arguments import model_inputs, packed_inputs
@@ -32,6 +33,7 @@ class GlobEnc:
         TypeError, ValueError: unknown architecture or backend, training mode.
     """
 
+    @known_arguments
     def __init__(self, model: nn.Module, backend: str = "auto", dtype: torch.dtype | None = None):
         self.model = check_model("GlobEnc", model, backend, dtype)
         self.dtype = dtype

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyglobenc.arguments import known_arguments
 from pyglobenc.autocast import callers_autocast, outside_autocast
 from pyglobenc.hf import find_layers, vit
 from pyglobenc.hf.unwrap import stock_model
@@ -46,6 +47,7 @@ class TransformerAttribution:
     Source: Chefer et al., 2021, and its published code, whose guards are kept to the letter.
     """
 
+    @known_arguments
     def __init__(self, model: nn.Module, backend: str = "auto", dtype: torch.dtype | None = None, stabilizer: float = 0.0):
         model = check_model("TransformerAttribution", model, backend, dtype)
         if not 0 <= stabilizer < float("inf"):

@@ -64,6 +64,9 @@ def test_functions_with_fixed_names():
         explain_image(build("vit"), None, torch.zeros(3, 12, 12), target=0)
     with pytest.raises(TypeError, match=r"capture: takes no module; did you mean modules\?"):
         capture(model, module=[])
+    for method in METHODS:
+        with pytest.raises(TypeError, match=rf"{method.__name__}: takes no backends; did you mean backend\?"):
+            method(model, backends="cpu")
 
 
 @pytest.mark.parametrize("name", TEXT_MODELS)
