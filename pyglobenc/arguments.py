@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
-from functools import lru_cache, wraps
+from functools import wraps
 from inspect import Parameter, signature
 from typing import Any
 
@@ -21,7 +21,6 @@ def refuse_unknown(who: str, unknown: Iterable[str], known: Iterable[str]) -> No
     raise TypeError(f"{who}: takes no {' or '.join(unknown)}; {hint}")
 
 
-@lru_cache(maxsize=64)
 def argument_names(function: Callable[..., Any]) -> frozenset[str]:
     """Return the names of a function's arguments that can be given by keyword; self isn't one."""
     return frozenset(p.name for p in signature(function).parameters.values() if p.kind in KINDS) - {"self"}

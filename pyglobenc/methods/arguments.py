@@ -96,7 +96,9 @@ def output_settings(model: nn.Module) -> dict[str, Any]:
 def _checked(
     who: str, batch: Mapping[str, Any], honoured: frozenset[str], refused: Mapping[str, Any], method: Callable[..., Any]
 ) -> dict[str, Any]:
-    refuse_unknown(who, batch.keys() - honoured - refused.keys(), honoured | argument_names(method))
+    unknown = batch.keys() - honoured - refused.keys()
+    if unknown:
+        refuse_unknown(who, unknown, honoured | argument_names(method))
     for name in batch.keys() - honoured:
         neutral, reason = refused[name]
         if batch[name] is not None and batch[name] is not neutral:
@@ -117,6 +119,4 @@ def _class_names(forward: Callable[..., Any]) -> tuple[frozenset[str], bool]:
 
 
 def _names(forward: Callable[..., Any]) -> tuple[frozenset[str], bool]:
-    parameters = signature(forward).parameters.values()
-    named = frozenset(p.name for p in parameters if p.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY))
-    return named, any(p.kind is Parameter.VAR_KEYWORD for p in parameters)
+    return argument_names(forward), any(p.kind is Parameter.VAR_KEYWORD for p in signature(forward).parameters.values())
