@@ -102,7 +102,7 @@ class Trace:
                 f"capture: layers {missing} never called the attention function; the model ignores transformers' attention interface"
             )
         if not self._checked:
-            check_layers(self.called, self._layers)
+            check_layers(self.called, self._layers, self.io)
             self._checked = True
         return self._layers
 
@@ -195,8 +195,8 @@ def _hooks(called: nn.Module, trace: Trace, found: list[LayerModules], extra: It
     yield called.register_forward_pre_hook(in_this_thread(lambda module, args: trace.clear()))
     for module in {layer.block for layer in found}:
         yield module.register_forward_pre_hook(in_this_thread(keep_input), with_kwargs=True)
+    yield found[-1].block.register_forward_hook(in_this_thread(keep_output))
     if not found[-1].pre_norm:
-        yield found[-1].block.register_forward_hook(in_this_thread(keep_output))
         for module in {layer.mlp_output for layer in found}:
             yield module.register_forward_hook(in_this_thread(keep_mlp))
     yield from own_attention_hooks(found, RECORDERS)

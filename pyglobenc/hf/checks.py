@@ -8,11 +8,17 @@ that the model computed is compared with what the decomposition takes it for, al
     the layer's output          x' . u      with  that of its last norm       of a post-norm layer
     a norm of another class     y . u       with  that of weight * (z - mean) * rstd + bias
 
+Relevance goes through each Linear module by itself, and so each is compared too, with what it is given by the module before:
+
+    a Linear module             W x + b,  as it returned it
+    what it is given            x, or the norm of it, for q, k and v; the attention output; y, or the norm of z, for the MLP
+    what it gives               q, k and v of the attention; the MLP's part of the layer's output
+
 A vector that differs by more than rounding differs along u, but for a chance of measure zero. A tensor is projected while the layer runs,
 so that none is kept longer for it; the comparisons of all layers are made at once, with one wait for the device.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +27,12 @@ from pyglobenc.hf.layers import LayerTrace
 from pyglobenc.hf.projections import Projection, wide
 from pyglobenc.hf.weights import dense_bias, dense_weight, parameter, rounding_of
 from pyglobenc.values import require
+
+InputsOutputs = Mapping[nn.Module, tuple[Tensor, Tensor]]
+Comparison = tuple[Tensor, Tensor, Callable[[nn.Module, LayerTrace], str]]
+
+# Linear modules that relevance goes through
+LINEAR = ("query", "key", "value", "output", "intermediate", "mlp_output")
 
 # a sum of a few rounded vectors: rounding units of each, and a Gaussian's rarest of a million values
 MARGIN = 4
@@ -52,16 +64,19 @@ def describe(called: nn.Module, module: nn.Module) -> str:
     return f"{path} ({type(module).__name__})" if path else type(module).__name__
 
 
-def check_layers(called: nn.Module, layers: Sequence[LayerTrace]) -> None:
+def check_layers(called: nn.Module, layers: Sequence[LayerTrace], io: InputsOutputs) -> None:
     """Raise ValueError, naming the module, unless every layer of a forward pass computed what is decomposed.
 
     Args:
         called: the module whose forward pass it was, for the modules' names.
         layers: captured, first to last.
+        io: inputs and outputs of further modules. If every Linear module of the layers is among them, each is checked by itself.
     """
     _check_calls(called, layers)
     with torch.no_grad():
-        compared = list(_comparisons(layers))
+        compared = list(_comparisons(called, layers))
+        if all(getattr(layer.modules, part) in io for layer in layers for part in LINEAR):
+            compared += _module_comparisons(layers, io)
         holds = torch.stack([~(difference.abs() > allowed) for difference, allowed, _ in compared])  # (C, L, B, n)
         real = layers[0].key_mask
         if real is not None:
@@ -100,10 +115,7 @@ def _check_calls(called: nn.Module, layers: Sequence[LayerTrace]) -> None:
                 )
 
 
-Comparison = tuple[Tensor, Tensor, Callable[[nn.Module, LayerTrace], str]]
-
-
-def _comparisons(layers: Sequence[LayerTrace]) -> Iterator[Comparison]:
+def _comparisons(called: nn.Module, layers: Sequence[LayerTrace]) -> Iterator[Comparison]:
     """Differences and what rounding allows them, (L, B, n) each, and the error's text for a layer."""
     home, d, post = layers[0].x.device, layers[0].x.shape[2], not layers[0].modules.pre_norm
 
@@ -122,8 +134,12 @@ def _comparisons(layers: Sequence[LayerTrace]) -> Iterator[Comparison]:
     x, after = [layer.project(layer.x, length=True) for layer in layers], "attention_norm" if post else "output_norm"
     eps = _eps(layers, x)
     inputs, sizes = stack([one.product for one in x]), stack([one.length for one in x])
-    attended = stack([_attended(layer) for layer in layers])
-    yield products(after) - inputs - attended, eps * (sizes + lengths(after)), _not_the_sum
+    attended = stack([_attended(called, layer) for layer in layers])
+    allowed = eps * (sizes + lengths(after))
+    if layers[0].modules.own_scores is not None:
+        # such a module's attention is computed a second time, and a softmax of scores s is off by s rounding units
+        allowed = allowed * (1 + stack([layer.lse.abs().amax(1).nan_to_num(posinf=0.0) for layer in layers]))
+    yield products(after) - inputs - attended, allowed, _not_the_sum
     if not post:
         return
     returned = stack([layer.projections["attention_norm returned"].length for layer in layers])
@@ -136,6 +152,74 @@ def _comparisons(layers: Sequence[LayerTrace]) -> Iterator[Comparison]:
         if any(part in layer.parts for layer in layers):
             differences, allowed = zip(*(_norm_difference(layer, part) for layer in layers), strict=True)
             yield stack(differences), eps * stack(allowed), lambda called, layer, part=part: _not_a_layer_norm(called, layer, part)
+
+
+def _module_comparisons(layers: Sequence[LayerTrace], io: InputsOutputs) -> Iterator[Comparison]:
+    """The same for each Linear module of the layers and for what it is given."""
+    home, eps = layers[0].x.device, _eps(layers, [layer.project(layer.x) for layer in layers])
+
+    def compare(text: str, part: str, pairs: Iterator[tuple[Tensor, Tensor]]) -> Comparison:
+        differences, sizes = zip(*pairs, strict=True)
+        differences, sizes = (torch.stack([t.to(home) for t in tensors]) for tensors in (differences, sizes))
+        return differences, eps * sizes, lambda called, layer: _not_the_module(called, layer, part, text)
+
+    for part in LINEAR:
+        yield compare("return W x + b", part, (_linear_difference(layer, part, io) for layer in layers))
+        if part != "mlp_output":
+            yield compare("get what the module before it returns", part, (_input_difference(layer, part, io) for layer in layers))
+        if part in ("query", "key", "value"):
+            yield compare("give the attention what it returns", part, (_head_difference(layer, part, io) for layer in layers))
+    if layers[0].modules.pre_norm:
+        yield compare("give its layer what it returns", "mlp_output", _output_differences(layers, io))
+
+
+def _distance(one: Tensor, other: Tensor, layer: LayerTrace) -> tuple[Tensor, Tensor]:
+    """Difference of two tensors (B, n, d) along the direction, and the length of one."""
+    one, other = layer.project(one, length=True), layer.project(other)
+    return one.product - other.product.to(one.product.device), one.length
+
+
+def _linear_difference(layer: LayerTrace, part: str, io: InputsOutputs) -> tuple[Tensor, Tensor]:
+    module = getattr(layer.modules, part)
+    x, out = wide(io[module][0]), layer.project(io[module][1], length=True)
+    weight = dense_weight(module, x.shape[2]).to(x.dtype)
+    u = layer.directions.of(weight)
+    w, bias = (weight @ u).to(x.device), dense_bias(module, x.shape[2])
+    expected = x @ w if bias is None else x @ w + (bias.to(x.dtype) @ u).to(x.device)
+    # terms of random signs that may cancel
+    size = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(w) / len(w) ** 0.5
+    return out.product - expected.to(out.product.device), out.length + size.to(out.length.device)
+
+
+def _input_difference(layer: LayerTrace, part: str, io: InputsOutputs) -> tuple[Tensor, Tensor]:
+    """What a Linear module is given, less what the module before it returned."""
+    m, given = layer.modules, io[getattr(layer.modules, part)][0]
+    if part == "output":
+        return _distance(given, layer.o.transpose(1, 2).flatten(2), layer)
+    if m.pre_norm:
+        norm = "output_norm" if part == "intermediate" else "attention_norm"
+        z = layer.x if part != "intermediate" else layer.x + io[m.output][1].to(layer.x.device)
+        given = layer.project(given, length=True)
+        expected, size = _layer_norm(layer, norm, layer.project(z, weight=layer.norm_weight(norm)).product)
+        return given.product.to(expected.device) - expected, given.length.to(size.device) + size
+    if part != "intermediate":
+        return _distance(given, layer.x, layer)
+    given = layer.project(given, length=True)
+    return given.product - layer.projections["attention_norm returned"].product.to(given.product.device), given.length
+
+
+def _head_difference(layer: LayerTrace, part: str, io: InputsOutputs) -> tuple[Tensor, Tensor]:
+    heads = {"query": layer.q, "key": layer.k, "value": layer.v}[part]
+    return _distance(heads.transpose(1, 2).flatten(2), io[getattr(layer.modules, part)][1], layer)
+
+
+def _output_differences(layers: Sequence[LayerTrace], io: InputsOutputs) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each pre-norm layer's output less the residual sum and what the MLP returned."""
+    above = [*(layer.project(layer.x, length=True) for layer in layers[1:]), layers[-1].projections["block"]]
+    for layer, x in zip(layers, above, strict=True):
+        z, mlp = layer.projections["output_norm"], layer.project(io[layer.modules.mlp_output][1])
+        expected = z.product + mlp.product.to(z.product.device)
+        yield x.product - expected.to(x.product.device), x.length + z.length.to(x.length.device)
 
 
 def _eps(layers: Sequence[LayerTrace], x: Sequence[Projection]) -> float:
@@ -155,10 +239,13 @@ def _matrix_eps(layer: LayerTrace) -> float:
     return max(fewer, added, rounding_of(layer.modules.output))
 
 
-def _attended(layer: LayerTrace) -> Tensor:
+def _attended(called: nn.Module, layer: LayerTrace) -> Tensor:
     """(o W_O + b) . u as it is added to the residual, (B, n)."""
     m, o = layer.modules, wide(layer.o).transpose(1, 2).flatten(2)
-    weight, bias = dense_weight(m.output, o.shape[2]).to(o.dtype), dense_bias(m.output, o.shape[2])
+    try:
+        weight, bias = dense_weight(m.output, o.shape[2]).to(o.dtype), dense_bias(m.output, o.shape[2])
+    except ValueError as error:
+        raise ValueError(f"{error}: {describe(called, m.output)}") from None
     u = layer.directions.of(weight)
     if m.scale is not None:
         u = u * parameter(*m.scale).to(o.dtype)
@@ -175,14 +262,20 @@ def _norm_difference(layer: LayerTrace, part: str) -> tuple[Tensor, Tensor]:
     returned = layer.projections[f"{part} returned"].product
     if part not in layer.parts:
         return torch.zeros_like(returned), torch.ones_like(returned)
-    parts, stats, z = layer.parts[part], layer.norms[part], layer.projections[f"{part} weighted"].product
+    expected, size = _layer_norm(layer, part, layer.projections[f"{part} weighted"].product)
+    return returned - expected, size
+
+
+def _layer_norm(layer: LayerTrace, part: str, z: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer norm along the direction, from its input z along weight times the direction, and the length of its terms, (B, n) each."""
+    parts, stats = layer.norm_parts(part), layer.norms[part]
     u = layer.directions[layer.x.shape[2], z.dtype, z.device]
     weight = torch.ones_like(u) if parts.weight is None else parts.weight.to(u.dtype)
     bias = torch.zeros_like(u) if parts.bias is None else parts.bias.to(u.dtype)
     expected = stats.rstd * (z - stats.mean * (weight @ u)) + bias @ u
     # the deviation from the mean, and the mean where it is large beside it, in the size of what is returned
     size = (1 + (stats.mean * stats.rstd).abs()) * torch.linalg.vector_norm(weight) + torch.linalg.vector_norm(bias)
-    return returned - expected, size
+    return expected, size
 
 
 def _not_the_sum(called: nn.Module, layer: LayerTrace) -> str:
@@ -212,6 +305,10 @@ def _not_the_output(called: nn.Module, layer: LayerTrace) -> str:
 
 def _not_a_layer_norm(called: nn.Module, layer: LayerTrace, part: str) -> str:
     return f"{describe(called, getattr(layer.modules, part))} doesn't compute a layer norm, which the decomposition goes through"
+
+
+def _not_the_module(called: nn.Module, layer: LayerTrace, part: str, text: str) -> str:
+    return f"{describe(called, getattr(layer.modules, part))} doesn't {text}: {_changed(called, layer.modules.block)}"
 
 
 def _changed(called: nn.Module, block: nn.Module) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyglobenc.hf.layers import LayerModules
+from pyglobenc.hf.threads import in_this_thread
 from pyglobenc.ops.attention import attention
 
 
@@ -26,10 +27,11 @@ def own_attention_hooks(found: list[LayerModules], recorders: Mapping[nn.Module,
         if layer.own_scores is None:
             continue
         projected: dict[str, Tensor] = {}
-        yield layer.attention.register_forward_pre_hook(lambda module, args, projected=projected: projected.clear())
+        clear = in_this_thread(lambda module, args, projected=projected: projected.clear())
+        yield layer.attention.register_forward_pre_hook(clear)
         for name in ("query", "key", "value"):
-            yield getattr(layer, name).register_forward_hook(_keep(projected, name))
-        yield layer.attention.register_forward_hook(_record(layer, projected, recorders), with_kwargs=True)
+            yield getattr(layer, name).register_forward_hook(in_this_thread(_keep(projected, name)))
+        yield layer.attention.register_forward_hook(in_this_thread(_record(layer, projected, recorders)), with_kwargs=True)
 
 
 def _keep(projected: dict[str, Tensor], name: str):
@@ -41,11 +43,12 @@ def _keep(projected: dict[str, Tensor], name: str):
 
 
 def _record(layer: LayerModules, projected: dict[str, Tensor], recorders: Mapping[nn.Module, Callable[..., None]]):
-    arguments = signature(layer.attention.forward)
+    # of the class: a wrapper around the module's own need not name its arguments
+    arguments = signature(type(layer.attention).forward)
 
     @torch.no_grad()
     def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        given = arguments.bind(*args, **kwargs)
+        given = arguments.bind(module, *args, **kwargs)
         given.apply_defaults()
         own = layer.own_scores(module, given.arguments)
         heads = module.num_attention_heads

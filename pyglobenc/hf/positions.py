@@ -8,6 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from pyglobenc.hf.limits import padding_id
+from pyglobenc.hf.threads import in_this_thread
 
 
 @torch.no_grad()
@@ -33,7 +34,7 @@ def own_positions(who: str, model: PreTrainedModel, sequences: Sequence[Tensor])
     if not isinstance(table, nn.Module):
         return [torch.arange(len(ids), device="cpu") for ids in sequences]
     asked: list[Tensor] = []
-    handle = table.register_forward_pre_hook(lambda module, args: asked.append(args[0]))
+    handle = table.register_forward_pre_hook(in_this_thread(lambda module, args: asked.append(args[0])))
     try:
         # what pads changes nothing before it
         padded = pad_sequence(list(sequences), batch_first=True, padding_value=padding_id(model) or 0)

@@ -5,10 +5,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from pyglobenc.hf import LayerModules, LayerTrace
+from pyglobenc.hf.checks import LINEAR
 from pyglobenc.hf.weights import is_plain
-
-# parts of a layer that need to be one Linear module each
-LINEAR = ("query", "key", "value", "output", "intermediate", "mlp_output")
 
 
 def check_layers(found: Sequence[LayerModules], captured: Sequence[LayerTrace] = ()) -> None:

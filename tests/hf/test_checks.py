@@ -1,0 +1,415 @@
+"""Models that differ from the stock one in any module: the result is that of a direct computation, or an error names the module."""
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+import transformers
+from chefer import direct, relative
+from models import ARCHITECTURES, IMAGES, OWN_SCORES, PRE_NORM, SMALL, build, random_batch
+from published import Float64Throughout, published_maps, published_rollout
+from torch import nn
+
+from pyglobenc import GlobEnc, TransformerAttribution, capture
+from pyglobenc.hf import find_layers
+from pyglobenc.methods.family import METHODS, Rollout
+
+# one of each binding, and those of the same modules, which are left to the sweep
+EACH = ["bert-classifier", "distilbert", "albert", "albert-groups", "mpnet", "deberta-v3", "modernbert", "gpt2", "mistral", "gemma3"]
+EACH += ["vit", "dinov2", "beit"]
+
+
+def all_of(names):
+    return [name if name in EACH else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+EVERY = all_of([*ARCHITECTURES, *PRE_NORM, *IMAGES])
+POST_NORM = all_of(ARCHITECTURES)
+CHUNKING = ("bert", "bert-classifier", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "albert", "albert-groups")
+
+
+class Adapter(nn.Module):
+    """A bottleneck beside the identity, as adapters are added after a projection."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.down, self.up = nn.Linear(d, 4).double(), nn.Linear(4, d).double()
+
+    def forward(self, x):
+        return x + self.up(self.down(x).relu()).to(x.dtype)
+
+
+class Doubled(nn.Linear):
+    """Linear, but not with the matrix that its weight is."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class OwnNorm(nn.Module):
+    """A layer norm written down by hand, its parameters under names of their own; wrong: its bias comes before the division."""
+
+    def __init__(self, norm, wrong=False):
+        super().__init__()
+        self.scale, self.shift, self.small, self.wrong = norm.weight, norm.bias, norm.eps, wrong
+
+    def forward(self, tokens):
+        centred = tokens - tokens.mean(-1, keepdim=True)
+        std = (centred.square().mean(-1, keepdim=True) + self.small).sqrt()
+        return self.scale * (centred.abs() if self.wrong else centred) / std + self.shift
+
+
+def replace(model, module, new):
+    """Put a module in the place of another, wherever the model has it."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child is module:
+                setattr(parent, name, new)
+
+
+def path(model, module):
+    return next(name for name, found in model.named_modules() if found is module)
+
+
+def matrix(module):
+    """W of x @ W + b, of a Linear module or a Conv1D."""
+    return module.weight.T if isinstance(module, nn.Linear) else module.weight
+
+
+def plain_linear(module):
+    """A Linear module for a Linear module or a Conv1D."""
+    weight = matrix(module)
+    new = nn.Linear(*weight.shape, bias=module.bias is not None).to(weight.dtype)
+    new.weight.data = weight.T.detach().clone()
+    if module.bias is not None:
+        new.bias.data = module.bias.detach().clone()
+    return new
+
+
+def hook(change):
+    return lambda module, args, output: (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+
+# each changes a layer's modules; where something is to be refused it returns the module that the error names
+
+
+def adapter_after_w_o(model, m):
+    new = nn.Sequential(plain_linear(m.output), Adapter(matrix(m.output).shape[1]))
+    replace(model, m.output, new)
+    return new
+
+
+def hook_on_w_o(model, m):
+    m.output.register_forward_hook(hook(lambda t: t * 1.01))
+    return m.output
+
+
+def one_feature_of_one_token(model, m):
+    def change(t):
+        t = t.clone()
+        t[-1, 0, 3] += 1e-3
+        return t
+
+    m.output.register_forward_hook(hook(change))
+    return m.output
+
+
+def heads_masked(model, m):
+    m.output.register_forward_pre_hook(lambda module, args: (args[0] * torch.arange(args[0].shape[-1]).lt(12), *args[1:]))
+    return m.output
+
+
+def forward_of_w_o(model, m):
+    forward = m.output.forward
+    m.output.forward = lambda x: forward(x).tanh()
+    return m.output
+
+
+def attention_twice(model, m):
+    forward = m.attention.forward
+    m.attention.forward = lambda *args, **kwargs: (forward(*args, **kwargs), forward(*args, **kwargs))[1]
+    # of a module that computes its attention itself nothing is called within it
+    return m.attention if m.own_scores is None else None
+
+
+def block_twice(model, m):
+    other = next(layer.block for layer in find_layers(model) if layer.block is not m.block)
+    other.register_forward_hook(lambda module, args, kwargs, output: (m.block(*args, **kwargs), None)[1], with_kwargs=True)
+    return m.block
+
+
+def dropout_of_attention(model, m):
+    inner = [module for module in m.block.modules() if hasattr(module, "p") or hasattr(module, "drop_prob")]
+    new = inner[0] if inner else nn.Dropout()
+    if not inner:
+        m.block.add_module("late", new)
+    new.p = 0.1
+    new.train()
+    return new
+
+
+def hook_on_mlp(model, m):
+    # another MLP: of it the decomposition reads the statistics of the sum alone
+    m.mlp_output.register_forward_hook(hook(lambda t: t * 1.01))
+    return None
+
+
+def hook_on_norm_input(model, m):
+    m.output_norm.register_forward_pre_hook(lambda module, args: (args[0] * 1.01,))
+    return m.output_norm
+
+
+def hook_on_block(model, m):
+    m.block.register_forward_hook(hook(lambda t: t * 1.01))
+    return None if m.pre_norm else m.block
+
+
+def hook_on_norm(model, m):
+    m.attention_norm.register_forward_hook(hook(lambda t: t * 1.01))
+    return None if m.pre_norm else m.attention_norm
+
+
+REFUSED = [
+    adapter_after_w_o,
+    hook_on_w_o,
+    one_feature_of_one_token,
+    heads_masked,
+    forward_of_w_o,
+    attention_twice,
+    dropout_of_attention,
+    hook_on_mlp,
+    hook_on_norm_input,
+    hook_on_block,
+    hook_on_norm,
+]
+
+
+def rows(attribute, batch):
+    with Float64Throughout():
+        result = attribute(**batch, targets=[0, 2])
+    return result.scores * result.log_scale.exp()[..., None]
+
+
+def exact_rows(model, batch):
+    maps = published_maps(model, batch)
+    return published_rollout(maps["N_Enc" if "N_Enc" in maps else "N_Res"])[:, -1, [0, 2]]
+
+
+def assert_exact(model, reference, batch):
+    found, exact = rows(GlobEnc(model), batch), exact_rows(reference, batch)
+    assert (found - exact).abs().max() <= 1e-10 * exact.abs().max()
+
+
+@pytest.mark.parametrize("change", REFUSED, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("name", EVERY)
+def test_changed_layers_are_refused_by_name(name, change):
+    model = build(name)
+    batch = random_batch(model, batch=2, n=7, pads=[2, 0])
+    blamed = change(model, find_layers(model)[1])
+    if blamed is None:
+        # what a pre-norm layer's MLP returns is no part of the decomposition
+        return assert_exact(model, model, batch)
+    with pytest.raises(ValueError, match=path(model, blamed).replace(".", r"\.")):
+        rows(GlobEnc(model), batch)
+
+
+@pytest.mark.parametrize("name", all_of(name for name in (ARCHITECTURES | PRE_NORM | IMAGES) if name != "albert"))
+def test_a_block_called_twice_is_refused(name):
+    model = build(name)
+    batch = random_batch(model, batch=1, n=7)
+    blamed = block_twice(model, find_layers(model)[1])
+    with pytest.raises(ValueError, match=path(model, blamed).replace(".", r"\.") + r".* was called 2 times|shows a query its keys"):
+        rows(GlobEnc(model), batch)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "packed", "compat", "relevance"])
+def test_every_method_refuses(method):
+    if method == "compat":
+        from pyglobenc.compat.globenc.modeling.modeling_bert import BertForSequenceClassification
+
+        model = BertForSequenceClassification(build("bert-classifier").config).double().eval()
+    else:
+        model = build("bert-classifier")
+    hook_on_w_o(model, find_layers(model)[1])
+    calls = {
+        "packed": lambda: GlobEnc(model).packed(input_ids=[[5, 6, 7], [8, 9]]),
+        "compat": lambda: model(torch.tensor([[5, 6, 7]]), output_norms=True),
+        "relevance": lambda: TransformerAttribution(model)(input_ids=torch.tensor([[5, 6, 7]])),
+    }
+    with pytest.raises(ValueError, match="not the residual sum .*layer.1.attention.output.dense"):
+        calls.get(method, lambda: Rollout(model, method)(input_ids=torch.tensor([[5, 6, 7]])))()
+
+
+@pytest.mark.parametrize("name", CHUNKING)
+def test_mlp_in_chunks(name):
+    model, plain = build(name, chunk_size_feed_forward=3), build(name)
+    batch = random_batch(model, batch=2, n=9, pads=[0, 4])
+    assert_exact(model, plain, batch)
+
+
+@pytest.mark.parametrize("name", ["bert-classifier", "roberta", "electra", "distilbert"])
+def test_relevance_of_mlp_in_chunks(name):
+    model, plain = build(name, chunk_size_feed_forward=3), build(name)
+    batch = random_batch(model, batch=2, n=9, pads=[0, 4])
+    found, exact = (TransformerAttribution(m)(**batch, variant="full").scores for m in (model, plain))
+    assert relative(found, exact) <= 1e-8
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_layers_of_another_model(name):
+    model, other = build(name, attention="eager"), build(name)
+    for m in {layer.block: layer for layer in find_layers(other)}.values():
+        for parameter in m.block.parameters():
+            parameter.data *= 1.1
+    reference = copy.deepcopy(model)
+    kept, source, target = (find_layers(one)[1].block for one in (model, other, reference))
+    target.load_state_dict(source.state_dict())
+    replace(model, kept, source)
+    batch = random_batch(model, batch=2, n=7, pads=[0, 2])
+    assert_exact(model, reference, batch)
+    assert other.config._attn_implementation == build(name).config._attn_implementation
+
+
+@pytest.mark.parametrize("kind", ["own", "no weight", "no bias", "stranger"])
+@pytest.mark.parametrize("name", POST_NORM)
+def test_norms_of_other_classes(name, kind):
+    model, reference = build(name), build(name)
+    for norm, same in ((m, r) for layer, own in zip(find_layers(model), find_layers(reference), strict=True) for m, r in norms(layer, own)):
+        if kind in ("own", "stranger"):
+            new = OwnNorm(norm, wrong=kind == "stranger" and norm is find_layers(model)[0].output_norm)
+            replace(model, norm, new)
+        elif kind == "no weight":
+            replace(model, norm, nn.LayerNorm(48, eps=norm.eps, elementwise_affine=False))
+            same.weight.data.fill_(1), same.bias.data.fill_(0)
+        else:
+            new = nn.LayerNorm(48, eps=norm.eps, bias=False).double()
+            new.weight = norm.weight
+            replace(model, norm, new)
+            same.bias.data.fill_(0)
+    batch = random_batch(model, batch=2, n=7, pads=[0, 2])
+    if kind != "stranger":
+        return assert_exact(model.eval(), reference, batch)
+    with pytest.raises(ValueError, match=r"\(OwnNorm\) doesn't compute a layer norm"):
+        rows(GlobEnc(model), batch)
+
+
+def norms(layer, own):
+    """Norms after a residual sum that a model and its copy still have in common."""
+    for part in ("attention_norm", "output_norm"):
+        if type(getattr(layer, part)) is nn.LayerNorm and (layer is not None):
+            yield getattr(layer, part), getattr(own, part)
+
+
+def test_adapters_around_norms():
+    peft = pytest.importorskip("peft")
+    model = build("bert-classifier")
+    tuned = peft.get_peft_model(model, peft.LNTuningConfig(target_modules=["LayerNorm"])).double().eval()
+    for name, parameter in tuned.named_parameters():
+        if "ln_tuning" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    batch = random_batch(build("bert-classifier"), batch=2, n=7, pads=[0, 2])
+    merged = copy.deepcopy(tuned).merge_and_unload()
+    assert_exact(tuned, merged, batch)
+    assert relative(*(TransformerAttribution(m)(**batch).scores for m in (tuned, merged))) <= 1e-8
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_linear_modules_of_other_classes(name):
+    model, reference = build(name), build(name)
+    for m, r in [(find_layers(model)[0], find_layers(reference)[0])]:
+        new = Doubled(*matrix(m.output).shape, bias=m.output.bias is not None).double()
+        new.load_state_dict(plain_linear(m.output).state_dict())
+        replace(model, m.output, new)
+        r.output.weight.data *= 2
+        if m.output.bias is not None:
+            r.output.bias.data *= 2
+    assert_exact(model.eval(), reference, random_batch(model, batch=2, n=7, pads=[0, 2]))
+
+
+class Siamese(nn.Module):
+    """Encodes both texts with one encoder and compares them."""
+
+    def __init__(self, twice=True):
+        super().__init__()
+        self.encoder, self.twice = build("bert"), twice
+
+    def forward(self, one, other):
+        u = self.encoder(input_ids=one).last_hidden_state[:, 0]
+        return (u * (self.encoder(input_ids=other).last_hidden_state[:, 0] if self.twice else u)).sum(-1)
+
+
+@pytest.mark.parametrize("twice", [True, False])
+def test_encoder_called_twice_in_one_pass(twice):
+    model, (one, other) = Siamese(twice).eval(), torch.randint(5, 97, (2, 1, 6))
+    refused = pytest.raises(ValueError, match=r"encoder\.encoder\.layer\.0 \(BertLayer\) was called 2 times") if twice else nullcontext()
+    with torch.no_grad(), capture(model) as trace, refused:
+        for _ in range(2):
+            model(one, other)
+        assert len(trace.layers) == 3
+    model.encoder.encoder.layer[2].output.dropout.train()
+    with pytest.raises(ValueError, match=r"encoder\.encoder\.layer\.2\.output\.dropout .*p=0\.1"), capture(model):
+        pass
+
+
+@pytest.mark.parametrize("where", ["query", "value", "intermediate", "mlp_output", "output"])
+@pytest.mark.parametrize("name", ["bert-classifier", "distilbert", "vit"])
+def test_relevance_goes_through_the_modules_that_ran(name, where):
+    model = build(name)
+    batch = random_batch(model, batch=1, n=7)
+    module = getattr(find_layers(model)[1], where)
+    handle = module.register_forward_hook(hook(lambda t: t * 1.01))
+    with pytest.raises(ValueError, match=path(model, module).replace(".", r"\.")):
+        TransformerAttribution(model)(**batch)
+    handle.remove()
+    module.register_forward_pre_hook(lambda module, args: (args[0] * 1.01,))
+    if where == "mlp_output":
+        # an activation of another kind: the rules pass relevance on through any
+        names = {"bert-classifier": ["classifier", "bert.pooler.dense"], "distilbert": ["classifier", "pre_classifier"]}
+        head = [model.get_submodule(one) for one in names.get(name, ["classifier"])]
+        row = (head[0], head[0].weight[1].detach()[None])
+        scores, _ = direct(model, batch, lambda out: out.logits[0, 1], [row, *head[1:]])
+        found = TransformerAttribution(model)(**batch, target=1).scores[0]
+        assert relative(found, scores[len(scores) - len(found) :]) <= 1e-8
+        return
+    with pytest.raises(ValueError, match=path(model, module).replace(".", r"\.")):
+        TransformerAttribution(model)(**batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, "autocast"])
+def test_rounding_is_not_refused(dtype):
+    """Outlier features and tokens, as trained models have them, in every precision."""
+    for name in ("bert", "distilbert", "deberta-v3", "modernbert", "gpt2", "gemma3", "vit", "beit"):
+        if (name, dtype) == ("gemma3", "autocast"):
+            continue  # its rotated queries are float32 and its values bfloat16, which is refused
+        model = build(name, torch.float32)
+        for m in find_layers(model):
+            for norm in (m.attention_norm, m.output_norm):
+                if getattr(norm, "weight", None) is not None:
+                    norm.weight.data[::17] *= 30
+            m.output.weight.data[..., 3] *= 50
+        model = model if dtype == "autocast" else model.to(dtype)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"), capture(model) as trace:
+            model(**random_batch(model, batch=3, n=17, pads=[0, 4, 9]))
+        assert len(trace.layers) >= 3
+
+
+def test_stock_models_of_any_size_of_weights():
+    """What is compared grows and shrinks with the weights."""
+    for scale in (1e-3, 1e3):
+        model = transformers.BertModel(transformers.BertConfig(**SMALL)).eval()
+        for parameter in model.parameters():
+            parameter.data *= scale
+        with torch.no_grad(), capture(model) as trace:
+            model(**random_batch(model, batch=2, n=9))
+        assert len(trace.layers) == 3
+
+
+def test_own_scores_see_what_the_model_saw():
+    """What is computed again beside these models is what they computed."""
+    for name in OWN_SCORES:
+        model = build(name)
+        m = find_layers(model)[0]
+        m.attention.register_forward_hook(hook(lambda t: t * 1.01))
+        with pytest.raises(ValueError, match="not the residual sum"):
+            rows(GlobEnc(model), random_batch(model, batch=1, n=7))
