@@ -4,7 +4,7 @@ The autograd graph of the head says it: from the logits down to the last layer's
 tensor carries the whole logit if every path of the graph from the logits to the last layer's output goes through it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from pyglobenc.values import may_look, require
 
 # equal numbers from the same few operations differ by a few roundings, other functions by far more
 ROUNDINGS = 64
+NOT_FOLLOWED = "the logits can't be followed to the last layer's output; the head runs without gradients, or doesn't read it"
 
 
 @dataclass
@@ -69,7 +70,7 @@ class HeadRecord:
         """Let the head begin at `top`; returns what it is to read."""
         self.top, self.calls = top, []
         if self._leaf:
-            for t in (top, *self._lower()):
+            for t in (top, *self._trace.inputs):
                 # inference tensors can't take part in a graph
                 if not t.requires_grad and not t.is_inference():
                     self._flagged.append(t.requires_grad_())
@@ -90,44 +91,41 @@ class HeadRecord:
         while self._flagged:
             self._flagged.pop().requires_grad_(False)
 
-    def depends(self, t: Tensor) -> bool:
-        """Whether t is computed from the last layer's output."""
-        return self._reaches(t, get_gradient_edge(self.top).node, ()) if t.requires_grad else False
-
-    def skips_layers(self, t: Tensor) -> bool:
-        """Whether t is computed from an earlier layer's output too, past the last one's."""
+    def way(self, t: Tensor) -> str | None:
+        """Why t isn't computed from the last layer's output alone; None if it is."""
+        if self.top is None or not t.requires_grad or not self.top.requires_grad:
+            return NOT_FOLLOWED
         top = get_gradient_edge(self.top).node
-        nodes = {get_gradient_edge(x).node for x in self._lower() if x.requires_grad}
-        return any(self._reaches(t, node, (top,)) for node in nodes)
+        nodes = _nodes(t, (top,))
+        if any(get_gradient_edge(x).node in nodes for x in self._trace.inputs if x.requires_grad):
+            return "it reads earlier layers' outputs, not the last one's alone" if top in nodes else NOT_FOLLOWED
+        return None if top in nodes else NOT_FOLLOWED
 
     def carries(self, t: Tensor, edge: GradientEdge) -> bool:
         """Whether all of t that is computed from the last layer's output is computed through the tensor at an edge."""
         top = get_gradient_edge(self.top).node
-        return edge.node is top or not self._reaches(t, top, (edge.node,))
+        return edge.node is top or top not in _nodes(t, (top, edge.node))
 
-    def leads_to(self, t: Tensor, call: Call) -> bool:
+    @staticmethod
+    def leads_to(t: Tensor, call: Call) -> bool:
         """Whether t is computed from what a call returned."""
-        return self._reaches(t, call.returned_edge.node, ())
+        return call.returned_edge.node in _nodes(t, ())
 
     def of_tokens(self, t: Tensor) -> bool:
         """Whether a tensor of the head holds a vector for every token, (B, n, any)."""
         return t.dim() == 3 and t.shape[:2] == self.top.shape[:2]
 
-    def _lower(self) -> list[Tensor]:
-        return self._trace.inputs
 
-    @staticmethod
-    def _reaches(t: Tensor, goal: Any, closed: Iterable[Any]) -> bool:
-        """Whether the graph leads from t to a node without passing through closed ones."""
-        waiting, seen = [get_gradient_edge(t).node], set(closed)
-        while waiting:
-            node = waiting.pop()
-            if node is goal and node not in seen:
-                return True
-            if node is not None and node not in seen:
-                seen.add(node)
+def _nodes(t: Tensor, ends: Collection[Any]) -> set[Any]:
+    """Nodes of the graph that t is computed through, down to some at which to stop."""
+    waiting, seen = [get_gradient_edge(t).node], set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if node not in ends:
                 waiting.extend(below for below, _ in node.next_functions)
-        return False
+    return seen
 
 
 @contextmanager
@@ -220,12 +218,11 @@ def tokens_read(who: str, model: nn.Module, record: HeadRecord, logits: Tensor, 
     def refuse(reason: str) -> ValueError:
         return ValueError(f"{who}: {reason}; name the tokens: targets=[0], or targets='mean'")
 
-    if record.top is None or not record.depends(logits):
-        raise refuse("the logits can't be followed to the last layer's output, the head runs without gradients or doesn't read it")
-    if record.skips_layers(logits):
-        raise refuse("the head reads earlier layers' outputs, not the last one's alone")
+    why = record.way(logits)
+    if why is not None:
+        raise refuse(f"the default target is what the head reads, but {why}")
     # any class will do, and one alone may read nothing: a unit that isn't active passes no gradient on
-    logit = (logits * direction(logits[0])).sum()
+    logit = (logits * torch.linspace(0.5, 1.5, logits.shape[1], dtype=logits.dtype, device=logits.device)).sum()
     (gradient,) = torch.autograd.grad(logit, record.top, retain_graph=True)
     read = (gradient != 0).any(-1)
     count = read.sum(1)

@@ -143,10 +143,9 @@ class _Chain:
     def _points(self) -> list[_Point]:
         """The tensors that carry the whole logit, from the logit down to the last layer's output."""
         record, logit = self.record, self.logit
-        if record.top is None or not record.depends(logit):
-            raise _refusal("the logit can't be followed to the last layer's output; it runs without gradients, or doesn't read it")
-        if record.skips_layers(logit):
-            raise _refusal("it reads earlier layers' outputs, not the last one's alone")
+        why = record.way(logit)
+        if why is not None:
+            raise _refusal(why)
         points = []
         for call in reversed(record.calls):
             for t, edge, returned in ((call.returned, call.returned_edge, True), (call.given, call.given_edge, False)):
