@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # the method whose targets are classes, and the one of models that have none, or whose head it has no rules for
 CLASSES, TOKENS = "transformer-attribution", "globenc"
+# the target that a map of the mean over tokens is kept under
+MEAN = -1
 # of an image file, decoders that are in wide use; Pillow's others read formats that hold programs or are rarely tested
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 # an image is held several times over, at up to 12 bytes a pixel
@@ -35,7 +37,7 @@ class ImageAttribution:
 
     Attributes:
         image: what the model saw, (height, width, 3) in [0, 1].
-        scores: by target, (rows, columns) of patches, or (height, width) of pixels.
+        scores: by target, -1 of the mean over the tokens that a head reads, (rows, columns) of patches, or (height, width) of pixels.
         labels: the targets' names: a class and its probability, or its plain number of a regression; or a token.
         probabilities: of every class of the model, (classes,), by its config's problem_type: softmax, or sigmoid. None of a
             regression and of a model without a classifier.
@@ -106,7 +108,8 @@ def explain_image(
             with an axis for them in front, is a batch. Of an animation the current frame is explained.
         method: "transformer-attribution" (classifiers of the ViT and DeiT kind), or a name in `pyglobenc.methods.family.METHODS` (any
             image encoder). None: the first where it is defined, else "globenc".
-        targets: classes explained, None: the predicted one; of the rollout family token positions, None: 0, [CLS].
+        targets: classes explained, None: the predicted one; of the rollout family token positions, None: what `GlobEnc` takes, [CLS]
+            or what the model's head reads.
         variant, start_layer: as for `TransformerAttribution`.
         backend, dtype: as for `GlobEnc`.
         max_pixels: of an image; a larger one is refused before it is decoded.
@@ -121,16 +124,17 @@ def explain_image(
     # these take seconds
     import torch
 
-    from pyglobenc.hf.unwrap import stock_model
+    from pyglobenc.hf.unwrap import called_module, stock_model
     from pyglobenc.methods.family import Rollout
     from pyglobenc.methods.transformer_attribution import TransformerAttribution
 
     inner = stock_model(model)
+    own_head = called_module(model) is not inner
     if inner.main_input_name != "pixel_values":
         raise ValueError(f"explain_image: {type(inner).__name__} takes {inner.main_input_name}, not images")
     if method is None:
-        method = CLASSES if _has_rules(inner) else TOKENS
-    if method == CLASSES and not _is_classifier(inner):
+        method = CLASSES if _has_rules(inner, own_head) else TOKENS
+    if method == CLASSES and inner.base_model is inner and not own_head:
         raise ValueError(f"explain_image: {type(inner).__name__} has no classes to explain; method={TOKENS!r} explains its [CLS] token")
     if targets is not None and not len(targets):
         raise ValueError("explain_image: there is no target, got an empty list")
@@ -138,7 +142,7 @@ def explain_image(
         attribute = TransformerAttribution(model, backend, dtype)
         explain = partial(_explain_classes, attribute, targets=targets, variant=variant, start_layer=start_layer)
     else:
-        explain = partial(_explain_tokens, Rollout(model, method, backend, dtype), targets=[0] if targets is None else targets)
+        explain = partial(_explain_tokens, Rollout(model, method, backend, dtype), targets=targets)
     images, single = _images(image)
     pixels = [_pixels(inner, processor, one, max_pixels) for one in images]
     done: dict[int, ImageAttribution] = {}
@@ -229,44 +233,48 @@ def _batches(pixels: Sequence[torch.Tensor], size: int) -> list[list[int]]:
     return [rows[start : start + size] for rows in shapes.values() for start in range(0, len(rows), size)]
 
 
-def _is_classifier(model: PreTrainedModel) -> bool:
-    return any("ForImageClassification" in cls.__name__ for cls in type(model).__mro__)
-
-
-def _has_rules(model: PreTrainedModel) -> bool:
-    """Whether transformer attribution explains a model's classes."""
+def _has_rules(model: PreTrainedModel, own_head: bool) -> bool:
+    """Whether transformer attribution explains a model's classes; own_head: of a user's module around it."""
     from pyglobenc.hf import vit
 
     named = any(cls.__name__.endswith("ForImageClassification") for cls in type(model).__mro__)
-    return named and model.config.model_type in vit.MODEL_TYPES
+    return (named or own_head) and model.config.model_type in vit.MODEL_TYPES
 
 
 def _explain_classes(attribute: Callable, pixels: torch.Tensor, targets: Sequence[int] | None, **options: Any) -> list[ImageAttribution]:
     """Attributions of images (B, channels, height, width) by a `TransformerAttribution`."""
     import torch
 
+    from pyglobenc.methods.head import find_logits
+
     count = 1 if targets is None else len(targets)
     chosen = None if targets is None else torch.tensor(list(targets) * len(pixels), device=pixels.device)
     result = attribute(pixel_values=pixels.repeat_interleave(count, 0), target=chosen, **options)
     classes, error = result.target.tolist(), None if result.error is None else result.error.tolist()
-    out = []
+    out, logits = [], find_logits(result.output)
     for index in range(len(pixels)):
         rows = range(index * count, (index + 1) * count)
         scores = {classes[row]: result.scores[row] for row in rows}
         found = {} if error is None else {classes[row]: error[row] for row in rows}
-        out.append(_attribution(attribute.model, pixels[index], result.output.logits[index * count], scores, True, found))
+        out.append(_attribution(attribute.stock, pixels[index], logits[index * count], scores, True, found))
     return out
 
 
-def _explain_tokens(attribute: Callable, pixels: torch.Tensor, targets: Sequence[int]) -> list[ImageAttribution]:
+def _explain_tokens(attribute: Callable, pixels: torch.Tensor, targets: Sequence[int] | None) -> list[ImageAttribution]:
     """Attributions of images (B, channels, height, width) by a `Rollout`."""
-    result = attribute(pixel_values=pixels, targets=list(targets))
-    patch_height, patch_width = _patch(attribute.model)
+    from pyglobenc.hf.unwrap import stock_model
+    from pyglobenc.methods.head import find_logits
+
+    model = stock_model(attribute.model)
+    result = attribute(pixel_values=pixels, targets=None if targets is None else list(targets))
+    patch_height, patch_width = _patch(model)
     count = (pixels.shape[2] // patch_height) * (pixels.shape[3] // patch_width)
-    logits = result.output.logits if _is_classifier(attribute.model) else [None] * len(pixels)
+    found = find_logits(result.output)
+    logits = found if found is not None and found.dim() == 2 else [None] * len(pixels)
+    named = [[MEAN]] * len(pixels) if result.targets is None else result.targets.tolist()
     # special tokens come first
-    scores = [{target: row[-count:] for target, row in zip(targets, rows, strict=True)} for rows in result.scores]
-    return [_attribution(attribute.model, *one, False, {}) for one in zip(pixels, logits, scores, strict=True)]
+    scores = [{target: row[-count:] for target, row in zip(own, rows, strict=True)} for own, rows in zip(named, result.scores, strict=True)]
+    return [_attribution(model, *one, False, {}) for one in zip(pixels, logits, scores, strict=True)]
 
 
 def _attribution(
@@ -286,7 +294,7 @@ def _attribution(
 
     def label(target: int) -> str:
         if not classes:
-            return "[CLS]" if target == 0 else f"token {target}"
+            return {0: "[CLS]", MEAN: "mean of the tokens"}.get(target, f"token {target}")
         number = f"{logits[target]:.4g}" if chances is None else f"{chances[target]:.1%}"
         return f"{class_name(model.config, target)} ({number})"
 

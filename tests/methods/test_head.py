@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from chefer import direct, relative
-from models import DECODER, EAGER_ALONE, PRE_NORM, SMALL, build, random_batch, randomize
+from models import DECODER, EAGER_ALONE, IMAGE, PRE_NORM, SMALL, build, random_batch, randomize
 from published import published_maps, published_rollout
 from tiny import tokenizer
 from torch import nn
@@ -452,3 +452,54 @@ def test_the_head_costs_nothing_that_stays():
             assert not result.scores.requires_grad and not result.output.requires_grad
     assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", [None, "globenc"])
+@pytest.mark.parametrize("pool", ["first", "mean"])
+def test_images_of_modules_around_an_encoder(pool, method):
+    model = Wrapped("vit", POOLS[pool])
+    pixels = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    found = pyglobenc.explain_image(model, None, pixels, method=method)
+    result = (TransformerAttribution if method is None else GlobEnc)(model)(pixel_values=pixels)
+    for b, one in enumerate(found):
+        ((target, scores),) = one.scores.items()
+        row = result.scores[b] if method is None else result.scores[b, 0, -9:]
+        assert relative(torch.tensor(scores).flatten(), row) <= 1e-12
+        assert target == (int(result.target[b]) if method is None else {"first": 0, "mean": -1}[pool])
+        assert one.predicted == int(model(pixel_values=pixels)[b].argmax())
+
+
+def test_a_stock_head_that_reads_the_patches():
+    config = transformers.BeitConfig(**IMAGE, use_relative_position_bias=True)
+    model = randomize(transformers.BeitForImageClassification(config)).double().eval()
+    pixels = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    result = GlobEnc(model)(pixel_values=pixels)
+    rows = GlobEnc(model)(pixel_values=pixels, targets=range(1, 10))
+    exact = (rows.scores * rows.log_scale.exp()[..., None]).mean(1)
+    assert result.targets is None and relative(result.scores[:, 0] * result.log_scale.exp(), exact) <= 1e-9
+    for b, one in enumerate(pyglobenc.explain_image(model, None, pixels)):
+        assert relative(torch.tensor(one.scores[-1]).flatten(), result.scores[b, 0, 1:]) <= 1e-12
+        assert one.labels[-1] == "mean of the tokens"
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "modernbert", "deberta-v3", "albert", "mpnet"])
+@pytest.mark.parametrize("pool", ["first", "last", "mean"])
+def test_rows_of_other_architectures(name, pool):
+    """GlobEnc follows any head, through a last norm too; that norm is no part of a layer."""
+
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            model = build(name, attention="eager" if name in EAGER_ALONE else "sdpa")
+            self.encoder, self.top = model.base_model, nn.Linear(48, CLASSES).double()
+
+        def forward(self, input_ids, attention_mask):
+            return self.top(POOLS[pool](self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0], attention_mask))
+
+    model = Around().eval()
+    batch = random_batch(model.encoder, batch=2, n=9, pads=[0, 4])
+    targets = {"first": [0], "last": torch.tensor([[8], [4]]), "mean": "mean"}[pool]
+    for method in (GlobEnc(model), Rollout(model, "w-res")):
+        found, expected = method(**batch, layers=True), method(**batch, targets=targets, layers=True)
+        assert relative(found.layer_scores, expected.layer_scores) <= 1e-12
+        assert (found.targets is None) == (pool == "mean")
