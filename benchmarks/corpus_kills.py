@@ -42,8 +42,7 @@ def wait(child: int) -> int:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but the lock of a job that was killed."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".lock")}
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def kill_and_compare(arguments: list[str], kills: int, seed: int, folder: Path) -> bool:

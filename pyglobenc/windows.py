@@ -11,6 +11,10 @@ from pyglobenc.words import word_numbers
 LONG = ("error", "truncate", "windows")
 # one text, or two that the model sees together
 Text = str | tuple[str, str]
+# a tokenizer takes some 180 bytes and a microsecond for each character of a text
+MOST_CHARACTERS = 1 << 21
+# of a token, on average, in a text that is worth tokenizing to see whether it fits; WordPiece gives up on words of 100
+TOKEN_CHARACTERS = 128
 
 
 @dataclass
@@ -36,6 +40,20 @@ class Encoded:
         return [(positions[0], positions[-1] + 1) for positions in inside]
 
 
+def most_characters(limit: int | None, long: str) -> int:
+    """Characters of a text, at most, for it to be tokenized at all; limit and long as for `encode`."""
+    fit = MOST_CHARACTERS if limit is None else TOKEN_CHARACTERS * limit
+    return fit if long == "error" else max(fit, MOST_CHARACTERS)
+
+
+def check_characters(text: str, name: str, limit: int | None, long: str) -> None:
+    """Raise ValueError, naming the text, if it is so long that tokenizing it would take too much memory; arguments as for `encode`."""
+    most = most_characters(limit, long)
+    if len(text) > most:
+        other = "; choose long=truncate or long=windows" if long == "error" and len(text) <= most_characters(limit, "windows") else ""
+        raise ValueError(f"explain: {name} has {len(text)} characters and at most {most} are tokenized{other}")
+
+
 def encode(tokenizer: Any, text: Text, name: str, limit: int | None, long: str = "error", stride: int | None = None) -> Encoded:
     """Tokenize a text, or a pair; what doesn't fit is refused, cut with its length kept, or split, as long says; never cut silently.
 
@@ -48,10 +66,12 @@ def encode(tokenizer: Any, text: Text, name: str, limit: int | None, long: str =
         stride: tokens from the start of one window to the start of the next; None for half a window.
 
     Raises:
-        ValueError: no token, or more than limit with long="error"; stride that leaves gaps, limit without room for text.
+        ValueError: no token, or more than limit with long="error"; so many characters that the text isn't tokenized; stride that leaves
+            gaps, limit without room for text.
     """
     texts = (text,) if isinstance(text, str) else text
     for one, part in zip(texts, _part_names(name, len(texts)), strict=True):
+        check_characters(one, part, limit, long)
         try:
             one.encode()
         except UnicodeEncodeError as error:

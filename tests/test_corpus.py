@@ -1,10 +1,14 @@
 """Corpora: every format read, every record accounted for, and the same shards whatever happens on the way."""
 
 import errno
+import fcntl
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +19,13 @@ import tiny
 from models import build
 
 import pyglobenc
+from pyglobenc import files
 from pyglobenc.cli import main
-from pyglobenc.corpus import job, manifest, shards
+from pyglobenc.corpus import job, manifest, records, shards
 from pyglobenc.corpus.records import Record, open_source
 from pyglobenc.memory import estimate_memory
 
+FAULTS = Path(__file__).parent / "corpus_faults.py"
 KILLS = Path(__file__).parents[1] / "benchmarks" / "corpus_kills.py"
 TEXTS = ["a good film", "the deep", "good good good film film the deep", "", "deep " * 60, "a", "the film, good!", "b c", "no\ud800", "x"]
 BAD = {3: "empty text", 4: "tokens and at most 40 fit", 8: "not UTF-8"}
@@ -343,7 +349,7 @@ def test_full_disk_leaves_a_job_that_goes_on(corpus, tmp_path, minilm_is_tiny, m
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fills_up)
-        patch.setattr(shards, "_sync_folder", lambda folder: None)
+        patch.setattr(files, "_sync_folder", lambda folder: None)
         assert run(corpus, tmp_path / "out") == 1
     error = capsys.readouterr().err
     assert str(tmp_path / "out") in error and "No space left on device" in error and error.count("\n") == 1
@@ -351,14 +357,47 @@ def test_full_disk_leaves_a_job_that_goes_on(corpus, tmp_path, minilm_is_tiny, m
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_two_jobs_on_one_folder(corpus, tmp_path, minilm_is_tiny, capsys):
-    assert run(corpus, tmp_path / "out") == 0
-    for path in (tmp_path / "out").glob("part-*"):
+def test_a_shard_that_another_process_computes_is_waited_for(corpus, tmp_path, minilm_is_tiny, monkeypatch, capsys):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert run(corpus, whole) == 0
+    assert run(corpus, out) == 0
+    names = ["part-000001.parquet", "_rejected-000001.jsonl"]
+    for name in ("part-000002.parquet", *names):
+        (out / name).unlink()
+    lock, order = shards._lock, []
+    with shards.locked(out, "000001", wait=False) as held:
+        assert held
+
+        def locking(handle, wait):
+            if wait and not (out / names[0]).exists() and order:
+                # the other process is done while this one waits
+                for name in names:
+                    (out / name).write_bytes((whole / name).read_bytes())
+                fcntl.flock(handle_of_other, fcntl.LOCK_UN)
+            order.append(wait)
+            return lock(handle, wait)
+
+        handle_of_other = next(
+            int(name) for name in os.listdir("/proc/self/fd") if os.path.realpath(f"/proc/self/fd/{name}") == str(out / ".lock-000001")
+        )
+        monkeypatch.setattr(shards, "_lock", locking)
+        assert main(["attribute", "--input", str(corpus), "--output", str(out), "--shard-size", "4"]) == 0
+    assert "1 attributed, 8 done before" in capsys.readouterr().err, "shard 2 was computed, shard 1 was not"
+    assert contents(out) == contents(whole)
+
+
+def test_locks_stay_and_are_the_same_for_any_number_of_ranks(corpus, tmp_path, minilm_is_tiny, monkeypatch):
+    out = tmp_path / "out"
+    assert run(corpus, out) == 0
+    locks = {path.name: path.stat().st_ino for path in out.glob(".lock-*")}
+    assert locks.keys() == {".lock-000000", ".lock-000001", ".lock-000002", ".lock-manifest"}
+    for path in out.glob("part-*"):
         path.unlink()
-    plan = job.Plan(None, tmp_path / "out", 4, 4096, {})
-    with job._alone(plan):
-        assert run(corpus, tmp_path / "out") == 1
-    assert "another process is at work" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        assert run(corpus, out) == 0
+    assert {path.name: path.stat().st_ino for path in out.glob(".lock-*")} == locks
 
 
 def test_dry_run_changes_nothing(corpus, tmp_path, minilm_is_tiny, capsys):
@@ -370,14 +409,297 @@ def test_dry_run_changes_nothing(corpus, tmp_path, minilm_is_tiny, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_killed_at_any_moment(tmp_path):
-    """A real SIGKILL, three times; `benchmarks/corpus_kills.py` does it twenty times on a larger job."""
+@pytest.mark.slow
+def test_killed_at_random_moments(tmp_path):
+    """Real SIGKILLs of whole processes; tests/corpus_faults.py has those at every write."""
     tiny.classifier().save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "corpus.txt").write_text("".join(f"the film {'good ' * (i % 20)}\n" for i in range(400)) + "\n")
-    command = [sys.executable, str(KILLS), "--kills", "3", "--model", str(tmp_path / "model")]
+    command = [sys.executable, str(KILLS), "--kills", "10", "--model", str(tmp_path / "model")]
     command += ["--input", str(tmp_path / "corpus.txt"), "--shard-size", "20"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "equals the uninterrupted one" in done.stdout
 
+
+def faults(tmp_path, *options):
+    paths = os.pathsep.join([str(FAULTS.parent), *filter(None, sys.path)])
+    command = [sys.executable, str(FAULTS), str(tmp_path), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ | {"PYTHONPATH": paths})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_killed_at_every_write_with_two_jobs_at_once_and_without_room(tmp_path):
+    printed = faults(tmp_path)
+    assert "killed at 7 writes" in printed and "jobs at once: 2" in printed and "no room" in printed
+
+
+@pytest.mark.slow
+def test_many_jobs_at_once(tmp_path):
+    assert "jobs at once: 30" in faults(tmp_path, "--pairs", "30")
+
+
+def with_middle_cut(path, whole):
+    data = path.read_bytes()
+    path.write_bytes(data[:100] + data[140:])
+
+
+def with_rows(change):
+    def damage(path, whole):
+        table = pq.read_table(path)
+        pq.write_table(change(table), path)
+
+    return damage
+
+
+def swapped(path, whole):
+    other = path.with_name("part-000000.parquet")
+    first, second = path.read_bytes(), other.read_bytes()
+    path.write_bytes(second)
+    other.write_bytes(first)
+
+
+def linked(path, whole):
+    path.unlink()
+    path.symlink_to(whole / "part-000001.parquet")
+
+
+SIDE = "_rejected-000001.jsonl"
+DAMAGE = {
+    "cut by a byte": lambda path, whole: path.write_bytes(path.read_bytes()[:-1]),
+    "cut in half": lambda path, whole: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "cut in the middle": with_middle_cut,
+    "emptied": lambda path, whole: path.write_bytes(b""),
+    "without rows": with_rows(lambda table: table.slice(0, 0)),
+    "short of a row": with_rows(lambda table: table.slice(0, table.num_rows - 1)),
+    "with a row twice": with_rows(lambda table: pa.concat_tables([table.slice(0, 1), table.slice(0, table.num_rows - 1)])),
+    "with other rows": with_rows(lambda table: table.set_column(0, "index", pa.array([8, 9, 10][: table.num_rows]))),
+    "without a column": with_rows(lambda table: table.drop_columns(["cut"])),
+    "of nobody": with_rows(lambda table: table.replace_schema_metadata({})),
+    "swapped": swapped,
+    "a link": linked,
+    "of another job": lambda path, whole: path.write_bytes((whole.parent / "other" / path.name).read_bytes()),
+    "without its side file": lambda path, whole: path.with_name(SIDE).unlink(),
+    "with another side file": lambda path, whole: path.with_name(SIDE).write_text('{"index": 4, "reason": "none"}\n'),
+    "with a side file too many": lambda path, whole: path.with_name("_rejected-000000.jsonl").write_text("{}\n" * 2),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A corpus, its finished job, and one of another method."""
+    folder = tmp_path_factory.mktemp("finished")
+    corpus = folder / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pyglobenc.hf.pretrained.load_pretrained", lambda *args: (tiny.classifier(), tiny.tokenizer()))
+        assert run(corpus, folder / "whole") == 0 and run(corpus, folder / "other", "--method", "n") == 0
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_shard_that_is_not_what_it_was_is_computed_again(finished, tmp_path, minilm_is_tiny, caplog, damage):
+    out = tmp_path / "out"
+    shutil.copytree(finished / "whole", out)
+    DAMAGE[damage](out / "part-000001.parquet", finished / "whole")
+    assert run(finished / "corpus.jsonl", out) == 0
+    assert contents(out) == contents(finished / "whole")
+    assert "is computed again: " in caplog.text
+    assert not (out / "part-000001.parquet").is_symlink()
+
+
+def test_a_finished_job_computes_nothing(finished, tmp_path, minilm_is_tiny, monkeypatch, caplog):
+    shutil.copytree(finished / "whole", tmp_path / "out")
+    monkeypatch.setattr(job, "attribute_records", None)
+    assert run(finished / "corpus.jsonl", tmp_path / "out") == 0 and not caplog.records
+
+
+def appended(path):
+    with open(path, "a") as file:
+        file.write('{"text": "one more"}\n')
+
+
+def replaced(old, new):
+    def change(path):
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+
+    return change
+
+
+def renamed_over(path):
+    other = path.with_suffix(".new")
+    other.write_text(path.read_text().replace('"b c"', '"c b"'))
+    other.replace(path)
+
+
+CHANGES = {
+    "appended": appended,
+    "cut": lambda path: os.truncate(path, 60),
+    "emptied": lambda path: os.truncate(path, 0),
+    "a record done before": replaced("a good film", "a poor film"),
+    "a record to come": replaced('"x"', '"y"'),
+    "a line more": replaced('"x"', '"x"}\n{"text": "y"'),
+    "another file": renamed_over,
+    "no file": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("shard", [0, 2])
+def test_an_input_that_changes_is_noticed(finished, tmp_path, minilm_is_tiny, monkeypatch, capsys, change, shard):
+    corpus, out = tmp_path / "corpus.jsonl", tmp_path / "out"
+    shutil.copy(finished / "corpus.jsonl", corpus)
+    write = job.write_shard
+
+    def change_then_write(folder, part, *rest):
+        if part.shard == shard:
+            CHANGES[change](corpus)
+        write(folder, part, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "write_shard", change_then_write)
+        assert run(corpus, out) == 1
+    error = capsys.readouterr().err
+    assert "changed while the job ran" in error or (change == "no file" and "No such file" in error)
+    assert json.loads((out / manifest.NAME).read_text())["complete"] is False
+    # what is there is of the input as it was, and the job goes on with it
+    shutil.copy(finished / "corpus.jsonl", corpus)
+    assert run(corpus, out) == 0
+    assert json.loads((out / manifest.NAME).read_text())["complete"] is True
+    assert shards_of(out) == shards_of(finished / "whole")
+
+
+def shards_of(folder):
+    """Contents but those of the manifest, which names the input."""
+    return {name: data for name, data in contents(folder).items() if name != manifest.NAME}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("writes", [1, 2, 3, 5])
+def test_a_stopped_job_leaves_nothing_half_written(finished, tmp_path, minilm_is_tiny, monkeypatch, capsys, number, writes):
+    before, left, sync = signal.getsignal(signal.SIGTERM), [writes], os.fsync
+
+    def stopping(handle):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), number)
+        sync(handle)
+
+    corpus, out = finished / "corpus.jsonl", tmp_path / "out"
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", stopping)
+            assert run(corpus, out) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == "pyglobenc: stopped\n" and not list(out.glob(".*.tmp"))
+    assert run(corpus, out) == 0 and contents(out) == contents(finished / "whole")
+
+
+def test_links_in_the_output_lead_nowhere(finished, tmp_path, minilm_is_tiny, capsys):
+    corpus = finished / "corpus.jsonl"
+    for name in ("part-000001.parquet", "_rejected-000000.jsonl", manifest.NAME, ".lock-000001", ".lock-manifest"):
+        for target in ("victim", "none"):
+            out = tmp_path / f"{name}-{target}"
+            out.mkdir()
+            (tmp_path / "victim").write_text("untouched")
+            (out / name).symlink_to(tmp_path / target)
+            status, error = run(corpus, out), capsys.readouterr().err
+            assert (tmp_path / "victim").read_text() == "untouched" and not (tmp_path / "none").exists()
+            if name.endswith((".parquet", ".jsonl")):
+                assert status == (1 if name.endswith(".parquet") and target == "victim" else 0) or "no _manifest.json" in error
+            else:
+                assert status == 1 and "is a symbolic link" in error, name
+
+
+def test_what_killed_writers_left_is_removed(finished, tmp_path, minilm_is_tiny):
+    out = tmp_path / "out"
+    shutil.copytree(finished / "whole", out)
+    (out / "part-000001.parquet").unlink()
+    for name in (".part-000001.parquet.0123.tmp", "._rejected-000001.jsonl.0123.tmp", f".{manifest.NAME}.0123.tmp"):
+        (out / name).write_text("half")
+    assert run(finished / "corpus.jsonl", out) == 0 and contents(out) == contents(finished / "whole")
+
+
+def test_without_pyarrow_nothing_is_begun(corpus, tmp_path, monkeypatch, capsys):
+    def load(*args):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("pyglobenc.hf.pretrained.load_pretrained", load)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for flags in ((), ("--dry-run",)):
+        assert run(corpus, tmp_path / "out", *flags) == 1
+        assert "pip install pyarrow" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def of_bytes(kind, *texts):
+    """An Arrow column of strings that may be no UTF-8."""
+    binary = pa.array(texts, pa.large_binary() if kind == pa.large_string() else pa.binary())
+    return binary.view(kind)
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), "dictionary", "datasets"])
+def test_a_string_that_is_not_utf8_is_left_out_alone(kind, tmp_path):
+    column = of_bytes(pa.string() if isinstance(kind, str) else kind, b"a", b"bad \xff", None, "\u00e9".encode())
+    table = pa.table({"text": column.dictionary_encode() if kind == "dictionary" else column})
+    path = tmp_path / "a.parquet"
+    if kind == "datasets":
+        path = tmp_path / "saved"
+        path.mkdir()
+        (path / "state.json").write_text('{"_data_files": [{"filename": "a.arrow"}]}')
+        with pa.OSFile(str(path / "a.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
+            stream.write_table(table)
+    else:
+        pq.write_table(table, path)
+    found = list(open_source(path).records())
+    assert [record.text for record in found] == ["a", None, None, "\u00e9"]
+    assert found[1].reason == "not UTF-8 text (at character 4)" and found[2].reason == "no text"
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "csv", "tsv", "parquet", "datasets"])
+def test_a_text_that_is_too_long_is_left_out_unread(suffix, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "LONGEST", 1 << 18)
+    texts = ["one", "a" * (1 << 24), "two", "b" * ((1 << 18) + 1), "three"]
+    path = write_as(suffix, tmp_path / "corpus", texts)
+    tracemalloc.start()
+    try:
+        found = list(open_source(path).records())
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert [record.text for record in found] == ["one", None, "two", None, "three"]
+    assert all("the text takes more than" in found[i].reason for i in (1, 3))
+    assert peak < 8 * records.LONGEST, "a small part of the line"
+
+
+def test_a_text_of_too_many_characters_is_left_out(tmp_path, minilm_is_tiny):
+    (tmp_path / "a.txt").write_text("the film\n" + "a" * (128 * 40 + 1) + "\n" + "a b " * 32 * 40 + "\n")
+    assert run(tmp_path / "a.txt", tmp_path / "out") == 0
+    assert [row["index"] for row in rows(tmp_path / "out")] == [0]
+    reasons = rejected(tmp_path / "out")
+    assert reasons[1] == "the text has 5121 characters and at most 5120 are tokenized" and "at most 40 fit" in reasons[2]
+
+
+def test_long_texts_are_tokenized_in_portions(finished, tmp_path, minilm_is_tiny, monkeypatch):
+    seen, encode = [], job.encode_records
+    monkeypatch.setattr(job, "MOST_CHARACTERS", 30)
+    monkeypatch.setattr(job, "encode_records", lambda runner, some: seen.append([one.index for one in some]) or encode(runner, some))
+    assert run(finished / "corpus.jsonl", tmp_path / "out") == 0
+    assert [index for some in seen for index in some] == list(range(len(TEXTS))) and max(map(len, seen)) < 4
+    found, expected = rows(tmp_path / "out"), rows(finished / "whole")
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one["scores"], other["scores"], rtol=1e-10)
+    assert rejected(tmp_path / "out") == rejected(finished / "whole")
+
+
+def test_fingerprints_see_a_tokenizer_s_limits_and_rules():
+    tokenizers = [tiny.tokenizer(), tiny.tokenizer(model_max_length=30), tiny.tokenizer(cls_token="[SEP]")]
+    tokenizers.append(tiny.tokenizer())
+    tokenizers[-1].backend_tokenizer.normalizer = None
+    found = list(map(manifest.tokenizer_fingerprint, tokenizers))
+    assert len(set(found)) == 4
+    tokenizers[0]("a", truncation=True, max_length=5, padding=True)
+    assert manifest.tokenizer_fingerprint(tokenizers[0]) == found[0], "a call before changes nothing"

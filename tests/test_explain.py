@@ -16,7 +16,7 @@ from pyglobenc.batches import Runner
 from pyglobenc.explain import explain_each
 from pyglobenc.methods.registry import METHODS, RELEVANCE, Method, Rows
 from pyglobenc.viz.common import caption
-from pyglobenc.windows import encode, join
+from pyglobenc.windows import MOST_CHARACTERS, encode, join
 
 TEXT = "the good film is deep, filming."
 LONG = " ".join(["the", "deep", "good", "film", "a", "b", "c"] * 10)
@@ -178,6 +178,18 @@ def test_too_long_a_text_is_refused_with_the_way_out():
         explain(classifier(), tokenizer(), ["a", LONG])
     with pytest.raises(ValueError, match="at most 10 fit"):
         explain(classifier(), tokenizer(model_max_length=10), LONG)
+
+
+def test_a_text_of_too_many_characters_is_not_tokenized():
+    def tokenize(*args, **options):
+        raise AssertionError("the text was tokenized")
+
+    refused = {("error", 128 * 40 + 1): "at most 5120 are tokenized; choose long=truncate"}
+    refused["windows", MOST_CHARACTERS + 1] = f"at most {MOST_CHARACTERS} are tokenized$"
+    for (long, count), message in refused.items():
+        with pytest.raises(ValueError, match=f"text has {count} characters and .*{message}"):
+            encode(tokenize, "a" * count, "text", 40, long)
+    assert len(encode(tokenizer(), "the " * 1200, "text", 40, "windows").windows) > 1
 
 
 def test_truncation_keeps_the_length_it_cut():

@@ -108,3 +108,39 @@ def test_saving_from_python_leaves_the_model_alone(tmp_path):
 def test_outputs_elsewhere_are_fine(tmp_path, model):
     for output in (tmp_path / "out.json", tmp_path / "model2" / "a.json", tmp_path, "/dev/null"):
         check_apart(output, [model, tmp_path / "corpus.txt", "/dev/null", tmp_path / "missing", "a\0b"])
+
+
+def attribute(source, output, model):
+    return main(["attribute", "--input", str(source), "--output", str(output), "--model", str(model), "--quiet"])
+
+
+def test_a_corpus_job_leaves_the_model_and_the_input_alone(tmp_path, model, never_loaded, capsys):
+    pq = pytest.importorskip("pyarrow.parquet")
+    pa = pytest.importorskip("pyarrow")
+    corpus, tables = tmp_path / "corpus.txt", tmp_path / "tables"
+    tables.mkdir()
+    pq.write_table(pa.table({"text": ["a"]}), tables / "part-000000.parquet")
+    (tmp_path / "beside").mkdir()
+    hard(corpus, tmp_path / "beside" / "corpus.txt")
+    before = contents(tmp_path)
+    ways = [WAYS[way] for way in ("plain", "dots", "relative", "folder link")]
+    refused = [(corpus, way(model, name)) for way in ways for name in ("inner", "new", WEIGHTS)]
+    refused += [(corpus, model), (corpus, corpus), (corpus, tmp_path), (corpus, tmp_path / "beside" / "corpus.txt")]
+    refused += [(tables, tables), (tables, tables / "new"), (tables / "part-000000.parquet", tables)]
+    refused += [(tables, linked(tables, tmp_path / "tables link"))]
+    for source, output in refused:
+        assert attribute(source, output, model) == 1
+        error = capsys.readouterr().err
+        assert "which is read" in error and error.count("\n") == 1, output
+    assert contents(tmp_path) == before
+
+
+def test_a_corpus_job_from_python_leaves_its_input_alone(tmp_path):
+    pytest.importorskip("pyarrow")
+    from pyglobenc.corpus.job import Plan, make_runner, run_job
+    from pyglobenc.corpus.records import open_source
+
+    (tmp_path / "part-000000.parquet.txt").write_text("a film\n")
+    source = open_source(tmp_path / "part-000000.parquet.txt")
+    with pytest.raises(ValueError, match="which is read"):
+        run_job(make_runner(tiny.classifier(), tiny.tokenizer()), Plan(source, source.path, 4, 64, {}), lambda count: None)

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Do the job, or this rank's share of it; returns the exit status."""
-    from pyglobenc.corpus.job import try_settings
-    from pyglobenc.corpus.records import open_source
+    from pyglobenc.commands.outputs import check_output_folder
+    from pyglobenc.corpus.job import Plan, most_of_a_text, survey_source, try_settings
+    from pyglobenc.corpus.records import load_arrow, open_source
 
+    # without it nothing could be written
+    load_arrow()
     source = open_source(options.input, options.column, not options.no_header)
-    records = sum(1 for _ in source.records())
-    if not records:
+    check_output_folder(options.output, options.model, (options.input, *source.files))
+    if next(source.records(), None) is None:
         raise ValueError(f"{options.input}: holds no record")
     rank, world = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
     if not 0 <= rank < world:
@@ -62,10 +66,13 @@ def run(options: argparse.Namespace) -> int:
     runner = _runner(options)
     try_settings(runner)
     options.batch_tokens = options.batch_tokens or (CPU_TOKENS if runner.model.device.type == "cpu" else GPU_TOKENS)
-    manifest = _manifest(options, source, records, runner)
-    if options.dry_run:
-        return _dry_run(options, source, records, runner)
-    return _run_job(options, source, records, runner, manifest, rank, world)
+    source = replace(source, most=most_of_a_text(runner))
+    survey = survey_source(source, options.shard_size)
+    manifest = _manifest(options, source, survey, runner)
+    scores = "float64" if "float64" in (options.dtype, runner.versions["model_dtype"]) else "float32"
+    common = {"method": options.method, "model": manifest["model"]["sha256"], "dtype": scores, "settings": manifest["settings"]}
+    plan = Plan(source, Path(options.output), options.shard_size, options.batch_tokens, common, rank, world, survey)
+    return _dry_run(options, plan, runner) if options.dry_run else _run_job(options, plan, runner, manifest)
 
 
 def _runner(options: argparse.Namespace) -> Any:
@@ -87,7 +94,7 @@ def _runner(options: argparse.Namespace) -> Any:
     return make_runner(model, tokenizer, dtype=dtypes[options.dtype], **{name: getattr(options, name) for name in names})
 
 
-def _manifest(options: argparse.Namespace, source: Any, records: int, runner: Any) -> dict[str, Any]:
+def _manifest(options: argparse.Namespace, source: Any, survey: Any, runner: Any) -> dict[str, Any]:
     from pyglobenc._version import __version__
     from pyglobenc.corpus.manifest import model_fingerprint, tokenizer_fingerprint
 
@@ -95,48 +102,62 @@ def _manifest(options: argparse.Namespace, source: Any, records: int, runner: An
     settings = {name: getattr(options, name) for name in names}
     settings |= {"packed": runner.packed, "model_dtype": runner.versions["model_dtype"], "device": runner.model.device.type}
     settings["version"] = __version__
+    read = {"sha256": survey.sha256, "texts": survey.texts, "records": survey.records}
     return {
-        "input": {"sha256": source.sha256(), "column": source.column, "header": not options.no_header, "records": records},
+        "input": read | {"column": source.column, "header": not options.no_header},
         "model": {"sha256": model_fingerprint(runner.model), "tokenizer": tokenizer_fingerprint(runner.tokenizer)},
         "settings": settings,
         "info": {"input": options.input, "model": options.model} | {name: runner.versions[name] for name in ("torch", "transformers")},
     }
 
 
-def _run_job(
-    options: argparse.Namespace, source: Any, records: int, runner: Any, manifest: dict[str, Any], rank: int, world: int
-) -> int:
+def _run_job(options: argparse.Namespace, plan: Any, runner: Any, manifest: dict[str, Any]) -> int:
     from tqdm import tqdm
 
-    from pyglobenc.corpus.job import Plan, run_job
-    from pyglobenc.corpus.manifest import check_manifest
+    from pyglobenc.corpus.job import InputChanged, run_job
+    from pyglobenc.corpus.manifest import check_manifest, set_complete
 
-    folder = Path(options.output)
+    folder, rank, world = plan.folder, plan.rank, plan.world
     check_manifest(folder, manifest)
-    scores = "float64" if "float64" in (options.dtype, runner.versions["model_dtype"]) else "float32"
-    common = {"method": options.method, "model": manifest["model"]["sha256"], "dtype": scores, "settings": manifest["settings"]}
-    plan = Plan(source, folder, options.shard_size, options.batch_tokens, common, rank, world)
-    mine = sum(min(options.shard_size, records - first) for first in range(rank * options.shard_size, records, world * options.shard_size))
-    with tqdm(total=mine, desc="attribute", unit=" sentences", disable=options.quiet or rank > 0) as bar:
-        summary = run_job(runner, plan, bar.update)
+    if not _all_done(plan):
+        set_complete(folder, False)
+    mine = sum(part.records for part in plan.survey.parts if part.shard % world == rank)
+    try:
+        with tqdm(total=mine, desc="attribute", unit=" sentences", disable=options.quiet or rank > 0) as bar:
+            summary = run_job(runner, plan, bar.update)
+    except InputChanged:
+        set_complete(folder, False)
+        raise
+    # the last rank to end finds all of them
+    if _all_done(plan):
+        set_complete(folder, True)
     if not options.quiet:
         rate = f", {summary.attributed / summary.seconds:.3g} sentences a second" if summary.attributed else ""
         share = f" (rank {rank} of {world})" if world > 1 else ""
         done = f", {summary.before} done before" if summary.before else ""
         left = f", {summary.rejected} left out (see {folder}/_rejected-*.jsonl)" if summary.rejected else ""
         print(f"{summary.attributed} attributed{done}{left}{rate}{share}", file=sys.stderr)
-    if summary.rejected and not summary.attributed + summary.before:
+    if summary.rejected + summary.before_rejected and not summary.attributed + summary.before - summary.before_rejected:
         raise ValueError(f"not one record could be attributed; {folder}/_rejected-*.jsonl says why of each")
     return 0
 
 
-def _dry_run(options: argparse.Namespace, source: Any, records: int, runner: Any) -> int:
+def _all_done(plan: Any) -> bool:
+    return _count_done(plan) == len(plan.survey.parts)
+
+
+def _count_done(plan: Any) -> int:
+    from pyglobenc.corpus.shards import look_at_shard
+
+    return sum(look_at_shard(plan.folder, part, plan.common).lacks is None for part in plan.survey.parts)
+
+
+def _dry_run(options: argparse.Namespace, plan: Any, runner: Any) -> int:
     from pyglobenc.corpus.job import batch_shapes
     from pyglobenc.memory import estimate_memory
 
-    shards = -(-records // options.shard_size)
-    done = sum((Path(options.output) / f"part-{number:06d}.parquet").exists() for number in range(shards))
-    shapes = list(batch_shapes(runner, source, options.shard_size, options.batch_tokens))
+    records, shards, done = plan.survey.records, len(plan.survey.parts), _count_done(plan)
+    shapes = list(batch_shapes(runner, plan.source, options.shard_size, options.batch_tokens))
     left_out, batches = sum(count for size, _, count in shapes if not size), [(size, n) for size, n, _ in shapes if size]
     print(f"{records} records in {shards} shards, {done} of them done; {options.method} on {options.model}, {runner.model.device}")
     print(f"{left_out} records would be left out; {len(batches)} batches, {sum(size * n for size, n in batches)} tokens with padding")

@@ -24,6 +24,17 @@ def check_outputs(outputs: Iterable[str], model: str, inputs: Iterable[str | Pat
         check_apart(output, kept)
 
 
+def check_output_folder(output: str, model: str, inputs: Iterable[str | Path]) -> None:
+    """Refuse an output folder that is, lies in or holds an input, or lies in the model's folder; arguments as of `check_outputs`."""
+    inputs = list(inputs)
+    check_outputs([output], model, inputs)
+    if os.path.exists(output) and not os.path.isdir(output):
+        raise NotADirectoryError(20, "is a file, not a folder", output)
+    for path in inputs:
+        if os.path.exists(output) and os.path.samefile(os.path.dirname(os.path.realpath(path)), output):
+            raise ValueError(f"{output}: holds {path}, which is read; choose a folder of its own")
+
+
 def model_places(name: str) -> list[str]:
     """Folders that a model is read from: its own, and that of the base model of a PEFT adapter; none of a model not here yet.
 

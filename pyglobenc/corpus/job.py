@@ -6,29 +6,45 @@ between changes what is in it.
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pyglobenc.batches import Runner, check_target, longest
-from pyglobenc.corpus.records import Record, Source
-from pyglobenc.corpus.shards import shard_path, write_shard
+from pyglobenc.corpus.records import Record, Source, digest
+from pyglobenc.corpus.shards import MISSING, Part, locked, look_at_shard, rejected_path, remove_temporary, shard_path, write_shard
 from pyglobenc.explain import Options
-from pyglobenc.windows import Encoded, encode
+from pyglobenc.files import check_apart
+from pyglobenc.windows import MOST_CHARACTERS, Encoded, encode, most_characters
+
+log = logging.getLogger("pyglobenc")
 
 # words of the text that settings are tried on, at most, where the model sets no limit
 TRIED = 1024
 
-try:
-    import fcntl
-except ImportError:
-    # Windows: nothing keeps a second job out
-    fcntl = None
+
+@dataclass(frozen=True)
+class Survey:
+    """What an input holds: the SHA-256 of its files and the records of every shard."""
+
+    sha256: str
+    parts: tuple[Part, ...]
+
+    @property
+    def records(self) -> int:
+        """How many records there are."""
+        return sum(part.records for part in self.parts)
+
+    @property
+    def texts(self) -> str:
+        """SHA-256 of all records' texts."""
+        return hashlib.sha256("".join(part.sha256 for part in self.parts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -42,6 +58,7 @@ class Plan:
         batch_tokens: most tokens, padding included, that the model sees at once, unless one text has more.
         common: what every shard says of itself: method, model fingerprint, dtype, settings.
         rank, world: this process among those that share the job.
+        survey: of the source; None to read it first.
     """
 
     source: Source
@@ -51,63 +68,104 @@ class Plan:
     common: dict[str, Any]
     rank: int = 0
     world: int = 1
+    survey: Survey | None = None
 
 
 @dataclass
 class Summary:
-    """Records of this run: attributed, left out, found done before; and seconds."""
+    """Records of this run: attributed, left out, and found done before, of which some were left out; and seconds."""
 
     attributed: int = 0
     rejected: int = 0
     before: int = 0
+    before_rejected: int = 0
     seconds: float = 0.0
+
+
+class InputChanged(ValueError):
+    """The input isn't what it was when the job began."""
+
+    def __init__(self, source: Source):
+        super().__init__(f"{source.path}: changed while the job ran, so nothing is complete; start again when it stays as it is")
+
+
+def survey_source(source: Source, shard_size: int) -> Survey:
+    """Read a corpus once, to know its shards and to notice later on if it changes."""
+    sha256 = source.sha256()
+    parts = [Part(number, records[0].index, len(records), digest(records)) for number, records in _shards(source, shard_size)]
+    return Survey(sha256, tuple(parts))
 
 
 def run_job(runner: Runner, plan: Plan, progress: Callable[[int], None]) -> Summary:
     """Do this rank's shards that aren't there yet; progress is called with the number of records that were dealt with.
 
+    A shard that another process computes is passed over at first and waited for at the end.
+
     Raises:
-        OSError: a shard can't be written, or another process does this rank's share.
+        ValueError: the output lies in the input or in the model's folder.
+        InputChanged: the input changed since it was surveyed; shards that are there are of what it was.
+        OSError: a shard can't be written.
     """
+    model = runner.model.name_or_path
+    kept = [plan.source.path, *plan.source.files, *([model] if os.path.isfile(os.path.join(model, "config.json")) else [])]
+    check_apart(plan.folder, kept)
     summary, start = Summary(), time.perf_counter()
-    with _alone(plan):
-        for number, records in _shards(plan):
-            if number % plan.world != plan.rank:
-                continue
-            if shard_path(plan.folder, number).exists():
-                summary.before += len(records)
-                progress(len(records))
-                continue
-            rows, rejected = attribute_records(runner, records, plan.batch_tokens, progress)
-            write_shard(plan.folder, number, rows, rejected, plan.common)
-            summary.attributed += len(rows)
-            summary.rejected += len(rejected)
+    survey = plan.survey or survey_source(plan.source, plan.shard_size)
+    plan = replace(plan, survey=survey)
+    mine = {part.shard for part in survey.parts if part.shard % plan.world == plan.rank}
+    busy = _do(runner, plan, mine, False, summary, progress)
+    if busy:
+        _do(runner, plan, busy, True, summary, progress)
+    if plan.source.sha256() != survey.sha256:
+        raise InputChanged(plan.source)
     summary.seconds = time.perf_counter() - start
     return summary
 
 
-def _shards(plan: Plan) -> Iterator[tuple[int, list[Record]]]:
-    records, number = plan.source.records(), 0
-    while shard := list(islice(records, plan.shard_size)):
+def _do(runner: Runner, plan: Plan, numbers: set[int], wait: bool, summary: Summary, progress: Callable[[int], None]) -> set[int]:
+    """Do some shards; returns the numbers of those that other processes are at work on, unless they are waited for."""
+    busy, seen = set(), 0
+    for number, records in _shards(plan.source, plan.shard_size):
+        seen += 1
+        if number not in numbers:
+            continue
+        part = plan.survey.parts[number]
+        if digest(records) != part.sha256:
+            raise InputChanged(plan.source)
+        if _is_done(plan, part, summary, progress):
+            continue
+        with locked(plan.folder, f"{number:06d}", wait) as held:
+            if not held:
+                busy.add(number)
+            # whoever held the lock may have written the shard
+            elif not _is_done(plan, part, summary, progress, tell=True):
+                remove_temporary(shard_path(plan.folder, number), rejected_path(plan.folder, number))
+                rows, rejected = attribute_records(runner, records, plan.batch_tokens, progress)
+                write_shard(plan.folder, part, rows, rejected, plan.common)
+                summary.attributed += len(rows)
+                summary.rejected += len(rejected)
+    if seen != len(plan.survey.parts):
+        raise InputChanged(plan.source)
+    return busy
+
+
+def _is_done(plan: Plan, part: Part, summary: Summary, progress: Callable[[int], None], tell: bool = False) -> bool:
+    """Whether a shard is there and complete, counted if it is; tell: say why one that is there will be computed again."""
+    found = look_at_shard(plan.folder, part, plan.common)
+    if found.lacks is None:
+        summary.before += part.records
+        summary.before_rejected += part.records - found.rows
+        progress(part.records)
+    elif tell and found.lacks != MISSING:
+        log.warning("%s is computed again: %s", shard_path(plan.folder, part.shard).name, found.lacks)
+    return found.lacks is None
+
+
+def _shards(source: Source, size: int) -> Iterator[tuple[int, list[Record]]]:
+    records, number = source.records(), 0
+    while shard := list(islice(records, size)):
         yield number, shard
         number += 1
-
-
-@contextmanager
-def _alone(plan: Plan) -> Iterator[None]:
-    """Keep a second job out of this rank's shards; the system lets go of the lock when the process ends, however it ends."""
-    with open(plan.folder / f".lock-{plan.rank}", "wb") as file:
-        try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OSError(error.errno, "another process is at work on this job", str(plan.folder)) from error
-        except OSError:
-            # file systems without locks: shards are still written whole
-            pass
-        yield
-    with suppress(OSError):
-        os.unlink(file.name)
 
 
 def try_settings(runner: Runner) -> None:
@@ -133,17 +191,34 @@ def attribute_records(
     runner: Runner, records: list[Record], batch_tokens: int, progress: Callable[[int], None] = lambda count: None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Attributions of some records and what was left out, both in input order, as `write_shard` takes them."""
-    texts, rejected = encode_records(runner, records)
-    progress(len(rejected))
-    rows = []
-    for bucket in buckets(texts, batch_tokens):
-        for index, text, fields in _attribute(runner, bucket, batch_tokens):
-            if isinstance(fields, ValueError):
-                rejected.append({"index": index, "reason": " ".join(str(fields).split())})
-            else:
-                rows.append({"index": index, "text": text.text, "tokens": text.tokens, "cut": text.cut} | fields)
-        progress(len(bucket))
+    rows, rejected = [], []
+    for portion in _portions(records):
+        texts, refused = encode_records(runner, portion)
+        rejected += refused
+        progress(len(refused))
+        for bucket in buckets(texts, batch_tokens):
+            for index, text, fields in _attribute(runner, bucket, batch_tokens):
+                if isinstance(fields, ValueError):
+                    rejected.append({"index": index, "reason": " ".join(str(fields).split())})
+                else:
+                    rows.append({"index": index, "text": text.text, "tokens": text.tokens, "cut": text.cut} | fields)
+            progress(len(bucket))
     return sorted(rows, key=lambda row: row["index"]), sorted(rejected, key=lambda entry: entry["index"])
+
+
+def _portions(records: list[Record]) -> Iterator[list[Record]]:
+    """Records in portions of no more characters than one text may have, since only so many are tokenized at a time."""
+    portion: list[Record] = []
+    size = 0
+    for record in records:
+        more = len(record.text or "")
+        if portion and size + more > MOST_CHARACTERS:
+            yield portion
+            portion, size = [], 0
+        portion.append(record)
+        size += more
+    if portion:
+        yield portion
 
 
 def encode_records(runner: Runner, records: list[Record]) -> tuple[list[tuple[int, Encoded]], list[dict[str, Any]]]:
@@ -179,9 +254,8 @@ def buckets(texts: list[tuple[int, Encoded]], batch_tokens: int) -> Iterator[lis
 
 def batch_shapes(runner: Runner, source: Source, shard_size: int, batch_tokens: int) -> Iterator[tuple[int, int, int]]:
     """Of every batch of a job its size B, its tokens n and the texts whose windows it holds; (0, 0, count) for records left out."""
-    records = source.records()
-    while shard := list(islice(records, shard_size)):
-        texts, rejected = encode_records(runner, shard)
+    for portion in (portion for _, records in _shards(source, shard_size) for portion in _portions(records)):
+        texts, rejected = encode_records(runner, portion)
         yield 0, 0, len(rejected)
         for bucket in buckets(texts, batch_tokens):
             width, windows = max(len(text.windows[0]) for _, text in bucket), sum(len(text.windows) for _, text in bucket)
@@ -201,6 +275,12 @@ def _attribute(
         done = [fields for item in alone for _, _, fields in _attribute(runner, [item], batch_tokens)] or [error]
     for (index, text), fields in zip(bucket, done, strict=True):
         yield index, text, fields
+
+
+def most_of_a_text(runner: Runner) -> int:
+    """Characters of a record, at most, for it to be tokenized."""
+    options = runner.options
+    return most_characters(longest(runner.model, runner.tokenizer, options.max_length), options.long)
 
 
 def make_runner(model: Any, tokenizer: Any, **options: Any) -> Runner:

@@ -6,8 +6,11 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from pyglobenc.windows import MOST_CHARACTERS
 
 # tried in order where no column is named
 COLUMNS = ("text", "sentence")
@@ -16,8 +19,11 @@ CHUNK = 1 << 20
 TEXTS = ("string", "large_string", "string_view", "null")
 # of a file in UTF-16, which never begin one in UTF-8
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
-# the csv module refuses fields above its own limit of 128 KiB
-LARGEST_FIELD = 1 << 30
+# bytes of a line, or of a string of a table; longer ones are left out unread, so that none fills the memory
+LONGEST = 1 << 24
+# strings of a table that are copied at a time
+STRINGS = 256
+TOO_LONG = ValueError(f"the text takes more than {LONGEST >> 20} MiB with its line")
 
 
 @dataclass(frozen=True)
@@ -38,17 +44,19 @@ class Source:
         column: name or number of the column read; None for formats without columns.
         files: the files that hold the data.
         read: starts over and yields a text for every record, or an exception that says why it can't be read.
+        most: characters of a text, at most; longer ones are left out.
     """
 
     path: Path
     column: str | None
     files: tuple[Path, ...]
     read: Callable[[], Iterator[Any]]
+    most: int = MOST_CHARACTERS
 
     def records(self) -> Iterator[Record]:
         """Every record, in input order."""
         for index, text in enumerate(self.read()):
-            reason = _reason(text)
+            reason = _reason(text, self.most)
             yield Record(index, None if reason else text, reason)
 
     def sha256(self) -> str:
@@ -63,13 +71,25 @@ class Source:
         return total.hexdigest()
 
 
-def _reason(text: Any) -> str | None:
+def digest(records: list[Record]) -> str:
+    """SHA-256 of some records' numbers and texts; of one that has no text, that it has none."""
+    total = hashlib.sha256()
+    for record in records:
+        text = None if record.text is None else record.text.encode()
+        total.update(f"{record.index} {-1 if text is None else len(text)}\n".encode())
+        total.update(text or b"")
+    return total.hexdigest()
+
+
+def _reason(text: Any, most: int) -> str | None:
     if isinstance(text, Exception):
         return " ".join(str(text).split()) or type(text).__name__
     if text is None:
         return "no text"
     if not isinstance(text, str):
         return f"the text must be a string, got {type(text).__name__}"
+    if len(text) > most:
+        return f"the text has {len(text)} characters and at most {most} are tokenized"
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -115,17 +135,33 @@ def open_source(path: str | Path, column: str | None = None, header: bool = True
     raise ValueError(f"{path}: unknown format {suffix!r}; known: .txt, .csv, .tsv, .jsonl, .parquet, a folder that datasets saved")
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _lines(path: Path) -> Iterator[str | Exception]:
     """Lines without their ends; bytes that aren't UTF-8 become surrogates, which `_reason` names."""
     with open(path, "rb") as file:
-        for number, line in enumerate(file):
+        for number, line in enumerate(_bounded(file, (b"\n",))):
+            if line is None:
+                yield TOO_LONG
+                continue
             line = line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
             yield line.decode("utf-8", errors="surrogateescape").rstrip("\r\n")
+
+
+def _bounded(file: Any, ends: tuple[Any, ...]) -> Iterator[Any]:
+    """Lines of a file, with their ends, which are one of some; None for a line above LONGEST, of which no more than that is kept."""
+    while line := file.readline(LONGEST):
+        if len(line) < LONGEST or line.endswith(ends):
+            yield line
+            continue
+        while len(line) == LONGEST and not line.endswith(ends):
+            line = file.readline(LONGEST)
+        yield None
 
 
 def _json_key(path: Path) -> str:
     """The key that the first object calls its text by."""
     for number, line in enumerate(_lines(path)):
+        if isinstance(line, Exception):
+            continue
         if number == 0 and line.lstrip().startswith("["):
             raise ValueError(f"{path}: begins with a JSON array; what is read is an object, or a string, a line")
         value = _json(line)
@@ -134,15 +170,17 @@ def _json_key(path: Path) -> str:
     return COLUMNS[0]
 
 
-def _json(line: str) -> Any:
+def _json(line: str | Exception) -> Any:
     """A line's value, None of an empty line, or the exception that says what is wrong with it."""
+    if isinstance(line, Exception):
+        return line
     try:
         return json.loads(line) if line.strip() else None
     except (ValueError, RecursionError) as error:
         return ValueError(f"not JSON: {error}")
 
 
-def _json_text(line: str, key: str) -> Any:
+def _json_text(line: str | Exception, key: str) -> Any:
     value = _json(line)
     if value is None or isinstance(value, str | Exception):
         return value
@@ -154,12 +192,13 @@ def _json_text(line: str, key: str) -> Any:
 
 
 def _csv(path: Path, column: str | None, header: bool) -> Source:
-    csv.field_size_limit(LARGEST_FIELD)
-    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-        try:
-            names = next(csv.reader(file, **_dialect(path)), [])
-        except csv.Error as error:
-            raise ValueError(f"{path}: the first row is not CSV: {error}") from error
+    # the csv module refuses fields above its own limit of 128 KiB
+    csv.field_size_limit(LONGEST)
+    names = next(_rows(path), [])
+    if isinstance(names, Exception):
+        raise ValueError(f"{path}: the first row can't be read: {names}")
+    # a column's name shows what isn't UTF-8 as U+FFFD
+    names = [name.encode(errors="surrogateescape").decode(errors="replace") for name in names]
     if not names:
         raise ValueError(f"{path}: the first row is empty")
     if header:
@@ -172,10 +211,11 @@ def _csv(path: Path, column: str | None, header: bool) -> Source:
         position = int(column)
 
     def read() -> Iterator[Any]:
-        rows = _rows(path, position)
-        if header:
-            next(rows, None)
-        return rows
+        for row in islice(_rows(path), int(header), None):
+            if isinstance(row, Exception):
+                yield row
+            else:
+                yield row[position] if position < len(row) else ValueError(f"the row has {len(row)} columns")
 
     return Source(path, column, (path,), read)
 
@@ -186,9 +226,17 @@ def _dialect(path: Path) -> dict[str, Any]:
     return {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix.lower() == ".tsv" else {"strict": True}
 
 
-def _rows(path: Path, position: int) -> Iterator[Any]:
+def _rows(path: Path) -> Iterator[list[str] | Exception]:
+    too_long = []
+
+    def lines(file: Any) -> Iterator[str]:
+        for line in _bounded(file, ("\n", "\r")):
+            if line is None:
+                too_long.append(TOO_LONG)
+            yield line or ""
+
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.reader(file, **_dialect(path))
+        rows = csv.reader(lines(file), **_dialect(path))
         while True:
             first = rows.line_num + 1
             try:
@@ -197,9 +245,9 @@ def _rows(path: Path, position: int) -> Iterator[Any]:
                 return
             except csv.Error as error:
                 where = f"line {first}" if rows.line_num == first else f"lines {first} to {rows.line_num}"
-                yield ValueError(f"not CSV: {error} ({where})")
-                continue
-            yield row[position] if position < len(row) else ValueError(f"the row has {len(row)} columns")
+                row = ValueError(f"not CSV: {error} ({where})")
+            yield too_long.pop() if too_long else row
+            too_long.clear()
 
 
 def choose_column(path: Path, names: list[str], column: str | None) -> str:
@@ -218,13 +266,14 @@ def _likely(names: list[str]) -> str | None:
     return found[0] if found else None
 
 
-def _arrow() -> Any:
+def load_arrow() -> Any:
+    """Pyarrow, with the modules used here; ImportError, with the command that installs it, where it isn't there."""
     try:
         import pyarrow
         import pyarrow.ipc
         import pyarrow.parquet
     except ImportError as error:
-        raise ImportError(f"corpora need pyarrow: pip install pyarrow ({error})") from error
+        raise ImportError(f"corpora need pyarrow, which is not installed: pip install pyarrow ({error})") from error
     return pyarrow
 
 
@@ -249,13 +298,13 @@ def _folder(path: Path, column: str | None) -> Source:
 
 @contextmanager
 def _parquet(path: Path) -> Iterator[tuple[Any, Callable[[str], Iterable[Any]]]]:
-    with _arrow().parquet.ParquetFile(path) as file:
-        yield file.schema_arrow, lambda name: file.iter_batches(columns=[name])
+    with load_arrow().parquet.ParquetFile(path) as file:
+        yield file.schema_arrow, lambda name: file.iter_batches(STRINGS, columns=[name])
 
 
 @contextmanager
 def _stream(path: Path) -> Iterator[tuple[Any, Callable[[str], Iterable[Any]]]]:
-    arrow = _arrow()
+    arrow = load_arrow()
     with arrow.memory_map(str(path)) as memory, arrow.ipc.open_stream(memory) as stream:
         yield stream.schema, lambda name: stream
 
@@ -265,7 +314,7 @@ def _named(path: Path) -> Iterator[None]:
     """Errors of Arrow, which don't tell the file."""
     try:
         yield
-    except (_arrow().ArrowException, OSError) as error:
+    except (load_arrow().ArrowException, OSError) as error:
         raise ValueError(f"{path}: can't be read: {error}") from error
 
 
@@ -279,9 +328,27 @@ def _table(path: Path, files: tuple[Path, ...], column: str | None, contents: Ca
             with _named(one), contents(one) as (schema, batches):
                 _check_texts(one, schema.field(schema.names.index(choose_column(one, schema.names, name))))
                 for batch in batches(name):
-                    yield from batch.column(batch.schema.names.index(name)).to_pylist()
+                    yield from _strings(batch.column(batch.schema.names.index(name)))
 
     return Source(path, name, files, read)
+
+
+def _strings(column: Any) -> Iterator[Any]:
+    """Texts of a column, a few at a time; bytes that aren't UTF-8 become surrogates, which `_reason` names."""
+    arrow = load_arrow()
+    for start in range(0, len(column), STRINGS):
+        some = column.slice(start, STRINGS)
+        some = some.dictionary_decode() if hasattr(some.type, "index_type") else some
+        # as bytes, since a str of Arrow's must be UTF-8
+        some = some.cast(arrow.large_binary())
+        some.validate(full=True)
+        for scalar in some:
+            if not scalar.is_valid:
+                yield None
+            elif scalar.as_buffer().size > LONGEST:
+                yield TOO_LONG
+            else:
+                yield scalar.as_py().decode("utf-8", errors="surrogateescape")
 
 
 def _check_texts(path: Path, column: Any) -> None:
