@@ -16,7 +16,7 @@ from pyglobenc.dtypes import HALF
 from pyglobenc.hf.labels import class_count, class_name, predict
 from pyglobenc.hf.limits import max_tokens, padding_id, vocabulary
 from pyglobenc.hf.unwrap import called_module, stock_model
-from pyglobenc.methods.arguments import accepts, output_settings
+from pyglobenc.methods.arguments import accepts, run_model
 from pyglobenc.methods.batching import fitting_batch, in_batches
 from pyglobenc.methods.head import find_logits
 from pyglobenc.methods.inputs import require_finite
@@ -154,7 +154,7 @@ class Runner:
         """The class with the largest logit, averaged over windows."""
         logits = []
         for window in text.windows:
-            found = find_logits(self.called(**{**self._batch([text], [window]), **output_settings(self.called)}))
+            found = find_logits(run_model(self.called, self._batch([text], [window])))
             if found is None or found.dim() != 2:
                 raise ValueError(f"explain: {type(self.called).__name__} has no head that classifies texts")
             logits.append(found[0])

@@ -1,8 +1,10 @@
 """Which of a model's inputs a method honours; every other keyword argument is refused by name."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from inspect import Parameter, signature
+from threading import get_ident
 from typing import Any
 
 from torch import Tensor, nn
@@ -93,6 +95,32 @@ def output_settings(model: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name in always or takes(model, name)}
 
 
+def run_model(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    """Call a model with `output_settings`."""
+    with ExitStack() as stack:
+        if isinstance(model, PreTrainedModel) and model.base_model is not model and not getattr(model.config, "return_dict", True):
+            stack.enter_context(_named_outputs(model.base_model))
+        return model(**{**batch, **output_settings(model)})
+
+
+@contextmanager
+def _named_outputs(base: nn.Module) -> Iterator[None]:
+    """Context in which this thread gets a ModelOutput from a base model: some heads read it by name and leave its kind to the config."""
+    own, forward, thread = vars(base).get("forward"), base.forward, get_ident()
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **(kwargs | {"return_dict": True} if get_ident() == thread else kwargs))
+
+    vars(base)["forward"] = run
+    try:
+        yield
+    finally:
+        if own is None:
+            del vars(base)["forward"]
+        else:
+            vars(base)["forward"] = own
+
+
 def _checked(
     who: str, batch: Mapping[str, Any], honoured: frozenset[str], refused: Mapping[str, Any], method: Callable[..., Any]
 ) -> dict[str, Any]:
@@ -109,13 +137,13 @@ def _checked(
 def _forward_names(module: nn.Module) -> tuple[frozenset[str], bool]:
     """Names of the arguments of a module's forward pass, and whether it takes others too."""
     # inspecting a signature takes as long as a small kernel; a replaced forward pass may hold the model, so it isn't kept
-    own = "forward" in vars(module)
-    return _names(module.forward) if own else _class_names(type(module).forward)
+    return _names(module.forward) if "forward" in vars(module) else _class_names(type(module))
 
 
 @lru_cache(maxsize=64)
-def _class_names(forward: Callable[..., Any]) -> tuple[frozenset[str], bool]:
-    return _names(forward)
+def _class_names(kind: type[nn.Module]) -> tuple[frozenset[str], bool]:
+    named, others = _names(kind.forward)
+    return named - {next(iter(signature(kind.forward).parameters), None)}, others
 
 
 def _names(forward: Callable[..., Any]) -> tuple[frozenset[str], bool]:

@@ -15,7 +15,7 @@ from pyglobenc.hf.labels import classifies
 from pyglobenc.hf.limits import check_readable, first_position, max_tokens, not_finite, padding_id, token_types, vocabulary
 from pyglobenc.hf.registry import is_decoder
 from pyglobenc.hf.unwrap import called_module, stock_model
-from pyglobenc.methods.arguments import output_settings
+from pyglobenc.methods.arguments import run_model
 from pyglobenc.methods.head import HeadRecord, detached, find_logits, recorded_head, tokens_read
 from pyglobenc.methods.precision import set_precision
 from pyglobenc.reference.packing import real_tokens
@@ -68,7 +68,7 @@ def run_captured(
         record = None
         if targets is None:
             record = stack.enter_context(recorded_head(model, stock, trace, find_layers(stock), leaf=True))
-        output = model(**{**batch, **output_settings(model)})
+        output = run_model(model, batch)
         read = None
         if record is not None:
             read, output = read_by_head(who, model, record, output, trace.layers[-1].key_mask), detached(output)

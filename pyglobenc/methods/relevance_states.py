@@ -13,7 +13,7 @@ from pyglobenc.hf import LayerModules, LayerTrace, Trace, capture, find_layers
 from pyglobenc.hf.layers import outside
 from pyglobenc.hf.threads import in_this_thread
 from pyglobenc.hf.unwrap import stock_model
-from pyglobenc.methods.arguments import output_settings
+from pyglobenc.methods.arguments import run_model
 from pyglobenc.methods.head import HeadRecord, recorded_head
 from pyglobenc.methods.head_chain import Head, follow_head
 from pyglobenc.methods.packing import Packed, of_examples, run_packed
@@ -181,7 +181,7 @@ def _captured(
         if dtype == torch.float64 and next(stock.parameters()).dtype != torch.float64:
             stack.enter_context(WideParameters(torch.float64))
         stack.enter_context(callers_autocast())
-        output = model(**{**batch, **output_settings(model)}) if offsets is None else run_packed(model, batch, record)
+        output = run_model(model, batch) if offsets is None else run_packed(model, batch, record)
         return trace, record, output
 
 

@@ -11,7 +11,7 @@ from pyglobenc.arguments import known_arguments
 from pyglobenc.autocast import callers_autocast, outside_autocast
 from pyglobenc.hf import find_layers, vit
 from pyglobenc.hf.unwrap import stock_model
-from pyglobenc.methods.arguments import model_inputs, output_settings, packed_inputs
+from pyglobenc.methods.arguments import model_inputs, packed_inputs, run_model
 from pyglobenc.methods.head import find_logits
 from pyglobenc.methods.inputs import check_batch, check_model
 from pyglobenc.methods.packing import Packed, pack
@@ -263,7 +263,7 @@ class TransformerAttribution:
         first = next(iter(inputs.values()))
         if target is None:
             with torch.no_grad(), callers_autocast():
-                target = find_logits(self.model(**{**batch, **output_settings(self.model)})).argmax(-1)
+                target = find_logits(run_model(self.model, batch)).argmax(-1)
         index = torch.as_tensor(target, device=first.device).expand(first.shape[0])
         if int(index.min()) < 0 or int(index.max()) >= first.shape[1]:
             raise ValueError(f"TransformerAttribution: target must lie in [0, {first.shape[1]}), the choices, got {index.tolist()}")

@@ -17,14 +17,6 @@ def inputs(n=5):
     return {"input_ids": torch.randint(5, 97, (2, n))}
 
 
-def runs(model, batch):
-    try:
-        model(**batch)
-    except AttributeError:
-        return False
-    return True
-
-
 @pytest.mark.parametrize(
     "wrong, near",
     [
@@ -103,15 +95,13 @@ def test_the_config_s_flags_change_no_result(name):
         model = build(name, attention="eager")
         for key, value in flag.items():
             setattr(model.config, key, value)
-        if not runs(model, batch):
-            # the model can't be told to return tuples by its config
-            continue
         found = GlobEnc(model)(**batch)
         assert torch.equal(found.scores, expected.scores) and torch.equal(found.output[0], expected.output[0])
         assert found.output.get("attentions") is None and found.output.get("past_key_values") is None
         assert all(getattr(model.config, key) == value for key, value in flag.items())
         if name in ("bert-classifier", "distilbert"):
             TransformerAttribution(model)(**batch)
+        assert "forward" not in vars(model.base_model)
         if name in ("bert-classifier", "roberta", "llama"):
             packed = GlobEnc(model).packed(input_ids=batch["input_ids"].tolist())
             torch.testing.assert_close(torch.cat([one.scores for one in packed]), expected.scores)
@@ -150,6 +140,29 @@ def test_positions_of_a_batch_are_the_caller_s(name):
             GlobEnc(model)(**batch, position_ids=wrong)
     with pytest.raises(TypeError, match="position_ids must be a tensor of int64"):
         GlobEnc(model)(**batch, position_ids=positions.double())
+
+
+class Around(torch.nn.Module):
+    """A user's module, which names its inputs as it likes."""
+
+    def __init__(me):
+        super().__init__()
+        me.encoder, me.head = build("bert"), torch.nn.Linear(48, 3).double()
+
+    def forward(me, input_ids, attention_mask=None, extra=None):
+        return me.head(me.encoder(input_ids, attention_mask=attention_mask)[0][:, 0]) * (1 if extra is None else extra)
+
+
+def test_a_user_s_module_takes_what_it_names():
+    model, batch = Around().eval(), inputs()
+    globenc = GlobEnc(model)
+    torch.testing.assert_close(globenc(**batch, extra=2).output, 2 * globenc(**batch).output)
+    for wrong in ("token_type_ids", "output_hidden_states", "me", "extras"):
+        with pytest.raises(TypeError, match=f"GlobEnc: takes no {wrong}; .*"):
+            globenc(**batch, **{wrong: torch.ones(2, 5, dtype=torch.long)})
+    for refused in ("labels", "output_attentions"):
+        with pytest.raises(ValueError, match=f"{refused} can't be honoured"):
+            globenc(**batch, **{refused: True})
 
 
 @pytest.mark.parametrize("name", IMAGES)
