@@ -31,6 +31,7 @@ OPS = (
     "token_norms",
     "rollout_step",
     "head_gram",
+    "norm_terms",
     "clone_relevance",
     "add_relevance",
     "linear_relevance",

@@ -56,6 +56,8 @@ def count(op: str, arguments: Any, result: Any, *, batch: int, heads: int, n: in
         "rollout_step": (pairs * (d + heads * (heads + 1) // 2), pairs * heads),
         # the symmetric half of G, and the residual's product
         "head_gram": (tokens * d * (d + dh) / 2 + tokens * d * d, 0),
+        # the vectors, the symmetric half of G, and the residual's products
+        "norm_terms": (tokens * d * (d + heads * (heads + 1) / 2 + heads), 0),
         # by the vectors, or by their quadratic forms and W_O W_O^T of every head
         "head_norms": (min(tokens * d, (tokens + d) * dh) * d, 0),
         "mapped_square": (0, 0),

@@ -31,7 +31,7 @@ class Estimate:
 
     Attributes:
         weights: the model's parameters and buffers, which are there before the call.
-        kernels: what `gram_kernels` makes of the weights, kept from the first call on.
+        kernels: what is made of the weights of one layer at a time: W_O with the norms, or |W| of one Linear.
         saved: hidden states, queries, keys, values, outputs and statistics of every layer.
         workspace: the largest temporary tensors that exist at one time.
         maps: (n, n) arrays; 0 in row mode.
@@ -48,7 +48,7 @@ class Estimate:
         return self.weights + self.kernels + self.saved + self.workspace + self.maps
 
     def __str__(self) -> str:
-        names = {"weights": "weights", "kernels": "kept with them", "saved": "layers", "workspace": "workspace", "maps": "maps"}
+        names = {"weights": "weights", "kernels": "made of them", "saved": "layers", "workspace": "workspace", "maps": "maps"}
         listed = ", ".join(f"{text} {_readable(size)}" for name, text in names.items() if (size := getattr(self, name)))
         return f"{_readable(self.peak)} ({listed})"
 
@@ -109,7 +109,7 @@ def estimate_memory(
         workspace = max(workspace + batch * entries * wide, EDGE * entries)
     return Estimate(
         weights=weights,
-        kernels=_kernel_numbers(s, method) * wide,
+        kernels=_kernel_numbers(s, method, model.device) * wide,
         saved=s.layers * tokens * ((2 * s.d + s.queries + 2 * s.keys) * state + (s.heads + 4) * wide),
         workspace=workspace,
         maps=stored,
@@ -148,8 +148,7 @@ def _relevance(
         workspace += rules * (s.d * s.mlp + tokens * (s.d + s.mlp))
     return Estimate(
         weights=weights,
-        # |W| of every Linear
-        kernels=gradient * matrices * wide,
+        kernels=gradient * s.d * s.mlp * wide,
         saved=int(s.layers * tokens * saved),
         workspace=int(workspace * wide),
         maps=0,
@@ -184,8 +183,8 @@ def _rollout_numbers(s: _Sizes, method: str) -> int:
     return s.d + s.heads**2 + 4 * s.queries
 
 
-def _kernel_numbers(s: _Sizes, method: str) -> int:
-    """K and P of `gram_kernels`, of all layers."""
+def _kernel_numbers(s: _Sizes, method: str, device: torch.device) -> int:
+    """W_O M of `norm_terms` for one layer, or K and P of `gram_kernels` on a GPU."""
     if method not in OF_STAGE and method != "n-fixedres":
         return 0
-    return s.layers * (s.queries**2 + s.queries * s.d)
+    return s.queries * s.d + (s.queries**2 if device.type == "cuda" else 0)

@@ -10,7 +10,8 @@ import pytest
 from pair_cases import KERNELS
 
 ROOT = Path(__file__).parents[1]
-OPS = ("token_norms", "rollout_step", "head_gram", "exp", "clone_relevance", "add_relevance", "linear_relevance", "relevance_attention")
+PAIRS = ("token_norms", "rollout_step", "head_gram", "norm_terms", "exp")
+OPS = (*PAIRS, "clone_relevance", "add_relevance", "linear_relevance", "relevance_attention")
 FILES = [f"test_{op}.py" for op in OPS]
 
 # every branch of the kernels, few pairs: blocks and a block + 1, one token, masks, windows, strides, nothing at all

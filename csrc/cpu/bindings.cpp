@@ -86,6 +86,13 @@ static void head_gram(const py::object& v, const py::object& kernel, const py::o
     in_use->head_gram(views[0], views[1], views[2], views[3], views[4], views[5], threads < 1 ? 1 : threads);
 }
 
+static void norm_terms(const py::object& v, const py::object& weight, const py::object& x, const py::object& gammas,
+                       const py::tuple& out, int threads) {
+    const View views[] = {view(v), view(weight), view(x), view(gammas), view(out[0]), view(out[1]), view(out[2])};
+    py::gil_scoped_release nogil;
+    in_use->norm_terms(views[0], views[1], views[2], views[3], views[4], views[5], views[6], threads < 1 ? 1 : threads);
+}
+
 // Contiguous float32, checked by the launchers.
 static float* floats(const py::handle& tensor) { return static_cast<float*>(view(tensor).data); }
 
@@ -166,6 +173,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("token_norms", token_norms);
     m.def("rollout_step", rollout_step);
     m.def("head_gram", head_gram);
+    m.def("norm_terms", norm_terms);
     m.def("clone_relevance", clone_relevance);
     m.def("add_relevance", add_relevance);
     m.def("linear_quotient", linear_quotient);

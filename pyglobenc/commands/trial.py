@@ -81,6 +81,7 @@ def _take(*names: str) -> Callable[[dict[str, Tensor]], list[Tensor]]:
 # an op's positional arguments
 EXAMPLES: dict[str, Callable[[dict[str, Tensor]], list]] = {
     "head_gram": _take("v", "kernel", "x", "cross_kernel"),
+    "norm_terms": lambda tensors: [tensors["v"], tensors["weight"].float(), tensors["x"], [tensors["gamma"]] * 2],
     "head_norms": _take("v", "weight"),
     "token_norms": _take("q", "k", "lse", "gram"),
     "rollout_step": _take("r", "log_scale", "q", "k", "lse", "gram"),

@@ -17,6 +17,7 @@ from transformers import BertForSequenceClassification, PreTrainedModel, ViTConf
 from pyglobenc.hf import LayerTrace, find_layers
 from pyglobenc.hf.vit import patch_projection
 from pyglobenc.methods.inputs import check_batch
+from pyglobenc.methods.relevance_rules import LrpRules
 from pyglobenc.methods.relevance_states import run_forward
 from pyglobenc.methods.transformer_attribution import TransformerAttribution
 from pyglobenc.reference.relevance_attention import probability_tiles
@@ -238,7 +239,7 @@ def _attribution(model: PreTrainedModel, backend: str) -> TransformerAttribution
     """Attribution of a model by its class's rules."""
     attribute = TransformerAttribution(model, backend)
     if getattr(model, "lrp_baseline", False):
-        attribute.rules = attribute.lrp
+        attribute.rules = LrpRules
     return attribute
 
 

@@ -3,6 +3,9 @@
 What its weights must be: readable, and numbers where a result rests on them.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -51,9 +54,27 @@ def check_readable(model: nn.Module) -> None:
 
 def not_finite(who: str, model: nn.Module) -> ValueError:
     """Return the error of a result that isn't finite. It names the first parameter that holds NaN or infinity, if one does."""
+    why = _not_a_number(model) or "the model's activations hold NaN or infinity for this input"
+    return ValueError(f"{who}: the attribution is not finite; {why}")
+
+
+@contextmanager
+def weights_named(model: nn.Module) -> Iterator[None]:
+    """Context within which a ValueError also names the first parameter that holds NaN or infinity: no check passes on such numbers."""
+    try:
+        yield
+    except ValueError as error:
+        found = _not_a_number(model)
+        if found is None or found in str(error):
+            raise
+        raise ValueError(f"{error}; {found}") from error
+
+
+def _not_a_number(model: nn.Module) -> str | None:
+    """Say which parameter holds NaN or infinity, or return None. This takes as long as several forward passes of a short text."""
     for name, parameter in model.named_parameters():
         # offloaded and quantised weights can't be looked at here
         readable = parameter.is_floating_point() and parameter.device.type != "meta" and type(parameter.data) is torch.Tensor
         if readable and not torch.isfinite(parameter).all():
-            return ValueError(f"{who}: the attribution is not finite; {type(model).__name__}: parameter {name} holds NaN or infinity")
-    return ValueError(f"{who}: the attribution is not finite; the model's activations hold NaN or infinity for this input")
+            return f"{type(model).__name__}: parameter {name} holds NaN or infinity"
+    return None

@@ -10,9 +10,6 @@ from transformers.pytorch_utils import Conv1D
 
 from pyglobenc.values import require
 
-LEAVES = (nn.Linear, nn.LayerNorm, Conv1D)
-
-
 # of quantised weights, whose kernels round the inputs too: 8-bit integers
 QUANTISED_EPS = 2.0**-7
 
@@ -67,18 +64,6 @@ def parameter(module: nn.Module, name: str) -> Tensor:
 def is_plain(weight: Any) -> bool:
     """Whether a weight is an ordinary floating-point tensor that is there."""
     return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.device.type != "meta"
-
-
-def weight_version(module: nn.Module) -> tuple:
-    """Changes whenever the module's matrix does: with its tensors, their contents, and the adapters in use."""
-    # these hold no other modules: no walk through the module, which takes longer than the rest
-    plain = type(module) in LEAVES
-    parameters = module._parameters.values() if plain else module.parameters()
-    tensors = [(id(p), 0) if p.is_meta else (p.data_ptr(), p._version) for p in parameters if p is not None]
-    if plain:
-        return tuple(tensors)
-    adapters = [str([getattr(m, name, None) for name in ("active_adapters", "merged", "disable_adapters")]) for m in module.modules()]
-    return (*tensors, *adapters)
 
 
 @contextmanager

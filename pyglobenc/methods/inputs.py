@@ -12,7 +12,16 @@ from pyglobenc.autocast import callers_autocast
 from pyglobenc.backends import check_backend
 from pyglobenc.hf import LayerTrace, capture, find_layers
 from pyglobenc.hf.labels import classifies
-from pyglobenc.hf.limits import check_readable, first_position, max_tokens, not_finite, padding_id, token_types, vocabulary
+from pyglobenc.hf.limits import (
+    check_readable,
+    first_position,
+    max_tokens,
+    not_finite,
+    padding_id,
+    token_types,
+    vocabulary,
+    weights_named,
+)
 from pyglobenc.hf.registry import is_decoder
 from pyglobenc.hf.unwrap import called_module, stock_model
 from pyglobenc.methods.arguments import run_model
@@ -60,7 +69,7 @@ def run_captured(
         ids = batch.get("input_ids", batch.get("inputs_embeds"))
         batch = {**batch, "attention_mask": torch.ones(ids.shape[:2], dtype=torch.long, device=ids.device)}
     gradients = torch.is_grad_enabled()
-    with torch.inference_mode(False), torch.set_grad_enabled(gradients), ExitStack() as stack:
+    with weights_named(model), torch.inference_mode(False), torch.set_grad_enabled(gradients), ExitStack() as stack:
         # a tensor made in inference mode can't enter a graph
         batch = {name: value.clone() if isinstance(value, Tensor) and value.is_inference() else value for name, value in batch.items()}
         trace = stack.enter_context(capture(model))

@@ -13,7 +13,7 @@ from pyglobenc.reference.safe_division import safe_divide
 
 
 class Rules:
-    """Deep Taylor rules of Chefer et al., 2021.
+    """Deep Taylor rules of Chefer et al., 2021, for one call.
 
     Args:
         backend: "auto" or a backend's name.

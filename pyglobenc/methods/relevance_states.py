@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pyglobenc.autocast import callers_autocast
 from pyglobenc.hf import LayerModules, LayerTrace, Trace, capture, find_layers
 from pyglobenc.hf.layers import outside
+from pyglobenc.hf.limits import weights_named
 from pyglobenc.hf.threads import in_this_thread
 from pyglobenc.hf.unwrap import stock_model
 from pyglobenc.methods.arguments import run_model
@@ -112,7 +113,7 @@ def run_forward(
     check_layers(found)
     own = next(stock.parameters()).dtype
     arithmetic = dtype or (torch.float64 if own == torch.float64 else torch.float32)
-    with torch.inference_mode(False), torch.enable_grad():
+    with weights_named(model), torch.inference_mode(False), torch.enable_grad():
         packed = isinstance(batch, Packed)
         if not packed:
             # a tensor made in inference mode can't enter a graph

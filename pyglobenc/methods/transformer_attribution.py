@@ -61,8 +61,10 @@ class TransformerAttribution:
         images = self.stock.config.model_type in vit.MODEL_TYPES
         # tokens before the patches of an image; None for text
         self.prefix = len(vit.prefix_tokens(self.stock.base_model)) if images else None
-        self.rules = Rules(backend, stabilizer)
-        self.lrp = LrpRules(backend, stabilizer)
+        # what makes a call's rules, unless its variant has its own
+        self.rules = Rules
+        self.backend = backend
+        self.stabilizer = stabilizer
 
     @outside_autocast
     def __call__(
@@ -189,7 +191,8 @@ class TransformerAttribution:
         return result
 
     def _descent(self, states: States, chosen: Variant, estimate: bool = False) -> Descent:
-        return Descent(states, self.lrp if chosen.lrp else self.rules, chosen.gradient, self.prefix is None, estimate)
+        rules = (LrpRules if chosen.lrp else self.rules)(self.backend, self.stabilizer)
+        return Descent(states, rules, chosen.gradient, self.prefix is None, estimate)
 
     def _error_method(self, reliability: str, chosen: Variant, batch: Mapping[str, Any]) -> str | None:
         if reliability == "off" or chosen.kind not in FOLLOWED:

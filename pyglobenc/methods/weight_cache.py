@@ -7,15 +7,24 @@ from torch import Tensor, nn
 
 
 class WeightCache:
-    """|W|, squared row norms and other small things of modules' weights, kept until the weights change."""
+    """Squared row norms and other small things of modules' weights. It lives for one call, since the weights may change after it."""
 
     def __init__(self):
-        self._kept: dict[tuple, tuple[tuple, Tensor]] = {}
+        self._kept: dict[tuple, Tensor] = {}
+        self._absolute: Tensor | None = None
         self._numbers: dict[tuple, Tensor] = {}
 
     def absolute(self, module: nn.Linear, dtype: torch.dtype) -> Tensor | None:
-        """|W| (d_out, d_in), or None where it would have to be widened."""
-        return self._keep(module, "absolute", dtype, torch.abs) if module.weight.dtype == dtype else None
+        """|W| (d_out, d_in), until the next call of this; None where it would have to be widened.
+
+        One module's at a time is in one piece of memory: new memory for each took 8 % of a call of BERT-base at 128 tokens.
+        """
+        weight, memory = module.weight.detach(), self._absolute
+        if weight.dtype != dtype:
+            return None
+        if memory is None or memory.numel() < weight.numel() or memory.device != weight.device or memory.dtype != dtype:
+            memory = self._absolute = weight.new_empty(weight.numel())
+        return torch.abs(weight, out=memory[: weight.numel()].view(weight.shape))
 
     def row_norms(self, module: nn.Linear, dtype: torch.dtype) -> Tensor:
         """Sum of squares of every row of W, (d_out,)."""
@@ -33,8 +42,7 @@ class WeightCache:
         return self._numbers[key]
 
     def _keep(self, module: nn.Module, name: str, dtype: torch.dtype, make: Callable[[Tensor], Tensor]) -> Tensor:
-        weight = module.weight.detach()
-        key, version = (module, name, dtype), (weight.data_ptr(), weight._version)
-        if self._kept.get(key, (None,))[0] != version:
-            self._kept[key] = (version, make(weight))
-        return self._kept[key][1]
+        key = (module, name, dtype)
+        if key not in self._kept:
+            self._kept[key] = make(module.weight.detach())
+        return self._kept[key]

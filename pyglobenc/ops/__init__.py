@@ -8,6 +8,7 @@ from pyglobenc.ops.head_norms import head_norms
 from pyglobenc.ops.linear_relevance import linear_relevance
 from pyglobenc.ops.mapped_square import mapped_square
 from pyglobenc.ops.mixing_ratio import mixing_ratio
+from pyglobenc.ops.norm_terms import norm_terms
 from pyglobenc.ops.relevance_attention import relevance_attention
 from pyglobenc.ops.relevance_maps import relevance_maps
 from pyglobenc.ops.relevance_rollout_step import relevance_rollout_step
@@ -24,6 +25,7 @@ __all__ = [
     "linear_relevance",
     "mapped_square",
     "mixing_ratio",
+    "norm_terms",
     "relevance_attention",
     "relevance_maps",
     "relevance_rollout_step",
