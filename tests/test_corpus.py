@@ -103,6 +103,18 @@ def test_windows_and_batches(tmp_path, minilm_is_tiny):
         np.testing.assert_allclose(row["scores"], alone.scores, rtol=1e-10)
 
 
+@pytest.mark.parametrize("kind", ["regression", "multi_label_classification", None])
+def test_what_a_classifier_predicts_is_kept(tmp_path, monkeypatch, kind):
+    model = build("bert-classifier", num_labels=3, problem_type=kind)
+    monkeypatch.setattr("pyglobenc.hf.pretrained.load_pretrained", lambda *args: (model, tiny.tokenizer()))
+    (tmp_path / "corpus.txt").write_text("good film\ndeep\n")
+    assert run(tmp_path / "corpus.txt", tmp_path / "out") == 0
+    for row in rows(tmp_path / "out"):
+        alone = pyglobenc.explain(model, tiny.tokenizer(), row["text"])
+        found = {entry["name"]: entry["value"] for entry in row["predictions"]}
+        assert found == pytest.approx(dict(alone.predictions), rel=1e-9) and row["label"] == alone.label
+
+
 @pytest.mark.parametrize("model", [lambda: build("bert"), tiny.classifier], ids=["encoder", "classifier"])
 def test_packed_and_padded_batches_agree(tmp_path, monkeypatch, model):
     # in double arithmetic

@@ -201,6 +201,7 @@ def _schema(common: dict[str, Any]) -> Any:
         "target_kind": arrow.string(),
         "label": arrow.string(),
         "probability": arrow.float64(),
+        "predictions": arrow.list_(arrow.struct([("name", arrow.string()), ("value", arrow.float64())])),
         "cut": arrow.int64(),
         "method": arrow.string(),
         "model": arrow.string(),
