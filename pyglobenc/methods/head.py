@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from pyglobenc.dtypes import HALF
 from pyglobenc.hf import LayerModules, Trace
 from pyglobenc.hf.layers import outside
 from pyglobenc.hf.limits import not_finite
 from pyglobenc.hf.threads import in_this_thread
 from pyglobenc.values import may_look, require
 
-# equal numbers from the same few operations differ by a few roundings, other functions by far more
-ROUNDINGS = 64
+# equal numbers from the same few operations differ by a few roundings, other functions by far more; half precision rounds once an
+# operation, and more roundings than these would hide what is looked for
+ROUNDINGS, HALF_ROUNDINGS = 64, 4
 NOT_FOLLOWED = "the logits can't be followed to the last layer's output; the head runs without gradients, or doesn't read it"
 
 
@@ -242,13 +244,19 @@ def tokens_read(who: str, model: nn.Module, record: HeadRecord, logits: Tensor, 
     return read.int().argmax(1, keepdim=True)
 
 
+def rounding(*tensors: Tensor) -> float:
+    """By how much results of the same few operations may differ, relative to the largest: of the coarsest of some tensors' dtypes."""
+    coarsest = max((t.dtype for t in tensors), key=lambda dtype: torch.finfo(dtype).eps)
+    return torch.finfo(coarsest).eps * (HALF_ROUNDINGS if coarsest in HALF else ROUNDINGS)
+
+
 def equal_shares(gradient: Tensor, read: Tensor, count: Tensor) -> Tensor:
     """Whether the tokens read (B, n) all have one gradient, (B, n, d), as those of a mean or a sum have: () bool."""
     # the same operations round alike, in half precision too
     gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     mean = (gradient * read[..., None]).sum(1, keepdim=True) / count[:, None, None]
     apart = ((gradient - mean) * read[..., None]).abs().amax((1, 2))
-    return (apart <= ROUNDINGS * torch.finfo(gradient.dtype).eps * mean.abs().amax((1, 2))).all()
+    return (apart <= rounding(gradient) * mean.abs().amax((1, 2))).all()
 
 
 def direction(like: Tensor, seed: int = 1) -> Tensor:

@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from pyglobenc.hf.limits import not_finite
 from pyglobenc.hf.weights import is_plain
-from pyglobenc.methods.head import ROUNDINGS, Call, HeadRecord, direction
+from pyglobenc.methods.head import Call, HeadRecord, direction, equal_shares, rounding
 from pyglobenc.values import may_look, require
 
 SELECTED = "the head reads several tokens, which a graph isn't recorded for"
@@ -176,7 +176,7 @@ class _Chain:
         if contrast:
             expected.scatter_(1, other[:, None], -1)
         value, scale = (out * row).sum(1), (out * row).abs().sum(1)
-        near = (value - self.logit.detach()).abs() <= ROUNDINGS * torch.finfo(out.dtype).eps * scale
+        near = (value - self.logit.detach()).abs() <= rounding(out) * scale
         self.checks.append(((row == expected).all() & near.all(), f"the logit isn't an output of {name}; is it scaled, or a probability?"))
         repeat = len(self.record.top) // size
         return tuple(None if t is None else t.repeat(repeat) for t in (index, other, position))
@@ -201,7 +201,7 @@ class _Chain:
         if type(norm) is not nn.LayerNorm:
             expected = nn.LayerNorm.forward(norm, given)
             error = (expected - call.returned.detach()).abs().amax()
-            bound = ROUNDINGS * torch.finfo(expected.dtype).eps * expected.abs().amax()
+            bound = rounding(expected) * expected.abs().amax()
             self.checks.append((error <= bound, f"{self.names[norm]} is no layer norm"))
 
     def _check_entries(self, upper: _Point, lower: _Point, where: str) -> None:
@@ -211,7 +211,8 @@ class _Chain:
         seeds = [direction(upper.t, seed) for seed in (1, 2)]
         products = [torch.autograd.grad([upper.edge], [lower.edge], [seed], retain_graph=True)[0] for seed in seeds]
         one, two = (product * seed.view_as(product) for product, seed in zip(products, reversed(seeds), strict=True))
-        self._equal(one, two, f"{where} mixes features or tokens by something other than a Linear module or nn.LayerNorm")
+        what = f"{where} mixes features or tokens by something other than a Linear module or nn.LayerNorm"
+        self._equal(one, two, rounding(upper.t, lower.t), what)
 
     def _pooled(self, upper: _Point, lower: _Point, where: str) -> tuple[Tensor | None, Tensor | None]:
         """The token (B,) whose entries upper is a function of; or, of a sum over tokens, None and the tokens' weights, (B, n)."""
@@ -233,14 +234,15 @@ class _Chain:
             weight = (products[0] * seeds[0]).sum((1, 2)) / (count * size)
             weights = weight[:, None] * read
             what = f"{where} reads several tokens in another way than their sum or mean"
-            self._equal(products[0], weights[..., None] * seeds[0], what)
+            self._equal(products[0], weights[..., None] * seeds[0], rounding(upper.t, lower.t), what)
             terms = weights[..., None] * lower.t.detach()
             error = (terms.sum(1) - upper.t.detach().view(batch, d)).abs()
-            bound = ROUNDINGS * torch.finfo(terms.dtype).eps * terms.abs().sum(1)
-            self.checks.append(((weight > 0).all() & (error <= bound).all(), what))
+            near = (error <= rounding(upper.t, lower.t) * terms.abs().sum(1)).all()
+            self.checks.append(((weight > 0).all() & near & equal_shares(products[0], read, count), what))
             return None, weights
         one, two = (product * seed for product, seed in zip(products, reversed(seeds), strict=True))
-        self._equal(one, two, f"{where} mixes features by something other than a Linear module or nn.LayerNorm")
+        what = f"{where} mixes features by something other than a Linear module or nn.LayerNorm"
+        self._equal(one, two, rounding(upper.t, lower.t), what)
         return read.int().argmax(1), None
 
     def _replay(self, head: Head) -> None:
@@ -261,12 +263,12 @@ class _Chain:
             else:
                 weight, bias = weight.to(dtype), bias.to(dtype)
                 expected, scale = F.linear(x, weight, bias), F.linear(x.abs(), weight.abs(), bias.abs())
-            near = (expected - returned).abs() <= ROUNDINGS * torch.finfo(returned.dtype).eps * scale
+            near = (expected - returned).abs() <= rounding(returned, step.given) * scale
             self.checks.append((near.all(), f"{self.names[module]} doesn't return its input times its weight"))
 
-    def _equal(self, one: Tensor, two: Tensor, message: str) -> None:
+    def _equal(self, one: Tensor, two: Tensor, relative: float, message: str) -> None:
         """Both are one product of a few factors: they differ by roundings of the larger entries."""
-        bound = ROUNDINGS * torch.finfo(one.dtype).eps * torch.maximum(one.abs(), two.abs()).amax(-1, keepdim=True)
+        bound = relative * torch.maximum(one.abs(), two.abs()).amax(-1, keepdim=True)
         self.checks.append((((one - two).abs() <= bound).all(), message))
 
     def _require(self) -> None:

@@ -168,6 +168,8 @@ def _captured(
         return x.requires_grad_()
 
     def change(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if torch.is_inference_mode_enabled():
+            raise ValueError("TransformerAttribution: the model runs in torch.inference_mode, which has no gradients; use torch.no_grad")
         # a user's module may run its encoder without gradients
         torch.set_grad_enabled(True)
         if args:

@@ -503,3 +503,37 @@ def test_rows_of_other_architectures(name, pool):
         found, expected = method(**batch, layers=True), method(**batch, targets=targets, layers=True)
         assert relative(found.layer_scores, expected.layer_scores) <= 1e-12
         assert (found.targets is None) == (pool == "mean")
+
+
+@pytest.mark.filterwarnings("ignore::pyglobenc.methods.reliability.PrecisionWarning")
+@pytest.mark.parametrize("mode", ["bfloat16", "float16", "float32", "autocast", "float32-head", "widened"])
+@pytest.mark.parametrize("pool", ["first", "mean"])
+def test_heads_in_every_precision(pool, mode):
+    """Rounding neither hides a head that has no rule, nor makes one of a head that has."""
+
+    class Around(Refused):
+        def states(self, **inputs):
+            return self.encoder(**inputs).last_hidden_state.to(self.top.weight.dtype)
+
+        def forward(self, **inputs):
+            return Wrapped.forward(self, **inputs) if self.kind in POOLS else super().forward(**inputs)
+
+    def cast(model):
+        model.to({"bfloat16": torch.bfloat16, "float16": torch.float16}.get(mode, torch.float32))
+        if mode == "float32-head":
+            model.encoder.bfloat16()
+        return model
+
+    model = cast(Around(pool))
+    model.pool = POOLS[pool]
+    batch = random_batch(model.encoder, batch=2, n=11, pads=[0, 4])
+    dtype = torch.float64 if mode == "widened" else None
+    with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+        result = TransformerAttribution(model, dtype=dtype)(**batch, target=1)
+        assert result.position is None if pool == "mean" else not result.position.any()
+        assert (GlobEnc(model, dtype=dtype)(**batch).targets is None) == (pool == "mean")
+        if mode == "float32-head":
+            return
+        for kind in ("attention", "gated", "mixed_features", "weighted", "maximum"):
+            with pytest.raises(ValueError, match="no relevance rule"):
+                TransformerAttribution(cast(Around(kind)), dtype=dtype)(**batch, target=1)
