@@ -584,6 +584,36 @@ def test_an_input_that_changes_is_noticed(finished, tmp_path, minilm_is_tiny, mo
     assert shards_of(out) == shards_of(finished / "whole")
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "datasets"])
+@pytest.mark.parametrize("change", ["a file more", "a file cut"])
+def test_a_folder_that_changes_is_noticed(tmp_path, minilm_is_tiny, monkeypatch, capsys, suffix, change):
+    folder, write = tmp_path / "tables", job.write_shard
+    if suffix == "datasets":
+        write_datasets(folder, ["a", "b", "the film", "good"])
+        first, other = folder / "data-00000-of-00002.arrow", folder / "data-00001-of-00002.arrow"
+    else:
+        folder.mkdir()
+        first, other = folder / "1.parquet", folder / "2.parquet"
+        for path in (first, other):
+            pq.write_table(pa.table({"text": ["the film", "good"]}), path)
+
+    def change_then_write(*args):
+        write(*args)
+        if change == "a file cut":
+            os.truncate(other, 100)
+        elif suffix == "parquet":
+            shutil.copy(first, folder / "3.parquet")
+        else:
+            state = json.loads((folder / "state.json").read_text())
+            (folder / "state.json").write_text(json.dumps({"_data_files": state["_data_files"] * 2}))
+
+    monkeypatch.setattr(job, "write_shard", change_then_write)
+    assert run(folder, tmp_path / "out", "--shard-size", "2") == 1
+    error = capsys.readouterr().err
+    assert "changed while the job ran" in error or (change == "a file cut" and "can't be read" in error)
+    assert json.loads((tmp_path / "out" / manifest.NAME).read_text())["complete"] is False
+
+
 def shards_of(folder):
     """Contents but those of the manifest, which names the input."""
     return {name: data for name, data in contents(folder).items() if name != manifest.NAME}

@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class Source:
         files: the files that hold the data.
         read: starts over and yields a text for every record, or an exception that says why it can't be read.
         most: characters of a text, at most; longer ones are left out.
+        listing: the files of a folder as they are now; None where the input is one file.
     """
 
     path: Path
@@ -52,6 +53,7 @@ class Source:
     files: tuple[Path, ...]
     read: Callable[[], Iterator[Any]]
     most: int = MOST_CHARACTERS
+    listing: Callable[[], tuple[Path, ...]] | None = None
 
     def records(self) -> Iterator[Record]:
         """Every record, in input order."""
@@ -60,9 +62,9 @@ class Source:
             yield Record(index, None if reason else text, reason)
 
     def sha256(self) -> str:
-        """Of the files' contents and order; names and places don't count."""
+        """Of the files' contents and order, as they are now; names and places don't count."""
         total = hashlib.sha256()
-        for path in self.files:
+        for path in self.listing() if self.listing else self.files:
             one = hashlib.sha256()
             with open(path, "rb") as file:
                 while chunk := file.read(CHUNK):
@@ -278,22 +280,30 @@ def load_arrow() -> Any:
 
 
 def _folder(path: Path, column: str | None) -> Source:
-    state = path / "state.json"
     if (path / "dataset_dict.json").exists():
         splits = ", ".join(sorted(folder.name for folder in path.iterdir() if folder.is_dir()))
         raise ValueError(f"{path}: holds several splits, choose one of its folders: {splits}")
-    if state.exists():
-        try:
-            files = tuple(path / entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{state}: doesn't list the data's files as datasets does") from error
-        if not files:
-            raise ValueError(f"{path}: holds no record")
-        return _table(path, files, column, _stream)
-    files = tuple(sorted(path.glob("*.parquet")))
+    saved = (path / "state.json").exists()
+
+    def listing() -> tuple[Path, ...]:
+        return _saved_files(path) if saved else tuple(sorted(path.glob("*.parquet")))
+
+    files = listing()
     if not files:
         raise ValueError(f"{path}: neither a folder that datasets saved (no state.json) nor one of Parquet files")
-    return _table(path, files, column, _parquet)
+    return replace(_table(path, files, column, _stream if saved else _parquet), listing=listing)
+
+
+def _saved_files(path: Path) -> tuple[Path, ...]:
+    """The files that datasets' save_to_disk names."""
+    state = path / "state.json"
+    try:
+        files = tuple(path / entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{state}: doesn't list the data's files as datasets does") from error
+    if not files:
+        raise ValueError(f"{path}: holds no record")
+    return files
 
 
 @contextmanager
@@ -305,7 +315,8 @@ def _parquet(path: Path) -> Iterator[tuple[Any, Callable[[str], Iterable[Any]]]]
 @contextmanager
 def _stream(path: Path) -> Iterator[tuple[Any, Callable[[str], Iterable[Any]]]]:
     arrow = load_arrow()
-    with arrow.memory_map(str(path)) as memory, arrow.ipc.open_stream(memory) as stream:
+    # a file in memory that is cut while it is read ends the process
+    with arrow.OSFile(str(path)) as file, arrow.ipc.open_stream(file) as stream:
         yield stream.schema, lambda name: stream
 
 
