@@ -6,13 +6,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pyglobenc.hf.vit import patch_projection, position_embeddings, prefix_tokens
-from pyglobenc.methods.relevance_error import Relevance
 from pyglobenc.methods.relevance_rules import Rules
 from pyglobenc.methods.relevance_states import States
 from pyglobenc.reference.safe_division import GUARD, safe_divide
 
 
-def pixel_relevance(model: PreTrainedModel, states: States, r: Relevance, rules: Rules) -> Tensor:
+def pixel_relevance(model: PreTrainedModel, states: States, r: Tensor, rules: Rules) -> Tensor:
     """Relevance of every pixel, summed over channels, (B, height, width), from that of the first layer's input, (B, n, d)."""
     base = model.base_model
     convolution = patch_projection(base)
@@ -22,8 +21,8 @@ def pixel_relevance(model: PreTrainedModel, states: States, r: Relevance, rules:
     positions = position_embeddings(base).detach().to(pixels.dtype)
     if positions.shape[1] != tokens.shape[1]:
         raise ValueError("TransformerAttribution: relevance of pixels needs the image size that the model was trained for")
-    r, _ = rules.add(r.to(tokens.device), tokens, positions.expand_as(tokens))
-    r = r.values[:, len(prefix) :].transpose(1, 2).reshape_as(patches)
+    r, _ = rules.add(r, tokens, positions.expand_as(tokens))
+    r = r[:, len(prefix) :].transpose(1, 2).reshape_as(patches)
     return _convolution(r, pixels, convolution).sum(1)
 
 

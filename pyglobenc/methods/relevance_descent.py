@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyglobenc.methods.forward_error import forward_errors
-from pyglobenc.methods.relevance_error import TINY, MapRow, Quotient, Relevance, map_row, row_error
 from pyglobenc.methods.relevance_layers import below_attention, down_to_attention, head_relevance
 from pyglobenc.methods.relevance_rules import Rules
 from pyglobenc.methods.relevance_states import States
@@ -28,7 +26,6 @@ class Descent:
         rules: relevance rules.
         gradient: weigh the maps with the gradient of the logit.
         normalize: divide the rows of I + A by their sums, as the published BERT code does.
-        estimate: carry the expected error of every tensor of relevance, for `estimated_error`.
 
     Attributes:
         token_sums: by layer, (B, n): relevance of the layer's input summed over the hidden size; by the number of layers, that of the
@@ -36,14 +33,11 @@ class Descent:
         maps: by name and layer; see `Descent.keep`.
     """
 
-    def __init__(self, states: States, rules: Rules, gradient: bool, normalize: bool, estimate: bool = False):
+    def __init__(self, states: States, rules: Rules, gradient: bool, normalize: bool):
         self.states = states
         self.rules = rules
         self.gradient = gradient
         self.normalize = normalize
-        depth = len(states.layers)
-        self.errors = forward_errors(states, rules.weights) if estimate else [None] * depth
-        self._steps: list[MapRow] = []
         self.token_sums: dict[int, Tensor] = {}
         self.maps: dict[str, dict[int, Tensor]] = defaultdict(dict)
 
@@ -51,59 +45,36 @@ class Descent:
         """The row that a rollout starts from, (B, 1, n): each token's share in what the head reads."""
         return self.states.packed(self.states.head.shares)[:, None].to(self.states.layers[-1].x.device)
 
-    def roll_out(self, start_layer: int, lowest: int, names: tuple[str, ...] = ()) -> tuple[Tensor, Relevance | None]:
+    def roll_out(self, start_layer: int, lowest: int, names: tuple[str, ...] = ()) -> tuple[Tensor, Tensor | None]:
         """Row of the rollout from the top layer to start_layer, (B, n), and the relevance of the input, (B, n, d).
 
         Relevance goes down to the input of layer `lowest`; with lowest = start_layer + 1 the last layer only takes part in the rollout
         and the relevance is None. names: maps to keep, of MAPS.
         """
         states, rules, depth = self.states, self.rules, len(self.states.layers)
-        roll, r = self.start_row(), head_relevance(states, rules, self.errors[-1] is not None)
-        self.token_sums[depth] = r.values.sum(-1)
+        roll, r = self.start_row(), head_relevance(states, rules)
+        self.token_sums[depth] = r.sum(-1)
         for index in reversed(range(min(start_layer, lowest), depth)):
             layer = states.layers[index]
             grad = states.grads[index] if self.gradient else None
-            s, residual = down_to_attention(states, index, r, rules, self.errors[index])
-            self._keep(names, index, s.values)
+            s, residual = down_to_attention(states, index, r, rules)
+            self._keep(names, index, s)
             roll, rolling = roll.to(layer.x.device), index >= start_layer
             if index < lowest:
-                rolled = rules.roll(layer, grad, s.values, roll, self.normalize)
-                self._count(index, s, roll, rolled)
-                return rolled[:, 0], None
-            parts, rolled = rules.attention(layer, grad, s, roll if rolling else None, self.normalize, self.errors[index])
-            if rolling:
-                self._count(index, s, roll, rolled)
-                roll = rolled
+                return rules.roll(layer, grad, s, roll, self.normalize)[:, 0], None
+            parts, rolled = rules.attention(layer, grad, s, roll if rolling else None, self.normalize)
+            roll = rolled if rolling else roll
             r = below_attention(states, residual, parts, rules)
-            self.token_sums[index] = r.values.sum(-1)
+            self.token_sums[index] = r.sum(-1)
             if "R_in" in names:
-                self.maps["R_in"][index] = r.values
-        self.input = r
+                self.maps["R_in"][index] = r
         return roll[:, 0], r
-
-    def _count(self, index: int, s: Quotient, before: Tensor | None, after: Tensor) -> None:
-        """Take note of what a layer's map brings to the row (B, 1, n), before and after its step; before None: all of it."""
-        if s.norm is not None:
-            grad, own = self.states.grads[index] if self.gradient else None, self.states.own(after.device)
-            self._steps.append(map_row(self.states.layers[index], self.errors[index], grad, s, own, before, after))
-
-    def estimated_error(self) -> Tensor:
-        """Expected relative L2 error of the last row or relevance made, a row's own entry left out, (B,)."""
-        if self._steps:
-            moved, scores = row_error(self._steps, self.states.head.position, self.rules.weights), self._steps[-1].after
-            moved, scores = (t.scatter(1, self.states.own(t.device), 0) for t in (moved, scores.to(moved.device)))
-        else:
-            moved, scores = self.input.squared_error().sum(-1), self.input.values.sum(-1)
-        unit = torch.finfo(self.states.dtype).eps / 2
-        return (moved.sum(1) / scores.square().sum(1).clamp(min=TINY)).sqrt().double() * unit
 
     def layer_row(self, index: int) -> Tensor:
         """Row of the pooled token in the map of one layer, (B, n)."""
         _, r = self.roll_out(len(self.states.layers), index + 1)
-        s, _ = down_to_attention(self.states, index, r, self.rules, self.errors[index])
-        row = self._own_row(index, s.values)
-        self._count(index, s, None, row)
-        return row[:, 0]
+        s, _ = down_to_attention(self.states, index, r, self.rules)
+        return self._own_row(index, s)[:, 0]
 
     def _own_row(self, index: int, s: Tensor) -> Tensor:
         """Row of the tokens that the head reads in the map of one layer, (B, 1, n)."""

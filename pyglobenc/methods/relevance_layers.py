@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 
 from pyglobenc.hf import LayerTrace
-from pyglobenc.methods.forward_error import LayerError
 from pyglobenc.methods.head_chain import SumStep
-from pyglobenc.methods.relevance_error import Quotient, Relevance, cloned, token_error
 from pyglobenc.methods.relevance_rules import Rules
 from pyglobenc.methods.relevance_states import States
 
@@ -20,13 +18,11 @@ class Residual:
 
     layer: LayerTrace
     x: Tensor  # the layer's input
-    r: Relevance  # of the residual branch
+    r: Tensor  # of the residual branch
 
 
-def head_relevance(states: States, rules: Rules, estimate: bool) -> Relevance:
-    """Relevance of the last layer's output, (B, n, d): 1 at the explained logit, down the head, at the tokens that the head reads.
-
-    With estimate it carries its error."""
+def head_relevance(states: States, rules: Rules) -> Tensor:
+    """Relevance of the last layer's output, (B, n, d): 1 at the explained logit, down the head, at the tokens that the head reads."""
     head, top = states.head, states.head.steps[0]
     weight = top.module.weight.detach()
     row = weight[head.index.to(weight.device)].to(states.dtype)
@@ -34,44 +30,42 @@ def head_relevance(states: States, rules: Rules, estimate: bool) -> Relevance:
         # the difference of two logits is one output whose weights are the difference
         row = row - weight[head.contrast.to(weight.device)].to(states.dtype)
     x = top.given
-    r = Relevance(rules.logit(x, row[:, None]), torch.ones_like(x[..., :1]) if estimate else None)
+    r = rules.logit(x, row[:, None])
     for step in head.steps[1:]:
         if isinstance(step, SumStep):
-            r = rules.token_sum(r.to(step.x.device), step.x, step.weights)
+            r = rules.token_sum(r, step.x, step.weights)
         else:
             x = step.given
-            r = rules.linear(r.to(x.device), step.module, x, step.returned)
+            r = rules.linear(r, step.module, x, step.returned)
     last = states.layers[-1].x
     if head.position is None:
-        return Relevance(states.packed(r.values.to(last.device)))
+        return states.packed(r.to(last.device))
     r = rules.clone([r], x).to(last.device)
     index = states.own(last.device)[..., None].expand(-1, -1, last.shape[2])
-    return Relevance(torch.zeros_like(last).scatter_(1, index, r.values.view(index.shape)), token_error(r))
+    return torch.zeros_like(last).scatter_(1, index, r.view(index.shape))
 
 
-def down_to_attention(states: States, index: int, r: Relevance, rules: Rules, errors: LayerError | None) -> tuple[Quotient, Residual]:
+def down_to_attention(states: States, index: int, r: Tensor, rules: Rules) -> tuple[Tensor, Residual]:
     """From a layer's output to its attention: s = R_o / safe(o), (B, H, n, dh), and the residual branch."""
     layer = states.layers[index]
     m = layer.modules
-    by_returned, by_attended, at_o = (None,) * 3 if errors is None else (errors.returned, errors.attended, errors.o)
     _, mlp = states.take(m.mlp_output)
     merged, attended = states.take(m.output)
     # the MLP's residual: the tensor it reads after BERT's norm, before ViT's
     y = layer.x + attended if m.pre_norm else states.take(m.intermediate)[0]
-    r_mlp, r_y = rules.add(r.to(y.device), mlp, y, by_returned, layer.offsets)
+    r_mlp, r_y = rules.add(r, mlp, y, layer.offsets)
     for module in (m.mlp_output, m.intermediate):
         r_mlp = rules.linear(r_mlp, module, *states.take(module))
     r = rules.clone([r_mlp, r_y], y)
-    r_attended, r_x = rules.add(r, attended, layer.x, by_attended, layer.offsets)
+    r_attended, r_x = rules.add(r, attended, layer.x, layer.offsets)
     r_o = rules.linear(r_attended, m.output, merged, attended)
-    s = rules.over_output(r_o, layer.o, at_o)
-    return s, Residual(layer, layer.x, r_x)
+    return rules.over_output(r_o, layer), Residual(layer, layer.x, r_x)
 
 
-def below_attention(states: States, residual: Residual, parts: Sequence[Relevance], rules: Rules) -> Relevance:
+def below_attention(states: States, residual: Residual, parts: Sequence[Tensor], rules: Rules) -> Tensor:
     """From the relevance of q, k and v, (B, n, d) each, to that of the layer's input, (B, n, d)."""
     m = residual.layer.modules
     inputs = [rules.linear(part, module, *states.take(module)) for part, module in zip(parts, (m.query, m.key, m.value), strict=True)]
     # before ViT's norm the published code has one Linear for all three, whose relevances add
-    r = cloned(inputs, sum(part.values for part in inputs)) if m.pre_norm else rules.clone(inputs, residual.x)
+    r = rules.total(inputs) if m.pre_norm else rules.clone(inputs, residual.x)
     return rules.clone([r, residual.r], residual.x)

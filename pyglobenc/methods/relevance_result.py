@@ -27,8 +27,9 @@ class RelevanceResult:
         position: (B,) int64, the token that the head reads, whose row the scores are; None of a head that reads the sum or mean of
             several, for which the row starts from each one's share.
         logit: (B,), the value explained.
+        nothing: (B,) bool, whether no relevance reaches any token: the scores are then 0.
         error: (B,), how far rounding moves the scores: relative L2 distance, the pooled token's own entry left out; see `reliability`.
-            None when it is off, and for variants that only read attention.
+            NaN where it is unknown; None when it is off, and for variants that only read attention.
         error_method: "measured" or "estimated"; None without error.
         relevance: (B, L, n), relevance of each layer's input summed over the hidden size; None unless asked for.
         maps: the maps asked for, by name.
@@ -42,6 +43,7 @@ class RelevanceResult:
     target: Tensor
     position: Tensor | None
     logit: Tensor
+    nothing: Tensor
     error: Tensor | None = None
     error_method: str | None = None
     relevance: Tensor | None = None
@@ -50,14 +52,16 @@ class RelevanceResult:
     output: Any = None
 
 
-def relevance_result(model: PreTrainedModel, states: States, scores: Tensor, how: str | None) -> RelevanceResult:
+def relevance_result(
+    model: PreTrainedModel, states: States, scores: Tensor, nothing: Tensor, how: str | None
+) -> RelevanceResult:
     """Result of scores (B, n), of packed sequences (1, N) with what else there is of each (S,); ValueError when they aren't finite."""
     # the rules' clamps and guards may hide what the logit shows
     require_finite(WHO, model, (scores, states.target.logit))
     target, position = states.target, states.head.position
     index, logit = target.index[: states.count], target.logit[: states.count]
     position = None if position is None else position[: states.count]
-    return RelevanceResult(scores, index, position, logit, error_method=how, output=detached(states.output))
+    return RelevanceResult(scores, index, position, logit, nothing, error_method=how, output=detached(states.output))
 
 
 def add_layers(model: PreTrainedModel, result: RelevanceResult, descent: Descent, layers: bool) -> None:
@@ -85,6 +89,7 @@ def of_sequences(result: RelevanceResult, packed: Packed) -> list[RelevanceResul
             target=result.target[own],
             position=None if result.position is None else result.position[own],
             logit=result.logit[own],
+            nothing=result.nothing[own],
             error=None if result.error is None else result.error[own],
             error_method=result.error_method,
             relevance=None if result.relevance is None else result.relevance[..., tokens],

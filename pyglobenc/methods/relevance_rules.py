@@ -4,9 +4,6 @@ import torch
 from torch import Tensor, nn
 
 from pyglobenc.hf import LayerTrace
-from pyglobenc.methods.forward_error import LayerError
-from pyglobenc.methods.relevance_error import Quotient, Relevance, added_error, cloned, projected_error, quotient_error, token_error
-from pyglobenc.methods.weight_cache import WeightCache
 from pyglobenc.ops import add_relevance, clone_relevance, linear_relevance, relevance_attention, relevance_rollout_step
 from pyglobenc.reference.relevance_attention import relevance_attention as reference_attention
 from pyglobenc.reference.safe_division import safe_divide
@@ -26,49 +23,57 @@ class Rules:
     def __init__(self, backend: str, stabilizer: float = 0.0):
         self.backend = backend
         self.stabilizer = stabilizer
-        self.weights = WeightCache()
+        self._memory: Tensor | None = None
 
-    def linear(self, r: Relevance, module: nn.Linear, given: Tensor, returned: Tensor) -> Relevance:
+    def linear(self, r: Tensor, module: nn.Linear, given: Tensor, returned: Tensor) -> Tensor:
         """Relevance (B, n, d_in) of a Linear's input from that of its output (B, n, d_out)."""
-        bias = None if module.bias is None else module.bias.detach()
-        weight, absolute = module.weight.detach(), self.weights.absolute(module, r.values.dtype)
-        out = linear_relevance(r.values, given, weight, abs_weight=absolute, output=returned, bias=bias, backend=self.backend)
-        return Relevance(out, token_error(r))
+        r, bias = r.to(given.device), None if module.bias is None else module.bias.detach()
+        weight, absolute = module.weight.detach(), self._absolute(module.weight.detach(), r.dtype)
+        return linear_relevance(r, given, weight, abs_weight=absolute, output=returned, bias=bias, backend=self.backend)
 
-    def token_sum(self, r: Relevance, x: Tensor, weights: Tensor) -> Relevance:
+    def _absolute(self, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """|W| (d_out, d_in), until the next call of this; None where it would have to be widened.
+
+        One module's at a time is in one piece of memory: new memory for each took 8 % of a call of BERT-base at 128 tokens.
+        """
+        memory = self._memory
+        if weight.dtype != dtype:
+            return None
+        if memory is None or memory.numel() < weight.numel() or memory.device != weight.device or memory.dtype != dtype:
+            memory = self._memory = weight.new_empty(weight.numel())
+        return torch.abs(weight, out=memory[: weight.numel()].view(weight.shape))
+
+    def token_sum(self, r: Tensor, x: Tensor, weights: Tensor) -> Tensor:
         """Relevance of tokens x (B, n, d) from that of their sum with weights (B, n), r (B, 1, d): the rule of a Linear whose weights
         are positive. A sum of one token with weight 1 is the token itself."""
-        parts = x.clamp(min=0) * weights[..., None]
-        out = parts * safe_divide(r.values, parts.sum(1, keepdim=True))
+        r, parts = r.to(x.device), x.clamp(min=0) * weights[..., None]
+        out = parts * safe_divide(r, parts.sum(1, keepdim=True))
         alone = (weights == 1).any(1) & (weights.count_nonzero(1) == 1)
-        return Relevance(torch.where(alone[:, None, None], r.values * weights[..., None], out))
+        return torch.where(alone[:, None, None], r * weights[..., None], out)
 
-    def add(
-        self, r: Relevance, a: Tensor, b: Tensor, by_sum: Tensor | None = None, offsets: Tensor | None = None
-    ) -> tuple[Relevance, Relevance]:
-        """Relevance of both branches of a residual sum, (B, n, d); by_sum: squared relative error of a division by a + b."""
+    def add(self, r: Tensor, a: Tensor, b: Tensor, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Relevance of both branches of a residual sum, (B, n, d)."""
         options = dict(stabilizer=self.stabilizer, rescale=self.rescale, offsets=offsets, backend=self.backend)
-        branches = add_relevance(r.values, a, b, **options)
-        error = None if by_sum is None else added_error(r, by_sum, branches if self.rescale else None, self.weights)
-        return tuple(Relevance(t, error) for t in branches)
+        return add_relevance(r.to(a.device), a, b, **options)
 
-    def clone(self, parts: list[Relevance], x: Tensor) -> Relevance:
+    def clone(self, parts: list[Tensor], x: Tensor) -> Tensor:
         """Relevance of a tensor read by several branches, (B, n, d)."""
-        return cloned(parts, clone_relevance([part.values for part in parts], x, backend=self.backend))
+        return clone_relevance(parts, x, backend=self.backend)
 
-    def over_output(self, r_o: Relevance, o: Tensor, at_o: Tensor | None = None) -> Quotient:
-        """s = R_o / safe(o) by head, (B, H, n, dh), from relevance (B, n, d); at_o: squared error of o, (B, H, 1, dh)."""
-        s = safe_divide(r_o.values.unflatten(2, (o.shape[1], -1)).transpose(1, 2), o, self.stabilizer)
-        return Quotient(s) if at_o is None else quotient_error(r_o, s, o, at_o, self.weights)
+    def total(self, parts: list[Tensor]) -> Tensor:
+        """Relevance of a tensor read by modules that the published code takes for one, (B, n, d)."""
+        return sum(parts)
+
+    def over_output(self, r_o: Tensor, layer: LayerTrace) -> Tensor:
+        """s = R_o / safe(o) by head, (B, H, n, dh), from relevance (B, n, d) of a layer's attention output."""
+        return safe_divide(r_o.unflatten(2, (layer.o.shape[1], -1)).transpose(1, 2), layer.o, self.stabilizer)
 
     def attention(
-        self, layer: LayerTrace, grad_o: Tensor | None, s: Quotient, roll: Tensor | None, normalize: bool, errors: LayerError | None
-    ) -> tuple:
+        self, layer: LayerTrace, grad_o: Tensor | None, s: Tensor, roll: Tensor | None, normalize: bool
+    ) -> tuple[list[Tensor], Tensor | None]:
         """Relevance of queries, keys and values, (B, n, d) each, and the stepped rollout (B, T, n) or None."""
-        *parts, _, rolled = self._attention(layer, grad_o, s.values, roll, normalize)
-        at_parts = (None,) * 3 if errors is None else projected_error(layer, errors, s, parts, self.weights)
-        parts = [Relevance(t.transpose(1, 2).flatten(2), error) for t, error in zip(parts, at_parts, strict=True)]
-        return parts, rolled
+        *parts, _, rolled = self._attention(layer, grad_o, s, roll, normalize)
+        return [t.transpose(1, 2).flatten(2) for t in parts], rolled
 
     def _attention(self, layer: LayerTrace, grad_o: Tensor | None, s: Tensor, roll: Tensor | None, normalize: bool) -> tuple:
         return relevance_attention(
@@ -119,13 +124,13 @@ class LrpRules(Rules):
 
     rescale = False
 
-    def linear(self, r: Relevance, module: nn.Linear, given: Tensor, returned: Tensor) -> Relevance:
-        weight = module.weight.detach().to(given.dtype)
+    def linear(self, r: Tensor, module: nn.Linear, given: Tensor, returned: Tensor) -> Tensor:
+        r, weight = r.to(given.device), module.weight.detach().to(given.dtype)
         out = torch.zeros_like(given)
         for bound in ({"min": 0}, {"max": 0}):
             x, w = given.clamp(**bound), weight.clamp(**bound)
-            out += x * (safe_divide(r.values, x @ w.T) @ w)
-        return Relevance(out, token_error(r))
+            out += x * (safe_divide(r, x @ w.T) @ w)
+        return out
 
     def _attention(self, layer: LayerTrace, grad_o: Tensor | None, s: Tensor, roll: Tensor | None, normalize: bool) -> tuple:
         return reference_attention(

@@ -22,7 +22,7 @@ from pyglobenc.methods.relevance_support import check_layers
 from pyglobenc.methods.relevance_target import Index, Target, find_target
 from pyglobenc.methods.reliability import nudge
 from pyglobenc.methods.wide import WideParameters
-from pyglobenc.reference.packing import real_tokens
+from pyglobenc.reference.packing import per_token, real_tokens
 
 
 @dataclass
@@ -61,6 +61,19 @@ class States:
         """Of packed sequences as they are, (S + 1,) int32, on the CPU."""
         offsets = self.layers[0].offsets
         return offsets if offsets is None or not self.twice else offsets[: self.count + 1]
+
+    @property
+    def forward_dtype(self) -> torch.dtype:
+        """What the forward pass computed in, under autocast another than its parameters'."""
+        return next(iter(self.io.values()))[1].dtype
+
+    def lone_tokens(self) -> Tensor:
+        """Which tokens are all that their example has, (B, n) or (1, N) bool."""
+        layer = self.layers[0]
+        if layer.offsets is not None:
+            return per_token((layer.offsets.diff() == 1)[:, None].to(layer.x.device), layer.offsets)[:, 0]
+        mask = torch.ones_like(layer.x[..., 0], dtype=torch.bool) if layer.key_mask is None else layer.key_mask
+        return mask & (mask.sum(1, keepdim=True) == 1)
 
     @property
     def count(self) -> int:
@@ -102,7 +115,7 @@ def run_forward(
         target: target, contrast and position of the call.
         dtype: float32, float64 or None; float64 on a narrower model widens the forward pass too.
         lowest: first layer whose gradient is wanted; the number of layers for none.
-        twice: after the examples all of them again, from a first layer's input moved by a rounding unit, with the target and the
+        twice: after the examples all of them again, moved by a rounding unit in every layer, with the target and the
             gradients of the first.
 
     Raises:
@@ -152,35 +165,47 @@ def _doubled(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 def _captured(
     model: nn.Module, found: list[LayerModules], batch: Mapping[str, Any] | Packed, dtype: torch.dtype, twice: bool
 ) -> tuple[Trace, HeadRecord, Any]:
-    """Run the model from a leaf of the graph, the first layer's input, in float64 if dtype is; twice: its second half is moved."""
+    """Run the model from a leaf of the graph, the first layer's input, in float64 if dtype is.
+
+    twice: the second half is moved in every layer."""
     stock = stock_model(model)
     within = [getattr(m, part) for m in found for part in ("query", "key", "value", "output", "intermediate", "mlp_output")]
     # the convolution that embeds patches
     within += [module for module in outside(stock, {layer.block for layer in found}) if isinstance(module, nn.Conv2d)]
     offsets = batch.offsets if isinstance(batch, Packed) else None
 
-    def enter(x: Tensor) -> Tensor:
-        x = x.detach()
-        if twice:
-            axis, own = (0, None) if offsets is None else (1, offsets[: len(offsets) // 2 + 1])
-            first, second = x.chunk(2, axis)
-            x = torch.cat([first, nudge(second, own)], axis)
-        return x.requires_grad_()
+    def moved(x: Tensor, place: int) -> Tensor:
+        if not twice:
+            return x
+        axis, own = (0, None) if offsets is None else (1, offsets[: len(offsets) // 2 + 1])
+        first, second = x.chunk(2, axis)
+        return torch.cat([first, nudge(second, own, place)], axis)
 
     def change(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if torch.is_inference_mode_enabled():
             raise ValueError("TransformerAttribution: the model runs in torch.inference_mode, which has no gradients; use torch.no_grad")
         # a user's module may run its encoder without gradients
         torch.set_grad_enabled(True)
-        if args:
-            return (enter(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": enter(kwargs["hidden_states"])}
+        x = args[0] if args else kwargs["hidden_states"]
+        place = places[module]
+        x = moved(x, place) if place else moved(x.detach(), place).requires_grad_()
+        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
 
+
+    def change_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return moved(output, places[module])
+
+    # the first layer is also where the graph starts; places are the layers' inputs and what is added to them
+    blocks, added = [m.block for m in found[: len(found) if twice else 1]], [t for m in found for t in (m.output, m.mlp_output)]
+    places = {module: place for place, module in enumerate([*blocks, *added])}
     with ExitStack() as stack:
-        trace = stack.enter_context(capture(model, modules=within, offsets=offsets))
+        trace = stack.enter_context(capture(stock, modules=within, offsets=offsets))
         record = stack.enter_context(recorded_head(model, stock, trace, found, leaf=False))
-        handle = found[0].block.register_forward_pre_hook(in_this_thread(change), prepend=True, with_kwargs=True)
-        stack.callback(handle.remove)
+        for block in blocks:
+            handle = block.register_forward_pre_hook(in_this_thread(change), prepend=True, with_kwargs=True)
+            stack.callback(handle.remove)
+        for module in added if twice else ():
+            stack.callback(module.register_forward_hook(in_this_thread(change_output), prepend=True).remove)
         if dtype == torch.float64 and next(stock.parameters()).dtype != torch.float64:
             stack.enter_context(WideParameters(torch.float64))
         stack.enter_context(callers_autocast())

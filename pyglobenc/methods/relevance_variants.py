@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from pyglobenc.methods.attention_baselines import attention_row, grad_cam, grad_cam_patches, roll_out_attention
 from pyglobenc.methods.pixels import pixel_relevance
 from pyglobenc.methods.relevance_descent import Descent
+from pyglobenc.reference.packing import per_token, sequence_sums
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,36 @@ PUBLISHED = {
 }
 
 
-def variant_scores(model: PreTrainedModel, chosen: Variant, descent: Descent, start_layer: int, prefix: int | None) -> Tensor:
-    """Scores of a variant: (B, n) tokens; for images, whose first `prefix` tokens aren't patches, (B, patches) or (B, height, width)."""
+def variant_scores(
+    model: PreTrainedModel, chosen: Variant, descent: Descent, start_layer: int, prefix: int | None
+) -> tuple[Tensor, Tensor]:
+    """Scores of a variant: (B, n) tokens; for images, whose first `prefix` tokens aren't patches, (B, patches) or (B, height, width).
+
+    And (B,) bool, of packed sequences (S,), where there is nothing in them: no relevance reaches any token, and the scores are made 0.
+    """
+    scores, states = _scores(model, chosen, descent, start_layer, prefix), descent.states
+    brought = scores != 0
+    if chosen.kind == "rollout":
+        # the row that a rollout starts from is left as it was
+        brought = scores != descent.start_row()[:, 0, prefix:].to(scores.device)
+        if prefix is None and descent.normalize:
+            # but a row of one token is its own whatever it gets
+            lone, given = (t.to(scores.device) for t in (states.lone_tokens(), descent.token_sums[len(states.layers)]))
+            brought |= lone & (given != 0)
+    offsets = states.layers[0].offsets
+    if offsets is None:
+        nothing = ~brought.flatten(1).any(1)
+        return scores.masked_fill(nothing.view(-1, *[1] * (scores.dim() - 1)), 0), nothing
+    nothing = sequence_sums(brought.to(scores.dtype), offsets) == 0
+    return scores.masked_fill(per_token(nothing[:, None], offsets)[:, 0], 0), nothing
+
+
+def _scores(model: PreTrainedModel, chosen: Variant, descent: Descent, start_layer: int, prefix: int | None) -> Tensor:
     states = descent.states
     depth, last, images = len(states.layers), states.layers[-1], prefix is not None
     if chosen.kind == "input":
         _, r = descent.roll_out(depth, 0)
-        return pixel_relevance(model, states, r, descent.rules) if images else r.values.sum(-1)
+        return pixel_relevance(model, states, r, descent.rules) if images else r.sum(-1)
     if chosen.kind == "grad_cam" and images:
         if states.head.position is None or bool((states.head.position != 0).any()):
             raise ValueError("TransformerAttribution: Grad-CAM of images is published for heads that read [CLS]")

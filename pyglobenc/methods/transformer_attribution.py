@@ -1,6 +1,5 @@
 """Transformer attribution: relevance times attention gradients, rolled out (Chefer, Gur and Wolf, CVPR 2021), and its variants."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,12 +15,13 @@ from pyglobenc.methods.head import find_logits
 from pyglobenc.methods.inputs import check_batch, check_model
 from pyglobenc.methods.packing import Packed, pack
 from pyglobenc.methods.relevance_descent import MAPS, Descent
+from pyglobenc.methods.relevance_error import ObservedRules
 from pyglobenc.methods.relevance_result import RelevanceResult, add_layers, of_sequences, relevance_result
 from pyglobenc.methods.relevance_rules import LrpRules, Rules
 from pyglobenc.methods.relevance_states import States, run_forward
 from pyglobenc.methods.relevance_target import Index
 from pyglobenc.methods.relevance_variants import FOLLOWED, PUBLISHED, VARIANTS, Variant, variant_scores
-from pyglobenc.methods.reliability import DIGITS_GONE, METHODS, PrecisionWarning, distance, measured
+from pyglobenc.methods.reliability import METHODS, distance, known, measured, warn_of_nothing, warn_of_precision
 from pyglobenc.values import may_look
 
 WHO = "TransformerAttribution"
@@ -111,7 +111,7 @@ class TransformerAttribution:
         if self.has_choices(batch):
             batch, target, contrast = self._one_choice(batch, target, contrast)
         how = self._error_method(reliability, chosen, batch)
-        return self._attribute(batch, (target, contrast, position), chosen, start_layer, layers, maps, how, reliability)
+        return self._attribute(batch, (target, contrast, position), chosen, start_layer, layers, maps, how)
 
     @outside_autocast
     def packed(
@@ -151,7 +151,7 @@ class TransformerAttribution:
             packed = pack(who, self.model, batch)
         explained = (*(_in_order(index, packed.order) for index in (target, contrast)), None)
         how = self._error_method(reliability, chosen, packed.inputs)
-        whole = self._attribute(packed, explained, chosen, start_layer, layers, (), None if how == "estimated" else how, reliability)
+        whole = self._attribute(packed, explained, chosen, start_layer, layers, (), None if how == "estimated" else how)
         return of_sequences(whole, packed)
 
     def _attribute(
@@ -163,36 +163,35 @@ class TransformerAttribution:
         layers: bool,
         maps: Sequence[str],
         how: str | None,
-        reliability: str,
     ) -> RelevanceResult:
         """Of a checked batch, or of packed sequences as one; explained: target, contrast and position."""
         everything = layers or bool(maps)
         lowest = 0 if everything else chosen.lowest_gradient(start_layer, self.depth)
         states = run_forward(self.model, batch, explained, self.dtype, lowest, how == "measured")
-        if how == "estimated" and states.head.position is None:
-            # the estimate follows one token's row
-            if reliability == "estimated":
-                raise ValueError(f"{WHO}: the error of a head that reads several tokens can be 'measured', or 'off', not estimated")
-            how = None
-        descent = self._descent(states, chosen, how == "estimated")
-        scores, moved = states.halves(variant_scores(self.stock, chosen, descent, start_layer, self.prefix))
-        result = relevance_result(self.model, states, scores, how)
+        descent = self._descent(states, chosen)
+        if how == "estimated":
+            descent.rules = ObservedRules(descent.rules, states)
+        found, nothing = variant_scores(self.stock, chosen, descent, start_layer, self.prefix)
+        scores, moved = states.halves(found)
+        result = relevance_result(self.model, states, scores, nothing[: states.count], how)
         if how == "measured":
             left_out = self.prefix is None and chosen.kind != "input" and states.head.position is not None
             own = states.halves(states.own(scores.device))[0] if left_out else None
-            result.error = distance(moved, scores, own, states.offsets)
+            result.error = known(distance(moved, scores, own, states.offsets), result.nothing)
         elif how == "estimated":
-            result.error = descent.estimated_error()
-        self._warn(result)
+            result.error = known(descent.rules.estimated_error(), result.nothing)
+        warn_of_nothing(WHO, result.nothing)
+        if result.error is not None:
+            warn_of_precision(WHO, result.error, result.nothing, how, "use dtype=torch.float64, or a stabilizer")
         if everything:
             descent = self._descent(states, chosen)
             descent.roll_out(self.depth, 0, tuple(maps))
         add_layers(self.model, result, descent, layers)
         return result
 
-    def _descent(self, states: States, chosen: Variant, estimate: bool = False) -> Descent:
+    def _descent(self, states: States, chosen: Variant) -> Descent:
         rules = (LrpRules if chosen.lrp else self.rules)(self.backend, self.stabilizer)
-        return Descent(states, rules, chosen.gradient, self.prefix is None, estimate)
+        return Descent(states, rules, chosen.gradient, self.prefix is None)
 
     def _error_method(self, reliability: str, chosen: Variant, batch: Mapping[str, Any]) -> str | None:
         if reliability == "off" or chosen.kind not in FOLLOWED:
@@ -210,17 +209,6 @@ class TransformerAttribution:
             return batch["inputs_embeds"][..., 0].numel() if ids is None else ids.numel()
         pixels, step = batch["pixel_values"], vit.patch_projection(self.stock.base_model).stride
         return len(pixels) * (self.prefix + (pixels.shape[2] // step[0]) * (pixels.shape[3] // step[1]))
-
-    @staticmethod
-    def _warn(result: RelevanceResult) -> None:
-        if result.error is not None and may_look() and (result.error > DIGITS_GONE).any():
-            worst, count = float(result.error.max()), int((result.error > DIGITS_GONE).sum())
-            warnings.warn(
-                f"TransformerAttribution: rounding moves the scores of {count} of {len(result.error)} examples by more than "
-                f"{DIGITS_GONE:.0%} (at worst {worst:.1%}, {result.error_method}); use dtype=torch.float64, or a stabilizer",
-                PrecisionWarning,
-                stacklevel=5,
-            )
 
     def _variant(self, variant: str, start_layer: int, maps: Sequence[str], reliability: str) -> Variant:
         name, depth = PUBLISHED.get(variant, variant), self.depth
