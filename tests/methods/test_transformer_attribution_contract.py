@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, D
 from pyglobenc import TransformerAttribution
 from pyglobenc.methods import reliability
 from pyglobenc.methods.relevance_variants import PUBLISHED, VARIANTS
-from pyglobenc.methods.reliability import PrecisionWarning
+from pyglobenc.methods.reliability import NoRelevanceWarning, PrecisionWarning
 
 
 def state(model):
@@ -116,6 +116,97 @@ def test_reliability_tells_good_from_bad(monkeypatch, method, below):
     assert spearmanr(said, true).statistic >= 0.8
     ratio = torch.tensor(true) / torch.tensor(said)
     assert 0.3 <= ratio.median() <= 3
+
+
+def outliers(seed, dtype):
+    """A random case whose LayerNorms have a few features with a huge beta, or with gammas of 0 or nearly 0, as trained models have."""
+    model, batch = random_case(seed)
+    generator, kind = torch.Generator().manual_seed(seed), seed % 4
+    with torch.no_grad():
+        for norm in (m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)):
+            some = torch.randperm(norm.weight.numel(), generator=generator)[:4]
+            norm.weight += 0.3 * torch.randn(norm.weight.shape, generator=generator)
+            norm.bias += 0.3 * torch.randn(norm.bias.shape, generator=generator)
+            if kind == 0:
+                norm.bias[some] = 20.0
+            elif kind == 1:
+                norm.weight[some] = 0.0
+            elif kind == 2:
+                norm.weight[some] *= 1e-4
+            else:
+                norm.weight *= 0.01
+    return model.to(dtype), batch
+
+
+@pytest.mark.filterwarnings("ignore::pyglobenc.methods.reliability.PrecisionWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_error_of_any_precision(dtype):
+    """The median of true over said lies within a factor of 4, and at most a tenth of errors above four times the limit aren't said."""
+    said, true = {"measured": [], "estimated": []}, []
+    for seed in range(20):
+        model, batch = outliers(seed, dtype)
+        exact = TransformerAttribution(model, dtype=torch.float64)(**batch, target=0, reliability="off").scores
+        for method, errors in said.items():
+            result = TransformerAttribution(model)(**batch, target=0, reliability=method)
+            errors.append(float(result.error))
+        true.append(relative(result.scores[:, 1:], exact[:, 1:]))
+    true = torch.tensor(true)
+    for errors in map(torch.tensor, said.values()):
+        assert errors.isfinite().all() and (errors > 0).all()
+        assert 0.25 <= (true / errors).median() <= 4
+        assert ((true > 4e-2) & (errors < 1e-2)).sum() <= 2
+
+
+def test_autocast_is_the_precision_of_the_forward_pass():
+    model, batch = random_case(3)
+    with torch.autocast("cpu", torch.bfloat16), pytest.warns(PrecisionWarning):
+        measured, estimated = (TransformerAttribution(model)(**batch, reliability=how).error for how in ("measured", "estimated"))
+    assert measured > 1e-3 and estimated > 1e-3
+
+
+def test_an_unknown_error_warns():
+    model = build("bert-classifier", torch.float32)
+    with torch.no_grad():
+        # nothing of the text comes through, and nothing moves
+        for norm in (m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)):
+            norm.weight.zero_()
+            norm.bias.zero_()
+        model.bert.pooler.dense.bias.fill_(1.0)
+    with pytest.warns((PrecisionWarning, NoRelevanceWarning)):
+        result = TransformerAttribution(model)(**random_batch(model, batch=1, n=6), reliability="measured")
+    assert result.error.isnan().all()
+
+
+@pytest.mark.parametrize("method", ["measured", "estimated", "off"])
+@pytest.mark.parametrize("variant", [name for name, variant in VARIANTS.items() if variant.kind in ("rollout", "layer", "input")])
+def test_no_relevance_says_so(variant, method):
+    model = build("bert-classifier", torch.float32)
+    batch = random_batch(model, batch=3, n=9, pads=[0, 3, 8])
+    with torch.no_grad():
+        # tanh of the pooler is positive, and class 1 has no positive contribution
+        model.bert.pooler.dense.weight.mul_(1e-3)
+        model.bert.pooler.dense.bias.fill_(1.0)
+        model.classifier.weight[1] = -model.classifier.weight[1].abs()
+    ta = TransformerAttribution(model)
+    with pytest.warns(NoRelevanceWarning, match="2 of 3 examples"):
+        result = ta(**batch, target=[1, 0, 1], variant=variant, reliability=method)
+    if variant != "lrp" and variant != "lrp_last_layer":
+        assert result.nothing.tolist() == [True, False, True]
+        assert not result.scores[[0, 2]].any() and result.scores[1].any()
+        assert method == "off" or result.error.isnan().tolist() == [True, False, True]
+    ids = [row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    with pytest.warns(NoRelevanceWarning):
+        packed = ta.packed(input_ids=ids, target=[1, 0, 1], variant=variant, reliability="off")
+    assert [bool(one.nothing) for one in packed] == result.nothing.tolist()
+    assert not packed[0].scores.any() and not packed[2].scores.any() and packed[1].scores.any()
+
+
+def test_a_text_of_one_token_has_relevance():
+    model = build("bert-classifier", torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NoRelevanceWarning)
+        result = TransformerAttribution(model)(**random_batch(model, batch=1, n=1), reliability="off")
+    assert result.scores.item() == 1
 
 
 @pytest.mark.filterwarnings("ignore::pyglobenc.methods.reliability.PrecisionWarning")
