@@ -176,7 +176,7 @@ class _Chain:
         if contrast:
             expected.scatter_(1, other[:, None], -1)
         value, scale = (out * row).sum(1), (out * row).abs().sum(1)
-        near = (value - self.logit.detach()).abs() <= rounding(out) * scale
+        near = (value - self.logit.detach().to(out.device)).abs() <= rounding(out) * scale
         self.checks.append(((row == expected).all() & near.all(), f"the logit isn't an output of {name}; is it scaled, or a probability?"))
         repeat = len(self.record.top) // size
         return tuple(None if t is None else t.repeat(repeat) for t in (index, other, position))
@@ -187,20 +187,22 @@ class _Chain:
             raise _refusal(f"the weights of {self.names[module]} aren't a plain matrix; load the model unquantised")
         if call.given._version != call.versions[0]:
             raise _refusal(f"the input of {self.names[module]} is changed in place afterwards")
-        returned = call.returned.detach()
+        # accelerate may fetch it inside the call
+        given, returned = call.given.detach().to(call.returned.device), call.returned.detach()
         if call.returned._version != call.versions[1]:
             # an activation in place has replaced it
-            bias = None if module.bias is None else module.bias.detach().to(call.given.dtype)
-            returned = F.linear(call.given.detach(), module.weight.detach().to(call.given.dtype), bias)
-        return LinearStep(module, call.given.detach(), returned)
+            bias = None if module.bias is None else module.bias.detach().to(given.dtype)
+            returned = F.linear(given, module.weight.detach().to(given.dtype), bias)
+        return LinearStep(module, given, returned)
 
     def _check_norm(self, call: Call) -> None:
         norm, given = call.module, call.given.detach()
         if norm.normalized_shape != given.shape[-1:]:
             raise _refusal(f"{self.names[norm]} normalises tokens together")
         if type(norm) is not nn.LayerNorm:
-            expected = nn.LayerNorm.forward(norm, given)
-            error = (expected - call.returned.detach()).abs().amax()
+            returned = call.returned.detach()
+            expected = nn.LayerNorm.forward(norm, given.to(returned.device))
+            error = (expected - returned).abs().amax()
             bound = rounding(expected) * expected.abs().amax()
             self.checks.append((error <= bound, f"{self.names[norm]} is no layer norm"))
 
@@ -210,7 +212,7 @@ class _Chain:
             raise _refusal(f"{where} joins or reshapes tensors")
         seeds = [direction(upper.t, seed) for seed in (1, 2)]
         products = [torch.autograd.grad([upper.edge], [lower.edge], [seed], retain_graph=True)[0] for seed in seeds]
-        one, two = (product * seed.view_as(product) for product, seed in zip(products, reversed(seeds), strict=True))
+        one, two = (product * seed.to(product.device).view_as(product) for product, seed in zip(products, reversed(seeds), strict=True))
         what = f"{where} mixes features or tokens by something other than a Linear module or nn.LayerNorm"
         self._equal(one, two, rounding(upper.t, lower.t), what)
 
@@ -225,6 +227,7 @@ class _Chain:
         ]
         read = (products[0] != 0).any(-1)
         count = read.sum(1)
+        seeds = [seed.to(read.device) for seed in seeds]
         if not may_look():
             self.checks.append(((count == 1).all(), SELECTED))
         elif bool((count == 0).any()):
@@ -236,7 +239,7 @@ class _Chain:
             what = f"{where} reads several tokens in another way than their sum or mean"
             self._equal(products[0], weights[..., None] * seeds[0], rounding(upper.t, lower.t), what)
             terms = weights[..., None] * lower.t.detach()
-            error = (terms.sum(1) - upper.t.detach().view(batch, d)).abs()
+            error = (terms.sum(1) - upper.t.detach().to(terms.device).view(batch, d)).abs()
             near = (error <= rounding(upper.t, lower.t) * terms.abs().sum(1)).all()
             self.checks.append(((weight > 0).all() & near & equal_shares(products[0], read, count), what))
             return None, weights

@@ -131,3 +131,26 @@ def test_measured_error():
     with devices.apart():
         out = TransformerAttribution(model)(**batch, reliability="measured")
     assert torch.equal(out.scores, exact.scores) and torch.equal(out.error, exact.error)
+
+
+@pytest.mark.parametrize("rest", [HOST, TWO], ids=str)
+def test_a_head_that_reads_the_mean(rest):
+    class Around(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.encoder, self.top = build("bert"), torch.nn.Linear(48, 3).double()
+
+        def forward(self, input_ids, attention_mask):
+            h = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
+            mask = attention_mask.to(h.device)
+            return self.top((h * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+
+    devices, model, plain = Devices(), Around().eval(), Around().eval()
+    devices.spread(model, [layer.block for layer in find_layers(model)], rest, [ONE, HOST, TWO])
+    batch = random_batch(plain.encoder, 2, 9, pads=[0, 3])
+    for method in (GlobEnc, TransformerAttribution):
+        exact = method(plain)(**batch)
+        with devices.apart():
+            out = method(model)(**batch)
+        equal(out.scores, exact.scores)
