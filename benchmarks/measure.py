@@ -26,18 +26,20 @@ def finished(call: Callable[[], Any]) -> Callable[[], Any]:
     return run
 
 
-def paired_ratio(call: Callable[[], object], baseline: Callable[[], object], rounds: int) -> dict[str, str]:
+def paired_ratio(
+    call: Callable[[], object], baseline: Callable[[], object], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, str]:
     """Run baseline and call in turn and return the quartiles of call's time over the baseline's of the same round.
 
     The speed of a shared machine drifts: a ratio of neighbours in time keeps its meaning, a ratio of two medians doesn't.
     """
     ratios = []
     for _ in range(rounds):
-        start = time.perf_counter()
+        start = clock()
         baseline()
-        middle = time.perf_counter()
+        middle = clock()
         call()
-        ratios.append((time.perf_counter() - middle) / (middle - start))
+        ratios.append((clock() - middle) / (middle - start))
     low, _, high = quantiles(ratios, n=4) if rounds > 1 else ratios * 3
     return {"ratio": f"{median(ratios):.3f}", "ratio_q1": f"{low:.3f}", "ratio_q3": f"{high:.3f}"}
 

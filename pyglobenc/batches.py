@@ -101,7 +101,8 @@ class Runner:
         if options.merge_words and not tokenizer.is_fast:
             raise ValueError(f"explain: merge_words needs a fast tokenizer, which knows its words; got {type(tokenizer).__name__}")
         self.model, self.tokenizer, self.options = model, tokenizer, options
-        why_padded = self._why_padded()
+        # inspected only where packing is wanted: that takes a part of a short text's forward pass
+        why_padded = None if options.packed is False else self._why_padded()
         if options.packed and why_padded:
             raise ValueError(why_padded)
         # of torch's attention for packed sequences a GPU has half precision alone; without it each length takes a call of its own. A class
@@ -131,7 +132,8 @@ class Runner:
         for index, (_, windows) in enumerate(plans):
             jobs += [(index, window) for window in windows]
         width, options = max((len(window) for _, window in jobs), default=0), self.options
-        size = fitting_batch(self.model, width, options.batch_size, options.method, options.dtype) if jobs and self.batches else 1
+        most = min(options.batch_size, len(jobs)) if self.batches else 1
+        size = fitting_batch(self.model, width, most, options.method, options.dtype)
         for (index, _), row in in_batches(lambda batch: self._rows(texts, plans, batch), jobs, size):
             done[index].append(row)
             while waiting < len(texts) and len(done[waiting]) == len(plans[waiting][1]):

@@ -39,6 +39,9 @@ def fitting_batch(
     Returns:
         From 1 to most; most where it isn't known what is free.
     """
+    if most <= 1:
+        # an estimate walks through all modules, which takes a part of a short text's forward pass
+        return most
     model = stock_model(model)
     available = available_bytes(model.device) if available is None else available
     if available is None or method not in ESTIMATED:
