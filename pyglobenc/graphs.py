@@ -5,8 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pyglobenc.hf.layers import outside
 from pyglobenc.hf.unwrap import stock_model
 from pyglobenc.methods.family import Rollout
 from pyglobenc.methods.globenc import GlobEnc
@@ -30,7 +31,7 @@ def graphed(method: GlobEnc | Rollout | TransformerAttribution, **example: Any) 
         result = fast(**tokenizer(other, padding="max_length", max_length=64, return_tensors="pt").to("cuda"), targets=[0])
 
     Args:
-        method: its model on a GPU. Weights that change later change the forward pass, but not what was made of them here.
+        method: its model on a GPU. The graph reads the weights where they lay: those written there later count, others are refused.
         example: a batch, and options, as the method takes them. A batch that is to hold padding needs an attention_mask here too, and
             one whose targets are to change some targets.
 
@@ -57,6 +58,7 @@ class Graphed:
         method(**example)
         self._inputs = {name: t.to(stock_model(method.model).device, copy=True) for name, t in _tensors(example).items()}
         options = {name: value for name, value in example.items() if name not in self._inputs}
+        self._model, self._places = method.model, _places(method.model)
         self._replay, self._result, self._checks = _record(lambda: method(**self._inputs, **options), stock_model(method.model).device)
 
     @torch.no_grad()
@@ -70,9 +72,12 @@ class Graphed:
             The method's result, without its warnings. Its output and diagnostics are overwritten by the next call.
 
         Raises:
-            ValueError: other inputs or shapes than the example's, or as the method; scores too large for float32, where the method
+            ValueError: other inputs or shapes than the example's, or as the method; weights that were moved, replaced, or whose
+                adapters were merged or switched since the graph was recorded; scores too large for float32, where the method
                 itself would have gone on in float64.
         """
+        if _places(self._model) != self._places:
+            raise ValueError("graphed: the model's weights were moved, replaced or adapted since the graph was recorded; record another")
         given = _tensors(batch)
         if given.keys() != self._inputs.keys() or len(given) < len(batch):
             raise ValueError(f"graphed: recorded with {', '.join(self._inputs)}, got {', '.join(batch)}")
@@ -91,6 +96,16 @@ class Graphed:
         look(self._checks)
         tensors = {name: t.clone() for name, t in vars(self._result).items() if isinstance(t, Tensor)}
         return replace(self._result, **tensors)
+
+
+def _places(model: nn.Module) -> list[Any]:
+    """Where the model's tensors lie, and which of its adapters are merged or in use."""
+    out: list[Any] = []
+    for module in outside(model, ()):
+        out += [t.data_ptr() for own in (module._parameters, module._buffers) for t in own.values() if t is not None]
+        if "base_layer" in module._modules:
+            out.append(str([getattr(module, name, None) for name in ("active_adapters", "merged", "disable_adapters")]))
+    return out
 
 
 def _tensors(batch: dict[str, Any]) -> dict[str, Tensor]:

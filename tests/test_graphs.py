@@ -232,3 +232,24 @@ def test_what_cannot_be_recorded():
     for method in (globenc.model, Rollout(globenc.model, "attention-flow")):
         with pytest.raises(TypeError, match="method must be GlobEnc, a Rollout but for the flow, or TransformerAttribution"):
             graphed(method, **batch())
+
+
+def test_weights_are_read_where_they_lay(recorded_on_the_cpu):
+    model = build("bert").float()
+    globenc = GlobEnc(model)
+    fast, given, dense = graphed(globenc, **batch(pads=1)), batch(), model.encoder.layer[1].attention.output.dense
+    before = fast(**given).scores
+    dense.weight.data.mul_(3)
+    torch.testing.assert_close(fast(**given).scores, globenc(**given).scores, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(fast(**given).scores, before, rtol=1e-3)
+    for change in (
+        lambda: setattr(dense.weight, "data", dense.weight.data * 2),
+        lambda: setattr(dense, "weight", torch.nn.Parameter(dense.weight.data.clone())),
+        lambda: setattr(model.encoder.layer[1].attention.output, "dense", torch.nn.Linear(48, 48)),
+    ):
+        fast = graphed(globenc, **batch(pads=1))
+        kept = dense.weight.data
+        change()
+        with pytest.raises(ValueError, match="moved, replaced or adapted since the graph was recorded"):
+            fast(**given)
+        del kept
