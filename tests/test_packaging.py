@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 IMPORT_BERT = """
@@ -139,3 +140,21 @@ def test_bootstrap_says_why_a_module_is_not_built(checkout):
     assert "ninja: error" in lines[0] and "table.cpp" in lines[0]
     shutil.copy(ROOT / "csrc" / "cpu" / "table.cpp", checkout / "csrc" / "cpu")
     assert len(build_in(checkout, checkout / "c++")) == 1
+
+
+def test_the_lock_names_every_requirement_for_every_python():
+    tomllib = pytest.importorskip("tomllib", reason="of Python 3.11 and later")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    wanted = [*project["project"]["dependencies"], *project["project"]["optional-dependencies"]["test"]]
+    wanted += project["build-system"]["requires"]
+    lines = [line for line in (ROOT / "requirements" / "ci.txt").read_text("utf-8").splitlines() if not line.startswith("#")]
+    locked = [Requirement(line) for line in lines]
+    assert all(str(one.specifier).startswith("==") and one.url is None for one in locked)
+    for version in ("3.10", "3.11", "3.12", "3.13"):
+        machine = dict(python_version=version, python_full_version=f"{version}.5", sys_platform="linux", platform_machine="x86_64")
+        chosen = {one.name: one.specifier for one in locked if one.marker is None or one.marker.evaluate(machine)}
+        for one in map(Requirement, wanted):
+            # bootstrap.py names torch itself
+            if one.name != "torch":
+                exact = str(chosen[one.name]).removeprefix("==")
+                assert one.specifier.contains(exact), (version, one.name, exact)
