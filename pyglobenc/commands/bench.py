@@ -11,6 +11,8 @@ from pyglobenc.commands.options import positive, seconds, threads
 
 NAME = "bench"
 HELP = "measure this machine, and each op's share of what it can do"
+# held at once: float32 numbers a token, and (n, n) maps; measured at n = 1,024 and 2,048 and rounded up
+NUMBERS, MAPS = 1 << 15, 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +41,7 @@ def run(options: argparse.Namespace) -> int:
     from pyglobenc.ceilings import measure_ceilings
     from pyglobenc.commands.trial import EXAMPLES
     from pyglobenc.files import check_writable
+    from pyglobenc.methods.batching import available_bytes
 
     unknown = [op for op in options.op or () if op not in EXAMPLES]
     if unknown:
@@ -48,6 +51,9 @@ def run(options: argparse.Namespace) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    needed, free = 4 * options.n * (NUMBERS + MAPS * options.n), available_bytes(device)
+    if free is not None and needed > free:
+        options.error(f"--n: needs about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free")
     ceilings = measure_ceilings(device, torch.float32, options.seconds)
     # interpreted kernels show what they compute, not how fast
     jobs = [(op, backend) for op in options.op or EXAMPLES for backend in backends_of(op) if backend != "triton" or not INTERPRETED]
