@@ -27,6 +27,8 @@ from pyglobenc.windows import Encoded, join
 if TYPE_CHECKING:
     from pyglobenc.explain import Options
 
+# ends of the names of models whose logits are not of classes of the whole text
+OTHER_HEADS = ("TokenClassification", "QuestionAnswering", "MultipleChoice", "MaskedLM", "CausalLM", "LMHeadModel")
 # tokenizers without a limit say so with a huge number
 NO_LIMIT = 10**9
 
@@ -91,6 +93,12 @@ class Runner:
             raise ValueError(f"explain: {type(model).__name__} takes {model.main_input_name}, not text")
         if self.method.target == "class" and options.target == "mean":
             raise TypeError(f"explain: {options.method} explains a class; target must be its index, got 'mean'")
+        if self.method.target == "class" and self.called is model and type(model).__name__.endswith(OTHER_HEADS):
+            raise ValueError(
+                f"explain: {options.method} explains a class of the whole text, and {type(model).__name__} has logits for every token "
+                "or choice; TransformerAttribution explains them (target=, position=), and methods with a token target, such as globenc, "
+                "explain its tokens"
+            )
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise TypeError(f"explain: tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}")
         # what transformers makes where the tokenizer's files are missing

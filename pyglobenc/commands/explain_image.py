@@ -37,8 +37,8 @@ def run(options: argparse.Namespace) -> int:
         options.error(f"--image: --method must be one of {', '.join((CLASSES, *METHODS))}, got {options.method!r}")
     check_outputs(files, options.model, options.image)
     images = [open_image(name, options.max_pixels) for name in options.image]
-    # a rollout needs no classes
-    head = None if options.method is None else options.method == CLASSES
+    # a rollout does without classes, and its default target is what the head reads where there is one
+    head = True if options.method == CLASSES else None
     model, processor = load_image_model(options.model, options.device, head, options.trust_remote_code)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     targets = None if options.target is None else [options.target]

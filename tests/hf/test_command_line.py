@@ -51,13 +51,13 @@ def test_image_explained_from_a_folder(name, tmp_path, capsys):
     Image.fromarray(pixels).save(tmp_path / "a.png")
     out = tmp_path / "map.png"
     arguments = ["explain", "--image", str(tmp_path / "a.png"), "--model", str(tmp_path / "model"), "--png", str(out)]
-    assert main([*arguments, "--method", "globenc"]) == 0
+    assert main([*arguments, "--method", "globenc", "--target", "0"]) == 0
     assert "0: [CLS]" in capsys.readouterr().out
     assert out.read_bytes().startswith(b"\x89PNG")
-    found = explain_image(model, processor, Image.open(tmp_path / "a.png"), method="globenc")
+    found = explain_image(model, processor, Image.open(tmp_path / "a.png"), method="globenc", targets=[0])
     values = torch.as_tensor(processor(images=Image.fromarray(pixels), return_tensors="pt")["pixel_values"])
     patches = found.scores[0].size
-    exact = GlobEnc(model)(pixel_values=values).scores[0, 0, -patches:]
+    exact = GlobEnc(model)(pixel_values=values, targets=[0]).scores[0, 0, -patches:]
     torch.testing.assert_close(torch.as_tensor(found.scores[0]).flatten(), exact.double(), rtol=0, atol=0)
     with pytest.raises(SystemExit, match="2"):
         main([*arguments, "--method", "nothing"])
