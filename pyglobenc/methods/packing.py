@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from threading import get_ident
 from typing import Any
 
@@ -16,7 +17,7 @@ from pyglobenc.hf.labels import classifies
 from pyglobenc.hf.limits import max_tokens, padding_id, token_types
 from pyglobenc.hf.positions import own_positions
 from pyglobenc.hf.registry import is_decoder
-from pyglobenc.methods.arguments import output_settings, takes
+from pyglobenc.methods.arguments import output_settings
 from pyglobenc.methods.head import HeadRecord, detached, find_logits, recorded_head
 from pyglobenc.methods.inputs import check_ids, read_by_head, target_positions, unnamed_rows
 from pyglobenc.methods.precision import set_precision
@@ -151,7 +152,7 @@ def check_packable(who: str, model: nn.Module) -> None:
         raise ValueError(f"{who}: {type(model).__name__} computes attention itself and can't keep packed sequences apart")
     if model.main_input_name != "input_ids":
         raise ValueError(f"{who}: {type(model).__name__} takes {model.main_input_name}, which can't be packed")
-    if not takes(base, "position_ids"):
+    if "position_ids" not in signature(base.forward).parameters:
         raise ValueError(f"{who}: {type(base).__name__} takes no position_ids: packed sequences would be one long text to it")
     if classifies(model) and is_decoder(model) and padding_id(model) is None:
         name = type(model).__name__
@@ -200,7 +201,7 @@ def pack(who: str, model: nn.Module, batch: Mapping[str, Any]) -> Packed:
 
 def _check_types(who: str, model: PreTrainedModel, columns: dict[str, Tensor]) -> dict[str, Tensor]:
     """The columns without token types that the model doesn't take, all 0."""
-    if takes(model.base_model, "token_type_ids"):
+    if "token_type_ids" in signature(model.base_model.forward).parameters:
         size = token_types(model)
         if size is not None:
             check_range(who, "token_type_ids", columns["token_type_ids"], size)
