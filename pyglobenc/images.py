@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 # the method whose targets are classes, and the one of models that have none, or whose head it has no rules for
 CLASSES, TOKENS = "transformer-attribution", "globenc"
-# the target that a map of the mean over tokens is kept under
-MEAN = -1
 # of an image file, decoders that are in wide use; Pillow's others read formats that hold programs or are rarely tested
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 # an image is held several times over, at up to 12 bytes a pixel
@@ -37,7 +35,7 @@ class ImageAttribution:
 
     Attributes:
         image: what the model saw, (height, width, 3) in [0, 1].
-        scores: by target, -1 of the mean over the tokens that a head reads, (rows, columns) of patches, or (height, width) of pixels.
+        scores: by target, (rows, columns) of patches, or (height, width) of pixels.
         labels: the targets' names: a class and its probability, or its plain number of a regression; or a token.
         probabilities: of every class of the model, (classes,), by its config's problem_type: softmax, or sigmoid. None of a
             regression and of a model without a classifier.
@@ -108,8 +106,8 @@ def explain_image(
             with an axis for them in front, is a batch. Of an animation the current frame is explained.
         method: "transformer-attribution" (classifiers of the ViT and DeiT kind), or a name in `pyglobenc.methods.family.METHODS` (any
             image encoder). None: the first where it is defined, else "globenc".
-        targets: classes explained, None: the predicted one; of the rollout family token positions, None: what `GlobEnc` takes, [CLS]
-            or what the model's head reads.
+        targets: classes explained, None: the predicted one; of the rollout family token positions, None: 0, [CLS], whatever tokens
+            the model's head reads.
         variant, start_layer: as for `TransformerAttribution`.
         backend, dtype: as for `GlobEnc`.
         max_pixels: of an image; a larger one is refused before it is decoded.
@@ -142,7 +140,7 @@ def explain_image(
         attribute = TransformerAttribution(model, backend, dtype)
         explain = partial(_explain_classes, attribute, targets=targets, variant=variant, start_layer=start_layer)
     else:
-        explain = partial(_explain_tokens, Rollout(model, method, backend, dtype), targets=targets)
+        explain = partial(_explain_tokens, Rollout(model, method, backend, dtype), targets=[0] if targets is None else targets)
     images, single = _images(image)
     pixels = [_pixels(inner, processor, one, max_pixels) for one in images]
     done: dict[int, ImageAttribution] = {}
@@ -260,20 +258,19 @@ def _explain_classes(attribute: Callable, pixels: torch.Tensor, targets: Sequenc
     return out
 
 
-def _explain_tokens(attribute: Callable, pixels: torch.Tensor, targets: Sequence[int] | None) -> list[ImageAttribution]:
+def _explain_tokens(attribute: Callable, pixels: torch.Tensor, targets: Sequence[int]) -> list[ImageAttribution]:
     """Attributions of images (B, channels, height, width) by a `Rollout`."""
     from pyglobenc.hf.unwrap import stock_model
     from pyglobenc.methods.head import find_logits
 
     model = stock_model(attribute.model)
-    result = attribute(pixel_values=pixels, targets=None if targets is None else list(targets))
+    result = attribute(pixel_values=pixels, targets=list(targets))
     patch_height, patch_width = _patch(model)
     count = (pixels.shape[2] // patch_height) * (pixels.shape[3] // patch_width)
     found = find_logits(result.output)
     logits = found if found is not None and found.dim() == 2 else [None] * len(pixels)
-    named = [[MEAN]] * len(pixels) if result.targets is None else result.targets.tolist()
     # special tokens come first
-    scores = [{target: row[-count:] for target, row in zip(own, rows, strict=True)} for own, rows in zip(named, result.scores, strict=True)]
+    scores = [{target: row[-count:] for target, row in zip(targets, rows, strict=True)} for rows in result.scores]
     return [_attribution(model, *one, False, {}) for one in zip(pixels, logits, scores, strict=True)]
 
 
@@ -294,7 +291,7 @@ def _attribution(
 
     def label(target: int) -> str:
         if not classes:
-            return {0: "[CLS]", MEAN: "mean of the tokens"}.get(target, f"token {target}")
+            return "[CLS]" if target == 0 else f"token {target}"
         number = f"{logits[target]:.4g}" if chances is None else f"{chances[target]:.1%}"
         return f"{class_name(model.config, target)} ({number})"
 

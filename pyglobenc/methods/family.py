@@ -69,8 +69,9 @@ class Rollout:
 
         Args:
             targets: token positions, T for every example or (B, T); 0 is [CLS]. "mean": the mean of all real tokens' rows, T = 1.
-                None: what the logits of a model with one set of them an example are computed from, a token or the mean of some; of
-                other models the first real token, of causal ones the last.
+                None: what the logits of a model with one set of them an example are computed from, a token or the mean of some. Of
+                other models, and of transformers' own heads that read neither one token nor the mean of all, the first real token,
+                of causal models the last; other heads of that kind are refused.
             layers: also return the result up to every layer; for raw attention, every layer's own.
             maps: "layers", every layer's matrix (B, L, n, n), and "rollout", their product (B, n, n), float64.
             batch: the model's inputs, as `GlobEnc` takes them.

@@ -56,8 +56,9 @@ class GlobEnc:
 
         Args:
             targets: token positions, T for every example or (B, T); 0 is [CLS]. "mean": the mean of all real tokens' rows, T = 1.
-                None: what the logits of a model with one set of them an example are computed from, a token or the mean of some; of
-                other models the first real token, of causal ones the last.
+                None: what the logits of a model with one set of them an example are computed from, a token or the mean of some. Of
+                other models, and of transformers' own heads that read neither one token nor the mean of all, the first real token,
+                of causal models the last; other heads of that kind are refused.
             stage: "N", "N_Res", "N_ResLN" or "N_Enc", whose norms are rolled out. None: N_Enc, or N_Res for a pre-norm model, which
                 has no others but N: that extends the paper.
             layers: also return the rollout up to every layer.

@@ -200,7 +200,9 @@ def detached(output: Any) -> Any:
     return type(output)(detached(value) for value in output) if type(output) in (tuple, list) else output
 
 
-def tokens_read(who: str, model: nn.Module, record: HeadRecord, logits: Tensor, key_mask: Tensor | None) -> Tensor:
+def tokens_read(
+    who: str, model: nn.Module, record: HeadRecord, logits: Tensor, key_mask: Tensor | None
+) -> Tensor | None:
     """What a head with one set of logits an example reads of the last layer's output.
 
     Args:
@@ -211,7 +213,8 @@ def tokens_read(who: str, model: nn.Module, record: HeadRecord, logits: Tensor, 
         key_mask: (B, n) bool, True for real tokens, or None.
 
     Returns:
-        The token that is read, (B, 1) int64; of a head that reads the mean or the sum of several the share of each, (B, 1, n).
+        The token that is read, (B, 1) int64; of a head that reads the mean or the sum of several the share of each, (B, 1, n). None,
+        for the documented target, of transformers' own heads that read neither one token nor the mean of all.
 
     Raises:
         ValueError: the head reads something else, or runs without gradients.
@@ -229,19 +232,32 @@ def tokens_read(who: str, model: nn.Module, record: HeadRecord, logits: Tensor, 
     read = (gradient != 0).any(-1)
     count = read.sum(1)
     require(torch.isfinite(gradient).all(), lambda: not_finite(who, model))
-    require((count > 0).all(), lambda: refuse("the logits don't change with the last layer's output for this input"))
     if key_mask is not None:
         inside = ~(read & ~key_mask.to(read.device)).any()
         require(inside, lambda: refuse("the head reads padding tokens; give texts of one length, or one at a time"))
     if not may_look():
-        require((count == 1).all(), lambda: refuse("the head reads several tokens, which a graph isn't recorded for"))
+        require((count == 1).all(), lambda: refuse("the head reads not one token, but none or several, which a graph isn't recorded for"))
     elif not bool((count == 1).all()):
-        carrier = next((c for c in reversed(record.calls) if record.of_tokens(c.returned) and record.carries(logit, c.returned_edge)), None)
-        if carrier is not None:
-            (gradient,) = torch.autograd.grad(logit, carrier.returned_edge, retain_graph=True)
-        require(equal_shares(gradient, read, count), lambda: refuse("the head reads several tokens in unequal shares"))
+        real = torch.ones_like(read) if key_mask is None else key_mask.to(read.device)
+        even = bool((count > 0).all()) and _evenly(record, logit, gradient, read, count)
+        if type(model).__module__.startswith("transformers.") and not (even and torch.equal(read, real)):
+            return None
+        if not even:
+            changes = bool((count > 0).all())
+            raise refuse(
+                "the head reads several tokens in unequal shares" if changes else "the logits don't depend on the text for this input"
+            )
         return (read / count[:, None].to(gradient.dtype))[:, None]
     return read.int().argmax(1, keepdim=True)
+
+
+def _evenly(record: HeadRecord, logit: Tensor, gradient: Tensor, read: Tensor, count: Tensor) -> bool:
+    """Whether a logit is computed from the sum of the tokens read (B, n), or of what modules of the head make of each."""
+    for call in reversed(record.calls):
+        if record.of_tokens(call.returned) and record.carries(logit, call.returned_edge):
+            (gradient,) = torch.autograd.grad(logit, call.returned_edge, retain_graph=True)
+            break
+    return bool(equal_shares(gradient, read, count))
 
 
 def rounding(*tensors: Tensor) -> float:

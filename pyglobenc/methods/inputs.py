@@ -195,7 +195,7 @@ def _check_pixels(who: str, pixels: Any) -> None:
 
 
 def default_rows(layer: LayerTrace) -> Tensor:
-    """The token that a model without a head of its own rests on: the first real one ([CLS]), of a causal model the last real one.
+    """The documented target of models whose head doesn't tell one: the first real token ([CLS]), of a causal model the last real one.
 
     Returns:
         (B, 1); of packed sequences (S, 1), among all tokens.

@@ -460,26 +460,54 @@ def test_images_of_modules_around_an_encoder(pool, method):
     model = Wrapped("vit", POOLS[pool])
     pixels = torch.randn(2, 3, 12, 12, dtype=torch.float64)
     found = pyglobenc.explain_image(model, None, pixels, method=method)
-    result = (TransformerAttribution if method is None else GlobEnc)(model)(pixel_values=pixels)
+    # the rollout family's map of an image is that of [CLS], and says so
+    result = TransformerAttribution(model)(pixel_values=pixels) if method is None else GlobEnc(model)(pixel_values=pixels, targets=[0])
     for b, one in enumerate(found):
         ((target, scores),) = one.scores.items()
         row = result.scores[b] if method is None else result.scores[b, 0, -9:]
         assert relative(torch.tensor(scores).flatten(), row) <= 1e-12
-        assert target == (int(result.target[b]) if method is None else {"first": 0, "mean": -1}[pool])
+        assert target == (int(result.target[b]) if method is None else 0)
         assert one.predicted == int(model(pixel_values=pixels)[b].argmax())
 
 
-def test_a_stock_head_that_reads_the_patches():
-    config = transformers.BeitConfig(**IMAGE, use_relative_position_bias=True)
-    model = randomize(transformers.BeitForImageClassification(config)).double().eval()
+def test_transformers_own_heads_that_read_something_else_keep_the_documented_target():
+    """BEiT's reads the mean of the patches, DINOv2's joins [CLS] and that mean; of a user's module each is followed or refused."""
+
+    class Around(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, pixel_values):
+            return self.model(pixel_values=pixel_values)
+
     pixels = torch.randn(2, 3, 12, 12, dtype=torch.float64)
-    result = GlobEnc(model)(pixel_values=pixels)
-    rows = GlobEnc(model)(pixel_values=pixels, targets=range(1, 10))
-    exact = (rows.scores * rows.log_scale.exp()[..., None]).mean(1)
-    assert result.targets is None and relative(result.scores[:, 0] * result.log_scale.exp(), exact) <= 1e-9
-    for b, one in enumerate(pyglobenc.explain_image(model, None, pixels)):
-        assert relative(torch.tensor(one.scores[-1]).flatten(), result.scores[b, 0, 1:]) <= 1e-12
-        assert one.labels[-1] == "mean of the tokens"
+    for name, settings in (("Beit", dict(use_relative_position_bias=True)), ("Dinov2", dict(mlp_ratio=2))):
+        config = getattr(transformers, f"{name}Config")(**IMAGE, **settings)
+        model = randomize(getattr(transformers, f"{name}ForImageClassification")(config)).double().eval()
+        result = GlobEnc(model)(pixel_values=pixels)
+        assert not result.targets.any() and torch.equal(result.scores, GlobEnc(model)(pixel_values=pixels, targets=[0]).scores)
+        around = GlobEnc(Around(model).eval())
+        if name == "Dinov2":
+            with pytest.raises(ValueError, match=SHARES):
+                around(pixel_values=pixels)
+            continue
+        result, rows = around(pixel_values=pixels), around(pixel_values=pixels, targets=range(1, 10))
+        exact = (rows.scores * rows.log_scale.exp()[..., None]).mean(1)
+        assert result.targets is None and relative(result.scores[:, 0] * result.log_scale.exp(), exact) <= 1e-9
+
+
+def test_a_head_whose_gradient_vanishes():
+    model = build("bert-classifier")
+    batch = random_batch(model, batch=1, n=6)
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+    assert torch.equal(GlobEnc(model)(**batch).scores, GlobEnc(model)(**batch, targets=[0]).scores)
+    model = Wrapped("bert", first, act=nn.ReLU())
+    with torch.no_grad():
+        model.hidden[0].bias.fill_(-100)
+    with pytest.raises(ValueError, match="don't depend on the text for this input"):
+        GlobEnc(model)(**batch)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "modernbert", "deberta-v3", "albert", "mpnet"])
