@@ -93,7 +93,8 @@ class TransformerAttribution:
             maps: any of "map" (B, L, n, n), the matrix A that the rollout adds to the identity; "alpha", "R_alpha", "grad_alpha"
                 (B, L, H, n, n); "R_in" (B, L, n, d).
             reliability: how `error` is found, see `reliability`: "measured" up to doubles the time, "estimated" costs little, "auto"
-                measures small float32 inputs and estimates the others; "off". A PrecisionWarning is given above 1e-2.
+                measures small inputs and estimates the others; "off". A PrecisionWarning is given above 1e-2 and where it is unknown (NaN);
+                a NoRelevanceWarning where no token gets any relevance and the scores are 0.
             batch: the model's inputs, as its tokenizer or image processor returns them and `GlobEnc` takes them.
 
         Returns:
