@@ -26,14 +26,19 @@ def dense_weight(module: nn.Module, inputs: int | None = None) -> Tensor:
     Raises:
         ValueError: the module isn't linear, so that no matrix describes it.
     """
+    if _is_dense(module):
+        return _matrix(module)
     with torch.no_grad(), _present(module):
+        # an offloaded module is dense once its weights are here
         if _is_dense(module):
-            return module.weight.detach() if isinstance(module, Conv1D) else module.weight.detach().T
+            return _matrix(module)
         return _with_adapters(module, inputs) if hasattr(module, "base_layer") else _quantised(module, inputs)
 
 
 def dense_bias(module: nn.Module, inputs: int) -> Tensor | None:
     """Bias b of the same `x @ W + b`, (outputs,) or None, detached."""
+    if _is_dense(module) and (module.bias is None or is_plain(module.bias)):
+        return None if module.bias is None else module.bias.detach()
     with torch.no_grad(), _present(module):
         if _is_dense(module):
             return None if module.bias is None else module.bias.detach()
@@ -49,6 +54,10 @@ def _is_dense(module: nn.Module) -> bool:
     return (type(module) is nn.Linear or isinstance(module, Conv1D)) and is_plain(module.weight)
 
 
+def _matrix(module: nn.Module) -> Tensor:
+    return module.weight.detach() if isinstance(module, Conv1D) else module.weight.detach().T
+
+
 def _zeros(module: nn.Module, inputs: int) -> Tensor:
     """A token of zeros, (1, inputs), as the module takes it."""
     like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
@@ -57,6 +66,9 @@ def _zeros(module: nn.Module, inputs: int) -> Tensor:
 
 def parameter(module: nn.Module, name: str) -> Tensor:
     """A module's own parameter, detached; fetched if accelerate keeps it elsewhere."""
+    own = getattr(module, name)
+    if own.device.type != "meta":
+        return own.detach()
     with _present(module):
         return getattr(module, name).detach()
 
