@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pyglobenc.backends import BACKENDS
+from pyglobenc.characters import printable
 from pyglobenc.commands.explain import DTYPES, WEIGHT_DTYPES
 from pyglobenc.commands.options import add_trust, environment_number, integer, positive
 from pyglobenc.windows import LONG
@@ -136,7 +137,7 @@ def _run_job(options: argparse.Namespace, plan: Any, runner: Any, manifest: dict
         share = f" (rank {rank} of {world})" if world > 1 else ""
         done = f", {summary.before} done before" if summary.before else ""
         left = f", {summary.rejected} left out (see {folder}/_rejected-*.jsonl)" if summary.rejected else ""
-        print(f"{summary.attributed} attributed{done}{left}{rate}{share}", file=sys.stderr)
+        print(printable(f"{summary.attributed} attributed{done}{left}{rate}{share}"), file=sys.stderr)
     if summary.rejected + summary.before_rejected and not summary.attributed + summary.before - summary.before_rejected:
         raise ValueError(f"not one record could be attributed; {folder}/_rejected-*.jsonl says why of each")
     return 0
@@ -159,7 +160,8 @@ def _dry_run(options: argparse.Namespace, plan: Any, runner: Any) -> int:
     records, shards, done = plan.survey.records, len(plan.survey.parts), _count_done(plan)
     shapes = list(batch_shapes(runner, plan.source, options.shard_size, options.batch_tokens))
     left_out, batches = sum(count for size, _, count in shapes if not size), [(size, n) for size, n, _ in shapes if size]
-    print(f"{records} records in {shards} shards, {done} of them done; {options.method} on {options.model}, {runner.model.device}")
+    job = f"{records} records in {shards} shards, {done} of them done; {options.method} on {options.model}, {runner.model.device}"
+    print(printable(job))
     print(f"{left_out} records would be left out; {len(batches)} batches, {sum(size * n for size, n in batches)} tokens with padding")
     if batches:
         estimates = [(estimate_memory(runner.model, batch=size, n=n, method=options.method, dtype=runner.options.dtype), size, n)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from pyglobenc.characters import printable
 from pyglobenc.commands.options import positive, seconds, threads
 
 NAME = "bench"
@@ -165,4 +166,4 @@ def _save(rows: list[dict[str, Any]], kind: str) -> None:
 
     path = save_table(kind, fastest_first(rows))
     if path is not None:
-        print(f"backend=auto now goes by these measurements: {path}")
+        print(printable(f"backend=auto now goes by these measurements: {path}"))

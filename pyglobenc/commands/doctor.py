@@ -9,6 +9,8 @@ import sys
 from collections import defaultdict
 from importlib import metadata
 
+from pyglobenc.characters import printable
+
 NAME = "doctor"
 HELP = "show versions and hardware, and try every kernel"
 PACKAGES = ("torch", "transformers", "triton", "numpy", "safetensors")
@@ -46,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _print(rows: dict[str, str]) -> None:
     for name, value in rows.items():
-        print(f"{name:14} {value}")
+        print(f"{name:14} {printable(value)}")
 
 
 def _version(package: str) -> str:
@@ -150,5 +152,5 @@ def _kernels() -> int:
                 broken |= room == "reference"
         print(f"{op:{width}}  " + "".join(cells))
     for (room, reason), names in why.items():
-        print(f"\n{room}: {reason}\n  {', '.join(names)}")
+        print(f"\n{room}: {printable(reason)}\n  {', '.join(names)}")
     return int(broken)
