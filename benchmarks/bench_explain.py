@@ -16,7 +16,7 @@ from pyglobenc import GlobEnc, explain
 from pyglobenc.hf.pretrained import load_pretrained
 
 DEVICE = torch.device("cpu")
-ROUNDS = 60
+ROUNDS = 30
 WORD = "deep "
 LENGTHS = (14, 16, 64, 128)
 
