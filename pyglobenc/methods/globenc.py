@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from pyglobenc.arguments import known_arguments
 from pyglobenc.autocast import outside_autocast
-from pyglobenc.hf import LayerTrace
+from pyglobenc.hf import LayerTrace, find_layers
 from pyglobenc.methods.arguments import model_inputs, packed_inputs
 from pyglobenc.methods.inputs import check_model, require_finite, run_captured, target_rows
 from pyglobenc.methods.layer_matrix import LayerMatrix, StoredMatrix
 from pyglobenc.methods.packing import attribute_packed
+from pyglobenc.methods.reliability import distance, nudged, warn_of_precision
 from pyglobenc.methods.rollout import RolloutResult, roll_out, roll_out_rows, rollout_result, stack_layers
 from pyglobenc.methods.stages import STAGES, StageOps, check_stage, deepest_stage
 
@@ -48,6 +49,7 @@ class GlobEnc:
         stage: str | None = None,
         layers: bool = False,
         maps: Sequence[str] = (),
+        reliability: str = "off",
         **batch: Any,
     ) -> RolloutResult:
         """Attribute target tokens of a batch to the input tokens.
@@ -64,6 +66,9 @@ class GlobEnc:
             layers: also return the rollout up to every layer.
             maps: any of "head_N" (B, L, H, n, n); "N", "N_Res", "N_ResLN", "N_Enc" (B, L, n, n); "mix_" and a stage's name (B, L, n);
                 "rollout" (B, n, n), unnormalised, float64. Rows of padding are 0.
+            reliability: "off", or "measured": the model runs once more with every layer's input and what is added to it moved by a
+                rounding unit, and `error` says how far the scores moved. A PrecisionWarning is given above 1e-2, as half models with
+                large scores have, and where it is unknown (NaN).
             batch: the model's inputs, as its tokenizer returns them: input_ids or inputs_embeds, attention_mask, token_type_ids,
                 position_ids, pixel_values, interpolate_pos_encoding; output_hidden_states and logits_to_keep, for output.
 
@@ -81,6 +86,8 @@ class GlobEnc:
         unknown = [name for name in maps if name not in MAPS]
         if isinstance(maps, str) or unknown:
             raise ValueError(f"GlobEnc: maps must be a sequence of names among {', '.join(MAPS)}, got {maps!r}")
+        if reliability not in ("off", "measured"):
+            raise ValueError(f"GlobEnc: reliability must be 'off' or 'measured', got {reliability!r}")
         captured, output, read = run_captured("GlobEnc", self.model, batch, self.dtype, targets)
         stage = stage or deepest_stage(captured[-1])
         for name in (stage, *(MIXING.get(name, name) for name in maps if MIXING.get(name, name) in STAGES)):
@@ -93,6 +100,8 @@ class GlobEnc:
             matrices = [StoredMatrix(matrix) for matrix in reversed(full)]
         result = rollout_result("GlobEnc", self.model, *roll_out_rows(matrices, rows, layers), layers)
         result.output, result.targets = output, None if rows.is_floating_point() else rows
+        if reliability == "measured":
+            result.error = self._measured_error(batch, stage, rows, result.scores)
         for name in maps:
             if name == "rollout":
                 result.maps[name] = roll_out(full)
@@ -133,6 +142,16 @@ class GlobEnc:
             return roll_out_rows(matrices, positions, layers, captured[-1].offsets)
 
         return attribute_packed("GlobEnc", self.model, batch, targets, self.dtype, layers, rows)
+
+    def _measured_error(self, batch: dict[str, Any], stage: str, rows: Tensor, scores: Tensor) -> Tensor:
+        """Relative L2 distance (B,) of scores (B, T, n) from those of a second run, whose rounding is another."""
+        with nudged(find_layers(self.model)):
+            captured, _, _ = run_captured("GlobEnc", self.model, batch, self.dtype)
+        moved, _ = roll_out_rows((self.ops.norm_matrix(layer, stage) for layer in reversed(captured)), rows)
+        error = distance(moved[:, 0], scores, None)
+        error = error.masked_fill(error == 0, float("nan"))
+        warn_of_precision("GlobEnc", error, None, "measured", "run the model in float32")
+        return error
 
     def _full(self, captured: list[LayerTrace], stage: str) -> list[Tensor]:
         return [self.ops.norm_matrix(layer, stage).full() for layer in captured]

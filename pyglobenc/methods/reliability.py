@@ -13,10 +13,14 @@ NaN means that the error is unknown: nothing moved, or there is no relevance tha
 """
 
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pyglobenc.hf.layers import LayerModules
+from pyglobenc.hf.threads import in_this_thread
 from pyglobenc.reference.packing import position_of, sequence_sums
 from pyglobenc.values import may_look
 
@@ -64,6 +68,28 @@ def nudge(x: Tensor, offsets: Tensor | None = None, place: int = 0) -> Tensor:
     # sines of integers: zero mean, no period
     pattern = torch.sin(token * 977 + feature + 1 + 7919 * place) * 2**0.5
     return (x.double() * (1 + pattern * torch.finfo(dtype).eps)).to(x.dtype)
+
+
+@contextmanager
+def nudged(found: Sequence[LayerModules]) -> Iterator[None]:
+    """Context in which a model of these layers runs with every layer's input and what is added to it moved by a rounding unit."""
+    places = {id(m): place for place, m in enumerate(t for layer in found for t in (layer.block, layer.output, layer.mlp_output))}
+
+    def change(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        place = places[id(module)]
+        if args:
+            return (nudge(args[0], place=place), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": nudge(kwargs["hidden_states"], place=place)}
+
+    def change_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return nudge(output, place=places[id(module)])
+
+    with ExitStack() as stack:
+        for block in {layer.block for layer in found}:
+            stack.callback(block.register_forward_pre_hook(in_this_thread(change), prepend=True, with_kwargs=True).remove)
+        for module in {t for layer in found for t in (layer.output, layer.mlp_output)} - {None}:
+            stack.callback(module.register_forward_hook(in_this_thread(change_output), prepend=True).remove)
+        yield
 
 
 def distance(moved: Tensor, scores: Tensor, own: Tensor | None, offsets: Tensor | None = None) -> Tensor:

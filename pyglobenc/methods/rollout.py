@@ -75,6 +75,7 @@ class RolloutResult:
         layer_log_scale: (B, L, T), or None.
         maps: the maps asked for, by name.
         output: what the model returned.
+        error: (B,), how far rounding moves the scores, relative L2 distance, NaN where it is unknown; None unless it was measured.
         targets: (B, T) int64, positions of the targets; None for a mean over tokens, T = 1.
     """
 
@@ -85,6 +86,7 @@ class RolloutResult:
     maps: dict[str, Tensor] = field(default_factory=dict)
     output: Any = None
     targets: Tensor | None = None
+    error: Tensor | None = None
 
 
 def rollout_result(who: str, model: nn.Module, scores: Tensor, log_scale: Tensor, layers: bool) -> RolloutResult:

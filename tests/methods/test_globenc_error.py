@@ -1,0 +1,61 @@
+"""How far GlobEnc says that rounding moves it, and how far it does."""
+
+import copy
+
+import pytest
+import torch
+from chefer import relative
+from models import SMALL, build, random_batch
+from transformers import BertConfig, BertModel
+
+from pyglobenc import GlobEnc
+from pyglobenc.methods.reliability import PrecisionWarning
+
+
+def extreme(seed):
+    """A model in bfloat16 with large scores, of every other one the LayerNorms' gammas are small beside a few features' beta."""
+    torch.manual_seed(seed)
+    model = BertModel(BertConfig(**SMALL, initializer_range=0.1)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "query.weight" in name or "key.weight" in name:
+                parameter.mul_(1 + seed % 7)
+            elif seed % 2 and "LayerNorm.weight" in name:
+                parameter.mul_(0.01)
+            elif seed % 2 and "LayerNorm.bias" in name:
+                parameter[:4] = 20.0
+    return model.bfloat16()
+
+
+@pytest.mark.filterwarnings("ignore::pyglobenc.methods.reliability.PrecisionWarning")
+def test_half_models_say_how_far_they_are_off():
+    said, true = [], []
+    for seed in range(28):
+        model = extreme(seed)
+        batch = random_batch(model, batch=1, n=16)
+        result = GlobEnc(model)(**batch, reliability="measured")
+        said.append(float(result.error))
+        true.append(relative(result.scores, GlobEnc(copy.deepcopy(model).double())(**batch).scores))
+    said, true = torch.tensor(said), torch.tensor(true)
+    assert said.isfinite().all() and (true > 1e-2).sum() >= 5
+    # one draw of the rounding is told by another
+    assert ((true > 4e-2) & (said < 1e-2)).sum() <= 1
+    assert 0.1 <= (true / said).median() <= 4
+
+
+@pytest.mark.parametrize("name", ["bert", "albert", "modernbert", "llama", "gpt2", "vit"])
+def test_measuring_changes_nothing_else(name):
+    model = build(name, torch.float32)
+    batch = random_batch(model, batch=2, n=9)
+    alone, measured = (GlobEnc(model)(**batch, reliability=how) for how in ("off", "measured"))
+    assert alone.error is None and torch.equal(alone.scores, measured.scores)
+    assert ((measured.error > 0) & (measured.error < 1e-3)).all()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_lost_result_warns():
+    model = extreme(3)
+    with pytest.warns(PrecisionWarning, match="GlobEnc: rounding moves"):
+        GlobEnc(model)(**random_batch(model, batch=1, n=16), reliability="measured")
+    with pytest.raises(ValueError, match="reliability must be"):
+        GlobEnc(model)(**random_batch(model, batch=1, n=16), reliability="estimated")
