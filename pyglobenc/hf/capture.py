@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyglobenc.arguments import known_arguments
 from pyglobenc.hf.attention import NAME, RECORDERS, Recorder
-from pyglobenc.hf.checks import check_layers, check_still, describe
+from pyglobenc.hf.checks import attended_weight, check_layers, check_still, describe
 from pyglobenc.hf.layers import LayerModules, LayerTrace, NormStats, outside
 from pyglobenc.hf.norms import is_stock, layer_norm_stats, norm_parts, rms_stats
 from pyglobenc.hf.own_attention import own_attention_hooks
@@ -20,6 +20,7 @@ from pyglobenc.hf.projections import Directions
 from pyglobenc.hf.registry import find_layers
 from pyglobenc.hf.threads import attention_in_this_thread, in_this_thread, uncompiled
 from pyglobenc.hf.unwrap import called_module, stock_model
+from pyglobenc.hf.weights import runs_as_torchs
 
 NORMS = ("attention_norm", "output_norm", "added_norm")
 FULL = (torch.float32, torch.float64)
@@ -189,6 +190,11 @@ def _hooks(called: nn.Module, trace: Trace, found: list[LayerModules], extra: It
     def keep_mlp(module: nn.Module, args: tuple, output: Tensor) -> None:
         trace.layer_of("mlp_output", module).keep("mlp_output", output)
 
+    def keep_attended(module: nn.Module, args: tuple, output: Tensor) -> None:
+        layer = trace.layer_of("output", module)
+        layer.keep("output", output, weight=attended_weight(layer.modules))
+        layer.keep("output given", args[0], length=True)
+
     def keep_io(module: nn.Module, args: tuple, output: Tensor) -> None:
         trace.keep_io(module, args[0].to(output.device), output)
 
@@ -199,6 +205,9 @@ def _hooks(called: nn.Module, trace: Trace, found: list[LayerModules], extra: It
     if not found[-1].pre_norm:
         for module in {layer.mlp_output for layer in found}:
             yield module.register_forward_hook(in_this_thread(keep_mlp))
+    # of any other module the matrix that stands for it is applied, see `checks`
+    for module in [module for module in {layer.output for layer in found if layer.own_scores is None} if runs_as_torchs(module)]:
+        yield module.register_forward_hook(in_this_thread(keep_attended))
     yield from own_attention_hooks(found, RECORDERS)
     for module in extra:
         yield module.register_forward_hook(in_this_thread(keep_io))

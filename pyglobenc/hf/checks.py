@@ -3,7 +3,7 @@
 An architecture is known by its name, but a user's model may differ from it anywhere: adapters, hooks, replaced modules. So each tensor
 that the model computed is compared with what the decomposition takes it for, all projected on one fixed random direction u:
 
-    the residual sum            z . u       with  x . u + o . (W_O u) + b . u
+    the residual sum            z . u       with  x . u + (o W_O + b) . u
     the sum after the MLP       z2 . u      with  y . u + mlp . u             of a post-norm layer, whose N_Enc goes through it
     the layer's output          x' . u      with  that of its last norm       of a post-norm layer
     a norm of another class     y . u       with  that of weight * (z - mean) * rstd + bias
@@ -14,6 +14,9 @@ Relevance goes through each Linear module by itself, and so each is compared too
     what it is given            x, or the norm of it, for q, k and v; the attention output; y, or the norm of z, for the MLP
     what it gives               q, k and v of the attention; the MLP's part of the layer's output
 
+What W_O adds is taken from the module where it is torch's own, given the attention output o and run without hooks: reading the matrix
+again would cost a short text a tenth of its forward pass. Of any other module the matrix is applied, o . (W_O u) + b . u.
+
 A vector that differs by more than rounding differs along u, but for a chance of measure zero. A tensor is projected while the layer runs,
 so that none is kept longer for it; the comparisons of all layers are made at once, with one wait for the device.
 """
@@ -23,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from pyglobenc.hf.layers import LayerTrace
+from pyglobenc.hf.layers import LayerModules, LayerTrace
 from pyglobenc.hf.projections import Projection, wide
 from pyglobenc.hf.weights import dense_bias, dense_weight, parameter, rounding_of
 from pyglobenc.values import require
@@ -140,6 +143,8 @@ def _comparisons(called: nn.Module, layers: Sequence[LayerTrace]) -> Iterator[Co
         # such a module's attention is computed a second time, and a softmax of scores s is off by s rounding units
         allowed = allowed * (1 + stack([layer.lse.abs().amax(1).nan_to_num(posinf=0.0) for layer in layers]))
     yield products(after) - inputs - attended, allowed, _not_the_sum
+    differences, sizes_given = zip(*map(_given_difference, layers), strict=True)
+    yield stack(differences), eps * stack(sizes_given), _not_the_sum
     if not post:
         return
     returned = stack([layer.projections["attention_norm returned"].length for layer in layers])
@@ -239,22 +244,40 @@ def _matrix_eps(layer: LayerTrace) -> float:
     return max(fewer, added, rounding_of(layer.modules.output))
 
 
+def attended_weight(m: LayerModules) -> Tensor | None:
+    """What the attention's output is multiplied by before it is added to the residual, (d,), beside an added norm's statistics."""
+    if m.added_norm is not None:
+        return parameter(m.added_norm, "weight") + m.unit_offset
+    return None if m.scale is None else parameter(*m.scale)
+
+
 def _attended(called: nn.Module, layer: LayerTrace) -> Tensor:
     """(o W_O + b) . u as it is added to the residual, (B, n)."""
+    kept = layer.projections.get("output")
+    out = _applied(called, layer) if kept is None else kept.product
+    return out if layer.modules.added_norm is None else out * layer.norms["added_norm"].rstd.to(out.dtype)
+
+
+def _applied(called: nn.Module, layer: LayerTrace) -> Tensor:
+    """The same by the matrix that the decomposition takes for W_O, of a module that may do something else."""
     m, o = layer.modules, wide(layer.o).transpose(1, 2).flatten(2)
     try:
         weight, bias = dense_weight(m.output, o.shape[2]).to(o.dtype), dense_bias(m.output, o.shape[2])
     except ValueError as error:
         raise ValueError(f"{error}: {describe(called, m.output)}") from None
-    u = layer.directions.of(weight)
-    if m.scale is not None:
-        u = u * parameter(*m.scale).to(o.dtype)
-    if m.added_norm is not None:
-        u = u * (parameter(m.added_norm, "weight").to(o.dtype) + m.unit_offset)
+    u, factor = layer.directions.of(weight), attended_weight(m)
+    u = u if factor is None else u * factor.to(u.dtype)
     out = o @ (weight @ u).to(o.device)
-    if bias is not None:
-        out = out + (bias.to(o.dtype) @ u).to(o.device)
-    return out if m.added_norm is None else out * layer.norms["added_norm"].rstd.to(o.dtype)
+    return out if bias is None else out + (bias.to(o.dtype) @ u).to(o.device)
+
+
+def _given_difference(layer: LayerTrace) -> tuple[Tensor, Tensor]:
+    """What W_O was given less the attention's output, along the direction, and its length; zeros where it's known by `_applied`."""
+    given = layer.projections.get("output given")
+    if given is None:
+        zeros = torch.zeros_like(layer.o[:, 0, :, 0], dtype=torch.float32)
+        return zeros, zeros
+    return given.product - layer.project(layer.o.transpose(1, 2).flatten(2)).product.to(given.product.device), given.length
 
 
 def _norm_difference(layer: LayerTrace, part: str) -> tuple[Tensor, Tensor]:

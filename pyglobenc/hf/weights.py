@@ -41,13 +41,26 @@ def dense_bias(module: nn.Module, inputs: int) -> Tensor | None:
         return None if module.bias is None else module.bias.detach()
     with torch.no_grad(), _present(module):
         if _is_dense(module):
-            return None if module.bias is None else module.bias.detach()
+            return dense_bias(module, inputs)
         return module(_zeros(module, inputs))[0]
 
 
 def rounding_of(module: nn.Module) -> float:
     """Relative rounding of what a linear module computes beside that of its inputs and outputs."""
+    if _is_dense(module):
+        return 0.0
     return max((0.0 if is_plain(p) or p.device.type == "meta" else QUANTISED_EPS for p in module.parameters()), default=0.0)
+
+
+def runs_as_torchs(module: nn.Module) -> bool:
+    """Whether nothing but torch's own forward pass of a Linear layer, or transformers' of a Conv1D, makes what the module returns."""
+    changed = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or has_global_hooks()
+    return type(module) in (nn.Linear, Conv1D) and is_plain(module.weight) and not changed
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks of all modules are registered with torch."""
+    return bool(nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks)
 
 
 def _is_dense(module: nn.Module) -> bool:

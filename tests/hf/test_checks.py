@@ -294,10 +294,18 @@ def test_norms_of_other_classes(name, kind):
         rows(GlobEnc(model), batch)
 
 
+def test_norms_over_several_tokens_are_refused():
+    model = build("bert")
+    norm = find_layers(model)[1].output_norm
+    replace(model, norm, nn.LayerNorm((7, 48), eps=norm.eps).double())
+    with pytest.raises(ValueError, match=r"layer\.1\.output\.LayerNorm .*(statistics of shape|normalises over)"):
+        rows(GlobEnc(model.eval()), random_batch(model, batch=2, n=7))
+
+
 def norms(layer, own):
     """Norms after a residual sum that a model and its copy still have in common."""
     for part in ("attention_norm", "output_norm"):
-        if type(getattr(layer, part)) is nn.LayerNorm and (layer is not None):
+        if type(getattr(layer, part)) is nn.LayerNorm:
             yield getattr(layer, part), getattr(own, part)
 
 
