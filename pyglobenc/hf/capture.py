@@ -31,7 +31,7 @@ class Trace:
     """Tensors of the last forward pass under `capture`."""
 
     def __init__(self, called: nn.Module, modules: list[LayerModules]):
-        self.called, self._modules = called, modules
+        self.called, self.modules = called, modules
         self._order: dict[tuple[str, nn.Module], list[int]] = defaultdict(list)
         for index, layer in enumerate(modules):
             for part, module in layer._asdict().items():
@@ -42,7 +42,7 @@ class Trace:
     def clear(self) -> None:
         """Forget the last forward pass."""
         directions = Directions()
-        self._layers = [LayerTrace(layer, directions=directions) for layer in self._modules]
+        self._layers = [LayerTrace(layer, directions=directions) for layer in self.modules]
         self._running: int | None = None  # index of the layer whose block was called last
         self._blocks: Counter[nn.Module] = Counter()  # calls in this pass
         self._io: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}

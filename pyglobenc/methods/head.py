@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from pyglobenc.dtypes import HALF
-from pyglobenc.hf import LayerModules, Trace
+from pyglobenc.hf import Trace
 from pyglobenc.hf.layers import outside
 from pyglobenc.hf.limits import not_finite
 from pyglobenc.hf.threads import in_this_thread
@@ -52,11 +52,11 @@ class HeadRecord:
         calls: of the modules outside the layers, after `top`.
     """
 
-    def __init__(self, trace: Trace, found: list[LayerModules], leaf: bool):
+    def __init__(self, trace: Trace, leaf: bool):
         self.top: Tensor | None = None
         self.calls: list[Call] = []
         self._trace, self._leaf = trace, leaf
-        self._waiting = sum(layer.block is found[-1].block for layer in found)
+        self._waiting = sum(layer.block is trace.modules[-1].block for layer in trace.modules)
         self._flagged: list[Tensor] = []
 
     def layer_returned(self, output: Any) -> Any:
@@ -131,25 +131,22 @@ def _nodes(t: Tensor, ends: Collection[Any]) -> set[Any]:
 
 
 @contextmanager
-def recorded_head(
-    called: nn.Module, encoder: nn.Module, trace: Trace, found: list[LayerModules], leaf: bool
-) -> Iterator[HeadRecord]:
+def recorded_head(called: nn.Module, encoder: nn.Module, trace: Trace, leaf: bool) -> Iterator[HeadRecord]:
     """Context in which one forward pass of `called`, within `capture`, is recorded from the last layer's output on.
 
     Args:
         called: the model, or the user's module around it.
         encoder: the transformers model in it.
         trace: of `capture`.
-        found: the layers.
         leaf: the layers run without gradients, and the autograd graph starts at the last one's output. Otherwise it is the caller's
             to enable gradients.
     """
-    record, blocks = HeadRecord(trace, found, leaf), {layer.block for layer in found}
+    record, blocks = HeadRecord(trace, leaf), {layer.block for layer in trace.modules}
     handles = []
     if leaf:
         handles.append(encoder.register_forward_pre_hook(in_this_thread(lambda module, args: _without_gradients())))
     hook = in_this_thread(lambda module, args, output: record.layer_returned(output))
-    handles.append(found[-1].block.register_forward_hook(hook))
+    handles.append(trace.modules[-1].block.register_forward_hook(hook))
     keep = in_this_thread(record.keep)
     for module in outside(called, blocks):
         if not any(True for _ in module.children()):

@@ -76,7 +76,7 @@ def run_captured(
         stack.enter_context(callers_autocast())
         record = None
         if targets is None:
-            record = stack.enter_context(recorded_head(model, stock, trace, find_layers(stock), leaf=True))
+            record = stack.enter_context(recorded_head(model, stock, trace, leaf=True))
         output = run_model(model, batch)
         read = None
         if record is not None:

@@ -66,7 +66,7 @@ def attribute_packed(
         stack.enter_context(callers_autocast())
         record = read = None
         if targets is None:
-            record = stack.enter_context(recorded_head(model, model, trace, find_layers(model), leaf=True))
+            record = stack.enter_context(recorded_head(model, model, trace, leaf=True))
         output = run_packed(model, packed, record)
         if record is not None:
             read, output = read_by_head(who, model, record, output, real_tokens(packed.offsets)), detached(output)

@@ -200,7 +200,7 @@ def _captured(
     places = {module: place for place, module in enumerate([*blocks, *added])}
     with ExitStack() as stack:
         trace = stack.enter_context(capture(stock, modules=within, offsets=offsets))
-        record = stack.enter_context(recorded_head(model, stock, trace, found, leaf=False))
+        record = stack.enter_context(recorded_head(model, stock, trace, leaf=False))
         for block in blocks:
             handle = block.register_forward_pre_hook(in_this_thread(change), prepend=True, with_kwargs=True)
             stack.callback(handle.remove)
