@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from numerics import SEED
 from safetensors.torch import load_file
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -87,7 +88,7 @@ def build(name: str, dtype: torch.dtype = torch.float64, attention: str = "sdpa"
 
 def randomize(model, std: float = 0.12):
     """Fill every parameter anew; LayerNorm weights around 1."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(1 + SEED)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator) * std
         parameter.data = noise + (1 if "norm" in name.lower() and name.endswith("weight") else 0)

@@ -29,7 +29,7 @@ def test_reference_is_the_rule(rescale):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 5), (1, 17, 33), (3, 64, 700)])
+@pytest.mark.parametrize("shape", [(1000, 1, 1), (70, 3, 5), (2, 17, 33), (3, 64, 700)])
 @pytest.mark.parametrize("options", [{}, {"rescale": False}, {"stabilizer": 1e-3}], ids=str)
 def test_kernel_is_as_good_as_torch(options, shape, kernel):
     given = inputs(*shape)

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from importlib import import_module
 from types import SimpleNamespace
@@ -311,7 +310,6 @@ def test_ctrl_c_in_a_process_of_its_own(model, tmp_path):
     # the bar shows that texts are being computed
     while "/3000" not in progress or " 0/3000" in progress[-60:]:
         progress += process.stderr.read(1)
-    time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and out == "" and "Traceback" not in err and err.endswith("which are written\npyglobenc: stopped\n")

@@ -1,11 +1,11 @@
 import pytest
 import torch
-from numerics import assert_as_good_as_torch
+from numerics import assert_as_good_as_torch, until_enough
 from pair_cases import KERNELS, Case, factor, layer, running
 
 from pyglobenc.ops import head_norms
 
-CASES = [Case(n=1, H=1, Hkv=1, dh=1), Case(n=7), Case(n=13, H=6, Hkv=2, dh=5), Case(B=0)]
+CASES = [Case(B=1000, n=1, H=1, Hkv=1, dh=1), Case(B=40, n=7), Case(B=20, n=13, H=6, Hkv=2, dh=5), Case(B=0)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -24,16 +24,66 @@ def test_reference_is_the_definition(case):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("case", [*CASES, Case(n=65, H=3, Hkv=1, dh=33), Case(B=1, n=130, H=12, Hkv=12, dh=64, d=768)], ids=str)
 def test_kernel_is_as_good_as_torch(case, kernel):
-    t = layer(case)
-    args = t["v"].float(), t["weight"].float()
+    for compare in until_enough(factor(kernel)):
+        t = layer(case)
+        args = t["v"].float(), t["weight"].float()
+        with running(kernel) as backend:
+            out = head_norms(*args, backend=backend)
+            strided = head_norms(*(torch.stack([a, a], -1)[..., 0] for a in args), backend=backend)
+        exact, torch_out = head_norms(*(a.double() for a in args), backend="reference"), head_norms(*args, backend="reference")
+        compare(out, exact, torch_out)
+        compare(out.square(), exact.square(), torch_out.square())
+        # torch's product of the weights may be summed in another order
+        compare(strided, exact, torch_out)
+
+
+def small_vectors(v, weight, part):
+    """v (B, Hkv, n, dh) such that v W_O is smaller than v and W_O let expect: only its components of small singular values are kept."""
+    basis = torch.linalg.svd(weight.double(), full_matrices=False)[0][:, :, -part:]
+    return (v.double() @ basis @ basis.mT).float()
+
+
+@pytest.mark.parametrize("kernel", ["reference", *KERNELS])
+@pytest.mark.parametrize("power", [-100, -64, -40, 40, 64, 100])
+@pytest.mark.parametrize("of", ["v", "weight", "both"])
+def test_scale_is_nothing(of, power, kernel):
+    """Norms of vectors scaled by a power of two, whose squares may lie outside float32's range."""
+    for compare in until_enough(factor(kernel)):
+        t = layer(Case(n=60))
+        v, weight = t["v"].float(), t["weight"].float()
+        v[0, 0, 3] = 0
+        exact, torch_out = head_norms(v.double(), weight.double(), backend="reference"), head_norms(v, weight, backend="reference")
+        scales = {"v": (power, 0), "weight": (0, power), "both": (power, -power)}[of]
+        with running(kernel) as backend:
+            out = head_norms(*(s * 2.0**p for s, p in zip((v, weight), scales, strict=True)), backend=backend)
+        assert not out[0, 3, 0] and out[0, 3, 1:].all()
+        compare((out.double() * 2.0 ** -sum(scales)).float(), exact, torch_out)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("scale", [1.0, 1e-18, 1e18])
+def test_vectors_near_the_null_space(scale, kernel):
+    for compare in until_enough(factor(kernel)):
+        weight = layer(Case(H=3, Hkv=3, dh=16, d=64))["weight"]
+        left, _, right = torch.linalg.svd(weight, full_matrices=False)
+        weight = ((left * torch.logspace(0, -4, 16)) @ right).float()
+        v = small_vectors(torch.randn(2, 3, 100, 16), weight, 3) * scale
+        exact = head_norms(v.double(), weight.double(), backend="reference")
+        with running(kernel) as backend:
+            out = head_norms(v, weight, backend=backend)
+        # every norm relative to itself
+        compare(*(norms / exact for norms in (out.double(), exact, head_norms(v, weight, backend="reference").double())))
+
+
+@pytest.mark.parametrize("kernel", ["reference", *KERNELS])
+def test_what_is_not_finite_stays_where_it_is(kernel):
+    t = layer(Case(n=9))
+    v, weight = t["v"].float(), t["weight"].float()
+    v[0, 1, 3, 2], v[1, 2, 5, 0] = torch.nan, torch.inf
     with running(kernel) as backend:
-        out = head_norms(*args, backend=backend)
-        strided = head_norms(*(torch.stack([a, a], -1)[..., 0] for a in args), backend=backend)
-    exact, torch_out = head_norms(*(a.double() for a in args), backend="reference"), head_norms(*args, backend="reference")
-    assert_as_good_as_torch(out, exact, torch_out, factor(kernel))
-    assert_as_good_as_torch(out.square(), exact.square(), torch_out.square(), factor(kernel))
-    # torch's product of the weights may be summed in another order
-    assert_as_good_as_torch(strided, exact, torch_out, factor(kernel))
+        out = head_norms(v, weight, backend=backend)
+    wrong = ~out.isfinite()
+    assert wrong[0, 3, 1] and wrong[1, 5, 2] and wrong.sum() == 2
 
 
 def test_arguments_are_checked():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from numerics import assert_as_good_as_torch
+from numerics import pooled
 from pair_cases import doubled, key_mask
 
 from pyglobenc.kernels.relevance_attention import MAX_ROWS
@@ -85,8 +85,8 @@ def layer(case: Case) -> tuple[dict, torch.Tensor]:
     return args, torch.rand(case.B, case.T, n, device=DEVICE)
 
 
-def compare(backend, op, args: dict, tensors: dict, **options):
-    """The error rule for every result of an op."""
+def compared(compare, backend, op, args: dict, tensors: dict, **options):
+    """The error rule for every result of an op; compare: of `pooled`."""
     results = []
     for name, given in ((backend, tensors | args), ("reference", doubled(tensors | args)), ("reference", tensors | args)):
         out = op(**given, **options, backend=name)
@@ -94,38 +94,32 @@ def compare(backend, op, args: dict, tensors: dict, **options):
     for out, exact, torch_out in zip(*results, strict=True):
         assert (out is None) == (exact is None)
         if out is not None:
-            assert_as_good_as_torch(out, exact, torch_out)
-    return results[0]
+            compare(out, exact, torch_out)
+
+
+def check(backend, cases: list[Case]) -> None:
+    """The error rule for all results of the three ops in these cases; packed sequences have no maps."""
+    with pooled() as compare:
+        for case in cases:
+            args, r = layer(case)
+            options = dict(additive_mask=case.additive, normalize=case.normalize, stabilizer=case.stabilizer)
+            compared(compare, backend, relevance_attention, args, dict(r=r), **options)
+            compared(compare, backend, relevance_rollout_step, args, dict(r=r), normalize=case.normalize)
+            if not case.lengths:
+                compared(compare, backend, relevance_maps, args, {})
+
+
+@pytest.mark.parametrize("cases", [CASES, PACKED], ids=["cases", "packed"])
+def test_is_as_good_as_torch(cases, backend):
+    check(backend, cases)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_relevance_attention(case, backend):
-    args, r = layer(case)
-    options = dict(additive_mask=case.additive, normalize=case.normalize, stabilizer=case.stabilizer)
-    compare(backend, relevance_attention, args, dict(r=r), **options)
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_relevance_rollout_step(case, backend):
-    args, r = layer(case)
-    compare(backend, relevance_rollout_step, args, dict(r=r), normalize=case.normalize)
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_relevance_maps(case, backend):
+def test_rows_are_those_of_the_map(case, backend):
     args, _ = layer(case)
-    compare(backend, relevance_maps, args, {})
-    # enough pairs that neither largest error is small by luck
     rows = torch.randint(0, case.n, (case.B, 20), device=DEVICE)
-    compare(backend, relevance_maps, args, dict(rows=rows))
-
-
-@pytest.mark.parametrize("case", PACKED, ids=str)
-def test_packed(case, backend):
-    args, r = layer(case)
-    options = dict(additive_mask=case.additive, normalize=case.normalize, stabilizer=case.stabilizer)
-    compare(backend, relevance_attention, args, dict(r=r), **options)
-    compare(backend, relevance_rollout_step, args, dict(r=r), normalize=case.normalize)
+    every = relevance_maps(**args, backend=backend)
+    assert torch.equal(relevance_maps(**args, rows=rows, backend=backend), every.gather(1, rows[..., None].expand(-1, -1, case.n)))
 
 
 def test_one_packed_sequence(backend):
@@ -136,13 +130,17 @@ def test_one_packed_sequence(backend):
 
 
 def test_without_a_rollout(backend):
-    args, _ = layer(Case())
-    assert compare(backend, relevance_attention, args, {})[4] is None
+    args, r = layer(Case())
+    out = relevance_attention(**args, backend=backend)
+    assert out[4] is None
+    assert all(torch.equal(*pair) for pair in zip(out[:4], relevance_attention(**args, r=r, backend=backend)[:4], strict=True))
 
 
 def test_more_rows_than_a_pass_takes(backend):
     args, r = layer(Case(B=1, T=MAX_ROWS + 1))
-    compare(backend, relevance_attention, args, dict(r=r))
+    runs = ((args, r, backend), (doubled(args), r.double(), "reference"), (args, r, "reference"))
+    with pooled() as compare:
+        compare(*(relevance_attention(**given, r=rows, backend=name)[4] for given, rows, name in runs))
 
 
 def test_strided(backend):

@@ -25,7 +25,7 @@ def clamped(r, x, weight):
     return plus(x) * (s @ plus(weight)) + minus(x) * (s @ minus(weight))
 
 
-CASES = [(1, 1, 1, 0.0), (3, 5, 7, 0.0), (17, 33, 65, 0.0), (40, 96, 200, 0.0), (40, 96, 200, 0.005), (40, 96, 200, 0.5)]
+CASES = [(500, 1, 1, 0.0), (100, 5, 7, 0.0), (17, 33, 65, 0.0), (40, 96, 200, 0.0), (40, 96, 200, 0.005), (40, 96, 200, 0.5)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

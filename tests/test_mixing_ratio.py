@@ -51,7 +51,7 @@ def test_reference_is_the_definition(case):
 
 
 def test_float32():
-    case = Case(n=40, d=32)
+    case = Case(B=25, n=40, d=32)
     t = layer(case)
     exact = definition(case, t, torch.float32)
     assert_as_good_as_torch(mixing_ratio(*arguments(case, t, torch.float32)), exact, definition(case, t, torch.float32, torch.float32))
@@ -59,7 +59,7 @@ def test_float32():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_widened(dtype):
-    case = Case(n=40, d=32)
+    case = Case(B=25, n=40, d=32)
     *halves, lse, weight, x = arguments(case, layer(case), dtype)
     out = mixing_ratio(*halves, lse, weight.float(), x.float())
     wide = [t.double() for t in (*halves, lse, weight, x)]

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from direct import attention_probabilities, decomposed_vectors
-from numerics import assert_as_good_as_torch
+from numerics import until_enough
 from pair_cases import KERNELS, Case, doubled, factor, layer, pair_args, running
 
 from pyglobenc.ops import rollout_step, token_norms
@@ -16,7 +16,7 @@ CASES = [
     (Case(n=65, H=3, Hkv=3, dh=5), 17),
     (Case(B=1, n=131, H=6, Hkv=2, norms=1), 5),
     (Case(n=97, H=2, Hkv=1, dh=33, residual=False, norms=0), 1),
-    (Case(B=1, n=197, H=12, Hkv=12, dh=64, d=768), 1),
+    (Case(B=1, n=197, H=12, Hkv=12, dh=64, d=96), 1),
     (Case(B=1, n=70), 300),
     (Case(B=4, n=71, mask="right"), 2),
     (Case(B=4, n=71, mask="left", H=3, Hkv=1), 1),
@@ -57,19 +57,19 @@ def test_reference_is_the_papers_definition(case):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("case, count", CASES, ids=lambda value: str(value))
 def test_kernel_is_as_good_as_torch(case, count, kernel):
-    args = pair_args(case)
-    r, log_scale = rows_of(case, count)
-    with running(kernel) as backend:
-        out, out_scale = rollout_step(r, log_scale, **args, backend=backend)
-    exact, exact_scale = rollout_step(r.double(), log_scale.double(), **doubled(args), backend="reference")
-    torch_out, torch_scale = rollout_step(r, log_scale, **args, backend="reference")
-    alive = exact_scale.isfinite()
-    assert torch.equal(alive, out_scale.isfinite())
-    # compared before the rescaling, which divides by the largest entry
-    results = ((out, out_scale), (exact, exact_scale), (torch_out, torch_scale))
-    unscaled = [scale.double().exp()[..., None] * rows.double() for rows, scale in results]
-    assert_as_good_as_torch(unscaled[0].float(), unscaled[1], unscaled[2].float(), factor(kernel))
-    assert_as_good_as_torch(out_scale, exact_scale, torch_scale, factor(kernel))
+    for compare in until_enough(factor(kernel)):
+        args = pair_args(case)
+        r, log_scale = rows_of(case, count)
+        with running(kernel) as backend:
+            out, out_scale = rollout_step(r, log_scale, **args, backend=backend)
+        exact, exact_scale = rollout_step(r.double(), log_scale.double(), **doubled(args), backend="reference")
+        torch_out, torch_scale = rollout_step(r, log_scale, **args, backend="reference")
+        assert torch.equal(exact_scale.isfinite(), out_scale.isfinite())
+        # compared before the rescaling, which divides by the largest entry; that it is 1 holds the scales to the same rule
+        assert torch.equal(out.amax(-1), exact.amax(-1).float())
+        results = ((out, out_scale), (exact, exact_scale), (torch_out, torch_scale))
+        unscaled = [scale.double().exp()[..., None] * rows.double() for rows, scale in results]
+        compare(unscaled[0].float(), unscaled[1], unscaled[2].float())
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from direct import attention_probabilities, decomposed_vectors
-from numerics import assert_as_good_as_torch
+from numerics import until_enough
 from pair_cases import KERNELS, Case, doubled, factor, layer, pair_args, running
 
 from pyglobenc.ops import token_norms
@@ -15,7 +15,7 @@ DIRECT = [
     Case(norms=2, n=8, window=(2, 1), residual=False),
 ]
 
-# few pairs come in many examples, so that torch's own error is not small by luck
+# few pairs come in many examples
 CASES = [
     Case(B=150, n=1),
     Case(B=40, n=2, H=1, Hkv=1, dh=1),
@@ -24,7 +24,7 @@ CASES = [
     Case(n=65, H=3, Hkv=3, dh=5),
     Case(B=1, n=131, H=6, Hkv=2, norms=1),
     Case(n=97, H=2, Hkv=1, dh=33, residual=False, norms=0),
-    Case(B=1, n=197, H=12, Hkv=12, dh=64, d=768),
+    Case(B=1, n=197, H=12, Hkv=12, dh=64, d=96),
     Case(B=4, n=71, mask="right"),
     Case(B=4, n=71, mask="left", H=3, Hkv=1),
     Case(B=4, n=71, mask="holes", norms=1),
@@ -41,17 +41,21 @@ CASES = [
 ]
 
 
-def compare(out, args, kernel):
-    """The error rule, for the norms' squares and for the norms.
+def check(kernel, draw):
+    """The error rule, for the norms' squares and for the norms, of arguments that draw() makes.
 
     Where the heads' vectors cancel, the root amplifies rounding, and the largest error is that of a few such pairs. There torch's
     G a cancels before it is multiplied by a; kernels that fold G add 2 G[g, h] a[h] once, and the rounding of terms twice as large
     stays: factor 2 on top of the rule's 2.
     """
-    exact = token_norms(**doubled(args), backend="reference")
-    torch_out = token_norms(**args, backend="reference")
-    assert_as_good_as_torch(out.square(), exact.square(), torch_out.square(), factor(kernel))
-    assert_as_good_as_torch(out, exact, torch_out, 2 * factor(kernel))
+    for compare in until_enough(factor(kernel)):
+        args = draw()
+        with running(kernel) as backend:
+            out = token_norms(**args, backend=backend)
+        exact = token_norms(**doubled(args), backend="reference")
+        torch_out = token_norms(**args, backend="reference")
+        compare(out.square(), exact.square(), torch_out.square())
+        compare(out, exact, torch_out, 2 * factor(kernel))
 
 
 @pytest.mark.parametrize("case", DIRECT, ids=str)
@@ -75,9 +79,7 @@ def test_reference_is_the_papers_definition(case):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel_is_as_good_as_torch(case, kernel):
-    args = pair_args(case)
-    with running(kernel) as backend:
-        compare(token_norms(**args, backend=backend), args, kernel)
+    check(kernel, lambda: pair_args(case))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -101,8 +103,7 @@ def test_strided_inputs(kernel, dtype):
     assert not strided["gram"].is_contiguous() and strided["q"].stride(-1) == 2
     with running(kernel) as backend:
         assert torch.equal(token_norms(**strided, backend=backend), token_norms(**args, backend=backend))
-        averaged = args | dict(gram=torch.full((), 1 / 16).expand_as(args["gram"]), cross=None, residual_sq=None)
-        compare(token_norms(**averaged, backend=backend), averaged, kernel)
+    check(kernel, lambda: args | dict(gram=torch.full((), 1 / 16).expand_as(args["gram"]), cross=None, residual_sq=None))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

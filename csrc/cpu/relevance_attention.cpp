@@ -44,7 +44,8 @@ static void tile_row(const RelevanceTile& tile, int64_t b, int64_t row, double* 
     const Visible visible{tile, b, i};
     const bool all = visible.all();
     vectors(0, n, [&](int64_t j, int64_t count) {
-        const Ints seen = all ? Ints{} - 1 : visible.lanes(j, count);
+        // lanes past the last key hold no score, and their exponential may be infinite
+        const Ints seen = all && count == W ? Ints{} - 1 : visible.lanes(j, count);
         Floats total = {};
         for (int64_t h = 0; h < H; ++h) {
             const int64_t here = h * plane + j;

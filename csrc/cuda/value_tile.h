@@ -123,11 +123,14 @@ DEVICE void multiply_piece(const Values<L>& values, float (&mixed)[COLUMNS / 8][
         }
 }
 
+DEVICE float multiply_add(float x, float y, float sum) { return fmaf(x, y, sum); }
+DEVICE double multiply_add(double x, double y, double sum) { return fma(x, y, sum); }
+
 // sums += rows of (v matrix) . other, or of its square without other; matrix [dh, width] with rows `stride` apart, those of other in
-// pieces.
-template <class T, class V>
+// pieces. Sum is the type that products and sums have: squares of floats have twice a float's exponent.
+template <class T, class V, class Sum>
 DEVICE void add_products(const ValueArgs& p, const Tokens<V>& tokens, const float* matrix, int64_t stride, int width, const V* other,
-                         int64_t other_stride, float (&sums)[2]) {
+                         int64_t other_stride, Sum (&sums)[2]) {
     Values<Left<T, V>> left;
     for (int column = 0; column < width; column += COLUMNS) {
         float mixed[COLUMNS / 8][4] = {};
@@ -147,14 +150,15 @@ DEVICE void add_products(const ValueArgs& p, const Tokens<V>& tokens, const floa
                 const float x = mixed[e][2 * half], y = mixed[e][2 * half + 1];
                 Twin with = {x, y};
                 if (other) with = row < p.n && first + 8 * e < width ? load_two(from + 8 * e) : Twin{0, 0};
-                sums[half] = fmaf(y, with.y, fmaf(x, with.x, sums[half]));
+                sums[half] = multiply_add(Sum(y), Sum(with.y), multiply_add(Sum(x), Sum(with.x), sums[half]));
             }
         }
     }
 }
 
 // The rows' sums, over the lanes that share them.
-DEVICE void add_lanes(float (&sums)[2]) {
+template <class Sum>
+DEVICE void add_lanes(Sum (&sums)[2]) {
     UNROLL
     for (int half = 0; half < 2; ++half)
         for (int mask = 1; mask < 4; mask *= 2) sums[half] += shuffle_xor(sums[half], mask);

@@ -26,12 +26,13 @@ def _head_norms_kernel(
     j_ok = j < n
     V += b * stride_vb + (h // group).to(tl.int64) * stride_vh
     WEIGHT += h.to(tl.int64) * HEAD_DIM * width
-    acc = tl.zeros((BLOCK_N,), tl.float32)
+    # squares of float32 numbers can lie outside its range
+    acc = tl.zeros((BLOCK_N,), tl.float64)
     for start in range(0, width, BLOCK_E):
         e = start + tl.arange(0, BLOCK_E)
-        f = transform(V, stride_vn, WEIGHT, width, j, j_ok, e, e < width, HEAD_DIM, BLOCK_D, PRODUCTS)
+        f = transform(V, stride_vn, WEIGHT, width, j, j_ok, e, e < width, HEAD_DIM, BLOCK_D, PRODUCTS).to(tl.float64)
         acc += tl.sum(f * f, 1)
-    tl.store(OUT + (b * n + j.to(tl.int64)) * n_heads + h, tl.sqrt(acc), mask=j_ok)
+    tl.store(OUT + (b * n + j.to(tl.int64)) * n_heads + h, tl.sqrt(acc).to(tl.float32), mask=j_ok)
 
 
 def not_supported(v: Tensor, weight: Tensor) -> list[str]:

@@ -7,5 +7,9 @@ from torch import Tensor
 def head_norms(v: Tensor, weight: Tensor) -> Tensor:
     """See `pyglobenc.ops.head_norms`: v (B, Hkv, n, dh), weight (H, dh, d) -> (B, n, H)."""
     group = weight.shape[0] // v.shape[1]
-    norms = [(v[:, h // group] @ weight[h]).norm(dim=-1) for h in range(weight.shape[0])]
-    return torch.stack(norms, dim=-1)
+    return torch.stack([vector_norms(v[:, h // group] @ weight[h]) for h in range(weight.shape[0])], dim=-1)
+
+
+def vector_norms(f: Tensor) -> Tensor:
+    """Norms over the last axis; the squares are float64's, since those of float32 numbers can lie outside its range."""
+    return torch.linalg.vector_norm(f, dim=-1, dtype=torch.float64).to(f.dtype)

@@ -4,12 +4,13 @@ import pytest
 import test_packing
 import torch
 from models import build
-from numerics import assert_as_good_as_torch
+from numerics import assert_as_good_as_torch, pooled
 from pair_cases import Case, doubled, pair_args, product
 from test_kernels_pairs import (  # noqa: F401
     DEVICE,
     check_norms,
     check_step,
+    factor,
     moved,
     rows_of,
     test_a_row_with_a_nan_is_not_scaled,
@@ -18,6 +19,7 @@ from test_kernels_pairs import (  # noqa: F401
     test_refuses_with_reasons,
     test_rollout_step,
     test_rows_are_scaled_as_by_the_reference,
+    test_rows_are_those_of_the_full_matrix,
     test_rows_that_are_not_finite,
     test_shares_of_the_queries_add_up,
     test_strided_inputs_and_expanded_gram,
@@ -42,29 +44,30 @@ def backend():
 
 
 # what the Triton tests' cases leave out: forms of 16 heads and in blocks, long heads in half precision, keys that don't fit
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(B=1, n=90, H=16, Hkv=8, dh=80, d=96, dtype=torch.bfloat16),
-        Case(B=1, n=70, H=16, Hkv=16, dh=64, d=96, mask="right"),
-        Case(B=1, n=61, H=32, Hkv=8, dh=128, d=64, dtype=torch.bfloat16, mask="holes"),
-        Case(B=1, n=40, H=17, Hkv=17, dh=40, d=64, window=(12, 0), dtype=torch.float16),
-        Case(B=1, n=90, H=4, Hkv=4, dh=256, d=64, dtype=torch.bfloat16),
-        Case(B=1, n=35, H=24, Hkv=24, dh=128, d=64),
-    ],
-    ids=str,
-)
-def test_shapes(case, backend):
-    args = moved(pair_args(case))
-    check_norms(backend, args)
-    check_step(backend, rows_of(case, 5)[0], args)
+SHAPES = [
+    Case(B=1, n=90, H=16, Hkv=8, dh=80, d=96, dtype=torch.bfloat16),
+    Case(B=1, n=70, H=16, Hkv=16, dh=64, d=96, mask="right"),
+    Case(B=1, n=61, H=32, Hkv=8, dh=128, d=64, dtype=torch.bfloat16, mask="holes"),
+    Case(B=1, n=40, H=17, Hkv=17, dh=40, d=64, window=(12, 0), dtype=torch.float16),
+    Case(B=1, n=90, H=4, Hkv=4, dh=256, d=64, dtype=torch.bfloat16),
+    Case(B=1, n=35, H=24, Hkv=24, dh=128, d=64),
+]
 
 
-@pytest.mark.parametrize("case, lengths, count", test_packing.CASES, ids=lambda value: str(value))
-def test_packed_sequences(case, lengths, count, backend):
-    _, packed, offsets = test_packing.pack(case, lengths, count)
-    args = moved(packed)
-    check_step(backend, args.pop("r"), args, offsets)
+def test_shapes(backend):
+    with pooled(factor(backend)) as compare:
+        for case in SHAPES:
+            args = moved(pair_args(case))
+            check_norms(backend, args, compare)
+            check_step(backend, rows_of(case, 5)[0], args, compare)
+
+
+def test_packed_sequences(backend):
+    with pooled(factor(backend)) as compare:
+        for case, lengths, count in test_packing.CASES:
+            _, packed, offsets = test_packing.pack(case, lengths, count)
+            args = moved(packed)
+            check_step(backend, args.pop("r"), args, compare, offsets)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -108,7 +111,7 @@ def test_every_tile(dtype, emulated):
     # less shared memory: one group of warps, then keys read again, last none
     case = Case(B=1, n=70, H=12, Hkv=12, dh=64, d=96, dtype=dtype)
     args = pair_args(case)
-    r, _ = rows_of(case, 1)
+    r, _ = rows_of(case, 8)
     launches = set()
     for limit in (232_448, 166_912, 101_376, 65_536, 16_384):
         emulated.machine(shared_limit=limit)
@@ -116,10 +119,14 @@ def test_every_tile(dtype, emulated):
             with pytest.raises(ValueError, match="no tile of 12 heads of 64 fits"):
                 token_norms(**args, backend="cuda")
             continue
-        check_step("cuda", r, args)
+        emulated.launches()
+        product(r, args, "cuda")
         _, (_, threads, size), _ = emulated.launches()
         assert size <= limit
         launches.add((threads, size))
+        with pooled(factor("cuda")) as compare:
+            for _ in range(2):
+                check_step("cuda", rows_of(case, 8)[0], args, compare)
     assert limit == 16_384 and len(launches) > 1
 
 

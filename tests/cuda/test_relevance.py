@@ -8,18 +8,16 @@ from pair_cases import doubled
 from test_kernels_relevance import (  # noqa: F401
     DEVICE,
     Case,
-    compare,
+    check,
     layer,
     test_empty,
+    test_is_as_good_as_torch,
     test_more_rows_than_a_pass_takes,
     test_offsets_beyond_32_bits,
     test_one_packed_sequence,
-    test_packed,
     test_packed_offsets_beyond_32_bits,
     test_refuses_other_dtypes,
-    test_relevance_attention,
-    test_relevance_maps,
-    test_relevance_rollout_step,
+    test_rows_are_those_of_the_map,
     test_strided,
     test_without_a_rollout,
 )
@@ -42,24 +40,18 @@ def backend():
 
 # heads of odd sizes and of each way through the sums, blocks of queries and keys and one more, queries that see no key, windows that end
 # on the first row of a tile
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(B=1, H=1, n=129, dh=64, T=2),
-        Case(B=1, n=65, dh=80, mask="holes", additive=True, normalize=True),
-        Case(n=34, dh=5, window=(4, 11)),
-        Case(n=33, window=(-1, 0), mask="left"),
-        Case(B=1, H=1, n=100, window=(17, 33)),
-        Case(B=1, H=1, n=19, dh=260),
-    ],
-    ids=str,
-)
-def test_everything(case, backend):
-    args, r = layer(case)
-    options = dict(additive_mask=case.additive, normalize=case.normalize, stabilizer=case.stabilizer)
-    compare(backend, relevance_attention, args, dict(r=r), **options)
-    compare(backend, relevance_rollout_step, args, dict(r=r), normalize=case.normalize)
-    compare(backend, relevance_maps, args, {})
+MORE = [
+    Case(B=1, H=1, n=129, dh=64, T=2),
+    Case(B=1, n=65, dh=80, mask="holes", additive=True, normalize=True),
+    Case(n=34, dh=5, window=(4, 11)),
+    Case(n=33, window=(-1, 0), mask="left"),
+    Case(B=1, H=1, n=100, window=(17, 33)),
+    Case(B=1, H=1, n=19, dh=260),
+]
+
+
+def test_more_shapes(backend):
+    check(backend, MORE)
 
 
 def test_padding_is_never_read(backend):
@@ -135,9 +127,7 @@ class TestOnAGPU:
     CASE = Case(H=12, n=1000, dh=64, mask="left", additive=True, normalize=True)
 
     def test_bert_base_at_full_size(self, backend):
-        args, r = layer(self.CASE)
-        compare(backend, relevance_attention, args, dict(r=r), additive_mask=True, normalize=True)
-        compare(backend, relevance_maps, args, {})
+        check(backend, [self.CASE])
 
     def test_sums_over_many_keys(self, backend):
         args, _ = layer(Case(B=1, H=1, n=40_000))

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_kernels_rules import (  # noqa: F401
-    compare,
+    check,
     linear,
     random,
     test_add,
@@ -38,8 +38,7 @@ def backend():
 
 
 def test_add_of_more_tiles_than_blocks(backend):
-    r, a, b = (random(1, 259, 1024).abs() + 0.1 for _ in range(3))
-    compare(backend, add_relevance, dict(r=r, a=a, b=b))
+    check(backend, add_relevance, lambda: {name: random(1, 259, 1024).abs() + 0.1 for name in "rab"})
 
 
 def test_linear_of_more_strips_than_lanes_and_warps(backend):
@@ -48,7 +47,7 @@ def test_linear_of_more_strips_than_lanes_and_warps(backend):
     for dead in (5, 4199):
         args["weight"][dead] = -args["weight"][dead].abs() - 0.01
         args["weight"][dead, 1] = args["weight"][dead, -1] = 1e-3
-    compare(backend, linear_relevance, args)
+    check(backend, linear_relevance, lambda: args)
 
 
 def test_linear_reads_nothing(monkeypatch):

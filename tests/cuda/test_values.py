@@ -6,6 +6,7 @@ from test_kernels_values import (  # noqa: F401
     test_empty,
     test_head_gram,
     test_head_norms,
+    test_head_norms_whose_squares_float32_does_not_hold,
     test_mapped_square,
     test_mapped_square_of_what_lies_apart,
     test_refuses_with_reasons,
