@@ -1,6 +1,7 @@
 // Python module pyglobenc._cpu.
 #include <pybind11/pybind11.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -14,14 +15,33 @@ namespace py = pybind11;
 
 namespace pyglobenc {
 
+// Of blocks that small the last one released is kept for the next call: the system clears new memory, which takes longer than a short
+// text's kernel. Its size lies before it.
+constexpr size_t KEPT = size_t(8) << 20, HEADER = 64;
+static std::atomic<char*> kept{nullptr};
+
+static size_t& size_of(char* block) { return *reinterpret_cast<size_t*>(block); }
+
 void* allocate(int64_t bytes) {
-    const size_t size = (size_t(bytes) + 64) / 64 * 64;
-    void* memory = std::aligned_alloc(64, size);
-    if (!memory) throw std::bad_alloc();
-    return memory;
+    const size_t size = HEADER + (size_t(bytes) + 64) / 64 * 64;
+    char* block = size <= KEPT ? kept.exchange(nullptr) : nullptr;
+    if (block && size_of(block) < size) {
+        std::free(block);
+        block = nullptr;
+    }
+    if (!block) {
+        block = static_cast<char*>(std::aligned_alloc(64, size));
+        if (!block) throw std::bad_alloc();
+        size_of(block) = size;
+    }
+    return block + HEADER;
 }
 
-void release(void* memory) { std::free(memory); }
+void release(void* memory) {
+    char* block = static_cast<char*>(memory) - HEADER;
+    if (size_of(block) <= KEPT) block = kept.exchange(block);
+    std::free(block);
+}
 
 static std::vector<const Kernels*> available() {
     std::vector<const Kernels*> out;

@@ -12,7 +12,7 @@ namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
 constexpr int64_t CHUNK = 32;  // rows that are summed before they are added to a total: fewer roundings at its size
-constexpr int64_t ENOUGH = 16;  // tasks that keep threads busy; fewer blocks are split by features, by their number alone
+constexpr int64_t ENOUGH = 8;  // tasks that keep threads busy; fewer blocks are split by features, by their number alone
 
 struct TermsArgs {
     const View& v;         // [B, Hkv, n, dh]
