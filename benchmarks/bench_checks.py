@@ -16,7 +16,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from pyglobenc import GlobEnc, TransformerAttribution
-from pyglobenc.hf.layers import LayerTrace
+from pyglobenc.hf.trace.layers import LayerTrace
 
 MINILM = dict(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
 METHODS = {"globenc": (GlobEnc, {}), "transformer-attribution": (TransformerAttribution, {"reliability": "off"})}
@@ -28,8 +28,8 @@ SHAPES = [("minilm", 14, 60), ("bert-base", 16, 20), ("bert-base", 128, 10), ("b
 def unchecked():
     with (
         patch.object(LayerTrace, "keep", lambda *args, **options: None),
-        patch("pyglobenc.hf.capture.check_layers", lambda *args: None),
-        patch("pyglobenc.hf.capture.check_still", lambda *args: None),
+        patch("pyglobenc.hf.trace.capture.check_layers", lambda *args: None),
+        patch("pyglobenc.hf.trace.capture.check_still", lambda *args: None),
     ):
         yield
 

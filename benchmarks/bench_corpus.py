@@ -15,9 +15,9 @@ import pytest
 import torch
 from measure import paired_ratio
 
-from pyglobenc.corpus.job import Plan, attribute_records, buckets, encode_records, make_runner, run_job
-from pyglobenc.corpus.records import open_source
-from pyglobenc.hf.pretrained import SENTIMENT, load_pretrained
+from pyglobenc.models.pretrained import SENTIMENT, load_pretrained
+from pyglobenc.scale.corpus.job import Plan, attribute_records, buckets, encode_records, make_runner, run_job
+from pyglobenc.scale.corpus.records import open_source
 
 SENTENCES, SHARD_SIZE, ROUNDS = {"globenc": 2000, "transformer-attribution": 500}, 1000, 3
 WORDS = ("a", "the", "film", "movie", "of", "and", "with", "is", "deep", "good", "bad", "long", "story", "never", "makes", "one", "feel")
@@ -71,7 +71,7 @@ def batches_of(runner, records, batch_tokens):
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("batch_tokens", [1024, 4096])
 @pytest.mark.parametrize("method", SENTENCES)
-@pytest.mark.filterwarnings("ignore::pyglobenc.methods.reliability.PrecisionWarning")
+@pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.PrecisionWarning")
 def bench_attribute(benchmark, source, model, tmp_path, method, batch_tokens, packed):
     runner = make_runner(*model, method=method, packed=packed)
     records = list(source.records())

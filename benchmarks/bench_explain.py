@@ -13,7 +13,7 @@ import torch
 from measure import paired_ratio
 
 from pyglobenc import GlobEnc, explain
-from pyglobenc.hf.pretrained import load_pretrained
+from pyglobenc.models.pretrained import load_pretrained
 
 DEVICE = torch.device("cpu")
 ROUNDS = 30

@@ -6,7 +6,7 @@
 import torch
 from op_benchmark import D, H, suite
 
-from pyglobenc.commands.trial import tensors
+from pyglobenc.bench.example_inputs import tensors
 
 
 def materialised(v, kernel, x, cross_kernel):

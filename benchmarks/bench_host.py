@@ -26,7 +26,7 @@ def model():
     return BertForSequenceClassification(config).to(DEVICE, torch.bfloat16 if ON_GPU else torch.float32).eval()
 
 
-@pytest.mark.filterwarnings("ignore::pyglobenc.methods.reliability.PrecisionWarning")
+@pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.PrecisionWarning")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("method, options", CALLS, ids=lambda value: value if isinstance(value, str) else "-".join(value.values()) or "row")
 def bench_call(benchmark, model, method, options, backend):

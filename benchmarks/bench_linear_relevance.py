@@ -6,7 +6,7 @@
 from op_benchmark import D, suite
 from torch.nn.functional import linear
 
-from pyglobenc.reference.safe_division import safe_divide
+from pyglobenc.backends.shared.safe_division import safe_divide
 
 
 def materialised(r, x, weight):

@@ -14,8 +14,8 @@ from measure import DEVICE, finished, paired_ratio
 from op_benchmark import BATCHES, DTYPES, LENGTHS, SLOW, peak_mb
 from transformers import BertConfig, BertForSequenceClassification
 
-from pyglobenc.memory import estimate_memory
-from pyglobenc.methods.batching import SHARE, available_bytes
+from pyglobenc.inputs.batching import SHARE, available_bytes
+from pyglobenc.methods.memory import estimate_memory
 from pyglobenc.methods.registry import METHODS
 
 FORWARD, ROUNDS = "forward", 3
@@ -38,7 +38,7 @@ def build(model, method, backend, batch, n, dtype=None):
     return finished(lambda: run(inputs, targets))
 
 
-@pytest.mark.filterwarnings("ignore::pyglobenc.methods.reliability.PrecisionWarning")
+@pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.PrecisionWarning")
 @pytest.mark.parametrize("method, backend", CALLS)
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("n", LENGTHS)

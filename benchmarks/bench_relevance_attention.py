@@ -6,7 +6,7 @@
 import torch
 from op_benchmark import H, suite
 
-from pyglobenc.reference.safe_division import safe_divide
+from pyglobenc.backends.shared.safe_division import safe_divide
 
 
 def materialised(q, k, v, lse, grad_o, s):

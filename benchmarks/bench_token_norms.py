@@ -6,7 +6,7 @@
 import torch
 from op_benchmark import D, suite
 
-from pyglobenc.commands.trial import tensors
+from pyglobenc.bench.example_inputs import tensors
 
 
 def materialised(q, k, lse, gram):

@@ -72,7 +72,7 @@ def calls(model, n):
     return batch, forward
 
 
-@pytest.mark.filterwarnings("ignore::pyglobenc.methods.reliability.PrecisionWarning")
+@pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.PrecisionWarning")
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize("n", LENGTHS)
 def bench_row_mode(benchmark, model, n, backend):

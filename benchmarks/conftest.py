@@ -7,7 +7,7 @@ import pytest
 import torch
 from measure import DEVICE
 
-from pyglobenc.device_table import device_name
+from pyglobenc.backends.measurements import device_name
 
 RESULTS = Path(__file__).parent / "results"
 # of --quick: tokens of a batch at most, and dtypes

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-import pyglobenc.batches  # noqa: F401  imported once here rather than in every run
-from pyglobenc.cli import main as pyglobenc_main
+import pyglobenc.inputs.batches  # noqa: F401  imported once here rather than in every run
+from pyglobenc.cli.main import main as pyglobenc_main
 
 
 def start(arguments: list[str]) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pyglobenc.costs import synchronize
+from pyglobenc.bench.costs import synchronize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -16,10 +16,10 @@ import torch
 from allocations import measure_allocations
 from measure import DEVICE
 
-from pyglobenc.backends import INTERPRETED
-from pyglobenc.ceilings import measure_ceilings, prepare
-from pyglobenc.commands.trial import DH, EXAMPLES, H, tensors
-from pyglobenc.costs import Ceilings, count, flatten
+from pyglobenc.backends.dispatch import INTERPRETED
+from pyglobenc.bench.ceilings import measure_ceilings, prepare
+from pyglobenc.bench.costs import Ceilings, count, flatten
+from pyglobenc.bench.example_inputs import DH, EXAMPLES, H, tensors
 
 LENGTHS, BATCHES, DTYPES = (128, 512, 2048), (1, 8), ("float32", "bfloat16", "float16")
 # of ops alone, beside those; the methods would store too much
@@ -106,7 +106,7 @@ def attention(op, args):
 
 def compiled(op, args):
     """The op with torch.compile of the reference for a backend."""
-    module, function = import_module(f"pyglobenc.ops.{op}"), getattr(import_module(f"pyglobenc.reference.{op}"), op)
+    module, function = import_module(f"pyglobenc.ops.{op}"), getattr(import_module(f"pyglobenc.backends.reference.{op}"), op)
     torch._dynamo.reset()
     faster = torch.compile(function)
 

@@ -17,8 +17,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from pyglobenc.costs import Ceilings, Cost
-from pyglobenc.roofline import COLOURS, roofline
+from pyglobenc.bench.costs import Ceilings, Cost
+from pyglobenc.bench.roofline import COLOURS, roofline
 
 RESULTS = Path(__file__).parent / "results"
 MACHINE = "machine.csv"

@@ -19,7 +19,7 @@ from scipy.stats import spearmanr
 from transformers import BertConfig, BertForSequenceClassification
 
 from pyglobenc import TransformerAttribution
-from pyglobenc.methods.reliability import PrecisionWarning
+from pyglobenc.methods.precision.reliability import PrecisionWarning
 
 OUT = Path(__file__).parent / "results" / "transformer_attribution_precision.csv"
 CASES, TEXTS = 12, 12
@@ -35,7 +35,7 @@ def random_cases(std, n):
 
 
 def sentences(path, name):
-    from pyglobenc.hf.pretrained import load_pretrained
+    from pyglobenc.models.pretrained import load_pretrained
 
     model, tokenizer = load_pretrained(name, device="cpu")
     lines = [line.rsplit("\t", 1)[0] for line in Path(path).read_text("utf-8").splitlines()]

@@ -9,12 +9,12 @@ from pyglobenc.results import Attribution, load
 
 # imported when first used: transformers' models take seconds
 _MODULES = {
-    "GlobEnc": "pyglobenc.methods.globenc",
-    "Rollout": "pyglobenc.methods.family",
-    "TransformerAttribution": "pyglobenc.methods.transformer_attribution",
+    "GlobEnc": "pyglobenc.methods.rollout.globenc",
+    "Rollout": "pyglobenc.methods.rollout.baselines",
+    "TransformerAttribution": "pyglobenc.methods.relevance.transformer_attribution",
     "capture": "pyglobenc.hf",
-    "explain_image": "pyglobenc.images",
-    "graphed": "pyglobenc.graphs",
+    "explain_image": "pyglobenc.inputs.images",
+    "graphed": "pyglobenc.scale.graphs",
 }
 
 __all__ = [

@@ -2,6 +2,6 @@
 
 import sys
 
-from pyglobenc.cli import main
+from pyglobenc.cli.main import main
 
 sys.exit(main())

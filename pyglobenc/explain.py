@@ -6,15 +6,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from pyglobenc.arguments import known_arguments, refuse_unknown
+from pyglobenc.common.arguments import known_arguments, refuse_unknown
+from pyglobenc.inputs.windows import LONG, Encoded, Text, encode
 from pyglobenc.results import Attribution, Attributions
-from pyglobenc.windows import LONG, Encoded, Text, encode
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from pyglobenc.batches import Runner
+    from pyglobenc.inputs.batches import Runner
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def explain(
         merge_words: pictures show words as the tokenizer splits them, else as white space does, the scores of their pieces summed.
             The result keeps the tokens.
         long: what is done with a text of more than max_length tokens: "error" raises, "truncate" leaves out its end, "windows" joins
-            the scores of overlapping windows as `pyglobenc.windows.join` says, of those windows that hold the target. Of a pair the
+            the scores of overlapping windows as `pyglobenc.inputs.windows.join` says, of those windows that hold the target. Of a pair the
             longer text is truncated first, and windows are refused.
         max_length: tokens, special tokens included; None for all that model and tokenizer take.
         stride: of windows: tokens from the start of one to the start of the next; None for half a window.
@@ -133,7 +133,7 @@ def explain_each(
         TypeError, ValueError: as `explain`, at once.
     """
     # transformers takes seconds to import
-    from pyglobenc.batches import Runner, check_target, longest
+    from pyglobenc.inputs.batches import Runner, check_target, longest
 
     refuse_unknown("explain", options.keys() - NAMES, NAMES)
     chosen = Options(**options)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from pyglobenc._version import __version__
-from pyglobenc.fields import DTYPES, check_fields, is_index, is_number, shown
-from pyglobenc.files import check_apart, one_line, write_file
+from pyglobenc.common.files import check_apart, one_line, write_file
+from pyglobenc.common.result_fields import DTYPES, check_fields, is_index, is_number, shown
 
 FORMAT = "pyglobenc.attribution"
 # 2 added predictions and sentence pairs
@@ -52,9 +52,9 @@ class Attribution:
         target: position of the target token, or index of the target class; 0 of a mean over tokens.
         target_name: that token or class by name.
         target_kind: "token", "class", or "mean", whose scores are the mean of the rows of several tokens.
-        log_scale: the method's own value is scores * exp(log_scale); of joined windows see `pyglobenc.windows.join`.
+        log_scale: the method's own value is scores * exp(log_scale); of joined windows see `pyglobenc.inputs.windows.join`.
         word_ids: n numbers of the word that each token belongs to, None for special tokens; None without a fast tokenizer. Words are
-            those of the tokenizer, or of white space where it doesn't split texts; see `pyglobenc.words`.
+            those of the tokenizer, or of white space where it doesn't split texts; see `pyglobenc.inputs.words`.
         offsets: n pairs (start, stop) of characters of the text, or of the token's text of a pair; None without a fast tokenizer.
         merge_words: pictures show words rather than tokens.
         cut: tokens at the end of the text that were left out by truncation.

@@ -19,12 +19,12 @@ import pyarrow.parquet  # noqa: F401  imported once here rather than in every ch
 import tiny
 import torch
 
-import pyglobenc.batches  # noqa: F401
-import pyglobenc.corpus.manifest  # noqa: F401
-import pyglobenc.hf.pretrained
+import pyglobenc.inputs.batches  # noqa: F401
 import pyglobenc.methods.registry
-import pyglobenc.methods.rollout  # noqa: F401
-from pyglobenc.cli import main as command_line
+import pyglobenc.methods.rollout.rows  # noqa: F401
+import pyglobenc.models.pretrained
+import pyglobenc.scale.corpus.manifest  # noqa: F401
+from pyglobenc.cli.main import main as command_line
 
 TEXTS = ["the film", "", "good " * 60, "a deep film", "the good", "film", "deep", "a", "", "the"]
 SHARD = 4
@@ -89,7 +89,7 @@ def main():
     options = parser.parse_args()
     torch.set_num_threads(1)
     model, tokenizer = tiny.classifier(), tiny.tokenizer()
-    pyglobenc.hf.pretrained.load_pretrained = lambda *args: (model, tokenizer)
+    pyglobenc.models.pretrained.load_pretrained = lambda *args: (model, tokenizer)
     corpus, whole = options.folder / "corpus.txt", options.folder / "whole"
     corpus.write_text("\n".join(TEXTS) + "\n")
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 from tiny import minilm
 
-from pyglobenc.hf.pretrained import SENTIMENT, load_pretrained
 from pyglobenc.models import HEAD
+from pyglobenc.models.pretrained import SENTIMENT, load_pretrained
 
 
 def test_sentiment_head_reads_a_film_review():

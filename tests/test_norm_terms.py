@@ -68,7 +68,7 @@ def test_reference_is_the_definition(case):
 def test_reference_in_tiles(monkeypatch):
     args = arguments(Case(n=13))
     whole = norm_terms(*args, backend="reference")
-    monkeypatch.setattr("pyglobenc.reference.norm_terms.LEAST_TOKENS", 1)
+    monkeypatch.setattr("pyglobenc.backends.reference.norm_terms.LEAST_TOKENS", 1)
     for tiled, expected in zip(norm_terms(*args, backend="reference"), whole, strict=True):
         torch.testing.assert_close(tiled, expected)
 

@@ -61,7 +61,7 @@ def test_setup_does_not_import_torch():
 
 def test_import_loads_no_backend():
     loaded = python("import sys, pyglobenc; print(*sys.modules, sep='\\n')", ROOT).split()
-    assert not [name for name in loaded if name.startswith(("pyglobenc.cpu.", "pyglobenc.kernels."))]
+    assert not [name for name in loaded if name.startswith(("pyglobenc.backends.cpu.", "pyglobenc.kernels."))]
 
 
 @pytest.fixture(scope="module")

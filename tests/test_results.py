@@ -9,8 +9,8 @@ import pytest
 from safetensors.numpy import save_file
 
 import pyglobenc
-from pyglobenc import files
-from pyglobenc.files import check_writable, decode, one_line, write_file
+from pyglobenc.common import files
+from pyglobenc.common.files import check_writable, decode, one_line, write_file
 from pyglobenc.results import Attribution, Attributions, save
 
 # the smallest subnormal of float32, its largest number, a third, and minus zero

@@ -7,12 +7,12 @@ import torch
 from models import build
 
 from pyglobenc import GlobEnc, TransformerAttribution
-from pyglobenc.methods.family import METHODS, Rollout
+from pyglobenc.backends.shared.score_mods import SoftCap
+from pyglobenc.methods.rollout.baselines import METHODS, Rollout
 from pyglobenc.ops import linear_relevance, relevance_attention
 from pyglobenc.ops.attention import attention
-from pyglobenc.reference.score_mods import SoftCap
 
-pytestmark = pytest.mark.filterwarnings("ignore::pyglobenc.methods.reliability.PrecisionWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.PrecisionWarning")
 
 BACKENDS = ("reference", "auto")
 

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
-from pyglobenc.characters import printable
+from pyglobenc.common.characters import printable
 from pyglobenc.results import Attribution, Attributions
 from pyglobenc.viz import html, png, terminal
 from pyglobenc.viz.common import RAMPS, color, contrast, ink, scale_of

@@ -182,7 +182,7 @@ static void exp_of(const py::object& x, const py::object& out, int threads) {
 PYBIND11_MODULE(_cpu, m) {
     using namespace pyglobenc;
     in_use = available().front();
-    m.doc() = "CPU kernels; see pyglobenc/cpu for the launchers.";
+    m.doc() = "CPU kernels; see pyglobenc/backends/cpu for the launchers.";
     m.def("instruction_sets", [] {
         py::list names;
         for (const Kernels* kernels : available()) names.append(kernels->name);

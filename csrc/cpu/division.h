@@ -1,4 +1,4 @@
-// The guarded division of the relevance rules, to the letter of pyglobenc/reference/safe_division.py, and loops over arrays.
+// The guarded division of the relevance rules, to the letter of pyglobenc/backends/shared/safe_division.py, and loops over arrays.
 #pragma once
 
 #include "parallel.h"

@@ -13,7 +13,7 @@ namespace py = pybind11;
 
 PYBIND11_MODULE(_cuda, m) {
     using namespace pyglobenc;
-    m.doc() = "CUDA kernels; see pyglobenc/cuda for the launchers.";
+    m.doc() = "CUDA kernels; see pyglobenc/backends/cuda for the launchers.";
     m.def("problem", problem, "Why nothing runs here, such as a missing driver; empty if kernels run.");
     m.def("shared_limit", shared_limit, "Shared memory that a block may have on the current device, in bytes.");
     m.def("processors", processors, "Multiprocessors of the current device.");

@@ -1,4 +1,4 @@
-// The guarded division of the relevance rules, to the letter of pyglobenc/reference/safe_division.py, four floats at a time from memory of
+// The guarded division of the relevance rules, to the letter of pyglobenc/backends/shared/safe_division.py, four floats at a time from memory of
 // any alignment, and sums over a warp and a block.
 #pragma once
 

@@ -26,7 +26,7 @@ DEVICE float total(const float* parts, int shares, int64_t step) {
     return sum;
 }
 
-// A block scales one row of an example, or of a packed sequence, as rescale_rows of pyglobenc/reference/rollout_step.py.
+// A block scales one row of an example, or of a packed sequence, as rescale_rows of pyglobenc/backends/reference/rollout_step.py.
 KERNEL(FINISH_THREADS) finish_kernel(PairArgs p) {
     const int of = block() / p.n_rows, t = block() % p.n_rows;
     const int first = p.offsets.data ? element<int>(p.offsets, of) : 0, last = p.offsets.data ? element<int>(p.offsets, of + 1) : p.n;

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyglobenc.gpu import capability, is_current
+from pyglobenc.backends.shared.gpu import capability, is_current
 
 MAX_HEADS = 64
 MAX_HEAD_DIM = 256

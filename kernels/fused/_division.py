@@ -4,16 +4,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyglobenc import dtypes
+from pyglobenc.backends.shared import dtypes
+from pyglobenc.backends.shared.safe_division import GUARD
 from pyglobenc.kernels._device import device_reasons
-from pyglobenc.reference.safe_division import GUARD
 
 PUBLISHED_GUARD = tl.constexpr(GUARD)
 
 
 @triton.jit
 def safe_denominator(b, stabilizer, STABILIZED: tl.constexpr):
-    """What `pyglobenc.reference.safe_division` divides by."""
+    """What `pyglobenc.backends.shared.safe_division` divides by."""
     if STABILIZED:
         return tl.where(b < 0, b - stabilizer, b + stabilizer)
     guarded = b + PUBLISHED_GUARD

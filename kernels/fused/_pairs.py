@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyglobenc.dtypes import HALF
+from pyglobenc.backends.shared.dtypes import HALF
 from pyglobenc.kernels._device import (
     MAX_HEAD_DIM,
     MAX_HEADS,

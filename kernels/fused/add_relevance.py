@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyglobenc.backends.shared.packing import on_device
 from pyglobenc.kernels._device import COUNTS, example, on
 from pyglobenc.kernels._division import float32_reasons, safe_divide, safe_divide_rn
-from pyglobenc.reference.packing import on_device
 
 BLOCK = 2048
 MOST_BLOCKS = 256  # blocks an example: fills a card, and one program adds their sums up in a glance

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyglobenc.backends.reference.linear_relevance import DEAD, around_gemms
 from pyglobenc.kernels._device import device_reasons, on, power_of_two
 from pyglobenc.kernels._division import float32_reasons, safe_divide_rn
-from pyglobenc.reference.linear_relevance import DEAD, around_gemms
 
 STRIP = 256  # of a token's columns, one program: two pieces of 16 bytes a thread
 DEAD_PART = tl.constexpr(DEAD[torch.float32])

@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyglobenc.backends.reference.attention import sides
+from pyglobenc.backends.shared.relevance_passes import Passes
 from pyglobenc.kernels._device import COUNTS, example, float32_precision, on, power_of_two, real_tokens
 from pyglobenc.kernels._division import safe_divide
 from pyglobenc.kernels._relevance import by_head, launch, load_rows, pair_relevance, relevance_reasons, store_rows
-from pyglobenc.reference.attention import sides
-from pyglobenc.reference.relevance_passes import Passes
 
 # rows of the rollout that one column pass carries
 MAX_ROWS = 32

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyglobenc.backends.reference.attention import sides
 from pyglobenc.kernels._device import COUNTS, float32_precision, on, real_tokens
 from pyglobenc.kernels._relevance import by_head, launch, pair_relevance, relevance_reasons
-from pyglobenc.reference.attention import sides
 
 
 @triton.jit(do_not_specialize=COUNTS)

@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyglobenc.grids import query_shares
+from pyglobenc.backends.shared.grids import query_shares
+from pyglobenc.backends.shared.packing import on_device
 from pyglobenc.kernels._device import COUNTS, on, power_of_two, real_tokens
 from pyglobenc.kernels._pairs import START, hold_keys, load_gram, own_term, pair_arguments, pair_norms, pair_reasons, places, strides
-from pyglobenc.reference.packing import on_device
 
 # rows of the rollout that one pass carries; more rows take more passes
 MAX_ROWS = 64

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyglobenc.grids import query_shares
+from pyglobenc.backends.shared.grids import query_shares
 from pyglobenc.kernels._device import COUNTS, on, real_tokens
 from pyglobenc.kernels._pairs import START, hold_keys, load_gram, own_term, pair_arguments, pair_norms, pair_reasons, places, strides
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from transformers import BertForSequenceClassification, PreTrainedModel, ViTConfig, ViTForImageClassification
 
+from pyglobenc.backends.reference.relevance_attention import probability_tiles
 from pyglobenc.hf import LayerTrace, find_layers
-from pyglobenc.hf.vit import patch_projection
+from pyglobenc.hf.architectures.vit import patch_projection
 from pyglobenc.methods.inputs import check_batch
-from pyglobenc.methods.relevance_rules import LrpRules
-from pyglobenc.methods.relevance_states import run_forward
-from pyglobenc.methods.transformer_attribution import TransformerAttribution
-from pyglobenc.reference.relevance_attention import probability_tiles
+from pyglobenc.methods.relevance.rules import LrpRules
+from pyglobenc.methods.relevance.states import run_forward
+from pyglobenc.methods.relevance.transformer_attribution import TransformerAttribution
 
 # the published method names, and what they are with is_ablation
 METHODS = {

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pyglobenc.hf.layers import outside
+from pyglobenc.hf.trace.layers import outside
 
 # their position table starts after the padding index
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")

@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from pyglobenc.hf.limits import padding_id
-from pyglobenc.hf.threads import in_this_thread
+from pyglobenc.hf.trace.threads import in_this_thread
 
 
 @torch.no_grad()

@@ -3,8 +3,8 @@
 from torch import nn
 from transformers import PreTrainedModel
 
-from pyglobenc.hf import albert, beit, bert, deberta_v2, dinov2, distilbert, gemma, gpt2, llama, modernbert, mpnet, vit
-from pyglobenc.hf.layers import LayerModules
+from pyglobenc.hf.architectures import albert, beit, bert, deberta_v2, dinov2, distilbert, gemma, gpt2, llama, modernbert, mpnet, vit
+from pyglobenc.hf.trace.layers import LayerModules
 from pyglobenc.hf.unwrap import stock_model
 
 ENCODERS = (bert, distilbert, albert, mpnet, deberta_v2, modernbert, vit, dinov2, beit)

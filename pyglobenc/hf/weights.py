@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pyglobenc.values import require
+from pyglobenc.common.deferred import require
 
 # of quantised weights, whose kernels round the inputs too: 8-bit integers
 QUANTISED_EPS = 2.0**-7

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pyglobenc.arguments import argument_names, refuse_unknown
+from pyglobenc.common.arguments import argument_names, refuse_unknown
+from pyglobenc.common.deferred import require
 from pyglobenc.hf.unwrap import stock_model
-from pyglobenc.values import require
 
 # what a stock model may be given, if its forward pass names it
 TENSORS = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"})

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from pyglobenc.dtypes import HALF
+from pyglobenc.backends.shared.dtypes import HALF
+from pyglobenc.common.deferred import may_look, require
 from pyglobenc.hf import Trace
-from pyglobenc.hf.layers import outside
 from pyglobenc.hf.limits import not_finite
-from pyglobenc.hf.threads import in_this_thread
-from pyglobenc.values import may_look, require
+from pyglobenc.hf.trace.layers import outside
+from pyglobenc.hf.trace.threads import in_this_thread
 
 # equal numbers from the same few operations differ by a few roundings, other functions by far more; half precision rounds once an
 # operation, and more roundings than these would hide what is looked for

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pyglobenc.autocast import callers_autocast
-from pyglobenc.backends import check_backend
+from pyglobenc.backends.dispatch import check_backend
+from pyglobenc.backends.shared.packing import real_tokens
+from pyglobenc.common.autocast import callers_autocast
+from pyglobenc.common.deferred import check_range, may_look, require
 from pyglobenc.hf import LayerTrace, capture, find_layers
 from pyglobenc.hf.labels import classifies
 from pyglobenc.hf.limits import (
@@ -26,9 +28,7 @@ from pyglobenc.hf.registry import is_decoder
 from pyglobenc.hf.unwrap import called_module, stock_model
 from pyglobenc.methods.arguments import run_model
 from pyglobenc.methods.head import HeadRecord, detached, find_logits, recorded_head, tokens_read
-from pyglobenc.methods.precision import set_precision
-from pyglobenc.reference.packing import real_tokens
-from pyglobenc.values import check_range, may_look, require
+from pyglobenc.methods.precision.arithmetic import set_precision
 
 
 def check_model(who: str, model: nn.Module, backend: str, dtype: torch.dtype | None) -> nn.Module:

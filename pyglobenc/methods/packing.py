@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pyglobenc.autocast import callers_autocast
+from pyglobenc.backends.shared.packing import padded, real_tokens, slices
+from pyglobenc.common.autocast import callers_autocast
+from pyglobenc.common.deferred import check_range
 from pyglobenc.hf import LayerTrace, capture, find_layers
 from pyglobenc.hf.labels import classifies
 from pyglobenc.hf.limits import max_tokens, padding_id, token_types
@@ -20,10 +22,8 @@ from pyglobenc.hf.registry import is_decoder
 from pyglobenc.methods.arguments import output_settings
 from pyglobenc.methods.head import HeadRecord, detached, find_logits, recorded_head
 from pyglobenc.methods.inputs import check_ids, read_by_head, target_positions, unnamed_rows
-from pyglobenc.methods.precision import set_precision
-from pyglobenc.methods.rollout import RolloutResult, rollout_result
-from pyglobenc.reference.packing import padded, real_tokens, slices
-from pyglobenc.values import check_range
+from pyglobenc.methods.precision.arithmetic import set_precision
+from pyglobenc.methods.rollout.rows import RolloutResult, rollout_result
 
 # scores (1, L, T, N) and log_scale (S, L, T) of captured layers and targets (S, T), positions among all N tokens
 Rows = Callable[[list[LayerTrace], Tensor], tuple[Tensor, Tensor]]

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from pyglobenc.methods import family
-from pyglobenc.methods.globenc import GlobEnc
 from pyglobenc.methods.head import find_logits
-from pyglobenc.methods.relevance_variants import FOLLOWED, VARIANTS
-from pyglobenc.methods.transformer_attribution import TransformerAttribution
+from pyglobenc.methods.relevance.transformer_attribution import TransformerAttribution
+from pyglobenc.methods.relevance.variants import FOLLOWED, VARIANTS
+from pyglobenc.methods.rollout import baselines as family
+from pyglobenc.methods.rollout.globenc import GlobEnc
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, BertModel
 
-from pyglobenc.hf.pretrained import model_folder
+from pyglobenc.models.pretrained import model_folder
 
 BATCH, MAX_LENGTH, PENALTY = 64, 64, 1e-5
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pyglobenc.dtypes import HALF
+from pyglobenc.backends.shared.dtypes import HALF
 
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 

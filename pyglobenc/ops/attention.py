@@ -4,14 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyglobenc.autocast import outside_autocast
-from pyglobenc.dtypes import HALF
-from pyglobenc.gpu import capability
+from pyglobenc.backends.reference.attention import attention as reference_attention
+from pyglobenc.backends.reference.attention import hidden_keys, visible_keys
+from pyglobenc.backends.shared.dtypes import HALF
+from pyglobenc.backends.shared.gpu import capability
+from pyglobenc.backends.shared.packing import by_runs, on_device
+from pyglobenc.backends.shared.score_mods import ScoreMod
+from pyglobenc.common.autocast import outside_autocast
 from pyglobenc.ops._checks import check_floats, check_heads, check_mask, check_offsets, check_shape, check_window
-from pyglobenc.reference.attention import attention as reference_attention
-from pyglobenc.reference.attention import hidden_keys, visible_keys
-from pyglobenc.reference.packing import by_runs, on_device
-from pyglobenc.reference.score_mods import ScoreMod
 
 aten = torch.ops.aten
 

@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from pyglobenc.backends import pick
+from pyglobenc.backends.dispatch import pick
+from pyglobenc.backends.reference.head_gram import gram_kernels
 from pyglobenc.ops._checks import check_heads, check_shape, check_widened
 from pyglobenc.ops._registered import register
-from pyglobenc.reference.head_gram import gram_kernels
 
 __all__ = ["gram_kernels", "head_gram"]
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from pyglobenc.backends import pick
+from pyglobenc.backends.dispatch import pick
 from pyglobenc.ops._checks import check_floats, check_heads, check_shape
 from pyglobenc.ops._registered import register
 

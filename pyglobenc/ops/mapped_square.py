@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from pyglobenc.backends import pick
+from pyglobenc.backends.dispatch import pick
+from pyglobenc.backends.reference.mapped_square import result_dtype
 from pyglobenc.ops._checks import check_shape, check_widened
 from pyglobenc.ops._registered import register
-from pyglobenc.reference.mapped_square import result_dtype
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")
 MOST_NORMS = 2

@@ -21,7 +21,7 @@ safe(b) = b + 1e-9, 1e-9 where that is 0; a quotient is 0 where b is 0.
 import torch
 from torch import Tensor
 
-from pyglobenc.backends import pick
+from pyglobenc.backends.dispatch import pick
 from pyglobenc.ops._checks import check_floats, check_mask, check_offsets, check_shape, check_window
 from pyglobenc.ops._registered import register
 

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from pyglobenc.backends import pick
+from pyglobenc.backends.dispatch import pick
+from pyglobenc.common.deferred import check_range
 from pyglobenc.ops._checks import check_shape
 from pyglobenc.ops._registered import register
 from pyglobenc.ops.relevance_attention import check_relevance_args
-from pyglobenc.values import check_range
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pyglobenc.backends import pick
+from pyglobenc.backends.dispatch import pick
 from pyglobenc.ops._checks import check_floats, check_offsets, check_shape
 from pyglobenc.ops._registered import register
 from pyglobenc.ops.token_norms import check_attention_args

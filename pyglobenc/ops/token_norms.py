@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from pyglobenc.backends import pick
+from pyglobenc.backends.dispatch import pick
+from pyglobenc.common.deferred import check_range
 from pyglobenc.ops._checks import check_floats, check_heads, check_mask, check_shape, check_window
 from pyglobenc.ops._registered import register
-from pyglobenc.values import check_range
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")
 

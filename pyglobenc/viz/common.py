@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pyglobenc.characters import printable
+from pyglobenc.common.characters import printable
 from pyglobenc.results import Attribution, Unit
 
 RGB = tuple[int, int, int]

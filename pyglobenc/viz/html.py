@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
-from pyglobenc.characters import printable
+from pyglobenc.common.characters import printable
 from pyglobenc.results import Attribution, Unit
 from pyglobenc.viz.common import RGB, caption, color, ink, remainder, scale_of, top_units
 

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pyglobenc.characters import printable
+from pyglobenc.common.characters import printable
 
 DPI = 100
 INCHES = 3.0  # side of one picture

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.transforms import IdentityTransform
 
-from pyglobenc.characters import printable
+from pyglobenc.common.characters import printable
 from pyglobenc.results import Attribution, Unit
 from pyglobenc.viz.common import DARK, RGB, caption, color, ink, remainder, scale_of
 

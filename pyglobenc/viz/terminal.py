@@ -6,7 +6,7 @@ from rich.console import Console, Group, RenderableType
 from rich.style import Style
 from rich.text import Text
 
-from pyglobenc.characters import printable
+from pyglobenc.common.characters import printable
 from pyglobenc.results import Attribution, Unit
 from pyglobenc.viz.common import RAMPS, RGB, caption, color, ink, remainder, scale_of, top_units
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from pyglobenc.compat import chefer as compat
 from pyglobenc.compat.chefer import LRP, Baselines, Generator, VisionTransformer
 from pyglobenc.hf import find_layers
-from pyglobenc.hf.vit import patch_projection
+from pyglobenc.hf.architectures.vit import patch_projection
 
 BERT = {
     "generate_LRP_last_layer": {},

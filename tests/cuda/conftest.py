@@ -3,7 +3,7 @@
 import emulator
 import pytest
 
-from pyglobenc.cuda import _extension, _pairs
+from pyglobenc.backends.cuda import _extension, _pairs
 
 
 @pytest.fixture(scope="session")

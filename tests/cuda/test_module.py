@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from pyglobenc.cuda import _extension
+from pyglobenc.backends.cuda import _extension
 
 compiled = pytest.mark.skipif(_extension.kernels is None, reason="the compiled module is missing")
 without_driver = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

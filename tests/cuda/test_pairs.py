@@ -132,7 +132,7 @@ def test_every_tile(dtype, emulated):
 
 @emulated_only
 def test_tf32_where_the_caller_allows_it(monkeypatch):
-    monkeypatch.setattr("pyglobenc.cuda._extension.allows_tf32", lambda: True)
+    monkeypatch.setattr("pyglobenc.backends.cuda._extension.allows_tf32", lambda: True)
     args = pair_args(Case(B=2, n=60, H=12, Hkv=12, dh=64, d=768))
     # tensor cores read the first 19 bits
     cut = args | {name: (args[name].contiguous().view(torch.int32) & -8192).view(torch.float32) for name in ("q", "k")}

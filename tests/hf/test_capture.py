@@ -8,7 +8,7 @@ from models import ARCHITECTURES, CAUSAL, IMAGES, OWN_SCORES, PRE_NORM, build, r
 from published import Float64Throughout
 
 from pyglobenc import capture
-from pyglobenc.hf.attention import RECORDERS
+from pyglobenc.hf.trace.attention import RECORDERS
 
 
 def hooks_of(model):
@@ -173,7 +173,7 @@ def test_captured_twice(model):
 
 
 def test_no_second_capture_while_the_first_begins(model, monkeypatch):
-    module, refused = import_module("pyglobenc.hf.capture"), []
+    module, refused = import_module("pyglobenc.hf.trace.capture"), []
 
     def another_thread_comes(*args):
         with pytest.raises(RuntimeError, match="being captured already"), capture(model):

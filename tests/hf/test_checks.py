@@ -13,7 +13,7 @@ from torch import nn
 
 from pyglobenc import GlobEnc, TransformerAttribution, capture
 from pyglobenc.hf import find_layers
-from pyglobenc.methods.family import METHODS, Rollout
+from pyglobenc.methods.rollout.baselines import METHODS, Rollout
 
 # one of each binding, and those of the same modules, which are left to the sweep
 EACH = ["bert-classifier", "distilbert", "albert", "albert-groups", "mpnet", "deberta-v3", "modernbert", "gpt2", "mistral", "gemma3"]

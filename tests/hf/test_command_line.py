@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, ViTImageProcessor
 
 import pyglobenc
 from pyglobenc import GlobEnc
-from pyglobenc.cli import main
-from pyglobenc.images import explain_image
+from pyglobenc.cli.main import main
+from pyglobenc.inputs.images import explain_image
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *PRE_NORM])

@@ -16,10 +16,9 @@ from tiny import classifier, minilm, tokenizer
 from transformers import BertConfig, GPT2Config, GPT2LMHeadModel
 
 import pyglobenc
-from pyglobenc.cli import main
-from pyglobenc.hf import pretrained
-from pyglobenc.hf.pretrained import load_pretrained
-from pyglobenc.models import checksums
+from pyglobenc.cli.main import main
+from pyglobenc.models import checksums, pretrained
+from pyglobenc.models.pretrained import load_pretrained
 
 HEADS = ("TokenClassification", "QuestionAnswering", "MaskedLM", "MultipleChoice", "SequenceClassification", "NextSentencePrediction")
 

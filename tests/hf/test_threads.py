@@ -12,7 +12,7 @@ from torch._dynamo import eval_frame
 
 from pyglobenc import GlobEnc, TransformerAttribution, capture
 from pyglobenc.hf import find_layers
-from pyglobenc.hf.attention import RECORDERS
+from pyglobenc.hf.trace.attention import RECORDERS
 
 CALLS = 12
 

@@ -179,7 +179,7 @@ def test_sentence_transformers_own_class(tmp_path):
     library("sentence_transformers")
     from sentence_transformers import SentenceTransformer
 
-    from pyglobenc.hf.pretrained import model_folder
+    from pyglobenc.models.pretrained import model_folder
 
     try:
         folder = model_folder("minilm")

@@ -7,11 +7,11 @@ from published import Float64Throughout
 from tiny import classifier, tokenizer
 
 from pyglobenc import GlobEnc
-from pyglobenc.batches import Runner
 from pyglobenc.explain import Options
-from pyglobenc.memory import estimate_memory
-from pyglobenc.methods.batching import SHARE, available_bytes, fitting_batch, in_batches, out_of_memory
-from pyglobenc.windows import encode
+from pyglobenc.inputs.batches import Runner
+from pyglobenc.inputs.batching import SHARE, available_bytes, fitting_batch, in_batches, out_of_memory
+from pyglobenc.inputs.windows import encode
+from pyglobenc.methods.memory import estimate_memory
 
 
 def test_as_many_as_the_estimate_says():

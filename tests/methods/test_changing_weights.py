@@ -114,7 +114,7 @@ def test_rollouts_see_every_change(name):
 
 
 @pytest.mark.parametrize("name", EXPLAINED)
-@pytest.mark.filterwarnings("ignore::pyglobenc.methods.reliability.PrecisionWarning")
+@pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.PrecisionWarning")
 def test_transformer_attribution_sees_every_change(name):
     model = build(name, torch.float32)
     check_changes(model, (TransformerAttribution,), random_batch(model, 1, 7))
@@ -194,7 +194,7 @@ def test_rollouts_refuse_what_is_no_number(name):
 
 @pytest.mark.parametrize("name", EXPLAINED)
 @pytest.mark.parametrize("backend", ["reference", "auto"])
-@pytest.mark.filterwarnings("ignore::pyglobenc.methods.reliability.PrecisionWarning")
+@pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.PrecisionWarning")
 def test_transformer_attribution_refuses_what_is_no_number(name, backend):
     model = build(name, torch.float32)
     check_not_finite(model, (lambda m: TransformerAttribution(m, backend),), random_batch(model, 1, 7))

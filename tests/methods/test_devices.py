@@ -7,8 +7,8 @@ from models import build, random_batch
 
 from pyglobenc import GlobEnc, TransformerAttribution
 from pyglobenc.hf import find_layers
-from pyglobenc.methods.family import METHODS, Rollout
-from pyglobenc.methods.transformer_attribution import VARIANTS
+from pyglobenc.methods.relevance.transformer_attribution import VARIANTS
+from pyglobenc.methods.rollout.baselines import METHODS, Rollout
 
 ONE, TWO = torch.device("cpu:1"), torch.device("cpu:2")
 # where embeddings and head lie, and where the batch does; in the first no two neighbours lie together

@@ -6,7 +6,7 @@ from models import build, random_batch
 from published import Float64Throughout, published_maps, published_rollout
 
 from pyglobenc import GlobEnc, Rollout
-from pyglobenc.methods.family import METHODS, OF_STAGE
+from pyglobenc.methods.rollout.baselines import METHODS, OF_STAGE
 
 
 def with_residual(matrix, ratio, measured=False):

@@ -4,7 +4,7 @@ from models import ARCHITECTURES, IMAGES, PRE_NORM, build, golden, random_batch
 from published import Float64Throughout, published_maps, published_rollout
 
 from pyglobenc import GlobEnc
-from pyglobenc.methods.globenc import MAPS
+from pyglobenc.methods.rollout.globenc import MAPS
 
 GOLDEN = ["globenc_bert", "globenc_bert_padded", "globenc_bert_h12", "globenc_electra"]
 

@@ -9,7 +9,7 @@ from models import SMALL, build, random_batch
 from transformers import BertConfig, BertModel
 
 from pyglobenc import GlobEnc
-from pyglobenc.methods.reliability import PrecisionWarning
+from pyglobenc.methods.precision.reliability import PrecisionWarning
 
 
 def extreme(seed):
@@ -27,7 +27,7 @@ def extreme(seed):
     return model.bfloat16()
 
 
-@pytest.mark.filterwarnings("ignore::pyglobenc.methods.reliability.PrecisionWarning")
+@pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.PrecisionWarning")
 def test_half_models_say_how_far_they_are_off():
     said, true = [], []
     for seed in range(28):

@@ -533,7 +533,7 @@ def test_rows_of_other_architectures(name, pool):
         assert (found.targets is None) == (pool == "mean")
 
 
-@pytest.mark.filterwarnings("ignore::pyglobenc.methods.reliability.PrecisionWarning")
+@pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.PrecisionWarning")
 @pytest.mark.parametrize("mode", ["bfloat16", "float16", "float32", "autocast", "float32-head", "widened"])
 @pytest.mark.parametrize("pool", ["first", "mean"])
 def test_heads_in_every_precision(pool, mode):

@@ -5,7 +5,7 @@ import torch
 from models import build
 
 from pyglobenc import TransformerAttribution
-from pyglobenc.methods.relevance_variants import FOLLOWED, VARIANTS
+from pyglobenc.methods.relevance.variants import FOLLOWED, VARIANTS
 
 # unsorted, two of one length, one of one token
 LENGTHS = (7, 3, 12, 3, 1, 20)
@@ -64,7 +64,7 @@ def test_a_class_of_each():
         assert [int(one.target) for one in ta.packed(input_ids=ids, target=given)] == target.tolist()
 
 
-@pytest.mark.filterwarnings("ignore::pyglobenc.methods.reliability.PrecisionWarning")
+@pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.PrecisionWarning")
 @pytest.mark.parametrize("variant", ["transformer_attribution", "full"])
 def test_the_error_is_measured(variant):
     """Float32 results differ by as much as the error says, so that of a sequence alone is only near."""

@@ -8,8 +8,8 @@ from numerics import until_enough, with_scale
 from torch.nn.utils.rnn import pad_sequence
 
 from pyglobenc import GlobEnc
-from pyglobenc.hf.attention import RECORDERS
-from pyglobenc.methods.family import METHODS, Rollout
+from pyglobenc.hf.trace.attention import RECORDERS
+from pyglobenc.methods.rollout.baselines import METHODS, Rollout
 
 # unsorted, two of one length, one of one token
 LENGTHS = (7, 3, 12, 3, 1, 20)

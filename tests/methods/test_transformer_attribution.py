@@ -3,9 +3,9 @@ import torch
 from chefer import chefer_golden, relative
 
 from pyglobenc import TransformerAttribution
-from pyglobenc.methods.relevance_descent import Descent
-from pyglobenc.methods.relevance_rules import Rules
-from pyglobenc.methods.relevance_states import run_forward
+from pyglobenc.methods.relevance.propagation import Descent
+from pyglobenc.methods.relevance.rules import Rules
+from pyglobenc.methods.relevance.states import run_forward
 
 INTERNALS = {"map": "map", "R_alpha": "R_A", "grad_alpha": "grad_A", "R_in": "R_in"}
 

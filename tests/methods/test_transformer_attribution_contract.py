@@ -12,9 +12,9 @@ from scipy.stats import spearmanr
 from transformers import BertConfig, BertForSequenceClassification, BertModel, DeiTConfig, DeiTForImageClassificationWithTeacher
 
 from pyglobenc import TransformerAttribution
-from pyglobenc.methods import reliability
-from pyglobenc.methods.relevance_variants import PUBLISHED, VARIANTS
-from pyglobenc.methods.reliability import NoRelevanceWarning, PrecisionWarning
+from pyglobenc.methods.precision import reliability
+from pyglobenc.methods.precision.reliability import NoRelevanceWarning, PrecisionWarning
+from pyglobenc.methods.relevance.variants import PUBLISHED, VARIANTS
 
 
 def state(model):
@@ -62,7 +62,7 @@ def used(n, **call):
     return measure_allocations(lambda: ta(**batch, **call))
 
 
-@pytest.mark.filterwarnings("ignore::pyglobenc.methods.reliability.PrecisionWarning")
+@pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.PrecisionWarning")
 @pytest.mark.parametrize("variant", ["transformer_attribution", "rollout", "last_layer_ablation", "attention_rollout", "attn_gradcam"])
 def test_row_mode_is_linear(variant):
     small, large = (used(n, variant=variant, reliability="estimated") for n in (800, 1600))
@@ -101,7 +101,7 @@ def random_case(seed):
     return model, {"input_ids": torch.randint(5, 97, (1, pick(6, 10, 16, 24, 32)), generator=generator)}
 
 
-@pytest.mark.filterwarnings("ignore::pyglobenc.methods.reliability.PrecisionWarning")
+@pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.PrecisionWarning")
 @pytest.mark.parametrize("method, below", [("measured", math.inf), ("estimated", 0)])
 def test_reliability_tells_good_from_bad(monkeypatch, method, below):
     monkeypatch.setattr(reliability, "MEASURED_BELOW", {"cpu": below})
@@ -138,7 +138,7 @@ def outliers(seed, dtype):
     return model.to(dtype), batch
 
 
-@pytest.mark.filterwarnings("ignore::pyglobenc.methods.reliability.PrecisionWarning")
+@pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.PrecisionWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_error_of_any_precision(dtype):
     """The median of true over said lies within a factor of 4, and at most a tenth of errors above four times the limit aren't said."""
@@ -209,7 +209,7 @@ def test_a_text_of_one_token_has_relevance():
     assert result.scores.item() == 1
 
 
-@pytest.mark.filterwarnings("ignore::pyglobenc.methods.reliability.PrecisionWarning")
+@pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.PrecisionWarning")
 @pytest.mark.parametrize("name", ["bert-classifier", "distilbert"])
 def test_estimate_is_an_example_s_own(name):
     model = build(name, torch.float32)
@@ -306,7 +306,7 @@ def test_published_names_are_variants():
         assert torch.equal(ta(**batch, variant=name).scores, ta(**batch, variant=variant).scores)
 
 
-@pytest.mark.filterwarnings("ignore::pyglobenc.methods.reliability.PrecisionWarning")
+@pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.PrecisionWarning")
 @pytest.mark.parametrize("name, target", [("bert-classifier", [1, 0]), ("distilbert", None), ("vit", None)])
 def test_measuring_changes_nothing_else(name, target):
     model = build(name)

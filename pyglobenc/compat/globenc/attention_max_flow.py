@@ -7,7 +7,7 @@ import torch
 from tqdm.auto import tqdm
 
 from pyglobenc.compat.globenc.attention_flow_abstract import AttentionFlow
-from pyglobenc.methods.flow import attention_flow
+from pyglobenc.methods.rollout.flow import attention_flow
 
 
 class AttentionMaxFlow(AttentionFlow):

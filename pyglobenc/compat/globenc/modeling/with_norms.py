@@ -10,8 +10,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from pyglobenc.hf import LayerTrace
 from pyglobenc.methods.inputs import check_model, require_finite, run_captured
-from pyglobenc.methods.rollout import roll_out
-from pyglobenc.methods.stages import STAGES, StageOps
+from pyglobenc.methods.rollout.rows import roll_out
+from pyglobenc.methods.rollout.stages import STAGES, StageOps
 
 # a layer's norms, as the published code orders them: per head, the four stages, the four mixing ratios
 NORMS = ("head_N", *STAGES, *(f"mix_{name}" for name in STAGES))

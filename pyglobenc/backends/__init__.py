@@ -1,0 +1,1 @@
+"""Backends of the ops: how one is picked, and the code of each."""

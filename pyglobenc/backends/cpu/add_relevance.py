@@ -1,0 +1,26 @@
+"""Relevance through a residual sum a + b, two passes over memory: csrc/cpu/add_relevance.cpp."""
+
+import torch
+from torch import Tensor
+
+from pyglobenc.backends.cpu._extension import kernels, single
+from pyglobenc.backends.shared.packing import by_runs
+
+
+def not_supported(
+    r: Tensor, a: Tensor, b: Tensor, stabilizer: float = 0.0, rescale: bool = True, offsets: Tensor | None = None
+) -> list[str]:
+    """Reasons that these arguments of `pyglobenc.ops.add_relevance` can't run here."""
+    return single(r, a, b)
+
+
+def add_relevance(
+    r: Tensor, a: Tensor, b: Tensor, stabilizer: float = 0.0, rescale: bool = True, offsets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See `pyglobenc.ops.add_relevance`: -> R_a, R_b (B, n, d)."""
+    if offsets is not None and rescale:
+        return tuple(by_runs(lambda *each: add_relevance(*each, stabilizer), (r, a, b), (1, 1, 1), (1, 1), offsets))
+    r, a, b = r.contiguous(), a.contiguous(), b.contiguous()
+    out = torch.empty_like(r), torch.empty_like(r)
+    kernels.add_relevance(r, a, b, *out, stabilizer, rescale, torch.get_num_threads())
+    return out

@@ -1,0 +1,34 @@
+"""What the squared norms of a stage are made of, in C++: csrc/cpu/norm_terms.cpp.
+
+The transformed vectors stay in the first-level cache, a few features at a time; torch's GEMMs would write and read n*H*d of them.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyglobenc.backends.cpu._extension import kernels, limits
+
+
+def not_supported(v: Tensor, weight: Tensor, x: Tensor | None = None, gammas: Sequence[Tensor] = ()) -> list[str]:
+    """Reasons that these arguments of `pyglobenc.ops.norm_terms` can't run here."""
+    return limits(weight, v)
+
+
+def norm_terms(
+    v: Tensor, weight: Tensor, x: Tensor | None = None, gammas: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """See `pyglobenc.ops.norm_terms`: -> G (B, n, H, H), c (B, n, H) and |x M|^2 (B, n), or None for both."""
+    (batch, _, n, dh), heads = v.shape, weight.shape[0]
+    gram = weight.new_empty(batch, n, heads, heads)
+    cross, residual = (None, None) if x is None else (weight.new_empty(batch, n, heads), weight.new_empty(batch, n))
+    out = (gram, cross, residual)
+    if gram.numel() == 0 or dh == 0 or weight.shape[2] == 0:
+        return tuple(t if t is None else t.zero_() for t in out)
+    # as a Linear layer keeps it, a row for each output; other layouts are copied
+    rows = weight.flatten(0, 1).T
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    gamma = torch.stack(tuple(gammas)) if gammas else None
+    kernels.norm_terms(v, rows, x, gamma, out, torch.get_num_threads())
+    return out

@@ -1,0 +1,34 @@
+"""Launcher of csrc/cuda/add_relevance.cu."""
+
+import torch
+from torch import Tensor
+
+from pyglobenc.backends.cuda import _extension
+from pyglobenc.backends.cuda._relevance import float32_reasons, new_like
+from pyglobenc.backends.shared.packing import on_device
+
+
+def not_supported(
+    r: Tensor, a: Tensor, b: Tensor, stabilizer: float = 0.0, rescale: bool = True, offsets: Tensor | None = None
+) -> list[str]:
+    """Why the kernel can't run on these arguments; empty when it can."""
+    return float32_reasons(r=r, a=a, b=b)
+
+
+def add_relevance(
+    r: Tensor, a: Tensor, b: Tensor, stabilizer: float = 0.0, rescale: bool = True, offsets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See `pyglobenc.ops.add_relevance`: -> R_a, R_b (B, n, d)."""
+    r_a, r_b = new_like(r), new_like(r)
+    if size := r.numel():
+        # without sums it doesn't matter what an example is
+        if offsets is None or not rescale:
+            ends, examples, width, longest = None, r.shape[0], size // r.shape[0], 1
+        else:
+            examples, width = len(offsets) - 1, r.shape[2]
+            ends, longest = on_device(offsets, r.device)
+        sums = torch.empty(_extension.kernels.add_relevance_parts(size, examples), 3, dtype=torch.float64, device=r.device)
+        with _extension.launching(r.device) as stream:
+            tensors = (r.contiguous(), a.contiguous(), b.contiguous(), ends, sums, r_a, r_b)
+            _extension.kernels.add_relevance(tensors, examples, width, longest, stabilizer, rescale, stream)
+    return r_a, r_b

@@ -1,0 +1,30 @@
+"""Launcher of csrc/cuda/linear_relevance.cu, around torch's GEMMs."""
+
+import torch
+from torch import Tensor
+
+from pyglobenc.backends.cuda import _extension
+from pyglobenc.backends.cuda._relevance import float32_reasons
+from pyglobenc.backends.reference.linear_relevance import DEAD, around_gemms
+
+
+def not_supported(
+    r: Tensor, x: Tensor, weight: Tensor, abs_weight: Tensor | None = None, output: Tensor | None = None, bias: Tensor | None = None
+) -> list[str]:
+    """Why the kernel can't run on these arguments; empty when it can."""
+    # the weights may have any float dtype
+    weights = dict(x=x, weight=weight, abs_weight=abs_weight, bias=bias)
+    return float32_reasons(r=r, x=x, output=output) or _extension.device_reasons(weights)
+
+
+def linear_relevance(
+    r: Tensor, x: Tensor, weight: Tensor, abs_weight: Tensor | None = None, output: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """See `pyglobenc.ops.linear_relevance`: -> (B, n, d_in)."""
+    kernels = _extension.kernels
+    with _extension.launching(r.device) as stream:
+        return around_gemms(
+            *(r, x, weight, abs_weight, output, bias, kernels.LINEAR_STRIP),
+            quotient=lambda *tensors: kernels.linear_quotient(*tensors, DEAD[torch.float32], stream),
+            product=lambda *tensors: kernels.linear_product(*tensors, stream),
+        )

@@ -1,0 +1,1 @@
+"""Plain PyTorch definitions of the ops: the truth that every backend is tested against."""

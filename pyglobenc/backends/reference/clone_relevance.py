@@ -1,0 +1,15 @@
+"""Relevance of a tensor that several branches read: R = x * sum_k R_k / safe(x) (the published code's Clone)."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from pyglobenc.backends.shared.safe_division import safe_divide
+
+
+def clone_relevance(parts: Sequence[Tensor], x: Tensor) -> Tensor:
+    """See `pyglobenc.ops.clone_relevance`: -> (B, n, d)."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return safe_divide(total, x).mul_(x)

@@ -1,0 +1,37 @@
+"""Share of a token's output that comes from other tokens (Kobayashi et al., 2021, eq. 7; the published GlobEnc code's ratios).
+
+    ratio[i] = |S[i] - t_ii| / (|S[i] - t_ii| + |t_ii|),   S[i] = sum_j t_ij
+
+The row scale cancels, and S[i] - t_ii = (o[i] - alpha_ii v[i]) W_O M needs no pair: n*d^2 multiply-adds.
+"""
+
+import torch
+from torch import Tensor
+
+from pyglobenc.backends.reference.token_norms import own_attention
+from pyglobenc.backends.shared.score_mods import ScoreMod
+
+
+def mixing_ratio(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    mapped_weight: Tensor,
+    mapped_x: Tensor | None,
+    scaling: float,
+    score_mod: ScoreMod | None = None,
+) -> Tensor:
+    """See `pyglobenc.ops.mixing_ratio`: -> (B, n)."""
+    q, k, v, o, lse = (t.to(mapped_weight.dtype) for t in (q, k, v, o, lse))
+    a = own_attention(q, k, lse, scaling, score_mod)[..., None]
+    own = a * v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    rows = mapped_weight.flatten(0, 1)
+    mixed = (o - own).transpose(1, 2).flatten(2) @ rows
+    kept = own.transpose(1, 2).flatten(2) @ rows
+    if mapped_x is not None:
+        kept = kept + mapped_x
+    mixed, kept = mixed.norm(dim=-1), kept.norm(dim=-1)
+    # a lone token mixes nothing; 0/0 only where both vectors vanish
+    return torch.where(mixed > 0, mixed / (mixed + kept), mixed)

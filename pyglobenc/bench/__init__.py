@@ -1,0 +1,1 @@
+"""What `pyglobenc bench` and the benchmarks share: ceilings, costs and inputs."""

@@ -1,0 +1,30 @@
+"""ALBERT: one layer, or a few, applied again and again."""
+
+from torch import nn
+
+from pyglobenc.hf.trace.layers import LayerModules
+
+MODEL_TYPES = ("albert",)
+
+
+def layers(base: nn.Module) -> list[LayerModules]:
+    """Modules of every layer, first to last, shared ones again for each time they are applied; base is the model without its head."""
+    config = base.config
+    groups = base.encoder.albert_layer_groups
+    order = [groups[i * config.num_hidden_groups // config.num_hidden_layers] for i in range(config.num_hidden_layers)]
+    return [
+        LayerModules(
+            block=layer,
+            attention=layer.attention,
+            query=layer.attention.query,
+            key=layer.attention.key,
+            value=layer.attention.value,
+            output=layer.attention.dense,
+            attention_norm=layer.attention.LayerNorm,
+            intermediate=layer.ffn,
+            mlp_output=layer.ffn_output,
+            output_norm=layer.full_layer_layer_norm,
+        )
+        for group in order
+        for layer in group.albert_layers
+    ]

@@ -1,0 +1,27 @@
+"""BERT and its relatives with the same module names: RoBERTa, XLM-R, CamemBERT, ELECTRA."""
+
+from torch import nn
+
+from pyglobenc.hf.trace.layers import LayerModules
+
+MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
+
+
+def layers(base: nn.Module) -> list[LayerModules]:
+    """Modules of every layer, first to last; base is the model without its head."""
+    return [_layer(layer, layer.attention.self, layer.attention.output, layer.output) for layer in base.encoder.layer]
+
+
+def _layer(layer: nn.Module, attention: nn.Module, attended: nn.Module, output: nn.Module) -> LayerModules:
+    return LayerModules(
+        block=layer,
+        attention=attention,
+        query=attention.query,
+        key=attention.key,
+        value=attention.value,
+        output=attended.dense,
+        attention_norm=attended.LayerNorm,
+        intermediate=layer.intermediate.dense,
+        mlp_output=output.dense,
+        output_norm=output.LayerNorm,
+    )

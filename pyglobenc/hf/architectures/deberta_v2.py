@@ -1,0 +1,67 @@
+"""DeBERTa-v2 and v3: disentangled attention, which it computes itself."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pyglobenc.backends.shared.score_mods import DisentangledBias
+from pyglobenc.common.deferred import may_look
+from pyglobenc.hf.trace.layers import LayerModules, OwnScores
+
+MODEL_TYPES = ("deberta-v2",)
+
+
+def layers(base: nn.Module) -> list[LayerModules]:
+    """Modules of every layer, first to last; base is the model without its head."""
+    if base.encoder.conv is not None:
+        raise ValueError(
+            "capture: this DeBERTa-v2 has a convolution beside its first layer (conv_kernel_size), which mixes tokens outside attention, "
+            "so norms of attention's decomposed vectors don't follow the tokens"
+        )
+    return [
+        LayerModules(
+            block=layer,
+            attention=layer.attention.self,
+            query=layer.attention.self.query_proj,
+            key=layer.attention.self.key_proj,
+            value=layer.attention.self.value_proj,
+            output=layer.attention.output.dense,
+            attention_norm=layer.attention.output.LayerNorm,
+            intermediate=layer.intermediate.dense,
+            mlp_output=layer.output.dense,
+            output_norm=layer.output.LayerNorm,
+            own_scores=own_scores,
+        )
+        for layer in base.encoder.layer
+    ]
+
+
+def own_scores(module: nn.Module, arguments: dict[str, Any]) -> OwnScores:
+    """Arguments: attention_mask (B, 1, n, n), relative_pos (1, n, n), rel_embeddings (P, d)."""
+    if arguments.get("query_states") is not None:
+        raise ValueError("capture: DeBERTa-v2 with query states of its own (the enhanced mask decoder) is not supported")
+    terms = [name for name in ("c2p", "p2c") if name in module.pos_att_type]
+    # the module takes the root in float32, whatever its dtype
+    scaling = 1 / float(np.sqrt(np.float32(module.attention_head_size * (1 + len(terms)))))
+    real = torch.diagonal(arguments["attention_mask"][:, 0], dim1=1, dim2=2).bool()
+    bias = _bias(module, arguments, terms, scaling) if module.relative_attention and terms else None
+    return OwnScores(scaling, bias, None if may_look() and real.all() else real)
+
+
+def _bias(module: nn.Module, arguments: dict[str, Any], terms: list[str], scaling: float) -> DisentangledBias:
+    span = module.pos_ebd_size
+    embeddings = arguments["rel_embeddings"][: 2 * span]
+    keys = module.key_proj if module.share_att_key else getattr(module, "pos_key_proj", None)
+    queries = module.query_proj if module.share_att_key else getattr(module, "pos_query_proj", None)
+    relative = arguments["relative_pos"][0]
+    # buckets of i - j, for j - i from 1 - n to n - 1
+    buckets = torch.cat([relative[:, 0].flip(0), relative[0, 1:]]).long()
+    position_keys = _by_head(keys(embeddings), module) if "c2p" in terms else None
+    position_queries = _by_head(queries(embeddings), module) if "p2c" in terms else None
+    return DisentangledBias(position_keys, position_queries, (buckets + span).clamp(0, 2 * span - 1), scaling)
+
+
+def _by_head(t: Tensor, module: nn.Module) -> Tensor:
+    return t.detach().unflatten(1, (module.num_attention_heads, -1)).transpose(0, 1)

@@ -1,0 +1,20 @@
+"""Gemma 2 and 3: a norm before and one after the attention and the MLP."""
+
+from torch import nn
+
+from pyglobenc.hf.architectures import llama
+from pyglobenc.hf.trace.layers import LayerModules
+
+MODEL_TYPES = ("gemma2", "gemma3_text")
+
+
+def layers(base: nn.Module) -> list[LayerModules]:
+    """Modules of every layer, first to last; base is the model without its head."""
+    return [
+        modules._replace(
+            output_norm=modules.block.pre_feedforward_layernorm,
+            added_norm=modules.block.post_attention_layernorm,
+            unit_offset=True,
+        )
+        for modules in llama.layers(base)
+    ]

@@ -1,0 +1,27 @@
+"""GPT-2."""
+
+from torch import nn
+
+from pyglobenc.hf.trace.layers import LayerModules
+
+MODEL_TYPES = ("gpt2",)
+
+
+def layers(base: nn.Module) -> list[LayerModules]:
+    """Modules of every layer, first to last; base is the model without its head."""
+    return [
+        LayerModules(
+            block=layer,
+            attention=layer.attn,
+            query=None,
+            key=None,
+            value=None,
+            output=layer.attn.c_proj,
+            attention_norm=layer.ln_1,
+            intermediate=layer.mlp.c_fc,
+            mlp_output=layer.mlp.c_proj,
+            output_norm=layer.ln_2,
+            pre_norm=True,
+        )
+        for layer in base.h
+    ]

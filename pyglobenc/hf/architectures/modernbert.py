@@ -1,0 +1,27 @@
+"""ModernBERT (pre-norm, rotary positions, sliding windows in two of three layers)."""
+
+from torch import nn
+
+from pyglobenc.hf.trace.layers import LayerModules
+
+MODEL_TYPES = ("modernbert",)
+
+
+def layers(base: nn.Module) -> list[LayerModules]:
+    """Modules of every layer, first to last; base is the model without its head."""
+    return [
+        LayerModules(
+            block=layer,
+            attention=layer.attn,
+            query=None,
+            key=None,
+            value=None,
+            output=layer.attn.Wo,
+            attention_norm=layer.attn_norm,
+            intermediate=None,
+            mlp_output=layer.mlp.Wo,
+            output_norm=layer.mlp_norm,
+            pre_norm=True,
+        )
+        for layer in base.layers
+    ]

@@ -1,0 +1,1 @@
+"""Capture of one forward pass: what is recorded of every layer, and the checks of it."""

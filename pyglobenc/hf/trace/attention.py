@@ -1,0 +1,142 @@
+"""The attention and mask functions that transformers calls while a model is captured.
+
+Registered together: without the mask function transformers passes no mask, even with padding.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from threading import get_ident
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+from pyglobenc.backends.shared.score_mods import ScoreMod, SoftCap, StoredBias
+from pyglobenc.common.deferred import may_look
+from pyglobenc.ops.attention import attention
+
+NAME = "pyglobenc"
+
+# read off without a look at any pair
+PLAIN = {bidirectional_mask_function: (-1, -1), causal_mask_function: (-1, 0)}
+
+
+class Mask(NamedTuple):
+    """What the mask function tells the attention function."""
+
+    padding: Tensor | None  # (B, n) bool, None: no padding
+    window: tuple[int, int]  # keys that query i sees, i - left to i + right; -1 is unlimited
+    bias: Tensor | None = None  # (1 or B, H, n, n), added to the scores
+
+    def __radd__(self, bias: Tensor) -> "Mask":
+        """BEiT adds its relative position bias to the mask."""
+        return self._replace(bias=bias)
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """The capture that an attention module takes part in."""
+
+    record: Callable[..., None]  # called with what the attention function saw and returned
+    offsets: Tensor | None = None  # (S + 1,) of the sequences packed into the module's input
+    thread: int = field(default_factory=get_ident)
+
+    def __call__(self, **tensors: Any) -> None:
+        """Record a call in the capture's own thread."""
+        if self.thread == get_ident():
+            self.record(**tensors)
+
+
+# by attention module
+RECORDERS: "WeakKeyDictionary[nn.Module, Recorder]" = WeakKeyDictionary()
+
+
+def attention_function(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None = None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attention with its log-sum-exp; query (B, H, n, dh), key and value (B, Hkv, n, dh), attention_mask from `mask_function`."""
+    name = type(module).__name__
+    for option in ("position_bias", "s_aux"):
+        if kwargs.get(option) is not None:
+            raise ValueError(f"capture: {name} uses {option}, which is not supported")
+    if kwargs.get("dropout"):
+        raise ValueError(f"capture: {name} applies dropout of {kwargs['dropout']}; call model.eval() first")
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"capture: {name} attends to {key.shape[2]} keys from {query.shape[2]} queries; cached or cross attention is not supported"
+        )
+    window = window_of(module, kwargs)
+    key_mask, bias = _read_mask(name, attention_mask, window, query.shape[2])
+    score_mod = bias if kwargs.get("softcap") is None else SoftCap(kwargs["softcap"])
+    recorder = RECORDERS.get(module)
+    offsets = None if recorder is None or recorder.thread != get_ident() else recorder.offsets
+    if offsets is not None and bias is not None:
+        raise ValueError(f"capture: {name} adds a bias for each pair of positions, which packed sequences don't have")
+    scaling = query.shape[3] ** -0.5 if scaling is None else scaling
+    settings = dict(key_mask=key_mask, scaling=scaling, window=window, score_mod=score_mod, offsets=offsets)
+    o, lse = attention(query, key, value, **settings)
+    if recorder is not None:
+        recorder(q=query, k=key, v=value, o=o, lse=lse, **settings)
+    return o.transpose(1, 2).contiguous(), None
+
+
+def window_of(module: nn.Module, options: dict[str, Any]) -> tuple[int, int]:
+    """Window that transformers asks of an attention function by its options."""
+    causal = options["is_causal"] if options.get("is_causal") is not None else getattr(module, "is_causal", False)
+    reach = -1 if options.get("sliding_window") is None else options["sliding_window"] - 1
+    return reach, 0 if causal else reach
+
+
+def _read_mask(name: str, mask: Any, window: tuple[int, int], n: int) -> tuple[Tensor | None, ScoreMod | None]:
+    """Padding (B, n) or None, and a bias of the scores or None."""
+    if mask is None:
+        return None, None
+    if not isinstance(mask, Mask):
+        came = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"capture: {name}: attention_mask must be (B, n) of 0 and 1, got {came}")
+    if mask.window != window and _within(mask.window, n) != _within(window, n):
+        raise ValueError(f"capture: {name}: the model's mask shows a query its keys in {mask.window}, its attention those in {window}")
+    return mask.padding, None if mask.bias is None else StoredBias(mask.bias)
+
+
+def _within(window: tuple[int, int], n: int) -> tuple[int, ...]:
+    """The window with sides that reach over all n tokens as -1."""
+    return tuple(-1 if side >= n - 1 else side for side in window)
+
+
+def mask_function(
+    *, mask_function: Callable, batch_size: int, q_length: int, attention_mask: Tensor | None = None, q_offset: int = 0, **kwargs: Any
+) -> Mask:
+    """The padding mask and the window of a mask that transformers describes by a function, so that no (n, n) mask is made."""
+    if q_offset or kwargs.get("kv_length", q_length) != q_length:
+        raise ValueError("capture: cached attention is not supported; pass use_cache=False")
+    window = _window(mask_function, batch_size, q_length)
+    padding = None if attention_mask is None or (may_look() and bool(attention_mask.all())) else attention_mask.bool()
+    return Mask(padding, window)
+
+
+def _window(visible: Callable, batch: int, n: int) -> tuple[int, int]:
+    """Window that a mask function describes, read off the first and the last query and checked for all along the window's edges."""
+    if visible in PLAIN:
+        return PLAIN[visible]
+    # on the CPU, whatever the model's device: the results are looked at
+    i, b = torch.arange(n, device="cpu")[None], torch.arange(batch, device="cpu")[:, None]
+
+    def seen(q: Tensor, kv: Tensor) -> Tensor:
+        return torch.as_tensor(visible(b, 0, q, kv), device="cpu").expand(batch, q.shape[1])
+
+    left = int(seen(torch.full_like(i, n - 1), i)[0].sum()) - 1
+    right = int(seen(torch.zeros_like(i), i)[0].sum()) - 1
+    edges = ((0, True), (-1, left > 0), (-left, True), (-left - 1, False), (1, right > 0), (right, True), (right + 1, False))
+    for distance, expected in edges:
+        q = i[:, max(0, -distance) : n - max(0, distance)]
+        if not bool((seen(q, q + distance) == expected).all()):
+            raise ValueError("capture: only bidirectional, causal and sliding window attention are supported, got another mask")
+    return (-1 if left == n - 1 else left, -1 if right == n - 1 else right)
+
+
+AttentionInterface.register(NAME, attention_function)
+AttentionMaskInterface.register(NAME, mask_function)

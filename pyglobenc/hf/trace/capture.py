@@ -1,0 +1,293 @@
+"""Run a stock transformers model once and keep what attribution needs of every layer."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from threading import Lock, get_ident
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from pyglobenc.common.arguments import known_arguments
+from pyglobenc.hf.registry import find_layers
+from pyglobenc.hf.trace.attention import NAME, RECORDERS, Recorder
+from pyglobenc.hf.trace.checks import attended_weight, check_layers, check_still, describe
+from pyglobenc.hf.trace.layers import LayerModules, LayerTrace, NormStats, outside
+from pyglobenc.hf.trace.norms import is_stock, layer_norm_stats, norm_parts, rms_stats
+from pyglobenc.hf.trace.own_attention import own_attention_hooks
+from pyglobenc.hf.trace.projections import Directions
+from pyglobenc.hf.trace.threads import attention_in_this_thread, in_this_thread, uncompiled
+from pyglobenc.hf.unwrap import called_module, stock_model
+from pyglobenc.hf.weights import runs_as_torchs
+
+NORMS = ("attention_norm", "output_norm", "added_norm")
+FULL = (torch.float32, torch.float64)
+_CLAIM = Lock()
+
+
+class Trace:
+    """Tensors of the last forward pass under `capture`."""
+
+    def __init__(self, called: nn.Module, modules: list[LayerModules]):
+        self.called, self.modules = called, modules
+        self._order: dict[tuple[str, nn.Module], list[int]] = defaultdict(list)
+        for index, layer in enumerate(modules):
+            for part, module in layer._asdict().items():
+                if isinstance(module, nn.Module):
+                    self._order[part, module].append(index)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the last forward pass."""
+        directions = Directions()
+        self._layers = [LayerTrace(layer, directions=directions) for layer in self.modules]
+        self._running: int | None = None  # index of the layer whose block was called last
+        self._blocks: Counter[nn.Module] = Counter()  # calls in this pass
+        self._io: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+        self._checked = False
+
+    def start_layer(self, block: nn.Module) -> LayerTrace:
+        """Layer that this call of a block belongs to: the k-th that has it, at its k-th call, since layers may share modules."""
+        indices = self._order["block", block]
+        self._running = indices[self._blocks[block] % len(indices)]
+        self._blocks[block] += 1
+        return self.layer_of("block", block)
+
+    def layer_of(self, part: str, module: nn.Module) -> LayerTrace:
+        """Layer that this call of a module belongs to: the one whose block is at work."""
+        indices = self._order[part, module]
+        layer = self._layers[self._running if self._running in indices else indices[0]]
+        layer.calls[part] += 1
+        return layer
+
+    def keep_output(self, output: Tensor) -> None:
+        """Keep what the last layer's block returned."""
+        if self._running == len(self._layers) - 1:
+            self._layers[-1].keep("block", output, length=True)
+
+    def keep_io(self, module: nn.Module, given: Tensor, returned: Tensor) -> None:
+        """Keep what an extra module was given and returned."""
+        pieces = self._io.setdefault(module, [])
+        if ("intermediate", module) not in self._order and ("mlp_output", module) not in self._order:
+            pieces.clear()
+        pieces.append((given, returned))
+
+    @property
+    def io(self) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+        """Input and output of the extra modules' last calls; of all calls where a layer's MLP takes the tokens in pieces."""
+        return {
+            module: pieces[0] if len(pieces) == 1 else tuple(torch.cat(t, 1) for t in zip(*pieces, strict=True))
+            for module, pieces in self._io.items()
+        }
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """Inputs of the layers that were called so far; nothing is checked yet."""
+        return [layer.x for layer in self._layers if layer.x is not None]
+
+    @property
+    def layers(self) -> list[LayerTrace]:
+        """Every layer's tensors, first to last.
+
+        Raises:
+            RuntimeError: no forward pass ran yet, or one that didn't go through the attention function of every layer.
+            ValueError: a layer computed something else than what is decomposed, see `check_layers`.
+        """
+        if not any(layer.calls for layer in self._layers):
+            raise RuntimeError("capture: nothing captured; run the model's forward pass inside the context")
+        missing = [index for index, layer in enumerate(self._layers) if layer.q is None]
+        if missing:
+            raise RuntimeError(
+                f"capture: layers {missing} never called the attention function; the model ignores transformers' attention interface"
+            )
+        if not self._checked:
+            check_layers(self.called, self._layers, self.io)
+            self._checked = True
+        return self._layers
+
+
+@known_arguments
+@contextmanager
+def capture(
+    model: PreTrainedModel, modules: Iterable[nn.Module] = (), offsets: Tensor | None = None, attention: str = NAME
+) -> Iterator[Trace]:
+    """Capture the forward passes of a stock transformers model.
+
+        with capture(model) as trace:
+            output = model(**batch)
+        trace.layers[0].q  # (B, H, n, dh)
+
+    The model runs torch's fused attention, whatever attention implementation it is set to. On exit, also after an exception, every
+    hook is removed. Meanwhile other threads get the plain model. Tensors stay in the autograd graph when the forward pass records one.
+
+    Args:
+        model: a known architecture, in evaluation mode; or a module around one, as `called_module` takes it.
+        modules: further modules whose input and output are kept, in `trace.io`.
+        offsets: of S sequences packed into one, (S + 1,) int32, on the CPU: tokens offsets[s] to offsets[s + 1] attend to one another
+            alone. The model must be given position_ids that start anew for each and an attention_mask of ones, without which some
+            architectures make masks of their own. What it does after its layers, such as pooling, sees one sequence.
+        attention: name under which transformers knows the attention function; it records each call by its module in RECORDERS.
+
+    Yields:
+        Trace, filled by each forward pass; the next pass replaces what the last one left.
+
+    Raises:
+        TypeError: model is not a transformers model.
+        ValueError: unknown architecture, dropout is at work, a norm after a residual sum isn't a layer norm, or the model computes
+            attention itself and can't keep packed sequences apart.
+        RuntimeError: the model, or one that shares layers with it, is being captured already, by another thread too.
+    """
+    called, model = called_module(model), stock_model(model)
+    found = find_layers(model)
+    check_still(called)
+    if offsets is not None and any(layer.own_scores is not None for layer in found):
+        raise ValueError(f"capture: {type(model).__name__} computes attention itself and can't keep packed sequences apart")
+    trace = Trace(called, found)
+    with ExitStack() as stack:
+        # before anything of the model is changed, and given back last: another thread may want the same one
+        with _CLAIM:
+            if any(layer.attention in RECORDERS for layer in found):
+                raise RuntimeError("capture: the model is being captured already")
+            for module in {layer.attention for layer in found}:
+                RECORDERS[module] = Recorder(_record(trace, module), offsets)
+                stack.callback(RECORDERS.pop, module)
+        stack.enter_context(_hooked(called, trace, found, modules))
+        if any(layer.own_scores is None for layer in found):
+            stack.enter_context(attention_in_this_thread(_configs(model, found), attention))
+        stack.enter_context(uncompiled())
+        yield trace
+
+
+@contextmanager
+def _hooked(called: nn.Module, trace: Trace, found: list[LayerModules], extra: Iterable[nn.Module]) -> Iterator[None]:
+    handles, replaced = [], []
+    try:
+        handles += _hooks(called, trace, found, extra)
+        for part, module in _norms(found):
+            if is_stock(module) and "forward" not in vars(module):
+                # past nn.Module's own __setattr__, which takes ten times as long
+                vars(module)["forward"] = _with_stats(trace, part, module)
+                replaced.append(module)
+            else:
+                handles.append(module.register_forward_hook(in_this_thread(_norm_hook(trace, part)), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in replaced:
+            del vars(module)["forward"]
+
+
+def _hooks(called: nn.Module, trace: Trace, found: list[LayerModules], extra: Iterable[nn.Module]) -> Iterator[Any]:
+    def keep_input(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        trace.start_layer(module).x = args[0] if args else kwargs["hidden_states"]
+
+    def keep_output(module: nn.Module, args: tuple, output: Any) -> None:
+        trace.keep_output(output if isinstance(output, Tensor) else output[0])
+
+    def keep_mlp(module: nn.Module, args: tuple, output: Tensor) -> None:
+        trace.layer_of("mlp_output", module).keep("mlp_output", output)
+
+    def keep_attended(module: nn.Module, args: tuple, output: Tensor) -> None:
+        layer = trace.layer_of("output", module)
+        layer.keep("output", output, weight=attended_weight(layer.modules))
+        layer.keep("output given", args[0], length=True)
+
+    def keep_io(module: nn.Module, args: tuple, output: Tensor) -> None:
+        trace.keep_io(module, args[0].to(output.device), output)
+
+    yield called.register_forward_pre_hook(in_this_thread(lambda module, args: trace.clear()))
+    for module in {layer.block for layer in found}:
+        yield module.register_forward_pre_hook(in_this_thread(keep_input), with_kwargs=True)
+    yield found[-1].block.register_forward_hook(in_this_thread(keep_output))
+    if not found[-1].pre_norm:
+        for module in {layer.mlp_output for layer in found}:
+            yield module.register_forward_hook(in_this_thread(keep_mlp))
+    # of any other module the matrix that stands for it is applied, see `checks`
+    for module in [module for module in {layer.output for layer in found if layer.own_scores is None} if runs_as_torchs(module)]:
+        yield module.register_forward_hook(in_this_thread(keep_attended))
+    yield from own_attention_hooks(found, RECORDERS)
+    for module in extra:
+        yield module.register_forward_hook(in_this_thread(keep_io))
+
+
+def _norms(found: list[LayerModules]) -> Iterator[tuple[str, nn.Module]]:
+    """Norms whose input is looked at, each once, and the part they play."""
+    for part in NORMS:
+        for module in {getattr(layer, part): layer for layer in found if getattr(layer, part) is not None}:
+            # the norm before a pre-norm layer's attention changes no attribution; the error estimate reads LayerNorm's statistics
+            if part != "attention_norm" or not found[0].pre_norm or isinstance(module, nn.LayerNorm):
+                yield part, module
+
+
+def _with_stats(trace: Trace, part: str, module: nn.LayerNorm):
+    """The module's forward pass, which also keeps the statistics that its kernel returns: a second kernel would read all of z again."""
+    thread = get_ident()
+
+    def forward(input: Tensor) -> Tensor:
+        if get_ident() != thread:
+            return nn.LayerNorm.forward(module, input)
+        weight, device = module.weight, input.device.type
+        # on a CPU statistics of half precision are of half precision too; what autocast or a mode widens is theirs to widen
+        full = input.dtype in FULL or device == "cuda"
+        if not full or (weight is not None and weight.dtype != input.dtype) or torch.is_autocast_enabled(device):
+            out, stats = nn.LayerNorm.forward(module, input), layer_norm_stats(input, module.eps)
+        else:
+            out, *stats = torch.native_layer_norm(input, module.normalized_shape, weight, module.bias, module.eps)
+        _keep_norm(trace.layer_of(part, module), part, input, out, NormStats(*stats))
+        return out
+
+    return forward
+
+
+def _norm_hook(trace: Trace, part: str):
+    """Hook of a norm that is not torch's own, or whose forward pass someone else has replaced."""
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        layer, z = trace.layer_of(part, module), args[0] if args else next(iter(kwargs.values()))
+        if part == "added_norm":
+            layer.add_stats(part, NormStats(None, rms_stats(z, module)))
+        elif not layer.modules.pre_norm:
+            # what it computes is read off and compared with what it returned
+            try:
+                parts = layer.parts[part] = norm_parts(module, z.shape[-1])
+            except ValueError as error:
+                name = describe(trace.called, module)
+                raise ValueError(f"capture: {name} doesn't compute a layer norm, which GlobEnc and LRP assume: {error}") from None
+            _keep_norm(layer, part, z, output, NormStats(*layer_norm_stats(z, parts.eps)))
+            layer.keep(f"{part} weighted", z, weight=parts.weight)
+        elif isinstance(module, nn.LayerNorm):
+            _keep_norm(layer, part, z, output, NormStats(*layer_norm_stats(z, module.eps)))
+        else:
+            layer.keep(part, z, length=True)
+
+    return hook
+
+
+def _keep_norm(layer: LayerTrace, part: str, z: Tensor, y: Tensor, stats: NormStats) -> None:
+    """Keep a layer norm's statistics, and of what it was given and returned what is checked."""
+    layer.add_stats(part, stats)
+    if not layer.modules.pre_norm:
+        layer.keep(part, z)
+        layer.keep(f"{part} returned", y, length=part == "attention_norm")
+    elif part == "output_norm":
+        layer.keep(part, z, length=True)
+
+
+def _record(trace: Trace, module: nn.Module):
+    def record(**tensors: Any) -> None:
+        layer = trace.layer_of("attention", module)
+        for name, value in tensors.items():
+            setattr(layer, name, value)
+        # a block on another device than the one before it fetches its input inside its forward pass
+        layer.x = layer.x.to(layer.q.device)
+
+    return record
+
+
+def _configs(model: PreTrainedModel, found: list[LayerModules]) -> list[PreTrainedConfig]:
+    """Configs by which the model's parts choose their masks and attention: layers may come from another model, with their own."""
+    models = [module for module in outside(model, {layer.block for layer in found}) if isinstance(module, PreTrainedModel)]
+    return [module.config for module in (*models, *(layer.attention for layer in found)) if hasattr(module, "config")]

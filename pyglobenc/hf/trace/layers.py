@@ -1,0 +1,133 @@
+"""Handles to one layer's modules and the tensors of one forward pass through them."""
+
+from collections import Counter
+from collections.abc import Callable, Container
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pyglobenc.backends.shared.score_mods import ScoreMod
+from pyglobenc.hf.trace.norms import NormParts, is_stock, norm_parts
+from pyglobenc.hf.trace.projections import Directions, Projection, project
+from pyglobenc.hf.weights import dense_weight
+
+
+@dataclass(frozen=True)
+class OwnScores:
+    """What an attention module that computes its scores itself does to q . k."""
+
+    scaling: float
+    score_mod: ScoreMod | None
+    key_mask: Tensor | None  # (B, n) bool
+
+
+class LayerModules(NamedTuple):
+    """Modules of one transformer layer, by the part they play; None for a part that the architecture has in another shape."""
+
+    block: nn.Module  # called with the layer's input x
+    attention: nn.Module  # the module that transformers hands to the attention function
+    query: nn.Module | None  # None: one module for query, key and value
+    key: nn.Module | None
+    value: nn.Module | None
+    output: nn.Module  # W_O
+    attention_norm: nn.Module  # post-norm: after the attention's residual sum; pre-norm: before the attention
+    intermediate: nn.Module | None  # first Linear of the MLP; None: a gated MLP
+    mlp_output: nn.Module
+    output_norm: nn.Module  # post-norm: after the MLP's residual sum; pre-norm: before the MLP
+    pre_norm: bool = False
+    scale: tuple[nn.Module, str] | None = None  # module and name of a factor (d,) of the attention's output before the residual sum
+    added_norm: nn.Module | None = None  # RMSNorm of the attention's output before the residual sum
+    unit_offset: bool = False  # added_norm multiplies by 1 + its weight
+    # for attention that ignores transformers' interface: reads its arguments by name
+    own_scores: Callable[[nn.Module, dict[str, Any]], OwnScores] | None = None
+
+
+class NormStats:
+    """Statistics of one norm in the forward pass, each (B, n); rstd includes eps; mean is None for an RMSNorm."""
+
+    def __init__(self, mean: Tensor | None, rstd: Tensor):
+        """As norms return them, (B, n, 1)."""
+        self._mean, self._rstd = mean, rstd
+
+    # most are never read: four views of a layer's norms would take as long as one of its kernels
+    @property
+    def mean(self) -> Tensor | None:
+        return None if self._mean is None else _by_token(self._mean)
+
+    @property
+    def rstd(self) -> Tensor:
+        return _by_token(self._rstd)
+
+    def followed_by(self, more: "NormStats") -> "NormStats":
+        """Statistics of these tokens and of more that come after them."""
+        pairs = ((self._mean, more._mean), (self._rstd, more._rstd))
+        return NormStats(*(None if t is None else torch.cat([t, other], 1) for t, other in pairs))
+
+
+def _by_token(t: Tensor) -> Tensor:
+    t = t.squeeze(-1)
+    return t.detach() if t.requires_grad else t
+
+
+@dataclass
+class LayerTrace:
+    """What one layer saw and computed in the last forward pass; n includes padding."""
+
+    modules: LayerModules
+    x: Tensor | None = None  # (B, n, d), the layer's input
+    q: Tensor | None = None  # (B, H, n, dh), after rotary embedding
+    k: Tensor | None = None  # (B, Hkv, n, dh)
+    v: Tensor | None = None  # (B, Hkv, n, dh)
+    o: Tensor | None = None  # (B, H, n, dh), attention output by head
+    lse: Tensor | None = None  # (B, H, n), of the scaled scores; inf where a padded query sees no key
+    scaling: float = 1.0
+    key_mask: Tensor | None = None  # (B, n) bool, None: no padding
+    window: tuple[int, int] = (-1, -1)
+    score_mod: ScoreMod | None = None  # what changes the scaled scores before the softmax
+    offsets: Tensor | None = None  # (S + 1,) int32, of the sequences packed into one, on the CPU
+    norms: dict[str, NormStats] = field(default_factory=dict)  # by the field's name in LayerModules
+    parts: dict[str, NormParts] = field(default_factory=dict)  # the same, of norms that aren't torch's own
+    # what `pyglobenc.hf.trace.checks` compares, and the directions that all layers share
+    projections: dict[str, Projection] = field(default_factory=dict)
+    directions: Directions = field(default_factory=Directions)
+    calls: Counter[str] = field(default_factory=Counter)  # of the modules, by the field's name in LayerModules
+
+    def add_stats(self, part: str, stats: NormStats) -> None:
+        """Keep a norm's statistics, after those of the tokens before."""
+        before = self.norms.get(part)
+        self.norms[part] = stats if before is None else before.followed_by(stats)
+
+    def project(self, t: Tensor, **options: Any) -> Projection:
+        """A tensor (B, n, d) along the direction that all are compared in; options of `projections.project`."""
+        return project(t, self.directions, **options)
+
+    def keep(self, name: str, t: Tensor, **options: Any) -> None:
+        """Keep a tensor's projection, after that of the tokens before."""
+        before, new = self.projections.get(name), self.project(t, **options)
+        self.projections[name] = new if before is None else before.followed_by(new)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """W_O by head, (H, dh, d)."""
+        heads = (self.q.shape[1], self.q.shape[3])
+        return dense_weight(self.modules.output, heads[0] * heads[1]).unflatten(0, heads)
+
+    def norm_parts(self, name: str) -> NormParts:
+        """Weight, bias and eps of a layer norm, by its field's name in LayerModules."""
+        norm = getattr(self.modules, name)
+        return norm_parts(norm, self.x.shape[2]) if is_stock(norm) else self.parts[name]
+
+    def norm_weight(self, name: str) -> Tensor:
+        """Weight of a layer norm, (d,)."""
+        weight = self.norm_parts(name).weight
+        return self.x.new_ones(self.x.shape[2]).detach() if weight is None else weight
+
+
+def outside(model: nn.Module, blocks: Container[nn.Module]) -> list[nn.Module]:
+    """The model and every module in it but the blocks and what is in them; modules() would walk those for most of its time."""
+    found = [model]
+    for module in found:
+        found.extend(inner for inner in module._modules.values() if inner is not None and inner not in blocks)
+    return found

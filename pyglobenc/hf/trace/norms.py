@@ -1,0 +1,83 @@
+"""What a norm computes: its weight, bias and eps, read off the stock modules, and of any other from what it returns."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pyglobenc.backends.shared.dtypes import HALF
+from pyglobenc.hf.weights import parameter
+
+# probes are this large, where eps is lost beside the variance, and this small, where it isn't
+LARGE, SMALL = 16.0, 2.0**-10
+
+
+class NormParts(NamedTuple):
+    """A layer norm of single tokens: weight * (z - mean) * rstd + bias."""
+
+    weight: Tensor | None  # (d,); None: ones
+    bias: Tensor | None  # (d,); None: zeros
+    eps: float | Tensor  # Tensor: ()
+
+
+def is_stock(norm: nn.Module) -> bool:
+    """Whether a norm is torch's own layer norm, whose parameters can be read."""
+    return type(norm) is nn.LayerNorm
+
+
+def norm_parts(norm: nn.Module, d: int) -> NormParts:
+    """Read the parts of a layer norm over d features.
+
+    A norm of another class (adapters around a norm, a fused norm, a user's own) is applied to four tokens. If it computes a layer norm,
+    these tell its weight, bias and eps. Whether it does is checked on the tokens of every call, in `pyglobenc.hf.trace.checks`.
+
+    Raises:
+        ValueError: the norm does not take single tokens of d features, or torch's own norm averages over more than the features.
+    """
+    if is_stock(norm):
+        if tuple(norm.normalized_shape) != (d,):
+            raise ValueError(f"it normalises over {tuple(norm.normalized_shape)}, and not over the {d} features of single tokens")
+        read = {name: None if getattr(norm, name) is None else parameter(norm, name) for name in ("weight", "bias")}
+        return NormParts(eps=norm.eps, **read)
+    try:
+        return _probed(norm, d)
+    except (RuntimeError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"it can't be applied to single tokens of {d} features ({error})") from error
+
+
+@torch.no_grad()
+def _probed(norm: nn.Module, d: int) -> NormParts:
+    """Parts of a layer norm from what it returns for a pattern of mean 0, large and small, and for its negative."""
+    like = next((p for p in norm.parameters() if p.is_floating_point()), torch.empty(()))
+    pattern = torch.ones(d, device=like.device)
+    pattern[1::2] = -1
+    if d % 2:
+        pattern[:3] = torch.tensor([1.0, 1.0, -2.0], device=like.device)
+    rows = torch.stack([scale * sign * pattern for scale in (LARGE, SMALL) for sign in (1, -1)])
+    # forward alone: hooks are for the tokens of a text
+    out = norm.forward(rows[None].to(like.dtype))[0]
+    out = out.float() if out.dtype in HALF else out
+    pattern, variance = pattern.to(out.dtype), pattern.to(out.dtype).square().mean()
+    large, small = (out[0] - out[1]) / 2, (out[2] - out[3]) / 2
+    # small / large is SMALL / LARGE times the root of (LARGE^2 variance + eps) / (SMALL^2 variance + eps)
+    q = ((small * large).sum() / large.square().sum() * (LARGE / SMALL)).square()
+    eps = (variance * (LARGE**2 - q * SMALL**2) / (q - 1)).nan_to_num(0.0, 0.0, 0.0).clamp(min=0)
+    weight = large / (LARGE * pattern) * (LARGE**2 * variance + eps).sqrt()
+    return NormParts(weight, (out[0] + out[1]) / 2, eps)
+
+
+def layer_norm_stats(z: Tensor, eps: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and rstd of a layer norm of z (B, n, d), (B, n, 1) each, float32 at least."""
+    z = z.detach().float() if z.dtype in HALF else z.detach()
+    if isinstance(eps, Tensor):
+        variance, mean = torch.var_mean(z, -1, correction=0, keepdim=True)
+        return mean, (variance + eps.to(z.dtype)).rsqrt()
+    # twenty times as fast as var_mean on a CPU
+    return torch.native_layer_norm(z, z.shape[-1:], None, None, eps)[1:]
+
+
+def rms_stats(z: Tensor, norm: nn.Module) -> Tensor:
+    """rstd (B, n, 1) of an RMSNorm of z (B, n, d), float32 at least."""
+    z = z.detach().float() if z.dtype in HALF else z.detach()
+    eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+    return (z.square().mean(-1, keepdim=True) + eps).rsqrt()

@@ -1,0 +1,1 @@
+"""Texts and images as a model takes them, and their batches."""

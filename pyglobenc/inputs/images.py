@@ -1,0 +1,329 @@
+"""Images in, attributions of their patches out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pyglobenc.common.arguments import known_arguments
+from pyglobenc.common.files import write_file
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from transformers import PreTrainedModel
+
+# the method whose targets are classes, and the one of models that have none, or whose head it has no rules for
+CLASSES, TOKENS = "transformer-attribution", "globenc"
+# of an image file, decoders that are in wide use; Pillow's others read formats that hold programs or are rarely tested
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+# an image is held several times over, at up to 12 bytes a pixel
+MAX_PIXELS = 1 << 26
+# images of one size that the model sees at once
+BATCH = 8
+
+
+@dataclass
+class ImageAttribution:
+    """Attribution of one image's classes, or tokens, to its patches; in a notebook it shows itself.
+
+    Attributes:
+        image: what the model saw, (height, width, 3) in [0, 1].
+        scores: by target, (rows, columns) of patches, or (height, width) of pixels.
+        labels: the targets' names: a class and its probability, or its plain number of a regression; or a token.
+        probabilities: of every class of the model, (classes,), by its config's problem_type: softmax, or sigmoid. None of a
+            regression and of a model without a classifier.
+        predicted: class with the largest logit; None of a model without a classifier.
+        predictions: names and probabilities of the classes or labels predicted, most probable first; of a regression names and plain
+            numbers of its outputs; None of a model without a classifier.
+        error: by target, how far rounding moves the scores; see `TransformerAttribution`.
+    """
+
+    image: np.ndarray
+    scores: dict[int, np.ndarray]
+    labels: dict[int, str]
+    probabilities: np.ndarray | None
+    predicted: int | None
+    predictions: list[tuple[str, float]] | None = None
+    error: dict[int, float] = field(default_factory=dict)
+
+    def heat(self, target: int) -> np.ndarray:
+        """Scores of a class at every pixel, bilinear, in [0, 1]: (height, width)."""
+        from pyglobenc.viz.image import to_unit, upscale
+
+        return to_unit(upscale(self.scores[target], *self.image.shape[:2]))
+
+    def to_png(self, path: str | Path | None = None) -> bytes:
+        """The image and an overlay for every class, as a PNG file, written to path if given."""
+        return ImageAttributions([self]).to_png(path)
+
+    def _repr_png_(self) -> bytes:
+        return self.to_png()
+
+
+class ImageAttributions(list):
+    """Attributions of several images, a list that is pictured together."""
+
+    def to_png(self, path: str | Path | None = None) -> bytes:
+        """One PNG file with a row for every image, as `ImageAttribution.to_png` has it; written to path if given."""
+        from pyglobenc.viz.image import to_png
+
+        png = to_png([(one.image, [(one.labels[target], one.heat(target)) for target in one.scores]) for one in self])
+        if path is not None:
+            write_file(str(path), png)
+        return png
+
+    def _repr_png_(self) -> bytes:
+        return self.to_png()
+
+
+@known_arguments
+def explain_image(
+    model: PreTrainedModel,
+    processor: Any,
+    image: Any,
+    *,
+    method: str | None = None,
+    targets: Sequence[int] | None = None,
+    variant: str = "transformer_attribution",
+    start_layer: int = 0,
+    backend: str = "auto",
+    dtype: torch.dtype | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> ImageAttribution | ImageAttributions:
+    """Which patches of an image a model's result rests on.
+
+    Args:
+        model: an image model of a known architecture, in evaluation mode; wrapped or not, as `GlobEnc` takes it.
+        processor: the model's image processor, or None for an image that is its input already: a tensor (channels, height, width).
+        image: a PIL image of 8 bits a channel, turned as its EXIF data say, or what the processor takes. A list of images, or an array
+            with an axis for them in front, is a batch. Of an animation the current frame is explained.
+        method: "transformer-attribution" (classifiers of the ViT and DeiT kind), or a name in `pyglobenc.methods.rollout.baselines.METHODS` (any
+            image encoder). None: the first where it is defined, else "globenc".
+        targets: classes explained, None: the predicted one; of the rollout family token positions, None: 0, [CLS], whatever tokens
+            the model's head reads.
+        variant, start_layer: as for `TransformerAttribution`.
+        backend, dtype: as for `GlobEnc`.
+        max_pixels: of an image; a larger one is refused before it is decoded.
+
+    Returns:
+        ImageAttribution, with a map for every target. Of a batch ImageAttributions, a list of them; each is what its image gives alone.
+
+    Raises:
+        TypeError, ValueError: unknown method, architecture, backend or target; an image of more than 8 bits a channel or of too many
+            pixels; a model without a classifier, asked for classes; anything else that the method refuses.
+    """
+    # these take seconds
+    import torch
+
+    from pyglobenc.hf.unwrap import called_module, stock_model
+    from pyglobenc.methods.relevance.transformer_attribution import TransformerAttribution
+    from pyglobenc.methods.rollout.baselines import Rollout
+
+    inner = stock_model(model)
+    own_head = called_module(model) is not inner
+    if inner.main_input_name != "pixel_values":
+        raise ValueError(f"explain_image: {type(inner).__name__} takes {inner.main_input_name}, not images")
+    if method is None:
+        method = CLASSES if _has_rules(inner, own_head) else TOKENS
+    if method == CLASSES and inner.base_model is inner and not own_head:
+        raise ValueError(f"explain_image: {type(inner).__name__} has no classes to explain; method={TOKENS!r} explains its [CLS] token")
+    if targets is not None and not len(targets):
+        raise ValueError("explain_image: there is no target, got an empty list")
+    if method == CLASSES:
+        attribute = TransformerAttribution(model, backend, dtype)
+        explain = partial(_explain_classes, attribute, targets=targets, variant=variant, start_layer=start_layer)
+    else:
+        explain = partial(_explain_tokens, Rollout(model, method, backend, dtype), targets=[0] if targets is None else targets)
+    images, single = _images(image)
+    pixels = [_pixels(inner, processor, one, max_pixels) for one in images]
+    done: dict[int, ImageAttribution] = {}
+    for rows in _batches(pixels, max(1, BATCH // len(targets or [0]))):
+        done.update(zip(rows, explain(torch.stack([pixels[row] for row in rows])), strict=True))
+    return done[0] if single else ImageAttributions(done[row] for row in range(len(pixels)))
+
+
+def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image:
+    """Read an image file of one of FORMATS.
+
+    Raises:
+        ValueError: another format, more than max_pixels, or a file that is damaged.
+        OSError: the file can't be read.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        # of a damaged file the error says enough
+        with warnings.catch_warnings(record=True) as found, Image.open(path, formats=FORMATS) as image:
+            _check_size(image.size, max_pixels)
+            image.load()
+        for warning in found:
+            warnings.warn(f"image {str(path)!r}: {warning.message}", stacklevel=2)
+        return image
+    except UnidentifiedImageError:
+        raise ValueError(f"can't read image {str(path)!r}: it is none of {', '.join(FORMATS)}, or damaged") from None
+    # files that came from anywhere may raise anything
+    except Exception as error:
+        if getattr(error, "strerror", None):
+            raise
+        raise ValueError(f"can't read image {str(path)!r}: {error}") from error
+
+
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    if width * height > max_pixels:
+        raise ValueError(f"it has {width} x {height} pixels, and at most {max_pixels} (max_pixels) are taken; make it smaller first")
+
+
+def _images(image: Any) -> tuple[list[Any], bool]:
+    """The images of what `explain_image` was given, and whether it was one image."""
+    if isinstance(image, (list, tuple)) or getattr(image, "ndim", None) == 4:
+        images, single = list(image), False
+    else:
+        images, single = [image], True
+    if not images:
+        raise ValueError("explain_image: there is no image, got an empty list")
+    for one in images:
+        if getattr(one, "ndim", 3) not in (2, 3):
+            raise ValueError(f"explain_image: an image has 2 or 3 axes, a batch one more; got an array {tuple(one.shape)}")
+    return images, single
+
+
+def _pixels(model: PreTrainedModel, processor: Any, image: Any, max_pixels: int) -> torch.Tensor:
+    """The model's input for one image, (channels, height, width)."""
+    import torch
+
+    channels = getattr(model.config, "num_channels", 3)
+    if processor is None:
+        if not isinstance(image, torch.Tensor) or image.ndim != 3 or 0 in image.shape:
+            came = tuple(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
+            raise ValueError(f"explain_image: without a processor an image must be a tensor ({channels}, height, width), got {came}")
+        pixels = image
+    else:
+        if hasattr(image, "convert"):
+            _check_size(image.size, max_pixels)
+            image = _upright(image).convert("RGB" if channels == 3 else "L")
+        pixels = processor(images=image, return_tensors="pt")["pixel_values"][0]
+    parameter = next(model.parameters())
+    return pixels.to(parameter.device, parameter.dtype)
+
+
+def _upright(image: Image) -> Image:
+    from PIL import ImageOps
+
+    # Pillow would cut these off at 255
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"explain_image: image must have 8 bits a channel, got Pillow's mode {image.mode}; scale it first")
+    return ImageOps.exif_transpose(image)
+
+
+def _batches(pixels: Sequence[torch.Tensor], size: int) -> list[list[int]]:
+    """Numbers of images of one shape, `size` at most together."""
+    shapes: dict[tuple[int, ...], list[int]] = {}
+    for index, one in enumerate(pixels):
+        shapes.setdefault(tuple(one.shape), []).append(index)
+    return [rows[start : start + size] for rows in shapes.values() for start in range(0, len(rows), size)]
+
+
+def _has_rules(model: PreTrainedModel, own_head: bool) -> bool:
+    """Whether transformer attribution explains a model's classes; own_head: of a user's module around it."""
+    from pyglobenc.hf.architectures import vit
+
+    named = any(cls.__name__.endswith("ForImageClassification") for cls in type(model).__mro__)
+    return (named or own_head) and model.config.model_type in vit.MODEL_TYPES
+
+
+def _explain_classes(attribute: Callable, pixels: torch.Tensor, targets: Sequence[int] | None, **options: Any) -> list[ImageAttribution]:
+    """Attributions of images (B, channels, height, width) by a `TransformerAttribution`."""
+    import torch
+
+    from pyglobenc.methods.head import find_logits
+
+    count = 1 if targets is None else len(targets)
+    chosen = None if targets is None else torch.tensor(list(targets) * len(pixels), device=pixels.device)
+    result = attribute(pixel_values=pixels.repeat_interleave(count, 0), target=chosen, **options)
+    classes, error = result.target.tolist(), None if result.error is None else result.error.tolist()
+    out, logits = [], find_logits(result.output)
+    for index in range(len(pixels)):
+        rows = range(index * count, (index + 1) * count)
+        scores = {classes[row]: result.scores[row] for row in rows}
+        found = {} if error is None else {classes[row]: error[row] for row in rows}
+        out.append(_attribution(attribute.stock, pixels[index], logits[index * count], scores, True, found))
+    return out
+
+
+def _explain_tokens(attribute: Callable, pixels: torch.Tensor, targets: Sequence[int]) -> list[ImageAttribution]:
+    """Attributions of images (B, channels, height, width) by a `Rollout`."""
+    from pyglobenc.hf.unwrap import stock_model
+    from pyglobenc.methods.head import find_logits
+
+    model = stock_model(attribute.model)
+    result = attribute(pixel_values=pixels, targets=list(targets))
+    patch_height, patch_width = _patch(model)
+    count = (pixels.shape[2] // patch_height) * (pixels.shape[3] // patch_width)
+    found = find_logits(result.output)
+    logits = found if found is not None and found.dim() == 2 else [None] * len(pixels)
+    # special tokens come first
+    scores = [{target: row[-count:] for target, row in zip(targets, rows, strict=True)} for rows in result.scores]
+    return [_attribution(model, *one, False, {}) for one in zip(pixels, logits, scores, strict=True)]
+
+
+def _attribution(
+    model: PreTrainedModel,
+    pixels: torch.Tensor,
+    logits: torch.Tensor | None,
+    scores: dict[int, torch.Tensor],
+    classes: bool,
+    error: dict[int, float],
+) -> ImageAttribution:
+    from pyglobenc.hf.labels import class_name, predict, probabilities
+
+    chances = None
+    if logits is not None:
+        logits = logits.detach().double().cpu()
+        chances = probabilities(model.config, logits)
+
+    def label(target: int) -> str:
+        if not classes:
+            return "[CLS]" if target == 0 else f"token {target}"
+        number = f"{logits[target]:.4g}" if chances is None else f"{chances[target]:.1%}"
+        return f"{class_name(model.config, target)} ({number})"
+
+    return ImageAttribution(
+        image=_shown(pixels),
+        scores={target: _grid(row, pixels.shape[1:], model).double().cpu().numpy() for target, row in scores.items()},
+        labels={target: label(target) for target in scores},
+        probabilities=None if chances is None else chances.numpy(),
+        predicted=None if logits is None else int(logits.argmax()),
+        predictions=None if logits is None else predict(model.config, logits).predictions,
+        error=error,
+    )
+
+
+def _patch(model: PreTrainedModel) -> tuple[int, int]:
+    """Height and width of a patch."""
+    patch = model.config.patch_size
+    return (patch, patch) if isinstance(patch, int) else tuple(patch)
+
+
+def _grid(scores: torch.Tensor, size: Sequence[int], model: PreTrainedModel) -> torch.Tensor:
+    """Patches in rows and columns; pixels as they are."""
+    if scores.dim() == 2:
+        return scores
+    height, width = _patch(model)
+    return scores.view(size[0] // height, size[1] // width)
+
+
+def _shown(pixels: torch.Tensor) -> np.ndarray:
+    """The model's input (channels, height, width) moved to [0, 1], grey as colour: (height, width, 3)."""
+    shown = pixels.float().cpu()
+    low, high = shown.min(), shown.max()
+    shown = (shown - low) / (high - low).clamp_min(1e-12)
+    shown = shown if shown.shape[0] == 3 else shown[:1].expand(3, -1, -1)
+    return shown.permute(1, 2, 0).numpy()

@@ -1,0 +1,1 @@
+"""Precision of the arithmetic, and how far rounding moves a result."""

@@ -1,0 +1,265 @@
+"""Expected rounding error of relevance, from one pass: an observer of the relevance rules.
+
+Squared errors, in units of the squared rounding unit of the forward pass, as if errors were independent. Up through the forward pass
+(`forward_errors`) every operation adds the square of what it returns and passes on the error of what it reads: a Linear by the mean norm
+of its rows, a LayerNorm by gamma / std, an activation where it is positive, attention by
+
+    o = sum_j alpha_j v_j:    sum_j alpha_j^2 (var v_j + scaling^2 var(q . k_j) (v_j - o)^2)
+
+Down again, `ObservedRules` carries the squared relative error e of every token's relevance R:
+
+    division by b                     adds  var b / b^2, at most 1 in absolute units: a divisor that may be 0 loses its quotient, no more
+    shares w of a residual sum        e  ->  (1 - 2 w) e + sum w^2 e        a term that dominates the total is divided by itself
+    sum of relevances R = sum R_k     sum R_k^2 e_k / R^2
+    Linear rule                       the token's mean, weighted with R^2
+
+A step of the rollout moves the scores by that part of what it adds to them. The error of s = R_o / o stands for the map's rows.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from pyglobenc.backends.reference.token_norms import take_queries
+from pyglobenc.backends.shared.safe_division import GUARD
+from pyglobenc.hf import LayerTrace
+from pyglobenc.methods.relevance.rules import Rules
+from pyglobenc.methods.relevance.states import States
+
+TINY = 1e-30
+# queries of an example that stand for all of them
+SAMPLED = 16
+# every so many rows of a weight give the mean norm of its rows to a few percent, for a share of the time that all would take
+ROWS = 8
+# of a query's |R_alpha| one pair of which q . k is small takes about this share: fitted to random models
+SHARE = 1 / 8
+
+
+@dataclass
+class LayerError:
+    """Squared errors of a layer's divisors.
+
+    Attributes:
+        returned, attended: (B, n, d), of the residual sums of the MLP and of the attention, relative.
+        o: (B, H, 1, dh), of the attention's output beside its own rounding, mean over the tokens.
+        qk: (B, n, H), of a query's products with the keys, relative to |q| |k|.
+    """
+
+    returned: Tensor
+    attended: Tensor
+    o: Tensor
+    qk: Tensor
+
+
+def forward_errors(states: States) -> list[LayerError]:
+    """Errors of every layer of a forward pass, first to last."""
+    errors, x = [], states.layers[0].x.square()
+    for layer, above in zip(states.layers, [*states.layers[1:], None], strict=True):
+        m, x = layer.modules, x.to(layer.x.device)
+        hidden, mlp = states.take(m.mlp_output)
+        y, _ = states.take(m.intermediate)
+        merged, attended = states.take(m.output)
+        read = _after_norm(x, layer, "attention_norm", states.take(m.query)[0]) if m.pre_norm else x
+        o, qk = _attention_error(layer, read.mean(-1, keepdim=True))
+        at_sum, attended_error = _after_sum(attended, layer.x, x, o.mean((1, 3))[..., None] + _mean_square(merged), m.output)
+        at_y = _after_norm(at_sum, layer, "output_norm" if m.pre_norm else "attention_norm", y)
+        active = (hidden > 0).mean(-1, keepdim=True, dtype=y.dtype)
+        within = active * at_y.mean(-1, keepdim=True) * _row_norm(m.intermediate, y) + 2 * _mean_square(hidden)
+        residual, error = (layer.x + attended, at_sum) if m.pre_norm else (y, at_y)
+        x, returned_error = _after_sum(mlp, residual, error, within, m.mlp_output)
+        errors.append(LayerError(returned_error, attended_error, o, qk))
+        if above is not None and not m.pre_norm:
+            x = _after_norm(x, layer, "output_norm", above.x.to(x.device))
+    return errors
+
+
+def _attention_error(layer: LayerTrace, read: Tensor) -> tuple[Tensor, Tensor]:
+    """o and qk of `LayerError`; read (B, n, 1): squared error of what queries, keys and values are projected from."""
+    m, read = layer.modules, read[:, None]
+    at_q, at_k, at_v = (read * _row_norm(module, read) for module in (m.query, m.key, m.value))
+    rows, hidden, share = _sample(layer)
+    index = rows[:, None, :, None]
+    q, o = (take_queries(t, rows) for t in (layer.q, layer.o))
+    scores = (q @ layer.k.transpose(2, 3)).mul_(layer.scaling)
+    alpha_sq = (scores if hidden is None else scores.masked_fill_(hidden, float("-inf"))).softmax(-1).square_()
+    # a part common to all scores changes nothing
+    k_sq = (layer.k - share @ layer.k).square_()
+    moved = (q.square() @ k_sq.transpose(2, 3)).mul_(3)
+    moved.addcmul_(at_q.gather(2, index), k_sq.sum(-1)[:, :, None])
+    moved.addcmul_(q.square().sum(-1, keepdim=True), at_k.transpose(2, 3)).mul_(alpha_sq).mul_(layer.scaling**2)
+    v_sq = layer.v.square()
+    # moved (v - o)^2
+    spread = moved @ v_sq + moved.sum(-1, keepdim=True) * o.square() - 2 * o * (moved @ layer.v)
+    at_o = spread.clamp_(min=0).mean(2, keepdim=True) + alpha_sq.mean(2, keepdim=True) @ (v_sq + at_v)
+    size_q, size_k = layer.q.square().sum(-1), (share @ layer.k.square()).sum(-1)
+    # of the keys the mean, whose error is that of all tokens
+    qk = at_q[..., 0] / (size_q + TINY) + (share @ at_k)[..., 0] / (size_k + TINY) + 3 / layer.q.shape[3]
+    return at_o, qk.transpose(1, 2)
+
+
+def _sample(layer: LayerTrace) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Rows (B, SAMPLED) spread evenly over the real tokens, which keys are padding, (B, 1, 1, n) or None, and 1 / the number of real
+    tokens at each of them, (B, 1, 1, n)."""
+    x, mask = layer.x, layer.key_mask
+    steps = torch.arange(SAMPLED, device=x.device)
+    if mask is None:
+        batch, n, _ = x.shape
+        return (steps * n // SAMPLED).expand(batch, -1), None, x.new_full((batch, 1, 1, n), 1 / n)
+    count = mask.sum(1, keepdim=True)
+    real = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    return real.gather(1, steps * count // SAMPLED), ~mask[:, None, None], (mask / count).to(x.dtype)[:, None, None]
+
+
+def _after_sum(a: Tensor, b: Tensor, at_b: Tensor, read: Tensor, module: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Error of a + b, (B, n, d), and relative of a division by it; a: returned by a module that read the error `read` (B, n, 1)."""
+    square = (a + b).square_().add_(GUARD**2)
+    error = (square + at_b).addcmul_(a, a).add_(read * _row_norm(module, a))
+    return error, error / square
+
+
+def _after_norm(error: Tensor, layer: LayerTrace, norm: str, returned: Tensor) -> Tensor:
+    scale = layer.norm_weight(norm).to(error.dtype).square() * layer.norms[norm].rstd.to(error.dtype).square()[..., None]
+    return returned.square().addcmul_(error, scale)
+
+
+def _row_norm(module: nn.Linear, like: Tensor) -> Tensor:
+    """Mean of the squared norms of a weight's rows, (), in the dtype and on the device of `like`."""
+    rows = module.weight.detach()[::ROWS]
+    return torch.linalg.vector_norm(rows, dtype=like.dtype).square().div(len(rows)).to(like.device)
+
+
+def _mean_square(t: Tensor) -> Tensor:
+    """Of the features of every token, (B, n, 1)."""
+    return t.square().mean(-1, keepdim=True)
+
+
+def _size(t: Tensor) -> Tensor:
+    """Squared norm of every token, (B, n, 1), not 0."""
+    return t.square().sum(-1, keepdim=True).clamp_(min=TINY)
+
+
+class ObservedRules:
+    """Relevance rules, with the expected error of all that they return.
+
+    Args:
+        rules: that do the work.
+        states: of the forward pass, not of packed sequences.
+    """
+
+    def __init__(self, rules: Rules, states: States):
+        self.rules = rules
+        self.backend = rules.backend
+        self._states = states
+        self._unit = torch.finfo(states.forward_dtype).eps / 2
+        errors = forward_errors(states)
+        self._of_layer = {id(layer): error for layer, error in zip(states.layers, errors, strict=True)}
+        # the sums' errors in the order in which relevance comes to them
+        self._sums: Iterator[Tensor] = (e for error in reversed(errors) for e in (error.returned, error.attended))
+        # squared relative error (B, n, 1) of tensors of relevance; that of a head is a rounding
+        self._errors = WeakIdKeyDictionary()
+        self._row: tuple[Tensor, Tensor] | None = None  # of the rollout, (B, n), and its squared error
+        self._last: Tensor | None = None  # of them all
+
+    def __getattr__(self, name: str) -> Any:
+        """The rules that a head needs, whose few divisions add little."""
+        return getattr(self.rules, name)
+
+    def linear(self, r: Tensor, module: nn.Linear, given: Tensor, returned: Tensor) -> Tensor:
+        return self._keep(self.rules.linear(r, module, given, returned), self._error(r))
+
+    def add(self, r: Tensor, a: Tensor, b: Tensor, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        branches = self.rules.add(r, a, b, offsets)
+        divided = next(self._sums, None)
+        # below the layers is the sum with an image's position embeddings
+        error = self._error(r).to(a.device) + (1 if divided is None else self._bounded(divided))
+        if self.rules.rescale:
+            share = branches[0] + branches[1]
+            share /= share.sum((1, 2), keepdim=True, dtype=torch.float64).to(share.dtype)
+            moved = share * error
+            error = (error - 2 * moved + (share * moved).sum((1, 2), keepdim=True)).clamp_(min=0)
+        for branch in branches:
+            self._keep(branch, (branch.square() * error).sum(-1, keepdim=True) / _size(branch))
+        return branches
+
+    def clone(self, parts: list[Tensor], x: Tensor) -> Tensor:
+        return self._joined(parts, self.rules.clone(parts, x))
+
+    def total(self, parts: list[Tensor]) -> Tensor:
+        return self._joined(parts, self.rules.total(parts))
+
+    def over_output(self, r_o: Tensor, layer: LayerTrace) -> Tensor:
+        s = self.rules.over_output(r_o, layer)
+        divided = self._bounded(self._of_layer[id(layer)].o / layer.o.square().add_(GUARD**2)).add_(1)
+        size = s.square()
+        added = divided.mul_(size).sum((1, 3)) / size.sum((1, 3)).clamp_(min=TINY)
+        return self._keep(s, self._error(r_o) + added[..., None])
+
+    def attention(
+        self, layer: LayerTrace, grad_o: Tensor | None, s: Tensor, roll: Tensor | None, normalize: bool
+    ) -> tuple[list[Tensor], Tensor | None]:
+        parts, rolled = self.rules.attention(layer, grad_o, s, roll, normalize)
+        if rolled is not None:
+            self._step(s, roll, rolled)
+        at_s, size, heads = self._error(s), _of_heads(s), s.shape[1]
+        overall = (at_s * size).sum(1, keepdim=True) / size.sum(1, keepdim=True)
+        # |R_q| = |R_alpha| |q| |k| / (2 q . k) of a pair, over |q| |k| / sqrt(dh), shows how small q . k is
+        size_q = parts[0].unflatten(2, (heads, -1)).square().sum(-1)
+        largest = (s * layer.o).abs().sum(-1).transpose(1, 2) * (SHARE / 4)
+        divided = self._of_layer[id(layer)].qk * s.shape[3] * size_q / (largest.square() + TINY)
+        moved = self._bounded(divided).mul_(size_q).sum(-1, keepdim=True)
+        at_q = at_s + moved / _size(parts[0])
+        at_k = overall + moved.sum(1, keepdim=True) / _size(parts[1]).sum(1, keepdim=True)
+        for part, error in zip(parts, (at_q, at_k, overall), strict=True):
+            self._keep(part, error)
+        return parts, rolled
+
+    def roll(self, layer: LayerTrace, grad_o: Tensor | None, s: Tensor, roll: Tensor, normalize: bool) -> Tensor:
+        rolled = self.rules.roll(layer, grad_o, s, roll, normalize)
+        self._step(s, roll, rolled)
+        return rolled
+
+    def estimated_error(self) -> Tensor:
+        """Expected relative L2 error (B,) of what relevance was last followed to: the rollout's row, or a layer's, without the entry of
+        the token that the head reads, or the input's relevance."""
+        last, own = self._last, self._states.own(self._last.device)
+        if self._row is not None:
+            row, moved = (t if own is None else t.scatter(1, own.to(t.device), 0) for t in self._row)
+            squared = moved.sum(1) / row.square().sum(1).clamp_(min=TINY)
+        elif last.dim() == 4:
+            squared = self._error(last).expand(-1, last.shape[2], 1)[..., 0]
+            squared = squared.mean(1) if own is None else squared.gather(1, own)[:, 0]
+        else:
+            squared = (self._error(last) * _size(last)).sum((1, 2)) / last.sum(-1).square().sum(1).clamp_(min=TINY)
+        return squared.sqrt().double() * self._unit
+
+    def _step(self, s: Tensor, before: Tensor, after: Tensor) -> None:
+        """Add to the row's error what a layer's map brought to it, before and after (B, 1, n): the error of the queries that it is from."""
+        before, after = before[:, 0], after[:, 0]
+        weight = before.square() * _of_heads(s)[..., 0]
+        error = (weight * self._error(s)[..., 0]).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_(min=TINY)
+        moved = (after - before).square() * error
+        self._row = after, moved if self._row is None else moved + self._row[1].to(moved.device)
+
+    def _joined(self, parts: list[Tensor], total: Tensor) -> Tensor:
+        return self._keep(total, sum(self._error(part) * _size(part) for part in parts) / _size(total))
+
+    def _bounded(self, squared: Tensor) -> Tensor:
+        """Squared relative error of a quotient from that of its divisor."""
+        return squared / (1 + squared * self._unit**2)
+
+    def _error(self, r: Tensor) -> Tensor:
+        found = self._errors.get(r)
+        return r.new_ones(1, 1, 1) if found is None else found
+
+    def _keep(self, r: Tensor, error: Tensor) -> Tensor:
+        self._last, self._errors[r] = r, error
+        return r
+
+
+def _of_heads(s: Tensor) -> Tensor:
+    """Squared norm of every token of s (B, H, n, dh), (B, n, 1), not 0."""
+    return s.square().sum((1, 3)).clamp_(min=TINY)[..., None]

@@ -1,0 +1,1 @@
+"""Transformer attribution and its variants."""

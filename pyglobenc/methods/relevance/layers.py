@@ -1,0 +1,71 @@
+"""Relevance through the head and through one transformer layer, in the published order."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyglobenc.hf import LayerTrace
+from pyglobenc.methods.relevance.head_chain import SumStep
+from pyglobenc.methods.relevance.rules import Rules
+from pyglobenc.methods.relevance.states import States
+
+
+@dataclass
+class Residual:
+    """What waits beside the attention while relevance goes through it, (B, n, d)."""
+
+    layer: LayerTrace
+    x: Tensor  # the layer's input
+    r: Tensor  # of the residual branch
+
+
+def head_relevance(states: States, rules: Rules) -> Tensor:
+    """Relevance of the last layer's output, (B, n, d): 1 at the explained logit, down the head, at the tokens that the head reads."""
+    head, top = states.head, states.head.steps[0]
+    weight = top.module.weight.detach()
+    row = weight[head.index.to(weight.device)].to(states.dtype)
+    if head.contrast is not None:
+        # the difference of two logits is one output whose weights are the difference
+        row = row - weight[head.contrast.to(weight.device)].to(states.dtype)
+    x = top.given
+    r = rules.logit(x, row[:, None])
+    for step in head.steps[1:]:
+        if isinstance(step, SumStep):
+            r = rules.token_sum(r, step.x, step.weights)
+        else:
+            x = step.given
+            r = rules.linear(r, step.module, x, step.returned)
+    last = states.layers[-1].x
+    if head.position is None:
+        return states.packed(r.to(last.device))
+    r = rules.clone([r], x).to(last.device)
+    index = states.own(last.device)[..., None].expand(-1, -1, last.shape[2])
+    return torch.zeros_like(last).scatter_(1, index, r.view(index.shape))
+
+
+def down_to_attention(states: States, index: int, r: Tensor, rules: Rules) -> tuple[Tensor, Residual]:
+    """From a layer's output to its attention: s = R_o / safe(o), (B, H, n, dh), and the residual branch."""
+    layer = states.layers[index]
+    m = layer.modules
+    _, mlp = states.take(m.mlp_output)
+    merged, attended = states.take(m.output)
+    # the MLP's residual: the tensor it reads after BERT's norm, before ViT's
+    y = layer.x + attended if m.pre_norm else states.take(m.intermediate)[0]
+    r_mlp, r_y = rules.add(r, mlp, y, layer.offsets)
+    for module in (m.mlp_output, m.intermediate):
+        r_mlp = rules.linear(r_mlp, module, *states.take(module))
+    r = rules.clone([r_mlp, r_y], y)
+    r_attended, r_x = rules.add(r, attended, layer.x, layer.offsets)
+    r_o = rules.linear(r_attended, m.output, merged, attended)
+    return rules.over_output(r_o, layer), Residual(layer, layer.x, r_x)
+
+
+def below_attention(states: States, residual: Residual, parts: Sequence[Tensor], rules: Rules) -> Tensor:
+    """From the relevance of q, k and v, (B, n, d) each, to that of the layer's input, (B, n, d)."""
+    m = residual.layer.modules
+    inputs = [rules.linear(part, module, *states.take(module)) for part, module in zip(parts, (m.query, m.key, m.value), strict=True)]
+    # before ViT's norm the published code has one Linear for all three, whose relevances add
+    r = rules.total(inputs) if m.pre_norm else rules.clone(inputs, residual.x)
+    return rules.clone([r, residual.r], residual.x)

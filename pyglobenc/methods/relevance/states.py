@@ -1,0 +1,229 @@
+"""One forward pass with gradients: everything that the relevance rules read."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyglobenc.backends.shared.packing import per_token, real_tokens
+from pyglobenc.common.autocast import callers_autocast
+from pyglobenc.hf import LayerModules, LayerTrace, Trace, capture, find_layers
+from pyglobenc.hf.limits import weights_named
+from pyglobenc.hf.trace.layers import outside
+from pyglobenc.hf.trace.threads import in_this_thread
+from pyglobenc.hf.unwrap import stock_model
+from pyglobenc.methods.arguments import run_model
+from pyglobenc.methods.head import HeadRecord, recorded_head
+from pyglobenc.methods.packing import Packed, of_examples, run_packed
+from pyglobenc.methods.precision.float64_forward import WideParameters
+from pyglobenc.methods.precision.reliability import nudge
+from pyglobenc.methods.relevance.head_chain import Head, follow_head
+from pyglobenc.methods.relevance.support import check_layers
+from pyglobenc.methods.relevance.target import Index, Target, find_target
+
+
+@dataclass
+class States:
+    """Tensors of one forward pass; n includes padding. B counts every example twice where it ran a second time beside the first. Packed
+    sequences are one example of all their tokens, but S of the target and the output.
+
+    Attributes:
+        layers: captured layers, first to last, detached.
+        grads: gradient of the explained logit with respect to each layer's attention output, (B, H, n, dh); None below the lowest
+            layer asked for.
+        io: input and output of every Linear module of the layers, and of ViT's convolution, detached; see `take`.
+        head: the way from the logit down to the last layer's output.
+        target: the logit explained.
+        output: what the model returned, for the examples as they are.
+        dtype: of the relevance arithmetic.
+        twice: whether the second half of the tensors is of the second run.
+    """
+
+    layers: list[LayerTrace]
+    grads: list[Tensor | None]
+    io: dict[nn.Module, tuple[Tensor, Tensor]]
+    head: Head
+    target: Target
+    output: Any
+    dtype: torch.dtype
+    twice: bool
+
+    def take(self, module: nn.Module) -> tuple[Tensor, Tensor]:
+        """Input and output of a module, in the dtype of the arithmetic."""
+        given, returned = self.io[module]
+        return given.to(self.dtype), returned.to(self.dtype)
+
+    @property
+    def offsets(self) -> Tensor | None:
+        """Of packed sequences as they are, (S + 1,) int32, on the CPU."""
+        offsets = self.layers[0].offsets
+        return offsets if offsets is None or not self.twice else offsets[: self.count + 1]
+
+    @property
+    def forward_dtype(self) -> torch.dtype:
+        """What the forward pass computed in, under autocast another than its parameters'."""
+        return next(iter(self.io.values()))[1].dtype
+
+    def lone_tokens(self) -> Tensor:
+        """Which tokens are all that their example has, (B, n) or (1, N) bool."""
+        layer = self.layers[0]
+        if layer.offsets is not None:
+            return per_token((layer.offsets.diff() == 1)[:, None].to(layer.x.device), layer.offsets)[:, 0]
+        mask = torch.ones_like(layer.x[..., 0], dtype=torch.bool) if layer.key_mask is None else layer.key_mask
+        return mask & (mask.sum(1, keepdim=True) == 1)
+
+    @property
+    def count(self) -> int:
+        """Examples as they are."""
+        return len(self.target.index) // (2 if self.twice else 1)
+
+    def halves(self, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A tensor (B, n, ...) for the examples as they are, and for the second run if there was one."""
+        return tuple(t.chunk(2, 0 if self.layers[0].offsets is None else 1)) if self.twice else (t, None)
+
+    def own(self, device: torch.device) -> Tensor | None:
+        """Index of the tokens read along the axis of tokens, (B, 1), of packed sequences (1, S); None where the head reads several."""
+        if self.head.position is None:
+            return None
+        position, offsets = self.head.position.to(device), self.layers[0].offsets
+        return position[:, None] if offsets is None else (position + offsets[:-1].to(device))[None]
+
+    def packed(self, t: Tensor) -> Tensor:
+        """t (B, n, ...), of packed sequences padded (S, n, ...), along the axis of tokens: the same, or (1, N, ...)."""
+        offsets = self.layers[0].offsets
+        return t if offsets is None else t[real_tokens(offsets).to(t.device)][None]
+
+
+def run_forward(
+    model: nn.Module,
+    batch: Mapping[str, Any] | Packed,
+    target: tuple[Any, Index, Index],
+    dtype: torch.dtype | None,
+    lowest: int,
+    twice: bool = False,
+) -> States:
+    """Run the model on a batch and take the gradient of the explained logit.
+
+    Parameters get no gradient and keep their flags: the graph starts at the first layer's input.
+
+    Args:
+        model: a known architecture, or the user's module around one, in evaluation mode.
+        batch: its inputs, checked, or packed sequences.
+        target: target, contrast and position of the call.
+        dtype: float32, float64 or None; float64 on a narrower model widens the forward pass too.
+        lowest: first layer whose gradient is wanted; the number of layers for none.
+        twice: after the examples all of them again, moved by a rounding unit in every layer, with the target and the
+            gradients of the first.
+
+    Raises:
+        ValueError: layers or a head that the relevance rules don't cover.
+    """
+    stock = stock_model(model)
+    found = find_layers(stock)
+    check_layers(found)
+    own = next(stock.parameters()).dtype
+    arithmetic = dtype or (torch.float64 if own == torch.float64 else torch.float32)
+    with weights_named(model), torch.inference_mode(False), torch.enable_grad():
+        packed = isinstance(batch, Packed)
+        if not packed:
+            # a tensor made in inference mode can't enter a graph
+            batch = {name: value.clone() if isinstance(value, Tensor) and value.is_inference() else value for name, value in batch.items()}
+        if twice:
+            batch = batch.twice() if packed else _doubled(stock, batch)
+        trace, record, output = _captured(model, found, batch, arithmetic, twice)
+        check_layers(found, trace.layers)
+        mask = real = real_tokens(batch.offsets) if packed else trace.layers[0].key_mask
+        if twice:
+            size = len(record.top)
+            half = slice(0, size // 2)
+            output, mask = of_examples(output, half, size), mask if mask is None else mask[half]
+        chosen = find_target(output, *target, mask)
+        head = follow_head(model, record, chosen.logit, chosen.contrast is not None, real)
+        grads = _attention_gradients(chosen.logit, trace.layers, lowest)
+    chosen.logit = chosen.logit.detach()
+    if twice:
+        axis = 2 if packed else 0
+        grads = [None if g is None else torch.cat([g.chunk(2, axis)[0]] * 2, axis) for g in grads]
+        chosen = Target(*(None if t is None else t.repeat(2) for t in vars(chosen).values()))
+    grads = [None if g is None else g.to(arithmetic) for g in grads]
+    return States(trace.layers, grads, _detach(trace, arithmetic), head.to(arithmetic), chosen, output, arithmetic, twice)
+
+
+def _doubled(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch with every example a second time, after them all."""
+    main = batch.get(model.main_input_name)
+    size = len(batch["inputs_embeds"] if main is None else main)
+    return {
+        name: torch.cat([value, value]) if isinstance(value, Tensor) and value.dim() and len(value) == size else value
+        for name, value in batch.items()
+    }
+
+
+def _captured(
+    model: nn.Module, found: list[LayerModules], batch: Mapping[str, Any] | Packed, dtype: torch.dtype, twice: bool
+) -> tuple[Trace, HeadRecord, Any]:
+    """Run the model from a leaf of the graph, the first layer's input, in float64 if dtype is.
+
+    twice: the second half is moved in every layer."""
+    stock = stock_model(model)
+    within = [getattr(m, part) for m in found for part in ("query", "key", "value", "output", "intermediate", "mlp_output")]
+    # the convolution that embeds patches
+    within += [module for module in outside(stock, {layer.block for layer in found}) if isinstance(module, nn.Conv2d)]
+    offsets = batch.offsets if isinstance(batch, Packed) else None
+
+    def moved(x: Tensor, place: int) -> Tensor:
+        if not twice:
+            return x
+        axis, own = (0, None) if offsets is None else (1, offsets[: len(offsets) // 2 + 1])
+        first, second = x.chunk(2, axis)
+        return torch.cat([first, nudge(second, own, place)], axis)
+
+    def change(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if torch.is_inference_mode_enabled():
+            raise ValueError("TransformerAttribution: the model runs in torch.inference_mode, which has no gradients; use torch.no_grad")
+        # a user's module may run its encoder without gradients
+        torch.set_grad_enabled(True)
+        x = args[0] if args else kwargs["hidden_states"]
+        place = places[module]
+        x = moved(x, place) if place else moved(x.detach(), place).requires_grad_()
+        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+
+
+    def change_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return moved(output, places[module])
+
+    # the first layer is also where the graph starts; places are the layers' inputs and what is added to them
+    blocks, added = [m.block for m in found[: len(found) if twice else 1]], [t for m in found for t in (m.output, m.mlp_output)]
+    places = {module: place for place, module in enumerate([*blocks, *added])}
+    with ExitStack() as stack:
+        trace = stack.enter_context(capture(stock, modules=within, offsets=offsets))
+        record = stack.enter_context(recorded_head(model, stock, trace, leaf=False))
+        for block in blocks:
+            handle = block.register_forward_pre_hook(in_this_thread(change), prepend=True, with_kwargs=True)
+            stack.callback(handle.remove)
+        for module in added if twice else ():
+            stack.callback(module.register_forward_hook(in_this_thread(change_output), prepend=True).remove)
+        if dtype == torch.float64 and next(stock.parameters()).dtype != torch.float64:
+            stack.enter_context(WideParameters(torch.float64))
+        stack.enter_context(callers_autocast())
+        output = run_model(model, batch) if offsets is None else run_packed(model, batch, record)
+        return trace, record, output
+
+
+def _detach(trace: Trace, dtype: torch.dtype) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+    """Take a trace's tensors out of the graph: the layers' in place, in the dtype of the arithmetic; the modules' are returned."""
+    for layer in trace.layers:
+        layer.x, layer.q, layer.k, layer.v, layer.o, layer.lse = (
+            t.detach().to(dtype) for t in (layer.x, layer.q, layer.k, layer.v, layer.o, layer.lse)
+        )
+    return {module: (given.detach(), returned.detach()) for module, (given, returned) in trace.io.items()}
+
+
+def _attention_gradients(logit: Tensor, layers: list[LayerTrace], lowest: int) -> list[Tensor | None]:
+    """Gradient of the summed logits for each layer's attention output: examples don't mix, so each row is its own logit's."""
+    wanted = [layer.o for layer in layers[lowest:]]
+    grads = torch.autograd.grad(logit.sum(), wanted) if wanted else ()
+    return [None] * min(lowest, len(layers)) + list(grads)

@@ -1,0 +1,108 @@
+"""Which logit transformer attribution explains."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyglobenc.common.deferred import check_range, require
+from pyglobenc.methods.head import find_logits
+
+SPANS = ("start", "end")
+
+Index = int | Sequence[int] | Tensor | None
+
+
+@dataclass
+class Target:
+    """One logit, or difference of logits, an example.
+
+    Attributes:
+        index: (B,) int64, class explained; 0 or 1 for a span's start or end.
+        contrast: (B,) int64, class whose logit is subtracted, or None.
+        logit: (B,), the explained value, in the autograd graph.
+    """
+
+    index: Tensor
+    contrast: Tensor | None
+    logit: Tensor
+
+
+def find_target(output: Any, target: Any, contrast: Index, position: Index, key_mask: Tensor | None) -> Target:
+    """Resolve the arguments of a call against the model's output; see `TransformerAttribution.__call__`.
+
+    Args:
+        output: what the model returned.
+        target, contrast, position: as the user gave them.
+        key_mask: (B, n) bool, True for real tokens, or None.
+
+    Raises:
+        TypeError, ValueError: the output holds no logits, or none that the arguments name.
+    """
+    if isinstance(output, Mapping) and all(f"{name}_logits" in output for name in SPANS):
+        return _span(output, target, contrast, position, key_mask)
+    logits = find_logits(output)
+    if logits is None:
+        raise ValueError(
+            "TransformerAttribution: the model has no head to explain; it must return logits (B, C) or (B, n, C), alone or as 'logits', "
+            "or start_logits and end_logits"
+        )
+    batch, device = logits.shape[0], logits.device
+    if logits.dim() == 3:
+        if position is None:
+            raise ValueError(
+                "TransformerAttribution: this model has logits for every token; name the token: position=i, or one for each example"
+            )
+        at = _indices("position", position, batch, logits.shape[1], device)
+        _check_real(at, key_mask)
+        logits = logits.gather(1, at[:, None, None].expand(-1, 1, logits.shape[2]))[:, 0]
+    elif position is not None:
+        raise ValueError("TransformerAttribution: position names a token's logit; this model has one set of logits for an example")
+    if isinstance(target, str):
+        raise TypeError(f"TransformerAttribution: target must be a class index, got {target!r}")
+    index = logits.argmax(-1) if target is None else _indices("target", target, batch, logits.shape[-1], device)
+    logit = logits.gather(1, index[:, None])[:, 0]
+    if contrast is None:
+        return Target(index, None, logit)
+    other = _indices("contrast", contrast, batch, logits.shape[-1], device)
+    require((other != index).all(), lambda: ValueError("TransformerAttribution: contrast must be another class than target"))
+    return Target(index, other, logit - logits.gather(1, other[:, None])[:, 0])
+
+
+def _span(output: Any, target: Any, contrast: Index, position: Index, key_mask: Tensor | None) -> Target:
+    """A start or end logit of a question answerer, by default the start's, at the token where it is largest."""
+    which = SPANS[0] if target is None else target
+    if which not in SPANS:
+        raise ValueError(f"TransformerAttribution: target must be 'start' or 'end' for question answering, got {target!r}")
+    if contrast is not None:
+        raise ValueError("TransformerAttribution: contrast needs classes; question answering has none")
+    logits = output.start_logits if which == "start" else output.end_logits
+    if position is None:
+        real = logits if key_mask is None else logits.masked_fill(~key_mask.to(logits.device), float("-inf"))
+        at = real.argmax(-1)
+    else:
+        at = _indices("position", position, *logits.shape, logits.device)
+    _check_real(at, key_mask)
+    return Target(torch.full_like(at, SPANS.index(which)), None, logits.gather(1, at[:, None])[:, 0])
+
+
+def _indices(name: str, value: Any, batch: int, size: int, device: torch.device) -> Tensor:
+    """value as (B,) int64 in [0, size)."""
+    index = torch.as_tensor(value, device=device)
+    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        raise TypeError(f"TransformerAttribution: {name} must be integers, got {index.dtype}")
+    if index.dim() == 0:
+        index = index.expand(batch)
+    if tuple(index.shape) != (batch,):
+        shape = tuple(index.shape)
+        raise ValueError(f"TransformerAttribution: {name} must be one integer or one for each of {batch} examples, got shape {shape}")
+    check_range("TransformerAttribution", name, index, size)
+    return index.long()
+
+
+def _check_real(at: Tensor, key_mask: Tensor | None) -> None:
+    if key_mask is not None:
+        real = key_mask.gather(1, at[:, None].to(key_mask.device)).all()
+        require(real, lambda: ValueError("TransformerAttribution: position is a padding token"))

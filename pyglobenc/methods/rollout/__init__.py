@@ -1,0 +1,1 @@
+"""GlobEnc and the other methods that roll out norms or attention."""

@@ -1,0 +1,168 @@
+"""The relatives that GlobEnc is compared with, on the same capture and the same kernels.
+
+Averaging attention over heads is a norm too, with 1/H^2 for the Gram matrix, so every method but the flow runs in row mode.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyglobenc.backends.reference.rollout_step import rescale_rows
+from pyglobenc.backends.reference.token_norms import own_attention
+from pyglobenc.common.arguments import known_arguments
+from pyglobenc.common.autocast import outside_autocast
+from pyglobenc.hf import LayerTrace
+from pyglobenc.methods.arguments import model_inputs, packed_inputs
+from pyglobenc.methods.inputs import check_model, require_finite, run_captured, target_rows
+from pyglobenc.methods.packing import attribute_packed
+from pyglobenc.methods.rollout.flow import attention_flow
+from pyglobenc.methods.rollout.layer_matrix import LayerMatrix, ResidualMatrix
+from pyglobenc.methods.rollout.rows import RolloutResult, roll_out, roll_out_rows, rollout_result, stack_layers
+from pyglobenc.methods.rollout.stages import STAGES, StageOps, check_stage, deepest_stage
+
+METHODS = {
+    "raw-attention": "attention of the last layer, averaged over heads",
+    "attention-rollout": "rollout of attention with a fixed residual of one half (W-FixedRes; Abnar and Zuidema, 2020)",
+    "w-res": "rollout of attention with the measured mixing ratio as residual (W-Res; Modarressi et al., 2022)",
+    "n-fixedres": "rollout of the norms N, rows summing to 1, with a fixed residual of one half (N-FixedRes)",
+    "n": "rollout of the norms N: attention and value vectors (Kobayashi et al., 2020)",
+    "n-res": "rollout of the norms N_Res: with the residual",
+    "n-resln": "rollout of the norms N_ResLN: with the residual and the first LayerNorm (Kobayashi et al., 2021)",
+    "globenc": "rollout of the norms N_Enc: the whole encoder layer (Modarressi et al., 2022)",
+    "attention-flow": "maximum flow through attention with a fixed residual of one half (Abnar and Zuidema, 2020)",
+}
+OF_STAGE = {name.lower().replace("_", "-"): name for name in STAGES} | {"globenc": "N_Enc"}
+MAPS = ("layers", "rollout")
+
+
+class Rollout:
+    """A method of the rollout family on a stock transformers model.
+
+    Args:
+        model: a known architecture, or a module with a head of its own around one, in evaluation mode; left as it is.
+        method: a name in METHODS.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+        dtype: of the attribution arithmetic; None is float32, or float64 for a float64 model.
+
+    Raises:
+        TypeError, ValueError: unknown method, architecture or backend, training mode.
+    """
+
+    @known_arguments
+    def __init__(
+        self, model: nn.Module, method: str = "attention-rollout", backend: str = "auto", dtype: torch.dtype | None = None
+    ):
+        if method not in METHODS:
+            raise ValueError(f"Rollout: method must be one of {', '.join(METHODS)}, got {method!r}")
+        self.model = check_model("Rollout", model, backend, dtype)
+        self.method, self.dtype = method, dtype
+        self.ops = StageOps(backend)
+
+    @outside_autocast
+    @torch.no_grad()
+    def __call__(
+        self, *, targets: Sequence[int] | Tensor | str | None = None, layers: bool = False, maps: Sequence[str] = (), **batch: Any
+    ) -> RolloutResult:
+        """Attribute target tokens of a batch to the input tokens.
+
+        Args:
+            targets: token positions, T for every example or (B, T); 0 is [CLS]. "mean": the mean of all real tokens' rows, T = 1.
+                None: what the logits of a model with one set of them an example are computed from, a token or the mean of some. Of
+                other models, and of transformers' own heads that read neither one token nor the mean of all, the first real token,
+                of causal models the last; other heads of that kind are refused.
+            layers: also return the result up to every layer; for raw attention, every layer's own.
+            maps: "layers", every layer's matrix (B, L, n, n), and "rollout", their product (B, n, n), float64.
+            batch: the model's inputs, as `GlobEnc` takes them.
+
+        Returns:
+            RolloutResult; the flow's rows sum to 1 before scaling.
+
+        Raises:
+            TypeError, ValueError: as `GlobEnc`.
+        """
+        batch = model_inputs("Rollout", self.model, batch, Rollout.__call__)
+        if isinstance(maps, str) or any(name not in MAPS for name in maps):
+            raise ValueError(f"Rollout: maps must be a sequence of names among {', '.join(MAPS)}, got {maps!r}")
+        captured, output, read = run_captured("Rollout", self.model, batch, self.dtype, targets)
+        rows = target_rows("Rollout", targets, captured[-1], read)
+        result = rollout_result("Rollout", self.model, *self._rows(captured, rows, layers), layers)
+        result.output, result.targets = output, None if rows.is_floating_point() else rows
+        full = [self._matrix(layer).full() for layer in captured] if maps else []
+        for name in maps:
+            result.maps[name] = stack_layers(full) if name == "layers" else roll_out(full)
+        if maps:
+            # rows other than the targets' may read what these don't
+            require_finite("Rollout", self.model, result.maps.values())
+        return result
+
+    @outside_autocast
+    @torch.no_grad()
+    def packed(self, *, targets: Sequence[int] | Tensor | str | None = None, layers: bool = False, **batch: Any) -> list[RolloutResult]:
+        """Attribute target tokens of sequences of any lengths, packed into one; the flow can't.
+
+        Args:
+            targets, layers, batch: as `GlobEnc.packed` takes them.
+
+        Returns:
+            What each sequence gives alone: S results of batch size 1, in order.
+
+        Raises:
+            TypeError, ValueError: as `GlobEnc.packed`.
+        """
+        batch = packed_inputs("Rollout", batch, Rollout.packed)
+        if self.method == "attention-flow":
+            raise ValueError("Rollout: attention-flow reads whole matrices of attention, which packed sequences don't have")
+
+        def rows(captured: list[LayerTrace], positions: Tensor) -> tuple[Tensor, Tensor]:
+            return self._rows(captured, positions, layers)
+
+        return attribute_packed("Rollout", self.model, batch, targets, self.dtype, layers, rows)
+
+    def _rows(self, captured: list[LayerTrace], rows: Tensor, layers: bool) -> tuple[Tensor, Tensor]:
+        offsets = captured[-1].offsets
+        if self.method in OF_STAGE and self.method != "globenc":
+            check_stage("Rollout", captured[-1], OF_STAGE[self.method])
+        if self.method == "attention-flow" and rows.is_floating_point():
+            raise ValueError("Rollout: attention-flow starts from tokens, not from a mean of them; name the tokens: targets=[0]")
+        if self.method == "raw-attention":
+            own = [roll_out_rows([self._matrix(layer)], rows, offsets=offsets) for layer in (captured if layers else captured[-1:])]
+            return stack_layers([scores[:, 0] for scores, _ in own]), stack_layers([log_scale[:, 0] for _, log_scale in own])
+        if self.method != "attention-flow":
+            return roll_out_rows((self._matrix(layer) for layer in reversed(captured)), rows, layers, offsets)
+        full = stack_layers([self._matrix(layer).full() for layer in captured])
+        # the solver's integers would hide NaN
+        require_finite("Rollout", self.model, (full,))
+        scores = attention_flow(full, rows, captured[-1].key_mask, layers)
+        return rescale_rows(scores, torch.zeros_like(scores[..., 0]))
+
+    def _matrix(self, layer: LayerTrace) -> LayerMatrix:
+        if self.method in OF_STAGE:
+            return self.ops.norm_matrix(layer, deepest_stage(layer) if self.method == "globenc" else OF_STAGE[self.method])
+        if self.method == "n-fixedres":
+            norms = self.ops.norm_matrix(layer, "N")
+            sums = norms.row_sums()
+            weight = torch.where(sums > 0, 0.5 / sums, sums)
+            return ResidualMatrix(norms, weight, None, self._half(layer, weight))
+        attention = self.ops.attention_matrix(layer)
+        if self.method == "raw-attention":
+            return attention
+        if self.method == "w-res":
+            return self._measured(layer, attention)
+        half = self._half(layer, attention.gram[:, :, 0, 0])
+        return ResidualMatrix(attention, half, None, half)
+
+    @staticmethod
+    def _half(layer: LayerTrace, like: Tensor) -> Tensor:
+        half = torch.full_like(like, 0.5)
+        return half if layer.key_mask is None else half * layer.key_mask
+
+    def _measured(self, layer: LayerTrace, attention: LayerMatrix) -> ResidualMatrix:
+        ratio = self.ops.mixing_ratio(layer, deepest_stage(layer))
+        q, k, lse = (t.to(ratio.dtype) for t in (attention.q, attention.k, attention.lse))
+        own = own_attention(q, k, lse, layer.scaling, attention.score_mod).mean(1)
+        others = 1 - own
+        weight = torch.where(others > 0, ratio / others, torch.zeros_like(ratio))
+        kept = 1 - ratio
+        return ResidualMatrix(attention, weight, own, kept if layer.key_mask is None else kept * layer.key_mask)

@@ -1,0 +1,164 @@
+"""GlobEnc: norms of decomposed vectors through the whole encoder layer, rolled out (Modarressi et al., NAACL 2022)."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyglobenc.common.arguments import known_arguments
+from pyglobenc.common.autocast import outside_autocast
+from pyglobenc.hf import LayerTrace, find_layers
+from pyglobenc.methods.arguments import model_inputs, packed_inputs
+from pyglobenc.methods.inputs import check_model, require_finite, run_captured, target_rows
+from pyglobenc.methods.packing import attribute_packed
+from pyglobenc.methods.precision.reliability import distance, nudged, warn_of_precision
+from pyglobenc.methods.rollout.layer_matrix import LayerMatrix, StoredMatrix
+from pyglobenc.methods.rollout.rows import RolloutResult, roll_out, roll_out_rows, rollout_result, stack_layers
+from pyglobenc.methods.rollout.stages import STAGES, StageOps, check_stage, deepest_stage
+
+MIXING = {f"mix_{name}": name for name in STAGES}
+MAPS = ("head_N", *STAGES, *MIXING, "rollout")
+
+
+class GlobEnc:
+    """GlobEnc attribution of a stock transformers model.
+
+    Args:
+        model: a known architecture, in evaluation mode; left as it is. It may be wrapped by torch.compile, PEFT or
+            sentence-transformers, or stand in a module with a head of its own.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+        dtype: of the attribution arithmetic; None is float32, or float64 for a float64 model.
+
+    Raises:
+        TypeError, ValueError: unknown architecture or backend, training mode.
+    """
+
+    @known_arguments
+    def __init__(self, model: nn.Module, backend: str = "auto", dtype: torch.dtype | None = None):
+        self.model = check_model("GlobEnc", model, backend, dtype)
+        self.dtype = dtype
+        self.ops = StageOps(backend)
+
+    @outside_autocast
+    @torch.no_grad()
+    def __call__(
+        self,
+        *,
+        targets: Sequence[int] | Tensor | str | None = None,
+        stage: str | None = None,
+        layers: bool = False,
+        maps: Sequence[str] = (),
+        reliability: str = "off",
+        **batch: Any,
+    ) -> RolloutResult:
+        """Attribute target tokens of a batch to the input tokens.
+
+        Row mode, the default, stores no (n, n) array: memory is O(L*n*d + T*n). Each name in maps costs its own size.
+
+        Args:
+            targets: token positions, T for every example or (B, T); 0 is [CLS]. "mean": the mean of all real tokens' rows, T = 1.
+                None: what the logits of a model with one set of them an example are computed from, a token or the mean of some. Of
+                other models, and of transformers' own heads that read neither one token nor the mean of all, the first real token,
+                of causal models the last; other heads of that kind are refused.
+            stage: "N", "N_Res", "N_ResLN" or "N_Enc", whose norms are rolled out. None: N_Enc, or N_Res for a pre-norm model, which
+                has no others but N: that extends the paper.
+            layers: also return the rollout up to every layer.
+            maps: any of "head_N" (B, L, H, n, n); "N", "N_Res", "N_ResLN", "N_Enc" (B, L, n, n); "mix_" and a stage's name (B, L, n);
+                "rollout" (B, n, n), unnormalised, float64. Rows of padding are 0.
+            reliability: "off", or "measured": the model runs once more with every layer's input and what is added to it moved by a
+                rounding unit, and `error` says how far the scores moved. A PrecisionWarning is given above 1e-2, as half models with
+                large scores have, and where it is unknown (NaN).
+            batch: the model's inputs, as its tokenizer returns them: input_ids or inputs_embeds, attention_mask, token_type_ids,
+                position_ids, pixel_values, interpolate_pos_encoding; output_hidden_states and logits_to_keep, for output.
+
+        Returns:
+            RolloutResult.
+
+        Raises:
+            TypeError, ValueError: an unknown argument, one of transformers' that can't be honoured, unknown stage or map, targets out
+                of range or padding, input longer than the model takes, an example without a real token, a result that isn't finite
+                (the error names the parameter that holds NaN or infinity).
+        """
+        batch = model_inputs("GlobEnc", self.model, batch, GlobEnc.__call__)
+        if stage is not None and stage not in STAGES:
+            raise ValueError(f"GlobEnc: stage must be one of {', '.join(STAGES)}, got {stage!r}")
+        unknown = [name for name in maps if name not in MAPS]
+        if isinstance(maps, str) or unknown:
+            raise ValueError(f"GlobEnc: maps must be a sequence of names among {', '.join(MAPS)}, got {maps!r}")
+        if reliability not in ("off", "measured"):
+            raise ValueError(f"GlobEnc: reliability must be 'off' or 'measured', got {reliability!r}")
+        captured, output, read = run_captured("GlobEnc", self.model, batch, self.dtype, targets)
+        stage = stage or deepest_stage(captured[-1])
+        for name in (stage, *(MIXING.get(name, name) for name in maps if MIXING.get(name, name) in STAGES)):
+            check_stage("GlobEnc", captured[-1], name)
+        rows = target_rows("GlobEnc", targets, captured[-1], read)
+        full = self._full(captured, stage) if stage in maps or "rollout" in maps else None
+        if full is None:
+            matrices: Iterable[LayerMatrix] = (self.ops.norm_matrix(layer, stage) for layer in reversed(captured))
+        else:
+            matrices = [StoredMatrix(matrix) for matrix in reversed(full)]
+        result = rollout_result("GlobEnc", self.model, *roll_out_rows(matrices, rows, layers), layers)
+        result.output, result.targets = output, None if rows.is_floating_point() else rows
+        if reliability == "measured":
+            result.error = self._measured_error(batch, stage, rows, result.scores)
+        for name in maps:
+            if name == "rollout":
+                result.maps[name] = roll_out(full)
+            else:
+                result.maps[name] = stack_layers(full if name == stage else self._maps(name, captured))
+        if maps:
+            # rows other than the targets' may read what these don't
+            require_finite("GlobEnc", self.model, result.maps.values())
+        return result
+
+    @outside_autocast
+    @torch.no_grad()
+    def packed(
+        self, *, targets: Sequence[int] | Tensor | str | None = None, stage: str | None = None, layers: bool = False, **batch: Any
+    ) -> list[RolloutResult]:
+        """Attribute target tokens of sequences of any lengths, packed into one so that nothing is spent on padding.
+
+        Args:
+            targets: token positions, T for every sequence or (S, T); "mean" or None as for a batch.
+            stage, layers: as for a batch.
+            batch: the inputs of S sequences, a list of each one's, as the model's tokenizer returns them unasked for padding or tensors.
+
+        Returns:
+            What each sequence gives alone: S results of batch size 1, in order. Their output is None unless the model has one set of
+            logits for a sequence.
+
+        Raises:
+            TypeError, ValueError: as for a batch, or a model that can't be given the positions of packed sequences.
+        """
+        batch = packed_inputs("GlobEnc", batch, GlobEnc.packed)
+        if stage is not None and stage not in STAGES:
+            raise ValueError(f"GlobEnc: stage must be one of {', '.join(STAGES)}, got {stage!r}")
+
+        def rows(captured: list[LayerTrace], positions: Tensor) -> tuple[Tensor, Tensor]:
+            name = stage or deepest_stage(captured[-1])
+            check_stage("GlobEnc", captured[-1], name)
+            matrices = (self.ops.norm_matrix(layer, name) for layer in reversed(captured))
+            return roll_out_rows(matrices, positions, layers, captured[-1].offsets)
+
+        return attribute_packed("GlobEnc", self.model, batch, targets, self.dtype, layers, rows)
+
+    def _measured_error(self, batch: dict[str, Any], stage: str, rows: Tensor, scores: Tensor) -> Tensor:
+        """Relative L2 distance (B,) of scores (B, T, n) from those of a second run, whose rounding is another."""
+        with nudged(find_layers(self.model)):
+            captured, _, _ = run_captured("GlobEnc", self.model, batch, self.dtype)
+        moved, _ = roll_out_rows((self.ops.norm_matrix(layer, stage) for layer in reversed(captured)), rows)
+        error = distance(moved[:, 0], scores, None)
+        error = error.masked_fill(error == 0, float("nan"))
+        warn_of_precision("GlobEnc", error, None, "measured", "run the model in float32")
+        return error
+
+    def _full(self, captured: list[LayerTrace], stage: str) -> list[Tensor]:
+        return [self.ops.norm_matrix(layer, stage).full() for layer in captured]
+
+    def _maps(self, name: str, captured: list[LayerTrace]) -> list[Tensor]:
+        if name == "head_N":
+            return [self.ops.head_maps(layer) for layer in captured]
+        if name in MIXING:
+            return [self.ops.mixing_ratio(layer, MIXING[name]) for layer in captured]
+        return self._full(captured, name)

@@ -1,0 +1,193 @@
+"""The stages of GlobEnc on a captured layer: their constants, norms, maps and mixing ratios.
+
+A post-norm layer has the paper's four. In a pre-norm layer no LayerNorm follows the residual sum, so N and N_Res alone are defined, which
+extends the paper: the transformed vectors come from the normalised input, are followed to what the attention adds to the residual stream
+(through a layer scale or an added norm, whose statistic is a row's scale), and the residual is the raw input.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyglobenc.backends.reference.mixing_ratio import mixing_ratio as reference_mixing_ratio
+from pyglobenc.backends.reference.stage_map import stage_map
+from pyglobenc.backends.shared.score_mods import to_dtype
+from pyglobenc.hf import LayerTrace
+from pyglobenc.hf.weights import parameter
+from pyglobenc.methods.rollout.layer_matrix import NormMatrix, check_score_mod
+from pyglobenc.ops import gram_kernels, head_gram, head_norms, mapped_square, mixing_ratio, norm_terms
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How far through the layer the decomposed vectors are followed."""
+
+    residual: bool
+    norms: tuple[str, ...]  # LayerNorms passed, by their name in LayerModules
+
+
+STAGES = {
+    "N": Stage(False, ()),
+    "N_Res": Stage(True, ()),
+    "N_ResLN": Stage(True, ("attention_norm",)),
+    "N_Enc": Stage(True, ("attention_norm", "output_norm")),
+}
+
+
+def deepest_stage(layer: LayerTrace) -> str:
+    """The stage that follows vectors furthest through a layer: N_Enc, or N_Res in a pre-norm layer."""
+    return "N_Res" if layer.modules.pre_norm else "N_Enc"
+
+
+def stages_of(layer: LayerTrace) -> tuple[str, ...]:
+    """Names of the stages that the layer has."""
+    return tuple(name for name, stage in STAGES.items() if not (layer.modules.pre_norm and stage.norms))
+
+
+def check_stage(who: str, layer: LayerTrace, name: str) -> None:
+    """Raise ValueError, naming who, if a layer of this kind has no such stage."""
+    if name not in stages_of(layer):
+        raise ValueError(
+            f"{who}: stage {name} follows vectors through a LayerNorm after the residual sum, and this model normalises before it; "
+            f"its stages are {', '.join(stages_of(layer))}"
+        )
+
+
+class StageOps:
+    """Builds a layer's norms and ratios of any stage. Nothing that depends on the weights outlives a call, since they may change."""
+
+    def __init__(self, backend: str):
+        self.backend = backend
+
+    def dtype_of(self, layer: LayerTrace) -> torch.dtype:
+        """Of the arithmetic: float64 where the layer is, else float32."""
+        return torch.float64 if layer.q.dtype == torch.float64 else torch.float32
+
+    def _gammas(self, layer: LayerTrace, stage: Stage) -> list[Tensor]:
+        """Weights of the LayerNorms passed, (d,) each."""
+        return [layer.norm_weight(name).to(self.dtype_of(layer)) for name in stage.norms]
+
+    def _weight(self, layer: LayerTrace) -> Tensor:
+        """W_O by head, (H, dh, d), with what the layer multiplies the attention's output by before the residual sum."""
+        m, dtype = layer.modules, self.dtype_of(layer)
+        weight = layer.output_weight.to(dtype)
+        if m.scale is not None:
+            weight = weight * parameter(*m.scale).to(dtype)
+        if m.added_norm is not None:
+            weight = weight * (parameter(m.added_norm, "weight").to(dtype) + m.unit_offset)
+        return weight
+
+    def _residual(self, layer: LayerTrace) -> Tensor:
+        """The residual x, (B, n, d), as it is, or over the rows' scale where the scale is of the attention's output alone."""
+        x = layer.x.detach()
+        if layer.modules.added_norm is None:
+            return x
+        x = x.to(self.dtype_of(layer))
+        return x / layer.norms["added_norm"].rstd.to(x.dtype)[..., None]
+
+    def _terms(self, layer: LayerTrace, stage: Stage) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """G (B, n, H, H), c (B, n, H) and |x M|^2 (B, n) of a stage, None for both without the residual."""
+        weight, gammas, v = self._weight(layer), self._gammas(layer, stage), layer.v.detach()
+        x = self._residual(layer) if stage.residual else None
+        # under autocast, or over an added norm's scale
+        if x is not None and x.dtype != v.dtype:
+            v, x = v.to(weight.dtype), x.to(weight.dtype)
+        if not self._constants_pay(v, weight, x):
+            return norm_terms(v, weight, x, gammas, backend=self.backend)
+        kernel, cross_kernel = gram_kernels(weight, gammas)
+        if x is None:
+            return *head_gram(v, kernel, backend=self.backend), None
+        gram, cross = head_gram(v, kernel, x, cross_kernel, backend=self.backend)
+        return gram, cross, mapped_square(x, gammas, backend=self.backend)
+
+    def _constants_pay(self, v: Tensor, weight: Tensor, x: Tensor | None) -> bool:
+        """Whether `head_gram`, with constants made for this call, takes fewer multiply-adds than `norm_terms`.
+
+        Both run at the same rate on a CPU: without a residual they take the same time at 500 tokens in MiniLM's shape, where the counts
+        are equal at 560, and at 1,400 in BERT-base's, for 1,290. With a residual `norm_terms` takes fewer at any length in both shapes.
+        """
+        if self.backend in ("triton", "cuda") or (self.backend == "auto" and v.device.type != "cpu"):
+            # they have no kernel for norm_terms
+            return True
+        (heads, dh, d), tokens = weight.shape, v.shape[0] * v.shape[2]
+        width = heads * dh
+        direct = tokens * d * (width + heads**2 / 2 + (0 if x is None else heads))
+        constants = width**2 * d + tokens * width * (width / 2 + (0 if x is None else d))
+        return constants < direct
+
+    def rstd(self, layer: LayerTrace, stage: Stage) -> Tensor | None:
+        """Product of the inverse standard deviations that scale a row of the stage, (B, n)."""
+        out = None
+        for name in stage.norms if layer.modules.added_norm is None else ("added_norm",):
+            rstd = layer.norms[name].rstd.to(self.dtype_of(layer))
+            out = rstd if out is None else out * rstd
+        return out
+
+    def norm_matrix(self, layer: LayerTrace, name: str) -> NormMatrix:
+        """Norms of stage `name`, as a matrix that isn't stored."""
+        check_stage("norm_matrix", layer, name)
+        stage = STAGES[name]
+        return self._matrix(layer, *self._terms(layer, stage), self.rstd(layer, stage))
+
+    def attention_matrix(self, layer: LayerTrace) -> NormMatrix:
+        """Attention averaged over heads: the norm whose Gram matrix is 1/H^2 everywhere."""
+        batch, heads, n, _ = layer.q.shape
+        gram = torch.full((), heads**-2, dtype=self.dtype_of(layer), device=layer.q.device).expand(batch, n, heads, heads)
+        return self._matrix(layer, gram, None, None, None)
+
+    def _matrix(self, layer: LayerTrace, gram, cross, residual_sq, rstd) -> NormMatrix:
+        q, k, lse = layer.q.detach(), layer.k.detach(), layer.lse.detach()
+        settings = (layer.key_mask, layer.scaling, layer.window, self.backend, layer.score_mod, layer.offsets)
+        return NormMatrix(q, k, lse, gram, cross, residual_sq, rstd, *settings)
+
+    def head_maps(self, layer: LayerTrace) -> Tensor:
+        """head_N: norm of every head's own weighted vector, (B, H, n, n)."""
+        dtype = self.dtype_of(layer)
+        norms = head_norms(layer.v.detach().to(dtype), self._weight(layer), backend=self.backend).transpose(1, 2)
+        maps = self.attention_maps(layer).mul_(norms[:, :, None, :])
+        if layer.modules.added_norm is not None:
+            maps.mul_(self.rstd(layer, STAGES["N"])[:, None, :, None])
+        if layer.key_mask is not None:
+            maps.masked_fill_(~layer.key_mask[:, None, :, None], 0)
+        return maps
+
+    def attention_maps(self, layer: LayerTrace) -> Tensor:
+        """Attention probabilities rebuilt from lse, (B, H, n, n)."""
+        dtype = self.dtype_of(layer)
+        q, k = layer.q.detach().to(dtype), layer.k.detach().to(dtype)
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        scores = torch.matmul(q * layer.scaling, k.transpose(2, 3))
+        if layer.score_mod is not None:
+            everything = slice(0, q.shape[2])
+            scores = layer.score_mod.bind(q, k)(scores, everything, torch.arange(q.shape[2], device=q.device)[None], everything)
+        scores -= layer.lse.detach().to(dtype)[..., None]
+        hidden = self._hidden(layer)
+        return (scores if hidden is None else scores.masked_fill_(hidden, float("-inf"))).exp_()
+
+    @staticmethod
+    def _hidden(layer: LayerTrace) -> Tensor | None:
+        hidden, (left, right) = None, layer.window
+        if left >= 0 or right >= 0:
+            i = torch.arange(layer.q.shape[2], device=layer.q.device)
+            ahead = i[None, :] - i[:, None]
+            hidden = ((ahead < -left) & (left >= 0)) | ((ahead > right) & (right >= 0))
+        if layer.key_mask is not None:
+            padded = ~layer.key_mask[:, None, None, :]
+            hidden = padded if hidden is None else hidden | padded
+        return hidden
+
+    def mixing_ratio(self, layer: LayerTrace, name: str) -> Tensor:
+        """Mixing ratio of stage `name`, (B, n); 0 for padding."""
+        check_stage("mixing_ratio", layer, name)
+        stage, dtype = STAGES[name], self.dtype_of(layer)
+        gammas = self._gammas(layer, stage)
+        q, k, v, o, lse = (t.detach().to(dtype) for t in (layer.q, layer.k, layer.v, layer.o, layer.lse))
+        mapped_x = stage_map(self._residual(layer).to(dtype), gammas) if stage.residual else None
+        weight = stage_map(self._weight(layer), gammas)
+        if layer.score_mod is None:
+            ratio = mixing_ratio(q, k, v, o, lse, weight, mapped_x, scaling=layer.scaling, backend=self.backend)
+        else:
+            check_score_mod("mixing_ratio", self.backend)
+            ratio = reference_mixing_ratio(q, k, v, o, lse, weight, mapped_x, layer.scaling, to_dtype(layer.score_mod, dtype))
+        return ratio if layer.key_mask is None else ratio.masked_fill(~layer.key_mask, 0)

@@ -1,0 +1,1 @@
+"""Long sequences, large corpora and memory."""

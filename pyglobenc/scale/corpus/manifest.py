@@ -1,0 +1,119 @@
+"""What a job is: its input, model and settings, kept beside its output so that only the same job goes on."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pyglobenc.common.files import write_file
+from pyglobenc.scale.corpus.shards import locked, remove_temporary
+
+NAME = "_manifest.json"
+FORMAT = "pyglobenc.corpus"
+# 2: shards tell the records that they hold
+FORMAT_VERSION = 2
+# may differ between runs of one job
+FREE = ("info", "complete")
+# in a model's config, but not about what it computes
+PROVENANCE = ("_name_or_path", "transformers_version")
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 of a model's class, config, and every weight's name, dtype, shape and bytes."""
+    import torch
+
+    config = {name: value for name, value in model.config.to_dict().items() if name not in PROVENANCE}
+    digest = hashlib.sha256(type(model).__name__.encode())
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of a tokenizer's class, vocabulary, special tokens, rules and limits."""
+    told = [type(tokenizer).__name__, tokenizer.special_tokens_map, tokenizer.model_max_length, tokenizer.model_input_names]
+    if tokenizer.is_fast:
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        # of the call before, not of the tokenizer
+        told.append({name: value for name, value in rules.items() if name not in ("truncation", "padding")})
+    else:
+        settings = {name: value for name, value in tokenizer.init_kwargs.items() if isinstance(value, bool | int | float)}
+        file = getattr(tokenizer, "vocab_file", None)
+        told += [tokenizer.get_vocab(), settings, Path(file).read_bytes().hex() if file else None]
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write a job's manifest, or check that the folder holds this very job's.
+
+    Args:
+        folder: of the output; made if it isn't there.
+        manifest: JSON values; what is under "info" may differ between runs of one job.
+
+    Raises:
+        ValueError: the folder belongs to another job, or holds shards of an unknown one.
+        OSError: the folder can't be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / NAME
+    # of two jobs that start at once one is told of the other
+    with locked(folder, "manifest", wait=True):
+        remove_temporary(path)
+        if path.is_symlink():
+            raise ValueError(f"{path}: is a symbolic link, which isn't followed; choose another --output")
+        if not path.exists():
+            if any(folder.glob("*.parquet")):
+                raise ValueError(f"{folder}: holds Parquet files but no {NAME}, so it isn't known what they are; choose another --output")
+            _write(path, manifest, complete=False)
+            return
+        old, new = _flat(_read(path)), _flat(_header(manifest))
+        changed = [f"{name} {old.get(name)!r}, now {new.get(name)!r}" for name in sorted(old | new) if old.get(name) != new.get(name)]
+        if changed:
+            raise ValueError(
+                f"{folder}: another job was started here ({'; '.join(changed)}); go on with its settings or choose another --output"
+            )
+
+
+def set_complete(folder: Path, complete: bool) -> None:
+    """Write in a job's manifest whether every shard is there, computed from an input that is still the same.
+
+    Raises:
+        ValueError: there is no manifest.
+        OSError: it can't be written.
+    """
+    path = folder / NAME
+    with locked(folder, "manifest", wait=True):
+        manifest = _read(path)
+        if manifest.get("complete") is not complete:
+            _write(path, manifest, complete)
+
+
+def _header(manifest: dict[str, Any]) -> dict[str, Any]:
+    return {"format": FORMAT, "format_version": FORMAT_VERSION} | manifest
+
+
+def _write(path: Path, manifest: dict[str, Any], complete: bool) -> None:
+    data = json.dumps(_header(manifest) | {"complete": complete}, indent=1) + "\n"
+    write_file(path, data.encode(), follow=False)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a manifest: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: not a manifest: it must be an object, got {type(found).__name__}")
+    return found
+
+
+def _flat(manifest: dict[str, Any]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in manifest.items():
+        if name not in FREE:
+            out |= {f"{name}.{key}": entry for key, entry in value.items()} if isinstance(value, dict) else {name: value}
+    return out

@@ -1,0 +1,369 @@
+"""Texts of a corpus file, one record at a time; a record that can't be read is reported, never fatal."""
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pyglobenc.inputs.windows import MOST_CHARACTERS
+
+# tried in order where no column is named
+COLUMNS = ("text", "sentence")
+CHUNK = 1 << 20
+# of Arrow's types, what becomes a str or None
+TEXTS = ("string", "large_string", "string_view", "null")
+# of a file in UTF-16, which never begin one in UTF-8
+UTF16 = (b"\xff\xfe", b"\xfe\xff")
+# bytes of a line, or of a string of a table; longer ones are left out unread, so that none fills the memory
+LONGEST = 1 << 24
+# strings of a table that are copied at a time
+STRINGS = 256
+TOO_LONG = ValueError(f"the text takes more than {LONGEST >> 20} MiB with its line")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record: its number in the input, from 0, and its text, or the reason that there is none."""
+
+    index: int
+    text: str | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A corpus that can be read any number of times.
+
+    Attributes:
+        path: file or folder.
+        column: name or number of the column read; None for formats without columns.
+        files: the files that hold the data.
+        read: starts over and yields a text for every record, or an exception that says why it can't be read.
+        most: characters of a text, at most; longer ones are left out.
+        listing: the files of a folder as they are now; None where the input is one file.
+    """
+
+    path: Path
+    column: str | None
+    files: tuple[Path, ...]
+    read: Callable[[], Iterator[Any]]
+    most: int = MOST_CHARACTERS
+    listing: Callable[[], tuple[Path, ...]] | None = None
+
+    def records(self) -> Iterator[Record]:
+        """Every record, in input order."""
+        for index, text in enumerate(self.read()):
+            reason = _reason(text, self.most)
+            yield Record(index, None if reason else text, reason)
+
+    def sha256(self) -> str:
+        """Of the files' contents and order, as they are now; names and places don't count."""
+        total = hashlib.sha256()
+        for path in self.listing() if self.listing else self.files:
+            one = hashlib.sha256()
+            with open(path, "rb") as file:
+                while chunk := file.read(CHUNK):
+                    one.update(chunk)
+            total.update(one.digest())
+        return total.hexdigest()
+
+
+def digest(records: list[Record]) -> str:
+    """SHA-256 of some records' numbers and texts; of one that has no text, that it has none."""
+    total = hashlib.sha256()
+    for record in records:
+        text = None if record.text is None else record.text.encode()
+        total.update(f"{record.index} {-1 if text is None else len(text)}\n".encode())
+        total.update(text or b"")
+    return total.hexdigest()
+
+
+def _reason(text: Any, most: int) -> str | None:
+    if isinstance(text, Exception):
+        return " ".join(str(text).split()) or type(text).__name__
+    if text is None:
+        return "no text"
+    if not isinstance(text, str):
+        return f"the text must be a string, got {type(text).__name__}"
+    if len(text) > most:
+        return f"the text has {len(text)} characters and at most {most} are tokenized"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"not UTF-8 text (at character {error.start})"
+    return None if text.strip() else "empty text"
+
+
+def open_source(path: str | Path, column: str | None = None, header: bool = True) -> Source:
+    """A corpus by its file's suffix: .txt, .csv, .tsv, .jsonl, .parquet, or a folder of Parquet files or of `datasets`' save_to_disk.
+
+    Args:
+        path: file or folder.
+        column: which column or key holds the text; None for "text", "sentence" or the only one (of JSON, the first object's). A number
+            without a header.
+        header: the first line of a .csv or .tsv names its columns.
+
+    Raises:
+        ValueError: unknown format, no such column, one that doesn't hold texts.
+        OSError: the file can't be read.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(2, "there is no such file or folder", str(path))
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        return _folder(path, column)
+    if not path.is_file():
+        raise ValueError(f"{path}: a corpus is read more than once, so it must be a file or a folder")
+    if suffix == ".parquet":
+        return _table(path, (path,), column, _parquet)
+    with open(path, "rb") as file:
+        if file.read(2) in UTF16:
+            raise ValueError(f"{path}: is UTF-16, not UTF-8")
+    if suffix in (".txt", ".text", ""):
+        if column is not None:
+            raise ValueError(f"{path}: a text file has no columns, got {column!r}")
+        return Source(path, None, (path,), lambda: _lines(path))
+    if suffix in (".jsonl", ".ndjson", ".json"):
+        key = column or _json_key(path)
+        return Source(path, key, (path,), lambda: (_json_text(line, key) for line in _lines(path)))
+    if suffix in (".csv", ".tsv"):
+        return _csv(path, column, header)
+    raise ValueError(f"{path}: unknown format {suffix!r}; known: .txt, .csv, .tsv, .jsonl, .parquet, a folder that datasets saved")
+
+
+def _lines(path: Path) -> Iterator[str | Exception]:
+    """Lines without their ends; bytes that aren't UTF-8 become surrogates, which `_reason` names."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(_bounded(file, (b"\n",))):
+            if line is None:
+                yield TOO_LONG
+                continue
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
+            yield line.decode("utf-8", errors="surrogateescape").rstrip("\r\n")
+
+
+def _bounded(file: Any, ends: tuple[Any, ...]) -> Iterator[Any]:
+    """Lines of a file, with their ends, which are one of some; None for a line above LONGEST, of which no more than that is kept."""
+    while line := file.readline(LONGEST):
+        if len(line) < LONGEST or line.endswith(ends):
+            yield line
+            continue
+        while len(line) == LONGEST and not line.endswith(ends):
+            line = file.readline(LONGEST)
+        yield None
+
+
+def _json_key(path: Path) -> str:
+    """The key that the first object calls its text by."""
+    for number, line in enumerate(_lines(path)):
+        if isinstance(line, Exception):
+            continue
+        if number == 0 and line.lstrip().startswith("["):
+            raise ValueError(f"{path}: begins with a JSON array; what is read is an object, or a string, a line")
+        value = _json(line)
+        if isinstance(value, dict):
+            return _likely(list(value)) or COLUMNS[0]
+    return COLUMNS[0]
+
+
+def _json(line: str | Exception) -> Any:
+    """A line's value, None of an empty line, or the exception that says what is wrong with it."""
+    if isinstance(line, Exception):
+        return line
+    try:
+        return json.loads(line) if line.strip() else None
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"not JSON: {error}")
+
+
+def _json_text(line: str | Exception, key: str) -> Any:
+    value = _json(line)
+    if value is None or isinstance(value, str | Exception):
+        return value
+    if not isinstance(value, dict):
+        return ValueError(f"a line must hold an object with the key {key!r}, or a string, got {type(value).__name__}")
+    if key not in value:
+        return ValueError(f"no key {key!r}")
+    return value[key]
+
+
+def _csv(path: Path, column: str | None, header: bool) -> Source:
+    # the csv module refuses fields above its own limit of 128 KiB
+    csv.field_size_limit(LONGEST)
+    names = next(_rows(path), [])
+    if isinstance(names, Exception):
+        raise ValueError(f"{path}: the first row can't be read: {names}")
+    # a column's name shows what isn't UTF-8 as U+FFFD
+    names = [name.encode(errors="surrogateescape").decode(errors="replace") for name in names]
+    if not names:
+        raise ValueError(f"{path}: the first row is empty")
+    if header:
+        column = choose_column(path, names, column)
+        position = names.index(column)
+    else:
+        column = column or "0"
+        if not column.isdecimal() or int(column) >= len(names):
+            raise ValueError(f"{path}: without a header the column is a number below {len(names)}, got {column!r}")
+        position = int(column)
+
+    def read() -> Iterator[Any]:
+        for row in islice(_rows(path), int(header), None):
+            if isinstance(row, Exception):
+                yield row
+            else:
+                yield row[position] if position < len(row) else ValueError(f"the row has {len(row)} columns")
+
+    return Source(path, column, (path,), read)
+
+
+def _dialect(path: Path) -> dict[str, Any]:
+    # tab-separated files have no quoting: a lone quote in a text must not swallow the lines after it
+    # elsewhere one that is never closed would swallow them too: strict reports it
+    return {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix.lower() == ".tsv" else {"strict": True}
+
+
+def _rows(path: Path) -> Iterator[list[str] | Exception]:
+    too_long = []
+
+    def lines(file: Any) -> Iterator[str]:
+        for line in _bounded(file, ("\n", "\r")):
+            if line is None:
+                too_long.append(TOO_LONG)
+            yield line or ""
+
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        rows = csv.reader(lines(file), **_dialect(path))
+        while True:
+            first = rows.line_num + 1
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                where = f"line {first}" if rows.line_num == first else f"lines {first} to {rows.line_num}"
+                row = ValueError(f"not CSV: {error} ({where})")
+            yield too_long.pop() if too_long else row
+            too_long.clear()
+
+
+def choose_column(path: Path, names: list[str], column: str | None) -> str:
+    """The column asked for, or the one that holds texts by its name; ValueError lists what there is."""
+    if column is None:
+        column = _likely(names)
+        if column is None:
+            raise ValueError(f"{path}: which column holds the text? It has {', '.join(names)}")
+    if column not in names:
+        raise ValueError(f"{path}: there is no column {column!r}; it has {', '.join(names)}")
+    return column
+
+
+def _likely(names: list[str]) -> str | None:
+    found = [name for name in COLUMNS if name in names] or (names if len(names) == 1 else [])
+    return found[0] if found else None
+
+
+def load_arrow() -> Any:
+    """Pyarrow, with the modules used here; ImportError, with the command that installs it, where it isn't there."""
+    try:
+        import pyarrow
+        import pyarrow.ipc
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(f"corpora need pyarrow, which is not installed: pip install pyarrow ({error})") from error
+    return pyarrow
+
+
+def _folder(path: Path, column: str | None) -> Source:
+    if (path / "dataset_dict.json").exists():
+        splits = ", ".join(sorted(folder.name for folder in path.iterdir() if folder.is_dir()))
+        raise ValueError(f"{path}: holds several splits, choose one of its folders: {splits}")
+    saved = (path / "state.json").exists()
+
+    def listing() -> tuple[Path, ...]:
+        return _saved_files(path) if saved else tuple(sorted(path.glob("*.parquet")))
+
+    files = listing()
+    if not files:
+        raise ValueError(f"{path}: neither a folder that datasets saved (no state.json) nor one of Parquet files")
+    return replace(_table(path, files, column, _stream if saved else _parquet), listing=listing)
+
+
+def _saved_files(path: Path) -> tuple[Path, ...]:
+    """The files that datasets' save_to_disk names."""
+    state = path / "state.json"
+    try:
+        files = tuple(path / entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{state}: doesn't list the data's files as datasets does") from error
+    if not files:
+        raise ValueError(f"{path}: holds no record")
+    return files
+
+
+@contextmanager
+def _parquet(path: Path) -> Iterator[tuple[Any, Callable[[str], Iterable[Any]]]]:
+    with load_arrow().parquet.ParquetFile(path) as file:
+        yield file.schema_arrow, lambda name: file.iter_batches(STRINGS, columns=[name])
+
+
+@contextmanager
+def _stream(path: Path) -> Iterator[tuple[Any, Callable[[str], Iterable[Any]]]]:
+    arrow = load_arrow()
+    # a file in memory that is cut while it is read ends the process
+    with arrow.OSFile(str(path)) as file, arrow.ipc.open_stream(file) as stream:
+        yield stream.schema, lambda name: stream
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of Arrow, which don't tell the file."""
+    try:
+        yield
+    except (load_arrow().ArrowException, OSError) as error:
+        raise ValueError(f"{path}: can't be read: {error}") from error
+
+
+def _table(path: Path, files: tuple[Path, ...], column: str | None, contents: Callable[[Path], Any]) -> Source:
+    """A column of files; contents is a context that gives a file's schema and its batches of a column."""
+    with _named(files[0]), contents(files[0]) as (schema, _):
+        name = choose_column(path, schema.names, column)
+
+    def read() -> Iterator[Any]:
+        for one in files:
+            with _named(one), contents(one) as (schema, batches):
+                _check_texts(one, schema.field(schema.names.index(choose_column(one, schema.names, name))))
+                for batch in batches(name):
+                    yield from _strings(batch.column(batch.schema.names.index(name)))
+
+    return Source(path, name, files, read)
+
+
+def _strings(column: Any) -> Iterator[Any]:
+    """Texts of a column, a few at a time; bytes that aren't UTF-8 become surrogates, which `_reason` names."""
+    arrow = load_arrow()
+    for start in range(0, len(column), STRINGS):
+        some = column.slice(start, STRINGS)
+        some = some.dictionary_decode() if hasattr(some.type, "index_type") else some
+        # as bytes, since a str of Arrow's must be UTF-8
+        some = some.cast(arrow.large_binary())
+        some.validate(full=True)
+        for scalar in some:
+            if not scalar.is_valid:
+                yield None
+            elif scalar.as_buffer().size > LONGEST:
+                yield TOO_LONG
+            else:
+                yield scalar.as_py().decode("utf-8", errors="surrogateescape")
+
+
+def _check_texts(path: Path, column: Any) -> None:
+    # of a dictionary its values count
+    kind = column.type.value_type if hasattr(column.type, "index_type") else column.type
+    if str(kind) not in TEXTS:
+        raise ValueError(f"{path}: the column {column.name!r} must hold strings, it holds {kind}")

@@ -1,0 +1,271 @@
+"""Row mode of one long sequence over the ranks of torch.distributed: every rank holds a share of the tokens.
+
+Each rank runs the stock model on its own tokens; an attention layer gathers the keys and values of all, so that the forward pass is
+split as evenly as the rollout. Down the layers a rank takes the rows of the norms of its own queries, against the gathered keys and Gram
+matrices, and one all-reduce of a (T, n) array a layer adds the ranks' shares of r @ norms. What a rank keeps of a layer is its own
+tokens' share; only one layer's keys and Gram matrices are whole at a time.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from pyglobenc.backends.reference.attention import hidden_keys, visible_keys
+from pyglobenc.backends.reference.rollout_step import rescale_rows
+from pyglobenc.common.arguments import known_arguments
+from pyglobenc.common.autocast import callers_autocast, outside_autocast
+from pyglobenc.hf import LayerTrace, capture, find_layers
+from pyglobenc.hf.limits import max_tokens
+from pyglobenc.hf.positions import own_positions
+from pyglobenc.hf.trace.attention import RECORDERS, window_of
+from pyglobenc.hf.unwrap import stock_model
+from pyglobenc.methods.arguments import model_inputs, output_settings
+from pyglobenc.methods.inputs import check_batch, check_model
+from pyglobenc.methods.rollout.layer_matrix import NormMatrix
+from pyglobenc.methods.rollout.rows import RolloutResult, roll_out_rows, rollout_result
+from pyglobenc.methods.rollout.stages import STAGES, StageOps, check_stage, deepest_stage
+from pyglobenc.ops import token_norms
+from pyglobenc.ops.attention import BAND, fused_bias, fused_call
+from pyglobenc.scale.sequence_shards import Shares
+
+NAME = "pyglobenc_sharded"
+# these take positions as an argument
+ARCHITECTURES = ("bert", "electra", "roberta", "xlm-roberta", "camembert", "modernbert")
+ARCHITECTURES += ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text")
+# queries whose norms exist at a time: a (block, n) array, no larger than the hidden states of all tokens
+BLOCK = 256
+# axis of the tokens in what a matrix is made of
+AXES = dict(q=2, k=2, lse=2, gram=1, cross=1, residual_sq=1, rstd=1)
+
+# attention modules at work -> how the tokens lie on the ranks
+_SHARES: dict[nn.Module, Shares] = {}
+
+
+def sharded_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Own queries (1, H, m, dh) against the keys and values of all ranks, for transformers' attention interface."""
+    changes = [name for name in ("position_bias", "s_aux", "softcap") if kwargs.get(name) is not None]
+    if changes:
+        raise ValueError(f"ShardedGlobEnc: {type(module).__name__} uses {changes[0]}, which is not supported over ranks")
+    shares, window = _SHARES[module], window_of(module, kwargs)
+    scaling = query.shape[3] ** -0.5 if scaling is None else scaling
+    k, v = (shares.gather(t, 2).repeat_interleave(query.shape[1] // key.shape[1], dim=1) for t in (key, value))
+    sizes = [chunk.stop - chunk.start for chunk in shares.own]
+    parts = [
+        attend(q, k, v, chunk, window, scaling) for q, chunk in zip(query.split(sizes, dim=2), shares.own, strict=True) if q.shape[2]
+    ]
+    o, lse = (torch.cat(found, 2) for found in zip(*parts, strict=True))
+    RECORDERS[module](q=query, k=key, v=value, o=o, lse=lse, scaling=scaling, window=window)
+    return o.transpose(1, 2).contiguous(), None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, rows: slice, window: tuple[int, int], scaling: float) -> tuple[Tensor, Tensor]:
+    """Attention of some of n queries by torch's own kernels, without a mask as long as the keys.
+
+    Args:
+        q: queries `rows`, (1, H, m, dh).
+        k, v: all keys and values, (1, H, n, dh).
+        rows: which queries these are, at least one.
+        window, scaling: as for `pyglobenc.ops.attention`.
+
+    Returns:
+        o (1, H, m, dh), lse (1, H, m).
+    """
+    if window == (-1, -1):
+        return fused_call(q, k, v, None, False, scaling)
+    if window == (-1, 0):
+        own = fused_call(q, k[:, :, rows], v[:, :, rows], None, True, scaling)
+        if rows.start == 0:
+            return own
+        # every query sees all that comes before the rows
+        return _merge(own, fused_call(q, k[:, :, : rows.start], v[:, :, : rows.start], None, False, scaling))
+    block, parts = min(max(sum(window), BAND[0]), BAND[1]), []
+    for start in range(rows.start, rows.stop, block):
+        part = slice(start, min(rows.stop, start + block))
+        cols = visible_keys(part, k.shape[2], window)
+        bias = fused_bias(hidden_keys(part, cols, window, None, q.device), q.dtype)
+        mine = q[:, :, start - rows.start : part.stop - rows.start]
+        parts.append(fused_call(mine, k[:, :, cols], v[:, :, cols], bias, False, scaling))
+    return torch.cat([o for o, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+
+
+def _merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention over two sets of keys from that over each, o and lse."""
+    lse = torch.logaddexp(one[1], other[1])
+    o = sum(o * (part - lse).exp()[..., None] for o, part in (one, other))
+    return o.to(one[0].dtype), lse
+
+
+def _no_mask(**kwargs: Any) -> None:
+    """One sequence without padding needs no mask."""
+
+
+AttentionInterface.register(NAME, sharded_attention)
+AttentionMaskInterface.register(NAME, _no_mask)
+
+
+@dataclass
+class ShardedMatrix:
+    """One layer's norms, rows of the rank's own queries; what `roll_out_rows` asks of a matrix. Fields of `local` hold own tokens."""
+
+    local: NormMatrix
+    shares: Shares
+
+    def __post_init__(self):
+        m, shares = self.local, self.shares
+        self._tensors = {
+            name: (shares.gather if name in ("k", "gram") else shares.place)(getattr(m, name), axis)
+            for name, axis in AXES.items()
+            if getattr(m, name) is not None
+        }
+        self._settings = dict(scaling=m.scaling, window=m.window, backend=m.backend)
+
+    def rows(self, targets: Tensor) -> Tensor:
+        """Rows `targets` (1, T) of the matrix, (1, T, n), on every rank."""
+        mine = sum(((targets[0] >= chunk.start) & (targets[0] < chunk.stop)).long() for chunk in self.shares.own).bool()
+        out = self.local.gram.new_zeros(1, targets.shape[1], self.shares.n)
+        if mine.any():
+            out[:, mine] = token_norms(**self._tensors, **self._settings, rows=targets[:, mine])
+        dist.all_reduce(out, group=self.shares.group)
+        return out
+
+    def step(self, r: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+        """r (1, T, n) times the matrix, each row scaled to maximum 1, and the new log_scale (1, T), on every rank."""
+        out = torch.zeros_like(r)
+        for chunk in self.shares.own:
+            for start in range(chunk.start, chunk.stop, BLOCK):
+                rows = slice(start, min(chunk.stop, start + BLOCK))
+                cols = visible_keys(rows, self.shares.n, self.local.window)
+                seen = {name: t.narrow(AXES[name], cols.start, cols.stop - cols.start) for name, t in self._tensors.items()}
+                index = torch.arange(rows.start - cols.start, rows.stop - cols.start, device=r.device)[None]
+                out[:, :, cols] += r[:, :, rows] @ token_norms(**seen, **self._settings, rows=index)
+        dist.all_reduce(out, group=self.shares.group)
+        return rescale_rows(out, log_scale)
+
+
+class ShardedGlobEnc:
+    """`GlobEnc` in row mode for one sequence that the ranks of a process group share.
+
+    Args:
+        model: of an architecture in ARCHITECTURES, the same on every rank, in evaluation mode; left as it is.
+        backend: as for `GlobEnc`.
+        group: process group of torch.distributed; None is the default group.
+
+    Raises:
+        RuntimeError: torch.distributed isn't initialised.
+        TypeError, ValueError: another architecture, or as `GlobEnc`.
+    """
+
+    @known_arguments
+    def __init__(self, model: PreTrainedModel, backend: str = "auto", group: Any = None):
+        if not dist.is_initialized():
+            raise RuntimeError("ShardedGlobEnc: torch.distributed isn't initialised; call init_process_group first")
+        check_model("ShardedGlobEnc", model, backend, None)
+        model = stock_model(model)
+        if model.config.model_type not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise ValueError(f"ShardedGlobEnc: architecture must be one of {known}, got {model.config.model_type!r}")
+        self.model, self.group = model, group
+        self.ops = StageOps(backend)
+
+    @known_arguments
+    @outside_autocast
+    @torch.no_grad()
+    def __call__(
+        self,
+        *,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        targets: Sequence[int] | None = None,
+        stage: str | None = None,
+        layers: bool = False,
+    ) -> RolloutResult:
+        """Attribute target tokens of one sequence to all its tokens; every rank calls it with the same arguments.
+
+        Args:
+            input_ids: (1, n), the whole sequence without padding, n at least the number of ranks.
+            token_type_ids: (1, n), or None.
+            targets: T token positions; None: the first, [CLS], of a causal model the last.
+            stage, layers: as for `GlobEnc`.
+
+        Returns:
+            RolloutResult, the same on every rank, without the model's output. The arithmetic is the model's, float32 at least.
+
+        Raises:
+            TypeError, ValueError: an unknown argument, unknown stage, ids, shapes or targets that don't fit, input longer than the model
+                takes, a result that isn't finite.
+        """
+        shares = self._shares(input_ids, targets, stage)
+        batch = {"input_ids": input_ids} if token_type_ids is None else {"input_ids": input_ids, "token_type_ids": token_type_ids}
+        batch = model_inputs("ShardedGlobEnc", self.model, batch, ShardedGlobEnc.__call__)
+        check_batch("ShardedGlobEnc", self.model, batch)
+        batch["position_ids"] = self._positions(input_ids)
+        captured = self._run({name: shares.take(t, 1) for name, t in batch.items()}, shares)
+        stage = stage or deepest_stage(captured[-1])
+        check_stage("ShardedGlobEnc", captured[-1], stage)
+        if targets is None:
+            targets = [shares.n - 1 if captured[-1].window[1] == 0 else 0]
+        rows = torch.as_tensor(targets, device=input_ids.device)[None]
+        matrices = (ShardedMatrix(self.ops.norm_matrix(layer, stage), shares) for layer in reversed(captured))
+        return rollout_result("ShardedGlobEnc", self.model, *roll_out_rows(matrices, rows, layers), layers)
+
+    def _shares(self, input_ids: Tensor, targets: Sequence[int] | None, stage: str | None) -> Shares:
+        rank, world = dist.get_rank(self.group), dist.get_world_size(self.group)
+        if stage not in (None, *STAGES):
+            raise ValueError(f"ShardedGlobEnc: stage must be one of {', '.join(STAGES)}, got {stage!r}")
+        if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < world:
+            raise ValueError(f"ShardedGlobEnc: input_ids must be (1, n) with n at least {world}, the ranks, got {tuple(input_ids.shape)}")
+        n, limit = input_ids.shape[1], max_tokens(self.model)
+        if limit is not None and n > limit:
+            raise ValueError(f"ShardedGlobEnc: the input has {n} tokens and the model takes {limit}")
+        if targets is not None and (not targets or min(targets) < 0 or max(targets) >= n):
+            raise ValueError(f"ShardedGlobEnc: targets must lie in [0, {n}), at least one of them, got {list(targets)}")
+        return Shares(n, rank, world, self.group)
+
+    def _positions(self, input_ids: Tensor) -> Tensor:
+        return own_positions("ShardedGlobEnc", self.model, list(input_ids))[0][None].to(input_ids.device)
+
+    def _run(self, own: Mapping[str, Tensor], shares: Shares) -> list[LayerTrace]:
+        # a module is in one capture at a time, so its shares are this call's
+        with capture(self.model, attention=NAME) as trace, _sharded(find_layers(self.model), shares), callers_autocast():
+            # a head's logits are of no use here, and a vocabulary's are wider than all states
+            self.model.base_model(**own, **output_settings(self.model.base_model))
+            return trace.layers
+
+
+@contextmanager
+def _sharded(layers: Sequence[Any], shares: Shares) -> Iterator[None]:
+    """Context, inside `capture`, within which the attention of these layers gathers over the ranks."""
+    modules = [layer.attention for layer in layers]
+    _SHARES.update(dict.fromkeys(modules, shares))
+    try:
+        yield
+    finally:
+        for module in modules:
+            _SHARES.pop(module, None)
+
+
+def bytes_received(*, n: int, keys: int, heads: int, layers: int, targets: int, world: int, size: int = 4) -> dict[str, float]:
+    """Bytes that one rank receives in a call, by collective; ring algorithms are assumed.
+
+    Args:
+        n, heads, layers, targets, world: tokens, query heads, layers, target rows, ranks.
+        keys: width of a token's keys, all key-value heads together.
+        size: bytes of an activation.
+
+    The Gram matrices and the rows of the rollout are float32 whatever the activations are.
+    """
+    others = (world - 1) / world
+    return {
+        "gather k, v (forward)": others * layers * 2 * n * keys * size,
+        "gather k (rollout)": others * layers * n * keys * size,
+        "gather G (rollout)": others * layers * n * heads**2 * 4,
+        "all-reduce r": 2 * others * layers * targets * n * 4,
+    }

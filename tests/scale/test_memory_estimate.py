@@ -1,0 +1,148 @@
+"""The memory estimate against what torch's allocator sees."""
+
+import tracemalloc
+
+import pytest
+import torch
+import transformers
+from allocations import measure_allocations
+from models import randomize
+
+from pyglobenc import GlobEnc, Rollout, TransformerAttribution
+from pyglobenc.methods.memory import ESTIMATED, estimate_memory
+from pyglobenc.methods.registry import METHODS
+
+WITHIN = 0.2
+BERT = dict(vocab_size=100, max_position_embeddings=2048, num_hidden_layers=3, num_attention_heads=4, hidden_size=64, intermediate_size=256)
+WIDE = BERT | dict(num_attention_heads=12, hidden_size=192, intermediate_size=768, num_hidden_layers=2)
+DEEP = BERT | dict(num_hidden_layers=8)
+DISTILBERT = dict(vocab_size=100, max_position_embeddings=2048, n_layers=3, n_heads=4, dim=64, hidden_dim=256)
+
+
+def make(settings, kind="Bert", dtype=torch.float32, head="Model"):
+    model = getattr(transformers, f"{kind}{head}")(getattr(transformers, f"{kind}Config")(**settings))
+    return randomize(model, std=0.02).to(dtype).eval()
+
+
+def measured(call, model, batch, n, pads=0, **arguments):
+    """Peak of the second call, weights included: what a long job settles at."""
+    inputs = {"input_ids": torch.randint(5, 90, (batch, n)), "attention_mask": torch.ones(batch, n, dtype=torch.long)}
+    inputs["attention_mask"][0, n - pads :] = 0
+    call(**inputs, **arguments)
+    after = measure_allocations(lambda: call(**inputs, **arguments))
+    weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    return weights, after.peak
+
+
+def check(estimate, weights, peak):
+    true = weights + peak
+    assert abs(estimate.peak / true - 1) < WITHIN, f"estimated {estimate}, measured {true / 2**20:.1f} MiB"
+    # the weights, which are known, mustn't hide an error in the rest
+    ours, theirs = estimate.peak - estimate.weights, true - weights
+    assert abs(ours / theirs - 1) < WITHIN, f"without weights {ours / 2**20:.2f} MiB, measured {theirs / 2**20:.2f} MiB"
+
+
+@pytest.mark.parametrize(
+    "settings, batch, n, backend",
+    [
+        (BERT, 1, 512, "auto"),
+        (BERT, 1, 512, "reference"),
+        (BERT, 8, 64, "auto"),
+        (DEEP, 1, 300, "auto"),
+        (WIDE, 2, 256, "auto"),
+        (WIDE, 2, 256, "reference"),
+        (WIDE | dict(intermediate_size=384), 1, 1024, "reference"),
+    ],
+)
+def test_globenc(settings, batch, n, backend):
+    model = make(settings)
+    check(estimate_memory(model, batch=batch, n=n), *measured(GlobEnc(model, backend=backend), model, batch, n))
+
+
+@pytest.mark.parametrize("method", ["raw-attention", "attention-rollout", "w-res", "n-fixedres", "n", "n-res", "n-resln"])
+def test_family(method):
+    model = make(BERT)
+    check(estimate_memory(model, batch=2, n=200, method=method), *measured(Rollout(model, method), model, 2, 200))
+
+
+@pytest.mark.parametrize("name, expected", [("float64", torch.float64), ("double states", torch.float32)])
+def test_precision(name, expected):
+    model, dtype = make(BERT, dtype=expected), torch.float64 if name == "double states" else None
+    check(estimate_memory(model, batch=2, n=200, dtype=dtype), *measured(GlobEnc(model, dtype=dtype), model, 2, 200))
+
+
+def test_half_precision_weights():
+    model = make(BERT, dtype=torch.bfloat16)
+    check(estimate_memory(model, batch=2, n=200), *measured(GlobEnc(model), model, 2, 200))
+
+
+def test_other_architecture_padding_targets_and_layers():
+    model = make(DISTILBERT, "DistilBert")
+    found = measured(GlobEnc(model), model, 2, 200, pads=30, targets=list(range(50)), layers=True)
+    check(estimate_memory(model, batch=2, n=200, targets=50, layers=True), *found)
+
+
+@pytest.mark.parametrize(
+    "settings, batch, n, dtype",
+    [
+        (BERT, 1, 512, torch.float32),
+        (BERT, 1, 1024, torch.float32),
+        (BERT, 8, 64, torch.float32),
+        (DEEP, 1, 300, torch.float32),
+        (WIDE, 2, 256, torch.float32),
+        (BERT, 2, 200, torch.float64),
+        (BERT, 2, 200, torch.bfloat16),
+        # too large for a second run
+        (BERT | dict(hidden_size=768, intermediate_size=3072), 1, 256, torch.float32),
+    ],
+)
+def test_transformer_attribution(settings, batch, n, dtype):
+    model = make(settings, "Bert", dtype, "ForSequenceClassification")
+    found = measured(TransformerAttribution(model), model, batch, n)
+    check(estimate_memory(model, batch=batch, n=n, method="transformer-attribution"), *found)
+
+
+@pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.PrecisionWarning")
+@pytest.mark.parametrize("method", ["lrp", "partial-lrp", "attention-gradcam"])
+@pytest.mark.parametrize(
+    "settings, batch, n, dtype", [(BERT, 1, 512, torch.float32), (WIDE, 2, 256, torch.float32), (BERT, 2, 200, torch.bfloat16)]
+)
+def test_other_methods_of_a_class(method, settings, batch, n, dtype):
+    model = make(settings, "Bert", dtype, "ForSequenceClassification")
+    run, target = METHODS[method].build(model, "auto", None), torch.zeros(batch, dtype=torch.long)
+    found = measured(lambda **inputs: run(inputs, target), model, batch, n)
+    check(estimate_memory(model, batch=batch, n=n, method=method), *found)
+
+
+def test_flow():
+    """numpy's memory is Python's to count: both peaks, which come at different moments, bound that of their sum."""
+    model, n = make(BERT | dict(num_hidden_layers=2)), 96
+    _, ours = measured(Rollout(model, "attention-flow"), model, 1, n)
+    tracemalloc.start()
+    try:
+        Rollout(model, "attention-flow")(input_ids=torch.randint(5, 90, (1, n)))
+        numpys = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    estimate = estimate_memory(model, batch=1, n=n, method="attention-flow")
+    estimated = estimate.peak - estimate.weights
+    assert max(ours, numpys) / (1 + WITHIN) < estimated < (ours + numpys) * (1 + WITHIN)
+
+
+def test_maps():
+    model = make(BERT)
+    found = measured(GlobEnc(model), model, 1, 400, maps=["N_Enc", "head_N"])
+    check(estimate_memory(model, batch=1, n=400, maps=1 + BERT["num_attention_heads"]), *found)
+
+
+def test_needs_no_weights():
+    """A model too large to load is estimated from its config."""
+    with torch.device("meta"):
+        model = transformers.BertModel(transformers.BertConfig(**BERT))
+    assert estimate_memory(model, batch=2, n=200) == estimate_memory(make(BERT), batch=2, n=200)
+
+
+def test_every_method_is_known_and_others_refused():
+    assert set(ESTIMATED) == set(METHODS)
+    with pytest.raises(ValueError, match="known for raw-attention"):
+        estimate_memory(make(BERT), batch=1, n=8, method="gradient")

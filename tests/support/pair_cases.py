@@ -1,0 +1,135 @@
+"""Inputs of `token_norms` and `rollout_step`, and the backends they are tested on."""
+
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from pyglobenc.backends.dispatch import load
+from pyglobenc.backends.reference.stage_map import stage_map
+from pyglobenc.backends.shared.packing import per_token
+from pyglobenc.ops import gram_kernels, head_gram, rollout_step
+from pyglobenc.ops.attention import attention
+
+SETS = ("avx512bf16", "avx512", "avx2", "portable")
+
+
+def cpu_params():
+    """One parameter for each instruction set, fastest first, those that can't run skipped; or one with the reason that nothing loads."""
+    module, reason = load("token_norms", "cpu")
+    if module is None:
+        return [pytest.param("cpu", marks=pytest.mark.skip(reason=reason))]
+    here = module.kernels.instruction_sets()
+    missing = [name for name in SETS if name not in here]
+    skip = [pytest.mark.skip(reason="not built, or not an instruction set of this machine")]
+    return [pytest.param(f"cpu-{name}") for name in here] + [pytest.param(f"cpu-{name}", marks=skip) for name in missing]
+
+
+KERNELS = cpu_params()
+
+
+@contextmanager
+def running(kernel: str):
+    """Name of the backend of a parameter such as "cpu-avx2", with that instruction set in use."""
+    backend, _, name = kernel.partition("-")
+    if not name:
+        yield backend
+        return
+    module = load("token_norms", backend)[0].kernels
+    before = module.instruction_set()
+    module.use(name)
+    try:
+        yield backend
+    finally:
+        module.use(before)
+
+
+def factor(kernel: str) -> float:
+    """Of the error rule: 2, or 4 for the portable build, which has no fused multiply-add and so rounds every step twice."""
+    return 4.0 if kernel == "cpu-portable" else 2.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shape of a layer and what hides keys from its queries."""
+
+    B: int = 2
+    H: int = 4
+    Hkv: int = 4
+    n: int = 33
+    dh: int = 8
+    d: int = 24
+    mask: str = "none"
+    window: tuple[int, int] = (-1, -1)
+    residual: bool = True
+    norms: int = 2
+    dtype: torch.dtype = torch.float32
+    peak: float = 1.0  # factor of the scores
+
+    def __str__(self):
+        text = f"B{self.B}-H{self.H}.{self.Hkv}-n{self.n}-dh{self.dh}-{self.mask}-{self.window[0]}.{self.window[1]}"
+        text += f"-{'res' if self.residual else 'plain'}{self.norms}-{str(self.dtype)[6:]}"
+        return text if self.peak == 1.0 else f"{text}-peak{self.peak:g}"
+
+
+def key_mask(kind: str, B: int, n: int):
+    """(B, n) bool of a kind of padding: none, right, left, holes, or single real tokens; None for none."""
+    if kind == "none":
+        return None
+    real = torch.randint(1, n + 1, (B, 1))
+    if kind == "right":
+        return torch.arange(n) < real
+    if kind == "left":
+        return torch.arange(n) >= n - real
+    if kind == "single":
+        return torch.arange(n) == real - 1
+    mask = torch.rand(B, n) < 0.6
+    mask[:, n // 2] = True
+    return mask
+
+
+def layer(case: Case) -> dict:
+    """Random tensors of a layer in float64, q and k already rounded to the case's dtype."""
+    B, H, Hkv, n, dh, d = case.B, case.H, case.Hkv, case.n, case.dh, case.d
+    make = dict(dtype=torch.float64)
+    q = (torch.randn(B, n, H, dh, **make) * case.peak).transpose(1, 2).to(case.dtype)
+    k = torch.randn(B, n, Hkv, dh, **make).transpose(1, 2).to(case.dtype)
+    v = torch.randn(B, n, Hkv, dh, **make).transpose(1, 2)
+    gammas = [torch.rand(d, **make) + 0.5 for _ in range(case.norms)]
+    weight = torch.randn(H, dh, d, **make) / d**0.5
+    rstd = torch.rand(B, n, **make) + 0.5 if case.norms else None
+    seen = dict(key_mask=key_mask(case.mask, B, n), scaling=dh**-0.5, window=case.window)
+    return dict(q=q, k=k, v=v, x=torch.randn(B, n, d, **make), weight=weight, gammas=gammas, rstd=rstd, **seen)
+
+
+def pair_args(case: Case, made: dict | None = None) -> dict:
+    """Keyword arguments of `token_norms`, rounded to float32 (q and k to the case's dtype), for a random layer or the one given."""
+    t = layer(case) if made is None else made
+    seen = {name: t[name] for name in ("key_mask", "scaling", "window")}
+    _, lse = attention(t["q"].double(), t["k"].double(), t["v"], **seen)
+    kernel, cross_kernel = gram_kernels(t["weight"], t["gammas"])
+    gram, cross = head_gram(t["v"], kernel, t["x"], cross_kernel, backend="reference")
+    residual_sq = stage_map(t["x"], t["gammas"]).square().sum(-1)
+    single = dict(lse=lse, gram=gram, rstd=t["rstd"])
+    if case.residual:
+        single |= dict(cross=cross, residual_sq=residual_sq)
+    return dict(q=t["q"], k=t["k"], **{name: s if s is None else s.float() for name, s in single.items()}, **seen)
+
+
+def doubled(args: dict) -> dict:
+    """The same arguments with every floating-point tensor in float64."""
+    return {name: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for name, t in args.items()}
+
+
+def product(r: torch.Tensor, args: dict, backend: str, offsets: torch.Tensor | None = None, top: float = 1.0) -> torch.Tensor:
+    """r @ norms from the rows of `rollout_step` and their scales, in the dtype of r.
+
+    top: its largest entry, about; a logarithm near 0 is rounded less than what it is the logarithm of.
+    """
+    unit = 2.0 ** -math.frexp(top)[1]
+    size = len(r) if offsets is None else len(offsets) - 1
+    out, scale = rollout_step(r * unit, r.new_zeros(size, r.shape[1]), **args, offsets=offsets, backend=backend)
+    back = scale.double().exp() / unit
+    return (out * (back[..., None] if offsets is None else per_token(back, offsets))).to(r.dtype)

@@ -1,0 +1,42 @@
+"""A tokenizer and models small enough to explain many texts a second, and the real model that comes as a package."""
+
+from functools import cache
+
+import pytest
+from models import build
+from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers.models import WordPiece
+from transformers import PreTrainedTokenizerFast
+
+from pyglobenc.models.pretrained import load_pretrained, model_folder
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+VOCABULARY = [*SPECIAL, *LETTERS, *(f"##{letter}" for letter in LETTERS), *".,!?$<>&", "film", "deep", "good", "##ing", "the"]
+
+
+def tokenizer(**changes) -> PreTrainedTokenizerFast:
+    """WordPiece over letters and a few words, which cuts at the end of 8 tokens unless told not to, as some published ones do."""
+    inner = Tokenizer(WordPiece({token: index for index, token in enumerate(VOCABULARY)}, unk_token="[UNK]"))
+    inner.normalizer = normalizers.BertNormalizer(lowercase=True)
+    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    inner.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    inner.enable_truncation(8)
+    names = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **(names | changes))
+
+
+@cache
+def classifier():
+    """BertForSequenceClassification with two labels and 40 positions, float64."""
+    return build("bert-classifier", id2label={0: "BAD", 1: "GOOD"}, label2id={"BAD": 0, "GOOD": 1})
+
+
+@cache
+def minilm():
+    """The real model and its tokenizer; skips the test where they aren't installed."""
+    try:
+        model_folder("minilm")
+    except ValueError as error:
+        pytest.skip(str(error))
+    return load_pretrained("minilm")
