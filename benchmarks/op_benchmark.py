@@ -19,7 +19,8 @@ from measure import DEVICE
 from pyglobenc.backends.dispatch import INTERPRETED
 from pyglobenc.bench.ceilings import measure_ceilings, prepare
 from pyglobenc.bench.costs import Ceilings, count, flatten
-from pyglobenc.bench.example_inputs import DH, EXAMPLES, H, tensors
+from pyglobenc.bench.example_inputs import DH, H, tensors
+from pyglobenc.bench.op_table import OP_TABLE
 
 LENGTHS, BATCHES, DTYPES = (128, 512, 2048), (1, 8), ("float32", "bfloat16", "float16")
 # of ops alone, beside those; the methods would store too much
@@ -77,7 +78,7 @@ def suite(
         reached = ceilings(device, dtype)
         try:
             made = tensors(device.type, n, batch, dtype)
-            args = [made[name] for name in "qkv"] if backend == SDPA else EXAMPLES[op](made)
+            args = [made[name] for name in "qkv"] if backend == SDPA else OP_TABLE[op].arguments(made)
             call = builders[backend](op, args)
             result = call()
             if backend != SDPA:
@@ -106,16 +107,16 @@ def attention(op, args):
 
 def compiled(op, args):
     """The op with torch.compile of the reference for a backend."""
-    module, function = import_module(f"pyglobenc.ops.{op}"), getattr(import_module(f"pyglobenc.backends.reference.{op}"), op)
+    module, function = import_module(f"pyglobenc.ops.{op}"), import_module(f"pyglobenc.backends.reference.{op}").run
     torch._dynamo.reset()
     faster = torch.compile(function)
 
     def call():
-        pick, module.pick = module.pick, lambda *ignored: faster
+        run, module.run = module.run, lambda op, backend, available, *given: faster(*given)
         try:
             return getattr(module, op)(*args)
         finally:
-            module.pick = pick
+            module.run = run
 
     return call
 
@@ -126,7 +127,7 @@ def check(op: str, build: Callable, result: Any, device: str, n: int, batch: int
     Of shapes too large for that the result of the shortest."""
     if batch * n * n > CHECKED:
         n = LENGTHS[0]
-        result = build(op, EXAMPLES[op](tensors(device, n, batch, dtype)))()
+        result = build(op, OP_TABLE[op].arguments(tensors(device, n, batch, dtype)))()
     for ours, (plain, exact) in zip(flatten(result), exact_results(op, device, n, batch, dtype), strict=True):
         error, allowed = (float((t.reshape(exact.shape).double() - exact).abs().amax() / exact.abs().amax()) for t in (ours, plain))
         limit = max(torch.finfo(dtype).eps ** 0.5, 4 * allowed)
@@ -140,7 +141,7 @@ def exact_results(op: str, device: str, n: int, batch: int, dtype: torch.dtype) 
     def widen(part, wide):
         return part.to(wide) if isinstance(part, torch.Tensor) else [widen(one, wide) for one in part]
 
-    args, function = EXAMPLES[op](tensors(device, n, batch, dtype)), getattr(import_module(f"pyglobenc.ops.{op}"), op)
+    args, function = OP_TABLE[op].arguments(tensors(device, n, batch, dtype)), getattr(import_module(f"pyglobenc.ops.{op}"), op)
     results = [flatten(function(*widen(args, wide), backend="reference")) for wide in (torch.float32, torch.float64)]
     return list(zip(*results, strict=True))
 

@@ -65,7 +65,7 @@ inline f16 narrow<f16>(float x) {
     const float size = std::fabs(x);
     if (std::isnan(x)) return {0x7fff};
     if (size >= 65520.0f) return {uint16_t(sign | 0x7c00)};
-    // a multiple of the smallest step at this size, to even
+    // rounded to the nearest multiple of the smallest step at this size, ties to even
     const int exponent = size < 6.103515625e-5f ? -14 : std::ilogb(size);
     const int steps = int(std::nearbyint(std::ldexp(size, 10 - exponent)));
     return {uint16_t(sign | (size < 6.103515625e-5f ? steps : ((exponent + 14) << 10) + steps))};
@@ -98,7 +98,7 @@ inline float towards_zero(double x) {
     return std::isfinite(out) && std::fabs(double(out)) > std::fabs(x) ? std::nextafter(out, 0.0f) : out;
 }
 
-// Entry (row, k) of the left factor, (k, column) of the right one.
+// Returns entry (row, k) of the left factor, and entry (k, column) of the right one.
 template <class T>
 struct Entries {
     static constexpr int DEPTH = 16;
@@ -119,7 +119,7 @@ struct Entries<tf32> {
     static float right(const char* slots, int k, int column) { return cut(taken<Operands>(slots, column * 4 + k % 4).b[k / 4]); }
 };
 
-// The 4 bytes at lane()'s place of each of N matrices, or of their transposes.
+// Returns the 4 bytes that this lane holds of each of N matrices, or of their transposes.
 template <int N>
 void matrices(uint32_t (&r)[N], const void* row, bool transposed, const char* what) {
     if (lane() < 8 * N && uintptr_t(row) % 16) fail(std::string(what) + " of unaligned rows");

@@ -1,6 +1,6 @@
-// Runs a block of threads on the CPU: each is a fiber that goes on until it must wait for others, at a barrier or where its warp meets.
-// What hardware leaves to chance is made to hurt: shared memory and bytes still being copied hold NaN, each warp, in either order, runs as
-// far as it gets before the next; races for shared memory and threads that wait for ones that never come are errors.
+// Runs a block of threads on the CPU. Each thread is a fiber that runs until it must wait for others: at a barrier, or where its warp meets.
+// What a GPU leaves undefined shows as an error here: shared memory and bytes that are still being copied hold NaN; each warp runs as far as
+// it can before the next one starts, in either order; races for shared memory, and threads that wait in vain, are reported.
 #pragma once
 
 #include <setjmp.h>
@@ -22,7 +22,7 @@
 namespace pyglobenc {
 namespace emulated {
 
-// Where threads wait for one another; `what` is the instruction that they must all have come to.
+// A place where threads wait for one another; `what` is the instruction that all of them must have reached.
 struct Gate {
     std::vector<int> arrived;  // threads
     int64_t generation = 0;
@@ -31,7 +31,7 @@ struct Gate {
 
 struct Warp {
     Gate gate;
-    alignas(16) char exchanged[2][32][32];  // what the lanes hand over; two in turn, since the first to pass may already write the next
+    alignas(16) char exchanged[2][32][32];  // values that the lanes exchange; two buffers in turn, since a fast lane may already write the next value
 };
 
 struct Copy {
@@ -47,7 +47,7 @@ struct Fiber {
     bool begun, done;
     Gate* gate;
     int64_t generation;
-    std::deque<std::vector<Copy>> copies;  // the last is the group not yet committed
+    std::deque<std::vector<Copy>> copies;  // the last group is not yet committed
 };
 
 struct Launch {
@@ -78,7 +78,7 @@ struct Machine {
 
 inline Machine machine;
 
-// longjmp, not swapcontext, which asks the kernel for the signal mask every time
+// longjmp is used because swapcontext makes a system call for the signal mask every time.
 __attribute__((noinline)) inline void leave() {
     if (!_setjmp(machine.fibers[machine.thread].state)) _longjmp(machine.scheduler, 1);
 }
@@ -88,7 +88,7 @@ inline void fail(const std::string& error) {
     leave();
 }
 
-// orders: what threads did before is known to the others after.
+// orders: after this, each thread knows what the others did before.
 inline void arrive(Gate& gate, int count, const char* what, bool orders) {
     if (!gate.arrived.empty() && gate.what != what) fail(std::string("threads meet at ") + gate.what + " and " + what);
     gate.what = what;
@@ -105,7 +105,7 @@ inline void arrive(Gate& gate, int count, const char* what, bool orders) {
     leave();
 }
 
-// A thread reads or writes memory: an error if it is shared memory that another may write or read at the same time.
+// Notes that a thread reads or writes memory; an error if another thread may write or read the same shared memory at that time.
 inline void touch(const void* at, size_t bytes, bool write) {
     const size_t offset = size_t(static_cast<const char*>(at) - machine.shared);
     if (offset >= machine.shared_bytes) return;
@@ -113,7 +113,7 @@ inline void touch(const void* at, size_t bytes, bool write) {
     if (other >= 0) fail("race with thread " + std::to_string(other) + " at byte " + std::to_string(offset) + " of shared memory");
 }
 
-// Hands x to the warp; returns what lane 0 handed over, lane l's is 32 l bytes further.
+// Passes x to the warp. Returns the address of lane 0's value; lane l's lies 32 l bytes further.
 template <class V>
 const char* exchange(const V& x, const char* what, bool orders = false) {
     static_assert(sizeof(V) <= 32, "a lane hands over at most 32 bytes");
@@ -152,7 +152,7 @@ __attribute__((noinline)) inline void resume(Fiber& fiber) {
     setcontext(&fiber.context);
 }
 
-// Runs a warp as far as it gets without the others; whether any of its threads moved. Those that end are taken off `left`.
+// Runs a warp until all its threads wait; returns whether any of them advanced. Threads that end are subtracted from `left`.
 inline bool run_warp(int warp, int& left) {
     bool any = false;
     for (bool moved = true; moved; any |= moved) {
@@ -180,7 +180,7 @@ inline void run_block() {
     }
 }
 
-// body() in every thread of every block.
+// Calls body() in every thread of every block.
 inline void run(int64_t blocks, int threads, int shared, std::function<void()> body) {
     Machine& m = machine;
     if (threads < 32 || threads % 32 || threads > 1024) throw std::runtime_error("emulated kernel: blocks are whole warps, up to 32");

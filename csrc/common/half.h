@@ -1,4 +1,4 @@
-// Widening of 16-bit floats, exact for every value, by bit manipulation so that any compiler and device can do it.
+// Converts 16-bit floats to float32, exactly, by bit manipulation that any compiler and device supports.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// What code compiled with -fsanitize=thread calls, in the place of that sanitizer's runtime: see races.h.
+// Functions that code compiled with -fsanitize=thread calls; they replace the sanitizer's own runtime. See races.h.
 #include <cstddef>
 
 #include "fibers.h"

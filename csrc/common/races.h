@@ -1,6 +1,6 @@
-// Finds races in the shared memory of emulated blocks: two threads at the same bytes, one of them writing, with no barrier between.
-// Kernels compiled with -fsanitize=thread tell of every access by calling functions of that sanitizer, in whose place races.cpp has
-// others. What a thread knows of others is a vector clock (Flanagan and Freund, FastTrack, 2009).
+// Finds races in the shared memory of emulated blocks: two threads use the same bytes, one of them writes, and no barrier lies between.
+// Kernels compiled with -fsanitize=thread report every access by calling functions, which races.cpp defines. A vector clock records what
+// each thread knows of the others (Flanagan and Freund, FastTrack, 2009).
 #pragma once
 
 #include <algorithm>
@@ -20,7 +20,7 @@ public:
         cells_.assign((bytes + CELL - 1) / CELL, Cell());
     }
 
-    // Threads meet at a barrier: from now on each knows what the others did before.
+    // Threads meet at a barrier; from now on each knows what the others did before.
     void meet(const std::vector<int>& met) {
         std::vector<uint32_t> joined(n_, 0);
         for (const int thread : met)
@@ -31,7 +31,7 @@ public:
         }
     }
 
-    // Notes an access to bytes of shared memory; the thread that it races with, or -1.
+    // Notes an access to bytes of shared memory; returns the thread that it races with, or -1.
     int touch(int thread, size_t at, size_t bytes, bool write) {
         const size_t end = std::min((at + bytes + CELL - 1) / CELL, cells_.size());
         for (size_t index = at / CELL; index < end; ++index) {
@@ -44,7 +44,7 @@ public:
                 cell.written = {thread, clock(thread, thread)};
                 continue;
             }
-            // who races with a read that this one follows races with this one too
+            // A thread that races with an earlier read also races with this one.
             const auto known = [&](const Access& read) { return !unknown(thread, read); };
             cell.reads.erase(std::remove_if(cell.reads.begin(), cell.reads.end(), known), cell.reads.end());
             cell.reads.push_back({thread, clock(thread, thread)});
@@ -53,7 +53,7 @@ public:
     }
 
 private:
-    static constexpr size_t CELL = 2;  // bytes that no two threads share
+    static constexpr size_t CELL = 2;  // bytes; the smallest unit that two threads use separately
 
     struct Access {
         int thread = -1;
@@ -61,7 +61,7 @@ private:
     };
     struct Cell {
         Access written;
-        std::vector<Access> reads;  // since then
+        std::vector<Access> reads;  // since the last write
     };
 
     uint32_t& clock(int thread, int other) { return clocks_[size_t(thread) * n_ + other]; }

@@ -1,5 +1,5 @@
-// The few primitives that the kernels of csrc/cuda are written in. nvcc makes an instruction or two of each; a host compiler runs the same
-// source thread by thread, see fibers.h, so that whole kernels are proven where there is no GPU.
+// The primitives that the kernels of csrc/cuda are written in. nvcc compiles each to an instruction or two. A host compiler runs the same
+// source thread by thread (fibers.h), so that whole kernels can be tested without a GPU.
 //
 //   KERNEL(threads) name(...)     a kernel: a 1-D grid of 1-D blocks of whole warps, started by launch() of csrc/cuda/launch.h; a second
 //                                 argument, blocks that a multiprocessor is to hold at least

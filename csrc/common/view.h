@@ -1,4 +1,4 @@
-// A tensor as the kernels' hosts see it. Included by code compiled for any machine: no intrinsics, no templates.
+// A tensor as the host code of the kernels sees it. Code for any machine includes this: no intrinsics, no templates.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
-// add_relevance: R_a = a R / safe(a + b), R_b likewise, each rescaled to its share of an example's relevance.
+// add_relevance: R_a = a R / safe(a + b), R_b = b R / safe(a + b), each rescaled to its share of the example's relevance.
 //
-// Sums run in double precision, stretch by stretch in a fixed order, so that they don't depend on the number of threads.
+// Sums run in double precision, stretch by stretch in a fixed order, so that they do not depend on the number of threads.
 #include "division.h"
 #include "ops.h"
 

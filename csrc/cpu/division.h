@@ -1,4 +1,4 @@
-// The guarded division of the relevance rules, to the letter of pyglobenc/backends/shared/safe_division.py, and loops over arrays.
+// The guarded division of the relevance rules, exactly as in pyglobenc/backends/shared/safe_division.py, and loops over arrays.
 #pragma once
 
 #include "parallel.h"
@@ -8,9 +8,9 @@ namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
 constexpr float GUARD = 1e-9f;
-constexpr int64_t STRETCH = 1 << 14;  // elements a thread takes at a time; sums are taken stretch by stretch
+constexpr int64_t STRETCH = 1 << 14;  // elements that a thread takes at a time; each such stretch has its own sums
 
-// a / safe(b), 0 where b is 0; safe(b) is b + 1e-9, 1e-9 where that is 0, or b + stabilizer * sign(b) if that is given.
+// Returns a / safe(b), and 0 where b is 0. safe(b) is b + 1e-9, or 1e-9 where that is 0; with a stabilizer, b + stabilizer * sign(b).
 static inline Floats safe_divide(Floats a, Floats b, float stabilizer) {
     Floats den;
     if (stabilizer != 0) {
@@ -23,7 +23,7 @@ static inline Floats safe_divide(Floats a, Floats b, float stabilizer) {
     return b == 0 ? Floats{} : quotient;
 }
 
-// The same for one number in double precision.
+// Returns the same for one number in double precision.
 static inline double safe_divide(double a, double b) {
     if (b == 0) return 0;
     const double den = b + 1e-9;
@@ -32,7 +32,7 @@ static inline double safe_divide(double a, double b) {
 
 static inline Floats magnitude(Floats x) { return reinterpret_cast<Floats>(reinterpret_cast<Ints>(x) & 0x7fffffff); }
 
-// Up to W floats; the lanes beyond are 0.
+// Loads up to W floats; the remaining lanes are 0.
 static inline Floats load_some(const float* p, int64_t count) {
     Floats out = {};
     std::memcpy(&out, p, sizeof(float) * (count < W ? count : W));
@@ -41,7 +41,7 @@ static inline Floats load_some(const float* p, int64_t count) {
 
 static inline void store_some(float* p, Floats x, int64_t count) { std::memcpy(p, &x, sizeof(float) * (count < W ? count : W)); }
 
-// body(i, count) for vectors starting at i with count lanes, in [first, last); whole vectors with a constant count.
+// Calls body(i, count) for the vectors of [first, last), which start at i and have count lanes; count is a constant for whole vectors.
 template <class Body>
 static inline void vectors(int64_t first, int64_t last, const Body& body) {
     int64_t i = first;
@@ -49,7 +49,7 @@ static inline void vectors(int64_t first, int64_t last, const Body& body) {
     if (i < last) body(i, last - i);
 }
 
-// body(stretch, first, last) for the stretches of [0, count), over the threads.
+// Calls body(stretch, first, last) for the stretches of [0, count), in parallel.
 template <class Body>
 static inline void stretches(int64_t count, int threads, const Body& body) {
     const int64_t parts = (count + STRETCH - 1) / STRETCH;

@@ -1,4 +1,4 @@
-// exp: the kernels' exponential on an array, so that its error can be tested and its speed measured.
+// exp: applies the kernels' exponential to an array, to test its error and measure its speed.
 #include "division.h"
 #include "ops.h"
 

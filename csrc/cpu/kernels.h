@@ -1,5 +1,5 @@
-// What the kernels are called with, and the table of one instruction set's entries. Included by code compiled for any machine: no
-// intrinsics, no templates.
+// Arguments of the kernels, and the table of one instruction set's functions. Code for any machine includes this: no intrinsics, no
+// templates.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace pyglobenc {
 
-// Arguments that token_norms and rollout_step share; see pyglobenc/ops/token_norms.py.
+// Arguments that token_norms and rollout_step share; see PairInputs in pyglobenc/backends/inputs.py.
 struct PairArgs {
     View q;            // [B, H, n, dh] f32, f16 or bf16
     View k;            // [B, Hkv, n, dh] the type of q
@@ -27,8 +27,8 @@ struct PairArgs {
 
 // A block of queries of relevance_attention against all keys; see csrc/cpu/relevance_attention.cpp.
 struct RelevanceTile {
-    View dots;       // [B, H, I, n] contiguous, q . k; with pass alpha is written over it
-    View relevance;  // [B, H, I, n] contiguous, s . v; with pass U is written over it
+    View dots;       // [B, H, I, n] contiguous, q . k; with pass, overwritten by alpha
+    View relevance;  // [B, H, I, n] contiguous, s . v; with pass, overwritten by U
     View gradient;   // [B, H, I, n] contiguous, grad_o . v, or none
     View lse;        // [B, H, I]
     View map;        // [B, I, n], A
@@ -61,7 +61,7 @@ struct Kernels {
 
 extern const Kernels kernels_portable, kernels_avx2, kernels_avx512, kernels_avx512bf16;  // those that the build has
 
-// Memory aligned to cache lines; throws std::bad_alloc. Not inline: it must be compiled for the oldest machine.
+// Allocates memory aligned to cache lines; throws std::bad_alloc. Not inline, because it must be compiled for the oldest machine.
 void* allocate(int64_t bytes);
 void release(void* memory);
 

@@ -1,12 +1,12 @@
-// linear_relevance: what surrounds the GEMMs of the Linear rule, one pass over memory each.
+// linear_relevance: the two steps around the GEMMs of the Linear rule, one pass over memory each.
 #include "division.h"
 #include "ops.h"
 
 namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
-// s = R / safe(Z), Z = (output - bias + bound) / 2 with bound = |x| |W|^T; outputs whose Z is below `least` of bound + |bias| lost their
-// digits: they get s = 0 and a mark in dead. s may be bound. Returns how many.
+// Computes s = R / safe(Z), Z = (output - bias + bound) / 2, with bound = |x| |W|^T. Outputs whose Z is below the fraction `least` of
+// bound + |bias| have lost their digits: they get s = 0 and a mark in dead. s may be the same memory as bound. Returns the number of marks.
 int64_t linear_quotient(const float* r,       // [rows, width]
                         const float* output,  // [rows, width] x W^T + bias
                         const float* bias,    // [width] or null
@@ -44,7 +44,7 @@ int64_t linear_quotient(const float* r,       // [rows, width]
     return total;
 }
 
-// out = (x * signed_sums + |x| * abs_sums) / 2, out being either of the sums if wanted.
+// Computes out = (x * signed_sums + |x| * abs_sums) / 2; out may be the same memory as either of the sums.
 void linear_product(const float* x, const float* signed_sums, const float* abs_sums, float* out, int64_t count, int threads) {
     stretches(count, threads, [=](int64_t, int64_t first, int64_t last) {
         vectors(first, last, [=](int64_t i, int64_t lanes) {

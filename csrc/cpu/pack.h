@@ -1,4 +1,4 @@
-// Copies of what a tile reads, in the order in which it is read: real tokens only, widened to float32.
+// Copies the numbers that a tile reads, in the order of reading: real tokens only, converted to float32.
 #pragma once
 
 #include "../common/half.h"
@@ -18,13 +18,13 @@ static inline float number(const View& v, int64_t a, int64_t b = 0, int64_t c = 
     return static_cast<const float*>(v.data)[at(v, a, b, c, d)];
 }
 
-// What 32 bits of a packed vector hold: a float, or two bf16 as they came.
+// The contents of 32 bits of a packed vector: a float, or two unchanged bf16.
 enum class Unit { single, pair };
 
 static inline Unit unit_of(const View& x) { return PAIRS && x.type == Type::bf16 ? Unit::pair : Unit::single; }
 static inline int64_t units(Unit unit, int64_t numbers) { return unit == Unit::pair ? (numbers + 1) / 2 : numbers; }
 
-// Numbers of x from element `first` on, `step` elements apart, to out, one unit after the other; what an odd number leaves is 0.
+// Copies numbers of x, from element `first` on and `step` elements apart, to the units of out; an odd last half is 0.
 static inline void take(const View& x, Unit unit, int64_t first, int64_t step, int64_t numbers, float* out) {
     if (x.type == Type::f32) {
         const float* in = static_cast<const float*>(x.data) + first;
@@ -45,7 +45,7 @@ static inline void take(const View& x, Unit unit, int64_t first, int64_t step, i
     }
 }
 
-// Vectors of `count` tokens, at most I, to out [units, I]; 0 beyond the last. Token l's numbers start at element first[l], `step` apart.
+// Copies the vectors of `count` tokens, at most I, to out [units, I], with 0 beyond the last. Token l starts at element first[l].
 static void pack_tokens(const View& x, Unit unit, const int64_t* first, int64_t count, int64_t step, int64_t numbers, float* out) {
     const int64_t width = units(unit, numbers), each = unit == Unit::pair ? 2 : 1;
     for (int64_t l = 0; l < I; l += W)
@@ -59,17 +59,17 @@ static void pack_tokens(const View& x, Unit unit, const int64_t* first, int64_t 
         }
 }
 
-// One example of the batch: the positions of its real keys, in order, and of the queries to compute.
+// One example of the batch: the positions of its real keys, in order, and of its queries.
 struct Example {
     int64_t b;
     int64_t n_keys, n_queries;
     const int32_t* keys;     // [n_keys]
     const int32_t* queries;  // [n_queries]
     const int32_t* rows;     // [n_queries] row of the output
-    int64_t first_block;     // of its blocks of I queries, among those of the chunk
+    int64_t first_block;     // number of its first block of I queries within the chunk
 };
 
-// Blocks of I queries, the unit that is streamed past a tile of keys.
+// Packed blocks of I queries, which are streamed past a tile of keys.
 struct Queries {
     Unit unit;
     float* q;           // [blocks, H, units, I]
@@ -92,7 +92,7 @@ static void pack_queries(const PairArgs& args, const Example& example, int64_t b
     }
 }
 
-// Floats of one key's quadratic form: rows of G two at a time, from the diagonal on.
+// Number of floats of one key's quadratic form: rows of G in pairs, from the diagonal on.
 static inline int64_t form_size(int64_t H) {
     int64_t size = 0;
     for (int64_t h = 0; h < H; h += 2) size += 2 * (H - h);
@@ -118,7 +118,7 @@ static void pack_form(const View& gram, int64_t b, int64_t j, float* out) {
     }
 }
 
-// A block of keys and what belongs to them.
+// A packed block of keys with their quadratic forms.
 struct Keys {
     Unit unit;
     int64_t first, count;  // among the example's real keys

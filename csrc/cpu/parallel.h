@@ -10,7 +10,7 @@
 namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
-constexpr int64_t SERIAL = int64_t(1) << 20;  // multiply-adds that aren't worth waking a thread for
+constexpr int64_t SERIAL = int64_t(1) << 20;  // multiply-adds below which a second thread does not pay
 
 struct Memory {
     void* start;

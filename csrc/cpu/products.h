@@ -6,7 +6,7 @@
 namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
-// acc[j][v] = sum_c left[c, v] * right[j, c] for V vectors of tokens and C rows, `step` apart. To be inlined where acc lives.
+// Computes acc[j][v] = sum_c left[c, v] * right[j, c] for V vectors of tokens and C rows, `step` apart. Inlined, so that acc stays in registers.
 template <int C, int VT, Unit UNIT>
 __attribute__((always_inline)) static inline void products(const float* left,   // [width, I]
                                                            const float* right,  // [C, width]

@@ -1,6 +1,6 @@
-// relevance_attention, relevance_rollout_step and relevance_maps: what lies between the GEMMs of a block of queries, in one pass.
+// relevance_attention, relevance_rollout_step and relevance_maps: the work between the GEMMs of a block of queries, in one pass.
 //
-// From D = q k^T, P = s v^T and G = grad_o v^T of all heads: alpha, U and the map A, to the formulas of
+// Computes alpha, U and the map A from D = q k^T, P = s v^T and G = grad_o v^T of all heads, with the formulas of
 // pyglobenc/ops/relevance_attention.py. Each pair is read once and written once.
 #include "division.h"
 #include "ops.h"
@@ -9,7 +9,7 @@
 namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
-// Whether query i sees the keys j, j + 1, ..., as a mask of lanes.
+// Returns which of the keys j, j + 1, ... query i sees, as a mask of lanes.
 struct Visible {
     const RelevanceTile& tile;
     int64_t b, i;

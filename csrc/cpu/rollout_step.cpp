@@ -1,4 +1,4 @@
-// rollout_step: rows of the rollout times the norms, which are never stored.
+// rollout_step: multiplies rows of the rollout by the norms, without storing the norms.
 #include "ops.h"
 #include "walk.h"
 
@@ -33,7 +33,7 @@ struct RolloutSink {
         }
     }
 
-    // the first rows of a rollout are zero but for the targets
+    // The first rows of a rollout are zero except at the targets.
     bool wants(int64_t slot) const {
         const float* weight = weights->as<float>(4 * slot * targets() * I);
         for (int64_t l = 0; l < targets() * I; ++l)

@@ -1,6 +1,6 @@
 // Vectors of floats of the instruction set that this file is compiled for, and e^x on them.
 //
-// Everything lives in a namespace named after the instruction set: the linker must never take one set's function for another's.
+// Everything is in a namespace named after the instruction set, so that the linker cannot confuse the functions of two sets.
 #pragma once
 
 #include <cmath>
@@ -15,7 +15,7 @@
 namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
-// W lanes; a register tile of V vectors of queries times J keys leaves registers for V loads and a broadcast
+// W lanes. A register tile of V vectors of queries and J keys leaves registers for V loads and a broadcast.
 #if defined(__AVX512F__)
 constexpr int W = 16, V = 4, J = 6;
 #elif defined(__AVX2__)
@@ -25,7 +25,7 @@ constexpr int W = 4, V = 2, J = 4;
 #endif
 constexpr int I = W * V;  // queries of a block
 
-// before a loop over a register tile: unrolled late, the tile would be zeroed and read back in memory
+// Used before a loop over a register tile. Without early unrolling, the compiler would keep the tile in memory.
 #define UNROLL _Pragma("GCC unroll 8")
 
 typedef float Floats __attribute__((vector_size(W * 4)));
@@ -36,7 +36,7 @@ static inline void store(float* p, Floats x) { *reinterpret_cast<Floats*>(p) = x
 static inline Floats splat(float x) { return x - Floats{}; }
 
 static inline float sum(Floats x) {
-    // pairwise, the same order for every length of the vector
+    // Pairwise, so that the order is the same for every vector length.
     float lanes[W];
     std::memcpy(lanes, &x, sizeof lanes);
     for (int half = W / 2; half; half /= 2)
@@ -44,7 +44,7 @@ static inline float sum(Floats x) {
     return lanes[0];
 }
 
-// Lanes of a and b in turn, from lane FROM on.
+// Interleaves the lanes of a and b, from lane FROM on.
 template <int FROM, size_t... L>
 static inline Floats interleave(Floats a, Floats b, std::index_sequence<L...>) {
 #ifdef __clang__
@@ -54,7 +54,7 @@ static inline Floats interleave(Floats a, Floats b, std::index_sequence<L...>) {
 #endif
 }
 
-// Rows of a W * W square to columns. A round moves the last bit of the lane's number to the row's, and the row's first to the lane's.
+// Transposes a W * W square. A round moves the last bit of the lane's number to the row's, and the row's first bit to the lane's.
 static inline void transpose(Floats rows[W]) {
     constexpr auto lanes = std::make_index_sequence<W>();
     for (int round = 1; round < W; round *= 2) {
@@ -67,7 +67,7 @@ static inline void transpose(Floats rows[W]) {
     }
 }
 
-// Whether two bf16 in the 32 bits of a lane are multiplied and added at once.
+// Whether one instruction multiplies and adds two bf16 in the 32 bits of a lane.
 #if defined(__AVX512BF16__)
 constexpr bool PAIRS = true;
 static inline Floats multiply_pairs(Floats x, float pair, Floats sum) {
@@ -79,7 +79,7 @@ static inline Floats multiply_pairs(Floats x, float pair, Floats sum) {
 constexpr bool PAIRS = false;
 #endif
 
-// Root of x, 0 where x is negative; NaN stays.
+// Returns the square root of x, and 0 where x is negative; NaN stays NaN.
 static inline Floats root(Floats x) {
     x = x < 0 ? Floats{} : x;
 #if defined(__AVX512F__)
@@ -93,11 +93,11 @@ static inline Floats root(Floats x) {
 #endif
 }
 
-// e^x. Relative error below 9e-8 + 3e-9 * |x| where the result is normal; subnormal results are rounded, -inf gives 0, inf and
-// large x inf, NaN stays. Minimax polynomial of degree 6 on [-ln 2 / 2, ln 2 / 2], its own error 3.8e-9.
+// Returns e^x. The relative error is below 9e-8 + 3e-9 * |x| where the result is normal. Subnormal results are rounded, -inf gives 0, inf and
+// large x give inf, NaN stays NaN. Uses a minimax polynomial of degree 6 on [-ln 2 / 2, ln 2 / 2] with an error of 3.8e-9.
 static inline Floats exp(Floats x) {
 #if defined(__AVX512F__)
-    // of two operands the instruction returns the second if either is NaN
+    // If either operand is NaN, the instruction returns the second one.
     x = _mm512_max_ps(splat(-110.0f), x);
     const Floats n = _mm512_roundscale_ps(x * 1.44269504f, 0);
 #else
@@ -121,7 +121,7 @@ static inline Floats exp(Floats x) {
 #if defined(__AVX512F__)
     return _mm512_scalef_ps(p, n);
 #else
-    // two factors: one power of two can't reach the subnormals
+    // Two factors, because a single power of two cannot reach the subnormal numbers.
     const Ints whole = reinterpret_cast<Ints>(shifted) - 0x4b400000, half = whole >> 1;
     const Floats first = reinterpret_cast<Floats>((half + 127) << 23), second = reinterpret_cast<Floats>((whole - half + 127) << 23);
     return p * first * second;

@@ -1,4 +1,4 @@
-// The table of one instruction set, and whether this machine has it.
+// The table of one instruction set's functions, and whether this machine supports it.
 #include "ops.h"
 
 #define JOIN_(a, b) a##b

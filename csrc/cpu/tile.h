@@ -1,4 +1,4 @@
-// Norms of a tile of J keys and V vectors of queries, all heads: scores, probabilities and quadratic form.
+// Computes the norms of a tile of J keys and V vectors of queries, from scores, probabilities and quadratic forms of all heads.
 #pragma once
 
 #include "pack.h"
@@ -7,8 +7,8 @@
 namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
-// Probabilities of one head, alpha[j, i] = exp(scale * q_i . k_j + offset_i), to alpha[j * key_stride + i]. Not inlined: the compiler keeps
-// the accumulators in registers only in a function of their own.
+// Writes the probabilities of one head, exp(scale * q_i . k_j + offset_i), to alpha[j * key_stride + i]. Not inlined, because the compiler
+// keeps the accumulators in registers only in a separate function.
 template <int VT, Unit UNIT>
 __attribute__((noinline)) static void probabilities(const float* q,       // [width, I]
                                                     const float* k,       // [J, width]
@@ -22,7 +22,7 @@ __attribute__((noinline)) static void probabilities(const float* q,       // [wi
         for (int v = 0; v < VT; ++v) store(alpha + v * W, exp(load(alpha + v * W) * scale + load(offset + v * W)));
 }
 
-// a^T G a of one key for VT vectors of queries; form as pack_form leaves it.
+// Computes a^T G a of one key for VT vectors of queries; form comes from pack_form.
 template <int VT>
 static inline void quadratic_form(const float* alpha,  // [H, I]
                                   const float* form, int64_t H, Floats out[VT]) {
@@ -51,7 +51,7 @@ static inline void quadratic_form(const float* alpha,  // [H, I]
         }
 }
 
-// What the residual connection adds to the square of query i and key j, if they are one token.
+// Returns what the residual connection adds to the squared norm where query i and key j are the same token.
 static inline void add_own(const PairArgs& args, int64_t b, int32_t key, const int32_t* position, const float* alpha, float* sq) {
     const int64_t H = args.q.shape[1];
     for (int l = 0; l < I; ++l) {
@@ -62,7 +62,7 @@ static inline void add_own(const PairArgs& args, int64_t b, int32_t key, const i
     }
 }
 
-// Norms that the window hides become 0.
+// Sets norms outside the window to 0.
 static inline void hide(int32_t key, const int32_t* position, int64_t left, int64_t right, float* norm) {
     for (int l = 0; l < I; ++l) {
         const int64_t ahead = int64_t(key) - position[l];
@@ -70,7 +70,7 @@ static inline void hide(int32_t key, const int32_t* position, int64_t left, int6
     }
 }
 
-// How a tile of keys [low_key, high_key] lies to a block of queries [low, high].
+// How a tile of keys [low_key, high_key] overlaps the window of a block of queries [low, high].
 struct Overlap {
     bool hidden, partly, own;
 
@@ -82,7 +82,7 @@ struct Overlap {
     }
 };
 
-// Norms of the keys of one tile from their probabilities, without the row scale.
+// Computes the norms of one tile from the probabilities, without the row scale.
 template <int VT>
 static void tile_norms(const PairArgs& args, const Example& example, const Overlap& overlap, const int32_t* keys, int64_t count,
                        const float* form, const int32_t* position, const float* alpha, float* norm) {

@@ -1,4 +1,4 @@
-// token_norms: norms of every (query, key) pair, stored.
+// token_norms: computes and stores the norms of all (query, key) pairs.
 #include "ops.h"
 #include "walk.h"
 

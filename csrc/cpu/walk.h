@@ -1,7 +1,7 @@
-// Walks every (key, query) pair of a batch tile by tile and hands the tiles' norms to a sink.
+// Visits every (key, query) pair of a batch, tile by tile, and passes the norms of each tile to a sink.
 //
-// Work is split over (example, block of keys): each key's norms are taken by one thread, in the order of the queries, so that results
-// depend neither on the number of threads nor on the size of the blocks.
+// A task is one block of keys of one example. One thread computes all norms of a key, in the order of the queries, so that results depend
+// neither on the number of threads nor on the size of the blocks.
 #pragma once
 
 #include "parallel.h"
@@ -10,11 +10,11 @@
 namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
-constexpr int64_t KEYS = 48 / J * J;            // most keys of a block
-constexpr int64_t SCRATCH = 384 * 1024;         // bytes a block of keys may take of the second-level cache
-constexpr int64_t CHUNK = 8192;                 // packed queries at a time, unless one example has more
+constexpr int64_t KEYS = 48 / J * J;            // largest number of keys in a block
+constexpr int64_t SCRATCH = 384 * 1024;         // bytes of the second-level cache that a block of keys may use
+constexpr int64_t CHUNK = 8192;                 // number of packed queries held at a time, unless one example has more
 
-// Norms of one tile, for a sink.
+// The norms of one tile, as a sink receives them.
 struct Tile {
     const Example& example;
     int64_t slot;             // of the block of queries, in the chunk
@@ -24,7 +24,7 @@ struct Tile {
     const float* norm;        // [J, I]
 };
 
-// Positions of the batch's real tokens and of the queries to compute. Packed sequences are examples that share one tensor.
+// Positions of the real tokens and of the queries of each example. Packed sequences are examples that share one tensor.
 struct Tokens {
     Memory memory;
     int64_t batch;
@@ -72,7 +72,7 @@ struct Tokens {
     }
 };
 
-// Examples whose packed queries are held at one time, and how their work is cut.
+// Examples whose packed queries are held at the same time, and how their work is divided into tasks.
 struct Chunk {
     int64_t first, last;  // examples
     int64_t blocks;       // of queries
@@ -96,7 +96,7 @@ struct Chunk {
 
     int64_t count(const Example& e) const { return (e.n_keys + keys - 1) / keys; }
 
-    // Example of a task; task becomes its number within the example.
+    // Returns the example of a task; task becomes its number within the example.
     const Example& find(const Tokens& tokens, int64_t& task) const {
         int64_t b = first;
         while (task >= count(tokens.example(b))) task -= count(tokens.example(b++));
@@ -104,7 +104,7 @@ struct Chunk {
     }
 };
 
-// Sizes, in floats, of what one thread works on.
+// Sizes, in floats, of the buffers of one thread.
 struct Layout {
     int64_t k, form, alpha, norm, sink;
 
@@ -126,7 +126,7 @@ struct Layout {
     }
 };
 
-// One block of queries against one block of keys.
+// Computes one block of queries against one block of keys.
 template <int VT, class Sink>
 static void visit(const PairArgs& args, const Example& example, const Keys& keys, const Queries& queries, int64_t block, float* alpha,
                   float* norm, float* sink_memory, Sink& sink) {
@@ -176,7 +176,8 @@ static void run_task(const PairArgs& args, const Example& example, int64_t first
     sink.end(example, first, keys.count, sink_memory);
 }
 
-// Every pair of a batch. A sink has size(keys) floats of scratch, pack(example, block, slot), wants(slot), begin, take and end.
+// Visits every pair of a batch. A sink has size(keys), its scratch memory in floats, and pack(example, block, slot), wants(slot), begin,
+// take and end.
 template <class Sink>
 static void walk(const PairArgs& args, Sink& sink) {
     const int64_t H = args.q.shape[1], dh = args.q.shape[3], most_keys = Layout::most_keys(args, sink.size(1));

@@ -1,8 +1,9 @@
-// add_relevance: R_a = a R / safe(a + b), R_b likewise, each rescaled to its share of an example's relevance, in two passes (Chefer et al.,
-// 2021, eq. 9 and 10; the published code's Add).
+// add_relevance: R_a = a R / safe(a + b), R_b = b R / safe(a + b), each rescaled to its share of the example's relevance, in two passes
+// (Chefer et al., 2021, eq. 9 and 10; the Add module of the published code).
 //
-// The first pass leaves each block's sums of R_a, R_b and R in float64 (they cancel up to a millionfold), the second adds the blocks up in
-// a fixed order and writes both branches: r, a and b read twice, two writes, 8 floats an element against about 20 in plain torch.
+// The first pass writes each block's sums of R_a, R_b and R in float64, because their terms cancel up to a millionfold. The second pass adds
+// the blocks in a fixed order and writes both branches. r, a and b are read twice and two results written: 8 floats an element, against
+// about 20 in plain torch.
 #include "division.h"
 #include "launch.h"
 #include "relevance.h"
@@ -11,14 +12,14 @@ namespace pyglobenc {
 namespace {
 
 constexpr int ADD_THREADS = 256;
-constexpr int ADD_MOST_BLOCKS = ADD_THREADS;  // an example: fills a card, and a block reads their sums at a glance
+constexpr int ADD_MOST_BLOCKS = ADD_THREADS;  // blocks an example: enough to fill a GPU, and few enough that one block reads all sums at once
 constexpr int TILE = 4 * ADD_THREADS;         // elements that a block takes at once
 
-// One block's part of an example.
+// The part of an example that one block computes.
 struct Share {
     int64_t first, last;  // elements
     double* sums;         // [blocks, 3], of the example
-    int block, blocks;    // of the example's blocks; a block past them is idle
+    int block, blocks;    // number of this block and of the example's blocks; a block past them is idle
 };
 
 BOTH int tiles_of(int64_t size) { return int((size + TILE - 1) / TILE); }
@@ -30,7 +31,7 @@ DEVICE Share share_of(const AddArgs& args, int most_blocks) {
     const int64_t end = (args.offsets ? args.offsets[example + 1] : example + 1) * args.width;
     const int tiles = tiles_of(end - first), blocks = blocks_of(tiles), each = (tiles + blocks - 1) / blocks * TILE;
     const int64_t from = first + int64_t(index) * each, to = from + each;
-    // no example has more blocks than tiles of the whole begin in it, and one
+    // An example has at most one block more than the tiles that begin in it.
     return {from, to < end ? to : end, args.sums + 3 * (first / TILE + example), index, blocks};
 }
 

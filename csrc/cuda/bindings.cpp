@@ -1,4 +1,4 @@
-// Python module pyglobenc._cuda; with PYGLOBENC_EMULATED, as tests build it, the kernels run on the CPU.
+// Python module pyglobenc._cuda. The tests build it with PYGLOBENC_EMULATED, and the kernels then run on the CPU.
 #include <pybind11/pybind11.h>
 
 #include "../common/tensor.h"

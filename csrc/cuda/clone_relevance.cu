@@ -1,4 +1,4 @@
-// clone_relevance: R = x * sum_k R_k / safe(x) (the published code's Clone), one pass over memory: a read of each part and of x, a write.
+// clone_relevance: R = x * sum_k R_k / safe(x) (the Clone module of the published code), in one pass over memory.
 #include "division.h"
 #include "launch.h"
 #include "relevance.h"

@@ -1,4 +1,4 @@
-// Questions about the current device.
+// Properties of the current device.
 #include "launch.h"
 #include "ops.h"
 

@@ -1,4 +1,4 @@
-// GlobEnc's ops in the Python module: tensors to arguments, nothing else.
+// Python bindings of GlobEnc's ops: they only turn tensors into arguments.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,14 +1,14 @@
 // head_gram: G[j][h][g] = v[h, j] K[h, g] v[g, j]^T and c[j][h] = v[h, j] P[h] x[j]^T (Modarressi et al., 2022, eq. 6 to 10, expanded).
 //
-// n * d^2 / 2 multiply-adds for G and n * d^2 for c, as torch's GEMMs; those take two launches for every head, about 60 a layer of
-// BERT-base, and write and read v K.
+// G takes n * d^2 / 2 multiply-adds and c takes n * d^2, as with torch's GEMMs. Those need two launches for every head, about 60 for a layer
+// of BERT-base, and write and read v K.
 #include "ops.h"
 #include "value_tile.h"
 
 namespace pyglobenc {
 namespace {
 
-// Blocks that a multiprocessor is to hold: for half precision ptxas, left alone, spills on sm_80 to fit four.
+// Number of blocks that a multiprocessor holds. Without this, ptxas spills registers on sm_80 to fit four blocks in half precision.
 template <class V>
 constexpr int LEAST_BLOCKS = sizeof(V) == 2 ? 2 : 0;
 

@@ -1,4 +1,4 @@
-// Starts kernels, on the GPU or, where a host compiler compiles this, emulated.
+// Starts kernels: on the GPU, or emulated if a host compiler compiles this.
 #pragma once
 
 #include <cstdint>
@@ -13,12 +13,12 @@ namespace pyglobenc {
 
 inline void check(cudaError_t status, const char* what) {
     if (status == cudaSuccess) return;
-    // else the next launch would report it as its own
+    // Otherwise the next launch would report this error as its own.
     cudaGetLastError();
     throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(status));
 }
 
-// kernel(args...) on a grid of blocks of threads, with bytes of dynamic shared memory.
+// Runs kernel(args...) on a grid of blocks of threads, with the given bytes of dynamic shared memory.
 template <class... P, class... A>
 void launch(void (*kernel)(P...), int64_t blocks, int threads, int bytes, void* stream, const A&... args) {
     if (blocks > INT32_MAX) throw std::runtime_error("CUDA: a grid of " + std::to_string(blocks) + " blocks");

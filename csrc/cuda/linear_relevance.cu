@@ -1,11 +1,11 @@
-// linear_relevance: what surrounds the GEMMs of the Linear rule, one pass over memory each (Chefer et al., 2021, eq. 5).
+// linear_relevance: the two steps around the GEMMs of the Linear rule, one pass over memory each (Chefer et al., 2021, eq. 5).
 //
 //   S = R / safe(Z), Z = (y - bias + |x| |W|^T) / 2     three reads, one write, where torch makes seven passes
 //   R_in = (x (S W) + |x| (S |W|)) / 2                  three reads, one write
 //
-// Outputs whose Z is a tiny part of |x| |W|^T + |bias| have lost their digits. S is 0 there; the warp that meets some sums their
-// Z = sum_e max(x_e w_e, 0), one output after the other, leaves R / safe(Z) where |x| |W|^T was and sets its strip's flag, for the second
-// pass to add R / safe(Z) max(x_e w_e, 0). So nothing about them is read on the host.
+// Outputs whose Z is a tiny part of |x| |W|^T + |bias| have lost their digits, and S is set to 0 there. The warp that finds such outputs
+// computes Z = sum_e max(x_e w_e, 0) for each of them, stores R / safe(Z) in place of |x| |W|^T, and sets the flag of its strip. The second
+// pass then adds R / safe(Z) max(x_e w_e, 0). So the host reads nothing about these outputs.
 #include "division.h"
 #include "launch.h"
 #include "relevance.h"
@@ -16,7 +16,7 @@ constexpr int LINEAR_THREADS = 256;
 
 namespace {
 
-// body(from, e) where lane `from` has set[e], one after the other, by the whole warp.
+// Calls body(from, e), by the whole warp, for each lane `from` and e with set[e], one after the other.
 template <class Body>
 DEVICE void for_each_set(const bool (&set)[4], const Body& body) {
     ROLL
@@ -29,7 +29,7 @@ DEVICE void for_each_set(const bool (&set)[4], const Body& body) {
 
 DEVICE float positive(float x) { return x > 0 ? x : 0.0f; }
 
-// sum_e max(x[e] w[e], 0) of an output, by the whole warp.
+// Returns sum_e max(x[e] w[e], 0) of an output, computed by the whole warp.
 DEVICE float clamped_sum(const LinearArgs& args, int64_t row, int output) {
     const float* const x = args.x + row * args.d_in;
     const float* const w = args.weight + output * args.output_step;
@@ -38,7 +38,7 @@ DEVICE float clamped_sum(const LinearArgs& args, int64_t row, int output) {
     return sum_over_warp(sum);
 }
 
-// Adds what the dead outputs of a strip give this lane's inputs, x, from input `at` on.
+// Adds the relevance of a strip's nearly dead outputs to this lane's inputs x, from input `at` on.
 DEVICE void add_dead(const LinearArgs& args, int64_t row, int strip, int at, const Four& x, Four& out) {
     const int first = strip * LINEAR_STRIP;
     const Four s = load_four(args.bound + row * args.d_out, first + 4 * lane(), args.d_out);
@@ -56,7 +56,7 @@ DEVICE void add_dead(const LinearArgs& args, int64_t row, int strip, int at, con
 
 }  // namespace
 
-// A block a token, a warp a strip at a time; so is the second.
+// In both passes, a block takes a token, and a warp one strip at a time.
 KERNEL(LINEAR_THREADS, 4) linear_quotient_kernel(QuotientArgs args) {
     const int64_t row = block(), start = row * args.d_out;
     for (int strip = warp(); strip < args.strips; strip += LINEAR_THREADS / 32) {

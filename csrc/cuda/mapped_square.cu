@@ -1,7 +1,7 @@
 // mapped_square: |x[i] M|^2, M = (C diag(gamma_1)) (C diag(gamma_2)), C the centering matrix (Modarressi et al., 2022, eq. 6 to 10, of the
 // residual).
 //
-// A warp takes a row: each mean is that of what the maps before it made, which is then centred. n * d numbers read once.
+// A warp takes a row. Each mean is taken after the maps before it. The n * d numbers are read once.
 #include "division.h"
 #include "launch.h"
 #include "ops.h"
@@ -12,7 +12,7 @@ namespace {
 
 constexpr int SQUARE_THREADS = 128;
 
-// A lane's fours of a row. Those of the first 1,024 numbers it keeps, later ones it reads again.
+// The groups of four numbers of a row that a lane takes. It keeps those of the first 1,024 numbers and reads later ones again.
 template <class V>
 struct Row {
     static constexpr int HELD = 8, STEP = 4 * 32;
@@ -28,7 +28,7 @@ struct Row {
         }
     }
 
-    // The sum over the warp of body(four, its first column).
+    // Returns the sum over the warp of body(four numbers, their first column).
     template <class Body>
     DEVICE float sum(const Body& body) const {
         float out = 0;
@@ -42,7 +42,7 @@ struct Row {
     }
 };
 
-// Four numbers of a row, from column `at`, after the first `passed` maps; 0 past the row's end, where the gammas are.
+// Returns four numbers of a row, from column `at`, after the first `passed` maps. Past the end of the row they are 0, since the gammas are.
 DEVICE Four mapped(const SquareArgs& p, const Piece& four, int at, const float (&means)[SquareArgs::MOST], int passed) {
     Four out;
     for (int e = 0; e < 4; ++e) out.x[e] = from_bits(four.word[e]);

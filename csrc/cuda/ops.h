@@ -1,4 +1,4 @@
-// What Python calls. Included by bindings.cpp, which no nvcc compiles.
+// Functions that Python calls. bindings.cpp includes this and is not compiled by nvcc.
 #pragma once
 
 #include <cstdint>
@@ -9,14 +9,14 @@
 
 namespace pyglobenc {
 
-// Why nothing runs here, such as a missing driver; empty if kernels run.
+// Returns why no kernel can run here, such as a missing driver; empty if kernels run.
 std::string problem();
 
-// The current device's dynamic shared memory for a block, in bytes, and its multiprocessors.
+// Return the current device's dynamic shared memory for a block, in bytes, and its number of multiprocessors.
 int shared_limit();
 int processors();
 
-// See pyglobenc/ops; exact: products of float32 keep float32's digits.
+// See pyglobenc/ops. exact: float32 products keep float32's digits.
 void rollout_step(const PairArgs& args, bool exact, void* stream);
 void token_norms(const PairArgs& args, bool exact, void* stream);
 void head_gram(const ValueArgs& args, bool exact, void* stream);

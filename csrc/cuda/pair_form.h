@@ -1,13 +1,13 @@
-// From a tile's probabilities to norms and on to the result: a lane is a key, the warps share out the queries, two at a time.
+// Turns the probabilities of a tile into norms and adds them to the result. Each lane has one key; the warps divide the queries in pairs.
 //
-// H (H + 1) / 2 + H multiply-adds a pair, in float32. On tensor cores the error rule takes alpha and G in two halves each and three
-// products: of 16 x 8 pairs of 12 heads 48 mma, but splitting, unpacking and adding up the lanes takes 350 more instructions, where the
-// plain form takes 360 in all; with transposing shuffles in the place of shared memory a warp's tile would be so small that reading
-// queries binds.
+// A pair takes H (H + 1) / 2 + H multiply-adds in float32. Tensor cores would not be faster: to keep float32's digits, alpha and G have to be
+// split in two and multiplied three times. For 16 x 8 pairs of 12 heads that is 48 mma, but splitting, unpacking and adding the lanes takes
+// 350 more instructions, and the plain form takes 360 in all. With shuffles instead of shared memory, a warp's tile would be so small that
+// reading the queries becomes the limit.
 //
-// Counted in sm_90 code for BERT-base in bfloat16, not measured: a pair takes 2.4 instructions to alpha, 3.5 from there and 0.3 for its
-// tile, which at 4 a cycle is 1.6 cycles of a multiprocessor. Shared memory and L1 are as busy: 96 bytes for alpha, 48 each for keys and
-// queries, which at 128 a cycle is 1.5. The 12 exponentials take 0.75, the products about 0.6.
+// Counted in sm_90 code for BERT-base in bfloat16, not measured: a pair takes 2.4 instructions up to alpha, 3.5 after it and 0.3 for its tile.
+// At 4 instructions a cycle that is 1.6 cycles of a multiprocessor. Shared memory and L1 move 96 bytes for alpha and 48 each for keys and
+// queries, which at 128 bytes a cycle is 1.5 cycles. The 12 exponentials take 0.75 cycles, the products about 0.6.
 #pragma once
 
 #include "pair_tile.h"
@@ -17,10 +17,10 @@ namespace {
 
 BOTH int blocks_of(int heads) { return (heads + SIDE - 1) / SIDE; }
 
-// Heads of alpha, those that only pad its blocks included.
+// Number of heads of alpha, including those that pad its blocks.
 BOTH int padded_heads(int heads) { return heads > 16 ? blocks_of(heads) * SIDE : heads > 12 ? 16 : heads > 8 ? 12 : 8; }
 
-// Norms squared of queries 2 pair and 2 pair + 1 with this lane's key, from coefficients of HEADS heads, the upper triangle row by row.
+// Squared norms of queries 2 pair and 2 pair + 1 with this lane's key, from the coefficients of HEADS heads: the upper triangle, row by row.
 template <int HEADS, int QUERIES>
 struct Form {
     static constexpr int SIZE = HEADS * (HEADS + 1) / 2;
@@ -31,7 +31,7 @@ struct Form {
         for (int e = 0; e < SIZE; ++e) of[e] = packed[e * KEYS + lane()];
     }
 
-    // alpha: of the first head, the two queries and the key.
+    // alpha: address of the first head's value for the two queries and the key.
     DEVICE Twin operator()(const PairArgs&, const Place&, const Twin* alpha, int) const {
         Twin a[HEADS], sum = {0, 0};
         UNROLL
@@ -51,7 +51,7 @@ struct Form {
     DEVICE void prepare(const PairArgs&, const Place&, const Twin*) {}
 };
 
-// More heads than registers hold: the warps share out blocks of 8 x 8 coefficients, each for all queries, and sum up in shared memory.
+// For more heads than registers hold: the warps divide the blocks of 8 x 8 coefficients, each for all queries, and add in shared memory.
 template <int QUERIES>
 struct Form<WIDE, QUERIES> {
     const float* packed;
@@ -104,12 +104,12 @@ struct Form<WIDE, QUERIES> {
     }
 };
 
-// Positions of two queries, -1 for one that doesn't count.
+// Positions of two queries, -1 for one that is padding.
 struct alignas(8) Couple {
     int even, odd;
 };
 
-// What the residual adds where the even query of a pair, or the odd one, is the key.
+// What the residual adds where the even or the odd query of a pair is the key itself.
 template <int QUERIES>
 DEVICE float own_term(const PairArgs& p, const Place& place, const Twin* alpha, bool odd) {
     const float* own = place.at<float>(p.tile.own) + lane();
@@ -125,7 +125,7 @@ struct Seen {
 
     DEVICE bool has(int query) const { return unsigned(query - first) < unsigned(last - first); }
 
-    // Those that a lane of the warp has.
+    // The queries that any lane of the warp has.
     DEVICE Seen of_warp() const {
         Seen out = {first < last ? first : INT32_MAX, first < last ? last : 0};
         UNROLL
@@ -138,14 +138,14 @@ struct Seen {
     }
 };
 
-// Queries that see this lane's key: those in its window and its sequence, none for padding.
+// Returns the queries that see this lane's key: those in its window and its sequence; none for padding.
 DEVICE Seen seen_from(const PairArgs& p, int b, int key) {
     if (key >= p.n || (p.key_mask.data && !element<uint8_t>(p.key_mask, b, key))) return {0, 0};
     const int low = p.spans ? p.spans[key] : 0, high = p.spans ? p.spans[p.n + key] : p.n;
     return {key - p.right > low ? key - p.right : low, key + p.left + 1 < high ? key + p.left + 1 : high};
 }
 
-// One share of them, in whole tiles of queries.
+// Returns one share of these queries, in whole tiles.
 DEVICE Seen share_of(const Seen& all, int share, int shares, int queries) {
     if (all.last <= all.first) return {0, 0};
     const int first = all.first / queries * queries, tiles = (all.last - first + queries - 1) / queries;
@@ -153,13 +153,13 @@ DEVICE Seen share_of(const Seen& all, int share, int shares, int queries) {
     return {start, start + each < all.last ? start + each : all.last};
 }
 
-// Norms of the tile's queries with this lane's key, taken up by the result; its first query is row `first` of `rows`.
+// Computes the norms of the tile's queries with this lane's key and passes them to the result. The first query is row `first` of `rows`.
 template <bool ROLLOUT, int HEADS, int QUERIES>
 DEVICE void take_queries(const PairArgs& p, const Place& place, const Seen& seen, const int* positions,
                          const float (&weights)[MAX_ROWS][QUERIES], int first, int rows, const Form<HEADS, QUERIES>& form,
                          float (&sums)[MAX_ROWS]) {
     const Twin* alpha = place.at<Twin>(p.tile.alpha) + pair_at(place.warp, lane());
-    // whether one of the tile's queries may be one of the keys, the same for all lanes
+    // whether one of the tile's queries may be one of the keys; the same for all lanes
     const int ahead = place.block * KEYS - first;
     const bool meets = p.cross.data && (p.rows.data || (-KEYS < ahead && ahead < QUERIES));
     for (int pair = place.warp; pair < QUERIES / 2; pair += p.tile.warps, alpha += p.tile.warps * KEYS) {

@@ -6,23 +6,23 @@
 namespace pyglobenc {
 namespace {
 
-// A tile's queries and their weights as the group takes them up.
+// The queries of a tile and their weights, as the group reads them.
 template <int QUERIES>
 struct Listed {
-    uint32_t rows[QUERIES];  // of q, in pieces; of one that doesn't count, another's
+    uint32_t rows[QUERIES];  // rows of q, in pieces of 16 bytes; a query that is padding repeats another's row
     alignas(8) int positions[QUERIES];
     alignas(8) float weights[MAX_ROWS][QUERIES];
-    bool any;  // of them counts
+    bool any;  // whether any of them is real
 };
 
-// The query that this thread lists, of those from `row` to `rows` - 1.
+// Returns the query that this thread lists, of those from `row` to `rows` - 1.
 template <int QUERIES>
 DEVICE Weighted fetch_query(const Place& place, int row, int rows) {
     row += place.thread;
     return place.thread < QUERIES && row < rows ? place.queries[row] : Weighted{-1, 0};
 }
 
-// The weights in other rows are read only here, after the tile before has been computed.
+// The weights of further rows are read only here, after the previous tile has been computed.
 template <bool ROLLOUT, int QUERIES>
 DEVICE void list(const PairArgs& p, const Place& place, int row, const Weighted& query, Listed<QUERIES>& out) {
     if (place.warp != 0) return;
@@ -71,7 +71,7 @@ DEVICE Place find_place(const PairArgs& p) {
     out.group = warp() / p.tile.warps;
     out.warp = warp() % p.tile.warps;
     out.thread = thread() % (32 * p.tile.warps);
-    // neighbours in the grid read the same queries
+    // Neighbouring blocks of the grid read the same queries.
     out.block = rest % grid * p.tile.groups + out.group;
     rest /= grid;
     out.share = rest % p.shares;
@@ -87,7 +87,7 @@ DEVICE Place find_place(const PairArgs& p) {
     return out;
 }
 
-// What the residual adds where a query is the key, [H + 1, KEYS]: cross terms and residual_sq; padding may hold anything.
+// Loads what the residual adds where a query is the key, [H + 1, KEYS]: cross terms and residual_sq. Padding may hold anything.
 DEVICE void hold_own(const PairArgs& p, const Place& place, const Seen& seen) {
     if (!p.cross.data) return;
     for (int h = place.warp; h <= p.heads; h += p.tile.warps) {
@@ -100,7 +100,7 @@ DEVICE void hold_own(const PairArgs& p, const Place& place, const Seen& seen) {
 template <class T, int HEADS, bool ROLLOUT>
 KERNEL(THREADS, 1) pairs_kernel(PairArgs p) {
     constexpr int QUERIES = HEADS != WIDE && HEADS <= 12 && sizeof(T) == 2 ? 32 : 16, HEAD = QUERIES / 2 * KEYS;
-    constexpr int AT_ONCE = HEADS > 12 && sizeof(T) == 4 ? 1 : QUERIES / 8;  // times 8 queries whose scores are in registers
+    constexpr int AT_ONCE = HEADS > 12 && sizeof(T) == 4 ? 1 : QUERIES / 8;  // groups of 8 queries whose scores are in registers at a time
     const Place place = find_place(p);
     const int heads = p.heads, id = 1 + place.group, count = 32 * p.tile.warps;
     if (place.block >= p.key_blocks) return;
@@ -150,7 +150,7 @@ void run_heads(const PairArgs& p, void* stream) {
     launch(kernel, blocks, 32 * p.tile.groups * p.tile.warps, p.tile.groups * p.tile.bytes, stream, p);
 }
 
-// Of prepared arguments; exact: products of float32 keep float32's digits.
+// Launches the kernel on prepared arguments. exact: float32 products keep float32's digits.
 template <bool ROLLOUT>
 void run_pairs(const PairArgs& p, bool exact, void* stream) {
     if (p.q.type == Type::bf16) run_heads<ROLLOUT, bf16>(p, stream);

@@ -1,10 +1,11 @@
 // Norms of (query, key) pairs, tile by tile, all heads: norm[i, j]^2 = a^T G[j] a + (i == j) (2 a . c[i] + residual_sq[i]),
 // a = alpha[:, i, j] (Modarressi et al., 2022, eq. 6 to 10, expanded over heads).
 //
-// A group of warps owns 32 keys and streams queries. First the warps share out the heads: scores by mma from query fragments that come
-// straight from global memory (pieces of 16 bytes, the order of d permuted alike in q and k) and keys held in shared memory in the order of
-// fragments; alpha goes to shared memory as float32. Then they share out the queries, and a lane is a key: it keeps the H (H + 1) / 2
-// coefficients of its form in registers, reads alpha without conflicts and sums over queries in a register, with no shuffle at all.
+// A group of warps takes 32 keys and streams queries. First the warps divide the heads. They compute scores by mma: query fragments come
+// directly from global memory (in pieces of 16 bytes, with the order of d permuted alike in q and k), and the keys are held in shared memory
+// in the order of fragments. alpha goes to shared memory as float32. Then the warps divide the queries, and each lane has one key. It keeps
+// the H (H + 1) / 2 coefficients of its form in registers, reads alpha without bank conflicts, and adds over queries in a register, without
+// any shuffle.
 #pragma once
 
 #include "pairs.h"
@@ -13,8 +14,8 @@
 namespace pyglobenc {
 namespace {
 
-constexpr int WIDE = 0;   // in the place of a number of heads: more than 16, forms in blocks of 8 x 8
-constexpr int SIDE = 8;   // of such a block
+constexpr int WIDE = 0;   // stands for more than 16 heads, whose forms are kept in blocks of 8 x 8
+constexpr int SIDE = 8;   // rows and columns of such a block
 constexpr float LOG2_E = 1.44269504f;
 
 template <class T>
@@ -32,7 +33,7 @@ DEVICE T& element(const View& view, int64_t i0, int64_t i1, int64_t i2) {
     return static_cast<T*>(view.data)[i0 * view.stride[0] + i1 * view.stride[1] + i2 * view.stride[2]];
 }
 
-// Where a group of warps works.
+// The place of a group of warps in the work.
 struct Place {
     int b, share, first_row;     // example; part of the queries; row of the rollout
     int block;                   // of KEYS keys
@@ -48,14 +49,14 @@ struct Place {
     }
 };
 
-// A lane's queries of a tile: rows of q of queries 8 n + g, in pieces from their head's first, and the first head's lse of query lane().
+// A lane's queries of a tile: the rows of q of queries 8 n + g, in pieces counted from the head's first, and the lse of query lane().
 template <int QUERIES>
 struct Rows {
     uint32_t q[QUERIES / 8];
     const char* lse;
 };
 
-// Fragments of queries, 8 of them each: two pieces of row g; and lse of query lane().
+// Fragments of 8 queries each: two pieces of row g, and the lse of query lane().
 template <int QUERIES>
 struct Fragments {
     Piece piece[QUERIES / 8][2];
@@ -75,7 +76,7 @@ DEVICE void load_queries(const PairArgs& p, const Place& place, const Rows<QUERI
     if (step == 0) out.lse = load<float>(rows.lse + int64_t(head) * p.lse_head);
 }
 
-// Two steps of 16 rows of keys of a head, g and g + 8 of them from `first`, to `held` in the order in which products take them.
+// Copies two steps of 16 keys of a head, rows g and g + 8 from `first`, to `held`, in the order in which products take them.
 DEVICE void fetch_keys(const PairArgs& p, const Place& place, int kv_head, int step, int first, Piece* held) {
     const char* k = place.k + int64_t(kv_head) * p.k_head + step * 64;
     Piece rows[2] = {};
@@ -89,7 +90,7 @@ DEVICE void fetch_keys(const PairArgs& p, const Place& place, int kv_head, int s
         held[s * 32 + lane()] = Piece{{rows[0].word[2 * s], rows[1].word[2 * s], rows[0].word[2 * s + 1], rows[1].word[2 * s + 1]}};
 }
 
-// Pieces of all heads' keys: [kv head][step][16 keys][2][lane].
+// Layout of the pieces of all heads' keys: [kv head][step][16 keys][2][lane].
 DEVICE Piece* held_keys(const PairArgs& p, const Place& place, int kv_head, int step) {
     return reinterpret_cast<Piece*>(place.memory) + (kv_head * p.steps + step) * 128;
 }
@@ -101,11 +102,11 @@ DEVICE void hold_keys(const PairArgs& p, const Place& place) {
             fetch_keys(p, place, h, at / 2, at % 2 * 16, held_keys(p, place, h, at / 2) + at % 2 * 64);
 }
 
-// Where alpha of a head keeps queries 2 pair and 2 pair + 1 with key j: what is stored together lies in different banks. 4 pairs or 16
-// keys further is as far from everywhere.
+// Returns where alpha of a head keeps queries 2 pair and 2 pair + 1 with key j. Values that are stored together lie in different banks. The
+// distance to 4 pairs or 16 keys further is the same everywhere.
 DEVICE int pair_at(int pair, int j) { return pair * KEYS + (j ^ 4 * (pair & 3)); }
 
-// Adds the products of a step's keys with queries 8 n to 8 (n + AT_ONCE) - 1.
+// Adds the products of one step's keys with queries 8 n to 8 (n + AT_ONCE) - 1.
 template <class T, int AT_ONCE, int QUERIES>
 DEVICE void add_step(const Piece* keys, int n, int s, const Fragments<QUERIES>& queries, float (&scores)[2][AT_ONCE][4]) {
     UNROLL
@@ -116,7 +117,7 @@ DEVICE void add_step(const Piece* keys, int n, int s, const Fragments<QUERIES>& 
     }
 }
 
-// The same of up to two steps.
+// Does the same for up to two steps.
 template <class T, int AT_ONCE, int QUERIES>
 DEVICE void add_steps(const PairArgs& p, const Place& place, int kv_head, int step, int n, const Fragments<QUERIES>& queries,
                       float (&scores)[2][AT_ONCE][4]) {
@@ -131,7 +132,7 @@ DEVICE void add_steps(const PairArgs& p, const Place& place, int kv_head, int st
     UNROLL
     for (int s = 0; s < 2; ++s) {
         if (s && !second) break;
-        // the lanes read what others of the warp wrote, before and now
+        // The lanes read what other lanes of the warp wrote, before and now.
         warp_barrier();
         ROLL
         for (int half = 0; half < 2; ++half) fetch_keys(p, place, kv_head, step + s, half * 16, keys + half * 64);
@@ -140,7 +141,7 @@ DEVICE void add_steps(const PairArgs& p, const Place& place, int kv_head, int st
     }
 }
 
-// Scores of the 32 keys with these queries, which are loaded here but for the first pieces at n = 0.
+// Computes the scores of the 32 keys with these queries. The queries are loaded here, except the first pieces at n = 0.
 template <class T, int AT_ONCE, int QUERIES>
 DEVICE void score(const PairArgs& p, const Place& place, const Rows<QUERIES>& rows, int head, int n, Fragments<QUERIES>& queries,
                   float (&scores)[2][AT_ONCE][4]) {
@@ -149,7 +150,7 @@ DEVICE void score(const PairArgs& p, const Place& place, const Rows<QUERIES>& ro
     add_steps<T>(p, place, kv_head, 0, n, queries, scores);
     ROLL
     for (int step = 2; step < p.steps; step += 2) {
-        // tensor cores cut off what they add to: short sums from 0
+        // Tensor cores truncate what they add to, so short sums start from 0.
         float sums[2][AT_ONCE][4] = {};
         load_queries(p, place, rows, head, step, queries);
         add_steps<T>(p, place, kv_head, step, n, queries, sums);
@@ -160,8 +161,8 @@ DEVICE void score(const PairArgs& p, const Place& place, const Rows<QUERIES>& ro
     }
 }
 
-// Probabilities of one head to alpha [QUERIES / 2, KEYS]; the first pieces of head `next` are on their way when it returns. lse is the
-// warp's, to hand over; the next call takes another.
+// Writes the probabilities of one head to alpha [QUERIES / 2, KEYS]. When it returns, the loads of head `next` have started. lse is a buffer
+// of the warp; the next call takes another one.
 template <class T, int AT_ONCE, int QUERIES>
 DEVICE void head_alpha(const PairArgs& p, const Place& place, const Rows<QUERIES>& rows, int head, int next, Fragments<QUERIES>& queries,
                        float* lse, Twin* alpha) {

@@ -1,4 +1,4 @@
-// What precedes the kernel of rollout_step and token_norms: the choice of its tile, and quadratic forms packed for it.
+// Work before the kernel of rollout_step and token_norms: choosing its tile and packing the quadratic forms.
 #include "pairs.h"
 
 #include <stdexcept>
@@ -7,7 +7,7 @@
 
 namespace pyglobenc {
 
-// Heads that the forms in registers are made for.
+// Numbers of heads for which forms in registers are compiled.
 int form_heads(int heads) { return heads > 16 ? WIDE : padded_heads(heads); }
 
 int form_size(int heads) {
@@ -15,7 +15,7 @@ int form_size(int heads) {
     return padded ? padded * (padded + 1) / 2 : blocks * (blocks + 1) / 2 * SIDE * SIDE;
 }
 
-// Query `row` of an example, for every row of the result.
+// Returns query `row` of an example, for every row of the result.
 DEVICE void fill_query(const PairArgs& p, int b, int row) {
     const int i = p.rows.data ? int(element<int64_t>(p.rows, b, row)) : row;
     const bool counts = !p.key_mask.data || element<uint8_t>(p.key_mask, b, i);
@@ -25,7 +25,7 @@ DEVICE void fill_query(const PairArgs& p, int b, int row) {
         *out = counts ? Weighted{i, p.r.data ? element<float>(p.r, b, t, i) * rstd : rstd} : Weighted{-1, 0};
 }
 
-// First and last + 1 token of the sequence that a token lies in.
+// Returns the first token, and the last + 1, of the sequence that a token lies in.
 DEVICE void fill_span(const PairArgs& p, int token) {
     int low = 0, high = int(p.offsets.shape[0]) - 1;
     while (high - low > 1) {
@@ -36,7 +36,7 @@ DEVICE void fill_span(const PairArgs& p, int token) {
     p.spans[p.n + token] = element<int>(p.offsets, high);
 }
 
-// Coefficient e of each key: G[h][g] + G[g][h] for h < g, G[h][h], else 0; and the queries, shared out to the blocks.
+// Packs coefficient e of each key (G[h][g] + G[g][h] for h < g, G[h][h], else 0) and the queries, divided among the blocks.
 KERNEL(256) pack_kernel(PairArgs p, int padded) {
     for (int row = block() % p.key_blocks * threads() + thread(); row < p.n_queries; row += p.key_blocks * threads()) {
         fill_query(p, block() / p.key_blocks, row);
@@ -46,7 +46,7 @@ KERNEL(256) pack_kernel(PairArgs p, int padded) {
     float* out = p.packed + int64_t(block()) * p.form_size * KEYS;
     const float* gram = static_cast<const float*>(p.gram.data) + b * p.gram.stride[0] + key * p.gram.stride[1];
     for (int e = warp(); e < p.form_size; e += threads() / 32) {
-        // rows of the triangle, of entries or of blocks of SIDE x SIDE
+        // rows of the triangle, made of entries or of blocks of SIDE x SIDE
         const int unit = padded ? 1 : SIDE, each = unit * unit;
         int row = 0, rest = e / each, length = padded ? padded : blocks_of(p.heads);
         while (rest >= length) rest -= length--, ++row;
@@ -70,7 +70,7 @@ PairTile choose_tile(int heads, int kv_heads, int head_dim, int size, int limit)
         tile.warps = THREADS / 32 / tile.groups;
         const int head = 4 * KEYS * tile.queries, listed = tile.queries * (4 + 4 + 4 * MAX_ROWS) + 8;
         tile.alpha = tile.held ? kv_heads * ((head_dim * size + 63) / 64) * 2048 : tile.warps * 2048;
-        // sums of the warps lie there in the end
+        // In the end, the sums of the warps lie there.
         const int alpha = padded_heads(heads) * head, sums = tile.warps * MAX_ROWS * KEYS * 4;
         tile.partial = tile.alpha + (alpha > sums ? alpha : sums);
         tile.own = tile.partial + (padded ? 0 : tile.warps * head);
@@ -121,7 +121,7 @@ PairArgs prepared(PairArgs p, void* stream) {
     p.packed = static_cast<float*>(p.room.data);
     p.queries = reinterpret_cast<Weighted*>(p.packed + room.queries);
     p.spans = p.offsets ? reinterpret_cast<int*>(p.packed + room.spans) : nullptr;
-    // one share is summed where its result goes
+    // A single share is summed directly in the result.
     p.parts = p.shares > 1 ? p.packed + room.parts : static_cast<float*>(p.out.data);
     launch(pack_kernel, p.key_blocks * p.q.shape[0], 256, 0, stream, p, padded);
     return p;

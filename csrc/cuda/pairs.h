@@ -1,4 +1,4 @@
-// What rollout_step and token_norms share: see pair_tile.h for how pairs are walked.
+// What rollout_step and token_norms share; pair_tile.h describes the kernel.
 #pragma once
 
 #include <cstdint>
@@ -7,28 +7,28 @@
 
 namespace pyglobenc {
 
-constexpr int KEYS = 32;       // that a group of warps holds, one a lane
-constexpr int MAX_ROWS = 4;    // of the rollout that a pass carries; more rows take more passes
+constexpr int KEYS = 32;       // keys that a group of warps holds, one a lane
+constexpr int MAX_ROWS = 4;    // rows of the rollout that a pass handles; more rows take more passes
 constexpr int MAX_HEADS = 64;
-constexpr int MOST_SHARES = 16;  // that the queries are cut into
-constexpr int THREADS = 256;  // of a block at most, so that each may have 255 registers, half of them for coefficients
+constexpr int MOST_SHARES = 16;  // largest number of parts that the queries are divided into
+constexpr int THREADS = 256;  // largest block, so that each thread may have 255 registers, half of them for coefficients
 
-// How a block is cut, and where in its group's shared memory, in bytes, things lie.
+// How a block is divided into groups, and the layout of a group's shared memory in bytes.
 struct PairTile {
-    int groups = 0;   // of warps, each with its own keys and barriers; 0: nothing fits
-    int warps = 0;    // of a group, a multiple of 4
-    int queries = 0;  // of a tile, 16 or 32
-    bool held = false;  // all keys in shared memory; else each warp fetches them again for every tile
+    int groups = 0;   // groups of warps, each with its own keys and barriers; 0: no tile fits
+    int warps = 0;    // warps of a group, a multiple of 4
+    int queries = 0;  // queries of a tile, 16 or 32
+    bool held = false;  // whether all keys stay in shared memory; otherwise each warp loads them again for every tile
     int alpha = 0, partial = 0, own = 0, lse = 0, lists = 0, bytes = 0;
 };
 
-// A query, -1 for padding, and what its norms are multiplied with in a row of the result.
+// A query, -1 for padding, and the factor of its norms in a row of the result.
 struct alignas(8) Weighted {
     int position;
     float weight;
 };
 
-// Kernel arguments. Strides of r, q, k, ... in elements; what is left out has no data.
+// Kernel arguments. The strides of views are in elements; an absent view has no data.
 struct PairArgs {
     View q;            // [B, H, n, dh] bf16, f16 or f32, rows of whole steps of 64 bytes, aligned to 16
     View k;            // [B, Hkv, n, dh] the type of q
@@ -47,7 +47,7 @@ struct PairArgs {
     View room;         // [size] as choose_room says
     float scaling = 1;
     int left = 0, right = 0;  // at most n
-    int shares = 1;           // parts that the queries are cut into, up to MOST_SHARES
+    int shares = 1;           // parts that the queries are divided into, up to MOST_SHARES
     PairTile tile;
 
     // filled in by prepared()
@@ -55,25 +55,25 @@ struct PairArgs {
     Weighted* queries = nullptr;  // [B, lines, m or n]
     int* spans = nullptr;         // [2, n], first and last + 1 token of each key's sequence, or null
     float* parts = nullptr;       // [shares, B, T, n]
-    int lines = 1;                // of weights of the queries: T, or 1 for token_norms
+    int lines = 1;                // rows of weights of the queries: T, or 1 for token_norms
     int n = 0, heads = 0, group = 0;         // tokens, heads, heads that share a key-value head
     int n_queries = 0, n_rows = 0;           // m or n; T, or 0 for token_norms
     int steps = 0;                           // of 4 pieces of 16 bytes, one a lane of a quad, in a row of q or k
     int64_t q_step[3] = {}, k_step[3] = {};  // strides in bytes
-    int q_head = 0, k_head = 0, lse_head = 0;  // those of heads
-    uint32_t q_row = 0;                      // that of rows of q, in pieces of 16 bytes
+    int q_head = 0, k_head = 0, lse_head = 0;  // strides of heads
+    uint32_t q_row = 0;                      // stride of rows of q, in pieces of 16 bytes
     float to_base_2 = 1;                     // scaling log2(e)
     int per_group = 0;                       // 65536 / group, rounded up
     int key_blocks = 0, row_blocks = 0, form_size = 0;
 };
 
-// Heads that the kernel's forms are made for, WIDE for more than 16; coefficients of one key's form in `packed`.
+// Return the number of heads that the kernel's forms are compiled for (WIDE for more than 16), and the coefficients of one form.
 int form_heads(int heads);
 int form_size(int heads);
 
 PairTile choose_tile(int heads, int kv_heads, int head_dim, int size, int limit);
 
-// Where in the scratch memory of a call, in floats, things lie.
+// Layout of the scratch memory of a call, in floats.
 struct PairRoom {
     int64_t queries = 0, spans = 0, parts = 0, size = 0;
 };
@@ -81,7 +81,7 @@ struct PairRoom {
 // rows: T, or 0 for token_norms; n_queries: m or n.
 PairRoom choose_room(int64_t batch, int heads, int64_t n, int64_t n_queries, int64_t rows, int shares, bool packed_sequences);
 
-// With the derived fields; packed, queries and spans are being filled.
+// Returns the arguments with their derived fields; starts filling packed, queries and spans.
 PairArgs prepared(PairArgs args, void* stream);
 
 }  // namespace pyglobenc

@@ -1,4 +1,4 @@
-// Tensor-core products of pieces of rows, in the precision asked for.
+// Tensor-core products of pieces of rows, in the requested precision.
 #pragma once
 
 #include "launch.h"
@@ -6,7 +6,7 @@
 namespace pyglobenc {
 namespace {
 
-// Parts that a float is multiplied in: T float two of 11 digits each, to keep its own, tf32 one, which tensor cores cut.
+// Number of parts into which a float is split: two of 11 bits each for T = float, to keep its digits; one for tf32, which tensor cores truncate.
 template <class T>
 constexpr int PARTS = 1;
 template <>
@@ -21,11 +21,12 @@ DEVICE void split(uint32_t x, uint32_t (&parts)[PARTS<T>]) {
     }
 }
 
-// c += a b^T of 16 x 8 entries over a step: the left factor as mma takes it, a[.][0] and a[.][1], the right one as it lies, 4 bytes of
-// row g each; which entries meet in which product doesn't matter if both sides agree. A left factor that is exact in tf32 comes in 1 part.
+// Adds a b^T of 16 x 8 entries over one step to c. The left factor is laid out as mma takes it, a[.][0] and a[.][1]; the right one as it lies
+// in memory, 4 bytes of row g each. The order of entries along d does not matter as long as both sides agree. A left factor that is exact in
+// tf32 comes in 1 part.
 //
-// Products of tf32, three or with such a left factor two, keep 22 digits of float32's. They are summed from 0 and added to c as float32
-// is: tensor cores round their sums towards 0, which over a whole row would cost another 4 digits.
+// Three products of tf32, or two with such a left factor, keep 22 of float32's 24 bits. They are summed from 0 and added to c in float32,
+// because tensor cores round their sums towards 0, which over a whole row would cost another 4 bits.
 template <class T, int LEFT>
 DEVICE void multiply(float (&c)[4], const uint32_t (&a)[LEFT][2][4], const uint32_t (&b)[PARTS<T>][4]) {
     if constexpr (PARTS<T> == 1) {
@@ -52,7 +53,7 @@ DEVICE void multiply(float (&c)[4], const uint32_t (&a)[LEFT][2][4], const uint3
     }
 }
 
-// The parts of a left factor, and of a right one.
+// Return the parts of a left factor, and of a right one.
 template <class T>
 DEVICE void split(const Piece (&a)[2], uint32_t (&parts)[PARTS<T>][2][4]) {
     UNROLL

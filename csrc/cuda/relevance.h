@@ -1,4 +1,4 @@
-// Arguments of the relevance kernels, all float32 unless said; included by bindings, which no nvcc compiles.
+// Arguments of the relevance kernels, float32 unless noted. The bindings include this and are not compiled by nvcc.
 #pragma once
 
 #include <cstdint>
@@ -29,12 +29,12 @@ struct AddArgs {
     bool rescale;
 };
 
-// Parts that some examples' sums are left in at most, from the number of elements of all.
+// Returns the largest number of parts of the examples' sums, from the total number of elements.
 int64_t add_relevance_parts(int64_t size, int64_t examples);
 void add_relevance(const AddArgs& args, void* stream);
 
-// What both passes of the Linear rule take. A strip of a token's outputs that holds nearly dead ones has its flag set; there bound becomes
-// R / safe(Z) of these, 0 elsewhere.
+// Arguments of both passes of the Linear rule. The flag of a strip is set if it holds nearly dead outputs; bound then becomes R / safe(Z) of
+// these, and 0 elsewhere in the strip.
 struct LinearArgs {
     const float* x;       // [rows, d_in]
     const float* weight;  // [d_out, d_in], of any strides
@@ -88,7 +88,7 @@ struct RelevanceArgs {
     static constexpr int MOST_ROWS = 8;
 };
 
-// Bytes of shared memory that the smallest block of the hungriest kernel takes.
+// Returns the bytes of shared memory that every kernel needs at least.
 int relevance_shared(int head_dim);
 void relevance_rows(const RelevanceArgs& args, void* stream);
 void relevance_columns(const RelevanceArgs& args, void* stream);

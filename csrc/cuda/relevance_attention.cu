@@ -1,18 +1,19 @@
-// relevance_attention and relevance_rollout_step, like flash attention's backward pass, to the formulas of
+// relevance_attention and relevance_rollout_step, structured like flash attention's backward pass, with the formulas of
 // pyglobenc/ops/relevance_attention.py.
 //
-// A pass over rows gives R_q, the sums of A's rows and, with an additive mask, what its factor needs; a pass over columns gives R_k, R_v
-// and each head's part of the rollout step. 9 n^2 d multiply-adds; nothing of n x n is stored, no atomics: runs repeat bit for bit.
+// A pass over rows computes R_q, the row sums of A, and with an additive mask the sums that its factor needs. A pass over columns computes
+// R_k, R_v and each head's part of the rollout step. Together they take 9 n^2 d multiply-adds. They store no (n, n) array and use no
+// atomics, so that results repeat bit for bit.
 #include "launch.h"
 #include "relevance_pairs.h"
 
 namespace pyglobenc {
 
-// One block's way through the pairs of its rows; ROWS: it holds queries and streams keys, else the reverse. SLICE: the columns of R_q, or
-// of R_k and R_v, that a block sums up in registers; 0 when no relevance is asked for.
+// The work of one block. ROWS: it holds queries and streams keys, otherwise the reverse. SLICE: number of columns of R_q, or of R_k and R_v,
+// that the block adds up in registers; 0 if no relevance is wanted.
 template <bool ROWS, int SLICE>
 struct Pass {
-    // two tiles where sums take the registers, as two of 64 columns and one of 128 do, or wide heads the shared memory
+    // Two tiles where the sums fill the registers (two of 64 columns, or one of 128), or where wide heads fill the shared memory.
     static constexpr int COLUMNS = SLICE, TILES = ROWS && SLICE == 64 ? 4 : 2, STREAM = 8 * TILES, W_STRIDE = STREAM + 8;
     static constexpr int HELD_TENSORS = ROWS ? 3 : 2, STREAM_ROWS = (ROWS ? 2 : 3) * STREAM;
 
@@ -27,15 +28,15 @@ struct Pass {
 
     Head head;
     int start, slice, head_index;
-    Parts parts;  // of the rows that stream by, one tensor after the other
-    float* raw;   // the next ones
+    Parts parts;  // the parts of the streamed rows, one tensor after the other
+    float* raw;   // the next rows, not yet split into parts
     Side held;
 
     DEVICE explicit Pass(const RelevanceArgs& args) : head{args, 0, 0, 0, int(args.k.shape[2])} {
         const int heads = int(args.k.shape[1]), of_head = (args.longest + own() - 1) / own();
         head.h = block() / of_head % heads;
         const int example = block() / of_head / heads % args.examples;
-        // a slice of 64 is all of a head
+        // A slice of 64 covers a whole head.
         slice = SLICE > 64 ? block() / of_head / heads / args.examples * SLICE : 0;
         if (args.offsets.data) {
             const int* const ends = static_cast<const int*>(args.offsets.data) + example;
@@ -53,7 +54,7 @@ struct Pass {
         held = {rows, own() * stride, reinterpret_cast<Place*>(rows + HELD_TENSORS * own() * stride)};
     }
 
-    // Whether the block lies past the end of its sequence.
+    // Returns whether the block lies past the end of its sequence.
     DEVICE bool idle() const { return start >= head.last; }
     DEVICE int n() const { return int(head.args.k.shape[2]); }
     DEVICE int own() const { return WARP_ROWS * (threads() / 32); }
@@ -78,16 +79,16 @@ struct Pass {
         }
     }
 
-    // body(pairs, w) for each tile of the other side that has a pair with this warp's rows.
+    // Calls body(pairs, w) for each tile of the other side that has a pair with this warp's rows.
     template <class Body>
     DEVICE void walk(const Body& body) {
         const RelevanceArgs& args = head.args;
         const int before = start - (ROWS ? args.left : args.right), after = start + own() + (ROWS ? args.right : args.left);
-        // tiles lie as if the sequence were alone
+        // The tiles lie as if the sequence were alone.
         const int first = head.first + (before > head.first ? (before - head.first) / STREAM * STREAM : 0);
         const Side mine = {held.rows + warp() * WARP_ROWS * parts.stride, held.step, held.places + warp() * WARP_ROWS};
         fill<ROWS>(held, head, own(), [&](int at) { return start + at; });
-        // nothing past the window is fetched
+        // Rows past the window are not loaded.
         if (after < head.last) head.last = after;
         fetch(0, first);
         for (int at = first, stage = 0; at < head.last; at += STREAM, stage ^= 1) {
@@ -104,7 +105,7 @@ struct Pass {
         }
     }
 
-    // Whether there are columns 16 d to 16 d + 15 of this slice.
+    // Returns whether this slice has columns 16 d to 16 d + 15.
     DEVICE bool has(int d) const { return slice + 16 * d < head.head_dim(); }
 
     // Adds the left factor times 16 streamed rows of a tensor, columns 16 d to 16 d + 15 of this slice, to the sums.
@@ -134,14 +135,14 @@ struct Pass {
     }
 };
 
-// R' without the additive mask's factor.
+// Returns R' without the factor of the additive mask.
 DEVICE float passed_on(const RelevanceArgs& args, float relevance, float dot) {
     if (!args.additive) return relevance;
     const float score = dot * args.scaling;
     return safe_divide(relevance, score) * score;
 }
 
-// The sum over the four lanes that share a row of a tile.
+// Returns the sum over the four lanes that share a row of a tile.
 template <class T>
 DEVICE T sum_of_row(T x) {
     x += shuffle_xor(x, 1);
@@ -153,7 +154,7 @@ KERNEL(32 * MOST_WARPS, BLOCKS_AT_ONCE) relevance_rows_kernel(CONSTANT Relevance
     using Rows = Pass<true, SLICE>;
     Rows pass(args);
     if (pass.idle()) return;
-    // of the rows of A, and of R_alpha and R'; in float32 they would lose digits from some 8,192 keys on
+    // Row sums of A, and of R_alpha and R'. In float32 they would lose digits from about 8,192 keys on.
     constexpr int SUMS = SLICE ? 3 : 1;
     double sums[SUMS][2] = {};
     typename Rows::Sums r_q = {};

@@ -1,4 +1,4 @@
-// The relevance kernels' part of the Python module: tensors to pointers and sizes, nothing else.
+// Python bindings of the relevance kernels: they only turn tensors into pointers and sizes.
 #pragma once
 
 #include <pybind11/pybind11.h>

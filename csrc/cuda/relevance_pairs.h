@@ -2,13 +2,13 @@
 //
 //   alpha[i,j] = exp(scaling q[i].k[j] - lse[i]),   R_alpha[i,j] = alpha[i,j] <s[i], v[j]> / 2,   A_h = max(<grad_o[i], v[j]> R_alpha, 0)
 //
-// (Chefer et al., 2021, eq. 13; the published code's matmul rule.) The scores are what a later division sees, and it amplifies their
-// rounding up to 1e7 times, so products keep a float's digits: three bfloat16 parts hold a float exactly, six of their nine products all
-// but 2^-25 of it, at the price of three tf32 products. Tensor cores cut sums off instead of rounding (Fasi et al., 2021), so every 16
-// products are added up in float32 outside: on normal numbers that loses 0.4 to 0.7 of what a chain of float32 multiply-adds loses.
+// (Chefer et al., 2021, eq. 13, and the matmul rule of the published code.) A later division by the scores amplifies their rounding up to 1e7
+// times, so the products keep float32's digits. Three bfloat16 parts hold a float exactly, and six of their nine products hold all but 2^-25
+// of the result, at the price of three tf32 products. Tensor cores truncate sums instead of rounding them (Fasi et al., 2021), so every 16
+// products are added in float32 outside. On normal numbers the error is 0.4 to 0.7 times that of a chain of float32 multiply-adds.
 //
-// A warp holds 16 rows of one side, queries or keys, and streams TILES * 8 rows of the other, which the block splits into parts once for
-// all its warps. "Left" and "right" are the factors of an mma, "tile" is its sum, 16 by 8.
+// A warp holds 16 rows of one side, queries or keys, and streams TILES * 8 rows of the other side, which the block splits into parts once for
+// all its warps. "Left" and "right" are the factors of an mma; "tile" is its sum, 16 by 8.
 #pragma once
 
 #include <cmath>
@@ -21,7 +21,7 @@
 #include "relevance.h"
 
 #if defined(__CUDACC__)
-// a large argument that functions may take by reference without a copy of it in every thread
+// Lets functions take a large argument by reference without a copy in every thread.
 #define CONSTANT const __grid_constant__
 #else
 #define CONSTANT const
@@ -32,7 +32,7 @@ namespace {
 
 constexpr int WARP_ROWS = 16;
 constexpr int MOST_WARPS = 4;
-// of a multiprocessor; said to ptxas, which otherwise spills a few registers for a third
+// Number of blocks of a multiprocessor. Without this, ptxas spills a few registers to fit a third block.
 constexpr int BLOCKS_AT_ONCE = 2;
 
 struct Left {
@@ -122,7 +122,7 @@ DEVICE void right_below(Right (&out)[2], const Parts& x) {
     }
 }
 
-// tile += a b with float32's digits.
+// Adds a b to tile with float32's digits.
 DEVICE void product(float (&tile)[4], const Left& a, const Right& b) {
     float sum[4] = {0, 0, 0, 0};
     mma<bf16>(sum, a.part[0], b.part[2]);
@@ -135,11 +135,11 @@ DEVICE void product(float (&tile)[4], const Left& a, const Right& b) {
     for (int e = 0; e < 4; ++e) tile[e] += sum[e];
 }
 
-// Rows of heads in shared memory, padded so that neither reads of pairs of floats nor of matrices meet in a bank.
+// Stride of the rows of heads in shared memory, padded so that reads of pairs of floats and of matrices have no bank conflicts.
 BOTH int padded(int head_dim) { return (head_dim + 15) / 16 * 16; }
 BOTH int row_stride(int head_dim) { return padded(head_dim) + 8; }
 
-// What stands beside each row in shared memory: which query or key it is, -1 past the last, and a query's lse, 0 for a key; infinity where
+// Stored beside each row in shared memory: which query or key it is, -1 past the last one, and the lse of a query, 0 for a key, infinity where
 // there is none.
 struct Place {
     int at;
@@ -148,7 +148,7 @@ struct Place {
 
 DEVICE bool missing(const Place& place) { return place.beside == INFINITY; }
 
-// A head of an example, or of one of the sequences packed into one, which has tokens `first` to `last` - 1.
+// A head of an example or of a packed sequence, which has tokens `first` to `last` - 1.
 struct Head {
     const RelevanceArgs& args;
     int b, h, first, last;
@@ -165,14 +165,14 @@ struct Head {
     }
 };
 
-// Rows of queries (q, s, grad_o) or of keys (k, v) in shared memory, each tensor's `step` floats after the one before, and their places.
+// Rows of queries (q, s, grad_o) or of keys (k, v) in shared memory, each tensor `step` floats after the previous one, with their places.
 struct Side {
     float* rows;
     int step;
     Place* places;
 };
 
-// Starts copying `count` rows of x; zeros for those that aren't there: padding may hold anything, and is never read.
+// Starts copying `count` rows of x, with zeros for rows that do not exist or are padding; padding is never read.
 template <class Index>
 DEVICE void copy_rows(float* to, const View& x, const Head& head, int count, bool queries, const Index& index) {
     const int head_dim = head.head_dim(), stride = row_stride(head_dim), width = padded(head_dim);
@@ -192,17 +192,17 @@ template <bool QUERIES, class Index>
 DEVICE void fill(const Side& side, const Head& head, int count, const Index& index) {
     copy_rows(side.rows, QUERIES ? head.args.q : head.args.k, head, count, QUERIES, index);
     copy_rows(side.rows + side.step, QUERIES ? head.args.s : head.args.v, head, count, QUERIES, index);
-    // without a gradient s stands in for it, and the product is not looked at: no branch cuts the products up
+    // Without a gradient, s takes its place and the product is not used. This avoids a branch between the products.
     const View& third = head.args.grad.data ? head.args.grad : head.args.s;
     if (QUERIES) copy_rows(side.rows + 2 * side.step, third, head, count, QUERIES, index);
     for (int at = thread(); at < count; at += threads()) side.places[at] = QUERIES ? head.query(index(at)) : head.key(index(at));
 }
 
-// Splits `count` rows, a multiple of 8, into parts, every thread some; the parts' rows have the floats' stride.
+// Splits `count` rows, a multiple of 8, into parts; the threads divide the work. The rows of the parts keep the stride of the floats.
 DEVICE void split(const Parts& parts, const float* rows, int count, int head_dim) {
     const int stride = row_stride(head_dim), width = padded(head_dim);
     for (int at = thread() / 8; at < count; at += threads() / 8) {
-        // half a warp stores to rows 4 apart, which share no bank; neighbours would
+        // Half a warp stores to rows 4 apart, which lie in different banks; neighbouring rows would not.
         const int row = at / 8 * 8 + at % 2 * 4 + at % 8 / 2;
         for (int d = thread() % 8 * 4; d < width; d += 32) {
             const Four four = *reinterpret_cast<const Four*>(rows + row * stride + d);
@@ -224,7 +224,7 @@ struct Pairs {
     float alpha[TILES][4];
 };
 
-// The three products of a warp's rows with the other side's, whose tensors follow one another; ROWS: the warp holds queries.
+// Computes the three products of a warp's rows with the other side's, whose tensors follow one another. ROWS: the warp holds queries.
 template <bool ROWS, int TILES>
 DEVICE void multiply(Pairs<TILES>& pairs, const Side& held, const Parts& stream, int head_dim) {
     const int stride = row_stride(head_dim);
@@ -250,7 +250,7 @@ DEVICE void multiply(Pairs<TILES>& pairs, const Side& held, const Parts& stream,
     }
 }
 
-// From the products to alpha, R_alpha and A_h.
+// Computes alpha, R_alpha and A_h from the products.
 template <bool ROWS, int TILES>
 DEVICE void weigh(Pairs<TILES>& pairs, const Place* held, const Place* stream, const RelevanceArgs& args) {
     constexpr float LOG2E = 1.44269504f;
@@ -261,7 +261,7 @@ DEVICE void weigh(Pairs<TILES>& pairs, const Place* held, const Place* stream, c
             const Place query = ROWS ? mine : other, key = ROWS ? other : mine;
             const int ahead = key.at - query.at;
             const bool seen = !missing(key) && ahead <= args.right && -ahead <= args.left;
-            // scores of hidden keys are not in lse: their exponential may be infinite
+            // lse does not include the scores of hidden keys, so their exponential may be infinite.
             const float alpha = seen ? exp2_approx((pairs.dots[tile][e] * args.scaling - query.beside) * LOG2E) : 0.0f;
             const float relevance = pairs.relevance[tile][e] * alpha * 0.5f;
             const float weighted = args.grad.data ? pairs.weighted[tile][e] * relevance : relevance;
@@ -271,13 +271,13 @@ DEVICE void weigh(Pairs<TILES>& pairs, const Place* held, const Place* stream, c
         }
 }
 
-// Whether the warp has a pair in these rows at all.
+// Returns whether the warp has any pair in these rows.
 template <int TILES>
 DEVICE bool any_pair(const Place* held, const Place* stream) {
     return any(lane() < WARP_ROWS && !missing(held[lane() % WARP_ROWS])) && any(!missing(stream[lane() % (8 * TILES)]));
 }
 
-// The most warps whose rows fit into a block's shared memory, bytes(head_dim, warps).
+// Returns the largest number of warps whose rows, bytes(head_dim, warps), fit into a block's shared memory.
 inline int warps_that_fit(int (*bytes)(int, int), int head_dim) {
     for (int warps = MOST_WARPS; warps; warps /= 2)
         if (bytes(head_dim, warps) <= shared_limit()) return warps;

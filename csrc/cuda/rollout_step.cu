@@ -1,4 +1,4 @@
-// rollout_step: rows of the rollout times the norms, which are never stored, each row scaled to maximum 1.
+// rollout_step: multiplies rows of the rollout by the norms, without storing the norms, and scales each row to maximum 1.
 #include "ops.h"
 #include "pair_kernel.h"
 
@@ -7,7 +7,7 @@ namespace {
 
 constexpr int FINISH_THREADS = 1024;  // at most
 
-// The larger, NaN if one is.
+// Returns the larger of two values, and NaN if one is NaN.
 DEVICE float larger(float a, float b) { return a > b || a != a ? a : b; }
 
 DEVICE float largest_of_warp(float x) {
@@ -16,7 +16,7 @@ DEVICE float largest_of_warp(float x) {
     return x;
 }
 
-// Sum over the shares, in order, of what lies `step` apart; all are on their way before the first is added.
+// Returns the sum over the shares, which lie `step` apart, in a fixed order. All loads start before the first addition.
 DEVICE float total(const float* parts, int shares, int64_t step) {
     float each[MOST_SHARES], sum = *parts;
     UNROLL
@@ -26,7 +26,7 @@ DEVICE float total(const float* parts, int shares, int64_t step) {
     return sum;
 }
 
-// A block scales one row of an example, or of a packed sequence, as rescale_rows of pyglobenc/backends/reference/rollout_step.py.
+// A block scales one row of an example or packed sequence, like rescale_rows of pyglobenc/backends/shared/rows.py.
 KERNEL(FINISH_THREADS) finish_kernel(PairArgs p) {
     const int of = block() / p.n_rows, t = block() % p.n_rows;
     const int first = p.offsets.data ? element<int>(p.offsets, of) : 0, last = p.offsets.data ? element<int>(p.offsets, of + 1) : p.n;
@@ -43,7 +43,7 @@ KERNEL(FINISH_THREADS) finish_kernel(PairArgs p) {
     if (lane() == 0) tops[warp()] = top;
     barrier();
     top = largest_of_warp(lane() < threads() / 32 ? tops[lane()] : 0.0f);
-    // zeros, and rows with a NaN, stay as they are
+    // Rows of zeros, and rows with a NaN, stay as they are.
     if (!(top > 0)) top = 1;
     for (int key = first + thread(); key < last; key += threads()) out[key] /= top;
     if (thread() == 0) static_cast<float*>(p.out_scale.data)[block()] = static_cast<const float*>(p.log_scale.data)[block()] + logf(top);
@@ -55,7 +55,7 @@ void rollout_step(const PairArgs& args, bool exact, void* stream) {
     const PairArgs p = prepared(args, stream);
     run_pairs<true>(p, exact, stream);
     const int64_t rows = p.n_rows * (p.offsets ? p.offsets.shape[0] - 1 : p.q.shape[0]);
-    // of packed sequences most are shorter than a block of 256
+    // Most packed sequences are shorter than a block of 256.
     const int threads = (p.offsets && p.n > 256 ? 256 : p.n < FINISH_THREADS ? p.n + 31 : FINISH_THREADS) / 32 * 32;
     launch(finish_kernel, rows, threads, FINISH_THREADS / 32 * 4, stream, p);
 }

@@ -1,4 +1,4 @@
-// token_norms: norms of every (query, key) pair, or of chosen queries, stored.
+// token_norms: computes and stores the norms of (query, key) pairs, for all queries or some.
 #include "ops.h"
 #include "pair_kernel.h"
 

@@ -1,7 +1,7 @@
-// Values through a head's matrix, tile by tile: what head_gram and head_norms share.
+// Multiplies values by a head's matrix, tile by tile; head_gram and head_norms share it.
 //
-// A block takes 64 tokens of a head, a warp 16 of them. The matrix goes through shared memory in pieces of 64 x 32; the product of values
-// and matrix stays in registers, where it meets what it is multiplied with and is summed: n * d floats a head that are never written.
+// A block takes 64 tokens of a head, a warp 16 of them. The matrix goes through shared memory in pieces of 64 x 32. The product of values and
+// matrix, n * d floats a head, stays in registers, where it is multiplied by the other factor and summed.
 // T is the precision of the products, V the type of values and residual.
 #pragma once
 
@@ -15,13 +15,13 @@ namespace pyglobenc {
 
 namespace {
 
-constexpr int DEPTH = 64, COLUMNS = 32;  // of the piece of the matrix
+constexpr int DEPTH = 64, COLUMNS = 32;  // rows and columns of a piece of the matrix
 
-// What values are split in: half precision is exact in one part.
+// Precision into which values are split; half precision is exact in one part.
 template <class T, class V>
 using Left = std::conditional_t<sizeof(V) == 2, tf32, T>;
 
-// Where a warp works: its first token, and its values' rows.
+// The place of a warp: its first token, and the rows of its values.
 template <class V>
 struct Tokens {
     int b, head, first;
@@ -29,7 +29,7 @@ struct Tokens {
 
     DEVICE explicit Tokens(const ValueArgs& p) {
         const int blocks = (p.n + TOKENS - 1) / TOKENS;
-        // heads with the most others after them first
+        // Heads with the most other heads after them come first.
         const int rest = block() / blocks, batch = int(p.v.shape[0]);
         b = rest % batch;
         head = rest / batch;
@@ -68,16 +68,16 @@ DEVICE void load_values(const ValueArgs& p, const Tokens<V>& tokens, int start, 
     }
 }
 
-// Where the piece keeps the parts of two rows' entries in a column: what lanes read together lies in different banks.
+// Returns where a piece keeps the parts of two rows' entries of a column. Values that lanes read together lie in different banks.
 template <class T>
 DEVICE uint32_t* held_at(int row, int column) {
     return reinterpret_cast<uint32_t*>(shared()) + (row / 2 * COLUMNS + (column ^ 4 / PARTS<T> * (row / 4 % 4))) * 2 * PARTS<T>;
 }
 
-// Rows start to start + DEPTH - 1 and columns from `column` on to shared memory, zeros past the matrix's end.
+// Copies rows start to start + DEPTH - 1, and columns from `column` on, to shared memory, with zeros past the end of the matrix.
 template <class T>
 DEVICE void hold_piece(const ValueArgs& p, const float* matrix, int64_t stride, int width, int start, int column) {
-    constexpr int APART = 2 * VALUE_THREADS / 32, AT_ONCE = 4;  // rows between a warp's pairs; pairs on their way at a time
+    constexpr int APART = 2 * VALUE_THREADS / 32, AT_ONCE = 4;  // rows between a warp's pairs; number of pairs loaded at a time
     const int e = column + lane();
     const float* from = matrix + (start + 2 * warp()) * stride + e;
     ROLL
@@ -100,7 +100,7 @@ DEVICE void hold_piece(const ValueArgs& p, const float* matrix, int64_t stride, 
     }
 }
 
-// mixed += values times the piece held.
+// Adds the product of the values with the piece in shared memory to mixed.
 template <class T, class L>
 DEVICE void multiply_piece(const Values<L>& values, float (&mixed)[COLUMNS / 8][4]) {
     UNROLL
@@ -126,8 +126,8 @@ DEVICE void multiply_piece(const Values<L>& values, float (&mixed)[COLUMNS / 8][
 DEVICE float multiply_add(float x, float y, float sum) { return fmaf(x, y, sum); }
 DEVICE double multiply_add(double x, double y, double sum) { return fma(x, y, sum); }
 
-// sums += rows of (v matrix) . other, or of its square without other; matrix [dh, width] with rows `stride` apart, those of other in
-// pieces. Sum is the type that products and sums have: squares of floats have twice a float's exponent.
+// Adds the row sums of (v matrix) * other, or of (v matrix)^2 without other, to sums. matrix is [dh, width] with rows `stride` apart; the rows
+// of other are read in pieces. Sum is the type of products and sums: squares of floats have twice a float's exponent.
 template <class T, class V, class Sum>
 DEVICE void add_products(const ValueArgs& p, const Tokens<V>& tokens, const float* matrix, int64_t stride, int width, const V* other,
                          int64_t other_stride, Sum (&sums)[2]) {
@@ -156,7 +156,7 @@ DEVICE void add_products(const ValueArgs& p, const Tokens<V>& tokens, const floa
     }
 }
 
-// The rows' sums, over the lanes that share them.
+// Adds the row sums over the lanes that share a row.
 template <class Sum>
 DEVICE void add_lanes(Sum (&sums)[2]) {
     UNROLL

@@ -1,4 +1,4 @@
-// Numbers in a row, aligned as they are taken, float32 or half precision that is widened.
+// Loads consecutive aligned numbers: float32, or half precision converted to float32.
 #pragma once
 
 #include "../common/simt.h"
@@ -12,7 +12,7 @@ DEVICE Twin load_two(const V* from) {
     else return unpack<V>(*reinterpret_cast<const uint32_t*>(from));
 }
 
-// As the bits of floats.
+// Returns them as the bits of floats.
 template <class V>
 DEVICE Piece load_four(const V* from) {
     if constexpr (sizeof(V) == 4) {

@@ -1,10 +1,11 @@
-"""The guarded division of the relevance rules on the device, and reasons that the elementwise rules share."""
+"""The guarded division of the relevance rules in Triton, and reasons that the elementwise rules share."""
+
+from functools import partial
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from pyglobenc.backends.shared import dtypes
+from pyglobenc.backends.shared import launch
 from pyglobenc.backends.shared.safe_division import GUARD
 from pyglobenc.kernels._device import device_reasons
 
@@ -13,7 +14,7 @@ PUBLISHED_GUARD = tl.constexpr(GUARD)
 
 @triton.jit
 def safe_denominator(b, stabilizer, STABILIZED: tl.constexpr):
-    """What `pyglobenc.backends.shared.safe_division` divides by."""
+    """Return the denominator of `pyglobenc.backends.shared.safe_division`."""
     if STABILIZED:
         return tl.where(b < 0, b - stabilizer, b + stabilizer)
     guarded = b + PUBLISHED_GUARD
@@ -22,17 +23,15 @@ def safe_denominator(b, stabilizer, STABILIZED: tl.constexpr):
 
 @triton.jit
 def safe_divide(a, b, stabilizer, STABILIZED: tl.constexpr):
-    """a / safe(b), 0 where b is 0."""
+    """Return a / safe(b), and 0 where b is 0."""
     return tl.where(b == 0, 0.0, a / safe_denominator(b, stabilizer, STABILIZED))
 
 
 @triton.jit
 def safe_divide_rn(a, b, stabilizer, STABILIZED: tl.constexpr):
-    """The same for float32, rounded to nearest as torch's division is: free where memory binds."""
+    """Return the same for float32, rounded to nearest like torch's division; this costs nothing where memory is the limit."""
     return tl.where(b == 0, 0.0, tl.div_rn(a, safe_denominator(b, stabilizer, STABILIZED)))
 
 
-def float32_reasons(widened: dict[str, Tensor | None] | None = None, **tensors: Tensor | None) -> list[str]:
-    """Why a float32 kernel can't run on these tensors; those it widens may be in half precision."""
-    widened = widened or {}
-    return device_reasons({**widened, **tensors}) + dtypes.float32_reasons(widened, tensors)
+# Returns why a float32 kernel can't run on tensors; see `pyglobenc.backends.shared.launch.float32_reasons`.
+float32_reasons = partial(launch.float32_reasons, device_reasons)

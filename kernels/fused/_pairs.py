@@ -2,10 +2,12 @@
 
     norm[i, j]^2 = a^T G[j] a + (i == j) (2 a . c[i] + residual_sq[i]),   a = alpha[:, i, j] = exp(scaling q[:, i] . k[:, j] - lse[:, i])
 
-A program holds BLOCK_J keys and streams BLOCK_I queries. The heads are the batch of one 3-D product for the scores; the keys are the
-batch of a second one, of alpha with G, so both run on tensor cores and no list of per-head tiles fills the registers. A pair of
-BERT-base in bfloat16, counted in sm_90 code of Triton 3.9: 14 issue slots with three tf32 products, 10 with one, where the quadratic form
-on CUDA cores took 17; 5.5 cycles of shared memory, which binds: 3.4 cycles of issue and 0.75 of exponentials run beside it.
+A program holds BLOCK_J keys and streams BLOCK_I queries. One 3-D product, batched over heads, gives the scores. A second one, batched
+over keys, multiplies alpha by G. So both run on tensor cores, and no list of per-head tiles fills the registers.
+
+Counted in sm_90 code of Triton 3.9 for BERT-base in bfloat16: a pair takes 14 issue slots with three tf32 products, 10 with one, and 17
+with the quadratic form on CUDA cores. Shared memory is the limit with 5.5 cycles a pair; 3.4 cycles of issue and 0.75 of exponentials
+run beside it.
 """
 
 from functools import cache
@@ -16,7 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyglobenc.backends.shared.dtypes import HALF
+from pyglobenc.backends.inputs import NO_SCORE_MOD, PairInputs
+from pyglobenc.backends.shared.launch import HALF
+from pyglobenc.backends.shared.masks import sides
 from pyglobenc.kernels._device import (
     MAX_HEAD_DIM,
     MAX_HEADS,
@@ -30,19 +34,22 @@ from pyglobenc.kernels._device import (
 )
 
 BLOCK_I = 16
-START = 3  # tiles' worth of work, guessed from the bytes, that a program's keys and G take to load
+START = 3  # cost of loading a program's keys and G, in tiles; estimated from the bytes
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def high_bits(x):
-    """x rounded to tf32: cutting bits off instead would make what a three-fold product drops biased, and 2^-20 instead of 2^-24."""
+    """Return x rounded to tf32. Truncation would bias the part that three products drop: 2^-20 instead of 2^-24."""
     return ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def product(a, b, FORM: tl.constexpr):
-    """Batched a @ b; three tf32 products by hand for "tf32x3": Triton's own checks every entry for NaN, 130 of 853 instructions a tile."""
+    """Return the batched product a @ b; "tf32x3" takes three tf32 products.
+
+    Triton's own tf32x3 also checks every entry for NaN, which is 130 of 853 instructions a tile.
+    """
     if FORM == "tf32x3":
         high_a, high_b = high_bits(a), high_bits(b)
         out = tl.dot(a - high_a, high_b, input_precision="tf32")
@@ -54,36 +61,39 @@ def product(a, b, FORM: tl.constexpr):
 
 @triton.jit
 def settled(x, FORM: tl.constexpr):
-    """x in the registers where a product over its last axis takes it; alone, it goes through shared memory at eight conflicts a bank."""
-    # of 64 heads the registers spill
+    """Return x in the register layout that a product over its last axis needs.
+
+    Without this, Triton moves x through shared memory with eightfold bank conflicts.
+    """
+    # With 64 heads the registers would spill.
     if FORM == "ieee" or x.shape[2] > 32:
         return x
     else:
         left = tl.zeros((x.shape[0], x.shape[1], 16), tl.float32)
-        # plus nothing: what is added to a product is laid out as its result
+        # A tensor added to a product is laid out like the result; the product itself is zero.
         return tl.dot(left, tl.zeros((x.shape[0], 16, x.shape[2]), tl.float32), x, input_precision="tf32")
 
 
 @triton.jit
 def probability(scores, lse):
-    """exp(scores - lse); subtracted before the change of base, whose rounding would otherwise grow with lse."""
-    # exp2 has no case for subnormal results, as tl.exp does: 96 of 607 instructions a tile
+    """Return exp(scores - lse). lse is subtracted before the change of base, or the rounding would grow with lse."""
+    # Unlike tl.exp, exp2 does not treat subnormal results apart, which saves 96 of 607 instructions a tile.
     return tl.exp2((scores - lse) * LOG2E)
 
 
 @triton.jit
 def load_heads(X, stride_h, stride_n, heads, head_ok, rows, row_ok, d, HEAD_DIM: tl.constexpr, UPCAST: tl.constexpr):
-    """X[head, row, d] as (heads, rows, d), 0 outside."""
+    """Load X[head, row, d] as (heads, rows, d); 0 outside."""
     offsets = heads.to(tl.int64)[:, None, None] * stride_h + rows.to(tl.int64)[None, :, None] * stride_n + d[None, None, :]
     ok = head_ok[:, None, None] & row_ok[None, :, None] & (d < HEAD_DIM)[None, None, :]
     x = tl.load(X + offsets, mask=ok, other=0.0)
-    # the interpreter gets bfloat16 arithmetic wrong
+    # The interpreter computes bfloat16 arithmetic wrongly.
     return x.to(tl.float32) if UPCAST else x
 
 
 @triton.jit
 def load_gram(G, stride_n, stride_h, stride_g, heads, head_ok, j, j_ok):
-    """G[j] as (keys, heads, heads), 0 outside: heads that only pad weigh nothing."""
+    """Load G[j] as (keys, heads, heads); 0 outside, so that padded heads count nothing."""
     offsets = j.to(tl.int64)[:, None, None] * stride_n + heads[None, :, None] * stride_h + heads[None, None, :] * stride_g
     return tl.load(G + offsets, mask=j_ok[:, None, None] & head_ok[None, :, None] & head_ok[None, None, :], other=0.0)
 
@@ -93,7 +103,7 @@ def hold_keys(
     K, stride_h, stride_n, heads, head_ok, group, j, j_ok, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HELD: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Keys j as (heads, d, keys), to be held on chip; nothing unless HELD."""
+    """Load the keys j as (heads, d, keys) to be held on chip; 0.0 unless HELD."""
     if HELD:
         k = load_heads(K, stride_h, stride_n, heads // group, head_ok, j, j_ok, tl.arange(0, BLOCK_D), HEAD_DIM, UPCAST)
         return tl.permute(k, (0, 2, 1))
@@ -106,7 +116,7 @@ def own_term(
     Q, K, LSE, CROSS, RESIDUAL_SQ, stride_qh, stride_qn, stride_kh, stride_kn, stride_lh, stride_ln, stride_cn, stride_ch, stride_rn,
     heads, head_ok, group, j, j_ok, scaling, HEAD_DIM: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """2 alpha[:, j, j] . c[j] + residual_sq[j] of each key held: (keys,)."""
+    """Return 2 alpha[:, j, j] . c[j] + residual_sq[j] for each key j, (keys,)."""
     d = tl.arange(0, 16)
     scores = tl.zeros((heads.shape[0], j.shape[0]), tl.float32)
     for start in range(0, HEAD_DIM, 16):
@@ -127,7 +137,10 @@ def pair_norms(
     own, scaling, left, right, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HELD: tl.constexpr, HAS_OWN: tl.constexpr,
     HAS_WINDOW: tl.constexpr, SCORES: tl.constexpr, FORM: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Norms of the tile, row scale left out: (keys, queries); 0 outside the window, anything at rows and keys that don't count."""
+    """Return the norms of a tile without the row scale, (keys, queries).
+
+    They are 0 outside the window, and undefined at rows and keys that are not ok.
+    """
     d = tl.arange(0, BLOCK_D)
     if HELD:
         q = load_heads(Q, stride_qh, stride_qn, heads, head_ok, i, i_ok, d, HEAD_DIM, UPCAST)
@@ -146,20 +159,20 @@ def pair_norms(
         sq += tl.where(i[None, :] == j[:, None], own[:, None], 0.0)
     norms = tl.sqrt(tl.maximum(sq, 0.0))
     if HAS_WINDOW:
-        # scores of hidden keys are not in lse: their exponential may be inf
+        # lse does not include the scores of hidden keys, so their exponential may be infinite.
         norms = tl.where((j[:, None] - i[None, :] <= right) & (i[None, :] - j[:, None] <= left), norms, 0.0)
     return norms
 
 
 @cache
 def launch(n_heads: int, head_dim: int, itemsize: int, precision: str, limit: int) -> dict[str, int | bool] | None:
-    """Tile sizes and warps for a shape and a shared-memory limit, or None if nothing fits.
+    """Return tile sizes and warps for a shape and a shared-memory limit, or None if nothing fits.
 
-    Queries are read once for every block of keys, `2 H dh / BLOCK_J` bytes a pair in half precision, and from L2 that binds before the
-    arithmetic does with 16 keys (96 bytes a pair for BERT-base at about 10 ps each): so the most keys that fit, and keys held on chip
-    before keys read again. Larger tiles spill; without a cap on registers ptxas spills a few of them to stay at 128.
+    The queries are read once for every block of keys: 2 H dh / BLOCK_J bytes a pair in half precision. With 16 keys that is 96 bytes a
+    pair for BERT-base, and reading them from L2 takes longer than the arithmetic, about 10 ps. So a block takes as many keys as fit, and
+    holds them on chip if possible. Larger tiles spill. Without the limit on registers, ptxas spills a few to stay at 128.
     """
-    # products over heads take 16 or more
+    # A product over heads needs at least 16 of them.
     heads = power_of_two(n_heads, 16)
     whole = power_of_two(head_dim, 16)
     for block_j in (32, 16, 8, 4, 2):
@@ -173,7 +186,7 @@ def launch(n_heads: int, head_dim: int, itemsize: int, precision: str, limit: in
 
 
 def shared_bytes(heads: int, block_i: int, block_j: int, block_d: int, held: bool, itemsize: int, precision: str) -> int:
-    """Shared memory of a tile, at least what Triton allocates: G, the keys if they are held, and in turn alpha and the other operands."""
+    """Return an upper bound of a tile's shared memory: G, the held keys, and in turn alpha and the other operands."""
     split = 2 if precision == "tf32x3" else 1
     row = heads * block_d * itemsize
     keys = block_j * row * (split if itemsize == 4 else 1)
@@ -182,13 +195,15 @@ def shared_bytes(heads: int, block_i: int, block_j: int, block_d: int, held: boo
     return gram + (keys if held else 0) + max(4 * heads * block_i * block_j, operands) + 2_048
 
 
-def pair_arguments(q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling: float, window: tuple[int, int]) -> dict[str, Any]:
-    """What every kernel over pairs takes, by the names of its parameters: tensors, sizes, strides, flags and tile sizes."""
+def pair_arguments(inputs: PairInputs) -> dict[str, Any]:
+    """Return the arguments that all kernels over pairs take: tensors, sizes, strides, flags and tile sizes."""
     precision = float32_precision()
-    q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
-    (_, n_heads, n, head_dim), (left, right) = q.shape, window
+    q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (inputs.q, inputs.k))
+    lse, gram, cross, residual_sq = inputs.lse, inputs.gram, inputs.cross, inputs.residual_sq
+    rstd, key_mask, (left, right) = inputs.rstd, inputs.key_mask, sides(inputs.window, q.shape[2])
+    _, n_heads, n, head_dim = q.shape
     tensors = dict(Q=q, K=k, LSE=lse, GRAM=gram, CROSS=cross, RESIDUAL_SQ=residual_sq, RSTD=rstd, MASK=key_mask)
-    sizes = dict(scaling=scaling, n=n, n_heads=n_heads, group=n_heads // k.shape[1], left=n if left < 0 else left)
+    sizes = dict(scaling=inputs.scaling, n=n, n_heads=n_heads, group=n_heads // k.shape[1], left=left, right=right)
     steps = strides(q, "qb qh qn") | strides(k, "kb kh kn") | strides(lse, "lb lh ln") | strides(gram, "gb gn gh gg")
     steps |= strides(cross, "cb cn ch") | strides(residual_sq, "xb xn") | strides(rstd, "sb sn") | strides(key_mask, "mb mn")
     flags = dict(
@@ -196,31 +211,33 @@ def pair_arguments(q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling:
         HAS_OWN=cross is not None,
         HAS_RSTD=rstd is not None,
         HAS_MASK=key_mask is not None,
-        HAS_WINDOW=max(window) >= 0,
-        # products of two half-precision numbers are exact as they are
+        HAS_WINDOW=max(inputs.window) >= 0,
+        # Products of two half-precision numbers are exact in tf32.
         SCORES=precision if q.dtype == torch.float32 else "tf32",
         FORM=precision,
         UPCAST=interpreting(),
     )
     tiles = launch(n_heads, head_dim, q.element_size(), precision, shared_limit(q.device))
-    return tensors | sizes | dict(right=n if right < 0 else right) | steps | flags | tiles
+    return tensors | sizes | steps | flags | tiles
 
 
 def places(device: torch.device) -> int:
-    """Programs that run at a time, two on each multiprocessor."""
+    """Return how many programs run at a time: two on each multiprocessor."""
     return 2 * processors(device)
 
 
 def strides(t: Tensor | None, axes: str) -> dict[str, int]:
-    """Strides of a tensor that may be absent, by the names of a kernel's parameters."""
+    """Return the strides of a tensor, or zeros for None, by the names of a kernel's parameters."""
     names = axes.split()
     steps = (0,) * len(names) if t is None else t.stride()
     return {f"stride_{name}": step for name, step in zip(names, steps, strict=False)}
 
 
-def pair_reasons(q: Tensor, gram: Tensor, others: dict[str, Tensor | None]) -> list[str]:
-    """Why a kernel over pairs can't run on these tensors."""
-    reasons = device_reasons({"q": q, "gram": gram, **others})
+def pair_reasons(inputs: PairInputs, **others: Tensor | None) -> list[str]:
+    """Return why a kernel over pairs can't run on these inputs and the op's other tensors."""
+    reasons, q, gram = device_reasons({**inputs.tensors(), **others}), inputs.q, inputs.gram
+    if inputs.score_mod is not None:
+        reasons.append(NO_SCORE_MOD)
     if gram.dtype != torch.float32 or q.dtype not in (*HALF, torch.float32):
         reasons.append(f"needs gram in float32 and q in float16, bfloat16 or float32, got {gram.dtype} and {q.dtype}")
     n_heads, head_dim = q.shape[1], q.shape[3]

@@ -2,8 +2,9 @@
 
     S = R / safe(a + b),   R_a = a S,   R_b = b S,   each rescaled, per example, to its share of the total
 
-The first pass leaves each block's sums of R_a, R_b and R in float64 (they cancel up to a millionfold), the second adds the blocks up in
-a fixed order and writes both branches. Cost: r, a and b read twice, two writes: 8 floats an element against about 20 in plain torch.
+The first pass writes each block's sums of R_a, R_b and R in float64, because their terms cancel up to a millionfold. The second pass
+adds the blocks in a fixed order and writes both branches. r, a and b are read twice and two results written: 8 floats an element,
+against about 20 in plain torch.
 """
 
 import torch
@@ -16,12 +17,12 @@ from pyglobenc.kernels._device import COUNTS, example, on
 from pyglobenc.kernels._division import float32_reasons, safe_divide, safe_divide_rn
 
 BLOCK = 2048
-MOST_BLOCKS = 256  # blocks an example: fills a card, and one program adds their sums up in a glance
+MOST_BLOCKS = 256  # blocks an example: enough to fill a GPU, and few enough that one program adds up their sums
 
 
 @triton.jit
 def _branches(R, A, B, at, ok, stabilizer, STABILIZED: tl.constexpr):
-    """r, R_a and R_b before the rescaling."""
+    """Return r, and R_a and R_b before the rescaling."""
     r = tl.load(R + at, mask=ok, other=0.0)
     a = tl.load(A + at, mask=ok, other=0.0)
     b = tl.load(B + at, mask=ok, other=0.0)
@@ -95,21 +96,21 @@ def _add_relevance_kernel(
         tl.store(R_B + base + at, r_b, mask=ok)
 
 
-def not_supported(
+def why_not(
     r: Tensor, a: Tensor, b: Tensor, stabilizer: float = 0.0, rescale: bool = True, offsets: Tensor | None = None
 ) -> list[str]:
-    """Why the kernel can't run on these arguments; empty when it can."""
+    """Return why the kernel can't run on these arguments; empty if it can."""
     return float32_reasons(r=r, a=a, b=b)
 
 
-def add_relevance(
+def run(
     r: Tensor, a: Tensor, b: Tensor, stabilizer: float = 0.0, rescale: bool = True, offsets: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `pyglobenc.ops.add_relevance`: -> R_a, R_b (B, n, d)."""
     r_a, r_b = (torch.empty_like(r, memory_format=torch.contiguous_format) for _ in range(2))
     if r.numel() == 0:
         return r_a, r_b
-    # but for its sums a sequence has nothing of its own
+    # Sequences need separate treatment only for their sums.
     packed = rescale and offsets is not None
     examples, size = (len(offsets) - 1, r.shape[2]) if packed else (r.shape[0], r[0].numel())
     offsets, longest = on_device(offsets, r.device) if packed else (None, 1)

@@ -1,6 +1,6 @@
 """Relevance of a tensor that several branches read, in one pass: R = x * sum_k R_k / safe(x) (the published code's Clone).
 
-Cost: one read of x and of each part and one write, where torch makes a pass for every operation.
+Reads x and each part once and writes the result; torch makes one pass for every operation.
 """
 
 from collections.abc import Sequence
@@ -40,15 +40,15 @@ def _clone_relevance_kernel(
     tl.store(OUT + at, safe_divide_rn(total, x, 0.0, False) * x, mask=ok)
 
 
-def not_supported(parts: Sequence[Tensor], x: Tensor) -> list[str]:
-    """Why the kernel can't run on these arguments; empty when it can."""
+def why_not(parts: Sequence[Tensor], x: Tensor) -> list[str]:
+    """Return why the kernel can't run on these arguments; empty if it can."""
     reasons = float32_reasons(x=x, **{f"parts[{index}]": part for index, part in enumerate(parts)})
     if len(parts) > MOST_PARTS:
         reasons.append(f"takes up to {MOST_PARTS} parts, got {len(parts)}")
     return reasons
 
 
-def clone_relevance(parts: Sequence[Tensor], x: Tensor) -> Tensor:
+def run(parts: Sequence[Tensor], x: Tensor) -> Tensor:
     """See `pyglobenc.ops.clone_relevance`: -> (B, n, d)."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() == 0:

@@ -1,4 +1,4 @@
-"""Exponentials in registers, as the kernels over pairs compute them, for the ceiling of a roofline: the unit that makes them binds."""
+"""Exponentials in registers, as the kernels over pairs compute them, to measure the rate of the hardware unit."""
 
 import torch
 import triton
@@ -7,7 +7,7 @@ import triton.language as tl
 from pyglobenc.kernels._device import on, processors
 
 BLOCK, CHAIN = 2048, 1024
-# programs a multiprocessor: more than run at once, for several rounds
+# programs a multiprocessor: several times as many as run at once
 PROGRAMS = 64
 
 
@@ -21,7 +21,7 @@ def _exp_kernel(OUT, CHAIN: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def exp(device: torch.device) -> int:
-    """Compute exponentials on a GPU; returns how many."""
+    """Compute exponentials on a GPU and return their number."""
     programs = PROGRAMS * processors(device)
     out = torch.empty(programs * BLOCK, dtype=torch.float32, device=device)
     with on(device):

@@ -83,12 +83,12 @@ def width_reasons(v: Tensor) -> list[str]:
     return [f"takes heads of up to {MAX_HEAD_DIM}, got {v.shape[3]}"] if v.shape[3] > MAX_HEAD_DIM else []
 
 
-def not_supported(v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: Tensor | None = None) -> list[str]:
-    """Why the kernel can't run on these arguments; empty when it can."""
+def why_not(v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: Tensor | None = None) -> list[str]:
+    """Return why the kernel can't run on these arguments; empty if it can."""
     return float32_reasons({"v": v, "x": x}, kernel=kernel, cross_kernel=cross_kernel) + width_reasons(v)
 
 
-def head_gram(v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def run(v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """See `pyglobenc.ops.head_gram`: -> G (B, n, H, H), c (B, n, H) or None."""
     (batch, kv_heads, n, head_dim), heads = v.shape, kernel.shape[0]
     gram = kernel.new_empty(batch, n, heads, heads)

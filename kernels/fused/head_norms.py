@@ -1,6 +1,6 @@
 """Norms of the transformed vectors f[h, j] = v[h, j] W_O[h], fused (Kobayashi et al., 2020, eq. 5).
 
-n*d^2 multiply-adds; f, n*d floats a head, stays on chip, and one launch replaces two for every head.
+Takes n*d^2 multiply-adds. f, n*d floats a head, stays on chip, and one launch replaces two for every head.
 """
 
 import triton
@@ -35,12 +35,12 @@ def _head_norms_kernel(
     tl.store(OUT + (b * n + j.to(tl.int64)) * n_heads + h, tl.sqrt(acc).to(tl.float32), mask=j_ok)
 
 
-def not_supported(v: Tensor, weight: Tensor) -> list[str]:
-    """Why the kernel can't run on these arguments; empty when it can."""
+def why_not(v: Tensor, weight: Tensor) -> list[str]:
+    """Return why the kernel can't run on these arguments; empty if it can."""
     return float32_reasons(v=v, weight=weight) + width_reasons(v)
 
 
-def head_norms(v: Tensor, weight: Tensor) -> Tensor:
+def run(v: Tensor, weight: Tensor) -> Tensor:
     """See `pyglobenc.ops.head_norms`: v (B, Hkv, n, dh), weight (H, dh, d) -> (B, n, H)."""
     (batch, kv_heads, n, head_dim), (heads, _, width) = v.shape, weight.shape
     out = v.new_empty(batch, n, heads)

@@ -1,11 +1,11 @@
-"""Relevance through a Linear layer: the elementwise work around torch's GEMMs, fused (Chefer et al., 2021, eq. 5).
+"""Relevance through a Linear layer: the fused elementwise passes around torch's GEMMs (Chefer et al., 2021, eq. 5).
 
-    Z = (y - b + |x| |W|^T) / 2,   S = R / safe(Z)       one pass: three reads, one write, where torch makes seven passes
-    R_in = (x (S W) + |x| (S |W|)) / 2                    one pass: three reads, one write
+    Z = (y - b + |x| |W|^T) / 2,   S = R / safe(Z)       one pass with three reads and one write; torch makes seven
+    R_in = (x (S W) + |x| (S |W|)) / 2                    one pass with three reads and one write
 
-Outputs whose Z is a tiny part of |x| |W|^T + |b| have lost their digits. S is 0 there; the program that meets some sums their
-Z = sum_e max(x_e w_e, 0), one output after the other, leaves R / safe(Z) where |x| |W|^T was and sets its strip's flag, for the second
-pass to add R / safe(Z) max(x_e w_e, 0). So nothing about them is read on the host.
+Outputs whose Z is a tiny part of |x| |W|^T + |b| have lost their digits, and S is set to 0 there. The program that finds such outputs
+computes Z = sum_e max(x_e w_e, 0) for each of them, stores R / safe(Z) in place of |x| |W|^T, and sets the flag of its strip. The
+second pass then adds R / safe(Z) max(x_e w_e, 0). So the host reads nothing about these outputs.
 """
 
 import torch
@@ -13,17 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyglobenc.backends.reference.linear_relevance import DEAD, around_gemms
+from pyglobenc.backends.shared.dead_outputs import DEAD, around_gemms
 from pyglobenc.kernels._device import device_reasons, on, power_of_two
 from pyglobenc.kernels._division import float32_reasons, safe_divide_rn
 
-STRIP = 256  # of a token's columns, one program: two pieces of 16 bytes a thread
+STRIP = 256  # columns of a token that one program takes: 32 bytes a thread
 DEAD_PART = tl.constexpr(DEAD[torch.float32])
 
 
 @triton.jit
 def clamped_sum(X, W, d_in, stride_wi, BLOCK: tl.constexpr):
-    """sum_e max(x[e] w[e], 0) of rows of x and W."""
+    """Return sum_e max(x[e] w[e], 0) for one row of x and one of W."""
     parts = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, d_in, BLOCK):
         e = start + tl.arange(0, BLOCK)
@@ -104,16 +104,16 @@ def _product_kernel(
     tl.store(OUT + at, out, mask=ok)
 
 
-def not_supported(
+def why_not(
     r: Tensor, x: Tensor, weight: Tensor, abs_weight: Tensor | None = None, output: Tensor | None = None, bias: Tensor | None = None
 ) -> list[str]:
-    """Why the kernel can't run on these arguments; empty when it can."""
-    # the weights may have any float dtype
+    """Return why the kernel can't run on these arguments; empty if it can."""
+    # The weights may have any floating-point dtype.
     weights = dict(x=x, weight=weight, abs_weight=abs_weight, bias=bias)
     return float32_reasons(r=r, x=x, output=output) or device_reasons(weights)
 
 
-def linear_relevance(
+def run(
     r: Tensor, x: Tensor, weight: Tensor, abs_weight: Tensor | None = None, output: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
     """See `pyglobenc.ops.linear_relevance`: -> (B, n, d_in)."""
@@ -122,14 +122,14 @@ def linear_relevance(
 
 
 def quotient(common: tuple[Tensor, ...], own: tuple[Tensor | None, ...]) -> None:
-    """The first pass, as `around_gemms` calls it."""
+    """Launch the first pass, as `around_gemms` calls it."""
     (x, weight, _, flags), (r, _, bias, _) = common, own
     sizes = (x.shape[-1], r.shape[-1], flags.shape[1], *weight.stride())
     _quotient_kernel[(flags.numel(),)](*common, *own, *sizes, HAS_BIAS=bias is not None, STRIP=STRIP, num_warps=1)
 
 
 def product(common: tuple[Tensor, ...], own: tuple[Tensor, ...]) -> None:
-    """The second."""
+    """Launch the second pass, as `around_gemms` calls it."""
     x, weight, bound, flags = common
     in_strips, strips = -(-x.shape[-1] // STRIP), flags.shape[1]
     sizes = (x.shape[-1], bound.shape[-1], in_strips, strips, *weight.stride())

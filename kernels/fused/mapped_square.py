@@ -1,7 +1,7 @@
 """Squared norms of rows mapped by a stage, fused: |x[i] M|^2, M = (C diag(gamma_1)) (C diag(gamma_2)), C the centering matrix.
 
-(Modarressi et al., 2022, eq. 6 to 10, of the residual.) Every mean is that of what the maps before it made, which is then centred: as many
-passes as means and one for the squares, all but the first from cache. n*d numbers read, where torch takes seven launches.
+(Modarressi et al., 2022, eq. 6 to 10, applied to the residual.) Each mean needs one pass over the row, and the squares one more; all
+passes but the first read from cache. One launch replaces seven of torch's.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from pyglobenc.kernels.head_gram import load_block
 
 @triton.jit
 def mapped_block(X, stride_xn, G1, G2, mean_1, mean_2, i, i_ok, e, e_ok, PASSED: tl.constexpr):
-    """Columns e of x after the first PASSED maps, 0 outside: (rows, columns)."""
+    """Load columns e of x and apply the first PASSED maps, (rows, columns); 0 outside."""
     x = load_block(X, stride_xn, i, i_ok, e, e_ok)
     if PASSED > 0:
         x = (x - mean_1[:, None]) * tl.load(G1 + e, mask=e_ok, other=0.0)[None, :]
@@ -60,16 +60,16 @@ def _mapped_square_kernel(
 
 
 def launch(width: int) -> dict[str, int]:
-    """Tile sizes and warps: a warp a row, 32 numbers of it a lane at a time."""
+    """Return tile sizes and warps: one warp a row, 32 numbers of it a lane at a time."""
     return dict(BLOCK_N=4, BLOCK_D=min(1024, power_of_two(width, 32)), num_warps=4)
 
 
-def not_supported(x: Tensor, gammas: Sequence[Tensor]) -> list[str]:
-    """Why the kernel can't run on these arguments; empty when it can."""
+def why_not(x: Tensor, gammas: Sequence[Tensor]) -> list[str]:
+    """Return why the kernel can't run on these arguments; empty if it can."""
     return float32_reasons({"x": x}, **{f"gammas[{index}]": gamma for index, gamma in enumerate(gammas)})
 
 
-def mapped_square(x: Tensor, gammas: Sequence[Tensor]) -> Tensor:
+def run(x: Tensor, gammas: Sequence[Tensor]) -> Tensor:
     """See `pyglobenc.ops.mapped_square`: -> (B, n)."""
     batch, n, width = x.shape
     out = torch.empty(batch, n, device=x.device)

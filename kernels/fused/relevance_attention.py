@@ -2,28 +2,32 @@
 
     R_q = q (U k) / 2,   R_k = k (U^T q) / 2,   R_v = v (alpha^T s) / 2,   U = R' / safe(q.k),   r_out = w (I + mean_h A_h)
 
-(Chefer et al., 2021, eq. 7, 13, 14; the published code's matmul and add rules.) A pass over rows gives R_q, the sums of A's rows and, with
-an additive mask, what its factor needs; a pass over columns gives R_k, R_v and each head's part of the step. 9 n^2 d multiply-adds, twice
-q, k, v, s, grad_o read for every block; nothing of n x n is stored, no atomics.
+(Chefer et al., 2021, eq. 7, 13 and 14, and the matmul and add rules of the published code.) A pass over rows computes R_q, the row sums of
+A, and with an additive mask the sums that its factor needs. A pass over columns computes R_k, R_v and each head's part of the step.
+Together they take 9 n^2 d multiply-adds. They store no (n, n) array and use no atomics.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyglobenc.backends.reference.attention import sides
+from pyglobenc.backends.inputs import RelevanceInputs
+from pyglobenc.backends.shared.masks import sides
 from pyglobenc.backends.shared.relevance_passes import Passes
 from pyglobenc.kernels._device import COUNTS, example, float32_precision, on, power_of_two, real_tokens
 from pyglobenc.kernels._division import safe_divide
-from pyglobenc.kernels._relevance import by_head, launch, load_rows, pair_relevance, relevance_reasons, store_rows
+from pyglobenc.kernels._relevance import by_head, launch, load_rows, pair_relevance, store_rows
+from pyglobenc.kernels._relevance import relevance_reasons as why_not
 
-# rows of the rollout that one column pass carries
+__all__ = ["TritonPasses", "run", "why_not"]
+
+# Number of rows of the rollout that one pass over columns handles.
 MAX_ROWS = 32
 
 
 @triton.jit
 def _shares_of_scores(relevance, dots, scaling, stabilizer, ADDITIVE: tl.constexpr, STABILIZED: tl.constexpr):
-    """R' without its factor c, and U."""
+    """Return R' without its factor c, and U."""
     passed = relevance
     if ADDITIVE:
         scores = dots * scaling
@@ -33,7 +37,7 @@ def _shares_of_scores(relevance, dots, scaling, stabilizer, ADDITIVE: tl.constex
 
 @triton.jit
 def _one_head(OFFSETS, head, n_heads, n, PACKED: tl.constexpr):
-    """`example` of the one that a program's head is of, which of its heads that is, and which of all the heads in the results."""
+    """Return `example` for a program, its head within the example, and the head's index in the results."""
     b, first, n_own = example(OFFSETS, head // n_heads, n, PACKED)
     h = head % n_heads
     if PACKED:
@@ -73,7 +77,7 @@ def _relevance_rows_kernel(
     i = block * BLOCK_I + tl.arange(0, BLOCK_I)
     i_ok = i < n_own
     d = tl.arange(0, BLOCK_D)
-    # in float32 they would lose digits from some 8,192 keys on
+    # From about 8,192 keys on, float32 sums would lose digits.
     sums = tl.zeros((BLOCK_I,), tl.float64)
     acc = tl.zeros((BLOCK_I, BLOCK_D), tl.float32)
     before = tl.zeros((BLOCK_I,), tl.float64)
@@ -104,7 +108,7 @@ def _relevance_rows_kernel(
 
 @triton.jit
 def _step(acc, W, stride_t, stride_n, t, t_ok, i, i_ok, weighted, PRODUCTS: tl.constexpr):
-    """acc + W A_h of a tile: (rows of the rollout, keys)."""
+    """Return acc + W A_h of a tile, (rows of the rollout, keys)."""
     at = W + t.to(tl.int64)[:, None] * stride_t + i.to(tl.int64)[None, :] * stride_n
     w = tl.load(at, mask=t_ok[:, None] & i_ok[None, :], other=0.0)
     if acc.shape[0] == 1:
@@ -149,7 +153,7 @@ def _relevance_columns_kernel(
     j_ok = real_tokens(MASK, b, stride_mb, stride_mn, j, j < n_own, HAS_MASK)
     acc_k = tl.zeros((BLOCK_J, BLOCK_D), tl.float32)
     acc_v = tl.zeros((BLOCK_J, BLOCK_D), tl.float32)
-    # BLOCK_T 0: no step
+    # BLOCK_T is 0 without a rollout step.
     d, t = tl.arange(0, BLOCK_D), tl.arange(0, max(BLOCK_T, 1))
     acc_t = tl.zeros((max(BLOCK_T, 1), BLOCK_J), tl.float32)
     low = tl.maximum(0, block * BLOCK_J - right) // BLOCK_I * BLOCK_I
@@ -177,7 +181,7 @@ def _relevance_columns_kernel(
 
 
 class TritonPasses(Passes):
-    """Both passes in Triton."""
+    """The two passes in Triton."""
 
     most_rows = MAX_ROWS
 
@@ -191,46 +195,24 @@ class TritonPasses(Passes):
         self._launch(_relevance_columns_kernel, "BLOCK_J", r_k is not None, tensors, (count,), steps, BLOCK_T=block_t)
 
     def _launch(self, kernel, block: str, relevance: bool, tensors: tuple, sizes: tuple, more: tuple = (), **flags) -> None:
-        """Launch a kernel on one program a head and block; sizes follow the common ones, more the common strides."""
-        _, heads, n, head_dim = self.q.shape
+        """Launch one program for each head and block; sizes and more follow the common sizes and strides."""
+        given = self.inputs
+        _, heads, n, head_dim = given.q.shape
         offsets, examples, longest = self.examples
         tiles = launch(head_dim)
-        given, steps = zip(*(by_head(t, self.q) for t in (self.q, self.k, self.v, self.s, self.grad_o)), strict=True)
-        masks = (0, 0) if self.key_mask is None else self.key_mask.stride()
+        by_heads, steps = zip(*(by_head(t, given.q) for t in (given.q, given.k, given.v, given.s, given.grad_o)), strict=True)
+        masks = (0, 0) if given.key_mask is None else given.key_mask.stride()
         blocks = -(-longest // tiles[block])
-        with on(self.q.device):
+        with on(given.device):
             kernel[(blocks * examples * heads,)](
-                *given, self.lse, self.key_mask, offsets, *tensors, self.scaling, self.stabilizer, n, heads, *sides(self.window, n), blocks,
-                *sizes, *(step for three in steps for step in three), *self.lse.stride(), *masks, *more,
-                HEAD_DIM=head_dim, RELEVANCE=relevance, HAS_GRAD=self.grad_o is not None, HAS_MASK=self.key_mask is not None,
-                HAS_WINDOW=max(self.window) >= 0, PACKED=offsets is not None, ADDITIVE=self.additive_mask, STABILIZED=self.stabilizer != 0,
-                PRODUCTS=float32_precision(), **flags, **tiles,
+                *by_heads, given.lse, given.key_mask, offsets, *tensors, given.scaling, given.stabilizer, n, heads,
+                *sides(given.window, n), blocks, *sizes, *(step for three in steps for step in three), *given.lse.stride(), *masks, *more,
+                HEAD_DIM=head_dim, RELEVANCE=relevance, HAS_GRAD=given.grad_o is not None, HAS_MASK=given.key_mask is not None,
+                HAS_WINDOW=max(given.window) >= 0, PACKED=offsets is not None, ADDITIVE=given.additive_mask,
+                STABILIZED=given.stabilizer != 0, PRODUCTS=float32_precision(), **flags, **tiles,
             )  # fmt: skip
 
 
-def not_supported(
-    q, k, v, lse, grad_o, s, r, key_mask, scaling, window, additive_mask, normalize, stabilizer, offsets=None
-) -> list[str]:
-    """Why the kernel can't run on these arguments; empty when it can."""
-    return relevance_reasons(q, k=k, v=v, lse=lse, grad_o=grad_o, s=s, r=r, key_mask=key_mask)
-
-
-def relevance_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    grad_o: Tensor | None,
-    s: Tensor,
-    r: Tensor | None,
-    key_mask: Tensor | None,
-    scaling: float,
-    window: tuple[int, int],
-    additive_mask: bool,
-    normalize: bool,
-    stabilizer: float,
-    offsets: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+def run(inputs: RelevanceInputs, r: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """See `pyglobenc.ops.relevance_attention`: -> R_q, R_k, R_v (B, H, n, dh), row_sums (B, n), r_out (B, T, n) or None."""
-    passes = TritonPasses(q, k, v, lse, grad_o, s, key_mask, scaling, window, additive_mask, stabilizer, offsets)
-    return passes.relevance(r, normalize)
+    return TritonPasses(inputs).relevance(r)

@@ -1,15 +1,19 @@
 """The map of one layer that the rollout multiplies, A = mean_h max(<grad_o[i], v[j]> R_alpha[i,j], 0) (Chefer et al., 2021, eq. 13).
 
-A program owns a tile of the map and goes through the heads. 3 n^2 d multiply-adds, one float32 written a pair.
+A program computes one tile of the map and loops over the heads: 3 n^2 d multiply-adds, one float32 written a pair.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyglobenc.backends.reference.attention import sides
+from pyglobenc.backends.inputs import RelevanceInputs
+from pyglobenc.backends.shared.masks import sides
 from pyglobenc.kernels._device import COUNTS, float32_precision, on, real_tokens
-from pyglobenc.kernels._relevance import by_head, launch, pair_relevance, relevance_reasons
+from pyglobenc.kernels._relevance import by_head, launch, pair_relevance
+from pyglobenc.kernels._relevance import relevance_reasons as why_not
+
+__all__ = ["run", "why_not"]
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -55,38 +59,24 @@ def _relevance_maps_kernel(
     tl.store(at, acc / n_heads, mask=i_ok[:, None] & (j < n)[None, :])
 
 
-def not_supported(q, k, v, lse, grad_o, s, rows, key_mask, scaling, window) -> list[str]:
-    """Why the kernel can't run on these arguments; empty when it can."""
-    return relevance_reasons(q, k=k, v=v, lse=lse, grad_o=grad_o, s=s, rows=rows, key_mask=key_mask)
-
-
-def relevance_maps(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    grad_o: Tensor | None,
-    s: Tensor,
-    rows: Tensor | None,
-    key_mask: Tensor | None,
-    scaling: float,
-    window: tuple[int, int],
-) -> Tensor:
+def run(inputs: RelevanceInputs, rows: Tensor | None) -> Tensor:
     """See `pyglobenc.ops.relevance_maps`: -> (B, n, n), or (B, T, n) with rows."""
+    q, lse, key_mask, grad_o = inputs.q, inputs.lse, inputs.key_mask, inputs.grad_o
     batch, heads, n, head_dim = q.shape
     m = n if rows is None else rows.shape[1]
     out = q.new_empty(batch, m, n)
     if out.numel() == 0:
         return out
     tiles = launch(head_dim)
-    del tiles["BLOCK_D"]  # no product over keys here
-    given, steps = zip(*(by_head(t, q) for t in (q, k, v, s, grad_o)), strict=True)
+    del tiles["BLOCK_D"]  # this kernel has no product over keys
+    given, steps = zip(*(by_head(t, q) for t in (q, inputs.k, inputs.v, inputs.s, grad_o)), strict=True)
     row_blocks, key_blocks = -(-m // tiles["BLOCK_I"]), -(-n // tiles["BLOCK_J"])
     with on(q.device):
         _relevance_maps_kernel[(row_blocks * key_blocks * batch,)](
-            *given, lse, key_mask, rows, out, scaling, n, m, heads, *sides(window, n), row_blocks, key_blocks,
+            *given, lse, key_mask, rows, out, inputs.scaling, n, m, heads, *sides(inputs.window, n), row_blocks, key_blocks,
             *(step for three in steps for step in three), *lse.stride(), *((0, 0) if key_mask is None else key_mask.stride()),
-            *((0, 0) if rows is None else rows.stride()), HEAD_DIM=head_dim, HAS_GRAD=grad_o is not None, HAS_MASK=key_mask is not None,
-            HAS_ROWS=rows is not None, HAS_WINDOW=max(window) >= 0, PRODUCTS=float32_precision(), **tiles,
+            *((0, 0) if rows is None else rows.stride()), HEAD_DIM=head_dim, HAS_GRAD=grad_o is not None,
+            HAS_MASK=key_mask is not None, HAS_ROWS=rows is not None, HAS_WINDOW=max(inputs.window) >= 0,
+            PRODUCTS=float32_precision(), **tiles,
         )  # fmt: skip
     return out

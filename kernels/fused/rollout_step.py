@@ -1,9 +1,9 @@
-"""One layer of the rollout in row mode, fused: out[t, j] = sum_i r[t, i] rstd[i] norm0[i, j], norms rebuilt tile by tile, never stored.
+"""One layer of the rollout in row mode: out[t, j] = sum_i r[t, i] rstd[i] norm0[i, j], without storing the norms.
 
-The norms are those of `_pairs` (Modarressi et al., 2022, eq. 6 to 10, expanded over heads). A program owns BLOCK_J keys and a share of
-the queries; a second kernel sums the shares, so there are no atomics and a run repeats bit for bit, and scales the rows. H*(dh + H)
-multiply-adds on tensor cores and H exponentials a pair, heads padded to a power of two; q is read once for every block of keys,
-everything else once.
+The norms are those of `_pairs` (Modarressi et al., 2022, eq. 6 to 10, expanded over heads). A program takes BLOCK_J keys and a share of
+the queries. A second kernel adds the shares and scales the rows, so that no atomics are needed and results repeat bit for bit. A pair
+takes H*(dh + H) multiply-adds on tensor cores and H exponentials, with the heads padded to a power of two. q is read once for every
+block of keys, everything else once.
 """
 
 import torch
@@ -11,24 +11,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyglobenc.backends.shared.grids import query_shares
+from pyglobenc.backends.inputs import PairInputs
+from pyglobenc.backends.shared.launch import query_shares
 from pyglobenc.backends.shared.packing import on_device
 from pyglobenc.kernels._device import COUNTS, on, power_of_two, real_tokens
 from pyglobenc.kernels._pairs import START, hold_keys, load_gram, own_term, pair_arguments, pair_norms, pair_reasons, places, strides
 
-# rows of the rollout that one pass carries; more rows take more passes
+# Number of rows of the rollout that one pass handles; more rows take more passes.
 MAX_ROWS = 64
-# of a row, that a program of the second kernel scales at a time
+# Entries of a row that a program of the second kernel scales at a time.
 BLOCK = 1024
 
 
 @triton.jit
 def _sequences(OFFSETS, sequences, j, j_ok, n, STEPS: tl.constexpr):
-    """First and last + 1 token of each key's sequence, (keys,) each; n and 0 of a key that doesn't count."""
+    """Return the first token, and the last + 1, of each key's sequence, (keys,) each; n and 0 for keys not ok."""
     if STEPS:
         low = tl.zeros_like(j)
         high = low + sequences
-        # in a loop that stays one, the whole kernel takes 255 registers for 162, and spills
+        # Unrolled, since with a real loop the kernel takes 255 registers instead of 162 and spills.
         for _ in tl.static_range(STEPS):
             middle = (low + high) // 2
             after = tl.load(OFFSETS + middle, mask=j_ok, other=0) > j
@@ -40,7 +41,7 @@ def _sequences(OFFSETS, sequences, j, j_ok, n, STEPS: tl.constexpr):
 
 @triton.jit
 def _queries(block, start_j, stop_j, left, right, share, shares, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):
-    """First and last + 1 of a share of the queries that see a key of the block; shares are whole tiles."""
+    """Return the first query, and the last + 1, of a share of those that see a key of the block, in whole tiles."""
     first = tl.maximum(tl.min(start_j, 0), block * BLOCK_J - right) // BLOCK_I * BLOCK_I
     last = tl.maximum(first, tl.minimum(tl.max(stop_j, 0), (block + 1) * BLOCK_J + left))
     per_share = tl.cdiv(tl.cdiv(last - first, BLOCK_I), shares) * BLOCK_I
@@ -49,7 +50,7 @@ def _queries(block, start_j, stop_j, left, right, share, shares, BLOCK_I: tl.con
 
 @triton.jit
 def _accumulate(acc, norms, weights, BLOCK_T: tl.constexpr, FORM: tl.constexpr):
-    """acc + norms weights of a tile: (keys, rows of the rollout)."""
+    """Return acc + norms @ weights of a tile, (keys, rows of the rollout)."""
     if BLOCK_T == 1:
         acc += tl.sum(norms * tl.sum(weights, 1)[None, :], 1)[:, None]
     else:
@@ -78,7 +79,7 @@ def _rollout_step_kernel(
     BLOCK_T: tl.constexpr, HELD: tl.constexpr, HAS_OWN: tl.constexpr, HAS_RSTD: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_WINDOW: tl.constexpr, STEPS: tl.constexpr, SCORES: tl.constexpr, FORM: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    # neighbours in the grid share their queries, so that they meet in L2
+    # Neighbouring programs take the same queries, so that these stay in L2.
     block, rest = tl.program_id(0) % key_blocks, tl.program_id(0) // key_blocks
     share, rest = rest % shares, rest // shares
     t = (rest % row_blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -95,7 +96,7 @@ def _rollout_step_kernel(
     gram = load_gram(GRAM + b * stride_gb, stride_gn, stride_gh, stride_gg, heads, head_ok, j, j_ok)
     k_held = hold_keys(K, stride_kh, stride_kn, heads, head_ok, group, j, j_ok, HEAD_DIM, BLOCK_D, HELD, UPCAST)
     own = tl.zeros((BLOCK_J,), tl.float32)
-    # only one share meets its own keys
+    # Only one share of the queries contains the block's own tokens.
     if HAS_OWN and (first < (block + 1) * BLOCK_J) & (last > block * BLOCK_J):
         own = own_term(Q, K, LSE, CROSS + b * stride_cb, RESIDUAL_SQ + b * stride_xb, stride_qh, stride_qn, stride_kh, stride_kn,
                        stride_lh, stride_ln, stride_cn, stride_ch, stride_xn, heads, head_ok, group, j, j_ok, scaling, HEAD_DIM,
@@ -122,13 +123,13 @@ def _rollout_step_kernel(
 
 @triton.jit
 def _larger(a, b):
-    """The larger, NaN if one is."""
+    """Return the larger of two values, and NaN if one is NaN."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _total(PARTS, at, ok, shares, step):
-    """Sum over the shares, in order, of what lies `step` apart."""
+    """Return the sum over the shares, which lie `step` apart, in a fixed order."""
     total = tl.load(PARTS + at, mask=ok, other=0.0)
     for share in range(1, shares):
         total += tl.load(PARTS + share * step + at, mask=ok, other=0.0)
@@ -144,7 +145,7 @@ def _finish_kernel(
     OUT_SCALE,  # as LOG_SCALE
     n, n_rows, shares, batch, PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # a row of an example, or of a packed sequence, scaled as rescale_rows of the reference does
+    # Each program scales one row of an example or packed sequence, like rescale_rows of the reference.
     row, first, last = tl.program_id(0).to(tl.int64), 0, n
     if PACKED:
         first, last = tl.load(OFFSETS + row // n_rows), tl.load(OFFSETS + row // n_rows + 1)
@@ -163,45 +164,30 @@ def _finish_kernel(
     tl.store(OUT_SCALE + tl.program_id(0), tl.load(LOG_SCALE + tl.program_id(0)) + tl.log(top))
 
 
-def not_supported(r, log_scale, q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, window, offsets=None) -> list[str]:
-    """Why the kernel can't run on these arguments; empty when it can."""
-    others = dict(r=r, log_scale=log_scale, k=k, lse=lse, cross=cross, residual_sq=residual_sq, rstd=rstd, key_mask=key_mask)
-    return pair_reasons(q, gram, others)
+def why_not(inputs: PairInputs, r: Tensor, log_scale: Tensor) -> list[str]:
+    """Return why the kernel can't run on these arguments; empty if it can."""
+    return pair_reasons(inputs, r=r, log_scale=log_scale)
 
 
-def rollout_step(
-    r: Tensor,
-    log_scale: Tensor,
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    gram: Tensor,
-    cross: Tensor | None,
-    residual_sq: Tensor | None,
-    rstd: Tensor | None,
-    key_mask: Tensor | None,
-    scaling: float,
-    window: tuple[int, int],
-    offsets: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def run(inputs: PairInputs, r: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
     """See `pyglobenc.ops.rollout_step`: -> r @ norms (B, T, n), each row scaled to maximum 1, and log_scale (B, T)."""
     batch, n_rows, n = r.shape
     out, out_scale = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (r, log_scale))
     if r.numel() == 0:
         return out, log_scale.clone()
-    given = pair_arguments(q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, window)
+    given = pair_arguments(inputs)
     key_blocks = -(-n // given["BLOCK_J"])
     block_t = 1 if n_rows == 1 else min(MAX_ROWS, power_of_two(n_rows, 16))
     row_blocks = -(-n_rows // block_t)
-    examples, longest, steps = batch, n, 0
-    if offsets is not None:
-        examples, (offsets, longest) = len(offsets) - 1, on_device(offsets, q.device)
-        # of a search among them: 8, 16 or 24, so that few numbers are compiled for
+    examples, longest, steps, offsets = batch, n, 0, None
+    if inputs.offsets is not None:
+        examples, (offsets, longest) = len(inputs.offsets) - 1, on_device(inputs.offsets, r.device)
+        # Steps of a binary search among the sequences, rounded up to 8, 16 or 24, so that few variants are compiled.
         steps = -(-max(1, (examples - 1).bit_length()) // 8) * 8
-    shares = query_shares(key_blocks * row_blocks * batch, -(-longest // given["BLOCK_I"]), places(q.device), START)
+    shares = query_shares(key_blocks * row_blocks * batch, -(-longest // given["BLOCK_I"]), places(r.device), START)
     parts = out if shares == 1 else r.new_empty(shares, *r.shape)
     given |= dict(R=r, OFFSETS=offsets, OUT=parts, n_rows=n_rows, key_blocks=key_blocks, row_blocks=row_blocks, shares=shares, batch=batch)
-    with on(q.device):
+    with on(r.device):
         _rollout_step_kernel[(key_blocks * shares * row_blocks * batch,)](
             **given, sequences=examples, BLOCK_T=block_t, STEPS=steps, **strides(r, "rb rt rn")
         )

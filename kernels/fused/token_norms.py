@@ -1,14 +1,15 @@
-"""Norms of every (query, key) pair, or of chosen queries, fused: the norms of `_pairs`, scaled by row and written once.
+"""Norms of all (query, key) pairs, or of chosen queries: the norms of `_pairs`, scaled by row and written once.
 
-(Modarressi et al., 2022, eq. 6 to 10, expanded over heads.) A program owns BLOCK_J keys and a share of the queries. H*(dh + H)
-multiply-adds on tensor cores and H exponentials a pair, heads padded to a power of two; one float32 written a pair.
+(Modarressi et al., 2022, eq. 6 to 10, expanded over heads.) A program takes BLOCK_J keys and a share of the queries. A pair takes
+H*(dh + H) multiply-adds on tensor cores and H exponentials, with the heads padded to a power of two, and writes one float32.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyglobenc.backends.shared.grids import query_shares
+from pyglobenc.backends.inputs import PairInputs
+from pyglobenc.backends.shared.launch import query_shares
 from pyglobenc.kernels._device import COUNTS, on, real_tokens
 from pyglobenc.kernels._pairs import START, hold_keys, load_gram, own_term, pair_arguments, pair_norms, pair_reasons, places, strides
 
@@ -69,35 +70,22 @@ def _token_norms_kernel(
         tl.store(at, norms, mask=row_ok[None, :] & (j < n)[:, None])
 
 
-def not_supported(q, k, lse, gram, cross, residual_sq, rstd, key_mask, rows, scaling, window) -> list[str]:
-    """Why the kernel can't run on these arguments; empty when it can."""
-    others = dict(k=k, lse=lse, cross=cross, residual_sq=residual_sq, rstd=rstd, key_mask=key_mask, rows=rows)
-    return pair_reasons(q, gram, others)
+def why_not(inputs: PairInputs, rows: Tensor | None) -> list[str]:
+    """Return why the kernel can't run on these arguments; empty if it can."""
+    return pair_reasons(inputs, rows=rows)
 
 
-def token_norms(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    gram: Tensor,
-    cross: Tensor | None,
-    residual_sq: Tensor | None,
-    rstd: Tensor | None,
-    key_mask: Tensor | None,
-    rows: Tensor | None,
-    scaling: float,
-    window: tuple[int, int],
-) -> Tensor:
+def run(inputs: PairInputs, rows: Tensor | None) -> Tensor:
     """See `pyglobenc.ops.token_norms`: -> (B, n, n), or (B, T, n) with rows."""
-    batch, n = gram.shape[:2]
+    batch, n = inputs.gram.shape[:2]
     m = n if rows is None else rows.shape[1]
-    out = gram.new_empty(batch, m, n)
+    out = inputs.gram.new_empty(batch, m, n)
     if out.numel() == 0:
         return out
-    given = pair_arguments(q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, window)
+    given = pair_arguments(inputs)
     key_blocks = -(-n // given["BLOCK_J"])
-    shares = query_shares(key_blocks * batch, -(-m // given["BLOCK_I"]), places(q.device), START)
-    with on(q.device):
+    shares = query_shares(key_blocks * batch, -(-m // given["BLOCK_I"]), places(out.device), START)
+    with on(out.device):
         _token_norms_kernel[(key_blocks * shares * batch,)](
             **given, ROWS=rows, OUT=out, m=m, key_blocks=key_blocks, shares=shares, HAS_ROWS=rows is not None, **strides(rows, "rb rn")
         )

@@ -1,7 +1,7 @@
-"""What can run here, and why the rest can't.
+"""Finds the backend that runs an op on this machine, and gives the reason for each one that cannot.
 
-A backend of an op is a module `<room>.<op>` with a function named like the op and `not_supported(...)` of the same arguments, which
-returns the reasons it can't run them. The reference runs everything.
+A backend of an op is a module `<room>.<op>` with two functions of the same arguments: `run` computes the op, and `why_not` returns the
+reasons that it can't. The reference runs everything and needs no `why_not`.
 """
 
 import importlib
@@ -22,7 +22,7 @@ ROOMS = {
     "cuda": "pyglobenc.backends.cuda",
 }
 BACKENDS = ("auto", *ROOMS)
-# as Triton reads it when it is imported
+# Triton reads the variable when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
@@ -34,7 +34,7 @@ def check_backend(backend: str, who: str) -> None:
 
 @cache
 def load(op: str, backend: str) -> tuple[Any, str | None]:
-    """The backend's module for an op and None, or None and the reason that it doesn't load."""
+    """Return the backend's module for an op and None, or None and the reason why the module does not load."""
     try:
         return importlib.import_module(f"{ROOMS[backend]}.{op}"), None
     except ImportError as error:
@@ -42,20 +42,20 @@ def load(op: str, backend: str) -> tuple[Any, str | None]:
 
 
 def reasons(op: str, backend: str, args: tuple) -> list[str]:
-    """Why a backend can't run an op on these arguments; empty when it can."""
+    """Return the reasons why a backend can't run an op on these arguments; empty if it can."""
     module, missing = load(op, backend)
     if module is None:
         return [missing]
-    return [] if backend == "reference" else module.not_supported(*args)
+    return [] if backend == "reference" else module.why_not(*args)
 
 
 def pick(op: str, backend: str, available: tuple[str, ...], args: tuple) -> Callable:
-    """Function of the backend asked for, or, with "auto", of the first of `available` that can run.
+    """Return the function of the backend asked for, or with "auto" of the first one in `available` that can run.
 
-    Where `pyglobenc bench` measured the device, here or for the package (`pyglobenc.backends.measurements`), "auto" tries the fastest first.
+    "auto" tries the fastest backend first where the device has been measured (`pyglobenc.backends.measurements`).
 
     Raises:
-        ValueError: unknown name, or the backend asked for by name can't run; the reasons are in the message.
+        ValueError: the name is unknown, or the backend asked for by name can't run. The message gives the reasons.
     """
     check_backend(backend, op)
     refused = []
@@ -66,22 +66,27 @@ def pick(op: str, backend: str, available: tuple[str, ...], args: tuple) -> Call
         if not why:
             if refused and backend == "auto":
                 log_once(f"{op}: running on {name}; " + "; ".join(refused))
-            return _runner(load(op, name)[0], op)
+            return _runner(load(op, name)[0])
         refused += [f"{name}: {reason}" for reason in why]
     raise ValueError(f"{op}: backend {backend!r} can't run: " + "; ".join(refused))
 
 
+def run(op: str, backend: str, available: tuple[str, ...], *args: Any) -> Any:
+    """Run an op on the backend that `pick` finds for its arguments."""
+    return pick(op, backend, available, args)(*args)
+
+
 @cache
-def _runner(module: Any, op: str) -> Callable:
-    """A backend's function for an op, whose own products the caller's autocast doesn't touch."""
-    # torch takes seconds, which the command line's choices of a backend needn't
+def _runner(module: Any) -> Callable:
+    """Return a backend's `run`, shielded from the caller's autocast."""
+    # Importing torch takes seconds, and the command line needs only the names of the backends.
     from pyglobenc.common.autocast import outside_autocast
 
-    return outside_autocast(getattr(module, op))
+    return outside_autocast(module.run)
 
 
 def _device(args: tuple) -> str:
-    """Kind of device that the first tensor among args, or in a list there, lies on."""
+    """Return the device type of the first argument that has a device, or of the first one in a list."""
     for arg in args:
         first = arg[0] if isinstance(arg, (list, tuple)) and arg else arg
         if hasattr(first, "device"):

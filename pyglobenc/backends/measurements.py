@@ -1,7 +1,8 @@
-"""Which backend was the fastest for an op on a device, as `pyglobenc bench` measured it; read by backend="auto".
+"""The table of measurements that backend="auto" goes by: for each device and op, the backends from fastest to slowest.
 
-A JSON file, {device: {op: [backends, fastest first]}}, at PYGLOBENC_TABLE, else in the user's cache folder; where it says nothing, the
-measurements that come with the package. An empty PYGLOBENC_TABLE means neither. Without an entry the order is that of the op's own list.
+`pyglobenc bench --save` writes a JSON file, {device: {op: [backends]}}, to the path in PYGLOBENC_TABLE, or to the user's cache folder.
+Where that file has no entry, the measurements that come with the package count, and after them the order of the op's own list. An
+empty PYGLOBENC_TABLE turns both files off.
 """
 
 import json
@@ -13,12 +14,12 @@ from pathlib import Path
 
 log = logging.getLogger("pyglobenc")
 
-# what comes with the package: where it is installed, and in a checkout
+# The package's own measurements: in an installation, and in a checkout.
 SHIPPED = (Path(__file__).parents[1] / "measured" / "backends.json", Path(__file__).parents[2] / "benchmarks" / "results" / "backends.json")
 
 
 def table_path() -> Path | None:
-    """Where the table is, or would be; None if there is to be none."""
+    """Return the path of the user's table, which need not exist; None if PYGLOBENC_TABLE is empty."""
     chosen = os.environ.get("PYGLOBENC_TABLE")
     if chosen is not None:
         return Path(chosen) if chosen else None
@@ -28,9 +29,9 @@ def table_path() -> Path | None:
 
 @cache
 def device_name(kind: str) -> str:
-    """The GPU's name for "cuda", else the processor's model and the number of its cores."""
+    """Return the GPU's name for "cuda", else the model of the processor and its number of cores."""
     if kind == "cuda":
-        # the command line's help does without torch, which takes seconds
+        # Importing torch takes seconds, and the command line's help does not need it.
         import torch
 
         if torch.cuda.is_available():
@@ -44,24 +45,24 @@ def device_name(kind: str) -> str:
 
 
 def preferred(op: str, available: tuple[str, ...], kind: str) -> tuple[str, ...]:
-    """The backends of an op in the order to try them on a device of kind "cpu" or "cuda"."""
+    """Return the backends of an op in the order to try them; kind is "cpu" or "cuda"."""
     table = _table()
     measured = table.get(device_name(kind), {}).get(op, []) if table else []
     first = [name for name in measured if name in available]
     rest = [name for name in available if name not in first]
-    # a CPU tensor's own kernels needn't wait for the others' reasons
+    # For CPU tensors the CPU kernels come first, so that no other backend is asked in vain.
     return (*first, *(sorted(rest, key=lambda name: name != "cpu") if kind == "cpu" else rest))
 
 
 def tables() -> list[Path]:
-    """Files that "auto" goes by, a later one before an earlier."""
+    """Return the tables that exist; entries of a later one override those of an earlier one."""
     path = table_path()
     return [] if path is None else [file for file in (*SHIPPED, path) if file.exists()]
 
 
 @lru_cache(maxsize=1)
 def _table() -> dict[str, dict[str, list[str]]]:
-    """The files' contents; read once."""
+    """Read all tables, once per process."""
     out: dict[str, dict[str, list[str]]] = {}
     for path in tables():
         for device, ops in _read(path).items():
@@ -79,7 +80,7 @@ def _read(path: Path) -> dict[str, dict[str, list[str]]]:
 
 
 def save_table(kind: str, orders: dict[str, list[str]]) -> Path | None:
-    """Write a device's entries, leaving other devices' alone; returns the file, None if there is to be none."""
+    """Write the entries of this device and keep those of others; return the path, None if tables are off."""
     from pyglobenc.common.files import write_file
 
     path = table_path()

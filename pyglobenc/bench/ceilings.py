@@ -1,4 +1,4 @@
-"""Measured ceilings of a device, and a clock for calls on it, the same for `pyglobenc bench` and for benchmarks/."""
+"""Measures what a device reaches at best, and times calls on it, for `pyglobenc bench` and the benchmarks."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -12,31 +12,31 @@ from torch import Tensor
 from pyglobenc.backends.dispatch import load
 from pyglobenc.bench.costs import Ceilings, synchronize
 
-# rows, inner length and columns of the product that torch is fastest at
+# rows, inner length and columns of the product at which torch is fastest
 GEMM, GEMM_GPU = (768, 3072, 768), (8192, 8192, 8192)
-# exponentials of arrays that stay in a cache; copies of arrays that don't
+# sizes of the arrays: exponentials within a cache, copies outside it
 EXPS, COPY = 1 << 19, 1 << 25
-# seconds: of warm-up, and below which the clock and the launch are part of what is measured
+# seconds: length of the warm-up, and the shortest sample in which the clock itself does not count
 WARM_UP, SHORT = 0.05, 1e-4
 ROUNDS = (3, 200)
-# bytes: nearly the largest block whose release makes glibc keep memory
+# bytes: close to the largest block whose release makes glibc keep freed memory
 KEPT = (32 << 20) - (1 << 16)
 
 
 def prepare(call: Callable[[], object], device: torch.device, seconds: float) -> tuple[Callable[[], None], int, int]:
-    """Warm up a call that ran before and lay out its measurement.
+    """Warm up a call that has run before, and plan its measurement.
 
     Args:
-        call: without arguments; what it returns is dropped.
-        device: that it runs on.
-        seconds: that the measurement should take.
+        call: function without arguments; its result is dropped.
+        device: the device that it runs on.
+        seconds: time that the measurement should take.
 
     Returns:
-        what makes a sample: several calls where they are short, up to the end of what the device was given; how many calls that are; how
-        many samples to take.
+        A function that takes one sample (several calls if they are short, until the device is done), the number of calls in it, and
+        the number of samples to take.
     """
-    # until such a block was released, glibc gives short-lived tensors' pages back to the system at moments that depend on all that the
-    # process did before, and every call takes them anew, at up to 40 % of its time; a process that ran a long input keeps them
+    # Until such a block has been released, glibc returns the pages of short-lived tensors to the system at unpredictable moments, and
+    # getting them back takes up to 40 % of a call. A process that has run a long input keeps its pages.
     torch.empty(KEPT, dtype=torch.uint8, device="cpu")
     taken: list[float] = []
     spent = 0.0
@@ -58,7 +58,7 @@ def prepare(call: Callable[[], object], device: torch.device, seconds: float) ->
 
 
 def times(call: Callable[[], object], device: torch.device, seconds: float) -> list[float]:
-    """Seconds of single calls, for about as long as asked for; see `prepare`."""
+    """Return the seconds that single calls took, measured for about the time asked for; see `prepare`."""
     sample, repeats, rounds = prepare(call, device, seconds)
     out = []
     for _ in range(rounds):
@@ -69,19 +69,20 @@ def times(call: Callable[[], object], device: torch.device, seconds: float) -> l
 
 
 def quartiles(samples: list[float]) -> tuple[float, float, float]:
-    """First quartile, median and third quartile."""
+    """Return the first quartile, the median and the third quartile."""
     low, _, high = quantiles(samples, n=4)
     return low, median(samples), high
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, seconds: float) -> Ceilings:
-    """The best of torch's matrix product, of its exponential or the project's own, and of its copy: what was reached, not what is typical.
+    """Measure the best rates of matrix products, exponentials and copies that the device reaches.
 
-    On a CPU one thread is tried too: where other programs keep the cores busy, several wait for each other longer than they work.
+    Exponentials are torch's or the project's own, whichever is faster. On a CPU one thread is tried too, because on a busy machine
+    several threads wait for each other longer than they work.
 
     Args:
-        device, dtype: of the products; exponentials and copies are float32.
-        seconds: spent on each of the four.
+        device, dtype: device, and dtype of the products; exponentials and copies are float32.
+        seconds: time spent on each measurement.
     """
     found, threads = _measure(device, dtype, seconds), torch.get_num_threads()
     if device.type == "cuda" or threads == 1:
@@ -103,7 +104,7 @@ def _measure(device: torch.device, dtype: torch.dtype, seconds: float) -> Ceilin
 
     gemm = min(times(multiply, device, seconds))
     if device.type == "cuda" and dtype == torch.float32:
-        # as the kernels do: three tf32 products keep float32's digits
+        # The kernels do the same: three tf32 products keep float32's digits.
         with _tf32():
             gemm = min(gemm, 3 * min(times(multiply, device, seconds)))
     source = torch.ones(COPY, device=device)
@@ -123,10 +124,10 @@ def _tf32() -> Iterator[None]:
 
 
 def _exp_rate(device: torch.device, seconds: float) -> float:
-    """Exponentials a second."""
+    """Return exponentials per second."""
     module = load("exp", "triton")[0] if device.type == "cuda" else None
     if module is not None:
-        # torch's is bound by the memory that its arrays pass, a tenth of what the unit does
+        # torch's exponential is limited by memory, to a tenth of what the hardware unit does.
         return module.exp(device) / min(times(lambda: module.exp(device), device, seconds))
     x = torch.rand(EXPS, device=device)
     y = torch.empty_like(x)
@@ -134,7 +135,7 @@ def _exp_rate(device: torch.device, seconds: float) -> float:
 
 
 def _exponentials(device: torch.device) -> list[Callable[[Tensor, Tensor], object]]:
-    """What writes e^x of one array to another: torch, and the CPU kernels where they are built."""
+    """Return the functions that write e^x of one array to another: torch's, and the CPU kernels' if built."""
     out: list[Callable[[Tensor, Tensor], object]] = [lambda x, y: torch.exp(x, out=y)]
     if device.type == "cpu":
         try:

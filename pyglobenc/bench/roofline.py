@@ -1,22 +1,22 @@
-"""The roofline picture: operations a second against operations a byte, under the measured ceilings."""
+"""Draws the roofline: operations per second against operations per byte, under the measured ceilings."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 COLOURS = {"reference": "#7f7f7f", "cpu": "#1f77b4", "triton": "#d62728", "cuda": "#2ca02c"}
-# what benchmarks set beside the backends
+# baselines that the benchmarks add to the backends
 COLOURS |= {"compile": "#8c564b", "materialised": "#ff7f0e", "sdpa": "#e377c2"}
 OTHER = "#9467bd"
 MARKERS = {"float32": "o", "bfloat16": "s", "float16": "^"}
 
 
 def roofline(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
-    """A matplotlib figure of measured calls.
+    """Return a matplotlib figure of measured calls.
 
     Args:
-        rows: of `pyglobenc bench` or of an op's benchmark: op or n, backend, dtype, median_s, flops, bytes, and the ceilings gemm_flops
+        rows: results of `pyglobenc bench` or of an op's benchmark, with op or n, backend, dtype, median_s, flops, bytes, and the ceilings gemm_flops
             and copy_bytes. Calls without operations aren't drawn.
-        title: above the picture.
+        title: title of the picture.
     """
     from matplotlib.figure import Figure
 

@@ -40,13 +40,13 @@ def run(options: argparse.Namespace) -> int:
 
     from pyglobenc.backends.dispatch import INTERPRETED
     from pyglobenc.bench.ceilings import measure_ceilings
-    from pyglobenc.bench.example_inputs import EXAMPLES
+    from pyglobenc.bench.op_table import OP_TABLE
     from pyglobenc.common.files import check_writable
     from pyglobenc.inputs.batching import available_bytes
 
-    unknown = [op for op in options.op or () if op not in EXAMPLES]
+    unknown = [op for op in options.op or () if op not in OP_TABLE]
     if unknown:
-        options.error(f"--op: must be one of {', '.join(EXAMPLES)}, got {unknown[0]!r}")
+        options.error(f"--op: must be one of {', '.join(OP_TABLE)}, got {unknown[0]!r}")
     for path in filter(None, (options.csv, options.png)):
         check_writable(path)
     if options.threads:
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
         options.error(f"--n: needs about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free")
     ceilings = measure_ceilings(device, torch.float32, options.seconds)
     # interpreted kernels show what they compute, not how fast
-    jobs = [(op, backend) for op in options.op or EXAMPLES for backend in backends_of(op) if backend != "triton" or not INTERPRETED]
+    jobs = [(op, backend) for op in options.op or OP_TABLE for backend in backends_of(op) if backend != "triton" or not INTERPRETED]
     with tqdm(jobs, desc="bench", unit="op", disable=options.quiet) as bar:
         measured = [found for op, backend in bar for found in measure(op, backend, options.n, options.seconds, device)]
     # a machine's speed drifts: its best, before and after
@@ -85,9 +85,10 @@ def measure(op: str, backend: str, n: int, seconds: float, device: Any) -> Itera
 
     from pyglobenc.bench.ceilings import quartiles, times
     from pyglobenc.bench.costs import count
-    from pyglobenc.bench.example_inputs import DH, EXAMPLES, H, tensors
+    from pyglobenc.bench.example_inputs import DH, H, tensors
+    from pyglobenc.bench.op_table import OP_TABLE
 
-    args, function = EXAMPLES[op](tensors(device.type, n)), getattr(import_module(f"pyglobenc.ops.{op}"), op)
+    args, function = OP_TABLE[op].arguments(tensors(device.type, n)), getattr(import_module(f"pyglobenc.ops.{op}"), op)
     try:
         result = function(*args, backend=backend)
     except Exception:

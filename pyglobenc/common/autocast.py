@@ -1,6 +1,7 @@
-"""torch.autocast is for the model's forward pass: attribution computes in the dtypes of its own tensors.
+"""Keeps the caller's torch.autocast to the model's forward pass.
 
-Inside it torch's matrix products return half precision, which kernels that were given float32 tensors would misread.
+Attribution computes in the dtypes of its own tensors. Under autocast, torch's matrix products return half precision, and a kernel
+that expects float32 would misread them.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ _CALLERS: ContextVar[dict[str, torch.dtype] | None] = ContextVar("pyglobenc_call
 
 
 def outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator: run a function outside the caller's autocast."""
+    """Decorator that runs a function with the caller's autocast turned off."""
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -38,7 +39,7 @@ def outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def callers_autocast() -> Iterator[None]:
-    """Context in a function `outside_autocast` within which the caller's is on again."""
+    """Context that turns the caller's autocast on again, inside a function decorated with `outside_autocast`."""
     with ExitStack() as stack:
         for kind, dtype in (_CALLERS.get() or {}).items():
             stack.enter_context(torch.autocast(kind, dtype))

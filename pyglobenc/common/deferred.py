@@ -1,4 +1,8 @@
-"""Checks of what tensors hold: at once, or, while a CUDA graph is recorded, which can't wait for the device, after each replay."""
+"""Checks of tensor values that can be put off.
+
+A check normally reads its tensor at once. While a CUDA graph is recorded nothing may wait for the device, so the checks are kept and
+made after each replay.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Check:
-    """A condition () bool, on its device, and the error if it doesn't hold."""
+    """A condition, () bool on its device, and the error to raise if it is false."""
 
     holds: Tensor
     error: Callable[[], Exception]
@@ -21,7 +25,7 @@ _PUT_OFF: ContextVar[list[Check] | None] = ContextVar("pyglobenc_checks_put_off"
 
 
 def require(holds: Tensor, error: Callable[[], Exception]) -> None:
-    """Raise error() unless the condition () bool holds; within `checks_put_off` keep both for later."""
+    """Raise error() unless the condition, () bool, is true; inside `checks_put_off` keep both for later."""
     checks = _PUT_OFF.get()
     if checks is not None:
         checks.append(Check(holds, error))
@@ -30,12 +34,12 @@ def require(holds: Tensor, error: Callable[[], Exception]) -> None:
 
 
 def may_look() -> bool:
-    """Whether values may be looked at now."""
+    """Return whether tensor values may be read now."""
     return _PUT_OFF.get() is None
 
 
 def check_range(who: str, name: str, index: Tensor, size: int) -> None:
-    """Raise ValueError, naming who, unless an argument's indices, of any shape, lie in [0, size)."""
+    """Raise ValueError, naming who, unless all indices, of any shape, lie in [0, size)."""
     require(
         ((index >= 0) & (index < size)).all(),
         lambda: ValueError(f"{who}: {name} must lie in [0, {size}), got {int(index.min())} to {int(index.max())}"),
@@ -44,7 +48,7 @@ def check_range(who: str, name: str, index: Tensor, size: int) -> None:
 
 @contextmanager
 def checks_put_off() -> Iterator[list[Check]]:
-    """Context within which no value is looked at; yields the list that checks are put on."""
+    """Context in which no tensor value is read; yields the list that collects the checks."""
     checks: list[Check] = []
     token = _PUT_OFF.set(checks)
     try:
@@ -54,6 +58,6 @@ def checks_put_off() -> Iterator[list[Check]]:
 
 
 def look(checks: list[Check]) -> None:
-    """Raise the first error among checks that were put off, with one wait for the device if there is none."""
+    """Raise the first error among the checks that were put off; waits for the device once if there is none."""
     if checks and not bool(torch.stack([check.holds for check in checks]).all()):
         raise next(check.error() for check in checks if not bool(check.holds))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import BertForSequenceClassification, PreTrainedModel, ViTConfig, ViTForImageClassification
 
-from pyglobenc.backends.reference.relevance_attention import probability_tiles
+from pyglobenc.backends.shared.relevance_tiles import probability_tiles
 from pyglobenc.hf import LayerTrace, find_layers
 from pyglobenc.hf.architectures.vit import patch_projection
 from pyglobenc.methods.inputs import check_batch

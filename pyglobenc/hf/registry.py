@@ -1,17 +1,20 @@
 """Which architectures are known, by the config's model_type."""
 
+from importlib import import_module
+from pkgutil import iter_modules
+
 from torch import nn
 from transformers import PreTrainedModel
 
-from pyglobenc.hf.architectures import albert, beit, bert, deberta_v2, dinov2, distilbert, gemma, gpt2, llama, modernbert, mpnet, vit
+from pyglobenc.hf import architectures
 from pyglobenc.hf.trace.layers import LayerModules
 from pyglobenc.hf.unwrap import stock_model
 
-ENCODERS = (bert, distilbert, albert, mpnet, deberta_v2, modernbert, vit, dinov2, beit)
-DECODERS = (gpt2, llama, gemma)
-BINDINGS = {model_type: binding for binding in (*ENCODERS, *DECODERS) for model_type in binding.MODEL_TYPES}
+# Every module of the folder is an architecture. It has MODEL_TYPES and layers(), and DECODER = True if it generates text.
+MODULES = [import_module(f"{architectures.__name__}.{module.name}") for module in iter_modules(architectures.__path__)]
+BINDINGS = {model_type: module for module in MODULES for model_type in module.MODEL_TYPES}
 
-# these compute attention themselves: nothing would be captured, without an error
+# These compute attention themselves. Nothing would be captured, without an error.
 IGNORE_THE_INTERFACE = ("deberta",)
 
 
@@ -30,6 +33,10 @@ def find_layers(model: nn.Module) -> list[LayerModules]:
             f"capture: {type(model).__name__} ({model_type}) computes attention itself and ignores transformers' attention interface, "
             f"so its queries, keys and values can't be captured; {known}"
         )
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"capture: {type(model).__name__} ({model_type}) is an encoder-decoder, whose cross attention is not supported; {known}"
+        )
     if model_type not in BINDINGS:
         raise ValueError(f"capture: unknown architecture {model_type!r} ({type(model).__name__}); {known}")
     return BINDINGS[model_type].layers(model.base_model)
@@ -37,4 +44,4 @@ def find_layers(model: nn.Module) -> list[LayerModules]:
 
 def is_decoder(model: PreTrainedModel) -> bool:
     """Whether the architecture generates text and so keeps a cache that attribution has no use for."""
-    return BINDINGS.get(model.config.model_type) in DECODERS
+    return getattr(BINDINGS.get(model.config.model_type), "DECODER", False)

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pyglobenc.backends.shared.dtypes import HALF
+from pyglobenc.backends.shared.launch import HALF
 from pyglobenc.hf.labels import class_count, class_name, predict
 from pyglobenc.hf.limits import max_tokens, padding_id, vocabulary
 from pyglobenc.hf.unwrap import called_module, stock_model

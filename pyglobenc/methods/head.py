@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from pyglobenc.backends.shared.dtypes import HALF
+from pyglobenc.backends.shared.launch import HALF
 from pyglobenc.common.deferred import may_look, require
 from pyglobenc.hf import Trace
 from pyglobenc.hf.limits import not_finite

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pyglobenc.backends.reference.relevance_attention import LEAST_QUERIES, TILE_FLOATS
+from pyglobenc.backends.shared.relevance_tiles import LEAST_QUERIES, TILE_FLOATS
 from pyglobenc.methods.precision.reliability import measured
 from pyglobenc.methods.rollout.baselines import METHODS as ROLLOUT_FAMILY
 from pyglobenc.methods.rollout.baselines import OF_STAGE

@@ -1,4 +1,4 @@
-"""Public ops: each takes and returns tensors, checks its arguments and runs on the backend asked for."""
+"""Public ops. Each takes and returns tensors, checks its arguments, and runs on the backend asked for."""
 
 from pyglobenc.ops.add_relevance import add_relevance
 from pyglobenc.ops.attention import attention

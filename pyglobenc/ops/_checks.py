@@ -1,15 +1,15 @@
-"""Argument checks shared by the ops: each error names the op, what it expects and what came."""
+"""Argument checks that the ops share. Each error names the op, what it expects and what it got."""
 
 import torch
 from torch import Tensor
 
-from pyglobenc.backends.shared.dtypes import HALF
+from pyglobenc.backends.shared.launch import HALF
 
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def check_shape(op: str, name: str, t: Tensor | None, symbols: str, sizes: dict[str, int]) -> None:
-    """Check t against symbols such as "B H n dh"; sizes learns the symbols not met before. None passes."""
+    """Check the shape of t against symbols such as "B H n dh", and add new symbols to sizes; None passes."""
     if t is None:
         return
     expected, came = symbols.split(), t.shape
@@ -24,7 +24,7 @@ def check_shape(op: str, name: str, t: Tensor | None, symbols: str, sizes: dict[
 
 
 def check_floats(op: str, **tensors: Tensor | None) -> None:
-    """All given tensors have one floating-point dtype."""
+    """Check that all given tensors have the same floating-point dtype."""
     met = {t.dtype for t in tensors.values() if t is not None}
     if len(met) < 2 and met <= FLOATS:
         return
@@ -36,7 +36,10 @@ def check_floats(op: str, **tensors: Tensor | None) -> None:
 
 
 def check_widened(op: str, inputs: dict[str, Tensor | None], weights: dict[str, Tensor | None]) -> None:
-    """All given tensors have one dtype, or the inputs, the first never None, a half one (float16, bfloat16) and the weights float32."""
+    """Check that all given tensors have one dtype, or that the inputs are in half precision and the weights float32.
+
+    The first of the inputs must not be None.
+    """
     if next(iter(inputs.values())).dtype in HALF and all(t is None or t.dtype == torch.float32 for t in weights.values()):
         check_floats(op, **inputs)
     else:
@@ -44,26 +47,26 @@ def check_widened(op: str, inputs: dict[str, Tensor | None], weights: dict[str, 
 
 
 def check_heads(op: str, heads: int, kv_heads: int) -> None:
-    """Query heads come in equal groups for each key-value head."""
+    """Check that the query heads are divided evenly among the key-value heads."""
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"{op}: the number of query heads must be a multiple of that of key-value heads, got {heads} and {kv_heads}")
 
 
 def check_mask(op: str, key_mask: Tensor | None, sizes: dict[str, int]) -> None:
-    """key_mask is a (B, n) bool tensor, True for real tokens."""
+    """Check that key_mask is a (B, n) bool tensor, True for real tokens."""
     check_shape(op, "key_mask", key_mask, "B n", sizes)
     if key_mask is not None and key_mask.dtype != torch.bool:
         raise TypeError(f"{op}: key_mask must be bool, True for real tokens, got {key_mask.dtype}")
 
 
 def check_window(op: str, window: tuple[int, int]) -> None:
-    """A query always sees itself, so a window is (left, right) of -1 (unlimited) or more."""
+    """Check that a window is (left, right), each -1 for unlimited or at least 0: a query always sees itself."""
     if len(window) != 2 or min(window) < -1:
         raise ValueError(f"{op}: window must be (left, right), each -1 for unlimited or at least 0, got {tuple(window)}")
 
 
 def check_offsets(op: str, offsets: Tensor | None, key_mask: Tensor | None, sizes: dict[str, int]) -> None:
-    """offsets is (S + 1,) int32 on the CPU, from 0 to n, every sequence with a token, in a batch of 1 without padding."""
+    """Check offsets, (S + 1,) int32 on the CPU, increasing from 0 to n, in a batch of 1 without padding."""
     if offsets is None:
         return
     if offsets.dim() != 1 or len(offsets) < 2 or offsets.dtype != torch.int32 or offsets.device.type != "cpu":

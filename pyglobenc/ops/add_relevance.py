@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pyglobenc.backends.dispatch import pick
+from pyglobenc.backends.dispatch import run
 from pyglobenc.ops._checks import check_floats, check_offsets, check_shape
 from pyglobenc.ops._registered import register
 
@@ -25,15 +25,15 @@ def add_relevance(
         S = R / safe(a + b),   R_a = a S,   R_b = b S,   share_a = |sum R_a| / safe(|sum R_a| + |sum R_b|)
         R_a *= share_a sum R / safe(sum R_a),   R_b likewise
 
-    with the sums over n and d of one example (the published code's run over the batch and are right for one example only) and
-    safe(t) = t + 1e-9, 1e-9 where that is 0, the quotient 0 where t is 0.
+    where the sums run over n and d of one example. safe(t) = t + 1e-9, or 1e-9 where that is 0; the quotient is 0 where t is 0. (The
+    published code sums over the batch, so it is right for a single example only.)
 
     Args:
-        r: relevance of the sum, (B, n, d), float32 or float64.
-        a, b: the branches in the forward pass, (B, n, d), same dtype.
-        stabilizer: 0 for that guard in S; e > 0 divides by a + b + e * sign(a + b) instead.
-        rescale: False leaves out the second line (the LRP baseline's rule).
-        offsets: of S sequences packed into one, as `rollout_step` takes them: each is an example with sums of its own.
+        r: relevance of the sum a + b, (B, n, d), float32 or float64.
+        a, b: values of the two branches in the forward pass, (B, n, d), the dtype of r.
+        stabilizer: 0 for the guard above in S; e > 0 divides by a + b + e * sign(a + b) instead.
+        rescale: False leaves out the second line; that is the LRP baseline's rule.
+        offsets: of packed sequences, as for `rollout_step`; the sums then run over each sequence.
         backend: "auto" or a backend's name.
 
     Returns:
@@ -56,8 +56,7 @@ def add_relevance(
 def _add_relevance(
     r: Tensor, a: Tensor, b: Tensor, stabilizer: float, rescale: bool, backend: str, offsets: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    args = (r, a, b, stabilizer, rescale, offsets)
-    return pick("add_relevance", backend, BACKENDS, args)(*args)
+    return run("add_relevance", backend, BACKENDS, r, a, b, stabilizer, rescale, offsets)
 
 
 @_add_relevance.register_fake

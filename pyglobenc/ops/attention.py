@@ -1,13 +1,12 @@
-"""Op `attention`: softmax attention with its log-sum-exp, by torch's own kernels where they return it."""
+"""Op `attention`: softmax attention and its log-sum-exp, with torch's own kernels where they return both."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pyglobenc.backends.reference.attention import attention as reference_attention
-from pyglobenc.backends.reference.attention import hidden_keys, visible_keys
-from pyglobenc.backends.shared.dtypes import HALF
-from pyglobenc.backends.shared.gpu import capability
+from pyglobenc.backends.shared.launch import HALF, capability
+from pyglobenc.backends.shared.masks import hidden_keys, visible_keys
 from pyglobenc.backends.shared.packing import by_runs, on_device
 from pyglobenc.backends.shared.score_mods import ScoreMod
 from pyglobenc.common.autocast import outside_autocast
@@ -15,7 +14,7 @@ from pyglobenc.ops._checks import check_floats, check_heads, check_mask, check_o
 
 aten = torch.ops.aten
 
-# queries that share one call and one mask where the window is local: about as many as the window is wide, within these
+# With a local window, this many queries share one call and one mask: the width of the window, within these limits.
 BAND = (64, 512)
 
 
@@ -31,7 +30,10 @@ def attention(
     score_mod: ScoreMod | None = None,
     offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention and the log-sum-exp of its scaled scores; differentiable. Memory is linear in n, without a graph.
+    """Compute softmax attention and the log-sum-exp of its scaled scores; differentiable.
+
+    Without an autograd graph the memory is linear in n.
+    
 
     Args:
         q: queries (B, H, n, dh), any float dtype.
@@ -39,9 +41,8 @@ def attention(
         key_mask: (B, n) bool, True for the keys that may be attended to; None: all.
         scaling: factor of q . k, default dh ** -0.5.
         window: keys that query i sees, i - left to i + right; -1 is unlimited; causal is (-1, 0).
-        score_mod: what changes the scaled scores before the softmax; runs on the reference.
-        offsets: of S sequences packed into one, (S + 1,) int32, on the CPU, as `rollout_step` takes them: each attends to itself alone.
-            Sequences of one length side by side share a call.
+        score_mod: change of the scaled scores before the softmax; computed by the reference.
+        offsets: of packed sequences, as for `rollout_step`: each sequence attends only to itself.
 
     Returns:
         o (B, H, n, dh), the dtype of q, and lse (B, H, n), natural logarithm, float32 or float64. A query that sees no key gets
@@ -62,7 +63,7 @@ def attention(
     scaling = sizes["dh"] ** -0.5 if scaling is None else float(scaling)
     if offsets is not None:
         return _packed(q, k, v, scaling, window, score_mod, offsets)
-    # a window as wide as the text is none
+    # A window as wide as the text hides nothing.
     window = tuple(-1 if side >= sizes["n"] - 1 else side for side in window)
     if score_mod is not None or not _has_kernel(q) or not q.numel():
         o, lse = _reference(q, k, v, key_mask, scaling, window, score_mod)
@@ -78,7 +79,7 @@ def attention(
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, scaling: float, window, score_mod, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """Every sequence alone: in one call of torch's flash kernel on a GPU, else in one for each run of equal lengths."""
+    """Compute each sequence alone: one flash-attention call on a GPU, else one call for each run of equal lengths."""
     if q.device.type == "cuda" and score_mod is None and _takes_flash(q):
         ends, longest = on_device(offsets, q.device)
         left, right = (None if side < 0 else side for side in window)
@@ -94,7 +95,7 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, scaling: float, window, score_mod, 
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scaling: float, window, score_mod) -> tuple[Tensor, Tensor]:
-    """In float32 at least; the result in the dtype of q."""
+    """Compute in float32 or float64, and return the dtype of q."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     o, lse = reference_attention(q.to(wide), k.to(wide), v.to(wide), key_mask, scaling, window, score_mod)
     return o.to(q.dtype), lse
@@ -116,23 +117,23 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scaling: fl
 
 
 def fused_bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    """Finite, so that a query that sees no key doesn't divide by zero; its exponential beside a real score is 0."""
+    """Return a mask as a bias, finite so that a query that sees no key does not divide by zero."""
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, torch.finfo(dtype).min / 2)
 
 
 def fused_call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scaling: float) -> tuple[Tensor, Tensor]:
-    """One call of torch's kernel: q (B, H, m, dh), k and v (B, H, J, dh), bias (1 or B, 1, 1 or m, J)."""
+    """Call torch's kernel once: q (B, H, m, dh), k and v (B, H, J, dh), bias (1 or B, 1, 1 or m, J)."""
     if q.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu.default(q, k, v, 0.0, causal, attn_mask=bias, scale=scaling)
     return gpu_call(q, k, v, bias, causal, scaling)
 
 
 def gpu_call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scaling: float) -> tuple[Tensor, Tensor]:
-    """`fused_call` on a GPU, whose kernels read every row in steps of 16 bytes."""
+    """Run `fused_call` on a GPU, whose kernels read every row in steps of 16 bytes."""
     m, width, keys = q.shape[2], q.shape[3], k.shape[2]
     short = -width % (16 // q.element_size())
     if short:
-        # zeros add nothing to a score
+        # Zeros add nothing to a score.
         o, lse = gpu_call(*(F.pad(t, (0, short)) for t in (q, k, v)), bias, causal, scaling)
         return o[..., :width], lse
     if bias is None and _takes_flash(q):
@@ -149,19 +150,19 @@ def _takes_flash(q: Tensor) -> bool:
 
 
 def _has_kernel(q: Tensor) -> bool:
-    """Whether torch has a kernel that returns the log-sum-exp for q's device and dtype."""
+    """Return whether torch has a kernel that returns the log-sum-exp for q's device and dtype."""
     if q.device.type == "cuda":
         return q.dtype in (torch.float32, torch.float16) or (q.dtype == torch.bfloat16 and since_ampere(q.device))
     return q.device.type == "cpu"
 
 
 def since_ampere(device: torch.device) -> bool:
-    """Whether a GPU has flash attention and products of bfloat16; those of AMD that torch supports have."""
+    """Return whether a GPU has flash attention and bfloat16 products; all AMD GPUs that torch supports have them."""
     return torch.version.hip is not None or capability(device) >= (8, 0)
 
 
 def _sees_nothing(key_mask: Tensor, window: tuple[int, int]) -> Tensor | None:
-    """Queries without a real key in their window, (B, n) bool; None where there can be none."""
+    """Return which queries have no real key in their window, (B, n) bool; None if there can be none."""
     left, right = window
     n = key_mask.shape[1]
     if left < 0 and right < 0:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyglobenc.backends.dispatch import pick
+from pyglobenc.backends.dispatch import run
 from pyglobenc.ops._checks import check_floats, check_shape
 from pyglobenc.ops._registered import register
 
@@ -13,15 +13,15 @@ BACKENDS = ("triton", "cuda", "cpu", "reference")
 
 
 def clone_relevance(parts: Sequence[Tensor], x: Tensor, *, backend: str = "auto") -> Tensor:
-    """Relevance of x from that of its copies: x * sum_k R_k / safe(x), safe(x) = x + 1e-9, 0 where x is 0.
+    """Add the relevances of the copies of x: x * sum_k R_k / safe(x), safe(x) = x + 1e-9, and 0 where x is 0.
 
     Args:
         parts: relevance of each copy, (B, n, d), at least one; float32 or float64.
-        x: the tensor in the forward pass, (B, n, d), same dtype.
+        x: value of the tensor in the forward pass, (B, n, d), same dtype.
         backend: "auto" or a backend's name.
 
     Returns:
-        (B, n, d): the sum of the parts, less what the guard takes.
+        (B, n, d), the sum of the parts up to the guard.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that don't fit, or a backend that can't run.
@@ -40,7 +40,7 @@ def clone_relevance(parts: Sequence[Tensor], x: Tensor, *, backend: str = "auto"
 
 @register("clone_relevance")
 def _clone_relevance(parts: list[Tensor], x: Tensor, backend: str) -> Tensor:
-    return pick("clone_relevance", backend, BACKENDS, (parts, x))(parts, x)
+    return run("clone_relevance", backend, BACKENDS, parts, x)
 
 
 @_clone_relevance.register_fake

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from pyglobenc.backends.dispatch import pick
+from pyglobenc.backends.dispatch import run
 from pyglobenc.backends.reference.head_gram import gram_kernels
 from pyglobenc.ops._checks import check_heads, check_shape, check_widened
 from pyglobenc.ops._registered import register
@@ -15,11 +15,11 @@ BACKENDS = ("triton", "cuda", "cpu", "reference")
 def head_gram(
     v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: Tensor | None = None, *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor | None]:
-    """Gram matrix over heads of each token's transformed vectors, and their products with the residual.
+    """Compute each token's Gram matrix over heads, and the products of its heads with the residual.
 
         G[j][h, h'] = <f[h, j] M, f[h', j] M>        c[i][h] = <f[h, i] M, x[i] M>
 
-    with f[h, j] = v[h, j] W_O[h] and M the stage's matrix. Neither f nor anything of size n*H*d is formed.
+    with f[h, j] = v[h, j] W_O[h] and M the matrix of the stage. Nothing of size n*H*d is formed.
 
     Args:
         v: values with their bias, (B, Hkv, n, dh), any float dtype.
@@ -52,7 +52,7 @@ def head_gram(
 
 @register("head_gram")
 def _head_gram(v: Tensor, kernel: Tensor, backend: str) -> Tensor:
-    return pick("head_gram", backend, BACKENDS, (v, kernel, None, None))(v, kernel)[0]
+    return run("head_gram", backend, BACKENDS, v, kernel)[0]
 
 
 @_head_gram.register_fake
@@ -62,8 +62,7 @@ def _(v, kernel, backend):
 
 @register("head_gram_cross")
 def _head_gram_cross(v: Tensor, kernel: Tensor, x: Tensor, cross_kernel: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    args = (v, kernel, x, cross_kernel)
-    return pick("head_gram", backend, BACKENDS, args)(*args)
+    return run("head_gram", backend, BACKENDS, v, kernel, x, cross_kernel)
 
 
 @_head_gram_cross.register_fake

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from pyglobenc.backends.dispatch import pick
+from pyglobenc.backends.dispatch import run
 from pyglobenc.ops._checks import check_floats, check_heads, check_shape
 from pyglobenc.ops._registered import register
 
@@ -10,7 +10,7 @@ BACKENDS = ("triton", "cuda", "cpu", "reference")
 
 
 def head_norms(v: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
-    """Norm of f[h, j] = v[h, j] W_O[h] for every head and token.
+    """Compute the norm of f[h, j] = v[h, j] W_O[h] for every head and token.
 
     The published `head_N` map is `alpha[h, i, j] * norm[j, h]`.
 
@@ -37,7 +37,7 @@ def head_norms(v: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
 
 @register("head_norms")
 def _head_norms(v: Tensor, weight: Tensor, backend: str) -> Tensor:
-    return pick("head_norms", backend, BACKENDS, (v, weight))(v, weight)
+    return run("head_norms", backend, BACKENDS, v, weight)
 
 
 @_head_norms.register_fake

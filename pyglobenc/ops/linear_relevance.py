@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pyglobenc.backends.dispatch import pick
+from pyglobenc.backends.dispatch import run
 from pyglobenc.ops._checks import check_floats, check_shape
 from pyglobenc.ops._registered import register
 
@@ -20,25 +20,25 @@ def linear_relevance(
     bias: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Relevance of a Linear layer's input from that of its output, alpha = 1, beta = 0, the bias ignored.
+    """Propagate relevance from a Linear layer's output to its input, with alpha = 1, beta = 0, ignoring the bias.
 
         Z = x+ W+^T + x- W-^T        S = R / safe(Z)        R_in = x+ (S W+) + x- (S W-)
 
-    with t+ = max(t, 0), t- = min(t, 0); safe(b) = b + 1e-9, 1e-9 where that is 0, and the quotient is 0 where b is 0. Computed as
-    Z = (x W^T + |x| |W|^T) / 2 and R_in = (x (S W) + |x| (S |W|)) / 2, but for outputs whose Z is so small a part of |x| |W|^T that
-    the sum loses its digits.
+    with t+ = max(t, 0) and t- = min(t, 0). safe(b) = b + 1e-9, or 1e-9 where that is 0; the quotient is 0 where b is 0. The op
+    computes Z = (x W^T + |x| |W|^T) / 2 and R_in = (x (S W) + |x| (S |W|)) / 2. Where Z is so small beside |x| |W|^T that this loses
+    digits, it sums the positive terms instead.
 
     Args:
         r: relevance of the output, (B, n, d_out), float32 or float64.
         x: input of the forward pass, (B, n, d_in), the dtype of r.
         weight: (d_out, d_in), any float dtype, cast to that of r.
-        abs_weight: |weight|, if kept; same shape.
-        output: x W^T + bias of the forward pass, (B, n, d_out), the dtype of r; None computes it.
-        bias: (d_out,), what output contains beside x W^T; None: nothing.
+        abs_weight: |weight|, if it is at hand; same shape.
+        output: x W^T + bias of the forward pass, (B, n, d_out), the dtype of r; None: the op computes it.
+        bias: (d_out,), contained in output; None: no bias.
         backend: "auto" or a backend's name.
 
     Returns:
-        relevance of x, (B, n, d_in); its sum is that of r up to the guard, over the outputs with Z > 0.
+        The relevance of x, (B, n, d_in). Its sum is that of r over the outputs with Z > 0, up to the guard.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that don't fit, or a backend that can't run.
@@ -62,8 +62,7 @@ def linear_relevance(
 def _linear_relevance(
     r: Tensor, x: Tensor, weight: Tensor, abs_weight: Tensor | None, output: Tensor | None, bias: Tensor | None, backend: str
 ) -> Tensor:
-    args = (r, x, weight, abs_weight, output, bias)
-    return pick("linear_relevance", backend, BACKENDS, args)(*args)
+    return run("linear_relevance", backend, BACKENDS, r, x, weight, abs_weight, output, bias)
 
 
 @_linear_relevance.register_fake

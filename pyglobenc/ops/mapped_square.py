@@ -1,10 +1,10 @@
-"""Op `mapped_square`: squared norms of the residual, mapped as the decomposed vectors of a stage are."""
+"""Op `mapped_square`: squared norms of the residual after the linear map of a stage."""
 
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from pyglobenc.backends.dispatch import pick
+from pyglobenc.backends.dispatch import run
 from pyglobenc.backends.reference.mapped_square import result_dtype
 from pyglobenc.ops._checks import check_shape, check_widened
 from pyglobenc.ops._registered import register
@@ -14,21 +14,21 @@ MOST_NORMS = 2
 
 
 def mapped_square(x: Tensor, gammas: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
-    """Squared norm |x[i] M|^2 of each row, M = (C diag(gamma_1)) (C diag(gamma_2)), C the centering matrix.
+    """Compute |x[i] M|^2 of each row, M = (C diag(gamma_1)) (C diag(gamma_2)), C the centering matrix.
 
     Args:
         x: residual input of a layer, (B, n, d), any float dtype.
-        gammas: weights (d,) of the LayerNorms that the stage passes, in order, two at most; without any M is the identity. The dtype of
-            x, or float32 where that is half precision.
+        gammas: weights (d,) of the LayerNorms of the stage, in order, at most two; without any, M is the identity. The dtype of x, or
+            float32 if x is in half precision.
         backend: "auto" or a backend's name.
 
     Returns:
-        (B, n): the dtype of gammas; without any that of x, or float32 for half precision.
+        (B, n) in the dtype of gammas. Without gammas it is the dtype of x, or float32 for half precision.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that don't fit, or a backend that can't run.
 
-    Source: Modarressi et al., 2022, eq. 6 to 10, of the residual alone and without the rows' standard deviations.
+    Source: Modarressi et al., 2022, eq. 6 to 10, applied to the residual alone, without the standard deviations of the rows.
     """
     op, sizes = "mapped_square", {}
     named = {f"gammas[{index}]": gamma for index, gamma in enumerate(gammas)}
@@ -43,7 +43,7 @@ def mapped_square(x: Tensor, gammas: Sequence[Tensor], *, backend: str = "auto")
 
 @register("mapped_square")
 def _mapped_square(x: Tensor, gammas: list[Tensor], backend: str) -> Tensor:
-    return pick("mapped_square", backend, BACKENDS, (x, gammas))(x, gammas)
+    return run("mapped_square", backend, BACKENDS, x, gammas)
 
 
 @_mapped_square.register_fake

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from pyglobenc.backends.dispatch import pick
+from pyglobenc.backends.dispatch import run
+from pyglobenc.backends.shared.score_mods import ScoreMod
 from pyglobenc.ops._checks import check_floats, check_heads, check_shape
 from pyglobenc.ops._registered import register
 
@@ -19,9 +20,10 @@ def mixing_ratio(
     mapped_x: Tensor | None = None,
     *,
     scaling: float | None = None,
+    score_mod: ScoreMod | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Norm of what other tokens contribute, over that plus the norm of what the token keeps of itself.
+    """Compute which share of each token's output comes from other tokens.
 
         ratio[i] = |S[i] - t_ii| / (|S[i] - t_ii| + |t_ii|),   S[i] = sum_j t_ij
 
@@ -32,10 +34,11 @@ def mixing_ratio(
         mapped_weight: W_O[h] M of the stage, (H, dh, d); the arithmetic is done in its dtype.
         mapped_x: x M, (B, n, d), or None for the stage without residual.
         scaling: factor of q . k, default dh ** -0.5.
+        score_mod: change of the scaled scores before the softmax.
         backend: "auto" or a backend's name.
 
     Returns:
-        (B, n), the dtype of mapped_weight, in [0, 1], 0 for a token that mixes nothing.
+        (B, n), in [0, 1], the dtype of mapped_weight; 0 for a token that receives nothing from others.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that don't fit, or a backend that can't run.
@@ -54,7 +57,11 @@ def mixing_ratio(
     check_floats(op, q=q, k=k, v=v, o=o)
     check_floats(op, mapped_weight=mapped_weight, mapped_x=mapped_x)
     scaling = sizes["dh"] ** -0.5 if scaling is None else float(scaling)
-    return _mixing_ratio(q, k, v, o, lse, mapped_weight, mapped_x, scaling, backend)
+    args = (q, k, v, o, lse, mapped_weight, mapped_x, scaling)
+    if score_mod is not None:
+        # torch.library has no type for it
+        return run(op, backend, BACKENDS, *args, score_mod)
+    return _mixing_ratio(*args, backend)
 
 
 @register("mixing_ratio")
@@ -69,8 +76,7 @@ def _mixing_ratio(
     scaling: float,
     backend: str,
 ) -> Tensor:
-    args = (q, k, v, o, lse, mapped_weight, mapped_x, scaling)
-    return pick("mixing_ratio", backend, BACKENDS, args)(*args)
+    return run("mixing_ratio", backend, BACKENDS, q, k, v, o, lse, mapped_weight, mapped_x, scaling)
 
 
 @_mixing_ratio.register_fake

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from pyglobenc.backends.dispatch import pick
+from pyglobenc.backends.dispatch import run
 from pyglobenc.ops._checks import check_heads, check_shape, check_widened
 from pyglobenc.ops._registered import register
 from pyglobenc.ops.mapped_square import MOST_NORMS
@@ -56,8 +56,7 @@ def norm_terms(
 
 @register("norm_terms")
 def _norm_terms(v: Tensor, weight: Tensor, gammas: list[Tensor], backend: str) -> Tensor:
-    args = (v, weight, None, gammas)
-    return pick("norm_terms", backend, BACKENDS, args)(*args)[0]
+    return run("norm_terms", backend, BACKENDS, v, weight, None, gammas)[0]
 
 
 @_norm_terms.register_fake
@@ -67,8 +66,7 @@ def _(v, weight, gammas, backend):
 
 @register("norm_terms_residual")
 def _norm_terms_residual(v: Tensor, weight: Tensor, x: Tensor, gammas: list[Tensor], backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    args = (v, weight, x, gammas)
-    return pick("norm_terms", backend, BACKENDS, args)(*args)
+    return run("norm_terms", backend, BACKENDS, v, weight, x, gammas)
 
 
 @_norm_terms_residual.register_fake

@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from pyglobenc.backends.dispatch import pick
-from pyglobenc.ops._checks import check_floats, check_offsets, check_shape
+from pyglobenc.backends.dispatch import run
+from pyglobenc.backends.inputs import RelevanceInputs
+from pyglobenc.ops._inputs import check_rollout, relevance_inputs
 from pyglobenc.ops._registered import register
-from pyglobenc.ops.relevance_attention import check_relevance_args
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")
 
@@ -26,16 +26,16 @@ def relevance_rollout_step(
     offsets: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Multiply rows of the rollout by one layer's I + A, A never stored: the `r_out` of `relevance_attention`, alone.
+    """Multiply rows of the rollout by I + A of one layer, without storing A.
 
-    For a layer below which no relevance is wanted. Either T rows of the whole rollout or the unit row of a target start it.
+    This is the `r_out` of `relevance_attention` alone, for a layer below which no relevance is needed.
 
     Args:
-        r: rows of the rollout down to this layer, (B, T, n), the dtype of q.
+        r: rows of the rollout of the layers above, (B, T, n), the dtype of q.
         q, k, v, lse, grad_o, s, key_mask, scaling, window, normalize, offsets, backend: as for `relevance_attention`.
 
     Returns:
-        r (I + A), each row of I + A divided by its sum with normalize, (B, T, n).
+        r (I + A), (B, T, n); with normalize each row of I + A is divided by its sum.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that don't fit, or a backend that can't run.
@@ -43,35 +43,18 @@ def relevance_rollout_step(
     Source: Chefer et al., 2021, eq. 13 and 14.
     """
     op = "relevance_rollout_step"
-    scaling = check_relevance_args(op, q, k, v, lse, grad_o, s, key_mask, scaling, window)
-    sizes = {"B": q.shape[0], "n": q.shape[2]}
-    check_shape(op, "r", r, "B T n", sizes)
-    check_floats(op, q=q, r=r)
-    check_offsets(op, offsets, key_mask, sizes)
-    return _relevance_rollout_step(r, q, k, v, lse.to(q.dtype), grad_o, s, key_mask, scaling, *window, normalize, backend, offsets)
+    layer = dict(q=q, k=k, v=v, lse=lse, grad_o=grad_o, s=s)
+    seen = dict(key_mask=key_mask, scaling=scaling, window=window, offsets=offsets)
+    inputs = relevance_inputs(op, **layer, **seen, normalize=normalize)
+    check_rollout(op, r, q, inputs)
+    return _relevance_rollout_step(inputs, r, backend)
 
 
-@register("relevance_rollout_step")
-def _relevance_rollout_step(
-    r: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    grad_o: Tensor | None,
-    s: Tensor,
-    key_mask: Tensor | None,
-    scaling: float,
-    left: int,
-    right: int,
-    normalize: bool,
-    backend: str,
-    offsets: Tensor | None = None,
-) -> Tensor:
-    args = (r, q, k, v, lse, grad_o, s, key_mask, scaling, (left, right), normalize, offsets)
-    return pick("relevance_rollout_step", backend, BACKENDS, args)(*args)
+@register("relevance_rollout_step", "Tensor r, str backend) -> Tensor", RelevanceInputs)
+def _relevance_rollout_step(inputs: RelevanceInputs, r: Tensor, backend: str) -> Tensor:
+    return run("relevance_rollout_step", backend, BACKENDS, inputs, r)
 
 
 @_relevance_rollout_step.register_fake
-def _(r, q, k, v, lse, grad_o, s, key_mask, scaling, left, right, normalize, backend, offsets=None):
+def _(inputs, r, backend):
     return r.new_empty(r.shape)

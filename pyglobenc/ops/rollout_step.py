@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from pyglobenc.backends.dispatch import pick
-from pyglobenc.ops._checks import check_floats, check_offsets, check_shape
+from pyglobenc.backends.dispatch import run
+from pyglobenc.backends.inputs import PairInputs
+from pyglobenc.backends.shared.score_mods import ScoreMod
+from pyglobenc.ops._inputs import check_rollout, pair_inputs
 from pyglobenc.ops._registered import register
-from pyglobenc.ops.token_norms import check_attention_args
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")
 
@@ -26,23 +27,25 @@ def rollout_step(
     scaling: float | None = None,
     window: tuple[int, int] = (-1, -1),
     offsets: Tensor | None = None,
+    score_mod: ScoreMod | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Multiply rows of the rollout by a layer's norms, `r @ norms`, without ever storing the norms.
+    """Multiply rows of the rollout by the norms of a layer, r @ norms, without storing the norms.
 
-    Rows are kept at maximum 1 and their scale in log_scale: row sums of the norms are about 50 for BERT-base, so the plain product
-    over 24 layers overflows float32.
+    Each row is scaled to maximum 1, and log_scale keeps the scale. The row sums of the norms are about 50 for BERT-base, so that the
+    plain product over 24 layers would overflow float32.
 
     Args:
-        r: rows of the rollout down to this layer, (B, T, n), non-negative; the dtype of gram.
+        r: rows of the rollout of the layers above, (B, T, n), non-negative, the dtype of gram.
         log_scale: natural logarithm of the scale of each row, (B, T).
-        q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, window, backend: as for `token_norms`.
-        offsets: of S sequences packed into one, (S + 1,) int32, on the CPU: sequence s is tokens offsets[s] to offsets[s + 1] of N. Then
-            B is 1, r (1, T, N) holds T rows of every sequence at the sequence's own tokens, and log_scale is (S, T). None: none packed.
+        q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, window, score_mod, backend: as for `token_norms`.
+        offsets: (S + 1,) int32 on the CPU, for S sequences packed into one. Sequence s is tokens offsets[s] to offsets[s + 1] of N. Then
+            B is 1, r (1, T, N) holds T rows of each sequence at its own tokens, and log_scale is (S, T). None: not packed.
 
     Returns:
-        r @ norms, each row scaled to maximum 1, (B, T, n), and the new log_scale (B, T): the plain product times exp(log_scale) is
-        r_out * exp(log_scale_out). Rows of zeros stay zero. With offsets the same of each sequence alone, (1, T, N) and (S, T).
+        r_out (B, T, n), r @ norms with each row scaled to maximum 1, and log_scale_out (B, T), such that
+        r_out * exp(log_scale_out) = (r @ norms) * exp(log_scale). Rows of zeros stay zero. With offsets (1, T, N) and (S, T), for each
+        sequence alone.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that don't fit, or a backend that can't run.
@@ -50,41 +53,20 @@ def rollout_step(
     Source: Modarressi et al., 2022, section 3.3 (rollout, Abnar and Zuidema, 2020).
     """
     op = "rollout_step"
-    scaling = check_attention_args(op, q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, window)
-    sizes = {"B": q.shape[0], "n": q.shape[2]}
-    check_shape(op, "r", r, "B T n", sizes)
-    check_offsets(op, offsets, key_mask, sizes)
-    check_shape(op, "log_scale", log_scale, "B T" if offsets is None else "S T", sizes)
-    check_floats(op, r=r, gram=gram)
-    # a scale of another dtype, float64 say, is added to as it is
+    layer = dict(q=q, k=k, lse=lse, gram=gram, cross=cross, residual_sq=residual_sq, rstd=rstd, key_mask=key_mask)
+    inputs = pair_inputs(op, **layer, scaling=scaling, window=window, offsets=offsets, score_mod=score_mod)
+    check_rollout(op, r, gram, inputs, log_scale)
+    # A log_scale of another dtype, such as float64, keeps that dtype.
     own = log_scale.dtype == r.dtype
-    given = log_scale if own else torch.zeros_like(log_scale, dtype=r.dtype)
-    out, scale = _rollout_step(r, given, q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, *window, backend, offsets)
+    out, scale = _rollout_step(inputs, r, log_scale if own else torch.zeros_like(log_scale, dtype=r.dtype), backend)
     return out, scale if own else log_scale + scale
 
 
-@register("rollout_step")
-def _rollout_step(
-    r: Tensor,
-    log_scale: Tensor,
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    gram: Tensor,
-    cross: Tensor | None,
-    residual_sq: Tensor | None,
-    rstd: Tensor | None,
-    key_mask: Tensor | None,
-    scaling: float,
-    left: int,
-    right: int,
-    backend: str,
-    offsets: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    args = (r, log_scale, q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, (left, right), offsets)
-    return pick("rollout_step", backend, BACKENDS, args)(*args)
+@register("rollout_step", "Tensor r, Tensor log_scale, str backend) -> (Tensor, Tensor)", PairInputs)
+def _rollout_step(inputs: PairInputs, r: Tensor, log_scale: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return run("rollout_step", backend, BACKENDS, inputs, r, log_scale)
 
 
 @_rollout_step.register_fake
-def _(r, log_scale, q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, left, right, backend, offsets=None):
+def _(inputs, r, log_scale, backend):
     return torch.empty_like(r), torch.empty_like(log_scale)

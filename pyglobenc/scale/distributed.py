@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from pyglobenc.backends.reference.attention import hidden_keys, visible_keys
-from pyglobenc.backends.reference.rollout_step import rescale_rows
+from pyglobenc.backends.shared.masks import hidden_keys, visible_keys
+from pyglobenc.backends.shared.rows import rescale_rows
 from pyglobenc.common.arguments import known_arguments
 from pyglobenc.common.autocast import callers_autocast, outside_autocast
 from pyglobenc.hf import LayerTrace, capture, find_layers
@@ -40,8 +40,6 @@ ARCHITECTURES = ("bert", "electra", "roberta", "xlm-roberta", "camembert", "mode
 ARCHITECTURES += ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text")
 # queries whose norms exist at a time: a (block, n) array, no larger than the hidden states of all tokens
 BLOCK = 256
-# axis of the tokens in what a matrix is made of
-AXES = dict(q=2, k=2, lse=2, gram=1, cross=1, residual_sq=1, rstd=1)
 
 # attention modules at work -> how the tokens lie on the ranks
 _SHARES: dict[nn.Module, Shares] = {}
@@ -119,18 +117,16 @@ class ShardedMatrix:
     shares: Shares
 
     def __post_init__(self):
-        m, shares = self.local, self.shares
+        own, shares = self.local.inputs, self.shares
         self._tensors = {
-            name: (shares.gather if name in ("k", "gram") else shares.place)(getattr(m, name), axis)
-            for name, axis in AXES.items()
-            if getattr(m, name) is not None
+            name: (shares.gather if name in ("k", "gram") else shares.place)(t, own.AXES[name]) for name, t in own.of_tokens().items()
         }
-        self._settings = dict(scaling=m.scaling, window=m.window, backend=m.backend)
+        self._settings = dict(scaling=own.scaling, window=own.window, backend=self.local.backend)
 
     def rows(self, targets: Tensor) -> Tensor:
         """Rows `targets` (1, T) of the matrix, (1, T, n), on every rank."""
         mine = sum(((targets[0] >= chunk.start) & (targets[0] < chunk.stop)).long() for chunk in self.shares.own).bool()
-        out = self.local.gram.new_zeros(1, targets.shape[1], self.shares.n)
+        out = self.local.inputs.gram.new_zeros(1, targets.shape[1], self.shares.n)
         if mine.any():
             out[:, mine] = token_norms(**self._tensors, **self._settings, rows=targets[:, mine])
         dist.all_reduce(out, group=self.shares.group)
@@ -138,12 +134,12 @@ class ShardedMatrix:
 
     def step(self, r: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
         """r (1, T, n) times the matrix, each row scaled to maximum 1, and the new log_scale (1, T), on every rank."""
-        out = torch.zeros_like(r)
+        out, axes = torch.zeros_like(r), self.local.inputs.AXES
         for chunk in self.shares.own:
             for start in range(chunk.start, chunk.stop, BLOCK):
                 rows = slice(start, min(chunk.stop, start + BLOCK))
-                cols = visible_keys(rows, self.shares.n, self.local.window)
-                seen = {name: t.narrow(AXES[name], cols.start, cols.stop - cols.start) for name, t in self._tensors.items()}
+                cols = visible_keys(rows, self.shares.n, self.local.inputs.window)
+                seen = {name: t.narrow(axes[name], cols.start, cols.stop - cols.start) for name, t in self._tensors.items()}
                 index = torch.arange(rows.start - cols.start, rows.stop - cols.start, device=r.device)[None]
                 out[:, :, cols] += r[:, :, rows] @ token_norms(**seen, **self._settings, rows=index)
         dist.all_reduce(out, group=self.shares.group)
@@ -250,22 +246,3 @@ def _sharded(layers: Sequence[Any], shares: Shares) -> Iterator[None]:
     finally:
         for module in modules:
             _SHARES.pop(module, None)
-
-
-def bytes_received(*, n: int, keys: int, heads: int, layers: int, targets: int, world: int, size: int = 4) -> dict[str, float]:
-    """Bytes that one rank receives in a call, by collective; ring algorithms are assumed.
-
-    Args:
-        n, heads, layers, targets, world: tokens, query heads, layers, target rows, ranks.
-        keys: width of a token's keys, all key-value heads together.
-        size: bytes of an activation.
-
-    The Gram matrices and the rows of the rollout are float32 whatever the activations are.
-    """
-    others = (world - 1) / world
-    return {
-        "gather k, v (forward)": others * layers * 2 * n * keys * size,
-        "gather k (rollout)": others * layers * n * keys * size,
-        "gather G (rollout)": others * layers * n * heads**2 * 4,
-        "all-reduce r": 2 * others * layers * targets * n * 4,
-    }

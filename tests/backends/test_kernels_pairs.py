@@ -8,9 +8,9 @@ import torch
 from numerics import assert_as_good_as_torch, pooled
 from pair_cases import Case, doubled, pair_args, product
 
-from pyglobenc.backends.reference.rollout_step import rescale_rows
-from pyglobenc.backends.shared.grids import MOST_SHARES, query_shares
+from pyglobenc.backends.shared.launch import MAX_SHARES, query_shares
 from pyglobenc.backends.shared.packing import sequence_of
+from pyglobenc.backends.shared.rows import rescale_rows
 from pyglobenc.kernels import _pairs
 from pyglobenc.kernels.rollout_step import MAX_ROWS
 from pyglobenc.ops import rollout_step, token_norms
@@ -120,7 +120,7 @@ def test_shares_of_the_queries_add_up(shares, monkeypatch, backend):
 def test_no_multiprocessor_idles_for_long(n, keys, queries, places, start):
     blocks, tiles = -(-n // keys), -(-n // queries)
     shares = query_shares(blocks, tiles, places, start)
-    assert 1 <= shares <= min(tiles, MOST_SHARES)
+    assert 1 <= shares <= min(tiles, MAX_SHARES)
     # tiles that the busiest place takes, for those that it would take were all as busy
     busiest = -(-blocks * shares // places) * -(-tiles // shares)
     assert n < 2048 or blocks * tiles / places > 0.85 * busiest
@@ -143,7 +143,7 @@ def powers_of_two(B, n, window=(-1, -1), mask=None, offsets=None):
 
 ROWS = {
     "padded": dict(shares=1, shape=(2, 5, 40)),
-    "many shares": dict(shares=MOST_SHARES, shape=(2, 3, 9)),
+    "many shares": dict(shares=MAX_SHARES, shape=(2, 3, 9)),
     "longer than a block of threads": dict(shares=2, shape=(1, 5, 1050), window=(3, 1)),
     "packed": dict(shares=3, shape=(1, 5, 112), window=(40, 40), lengths=(1, 50, 7, 7, 45, 2)),
     "many packed": dict(shares=1, shape=(1, 1, 75), lengths=(1, 2) * 25),
@@ -259,7 +259,7 @@ def test_refuses_with_reasons(backend):
 def test_auto_never_interprets(monkeypatch):
     args = pair_args(Case(n=6))
     expected = token_norms(**args)
-    monkeypatch.setattr("pyglobenc.kernels.token_norms.token_norms", None)
+    monkeypatch.setattr("pyglobenc.kernels.token_norms.run", None)
     assert torch.equal(token_norms(**args), expected)
 
 

@@ -5,6 +5,7 @@ import torch
 from numerics import until_enough
 from pair_cases import KERNELS, Case, doubled, factor, layer, pair_args, product, running
 
+from pyglobenc.backends.inputs import PairInputs
 from pyglobenc.backends.shared.score_mods import SoftCap
 from pyglobenc.ops import add_relevance, attention, relevance_attention, relevance_rollout_step, rollout_step
 
@@ -135,9 +136,9 @@ def check_kernel(kernel, draw):
 
 def test_opcheck():
     _, packed, offsets = pack(Case(), (4, 6), 2)
-    packed["log_scale"] = torch.randn(2, 2)
-    ordered = [packed[name] for name in ("r", "log_scale", "q", "k", "lse", "gram", "cross", "residual_sq", "rstd", "key_mask", "scaling")]
-    torch.library.opcheck(torch.ops.pyglobenc.rollout_step.default, (*ordered, *packed["window"], "auto", offsets))
+    r = packed.pop("r")
+    inputs = PairInputs(**packed, offsets=offsets)
+    torch.library.opcheck(torch.ops.pyglobenc.rollout_step.default, (*inputs.flat(), r, torch.randn(2, 2), "auto"))
 
 
 # lengths side by side, one of a token, more than a block of queries

@@ -10,9 +10,11 @@ import torch
 
 from pyglobenc.backends import dispatch as backends
 from pyglobenc.backends import measurements as device_table
+from pyglobenc.backends.inputs import PairInputs
 from pyglobenc.bench import ceilings
 from pyglobenc.bench.costs import Ceilings, Cost, count, flatten
-from pyglobenc.bench.example_inputs import DH, EXAMPLES, H, tensors
+from pyglobenc.bench.example_inputs import DH, H, tensors
+from pyglobenc.bench.op_table import OP_TABLE
 from pyglobenc.cli import bench
 from pyglobenc.cli.main import main
 
@@ -57,7 +59,7 @@ def test_unknown_op_and_unwritable_file(table, tmp_path, capsys):
     assert "there is no folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("op", list(EXAMPLES))
+@pytest.mark.parametrize("op", list(OP_TABLE))
 def test_counts_grow_as_the_formulas_say(op):
     """Twice the tokens: four times the pairs' work, twice the tokens', and what the weights alone take once."""
     small, middle, large = (count(op, [], [], batch=1, heads=H, n=n, dh=DH) for n in (128, 256, 512))
@@ -76,8 +78,8 @@ def test_counts_of_products_are_those_that_torch_counts(op):
     """An upper bound from what the reference multiplies, which takes no shorter way."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    args = EXAMPLES[op](tensors("cpu", 48))
-    function = getattr(import_module(f"pyglobenc.backends.reference.{op}"), op)
+    args = OP_TABLE[op].arguments(tensors("cpu", 48))
+    function = import_module(f"pyglobenc.backends.reference.{op}").run
     with FlopCounterMode(display=False) as counter:
         function(*args)
     ours = count(op, [], [], batch=1, heads=H, n=48, dh=DH).flops
@@ -165,7 +167,7 @@ def test_auto_goes_by_the_table(table):
 
     def chosen():
         device_table._table.cache_clear()
-        return backends.pick("rollout_step", "auto", ("cpu", "reference"), tuple(rollout_arguments())).__module__
+        return backends.pick("rollout_step", "auto", ("cpu", "reference"), rollout_arguments()).__module__
 
     default = chosen()
     table.parent.mkdir()
@@ -192,8 +194,8 @@ def test_what_comes_with_the_package_is_asked_last(table, monkeypatch):
 
 
 def rollout_arguments():
-    r, log_scale, q, k, lse, gram = EXAMPLES["rollout_step"](tensors("cpu", 8))
-    return r, log_scale, q, k, lse, gram, None, None, None, None, 1.0, (-1, -1)
+    r, log_scale, q, k, lse, gram = OP_TABLE["rollout_step"].arguments(tensors("cpu", 8))
+    return PairInputs(q, k, lse, gram, None, None, None, None, 1.0, (-1, -1)), r, log_scale
 
 
 def test_saving_keeps_other_devices(table):

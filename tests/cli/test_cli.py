@@ -18,6 +18,7 @@ import pyglobenc
 from pyglobenc.backends import dispatch as backends
 from pyglobenc.backends.dispatch import load
 from pyglobenc.bench import example_inputs as trial
+from pyglobenc.bench.op_table import OpEntry
 from pyglobenc.cli.doctor import _tool
 from pyglobenc.cli.main import main
 from pyglobenc.inputs.batches import Runner
@@ -370,14 +371,15 @@ def test_doctor_tells_why_a_backend_does_not_run(monkeypatch, doctor):
 
 
 def test_doctor_groups_ops_by_what_the_dispatcher_says(monkeypatch, doctor):
-    refuse = SimpleNamespace(not_supported=lambda *args: ["needs a moon"])
+    refuse = SimpleNamespace(why_not=lambda *args: ["needs a moon"])
     monkeypatch.setattr(backends, "load", lambda op, backend: (refuse, None) if backend == "cpu" else load(op, backend))
     ops = [op for op in trial.op_names() if "cpu" in import_module(f"pyglobenc.ops.{op}").BACKENDS]
     assert f"\ncpu: needs a moon\n  {', '.join(ops)}\n" in doctor()[1]
 
 
 def test_doctor_fails_where_a_reference_fails(monkeypatch, doctor):
-    monkeypatch.setitem(trial.EXAMPLES, "head_norms", lambda tensors: [tensors["q"], tensors["q"]])
+    wrong = OpEntry(lambda tensors: [tensors["q"], tensors["q"]], lambda shape: 0)
+    monkeypatch.setitem(trial.OP_TABLE, "head_norms", wrong)
     status, out = doctor()
     assert status == 1 and "reference: head_norms: weight must be (H, dh, d)" in out
 

@@ -6,6 +6,7 @@ from direct import attention_probabilities, decomposed_vectors
 from numerics import until_enough
 from pair_cases import KERNELS, Case, doubled, factor, layer, pair_args, running
 
+from pyglobenc.backends.inputs import PairInputs
 from pyglobenc.ops import rollout_step, token_norms
 
 CASES = [
@@ -170,8 +171,8 @@ def test_arguments_are_checked():
 def test_opcheck():
     case = Case(n=9, mask="holes")
     args, (r, log_scale) = pair_args(case), rows_of(case, 2)
-    ordered = [args[name] for name in ("q", "k", "lse", "gram", "cross", "residual_sq", "rstd", "key_mask")]
-    torch.library.opcheck(torch.ops.pyglobenc.rollout_step.default, (r, log_scale, *ordered, args["scaling"], -1, -1, "auto"))
+    inputs = PairInputs(**args)
+    torch.library.opcheck(torch.ops.pyglobenc.rollout_step.default, (*inputs.flat(), r, log_scale, "auto"))
 
 
 def test_a_scale_of_another_dtype_keeps_it():

@@ -4,6 +4,7 @@ from direct import attention_probabilities, decomposed_vectors
 from numerics import until_enough
 from pair_cases import KERNELS, Case, doubled, factor, layer, pair_args, running
 
+from pyglobenc.backends.inputs import PairInputs
 from pyglobenc.ops import token_norms
 
 DIRECT = [
@@ -202,7 +203,7 @@ def test_named_backend_refuses_with_reasons(kernel):
 
 def test_opcheck():
     args = pair_args(Case(n=9, mask="holes"))
-    ordered = [args[name] for name in ("q", "k", "lse", "gram", "cross", "residual_sq", "rstd", "key_mask")]
+    inputs = PairInputs(**args)
     rows = torch.tensor([[0, 3], [8, 8]])
     for last in (None, rows):
-        torch.library.opcheck(torch.ops.pyglobenc.token_norms.default, (*ordered, last, args["scaling"], -1, -1, "auto"))
+        torch.library.opcheck(torch.ops.pyglobenc.token_norms.default, (*inputs.flat(), last, "auto"))

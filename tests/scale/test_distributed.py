@@ -13,7 +13,7 @@ from published import Float64Throughout
 
 from pyglobenc import GlobEnc
 from pyglobenc.ops.attention import attention
-from pyglobenc.scale.distributed import ShardedGlobEnc, attend, bytes_received
+from pyglobenc.scale.distributed import ShardedGlobEnc, attend
 from pyglobenc.scale.sequence_shards import Shares
 
 N, D, HEADS, DEPTH = 37, 48, 4, 3
@@ -67,6 +67,25 @@ class Counted:
 
         monkeypatch.setattr(dist, "all_gather_into_tensor", counted_gather)
         monkeypatch.setattr(dist, "all_reduce", counted_reduce)
+
+
+def bytes_received(*, n: int, keys: int, heads: int, layers: int, targets: int, world: int, size: int = 4) -> dict[str, float]:
+    """Bytes that one rank receives in a call, by collective; ring algorithms are assumed.
+
+    Args:
+        n, heads, layers, targets, world: tokens, query heads, layers, target rows, ranks.
+        keys: width of a token's keys, all key-value heads together.
+        size: bytes of an activation.
+
+    The Gram matrices and the rows of the rollout are float32 whatever the activations are.
+    """
+    others = (world - 1) / world
+    return {
+        "gather k, v (forward)": others * layers * 2 * n * keys * size,
+        "gather k (rollout)": others * layers * n * keys * size,
+        "gather G (rollout)": others * layers * n * heads**2 * 4,
+        "all-reduce r": 2 * others * layers * targets * n * 4,
+    }
 
 
 def worker(rank, folder):

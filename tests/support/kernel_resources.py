@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+from pyglobenc.backends.inputs import PairInputs, RelevanceInputs
 from pyglobenc.kernels import _device
 
 POINTERS = {
@@ -38,9 +39,15 @@ class Recorder:
         return lambda *args, **kwargs: self.launches.append((args, kwargs))
 
 
+def _launcher(op: str):
+    """The function that launches an op's kernels."""
+    module = importlib.import_module(f"pyglobenc.kernels.{op}")
+    return getattr(module, "run", None) or getattr(module, op)
+
+
 def record(op: str, args: tuple) -> list[tuple]:
     """(kernel, args, kwargs) of each launch of an op on meta tensors."""
-    function = getattr(importlib.import_module(f"pyglobenc.kernels.{op}"), op)
+    function = _launcher(op)
     modules = [vars(module) for name, module in sys.modules.items() if name.startswith("pyglobenc.kernels")]
     saved = [(names, *item) for names in modules for item in names.items() if item[0].endswith("_kernel")]
     recorders = {id(kernel): Recorder(kernel) for _, _, kernel in saved}
@@ -132,20 +139,22 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def pair_arguments(case: dict, n: int = 1024) -> tuple:
-    """q, k, lse, gram, cross, residual_sq, rstd and key_mask of a case."""
+def pair_arguments(case: dict, offsets: torch.Tensor | None, n: int = 1024) -> PairInputs:
+    """The layer of a case."""
     heads, kv_heads, head_dim, dtype = case["heads"], case["kv_heads"], case["head_dim"], getattr(torch, case["dtype"])
     every = (meta(2, n, heads), meta(2, n), meta(2, n), meta(2, n, dtype=torch.bool))
     q, k = meta(2, heads, n, head_dim, dtype=dtype), meta(2, kv_heads, n, head_dim, dtype=dtype)
-    return q, k, meta(2, heads, n), meta(2, n, heads, heads), *(every if case["full"] else (None,) * 4)
+    tensors = (q, k, meta(2, heads, n), meta(2, n, heads, heads), *(every if case["full"] else (None,) * 4))
+    return PairInputs(*tensors, head_dim**-0.5, (128, 0) if case["full"] else (-1, -1), offsets)
 
 
-def relevance_arguments(case: dict, n: int = 1024) -> tuple:
-    """q, k, v, lse, grad_o, s of a case, then its mask, scaling and window; of packed sequences no mask."""
+def relevance_arguments(case: dict, offsets: torch.Tensor | None, n: int = 1024) -> RelevanceInputs:
+    """The layer of a case; of packed sequences it has no mask."""
     t = meta(1 if case["packed"] else 2, case["heads"], n, case["head_dim"])
     mask = meta(2, n, dtype=torch.bool) if case["full"] and not case["packed"] else None
     window = (128, 0) if case["full"] else (-1, -1)
-    return (t, t, t, t[..., 0], t if case["full"] else None, t), (mask, case["head_dim"] ** -0.5, window)
+    tensors, full = (t, t, t, t[..., 0], t if case["full"] else None, t), case["full"]
+    return RelevanceInputs(*tensors, mask, case["head_dim"] ** -0.5, window, full, full, 0.0, True, offsets)
 
 
 def arguments(case: dict, n: int = 1024) -> tuple:
@@ -170,17 +179,12 @@ def arguments(case: dict, n: int = 1024) -> tuple:
         cross = (meta(2, n, width, dtype=dtype), meta(heads, head_dim, width)) if full else (None, None)
         return (v, meta(heads, head_dim, width)) if op == "head_norms" else (v, meta(heads, head_dim, heads, head_dim), *cross)
     if op.startswith("relevance"):
-        tensors, seen = relevance_arguments(case, n)
-        r = meta(len(tensors[0]), case["rows"], n)
-        if op == "relevance_attention":
-            return *tensors, r, *seen, full, full, 0.0, offsets
-        if op == "relevance_maps":
-            return *tensors, None, *seen
-        return r, *tensors, *seen, full, offsets
-    pair, scaling, window = pair_arguments(case, n), case["head_dim"] ** -0.5, (128, 0) if full else (-1, -1)
+        inputs = relevance_arguments(case, offsets, n)
+        return inputs, None if op == "relevance_maps" else meta(len(inputs.q), case["rows"], n)
+    inputs = pair_arguments(case, offsets, n)
     if op == "rollout_step":
-        return r, meta(2, case["rows"]), *pair, scaling, window, offsets
-    return *pair, meta(2, 1, dtype=torch.int64) if full else None, scaling, window
+        return inputs, r, meta(2, case["rows"])
+    return inputs, meta(2, 1, dtype=torch.int64) if full else None
 
 
 def measure(case: dict) -> list[dict]:

@@ -34,6 +34,7 @@ ARCHITECTURES = {
     "albert": ("AlbertConfig", "AlbertForSequenceClassification", SMALL | dict(embedding_size=32)),
     "albert-groups": ("AlbertConfig", "AlbertModel", SMALL | dict(embedding_size=32, num_hidden_groups=2, inner_group_num=2)),
     "mpnet": ("MPNetConfig", "MPNetModel", SMALL),
+    "nomic-bert": ("NomicBertConfig", "NomicBertForSequenceClassification", SMALL),
 }
 DEBERTAS = {
     "deberta-v2": ("DebertaV2Config", "DebertaV2Model", DEBERTA | dict(pos_att_type=["p2c", "c2p"])),
@@ -58,6 +59,12 @@ PRE_NORM = {
     "mistral": ("MistralConfig", "MistralForCausalLM", DECODER | dict(sliding_window=5)),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", DECODER | ALTERNATING | dict(use_sliding_window=True)),
     "qwen3": ("Qwen3Config", "Qwen3Model", DECODER),
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        DECODER | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, decoder_sparse_step=2),
+    ),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", DECODER | dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)),
     "gemma": ("GemmaConfig", "GemmaModel", DECODER),
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", DECODER | ALTERNATING | dict(query_pre_attn_scalar=12, attn_logit_softcapping=2.0)),
     "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", DECODER | ALTERNATING | dict(query_pre_attn_scalar=12)),
@@ -74,7 +81,7 @@ IMAGES = {
 # transformers has no sdpa for them
 EAGER_ALONE = ("gemma2", "mpnet", *DEBERTAS)
 OWN_SCORES = ("mpnet", *DEBERTAS)
-CAUSAL = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
+CAUSAL = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "qwen3-moe", "phi3", "gemma", "gemma2", "gemma3")
 
 
 def build(name: str, dtype: torch.dtype = torch.float64, attention: str = "sdpa", **changes):
@@ -82,6 +89,8 @@ def build(name: str, dtype: torch.dtype = torch.float64, attention: str = "sdpa"
     config_class, model_class, settings = (ARCHITECTURES | PRE_NORM | IMAGES)[name]
     config = getattr(transformers, config_class)(**(settings | changes))
     config._attn_implementation = "eager" if name in EAGER_ALONE else attention
+    # torch has no grouped product of float64 for a mixture of experts
+    config._experts_implementation = "eager"
     model = getattr(transformers, model_class)(config)
     return randomize(model).to(dtype).eval()
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers.pytorch_utils import Conv1D
 
 from pyglobenc.hf import find_layers
 
@@ -68,8 +69,11 @@ def published_maps(model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _value(m) -> nn.Module:
-    """The module whose output holds the values."""
-    return m.value or getattr(m.attention, "c_attn", None) or m.attention.Wqkv
+    """The module whose output ends with the values: that of the values, or the one of queries, keys and values together."""
+    if m.value is not None:
+        return m.value
+    (fused,) = (module for module in m.attention.children() if isinstance(module, nn.Linear | Conv1D) and module is not m.output)
+    return fused
 
 
 def _without_padding(t: Tensor, name: str, mask: Tensor | None) -> Tensor:
@@ -83,10 +87,11 @@ def _without_padding(t: Tensor, name: str, mask: Tensor | None) -> Tensor:
 
 def _layer(m, alpha: Tensor, x: Tensor, value: Tensor, sums: dict) -> dict[str, Tensor]:
     heads = alpha.shape[1]
-    weight = m.output.weight if m.value is None and hasattr(m.attention, "c_attn") else m.output.weight.T
+    weight = m.output.weight if isinstance(m.output, Conv1D) else m.output.weight.T
     weight = weight.unflatten(0, (heads, -1))  # (H, dh, d)
     if m.value is None:
-        value = value.chunk(3, dim=-1)[2]
+        # queries take as many numbers as the attention output, keys and values share the rest
+        value = value[..., (value.shape[-1] + weight.shape[:2].numel()) // 2 :]
     value = value.unflatten(-1, (-1, weight.shape[1]))  # (B, n, Hkv, dh)
     value = value.repeat_interleave(heads // value.shape[2], dim=2)
     f = torch.einsum("bjhe,hed->bhjd", value, weight)

@@ -1,20 +1,25 @@
-"""The compiled module, or an ImportError that says why it isn't there."""
+"""The compiled module of CPU kernels; importing this raises ImportError with the reason if it is missing."""
 
 import torch
 from torch import Tensor
+
+from pyglobenc.backends.inputs import NO_LRP, NO_SCORE_MOD, PairInputs, RelevanceInputs
 
 try:
     from pyglobenc import _cpu as kernels
 except ImportError as error:
     raise ImportError(f"the compiled module pyglobenc._cpu doesn't load ({error}); reinstall with a C++17 compiler on PATH") from error
 
-__all__ = ["kernels", "limits", "single"]
+__all__ = ["kernels", "limits", "pair_limits", "relevance_limits", "single"]
 
 INPUTS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def limits(arithmetic: Tensor, *inputs: Tensor) -> list[str]:
-    """Why the kernels can't run: arithmetic is a tensor in the dtype of the result, inputs are those widened on load."""
+    """Return why the kernels can't run.
+
+    arithmetic: a tensor with the dtype of the result. inputs: tensors that the kernels convert to it when they load them.
+    """
     reasons = []
     devices = {t.device.type for t in (arithmetic, *inputs)}
     if devices != {"cpu"}:
@@ -27,8 +32,21 @@ def limits(arithmetic: Tensor, *inputs: Tensor) -> list[str]:
     return reasons
 
 
+def pair_limits(inputs: PairInputs) -> list[str]:
+    """Return why the kernels over (query, key) pairs can't run."""
+    reasons = limits(inputs.gram, inputs.q, inputs.k)
+    return reasons if inputs.score_mod is None else [*reasons, NO_SCORE_MOD]
+
+
+def relevance_limits(inputs: RelevanceInputs, *others: Tensor | None) -> list[str]:
+    """Return why the kernels of relevance through attention can't run; others: further tensors of the op."""
+    given = inputs.of_tokens().values()
+    reasons = single(*given, *(t for t in others if t is not None))
+    return reasons if inputs.rescale else [*reasons, NO_LRP]
+
+
 def single(*tensors: Tensor) -> list[str]:
-    """Why the kernels that take nothing but float32 can't run on these tensors."""
+    """Return why the kernels that accept only float32 can't run on these tensors."""
     reasons = limits(tensors[0], *tensors[1:])
     dtypes = {t.dtype for t in tensors} - {torch.float32}
     return reasons or [f"computes in float32, got {dtype}" for dtype in dtypes]

@@ -1,4 +1,4 @@
-"""Relevance through a residual sum a + b, two passes over memory: csrc/cpu/add_relevance.cpp."""
+"""Relevance through a residual sum a + b: csrc/cpu/add_relevance.cpp, two passes over memory."""
 
 import torch
 from torch import Tensor
@@ -7,19 +7,19 @@ from pyglobenc.backends.cpu._extension import kernels, single
 from pyglobenc.backends.shared.packing import by_runs
 
 
-def not_supported(
+def why_not(
     r: Tensor, a: Tensor, b: Tensor, stabilizer: float = 0.0, rescale: bool = True, offsets: Tensor | None = None
 ) -> list[str]:
-    """Reasons that these arguments of `pyglobenc.ops.add_relevance` can't run here."""
+    """Return why these arguments of `pyglobenc.ops.add_relevance` can't run here."""
     return single(r, a, b)
 
 
-def add_relevance(
+def run(
     r: Tensor, a: Tensor, b: Tensor, stabilizer: float = 0.0, rescale: bool = True, offsets: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `pyglobenc.ops.add_relevance`: -> R_a, R_b (B, n, d)."""
     if offsets is not None and rescale:
-        return tuple(by_runs(lambda *each: add_relevance(*each, stabilizer), (r, a, b), (1, 1, 1), (1, 1), offsets))
+        return tuple(by_runs(lambda *each: run(*each, stabilizer), (r, a, b), (1, 1, 1), (1, 1), offsets))
     r, a, b = r.contiguous(), a.contiguous(), b.contiguous()
     out = torch.empty_like(r), torch.empty_like(r)
     kernels.add_relevance(r, a, b, *out, stabilizer, rescale, torch.get_num_threads())

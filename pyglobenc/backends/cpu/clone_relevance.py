@@ -1,4 +1,4 @@
-"""Relevance of a tensor that several branches read, one pass over memory: csrc/cpu/clone_relevance.cpp."""
+"""Relevance of a tensor that several branches read: csrc/cpu/clone_relevance.cpp, one pass over memory."""
 
 from collections.abc import Sequence
 
@@ -8,12 +8,12 @@ from torch import Tensor
 from pyglobenc.backends.cpu._extension import kernels, single
 
 
-def not_supported(parts: Sequence[Tensor], x: Tensor) -> list[str]:
-    """Reasons that these arguments of `pyglobenc.ops.clone_relevance` can't run here."""
+def why_not(parts: Sequence[Tensor], x: Tensor) -> list[str]:
+    """Return why these arguments of `pyglobenc.ops.clone_relevance` can't run here."""
     return single(x, *parts)
 
 
-def clone_relevance(parts: Sequence[Tensor], x: Tensor) -> Tensor:
+def run(parts: Sequence[Tensor], x: Tensor) -> Tensor:
     """See `pyglobenc.ops.clone_relevance`: -> (B, n, d)."""
     x = x.contiguous()
     out = torch.empty_like(x)

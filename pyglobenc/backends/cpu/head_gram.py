@@ -9,12 +9,12 @@ from torch import Tensor
 from pyglobenc.backends.cpu._extension import kernels, limits
 
 
-def not_supported(v, kernel, x=None, cross_kernel=None) -> list[str]:
+def why_not(v, kernel, x=None, cross_kernel=None) -> list[str]:
     """Reasons that these arguments of `pyglobenc.ops.head_gram` can't run here."""
     return limits(kernel, v)
 
 
-def head_gram(v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def run(v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """See `pyglobenc.ops.head_gram`: -> G (B, n, H, H), c (B, n, H) or None."""
     B, _, n, dh = v.shape
     heads = kernel.shape[0]

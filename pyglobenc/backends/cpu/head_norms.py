@@ -18,12 +18,12 @@ LEAST = 1 / 16
 TINY, HUGE = 2.0**-100, 2.0**100
 
 
-def not_supported(v, weight) -> list[str]:
+def why_not(v, weight) -> list[str]:
     """Reasons that these arguments of `pyglobenc.ops.head_norms` can't run here."""
     return limits(v, weight)
 
 
-def head_norms(v: Tensor, weight: Tensor) -> Tensor:
+def run(v: Tensor, weight: Tensor) -> Tensor:
     """See `pyglobenc.ops.head_norms`: -> (B, n, H)."""
     heads, group = weight.shape[0], weight.shape[0] // v.shape[1]
     squares = v.new_zeros(v.shape[0], v.shape[2], heads)

@@ -1,22 +1,22 @@
-"""Relevance through a Linear layer: torch's GEMMs, and around them one pass over memory each: csrc/cpu/linear_relevance.cpp.
+"""Relevance through a Linear layer: torch's GEMMs, and csrc/cpu/linear_relevance.cpp for the passes around them.
 
-Outputs whose clamped sum is lost in the difference are taken out and done as in the reference.
+Nearly dead outputs are left out of the GEMMs and computed as in the reference.
 """
 
 import torch
 from torch import Tensor
 
 from pyglobenc.backends.cpu._extension import kernels, single
-from pyglobenc.backends.reference.linear_relevance import DEAD, MOST_DEAD, add_single_outputs, clamped_relevance
+from pyglobenc.backends.shared.dead_outputs import DEAD, MOST_DEAD, add_single_outputs, clamped_relevance
 from pyglobenc.common.deferred import may_look
 
 
-def not_supported(r, x, weight, abs_weight=None, output=None, bias=None) -> list[str]:
-    """Reasons that these arguments of `pyglobenc.ops.linear_relevance` can't run here."""
+def why_not(r, x, weight, abs_weight=None, output=None, bias=None) -> list[str]:
+    """Return why these arguments of `pyglobenc.ops.linear_relevance` can't run here."""
     return single(*(t for t in (r, x, output) if t is not None))
 
 
-def linear_relevance(
+def run(
     r: Tensor, x: Tensor, weight: Tensor, abs_weight: Tensor | None = None, output: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
     """See `pyglobenc.ops.linear_relevance`: -> (B, n, d_in)."""
@@ -28,7 +28,7 @@ def linear_relevance(
     if output is None:
         output, bias = x @ weight.T, None
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    # the quotient goes where the bound was
+    # The quotient overwrites the bound.
     s, dead = bound, r.new_empty(r.shape, dtype=torch.bool)
     count = 0
     if r.numel():

@@ -11,12 +11,12 @@ from torch import Tensor
 from pyglobenc.backends.cpu._extension import kernels, limits
 
 
-def not_supported(v: Tensor, weight: Tensor, x: Tensor | None = None, gammas: Sequence[Tensor] = ()) -> list[str]:
-    """Reasons that these arguments of `pyglobenc.ops.norm_terms` can't run here."""
+def why_not(v: Tensor, weight: Tensor, x: Tensor | None = None, gammas: Sequence[Tensor] = ()) -> list[str]:
+    """Return why these arguments of `pyglobenc.ops.norm_terms` can't run here."""
     return limits(weight, v)
 
 
-def norm_terms(
+def run(
     v: Tensor, weight: Tensor, x: Tensor | None = None, gammas: Sequence[Tensor] = ()
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See `pyglobenc.ops.norm_terms`: -> G (B, n, H, H), c (B, n, H) and |x M|^2 (B, n), or None for both."""

@@ -1,4 +1,4 @@
-"""The compiled module, the device and stream its kernels run on, and reasons that they can't."""
+"""The compiled module of CUDA kernels, where its launches go, and the reasons why they can't run."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -6,19 +6,19 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from pyglobenc.backends.shared.gpu import capability, is_current
+from pyglobenc.backends.shared.launch import capability, is_current
 
 try:
     from pyglobenc import _cuda as kernels
 except ImportError as error:
-    # not fatal here: tests put the emulated module in its place
+    # Not an error here, since the tests replace the module by an emulated one.
     kernels, missing = None, f"the compiled module pyglobenc._cuda doesn't load ({error}); reinstall with nvcc on PATH"
 
 OLDEST = (8, 0)
 
 
 def device_reasons(tensors: dict[str, Tensor | None]) -> list[str]:
-    """Why these tensors can't meet in a CUDA kernel, dtypes aside."""
+    """Return why a CUDA kernel can't take these tensors together, apart from their dtypes."""
     if kernels is None:
         return [missing]
     devices = {t.device for t in tensors.values() if t is not None}
@@ -38,10 +38,10 @@ def device_reasons(tensors: dict[str, Tensor | None]) -> list[str]:
 
 
 def launching(device: torch.device) -> AbstractContextManager[int]:
-    """Context in which launches go to a tensor's device; gives torch's current stream there, for the kernels."""
+    """Context in which launches go to a device; yields torch's current stream there."""
     if device.type != "cuda":
         return nullcontext(0)
-    # the public way makes an object of it
+    # The public function creates a Stream object, which takes longer than the launch needs.
     stream = torch._C._cuda_getCurrentRawStream(device.index)
     return nullcontext(stream) if is_current(device) else _elsewhere(device, stream)
 
@@ -53,5 +53,5 @@ def _elsewhere(device: torch.device, stream: int) -> Iterator[int]:
 
 
 def allows_tf32() -> bool:
-    """Whether the caller lets float32 products run on tf32 tensor cores; else they keep float32's digits."""
+    """Return whether the caller allows tf32 for float32 products; if not, kernels keep float32's digits."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"

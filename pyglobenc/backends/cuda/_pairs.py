@@ -1,4 +1,4 @@
-"""What the launchers of the kernels over (query, key) pairs share: csrc/cuda/pair_tile.h."""
+"""What the launchers of the kernels over (query, key) pairs share; the kernels' tiles: csrc/cuda/pair_tile.h."""
 
 import math
 from functools import cache
@@ -8,18 +8,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyglobenc.backends.cuda import _extension
-from pyglobenc.backends.reference.attention import sides
-from pyglobenc.backends.shared.grids import query_shares
+from pyglobenc.backends.inputs import NO_SCORE_MOD, PairInputs
+from pyglobenc.backends.shared.launch import query_shares
+from pyglobenc.backends.shared.masks import sides
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
-PIECE, STEP = 16, 64  # bytes that a lane, and that a quad of lanes, load at once
-START = 2  # tiles' worth of work, guessed, that a block's keys and forms take to load
+PIECE, STEP = 16, 64  # bytes that one lane, and four lanes together, load at once
+START = 2  # cost of loading a block's keys and Gram matrices, in tiles; an estimate
 
 
-def pair_reasons(q: Tensor, k: Tensor, gram: Tensor, **others: Tensor | None) -> list[str]:
-    """Why a kernel over pairs can't run on these tensors."""
-    reasons = _extension.device_reasons({"q": q, "k": k, "gram": gram, **others})
+def pair_reasons(inputs: PairInputs, **others: Tensor | None) -> list[str]:
+    """Return why a kernel over pairs can't run on these inputs and the op's other tensors."""
+    reasons = _extension.device_reasons({**inputs.tensors(), **others})
+    if inputs.score_mod is not None:
+        reasons.append(NO_SCORE_MOD)
+    q, k, gram = inputs.q, inputs.k, inputs.gram
     (_, heads, _, head_dim), kernels = q.shape, _extension.kernels
     if gram.dtype != torch.float32 or q.dtype not in DTYPES:
         reasons.append(f"needs gram in float32 and q in float16, bfloat16 or float32, got {gram.dtype} and {q.dtype}")
@@ -34,20 +38,20 @@ def pair_reasons(q: Tensor, k: Tensor, gram: Tensor, **others: Tensor | None) ->
 
 @cache
 def pair_tile(device: torch.device, heads: int, kv_heads: int, head_dim: int, size: int) -> tuple[int, int]:
-    """Keys of a block and queries of a tile, for q and k of `size` bytes an entry; no keys where nothing fits the device."""
+    """Return a block's keys and a tile's queries, for entries of `size` bytes; (0, 0) if no tile fits the device."""
     with _extension.launching(device):
         return _extension.kernels.pair_tile(heads, kv_heads, head_dim, size)
 
 
 @cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a device; each has room for one block."""
+    """Return the number of multiprocessors of a device; each holds one block."""
     with _extension.launching(device):
         return _extension.kernels.processors()
 
 
 def in_pieces(t: Tensor, unit: int = PIECE) -> Tensor:
-    """t with rows of whole units, in bytes, that can be read in pieces: a padded copy where they can't."""
+    """Return t if each row is a whole number of `unit` bytes and aligned to PIECE bytes, else a padded copy."""
     size, (*steps, last) = t.element_size(), t.stride()
     if last == 1 and math.gcd(t.data_ptr(), size * math.gcd(*steps)) % PIECE == 0 and t.shape[-1] * size % unit == 0:
         return t
@@ -55,21 +59,24 @@ def in_pieces(t: Tensor, unit: int = PIECE) -> Tensor:
 
 
 def near(t: Tensor) -> Tensor:
-    """t, copied where its heads lie 2 GiB or more apart: what the kernels count in 32 bits."""
+    """Return t, copied if its heads lie 2 GiB or more apart: the kernels use 32-bit offsets within a head."""
     return t if t.stride(1) * t.element_size() < 2**31 else t.contiguous()
 
 
-def run_pairs(op: str, given: tuple[Tensor | None, ...], outs: tuple[Tensor | None, ...], longest: int, scaling: float, window) -> None:
-    """Launch an op.
+def run_pairs(
+    op: str, inputs: PairInputs, own: tuple[Tensor | None, ...], outs: tuple[Tensor | None, ...], longest: int
+) -> None:
+    """Launch the kernel of an op over pairs.
 
     Args:
-        given: q, k, lse, gram, cross, residual_sq, rstd, key_mask, rows, r, offsets and log_scale.
-        outs: for the result; for a rollout's rows and their scale.
-        longest: queries that a key may meet at most.
+        inputs: tensors of the layer.
+        own: rows, r, the offsets on the device, and log_scale; None for those that the op does not have.
+        outs: the result, and the new log_scale of a rollout step or None.
+        longest: largest number of queries that one key meets.
     """
-    q, k, lse, *others = given
-    rows, r, offsets, _ = given[8:]
-    q, k, lse = in_pieces(near(q), STEP), in_pieces(near(k), STEP), near(lse.float())
+    rows, r, offsets, _ = own
+    others = (inputs.gram, inputs.cross, inputs.residual_sq, inputs.rstd, inputs.key_mask, *own)
+    q, k, lse = in_pieces(near(inputs.q), STEP), in_pieces(near(inputs.k), STEP), near(inputs.lse.float())
     kernels, (batch, heads, n, head_dim) = _extension.kernels, q.shape
     n_queries, n_rows = n if rows is None else rows.shape[1], 0 if r is None else r.shape[1]
     keys, queries = pair_tile(q.device, heads, k.shape[1], head_dim, q.element_size())
@@ -79,4 +86,4 @@ def run_pairs(op: str, given: tuple[Tensor | None, ...], outs: tuple[Tensor | No
     tensors = (q, k, lse, *others, *outs, room)
     exact = q.dtype == torch.float32 and not _extension.allows_tf32()
     with _extension.launching(q.device) as stream:
-        getattr(kernels, op)(tensors, scaling, *sides(window, n), shares, exact, stream)
+        getattr(kernels, op)(tensors, inputs.scaling, *sides(inputs.window, n), shares, exact, stream)

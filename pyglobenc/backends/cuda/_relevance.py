@@ -1,29 +1,32 @@
 """What the launchers of the relevance rules share."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from pyglobenc.backends.cuda import _extension
-from pyglobenc.backends.shared import dtypes
+from pyglobenc.backends.inputs import NO_LRP, RelevanceInputs
+from pyglobenc.backends.shared import launch
 
-
-def float32_reasons(widened: dict[str, Tensor | None] | None = None, **tensors: Tensor | None) -> list[str]:
-    """Why a float32 kernel can't run on these tensors; those it widens may be in half precision."""
-    widened = widened or {}
-    return _extension.device_reasons({**widened, **tensors}) + dtypes.float32_reasons(widened, tensors)
+# Returns why a float32 kernel can't run on tensors; see `pyglobenc.backends.shared.launch.float32_reasons`.
+float32_reasons = partial(launch.float32_reasons, _extension.device_reasons)
 
 
 def new_like(t: Tensor) -> Tensor:
-    """Uninitialised contiguous tensor of t's shape."""
+    """Return an uninitialised contiguous tensor of t's shape."""
     return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
-def relevance_reasons(q: Tensor, **others: Tensor | None) -> list[str]:
-    """Why a relevance kernel over pairs can't run on these tensors."""
-    reasons = float32_reasons(q=q, **others)
+def relevance_reasons(inputs: RelevanceInputs, other: Tensor | None) -> list[str]:
+    """Return why a relevance kernel over pairs can't run on these inputs and the op's other tensor."""
+    reasons = float32_reasons(**inputs.tensors(), other=other)
+    if not inputs.rescale:
+        reasons.append(NO_LRP)
     if not reasons:
-        with _extension.launching(q.device):
-            limit, needed = _extension.kernels.shared_limit(), _extension.kernels.relevance_shared(q.shape[3])
+        head_dim = inputs.q.shape[3]
+        with _extension.launching(inputs.device):
+            limit, needed = _extension.kernels.shared_limit(), _extension.kernels.relevance_shared(head_dim)
         if needed > limit:
-            reasons.append(f"heads of {q.shape[3]} take {needed} bytes of shared memory, a block here has {limit}")
+            reasons.append(f"heads of {head_dim} take {needed} bytes of shared memory, a block here has {limit}")
     return reasons

@@ -8,20 +8,20 @@ from pyglobenc.backends.cuda._relevance import float32_reasons, new_like
 from pyglobenc.backends.shared.packing import on_device
 
 
-def not_supported(
+def why_not(
     r: Tensor, a: Tensor, b: Tensor, stabilizer: float = 0.0, rescale: bool = True, offsets: Tensor | None = None
 ) -> list[str]:
-    """Why the kernel can't run on these arguments; empty when it can."""
+    """Return why the kernel can't run on these arguments; empty if it can."""
     return float32_reasons(r=r, a=a, b=b)
 
 
-def add_relevance(
+def run(
     r: Tensor, a: Tensor, b: Tensor, stabilizer: float = 0.0, rescale: bool = True, offsets: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `pyglobenc.ops.add_relevance`: -> R_a, R_b (B, n, d)."""
     r_a, r_b = new_like(r), new_like(r)
     if size := r.numel():
-        # without sums it doesn't matter what an example is
+        # Without sums, examples need no separate treatment.
         if offsets is None or not rescale:
             ends, examples, width, longest = None, r.shape[0], size // r.shape[0], 1
         else:

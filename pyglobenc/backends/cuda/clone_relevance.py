@@ -10,15 +10,15 @@ from pyglobenc.backends.cuda._relevance import float32_reasons, new_like
 MOST_PARTS = 4
 
 
-def not_supported(parts: Sequence[Tensor], x: Tensor) -> list[str]:
-    """Why the kernel can't run on these arguments; empty when it can."""
+def why_not(parts: Sequence[Tensor], x: Tensor) -> list[str]:
+    """Return why the kernel can't run on these arguments; empty if it can."""
     reasons = float32_reasons(x=x, **{f"parts[{index}]": part for index, part in enumerate(parts)})
     if len(parts) > MOST_PARTS:
         reasons.append(f"takes up to {MOST_PARTS} parts, got {len(parts)}")
     return reasons
 
 
-def clone_relevance(parts: Sequence[Tensor], x: Tensor) -> Tensor:
+def run(parts: Sequence[Tensor], x: Tensor) -> Tensor:
     """See `pyglobenc.ops.clone_relevance`: -> (B, n, d)."""
     out = new_like(x)
     if x.numel():

@@ -8,12 +8,12 @@ from pyglobenc.backends.cuda._pairs import in_pieces
 from pyglobenc.backends.cuda._relevance import float32_reasons
 
 
-def not_supported(v: Tensor, weight: Tensor) -> list[str]:
-    """Why the kernel can't run on these arguments; empty when it can."""
+def why_not(v: Tensor, weight: Tensor) -> list[str]:
+    """Return why the kernel can't run on these arguments; empty if it can."""
     return float32_reasons(v=v, weight=weight)
 
 
-def head_norms(v: Tensor, weight: Tensor) -> Tensor:
+def run(v: Tensor, weight: Tensor) -> Tensor:
     """See `pyglobenc.ops.head_norms`: v (B, Hkv, n, dh), weight (H, dh, d) -> (B, n, H)."""
     out = torch.empty(v.shape[0], v.shape[2], weight.shape[0], device=v.device)
     if out.numel() == 0 or v.shape[3] == 0:

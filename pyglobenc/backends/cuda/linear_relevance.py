@@ -5,19 +5,19 @@ from torch import Tensor
 
 from pyglobenc.backends.cuda import _extension
 from pyglobenc.backends.cuda._relevance import float32_reasons
-from pyglobenc.backends.reference.linear_relevance import DEAD, around_gemms
+from pyglobenc.backends.shared.dead_outputs import DEAD, around_gemms
 
 
-def not_supported(
+def why_not(
     r: Tensor, x: Tensor, weight: Tensor, abs_weight: Tensor | None = None, output: Tensor | None = None, bias: Tensor | None = None
 ) -> list[str]:
-    """Why the kernel can't run on these arguments; empty when it can."""
-    # the weights may have any float dtype
+    """Return why the kernel can't run on these arguments; empty if it can."""
+    # The weights may have any floating-point dtype.
     weights = dict(x=x, weight=weight, abs_weight=abs_weight, bias=bias)
     return float32_reasons(r=r, x=x, output=output) or _extension.device_reasons(weights)
 
 
-def linear_relevance(
+def run(
     r: Tensor, x: Tensor, weight: Tensor, abs_weight: Tensor | None = None, output: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
     """See `pyglobenc.ops.linear_relevance`: -> (B, n, d_in)."""

@@ -10,12 +10,12 @@ from pyglobenc.backends.cuda._pairs import in_pieces
 from pyglobenc.backends.cuda._relevance import float32_reasons
 
 
-def not_supported(x: Tensor, gammas: Sequence[Tensor]) -> list[str]:
-    """Why the kernel can't run on these arguments; empty when it can."""
+def why_not(x: Tensor, gammas: Sequence[Tensor]) -> list[str]:
+    """Return why the kernel can't run on these arguments; empty if it can."""
     return float32_reasons({"x": x}, **{f"gammas[{index}]": gamma for index, gamma in enumerate(gammas)})
 
 
-def mapped_square(x: Tensor, gammas: Sequence[Tensor]) -> Tensor:
+def run(x: Tensor, gammas: Sequence[Tensor]) -> Tensor:
     """See `pyglobenc.ops.mapped_square`: -> (B, n)."""
     out = torch.empty(x.shape[:2], device=x.device)
     if out.numel() == 0 or x.shape[2] == 0:

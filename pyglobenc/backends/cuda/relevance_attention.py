@@ -3,15 +3,18 @@
 from torch import Tensor
 
 from pyglobenc.backends.cuda import _extension
-from pyglobenc.backends.cuda._relevance import relevance_reasons
-from pyglobenc.backends.reference.attention import sides
+from pyglobenc.backends.cuda._relevance import relevance_reasons as why_not
+from pyglobenc.backends.inputs import RelevanceInputs
+from pyglobenc.backends.shared.masks import sides
 from pyglobenc.backends.shared.relevance_passes import Passes
+
+__all__ = ["CudaPasses", "run", "why_not"]
 
 OUTPUTS = ("r_q", "r_k", "r_v", "step", "map", "sums")
 
 
 class CudaPasses(Passes):
-    """Both passes in CUDA C++."""
+    """The two passes in CUDA C++."""
 
     @property
     def most_rows(self) -> int:
@@ -24,39 +27,21 @@ class CudaPasses(Passes):
         self.launch("relevance_columns", w=w, r_k=r_k, r_v=r_v, step=step)
 
     def launch(self, kernel: str, rows: Tensor | None = None, w: Tensor | None = None, **outputs: Tensor | None) -> None:
-        """Run a kernel on the queries `rows` (B, m), None: all, and the rollout's rows w (B, T, n); outputs by their names in OUTPUTS."""
-        by_head = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (self.q, self.k, self.v, self.s, self.grad_o))
+        """Run a kernel.
+
+        rows: (B, m), the queries; None: all. w: rows of the rollout, (B, T, n). outputs: by their names in OUTPUTS.
+        """
+        given = self.inputs
+        by_head = (given.q, given.k, given.v, given.s, given.grad_o)
+        by_head = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in by_head)
         offsets, _, longest = self.examples
-        tensors = (*by_head, self.lse, self.key_mask, rows, w, offsets)
+        tensors = (*by_head, given.lse, given.key_mask, rows, w, offsets)
         out = tuple(outputs.get(name) for name in OUTPUTS)
-        options = (self.scaling, self.stabilizer, *sides(self.window, self.q.shape[2]), self.additive_mask, longest)
-        with _extension.launching(self.q.device) as stream:
+        options = (given.scaling, given.stabilizer, *sides(given.window, given.q.shape[2]), given.additive_mask, longest)
+        with _extension.launching(given.device) as stream:
             getattr(_extension.kernels, kernel)(tensors, out, *options, stream)
 
 
-def not_supported(
-    q, k, v, lse, grad_o, s, r, key_mask, scaling, window, additive_mask, normalize, stabilizer, offsets=None
-) -> list[str]:
-    """Why the kernel can't run on these arguments; empty when it can."""
-    return relevance_reasons(q, k=k, v=v, lse=lse, grad_o=grad_o, s=s, r=r, key_mask=key_mask)
-
-
-def relevance_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    grad_o: Tensor | None,
-    s: Tensor,
-    r: Tensor | None,
-    key_mask: Tensor | None,
-    scaling: float,
-    window: tuple[int, int],
-    additive_mask: bool,
-    normalize: bool,
-    stabilizer: float,
-    offsets: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+def run(inputs: RelevanceInputs, r: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """See `pyglobenc.ops.relevance_attention`: -> R_q, R_k, R_v (B, H, n, dh), row_sums (B, n), r_out (B, T, n) or None."""
-    passes = CudaPasses(q, k, v, lse, grad_o, s, key_mask, scaling, window, additive_mask, stabilizer, offsets)
-    return passes.relevance(r, normalize)
+    return CudaPasses(inputs).relevance(r)

@@ -1,1 +1,1 @@
-"""Plain PyTorch definitions of the ops: the truth that every backend is tested against."""
+"""Plain PyTorch definitions of the ops, which every other backend is tested against."""

@@ -1,8 +1,9 @@
-"""Attention and its log-sum-exp, plain, a block of queries at a time: scores of QUERY_BLOCK queries exist at once."""
+"""Attention and its log-sum-exp, for QUERY_BLOCK queries at a time."""
 
 import torch
 from torch import Tensor
 
+from pyglobenc.backends.shared.masks import hidden_keys, visible_keys
 from pyglobenc.backends.shared.score_mods import ScoreMod
 
 QUERY_BLOCK = 64
@@ -30,9 +31,9 @@ def attention(
             scores = modify(scores, rows, torch.arange(n, device=q.device)[None, rows], cols)
         hidden = hidden_keys(rows, cols, window, key_mask, q.device)
         if hidden is not None:
-            # finite, so that a query that sees no key doesn't divide by zero
+            # Finite, so that a query that sees no key does not divide by zero.
             scores = scores.masked_fill_(hidden, torch.finfo(scores.dtype).min / 2)
-        # one pass of exponentials for both results
+        # Both results share one pass of exponentials.
         top = scores.detach().amax(-1, keepdim=True)
         p = scores.sub_(top).exp_()
         total = p.sum(-1, keepdim=True)
@@ -41,32 +42,3 @@ def attention(
     if not outs:
         return torch.zeros_like(q), q.new_zeros(q.shape[:3])
     return torch.cat(outs, 2), torch.cat(lses, 2)
-
-
-def sides(window: tuple[int, int], n: int) -> tuple[int, int]:
-    """A window with n for unlimited."""
-    left, right = (n if side < 0 else min(side, n) for side in window)
-    return left, right
-
-
-def visible_keys(rows: slice, n: int, window: tuple[int, int]) -> slice:
-    """Keys that any of the queries `rows` sees through the window."""
-    left, right = window
-    return slice(0 if left < 0 else max(0, rows.start - left), n if right < 0 else min(n, rows.stop + right))
-
-
-def hidden_keys(rows: slice, cols: slice, window: tuple[int, int], key_mask: Tensor | None, device: torch.device) -> Tensor | None:
-    """Pairs outside the window or with a padded key, bool (1 or B, 1, m, J); None if there are none."""
-    hidden, (left, right) = None, window
-    if left >= 0 or right >= 0:
-        ahead = torch.arange(cols.start, cols.stop, device=device) - torch.arange(rows.start, rows.stop, device=device)[:, None]
-        hidden = torch.zeros_like(ahead, dtype=torch.bool)
-        if left >= 0:
-            hidden |= ahead < -left
-        if right >= 0:
-            hidden |= ahead > right
-        hidden = hidden[None, None]
-    if key_mask is not None:
-        padded = ~key_mask[:, None, None, cols]
-        hidden = padded if hidden is None else hidden | padded
-    return hidden

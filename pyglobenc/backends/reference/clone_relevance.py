@@ -7,7 +7,7 @@ from torch import Tensor
 from pyglobenc.backends.shared.safe_division import safe_divide
 
 
-def clone_relevance(parts: Sequence[Tensor], x: Tensor) -> Tensor:
+def run(parts: Sequence[Tensor], x: Tensor) -> Tensor:
     """See `pyglobenc.ops.clone_relevance`: -> (B, n, d)."""
     total = parts[0]
     for part in parts[1:]:

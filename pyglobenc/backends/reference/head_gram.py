@@ -27,7 +27,7 @@ def gram_kernels(weight: Tensor, gammas: list[Tensor]) -> tuple[Tensor, Tensor]:
     return kernel, stage_map_transposed(mapped, gammas).contiguous()
 
 
-def head_gram(v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def run(v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """See `pyglobenc.ops.head_gram`: -> G (B, n, H, H), c (B, n, H) or None."""
     n_heads, dh = kernel.shape[:2]
     v = v.to(kernel.dtype).repeat_interleave(n_heads // v.shape[1], dim=1).transpose(1, 2).contiguous()  # (B, n, H, dh)

@@ -2,17 +2,17 @@
 
     ratio[i] = |S[i] - t_ii| / (|S[i] - t_ii| + |t_ii|),   S[i] = sum_j t_ij
 
-The row scale cancels, and S[i] - t_ii = (o[i] - alpha_ii v[i]) W_O M needs no pair: n*d^2 multiply-adds.
+The scale of the row cancels, and S[i] - t_ii = (o[i] - alpha_ii v[i]) W_O M. So no pair is needed: n*d^2 multiply-adds.
 """
 
 import torch
 from torch import Tensor
 
-from pyglobenc.backends.reference.token_norms import own_attention
+from pyglobenc.backends.shared.rows import own_attention
 from pyglobenc.backends.shared.score_mods import ScoreMod
 
 
-def mixing_ratio(
+def run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -33,5 +33,5 @@ def mixing_ratio(
     if mapped_x is not None:
         kept = kept + mapped_x
     mixed, kept = mixed.norm(dim=-1), kept.norm(dim=-1)
-    # a lone token mixes nothing; 0/0 only where both vectors vanish
+    # A lone token receives nothing; without this case, two zero vectors would give 0/0.
     return torch.where(mixed > 0, mixed / (mixed + kept), mixed)

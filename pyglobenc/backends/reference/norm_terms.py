@@ -16,7 +16,7 @@ from pyglobenc.backends.reference.stage_map import stage_map
 LEAST_TOKENS = 32
 
 
-def norm_terms(
+def run(
     v: Tensor, weight: Tensor, x: Tensor | None = None, gammas: Sequence[Tensor] = ()
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See `pyglobenc.ops.norm_terms`: -> G (B, n, H, H), c (B, n, H) and |x M|^2 (B, n), or None for both."""

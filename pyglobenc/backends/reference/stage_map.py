@@ -1,7 +1,8 @@
 """The linear map M that a stage of the encoder layer applies to every decomposed vector.
 
-With the row's LayerNorm statistics fixed, the layer is linear in the decomposed vectors (Modarressi et al., 2022, eq. 6 to 10):
-M = (C diag(gamma_1)) (C diag(gamma_2)) ..., C the centering matrix. The inverse standard deviations are row scales, kept apart.
+Once the LayerNorm statistics of a row are fixed, the layer is linear in the decomposed vectors (Modarressi et al., 2022, eq. 6 to 10):
+M = (C diag(gamma_1)) (C diag(gamma_2)) ..., with C the centering matrix. The inverse standard deviations scale the rows and are kept
+apart.
 """
 
 from collections.abc import Sequence
@@ -10,11 +11,11 @@ from torch import Tensor
 
 
 def stage_map(t: Tensor, gammas: Sequence[Tensor]) -> Tensor:
-    """Apply M to the last axis: `t @ M`.
+    """Apply M to the last axis, `t @ M`.
 
     Args:
         t: (*, d).
-        gammas: weights (d,) of the LayerNorms passed, in order; empty for the stages before any.
+        gammas: weights (d,) of the stage's LayerNorms, in order; empty for a stage without LayerNorm.
 
     Returns:
         (*, d).

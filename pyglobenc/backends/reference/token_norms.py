@@ -2,8 +2,8 @@
 
     norm[i, j]^2 = rstd[i]^2 * (a^T G[j] a + (i == j) (2 a . c[i] + residual_sq[i])),   a = alpha[:, i, j] in R^H
 
-(Modarressi et al., 2022, eq. 6 to 10, expanded). H*(dh + H) multiply-adds and H exponentials a pair; the work is tiled over keys so
-that a tile of probabilities holds about as many numbers as the hidden states do.
+(Modarressi et al., 2022, eq. 6 to 10, with the square expanded over heads.) A pair takes H*(dh + H) multiply-adds and H exponentials.
+The work is tiled over keys so that a tile of probabilities holds about as many numbers as the hidden states.
 """
 
 from collections.abc import Iterator
@@ -11,34 +11,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pyglobenc.backends.shared.score_mods import ScoreMod
+from pyglobenc.backends.inputs import PairInputs
+from pyglobenc.backends.shared.masks import outside_window
+from pyglobenc.backends.shared.rows import own_attention, take_queries
 
 
-def token_norms(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    gram: Tensor,
-    cross: Tensor | None,
-    residual_sq: Tensor | None,
-    rstd: Tensor | None,
-    key_mask: Tensor | None,
-    rows: Tensor | None,
-    scaling: float,
-    window: tuple[int, int],
-    score_mod: ScoreMod | None = None,
-) -> Tensor:
+def run(inputs: PairInputs, rows: Tensor | None = None) -> Tensor:
     """See `pyglobenc.ops.token_norms`: -> (B, n, n), or (B, T, n) with rows."""
-    batch, _, n, _ = q.shape
-    q, k, lse = q.to(gram.dtype), k.to(gram.dtype), lse.to(gram.dtype)
-    diagonal = None if cross is None else diagonal_sq(q, k, lse, gram, cross, residual_sq, scaling, score_mod)
-    positions = None
-    if rows is not None:
-        q, lse = take_queries(q, rows), take_queries(lse, rows)
-        positions = rows
-    out = q.new_empty(batch, q.shape[2], n)
-    own = None if rows is not None else diagonal
-    for start, sq in key_tiles(q, k, lse, gram, own, key_mask, positions, scaling, window, score_mod):
+    inputs = widened(inputs)
+    diagonal = None if inputs.cross is None else diagonal_sq(inputs)
+    q, key_mask, rstd = inputs.q, inputs.key_mask, inputs.rstd
+    out = q.new_empty(q.shape[0], q.shape[2] if rows is None else rows.shape[1], q.shape[2])
+    for start, sq in key_tiles(inputs, diagonal if rows is None else None, rows):
         out[:, :, start : start + sq.shape[1]] = sq.transpose(1, 2)
     if rows is not None and diagonal is not None:
         out.scatter_(2, rows[:, :, None], diagonal.gather(1, rows)[:, :, None])
@@ -51,73 +35,50 @@ def token_norms(
     return out
 
 
-def take_queries(t: Tensor, rows: Tensor) -> Tensor:
-    """Queries `rows` (B, T) of t (B, H, n, ...)."""
-    index = rows[:, None, :].expand(-1, t.shape[1], -1)
-    if t.dim() == 3:
-        return t.gather(2, index)
-    return t.gather(2, index[..., None].expand(-1, -1, -1, t.shape[-1]))
+def widened(inputs: PairInputs) -> PairInputs:
+    """Return the inputs with q, k and lse in the dtype of gram."""
+    dtype = inputs.gram.dtype
+    return inputs.replace(q=inputs.q.to(dtype), k=inputs.k.to(dtype), lse=inputs.lse.to(dtype))
 
 
-def diagonal_sq(q, k, lse, gram, cross, residual_sq, scaling: float, score_mod: ScoreMod | None = None) -> Tensor:
-    """Squared norm of each token's own vector, residual included, without the row scale: (B, n)."""
-    a = own_attention(q, k, lse, scaling, score_mod).transpose(1, 2)  # (B, n, H)
-    return (a * (torch.einsum("bnhg,bng->bnh", gram, a) + 2 * cross)).sum(-1) + residual_sq
+def diagonal_sq(inputs: PairInputs) -> Tensor:
+    """Return the squared norm of each token's own vector, with the residual and without the row scale, (B, n)."""
+    a = own_attention(inputs.q, inputs.k, inputs.lse, inputs.scaling, inputs.score_mod).transpose(1, 2)  # (B, n, H)
+    return (a * (torch.einsum("bnhg,bng->bnh", inputs.gram, a) + 2 * inputs.cross)).sum(-1) + inputs.residual_sq
 
 
-def own_attention(q: Tensor, k: Tensor, lse: Tensor, scaling: float, score_mod: ScoreMod | None = None) -> Tensor:
-    """alpha[h, i, i]: (B, H, n)."""
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    scores = (q * k).sum(-1) * scaling
-    if score_mod is not None:
-        scores = score_mod.diagonal(scores, q, k)
-    return (scores - lse).exp()
+def key_tiles(inputs: PairInputs, diagonal: Tensor | None, rows: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
+    """Yield the first key and the squared norms (B, J, m) of J keys for m queries, without row scale and padding.
 
-
-def key_tiles(
-    q, k, lse, gram, diagonal, key_mask, positions, scaling: float, window: tuple[int, int], score_mod: ScoreMod | None = None
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield (first key, squared norms (B, J, m) of J keys for all m queries, row scale and masks of padding left out)."""
-    batch, n_heads, m, dh = q.shape
-    n = k.shape[2]
+    diagonal: (B, n), replaces each query's norm with its own key, or None. rows: (B, m), the queries; None: all.
+    """
+    q, k, lse, score_mod = inputs.q, inputs.k, inputs.lse, inputs.score_mod
+    if rows is not None:
+        q, lse = take_queries(q, rows), take_queries(lse, rows)
+    (_, n_heads, m, dh), n = q.shape, k.shape[2]
     k = k.repeat_interleave(n_heads // k.shape[1], dim=1)
     modify = None if score_mod is None else score_mod.bind(q, k)
-    i = torch.arange(m, device=q.device)[None] if positions is None else positions
-    q = (q * scaling).transpose(2, 3)
-    offset = -lse[:, :, None, :]
+    i = torch.arange(m, device=q.device)[None] if rows is None else rows
+    q = (q * inputs.scaling).transpose(2, 3)
     for start in range(0, n, block_of_keys(n, m, dh)):
         stop = min(n, start + block_of_keys(n, m, dh))
         alpha = torch.matmul(k[:, :, start:stop], q)  # (B, H, J, m)
         if modify is not None:
             alpha = modify(alpha.transpose(2, 3), slice(0, m), i, slice(start, stop)).transpose(2, 3)
-        alpha.add_(offset)
-        hide_window(alpha, positions, start, stop, window)
+        alpha.sub_(lse[:, :, None, :])
+        hidden = outside_window(torch.arange(start, stop, device=q.device)[None, :, None] - i[:, None, :], inputs.window)
+        if hidden is not None:
+            alpha.masked_fill_(hidden[:, None], float("-inf"))
         alpha = alpha.exp_().transpose(1, 2)  # (B, J, H, m)
-        sq = torch.matmul(gram[:, start:stop], alpha).mul_(alpha).sum(2)
+        sq = torch.matmul(inputs.gram[:, start:stop], alpha).mul_(alpha).sum(2)
         if diagonal is not None:
             torch.diagonal(sq[:, :, start:stop], dim1=1, dim2=2).copy_(diagonal[:, start:stop])
-        if key_mask is not None:
-            # the scores of padded keys are not in lse: their exponential may be inf
-            sq.masked_fill_(~key_mask[:, start:stop, None], 0)
+        if inputs.key_mask is not None:
+            # lse does not include the scores of padded keys, so their exponential may be infinite.
+            sq.masked_fill_(~inputs.key_mask[:, start:stop, None], 0)
         yield start, sq
 
 
 def block_of_keys(n: int, m: int, dh: int) -> int:
-    """Keys a tile: the tile's H*J*m probabilities number at most H*n*dh, as the values do."""
+    """Return the keys of a tile, such that its H*J*m probabilities are at most as many as the values, H*n*dh."""
     return max(1, min(n, n * dh // max(m, 1), 64))
-
-
-def hide_window(scores: Tensor, positions: Tensor | None, start: int, stop: int, window: tuple[int, int]) -> None:
-    """Write -inf, in place, where key j is outside [i - left, i + right]; scores (B, H, J, m)."""
-    left, right = window
-    if left < 0 and right < 0:
-        return
-    if positions is None:
-        positions = torch.arange(scores.shape[-1], device=scores.device)[None]
-    ahead = torch.arange(start, stop, device=scores.device)[None, :, None] - positions[:, None, :]  # j - i
-    hidden = torch.zeros_like(ahead, dtype=torch.bool)
-    if left >= 0:
-        hidden |= ahead < -left
-    if right >= 0:
-        hidden |= ahead > right
-    scores.masked_fill_(hidden[:, None], float("-inf"))

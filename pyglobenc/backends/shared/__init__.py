@@ -1,1 +1,1 @@
-"""What several backends share on the host."""
+"""Host-side code that several backends share."""

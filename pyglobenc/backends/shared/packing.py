@@ -1,4 +1,8 @@
-"""Sequences packed into one: N tokens in a batch of 1, sequence s from offsets[s] to offsets[s + 1]; offsets (S + 1,) int32, on the CPU."""
+"""Sequences of different lengths packed end to end into a batch of 1, without padding.
+
+The N tokens of all sequences lie side by side. offsets, (S + 1,) int32 on the CPU, says where each begins: sequence s is tokens
+offsets[s] to offsets[s + 1].
+"""
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
@@ -9,23 +13,23 @@ from torch import Tensor
 
 
 def slices(offsets: Tensor) -> list[slice]:
-    """Tokens of every sequence."""
+    """Return the range of tokens of every sequence."""
     ends = offsets.tolist()
     return [slice(start, stop) for start, stop in zip(ends, ends[1:], strict=False)]
 
 
 def on_device(offsets: Tensor, device: torch.device) -> tuple[Tensor, int]:
-    """Offsets where a kernel reads them, and the tokens of the longest sequence, without a wait for the device."""
+    """Return the offsets on a device, and the length of the longest sequence, without waiting for the device."""
     return offsets.contiguous().to(device, non_blocking=True), int(offsets.diff().max())
 
 
 def sequence_of(offsets: Tensor, device: torch.device) -> Tensor:
-    """Sequence of every token, (N,) int64."""
+    """Return the number of the sequence that each token belongs to, (N,) int64."""
     return torch.repeat_interleave(torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff()).to(device, non_blocking=True)
 
 
 def position_of(offsets: Tensor, device: torch.device) -> Tensor:
-    """Position of every token in its sequence, (N,) int64."""
+    """Return the position of each token in its own sequence, (N,) int64."""
     starts = torch.repeat_interleave(offsets[:-1], offsets.diff())
     return (torch.arange(len(starts), device=offsets.device) - starts).to(device, non_blocking=True)
 
@@ -43,17 +47,17 @@ def padded(t: Tensor, offsets: Tensor, fill: float = 0) -> Tensor:
 
 
 def sequence_sums(t: Tensor, offsets: Tensor) -> Tensor:
-    """Sum of t (1, N) over each sequence: (S,)."""
+    """Return the sum of t (1, N) over each sequence, (S,)."""
     return torch.segment_reduce(t[0], "sum", offsets=offsets.to(t.device, non_blocking=True))
 
 
 def per_token(t: Tensor, offsets: Tensor) -> Tensor:
-    """What every sequence has, t (S, T), at each of its tokens: (1, T, N)."""
+    """Repeat the values t (S, T) of each sequence at all its tokens: (1, T, N)."""
     return t[sequence_of(offsets, t.device)].T[None]
 
 
 def per_sequence(r: Tensor, offsets: Tensor) -> Tensor:
-    """Largest entry of rows r (1, T, N), none negative, over each sequence: (S, T)."""
+    """Return the largest entry of the non-negative rows r (1, T, N) within each sequence, (S, T)."""
     rows = r[0].T
     index = sequence_of(offsets, r.device)[:, None].expand_as(rows)
     return rows.new_zeros(len(offsets) - 1, rows.shape[1]).scatter_reduce(0, index, rows, "amax")
@@ -66,13 +70,14 @@ def by_runs(
     out_axes: Sequence[int],
     offsets: Tensor,
 ) -> list[Tensor | None]:
-    """Call a function on each run of sequences of one length side by side, as a batch of them, and pack what it returns.
+    """Call a function on sequences of equal length that lie side by side, as one batch, and pack the results.
 
     Args:
-        function: of tensors (S, ..., n, ...), views; returns some, each with S first and n along its axis of tokens, or None.
+        function: takes views (S, ..., n, ...) of the tensors. It returns tensors with S as the first axis and n along the axis of
+            tokens; an entry may be None.
         tensors: (1, ..., N, ...), or None.
-        axes, out_axes: of tokens, of tensors and of what the function returns.
-        offsets: of the packed sequences.
+        axes, out_axes: axis of the tokens in each of the tensors, and in each result.
+        offsets: as in this module's docstring.
     """
     outs = []
     for _, run in groupby(slices(offsets), lambda tokens: tokens.stop - tokens.start):
@@ -83,17 +88,31 @@ def by_runs(
     return [None if parts[0] is None else torch.cat([_packed(part, axis) for part in parts], axis) for parts, axis in columns]
 
 
+def each_run(
+    function: Callable[..., Sequence[Any]], inputs: Any, others: Sequence[Tensor | None], other_axes: Sequence[int], out_axes: Sequence[int]
+) -> list[Tensor | None]:
+    """Call `by_runs` with function(inputs, *others), inputs of `pyglobenc.backends.inputs`, without their offsets."""
+    given = inputs.of_tokens()
+    axes = [inputs.AXES[name] for name in given]
+
+    def one(*each: Tensor | None) -> Sequence[Any]:
+        own = dict(zip(given, each[: len(given)], strict=True))
+        return function(inputs.replace(**own, offsets=None), *each[len(given) :])
+
+    return by_runs(one, (*given.values(), *others), (*axes, *other_axes), out_axes, inputs.offsets)
+
+
 def _unpacked(t: Tensor | None, axis: int, count: int) -> Tensor | None:
-    """(1, ..., N, ...) of `count` sequences of one length as a batch (count, ..., n, ...)."""
+    """View (1, ..., N, ...), `count` sequences of equal length, as a batch (count, ..., n, ...)."""
     return None if t is None else t[0].unflatten(axis - 1, (count, -1)).movedim(axis - 1, 0)
 
 
 def _packed(t: Tensor, axis: int) -> Tensor:
-    """The reverse."""
+    """Undo `_unpacked`."""
     return t.movedim(0, axis - 1).flatten(axis - 1, axis)[None]
 
 
 def take(tensors: Sequence[Tensor | None], axes: Sequence[int], tokens: slice) -> list[Tensor | None]:
-    """Tokens of one sequence of every tensor, along its axis of tokens."""
+    """Return the part of every tensor that belongs to one sequence, along its axis of tokens."""
     narrowed = zip(tensors, axes, strict=True)
     return [t if t is None else t.narrow(axis, tokens.start, tokens.stop - tokens.start) for t, axis in narrowed]

@@ -1,6 +1,7 @@
-"""What some architectures do to the scaled scores before the softmax, rebuilt for any tile of (query, key) pairs.
+"""Changes that some architectures make to the scaled scores before the softmax.
 
-A score mod is bound to a layer's queries and keys once and then maps tiles: nothing (n, n) is needed to rebuild probabilities.
+A score mod is bound once to a layer's queries and keys. It then maps any tile of (query, key) pairs, so that attention probabilities
+can be rebuilt without an (n, n) array.
 """
 
 from collections.abc import Callable
@@ -10,23 +11,24 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-# of scaled scores (B, H, m, J), rows of the bound queries, their positions (b, m), b = 1 or B, and columns of the keys: the new scores
+# Maps scaled scores (B, H, m, J) to new ones, given the rows of the bound queries, the positions (1 or B, m) of these queries, and the
+# range of keys.
 Tile = Callable[[Tensor, slice, Tensor, slice], Tensor]
 Mod = TypeVar("Mod", bound="ScoreMod")
 
 
 class ScoreMod(Protocol):
-    """A change of the scaled scores."""
+    """A change of the scaled scores before the softmax."""
 
     def bind(self, q: Tensor, k: Tensor) -> Tile:
-        """Tile function for queries q (B, H, m, dh) and keys k (B, H, n, dh), both unscaled."""
+        """Return the function that maps tiles, for queries q (B, H, m, dh) and keys k (B, H, n, dh), both unscaled."""
 
     def diagonal(self, scores: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        """New scores (B, H, n) of every query with its own key; scores (B, H, n), q and k (B, H, n, dh)."""
+        """Return the new scores (B, H, n) of each query with its own key, from scores (B, H, n), q and k (B, H, n, dh)."""
 
 
 def to_dtype(mod: Mod, dtype: torch.dtype) -> Mod:
-    """The same mod, its floating-point tensors detached and in another dtype."""
+    """Return the score mod with its floating-point tensors detached and in another dtype."""
     tensors = {f.name: getattr(mod, f.name) for f in fields(mod)}
     return replace(mod, **{n: t.detach().to(dtype) for n, t in tensors.items() if isinstance(t, Tensor) and t.is_floating_point()})
 
@@ -46,7 +48,7 @@ class SoftCap:
 
 @dataclass(frozen=True)
 class RelativeBias:
-    """A bias of each head for each distance (MPNet): table (H, 2n - 1), entry n - 1 + j - i is added."""
+    """A bias for each head and distance (MPNet): entry n - 1 + j - i of table (H, 2n - 1) is added."""
 
     table: Tensor
 
@@ -60,7 +62,7 @@ class RelativeBias:
 
 @dataclass(frozen=True)
 class StoredBias:
-    """A bias (1 or B, H or 1, n, n) that the model itself makes (BEiT)."""
+    """A bias (1 or B, H or 1, n, n) that the model itself stores (BEiT)."""
 
     bias: Tensor
 
@@ -84,9 +86,9 @@ class DisentangledBias:
         score += scaling * (q[i] . position_keys[bucket] + k[j] . position_queries[bucket])
 
     Attributes:
-        position_keys, position_queries: (H, P, dh) for P buckets, or None for a term that the model leaves out.
+        position_keys, position_queries: (H, P, dh) for P buckets; None for a term that the model does not have.
         buckets: (2n - 1) int64, bucket of the distance j - i at entry n - 1 + j - i.
-        scaling: of both terms.
+        scaling: factor of both terms.
     """
 
     position_keys: Tensor | None
@@ -95,7 +97,7 @@ class DisentangledBias:
     scaling: float
 
     def bind(self, q: Tensor, k: Tensor) -> Tile:
-        """The tables are (B, H, m, P) and (B, H, n, P): linear in n."""
+        """Return the tile function; its two tables, (B, H, m, P) and (B, H, n, P), are linear in n."""
         of_queries = self._table(q, self.position_keys)
         of_keys = self._table(k, self.position_queries)
 
@@ -121,6 +123,6 @@ class DisentangledBias:
 
 
 def distances(i: Tensor, cols: slice, n: int) -> Tensor:
-    """n - 1 + j - i of queries at positions i (b, m) and keys cols, of n: (b, m, J)."""
+    """Return n - 1 + j - i, (b, m, J), for queries at positions i (b, m) and the keys in cols."""
     j = torch.arange(cols.start, cols.stop, device=i.device)
     return j[None, None, :] - i[:, :, None] + (n - 1)

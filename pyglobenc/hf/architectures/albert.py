@@ -8,7 +8,10 @@ MODEL_TYPES = ("albert",)
 
 
 def layers(base: nn.Module) -> list[LayerModules]:
-    """Modules of every layer, first to last, shared ones again for each time they are applied; base is the model without its head."""
+    """Return the modules of every layer, first to last; base is the model without its head.
+
+    A shared layer is listed once for each time it is applied.
+    """
     config = base.config
     groups = base.encoder.albert_layer_groups
     order = [groups[i * config.num_hidden_groups // config.num_hidden_layers] for i in range(config.num_hidden_layers)]

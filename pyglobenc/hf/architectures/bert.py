@@ -8,7 +8,7 @@ MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 
 
 def layers(base: nn.Module) -> list[LayerModules]:
-    """Modules of every layer, first to last; base is the model without its head."""
+    """Return the modules of every layer, first to last; base is the model without its head."""
     return [_layer(layer, layer.attention.self, layer.attention.output, layer.output) for layer in base.encoder.layer]
 
 

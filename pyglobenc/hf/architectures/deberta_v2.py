@@ -14,7 +14,7 @@ MODEL_TYPES = ("deberta-v2",)
 
 
 def layers(base: nn.Module) -> list[LayerModules]:
-    """Modules of every layer, first to last; base is the model without its head."""
+    """Return the modules of every layer, first to last; base is the model without its head."""
     if base.encoder.conv is not None:
         raise ValueError(
             "capture: this DeBERTa-v2 has a convolution beside its first layer (conv_kernel_size), which mixes tokens outside attention, "

@@ -6,10 +6,11 @@ from pyglobenc.hf.architectures import llama
 from pyglobenc.hf.trace.layers import LayerModules
 
 MODEL_TYPES = ("gemma2", "gemma3_text")
+DECODER = True
 
 
 def layers(base: nn.Module) -> list[LayerModules]:
-    """Modules of every layer, first to last; base is the model without its head."""
+    """Return the modules of every layer, first to last; base is the model without its head."""
     return [
         modules._replace(
             output_norm=modules.block.pre_feedforward_layernorm,

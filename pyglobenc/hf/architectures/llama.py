@@ -5,10 +5,11 @@ from torch import nn
 from pyglobenc.hf.trace.layers import LayerModules
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma")
+DECODER = True
 
 
 def layers(base: nn.Module) -> list[LayerModules]:
-    """Modules of every layer, first to last; base is the model without its head."""
+    """Return the modules of every layer, first to last; base is the model without its head."""
     return [
         LayerModules(
             block=layer,

@@ -8,7 +8,7 @@ MODEL_TYPES = ("vit", "deit")
 
 
 def layers(base: nn.Module) -> list[LayerModules]:
-    """Modules of every layer, first to last; base is the model without its head."""
+    """Return the modules of every layer, first to last; base is the model without its head."""
     return [
         LayerModules(
             block=layer,

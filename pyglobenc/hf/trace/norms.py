@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyglobenc.backends.shared.dtypes import HALF
+from pyglobenc.backends.shared.launch import HALF
 from pyglobenc.hf.weights import parameter
 
 # probes are this large, where eps is lost beside the variance, and this small, where it isn't

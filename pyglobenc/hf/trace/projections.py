@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyglobenc.backends.shared.dtypes import HALF
+from pyglobenc.backends.shared.launch import HALF
 
 
 class Directions(dict[tuple[int, torch.dtype, torch.device], Tensor]):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from pyglobenc.backends.reference.token_norms import take_queries
+from pyglobenc.backends.shared.rows import take_queries
 from pyglobenc.backends.shared.safe_division import GUARD
 from pyglobenc.hf import LayerTrace
 from pyglobenc.methods.relevance.rules import Rules

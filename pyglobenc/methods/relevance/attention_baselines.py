@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyglobenc.backends.reference.relevance_attention import probability_tiles
-from pyglobenc.backends.reference.token_norms import take_queries
+from pyglobenc.backends.shared.relevance_tiles import probability_tiles
+from pyglobenc.backends.shared.rows import take_queries
 from pyglobenc.hf import LayerTrace
 
 

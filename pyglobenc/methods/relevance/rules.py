@@ -1,9 +1,10 @@
 """The relevance rules with their options, over the ops; and the same steps under the LRP baseline's rules."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from pyglobenc.backends.reference.relevance_attention import relevance_attention as reference_attention
 from pyglobenc.backends.shared.safe_division import safe_divide
 from pyglobenc.hf import LayerTrace
 from pyglobenc.ops import add_relevance, clone_relevance, linear_relevance, relevance_attention, relevance_rollout_step
@@ -76,41 +77,20 @@ class Rules:
         return [t.transpose(1, 2).flatten(2) for t in parts], rolled
 
     def _attention(self, layer: LayerTrace, grad_o: Tensor | None, s: Tensor, roll: Tensor | None, normalize: bool) -> tuple:
-        return relevance_attention(
-            layer.q,
-            layer.k,
-            layer.v,
-            layer.lse,
-            grad_o,
-            s,
-            r=roll,
-            key_mask=layer.key_mask,
-            scaling=layer.scaling,
-            window=layer.window,
-            additive_mask=not layer.modules.pre_norm,
-            normalize=normalize,
-            stabilizer=self.stabilizer,
-            offsets=layer.offsets,
-            backend=self.backend,
-        )
+        settings = self.seen(layer) | dict(additive_mask=not layer.modules.pre_norm, normalize=normalize)
+        rules = dict(stabilizer=self.stabilizer, rescale=self.rescale, backend=self.backend)
+        return relevance_attention(layer.q, layer.k, layer.v, layer.lse, grad_o, s, r=roll, **settings, **rules)
+
+    @staticmethod
+    def seen(layer: LayerTrace) -> dict[str, Any]:
+        """Which keys a query of the layer sees, and the scale of its scores, as the ops take them."""
+        names = ("key_mask", "scaling", "window", "offsets")
+        return {name: getattr(layer, name) for name in names}
 
     def roll(self, layer: LayerTrace, grad_o: Tensor | None, s: Tensor, roll: Tensor, normalize: bool) -> Tensor:
         """The rollout step alone, (B, T, n)."""
-        return relevance_rollout_step(
-            roll,
-            layer.q,
-            layer.k,
-            layer.v,
-            layer.lse,
-            grad_o,
-            s,
-            key_mask=layer.key_mask,
-            scaling=layer.scaling,
-            window=layer.window,
-            normalize=normalize,
-            offsets=layer.offsets,
-            backend=self.backend,
-        )
+        tensors = (roll, layer.q, layer.k, layer.v, layer.lse, grad_o, s)
+        return relevance_rollout_step(*tensors, **self.seen(layer), normalize=normalize, backend=self.backend)
 
     def logit(self, x: Tensor, row: Tensor) -> Tensor:
         """Relevance of x (B, n, d) when one output <x, row> of each token has relevance 1; row (B, n, d)."""
@@ -131,25 +111,6 @@ class LrpRules(Rules):
             x, w = given.clamp(**bound), weight.clamp(**bound)
             out += x * (safe_divide(r, x @ w.T) @ w)
         return out
-
-    def _attention(self, layer: LayerTrace, grad_o: Tensor | None, s: Tensor, roll: Tensor | None, normalize: bool) -> tuple:
-        return reference_attention(
-            layer.q,
-            layer.k,
-            layer.v,
-            layer.lse,
-            grad_o,
-            s,
-            roll,
-            layer.key_mask,
-            layer.scaling,
-            layer.window,
-            not layer.modules.pre_norm,
-            normalize,
-            self.stabilizer,
-            layer.offsets,
-            rescale=False,
-        )
 
     def logit(self, x: Tensor, row: Tensor) -> Tensor:
         one = torch.ones_like(x[..., :1])

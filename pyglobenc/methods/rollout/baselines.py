@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyglobenc.backends.reference.rollout_step import rescale_rows
-from pyglobenc.backends.reference.token_norms import own_attention
+from pyglobenc.backends.shared.rows import own_attention, rescale_rows
 from pyglobenc.common.arguments import known_arguments
 from pyglobenc.common.autocast import outside_autocast
 from pyglobenc.hf import LayerTrace
@@ -150,7 +149,7 @@ class Rollout:
             return attention
         if self.method == "w-res":
             return self._measured(layer, attention)
-        half = self._half(layer, attention.gram[:, :, 0, 0])
+        half = self._half(layer, attention.inputs.gram[:, :, 0, 0])
         return ResidualMatrix(attention, half, None, half)
 
     @staticmethod
@@ -160,8 +159,8 @@ class Rollout:
 
     def _measured(self, layer: LayerTrace, attention: LayerMatrix) -> ResidualMatrix:
         ratio = self.ops.mixing_ratio(layer, deepest_stage(layer))
-        q, k, lse = (t.to(ratio.dtype) for t in (attention.q, attention.k, attention.lse))
-        own = own_attention(q, k, lse, layer.scaling, attention.score_mod).mean(1)
+        q, k, lse = (t.to(ratio.dtype) for t in (attention.inputs.q, attention.inputs.k, attention.inputs.lse))
+        own = own_attention(q, k, lse, layer.scaling, attention.inputs.score_mod).mean(1)
         others = 1 - own
         weight = torch.where(others > 0, ratio / others, torch.zeros_like(ratio))
         kept = 1 - ratio

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyglobenc.backends.reference.rollout_step import rescale_rows
+from pyglobenc.backends.shared.rows import rescale_rows
 from pyglobenc.methods.inputs import require_finite
 from pyglobenc.methods.rollout.layer_matrix import LayerMatrix
 

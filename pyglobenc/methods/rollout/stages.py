@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyglobenc.backends.reference.mixing_ratio import mixing_ratio as reference_mixing_ratio
+from pyglobenc.backends.inputs import PairInputs
 from pyglobenc.backends.reference.stage_map import stage_map
+from pyglobenc.backends.shared.masks import hidden_keys
 from pyglobenc.backends.shared.score_mods import to_dtype
 from pyglobenc.hf import LayerTrace
 from pyglobenc.hf.weights import parameter
-from pyglobenc.methods.rollout.layer_matrix import NormMatrix, check_score_mod
+from pyglobenc.methods.rollout.layer_matrix import NormMatrix
 from pyglobenc.ops import gram_kernels, head_gram, head_norms, mapped_square, mixing_ratio, norm_terms
 
 
@@ -138,8 +139,9 @@ class StageOps:
 
     def _matrix(self, layer: LayerTrace, gram, cross, residual_sq, rstd) -> NormMatrix:
         q, k, lse = layer.q.detach(), layer.k.detach(), layer.lse.detach()
-        settings = (layer.key_mask, layer.scaling, layer.window, self.backend, layer.score_mod, layer.offsets)
-        return NormMatrix(q, k, lse, gram, cross, residual_sq, rstd, *settings)
+        score_mod = None if layer.score_mod is None else to_dtype(layer.score_mod, gram.dtype)
+        seen = (layer.key_mask, layer.scaling, layer.window, layer.offsets, score_mod)
+        return NormMatrix(PairInputs(q, k, lse, gram, cross, residual_sq, rstd, *seen), self.backend)
 
     def head_maps(self, layer: LayerTrace) -> Tensor:
         """head_N: norm of every head's own weighted vector, (B, H, n, n)."""
@@ -162,20 +164,9 @@ class StageOps:
             everything = slice(0, q.shape[2])
             scores = layer.score_mod.bind(q, k)(scores, everything, torch.arange(q.shape[2], device=q.device)[None], everything)
         scores -= layer.lse.detach().to(dtype)[..., None]
-        hidden = self._hidden(layer)
+        everything = slice(0, q.shape[2])
+        hidden = hidden_keys(everything, everything, layer.window, layer.key_mask, q.device)
         return (scores if hidden is None else scores.masked_fill_(hidden, float("-inf"))).exp_()
-
-    @staticmethod
-    def _hidden(layer: LayerTrace) -> Tensor | None:
-        hidden, (left, right) = None, layer.window
-        if left >= 0 or right >= 0:
-            i = torch.arange(layer.q.shape[2], device=layer.q.device)
-            ahead = i[None, :] - i[:, None]
-            hidden = ((ahead < -left) & (left >= 0)) | ((ahead > right) & (right >= 0))
-        if layer.key_mask is not None:
-            padded = ~layer.key_mask[:, None, None, :]
-            hidden = padded if hidden is None else hidden | padded
-        return hidden
 
     def mixing_ratio(self, layer: LayerTrace, name: str) -> Tensor:
         """Mixing ratio of stage `name`, (B, n); 0 for padding."""
@@ -185,9 +176,7 @@ class StageOps:
         q, k, v, o, lse = (t.detach().to(dtype) for t in (layer.q, layer.k, layer.v, layer.o, layer.lse))
         mapped_x = stage_map(self._residual(layer).to(dtype), gammas) if stage.residual else None
         weight = stage_map(self._weight(layer), gammas)
-        if layer.score_mod is None:
-            ratio = mixing_ratio(q, k, v, o, lse, weight, mapped_x, scaling=layer.scaling, backend=self.backend)
-        else:
-            check_score_mod("mixing_ratio", self.backend)
-            ratio = reference_mixing_ratio(q, k, v, o, lse, weight, mapped_x, layer.scaling, to_dtype(layer.score_mod, dtype))
+        score_mod = None if layer.score_mod is None else to_dtype(layer.score_mod, dtype)
+        settings = dict(scaling=layer.scaling, score_mod=score_mod, backend=self.backend)
+        ratio = mixing_ratio(q, k, v, o, lse, weight, mapped_x, **settings)
         return ratio if layer.key_mask is None else ratio.masked_fill(~layer.key_mask, 0)

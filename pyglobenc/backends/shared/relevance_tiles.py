@@ -1,0 +1,74 @@
+"""Blocks of queries against all keys, for relevance through attention, and what is done with their sums."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyglobenc.backends.inputs import RelevanceInputs
+from pyglobenc.backends.shared.masks import outside_window
+from pyglobenc.backends.shared.rows import take_queries
+from pyglobenc.backends.shared.safe_division import safe_divide
+
+# Smaller blocks make slow GEMMs; larger ones no longer fit the cache.
+TILE_FLOATS = 1 << 18
+LEAST_QUERIES = 16
+
+def rescale_scores(r_q: Tensor, r_k: Tensor, total: Tensor, kept: Tensor) -> None:
+    """Multiply R_q and R_k (B, H, n, dh) by the factor c of the additive mask, in place.
+
+    This is the add rule with the mask as second branch. The mask's relevance is 0, since masked keys have alpha = 0. total and kept,
+    (B,) float64, are the sums of R_alpha before and after the rule.
+    """
+    factor = safe_divide(safe_divide(kept.abs(), kept.abs()) * total, kept).to(r_q.dtype).view(-1, 1, 1, 1)
+    r_q *= factor
+    r_k *= factor
+
+
+def roll_rows(r_out: Tensor, r: Tensor, tile: Any, row_sums: Tensor, normalize: bool) -> None:
+    """Add a tile's share of r (I + A) to r_out (B, T, n); with normalize each row of I + A is divided by its sum."""
+    weights = r[:, :, tile.rows]
+    if normalize:
+        weights = weights / (1 + row_sums)[:, None]
+    r_out += weights @ tile.weighted
+    r_out[:, :, tile.rows] += weights
+
+
+def of_queries(inputs: RelevanceInputs, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return q, lse, s and grad_o of the queries at positions (B, m); None: of all queries."""
+    given = (inputs.q, inputs.lse, inputs.s, inputs.grad_o)
+    return given if positions is None else tuple(None if t is None else take_queries(t, positions) for t in given)
+
+
+def probability_tiles(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    key_mask: Tensor | None,
+    scaling: float,
+    window: tuple[int, int],
+    positions: Tensor | None = None,
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield blocks of queries: their range, q . k and alpha, (B, H, I, n) each.
+
+    positions: (B, m), the query that each of the m rows of q is; None: row i is query i.
+    """
+    batch, heads, m, _ = q.shape
+    n = k.shape[2]
+    keys = k.transpose(2, 3)
+    hidden = None if key_mask is None else ~key_mask[:, None, None, :]
+    block = max(LEAST_QUERIES, TILE_FLOATS // max(1, batch * heads * n))
+    for start in range(0, m, block):
+        rows = slice(start, min(m, start + block))
+        dots = q[:, :, rows] @ keys
+        alpha = torch.mul(dots, scaling).sub_(lse[:, :, rows, None])
+        if max(window) >= 0:
+            i = torch.arange(rows.start, rows.stop, device=q.device)[None] if positions is None else positions[:, rows]
+            ahead = torch.arange(n, device=q.device) - i[..., None]
+            alpha.masked_fill_(outside_window(ahead, window)[:, None], float("-inf"))
+        alpha.exp_()
+        if hidden is not None:
+            # lse does not include the scores of masked keys, so their exponential may be infinite.
+            alpha.masked_fill_(hidden, 0)
+        yield rows, dots, alpha

@@ -1,0 +1,94 @@
+"""One entry for each op that has backends: arguments to try it with, and the operations that it can't do without.
+
+`pyglobenc doctor`, `pyglobenc bench`, the op benchmarks and the tests all read this table; a new op needs one entry here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one call on an encoder layer: B, H, n and dh; d = H * dh."""
+
+    batch: int
+    heads: int
+    n: int
+    dh: int
+
+    @property
+    def d(self) -> int:
+        """Width of the model."""
+        return self.heads * self.dh
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all examples."""
+        return self.batch * self.n
+
+    @property
+    def pairs(self) -> int:
+        """(query, key) pairs of all examples."""
+        return self.batch * self.n * self.n
+
+
+@dataclass(frozen=True)
+class OpEntry:
+    """What the table says of an op.
+
+    Attributes:
+        arguments: returns the op's positional arguments, taken from `pyglobenc.bench.example_inputs.tensors`.
+        multiply_adds: number of them in one call. Source: the formulas in `pyglobenc.backends.reference`, and in `pyglobenc.backends.cpu`
+            for a shorter way.
+        exponentials: whether every (query, key) pair takes one for each head.
+    """
+
+    arguments: Callable[[dict[str, Tensor]], list]
+    multiply_adds: Callable[[Shape], float]
+    exponentials: bool = False
+
+
+def _take(*names: str) -> Callable[[dict[str, Tensor]], list[Tensor]]:
+    return lambda tensors: [tensors[name] for name in names]
+
+
+def _pair_norms(s: Shape) -> float:
+    # the scores, and half of the symmetric form in G
+    return s.pairs * (s.d + s.heads * (s.heads + 1) // 2)
+
+
+_RELEVANCE = ("q", "k", "v", "lse", "grad_o", "s")
+
+OP_TABLE: dict[str, OpEntry] = {
+    "head_gram": OpEntry(
+        _take("v", "kernel", "x", "cross_kernel"),
+        # the symmetric half of G, and the product with the residual
+        lambda s: s.tokens * s.d * (s.d + s.dh) / 2 + s.tokens * s.d * s.d,
+    ),
+    "norm_terms": OpEntry(
+        lambda tensors: [tensors["v"], tensors["weight"].float(), tensors["x"], [tensors["gamma"]] * 2],
+        # the vectors, the symmetric half of G, and the products with the residual
+        lambda s: s.tokens * s.d * (s.d + s.heads * (s.heads + 1) / 2 + s.heads),
+    ),
+    "head_norms": OpEntry(
+        _take("v", "weight"),
+        # by the vectors, or by their quadratic forms and W_O W_O^T of every head
+        lambda s: min(s.tokens * s.d, (s.tokens + s.d) * s.dh) * s.d,
+    ),
+    "token_norms": OpEntry(_take("q", "k", "lse", "gram"), _pair_norms, True),
+    "rollout_step": OpEntry(_take("r", "log_scale", "q", "k", "lse", "gram"), _pair_norms, True),
+    "mapped_square": OpEntry(lambda tensors: [tensors["x"], [tensors["gamma"]] * 2], lambda s: 0),
+    "mixing_ratio": OpEntry(_take("q", "k", "v", "o", "lse", "weight"), lambda s: s.tokens * s.d * s.d),
+    "relevance_attention": OpEntry(_take(*_RELEVANCE), lambda s: 9 * s.pairs * s.d, True),
+    "relevance_maps": OpEntry(_take(*_RELEVANCE), lambda s: 3 * s.pairs * s.d, True),
+    "relevance_rollout_step": OpEntry(_take("r", *_RELEVANCE), lambda s: 3 * s.pairs * s.d, True),
+    "add_relevance": OpEntry(_take("relevance", "x", "y"), lambda s: 0),
+    "clone_relevance": OpEntry(lambda tensors: [[tensors["relevance"], tensors["y"]], tensors["x"]], lambda s: 0),
+    "linear_relevance": OpEntry(
+        lambda tensors: [tensors["relevance"], tensors["x"], tensors["weight"].flatten(0, 1)],
+        # with the product of the forward pass, which a call of the op alone has to make
+        lambda s: 4 * s.tokens * s.d * s.d,
+    ),
+}

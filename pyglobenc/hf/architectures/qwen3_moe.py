@@ -1,0 +1,29 @@
+"""Qwen 3 MoE: the attention of Qwen 3, and a mixture of experts in place of the MLP."""
+
+from torch import nn
+
+from pyglobenc.hf.trace.layers import LayerModules
+
+MODEL_TYPES = ("qwen3_moe",)
+DECODER = True
+
+
+def layers(base: nn.Module) -> list[LayerModules]:
+    """Return the modules of every layer, first to last; base is the model without its head."""
+    return [
+        LayerModules(
+            block=layer,
+            attention=layer.self_attn,
+            query=layer.self_attn.q_proj,
+            key=layer.self_attn.k_proj,
+            value=layer.self_attn.v_proj,
+            output=layer.self_attn.o_proj,
+            attention_norm=layer.input_layernorm,
+            intermediate=None,
+            # The experts' outputs are added inside the block.
+            mlp_output=layer.mlp,
+            output_norm=layer.post_attention_layernorm,
+            pre_norm=True,
+        )
+        for layer in base.layers
+    ]

@@ -1,0 +1,88 @@
+"""Makes and checks the arguments that several ops share; each error names the op, what it expects and what came."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyglobenc.backends.inputs import Inputs, PairInputs, RelevanceInputs
+from pyglobenc.common.deferred import check_range
+from pyglobenc.ops._checks import check_floats, check_heads, check_mask, check_offsets, check_shape, check_window
+
+
+def pair_inputs(op: str, **arguments: Any) -> PairInputs:
+    """Check the arguments of an op over pairs, fields of `PairInputs`; scaling may be None for dh ** -0.5.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes that don't fit.
+    """
+    inputs, sizes = _made(PairInputs, arguments), {}
+    check_shape(op, "q", inputs.q, "B H n dh", sizes)
+    check_shape(op, "k", inputs.k, "B Hkv n dh", sizes)
+    check_heads(op, sizes["H"], sizes["Hkv"])
+    check_shape(op, "lse", inputs.lse, "B H n", sizes)
+    check_shape(op, "gram", inputs.gram, "B n H H", sizes)
+    check_shape(op, "cross", inputs.cross, "B n H", sizes)
+    for name in ("residual_sq", "rstd"):
+        check_shape(op, name, getattr(inputs, name), "B n", sizes)
+    _check_seen(op, inputs, sizes)
+    check_floats(op, q=inputs.q, k=inputs.k)
+    check_floats(op, gram=inputs.gram, cross=inputs.cross, residual_sq=inputs.residual_sq, rstd=inputs.rstd)
+    check_floats(op, lse=inputs.lse)
+    if (inputs.cross is None) != (inputs.residual_sq is None):
+        raise ValueError(f"{op}: cross and residual_sq must be given together")
+    return inputs
+
+
+def relevance_inputs(op: str, **arguments: Any) -> RelevanceInputs:
+    """Check the arguments of a relevance op of attention, fields of `RelevanceInputs`; scaling may be None for dh ** -0.5.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes that don't fit.
+    """
+    inputs, sizes = _made(RelevanceInputs, arguments), {}
+    q, lse = inputs.q, inputs.lse
+    for name in ("q", "k", "v", "grad_o", "s"):
+        check_shape(op, name, getattr(inputs, name), "B H n dh", sizes)
+    check_shape(op, "lse", lse, "B H n", sizes)
+    _check_seen(op, inputs, sizes)
+    check_floats(op, q=q, k=inputs.k, v=inputs.v, grad_o=inputs.grad_o, s=inputs.s)
+    check_floats(op, lse=lse)
+    if q.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{op}: q must be float32 or float64, got {q.dtype}")
+    return inputs if lse.dtype == q.dtype else inputs.replace(lse=lse.to(q.dtype))
+
+
+def check_rows(op: str, rows: Tensor | None, q: Tensor) -> None:
+    """Check which queries are computed: rows (B, T) int64 in [0, n), or None; q is (B, H, n, dh)."""
+    if rows is None:
+        return
+    check_shape(op, "rows", rows, "B T", {"B": q.shape[0]})
+    if rows.dtype != torch.int64:
+        raise TypeError(f"{op}: rows must be int64, got {rows.dtype}")
+    check_range(op, "rows", rows, q.shape[2])
+
+
+def check_rollout(op: str, r: Tensor, like: Tensor, inputs: Inputs, log_scale: Tensor | None = None) -> None:
+    """Check rows of a rollout r (B, T, n), of the dtype of `like`, and their log_scale (B, T), of packed sequences (S, T)."""
+    sizes = {"B": inputs.q.shape[0], "n": inputs.q.shape[2]}
+    check_shape(op, "r", r, "B T n", sizes)
+    if inputs.offsets is not None:
+        sizes["S"] = len(inputs.offsets) - 1
+    check_shape(op, "log_scale", log_scale, "B T" if inputs.offsets is None else "S T", sizes)
+    check_floats(op, r=r, like=like)
+
+
+def _made(kind: type[Inputs], arguments: dict[str, Any]) -> Inputs:
+    if arguments["scaling"] is None:
+        q = arguments["q"]
+        # a q of another rank is refused by its shape
+        arguments["scaling"] = q.shape[-1] ** -0.5 if q.dim() and q.shape[-1] else 1.0
+    arguments["scaling"] = float(arguments["scaling"])
+    return kind(**arguments)
+
+
+def _check_seen(op: str, inputs: Inputs, sizes: dict[str, int]) -> None:
+    check_mask(op, inputs.key_mask, sizes)
+    check_window(op, inputs.window)
+    check_offsets(op, inputs.offsets, inputs.key_mask, sizes)
