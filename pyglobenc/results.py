@@ -12,6 +12,7 @@ import numpy as np
 from pyglobenc._version import __version__
 from pyglobenc.common.files import check_apart, one_line, write_file
 from pyglobenc.common.result_fields import DTYPES, check_fields, is_index, is_number, shown
+from pyglobenc.viz.units import Unit
 
 FORMAT = "pyglobenc.attribution"
 # 2 added predictions and sentence pairs
@@ -25,17 +26,6 @@ DERIVED = ("words", "dtype")
 ADDED = ("predictions", "text_pair", "parts")
 # fields that are lists of pairs, which JSON knows as lists of lists
 PAIRS = ("offsets", "windows", "predictions")
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A token, or the tokens of one word merged, as pictures show it."""
-
-    text: str  # as the text has it, where the tokenizer says where it stands
-    before: str  # white space between it and the unit before
-    score: float  # sum of its tokens' scores
-    special: bool
-    positions: tuple[int, ...]  # of its tokens, ascending
 
 
 @dataclass(eq=False)

@@ -25,7 +25,7 @@ from pyglobenc.methods.packing import check_packable
 from pyglobenc.methods.registry import find_method
 
 if TYPE_CHECKING:
-    from pyglobenc.explain import Options
+    from pyglobenc.inputs.options import Options
 
 # ends of the names of models whose logits are not of classes of the whole text
 OTHER_HEADS = ("TokenClassification", "QuestionAnswering", "MultipleChoice", "MaskedLM", "CausalLM", "LMHeadModel")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from pyglobenc.common.characters import printable
-from pyglobenc.results import Attribution, Unit
+from pyglobenc.viz.units import Scored, Unit
 
 RGB = tuple[int, int, int]
 
@@ -49,7 +49,7 @@ def top_units(units: Sequence[Unit], count: int) -> list[Unit]:
     return sorted((unit for unit in units if not unit.special), key=lambda unit: -abs(unit.score))[:count]
 
 
-def remainder(attribution: Attribution, limit: int = 200) -> str:
+def remainder(attribution: Scored, limit: int = 200) -> str:
     """Beginning of the text that truncation left out; empty where nothing was or where it isn't known."""
     if not attribution.cut or attribution.offsets is None or attribution.text_pair is not None:
         return ""
@@ -58,7 +58,7 @@ def remainder(attribution: Attribution, limit: int = 200) -> str:
     return rest if len(rest) <= limit else rest[:limit] + "..."
 
 
-def _predicted(attribution: Attribution) -> str:
+def _predicted(attribution: Scored) -> str:
     """What a classifier predicts: labels with their probabilities, or a regression's outputs."""
     named = [(name, f"{number:.4g}") for name, number in attribution.predictions]
     if attribution.label is not None:
@@ -66,7 +66,7 @@ def _predicted(attribution: Attribution) -> str:
     return ", ".join(f"{name} ({number})" for name, number in named)
 
 
-def caption(attribution: Attribution) -> list[tuple[str, str]]:
+def caption(attribution: Scored) -> list[tuple[str, str]]:
     """What a reader must know beside the colours, as names and values."""
     kind = "target class" if attribution.target_kind == "class" else "target"
     name = attribution.target_name if attribution.target_kind == "mean" else f"{attribution.target_name} ({attribution.target})"

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from html import escape
 
 from pyglobenc.common.characters import printable
-from pyglobenc.results import Attribution, Unit
 from pyglobenc.viz.common import RGB, caption, color, ink, remainder, scale_of, top_units
+from pyglobenc.viz.units import Scored, Unit
 
 TOP = 10
 
@@ -35,7 +35,7 @@ STYLE = """
 """
 
 
-def page(attributions: Sequence[Attribution], merge_words: bool | None = None) -> str:
+def page(attributions: Sequence[Scored], merge_words: bool | None = None) -> str:
     """A whole page of one or more attributions; merge_words as in `Attribution.units`."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -44,19 +44,19 @@ def page(attributions: Sequence[Attribution], merge_words: bool | None = None) -
     )
 
 
-def fragment(attributions: Sequence[Attribution], merge_words: bool | None = None, heading: str = "") -> str:
+def fragment(attributions: Sequence[Scored], merge_words: bool | None = None, heading: str = "") -> str:
     """What goes into a page or a notebook: the style, and a section for each attribution."""
     sections = "".join(_section(attribution, attribution.units(merge_words)) for attribution in attributions)
     return f'<style>{STYLE}</style>\n<div class="globenc">\n{heading}\n{sections}</div>\n'
 
 
-def _section(attribution: Attribution, units: Sequence[Unit]) -> str:
+def _section(attribution: Scored, units: Sequence[Unit]) -> str:
     scale = scale_of(units)
     parts = (_caption(attribution), _text(attribution, units, scale), _legend(units, scale), _tables(attribution, units, scale))
     return f"<section>\n{''.join(parts)}</section>\n"
 
 
-def _caption(attribution: Attribution) -> str:
+def _caption(attribution: Scored) -> str:
     pairs = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in caption(attribution))
     return f"<dl>{pairs}</dl>\n"
 
@@ -65,7 +65,7 @@ def _hex(rgb: RGB) -> str:
     return "#{:02x}{:02x}{:02x}".format(*rgb)
 
 
-def _text(attribution: Attribution, units: Sequence[Unit], scale: float) -> str:
+def _text(attribution: Scored, units: Sequence[Unit], scale: float) -> str:
     spans = []
     for unit in units:
         background = color(unit.score / scale)
@@ -79,11 +79,11 @@ def _text(attribution: Attribution, units: Sequence[Unit], scale: float) -> str:
     return f'<p class="text" dir="auto">{"".join(spans)}{cut}</p>\n'
 
 
-def _is_target(attribution: Attribution, unit: Unit) -> bool:
+def _is_target(attribution: Scored, unit: Unit) -> bool:
     return attribution.target_kind == "token" and attribution.target in unit.positions
 
 
-def _tooltip(attribution: Attribution, unit: Unit) -> str:
+def _tooltip(attribution: Scored, unit: Unit) -> str:
     """Score, and every token by name, position and score."""
     pieces = [f"{printable(attribution.tokens[i])} at {i}: {attribution.scores[i]:.6g}" for i in unit.positions]
     head = "special token" if unit.special else "word" if len(pieces) > 1 else "token"
@@ -99,7 +99,7 @@ def _legend(units: Sequence[Unit], scale: float) -> str:
     return f'<p class="legend"><span>{low:.4g}</span>{bar}<span>{scale:.4g}, the largest score of the text</span><span>{marks}</span></p>\n'
 
 
-def _tables(attribution: Attribution, units: Sequence[Unit], scale: float) -> str:
+def _tables(attribution: Scored, units: Sequence[Unit], scale: float) -> str:
     top = "".join(_bar_row(unit, scale) for unit in top_units(units, TOP))
     rows = "".join(
         f'<tr><td class="number">{i}</td><td>{escape(printable(token))}</td><td class="number">{score:.6g}</td></tr>\n'

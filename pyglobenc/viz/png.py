@@ -16,8 +16,8 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.transforms import IdentityTransform
 
 from pyglobenc.common.characters import printable
-from pyglobenc.results import Attribution, Unit
 from pyglobenc.viz.common import DARK, RGB, caption, color, ink, remainder, scale_of
+from pyglobenc.viz.units import Scored, Unit
 
 log = logging.getLogger("pyglobenc")
 
@@ -52,7 +52,7 @@ class Piece:
     width: float = 0.0
 
 
-def picture(attributions: Sequence[Attribution], merge_words: bool | None = None) -> bytes:
+def picture(attributions: Sequence[Scored], merge_words: bool | None = None) -> bytes:
     """A PNG file of one or more attributions, one above the other.
 
     Args:
@@ -79,13 +79,13 @@ def picture(attributions: Sequence[Attribution], merge_words: bool | None = None
         return _draw(placed, legends, round(y - GAP))
 
 
-def _caption(attribution: Attribution) -> Iterator[Piece]:
+def _caption(attribution: Scored) -> Iterator[Piece]:
     for index, (name, value) in enumerate(caption(attribution)):
         yield Piece(name, "   " if index else "", SMALL, GREY)
         yield Piece(value, " ", SMALL)
 
 
-def _text(attribution: Attribution, units: Sequence[Unit], scale: float) -> Iterator[Piece]:
+def _text(attribution: Scored, units: Sequence[Unit], scale: float) -> Iterator[Piece]:
     for unit in units:
         fill = color(unit.score / scale)
         is_target = attribution.target_kind == "token" and attribution.target in unit.positions
@@ -145,7 +145,7 @@ def _advance(char: str, size: int) -> float:
     return 1.0 if unicodedata.category(char) in NARROW else max(1.0, _width(char, size))
 
 
-def _least_height(attributions: Sequence[Attribution], merge_words: bool | None) -> float:
+def _least_height(attributions: Sequence[Scored], merge_words: bool | None) -> float:
     """A height that the picture will surely have, from the widths of characters alone."""
     least = 0.0
     for attribution in attributions:

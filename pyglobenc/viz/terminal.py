@@ -7,15 +7,15 @@ from rich.style import Style
 from rich.text import Text
 
 from pyglobenc.common.characters import printable
-from pyglobenc.results import Attribution, Unit
 from pyglobenc.viz.common import RAMPS, RGB, caption, color, ink, remainder, scale_of, top_units
+from pyglobenc.viz.units import Scored, Unit
 
 TOP = 8
 BAR = 24
 LEGEND_STEPS = 9
 
 
-def show(attributions: Sequence[Attribution], merge_words: bool | None = None, console: Console | None = None) -> None:
+def show(attributions: Sequence[Scored], merge_words: bool | None = None, console: Console | None = None) -> None:
     """Print every attribution: its caption, coloured text, and the tokens or words that count most, with numbers.
 
     Args:
@@ -34,7 +34,7 @@ def show(attributions: Sequence[Attribution], merge_words: bool | None = None, c
             console.print(_legend(scale_of(attribution.units(merge_words))))
 
 
-def picture(attribution: Attribution, merge_words: bool | None = None, ascii_only: bool = False) -> RenderableType:
+def picture(attribution: Scored, merge_words: bool | None = None, ascii_only: bool = False) -> RenderableType:
     """The picture of one attribution; merge_words as in `Attribution.units`, ascii_only for terminals without Unicode."""
     units = attribution.units(merge_words)
     scale = scale_of(units)
@@ -50,14 +50,14 @@ def _style(background: RGB, **more: bool) -> Style:
     return Style(color=_hex(ink(background)), bgcolor=_hex(background), **more)
 
 
-def _heading(attribution: Attribution) -> Text:
+def _heading(attribution: Scored) -> Text:
     out = Text()
     for index, (name, value) in enumerate(caption(attribution)):
         out.append("   " if index else "").append(f"{name} ", style="dim").append(value, style="bold")
     return out
 
 
-def _colored(attribution: Attribution, units: Sequence[Unit], scale: float) -> Text:
+def _colored(attribution: Scored, units: Sequence[Unit], scale: float) -> Text:
     out = Text()
     for unit in units:
         is_target = attribution.target_kind == "token" and attribution.target in unit.positions

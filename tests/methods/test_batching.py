@@ -7,9 +7,9 @@ from published import Float64Throughout
 from tiny import classifier, tokenizer
 
 from pyglobenc import GlobEnc
-from pyglobenc.explain import Options
 from pyglobenc.inputs.batches import Runner
 from pyglobenc.inputs.batching import SHARE, available_bytes, fitting_batch, in_batches, out_of_memory
+from pyglobenc.inputs.options import Options
 from pyglobenc.inputs.windows import encode
 from pyglobenc.methods.memory import estimate_memory
 

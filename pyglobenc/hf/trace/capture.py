@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pyglobenc.backends.shared.launch import HALF
 from pyglobenc.common.arguments import known_arguments
 from pyglobenc.hf.registry import find_layers
 from pyglobenc.hf.trace.attention import NAME, RECORDERS, Recorder

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from pyglobenc.common.files import check_apart
-from pyglobenc.explain import Options
 from pyglobenc.inputs.batches import Runner, check_target, longest
+from pyglobenc.inputs.options import Options
 from pyglobenc.inputs.windows import MOST_CHARACTERS, Encoded, encode, most_characters
 from pyglobenc.scale.corpus.records import Record, Source, digest
 from pyglobenc.scale.corpus.shards import MISSING, Part, locked, look_at_shard, rejected_path, remove_temporary, shard_path, write_shard
