@@ -20,8 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.epilog = (
         "Share: the time that an op's operations and bytes take at the ceilings, over the time it took; above 100% where its data "
-        "stays in a cache, which is faster than the memory that the copy measures. The table of the fastest "
-        "backends that it leaves, where PYGLOBENC_TABLE says or in the user's cache folder, is what backend=auto goes by from then on."
+        "stays in a cache, which is faster than the memory that the copy measures. With --save, "
+        "backend=auto goes by these measurements from then on. They are written to the path in PYGLOBENC_TABLE, or to the user's "
+        "cache folder."
     )
     parser.add_argument("--n", type=positive, default=512, help="tokens; the model's shape is BERT-base's (default 512)")
     parser.add_argument("--op", action="append", metavar="OP", help="measure this op alone; may be given several times")
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=threads, help="of torch (default: all)")
     parser.add_argument("--csv", metavar="FILE", help="write the measurements to a CSV file")
     parser.add_argument("--png", metavar="FILE", help="write the roofline picture to a PNG file")
-    parser.add_argument("--no-table", action="store_true", help="leave the table of the fastest backends as it is")
+    parser.add_argument("--save", action="store_true", help="let backend=auto go by these measurements from now on")
     parser.add_argument("--quiet", action="store_true", help="print no progress")
 
 
@@ -67,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("bench: no backend of these ops runs here; `pyglobenc doctor` tells why")
     _show(rows, ceilings)
     _write(options, rows)
-    if not options.no_table:
+    if options.save:
         _save(rows, device.type)
     return 0
 

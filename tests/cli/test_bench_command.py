@@ -35,7 +35,9 @@ def table(tmp_path, monkeypatch):
 def test_command(table, tmp_path, capsys):
     files = ["--csv", str(tmp_path / "a.csv"), "--png", str(tmp_path / "a.png")]
     ops = ["--op", "rollout_step", "--op", "head_gram", "--op", "add_relevance"]
-    assert main(["bench", "--n", "32", "--seconds", "0.005", "--quiet", *ops, *files]) == 0
+    measured = ["bench", "--n", "32", "--seconds", "0.005", "--quiet", *ops, *files]
+    assert main(measured) == 0 and not table.exists()
+    assert main([*measured, "--save"]) == 0
     printed = capsys.readouterr().out
     with open(tmp_path / "a.csv", newline="") as file:
         rows = list(csv.DictReader(file))
