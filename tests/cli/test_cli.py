@@ -1,5 +1,4 @@
 import functools
-import io
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from command_line import FULL, Input
 from tiny import classifier, minilm, tokenizer
 
 import pyglobenc
@@ -25,7 +25,6 @@ from pyglobenc.inputs.batches import Runner
 from pyglobenc.methods.registry import METHODS
 from pyglobenc.models import pretrained
 
-FULL = "/dev/full"
 LONG = "film " * 60
 
 
@@ -36,17 +35,6 @@ def model(tmp_path_factory):
     classifier().save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return str(folder)
-
-
-class Input(io.TextIOWrapper):
-    """Standard input that holds some bytes, a terminal if it holds none."""
-
-    def __init__(self, data):
-        super().__init__(io.BytesIO(data or b""))
-        self.terminal = data is None
-
-    def isatty(self):
-        return self.terminal
 
 
 @pytest.fixture

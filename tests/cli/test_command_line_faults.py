@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from test_cli import FULL, Input
+from command_line import FULL, Input
 from tiny import classifier, tokenizer
 
 from pyglobenc.cli import bench, doctor

@@ -23,7 +23,7 @@ from test_kernels_rules import (  # noqa: F401
 )
 
 from pyglobenc.backends.cuda import _extension
-from pyglobenc.backends.cuda.linear_relevance import linear_relevance as launch
+from pyglobenc.backends.cuda.linear_relevance import run as launch
 from pyglobenc.ops import add_relevance, clone_relevance, linear_relevance
 
 

@@ -8,10 +8,10 @@ import peft
 import pytest
 import torch
 import transformers
+from command_line import Input
 from models import SMALL, randomize
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_cli import Input
 from tiny import classifier, minilm, tokenizer
 from transformers import BertConfig, GPT2Config, GPT2LMHeadModel
 

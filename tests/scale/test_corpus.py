@@ -25,7 +25,7 @@ from pyglobenc.methods.memory import estimate_memory
 from pyglobenc.scale.corpus import job, manifest, records, shards
 from pyglobenc.scale.corpus.records import Record, open_source
 
-FAULTS = Path(__file__).parent / "corpus_faults.py"
+FAULTS = Path(__file__).parents[1] / "support" / "corpus_faults.py"
 KILLS = Path(__file__).parents[2] / "benchmarks" / "corpus_kills.py"
 TEXTS = ["a good film", "the deep", "good good good film film the deep", "", "deep " * 60, "a", "the film, good!", "b c", "no\ud800", "x"]
 BAD = {3: "empty text", 4: "tokens and at most 40 fit", 8: "not UTF-8"}
@@ -423,7 +423,7 @@ def test_dry_run_changes_nothing(corpus, tmp_path, minilm_is_tiny, capsys):
 
 @pytest.mark.slow
 def test_killed_at_random_moments(tmp_path):
-    """Real SIGKILLs of whole processes; tests/corpus_faults.py has those at every write."""
+    """Real SIGKILLs of whole processes; tests/support/corpus_faults.py has those at every write."""
     tiny.classifier().save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "corpus.txt").write_text("".join(f"the film {'good ' * (i % 20)}\n" for i in range(400)) + "\n")

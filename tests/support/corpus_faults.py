@@ -1,6 +1,6 @@
 """Corpus jobs killed at every write, two at once, and without room on the disk; each is compared with an undisturbed one.
 
-    PYTHONPATH=tests python tests/corpus_faults.py FOLDER
+    PYTHONPATH=tests/support python tests/support/corpus_faults.py FOLDER
 
 Children are forked from a process that has everything imported, so a run takes a fraction of a second.
 """
