@@ -28,7 +28,7 @@ from setuptools.errors import CompileError
 
 CPU, CUDA = Path("csrc/cpu"), Path("csrc/cuda")
 OPS = (
-    "token_norms",
+    "pair_norms",
     "rollout_step",
     "head_gram",
     "norm_terms",

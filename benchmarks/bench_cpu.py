@@ -17,7 +17,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from pyglobenc import GlobEnc, TransformerAttribution, capture
-from pyglobenc.ops import head_gram, rollout_step, token_norms
+from pyglobenc.ops import head_gram, rollout_step, pair_norms
 
 DEVICE = torch.device("cpu")
 BASE = dict(max_position_embeddings=4096)
@@ -110,7 +110,7 @@ def bench_gemm(benchmark):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("n", [128, 512, 2048])
-@pytest.mark.parametrize("op", ["rollout_step", "token_norms", "head_gram"])
+@pytest.mark.parametrize("op", ["rollout_step", "pair_norms", "head_gram"])
 def bench_kernel(benchmark, op, n, shape):
     H, dh = SHAPES[shape]
     q, k, v = (torch.randn(1, n, H, dh).transpose(1, 2) for _ in range(3))
@@ -121,7 +121,7 @@ def bench_kernel(benchmark, op, n, shape):
     pairs = n * n * (2 * H * dh + H * (H + 1))
     calls = {
         "rollout_step": (lambda: rollout_step(r, log_scale, q, k, lse, gram, backend="cpu"), pairs),
-        "token_norms": (lambda: token_norms(q, k, lse, gram, backend="cpu"), pairs),
+        "pair_norms": (lambda: pair_norms(q, k, lse, gram, backend="cpu"), pairs),
         "head_gram": (lambda: head_gram(v, kernel, backend="cpu"), n * H * (H + 1) * dh * dh),
     }
     report(benchmark, *calls[op])

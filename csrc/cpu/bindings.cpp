@@ -75,7 +75,7 @@ static void use(const std::string& name) {
 static PairArgs pair_args(const py::tuple& given, int threads) {
     PairArgs args;
     View* const views[] = {&args.q,           &args.k,    &args.lse,      &args.gram, &args.cross,
-                           &args.residual_sq, &args.rstd, &args.key_mask, &args.rows, &args.offsets};
+                           &args.residual_sq, &args.rstd, &args.key_mask, &args.rows, &args.cu_seqlens};
     for (size_t index = 0; index < 10; ++index) *views[index] = view(given[index]);
     args.scaling = given[10].cast<float>();
     const py::tuple window = given[11];
@@ -85,11 +85,11 @@ static PairArgs pair_args(const py::tuple& given, int threads) {
     return args;
 }
 
-static void token_norms(const py::tuple& given, const py::object& out, int threads) {
+static void pair_norms(const py::tuple& given, const py::object& out, int threads) {
     const PairArgs args = pair_args(given, threads);
     const View to = view(out);
     py::gil_scoped_release nogil;
-    in_use->token_norms(args, to);
+    in_use->pair_norms(args, to);
 }
 
 static void rollout_step(const py::tuple& given, const py::object& r, const py::object& out, int threads) {
@@ -190,7 +190,7 @@ PYBIND11_MODULE(_cpu, m) {
     }, "Those of this build that this machine has, fastest first.");
     m.def("instruction_set", [] { return in_use->name; }, "The one in use.");
     m.def("use", use, "Use the instruction set of this name.");
-    m.def("token_norms", token_norms);
+    m.def("pair_norms", pair_norms);
     m.def("rollout_step", rollout_step);
     m.def("head_gram", head_gram);
     m.def("norm_terms", norm_terms);

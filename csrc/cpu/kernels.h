@@ -8,7 +8,7 @@
 
 namespace pyglobenc {
 
-// Arguments that token_norms and rollout_step share; see PairInputs in pyglobenc/backends/inputs.py.
+// Arguments that pair_norms and rollout_step share; see PairInputs in pyglobenc/backends/inputs.py.
 struct PairArgs {
     View q;            // [B, H, n, dh] f32, f16 or bf16
     View k;            // [B, Hkv, n, dh] the type of q
@@ -19,7 +19,7 @@ struct PairArgs {
     View rstd;         // [B, n] or none
     View key_mask;     // [B, n] u8 or none
     View rows;         // [B, T] i64 or none
-    View offsets;      // [S + 1] i64 or none; S sequences, packed into the one example of the batch
+    View cu_seqlens;      // [S + 1] i64 or none; S sequences, packed into the one example of the batch
     float scaling = 1;
     int64_t left = -1, right = -1;
     int threads = 1;
@@ -43,7 +43,7 @@ struct RelevanceTile {
 struct Kernels {
     const char* name;
     bool (*supported)();
-    void (*token_norms)(const PairArgs& args, const View& out);                    // out [B, T or n, n]
+    void (*pair_norms)(const PairArgs& args, const View& out);                    // out [B, T or n, n]
     void (*rollout_step)(const PairArgs& args, const View& r, const View& out);    // r, out [B, T, n]
     void (*head_gram)(const View& v, const View& kernel, const View& x, const View& cross_kernel, const View& gram, const View& cross,
                       int threads);

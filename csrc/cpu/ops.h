@@ -6,7 +6,7 @@
 namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
-void token_norms(const PairArgs& args, const View& out);
+void pair_norms(const PairArgs& args, const View& out);
 void rollout_step(const PairArgs& args, const View& r, const View& out);
 void head_gram(const View& v, const View& kernel, const View& x, const View& cross_kernel, const View& gram, const View& cross,
                int threads);

@@ -31,7 +31,7 @@ struct Tokens {
 
     explicit Tokens(const PairArgs& args) : memory(size(args)), batch(examples(args)) {
         const int64_t n = args.q.shape[2], m = args.rows ? args.rows.shape[1] : n;
-        const int64_t* ends = static_cast<const int64_t*>(args.offsets.data);
+        const int64_t* ends = static_cast<const int64_t*>(args.cu_seqlens.data);
         int32_t* next = memory.as<int32_t>(batch * sizeof(Example));
         for (int64_t index = 0; index < batch; ++index) {
             Example& e = example(index);
@@ -64,7 +64,7 @@ struct Tokens {
         return !args.key_mask || static_cast<const uint8_t*>(args.key_mask.data)[at(args.key_mask, b, j)];
     }
 
-    static int64_t examples(const PairArgs& args) { return args.offsets ? args.offsets.shape[0] - 1 : args.q.shape[0]; }
+    static int64_t examples(const PairArgs& args) { return args.cu_seqlens ? args.cu_seqlens.shape[0] - 1 : args.q.shape[0]; }
 
     static int64_t size(const PairArgs& args) {
         const int64_t m = args.rows ? args.rows.shape[1] : 0, batch = args.q.shape[0];

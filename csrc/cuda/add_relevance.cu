@@ -12,7 +12,7 @@ namespace pyglobenc {
 namespace {
 
 constexpr int ADD_THREADS = 256;
-constexpr int ADD_MOST_BLOCKS = ADD_THREADS;  // blocks an example: enough to fill a GPU, and few enough that one block reads all sums at once
+constexpr int ADD_MAX_BLOCKS = ADD_THREADS;  // blocks an example: enough to fill a GPU, and few enough that one block reads all sums at once
 constexpr int TILE = 4 * ADD_THREADS;         // elements that a block takes at once
 
 // The part of an example that one block computes.
@@ -23,12 +23,12 @@ struct Share {
 };
 
 BOTH int tiles_of(int64_t size) { return int((size + TILE - 1) / TILE); }
-BOTH int blocks_of(int tiles) { return tiles < ADD_MOST_BLOCKS ? tiles : ADD_MOST_BLOCKS; }
+BOTH int blocks_of(int tiles) { return tiles < ADD_MAX_BLOCKS ? tiles : ADD_MAX_BLOCKS; }
 
 DEVICE Share share_of(const AddArgs& args, int most_blocks) {
     const int example = block() / most_blocks, index = block() % most_blocks;
-    const int64_t first = (args.offsets ? args.offsets[example] : example) * args.width;
-    const int64_t end = (args.offsets ? args.offsets[example + 1] : example + 1) * args.width;
+    const int64_t first = (args.cu_seqlens ? args.cu_seqlens[example] : example) * args.width;
+    const int64_t end = (args.cu_seqlens ? args.cu_seqlens[example + 1] : example + 1) * args.width;
     const int tiles = tiles_of(end - first), blocks = blocks_of(tiles), each = (tiles + blocks - 1) / blocks * TILE;
     const int64_t from = first + int64_t(index) * each, to = from + each;
     // An example has at most one block more than the tiles that begin in it.

@@ -15,7 +15,7 @@ KERNEL(CLONE_THREADS) clone_relevance_kernel(CloneParts parts,  // each [size]
     if (at >= size) return;
     Four total = load_four(parts.each[0], at, size);
     UNROLL
-    for (int k = 1; k < CloneParts::MOST; ++k) {
+    for (int k = 1; k < CloneParts::MAX_COUNT; ++k) {
         if (k >= parts.count) break;
         const Four part = load_four(parts.each[k], at, size);
         UNROLL

@@ -12,7 +12,7 @@ template <void (*RUN)(const PairArgs&, bool, void*)>
 void bind_pair_op(const pybind11::tuple& tensors, float scaling, int left, int right, int shares, bool exact, uintptr_t stream) {
     PairArgs p;
     View* const views[] = {&p.q,    &p.k, &p.lse,     &p.gram,      &p.cross, &p.residual_sq, &p.rstd, &p.key_mask,
-                           &p.rows, &p.r, &p.offsets, &p.log_scale, &p.out,   &p.out_scale,   &p.room};
+                           &p.rows, &p.r, &p.cu_seqlens, &p.log_scale, &p.out,   &p.out_scale,   &p.room};
     for (size_t index = 0; index < tensors.size(); ++index) *views[index] = view(tensors[index]);
     p.scaling = scaling;
     p.left = left;
@@ -48,14 +48,14 @@ void bind_value_op(const pybind11::tuple& tensors, bool exact, uintptr_t stream)
 inline void bind_mapped_square(const pybind11::object& x, const pybind11::list& gammas, int width, const pybind11::object& out,
                                uintptr_t stream) {
     SquareArgs p = {view(x), {}, int(gammas.size()), width, static_cast<float*>(view(out).data)};
-    if (p.count > SquareArgs::MOST) throw pybind11::value_error("too many gammas");
+    if (p.count > SquareArgs::MAX_COUNT) throw pybind11::value_error("too many gammas");
     for (int k = 0; k < p.count; ++k) p.gammas[k] = static_cast<const float*>(view(gammas[k]).data);
     mapped_square(p, reinterpret_cast<void*>(stream));
 }
 
 inline void bind_globenc(pybind11::module_& m) {
     m.def("rollout_step", bind_pair_op<rollout_step>);
-    m.def("token_norms", bind_pair_op<token_norms>);
+    m.def("pair_norms", bind_pair_op<pair_norms>);
     m.def("head_gram", bind_value_op<head_gram>);
     m.def("head_norms", bind_value_op<head_norms>);
     m.def("mapped_square", bind_mapped_square);

@@ -10,10 +10,10 @@ namespace {
 
 // Number of blocks that a multiprocessor holds. Without this, ptxas spills registers on sm_80 to fit four blocks in half precision.
 template <class V>
-constexpr int LEAST_BLOCKS = sizeof(V) == 2 ? 2 : 0;
+constexpr int MIN_BLOCKS = sizeof(V) == 2 ? 2 : 0;
 
 template <class T, class V>
-KERNEL(VALUE_THREADS, LEAST_BLOCKS<V>) head_gram_kernel(ValueArgs p) {
+KERNEL(VALUE_THREADS, MIN_BLOCKS<V>) head_gram_kernel(ValueArgs p) {
     const Tokens<V> tokens(p);
     const int h = tokens.head, d = p.head_dim;
     const float* matrix = static_cast<const float*>(p.matrix.data) + int64_t(h) * d * p.heads * d;

@@ -43,11 +43,11 @@ struct Row {
 };
 
 // Returns four numbers of a row, from column `at`, after the first `passed` maps. Past the end of the row they are 0, since the gammas are.
-DEVICE Four mapped(const SquareArgs& p, const Piece& four, int at, const float (&means)[SquareArgs::MOST], int passed) {
+DEVICE Four mapped(const SquareArgs& p, const Piece& four, int at, const float (&means)[SquareArgs::MAX_COUNT], int passed) {
     Four out;
     for (int e = 0; e < 4; ++e) out.x[e] = from_bits(four.word[e]);
     UNROLL
-    for (int k = 0; k < SquareArgs::MOST; ++k) {
+    for (int k = 0; k < SquareArgs::MAX_COUNT; ++k) {
         if (k >= passed) break;
         const Piece gamma = load_four(p.gammas[k] + at);
         for (int e = 0; e < 4; ++e) out.x[e] = (out.x[e] - means[k]) * from_bits(gamma.word[e]);
@@ -60,9 +60,9 @@ KERNEL(SQUARE_THREADS) mapped_square_kernel(SquareArgs p) {
     const int64_t n = p.x.shape[1], i = int64_t(block()) * (SQUARE_THREADS / 32) + warp();
     if (i >= p.x.shape[0] * n) return;
     const Row<V> row(static_cast<const V*>(p.x.data) + i / n * p.x.stride[0] + i % n * p.x.stride[1], p.width);
-    float means[SquareArgs::MOST] = {};
+    float means[SquareArgs::MAX_COUNT] = {};
     UNROLL
-    for (int k = 0; k < SquareArgs::MOST; ++k) {
+    for (int k = 0; k < SquareArgs::MAX_COUNT; ++k) {
         if (k == p.count) break;
         means[k] = row.sum([&](const Piece& four, int at) {
             const Four m = mapped(p, four, at, means, k);

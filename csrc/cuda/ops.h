@@ -18,7 +18,7 @@ int processors();
 
 // See pyglobenc/ops. exact: float32 products keep float32's digits.
 void rollout_step(const PairArgs& args, bool exact, void* stream);
-void token_norms(const PairArgs& args, bool exact, void* stream);
+void pair_norms(const PairArgs& args, bool exact, void* stream);
 void head_gram(const ValueArgs& args, bool exact, void* stream);
 void head_norms(const ValueArgs& args, bool exact, void* stream);
 void mapped_square(const SquareArgs& args, void* stream);

@@ -1,4 +1,4 @@
-// The kernel of rollout_step and token_norms: see pair_tile.h.
+// The kernel of rollout_step and pair_norms: see pair_tile.h.
 #pragma once
 
 #include "pair_form.h"

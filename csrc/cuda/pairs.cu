@@ -1,4 +1,4 @@
-// Work before the kernel of rollout_step and token_norms: choosing its tile and packing the quadratic forms.
+// Work before the kernel of rollout_step and pair_norms: choosing its tile and packing the quadratic forms.
 #include "pairs.h"
 
 #include <stdexcept>
@@ -27,13 +27,13 @@ DEVICE void fill_query(const PairArgs& p, int b, int row) {
 
 // Returns the first token, and the last + 1, of the sequence that a token lies in.
 DEVICE void fill_span(const PairArgs& p, int token) {
-    int low = 0, high = int(p.offsets.shape[0]) - 1;
+    int low = 0, high = int(p.cu_seqlens.shape[0]) - 1;
     while (high - low > 1) {
         const int middle = (low + high) / 2;
-        (element<int>(p.offsets, middle) > token ? high : low) = middle;
+        (element<int>(p.cu_seqlens, middle) > token ? high : low) = middle;
     }
-    p.spans[token] = element<int>(p.offsets, low);
-    p.spans[p.n + token] = element<int>(p.offsets, high);
+    p.spans[token] = element<int>(p.cu_seqlens, low);
+    p.spans[p.n + token] = element<int>(p.cu_seqlens, high);
 }
 
 // Packs coefficient e of each key (G[h][g] + G[g][h] for h < g, G[h][h], else 0) and the queries, divided among the blocks.
@@ -94,7 +94,7 @@ PairRoom choose_room(int64_t batch, int heads, int64_t n, int64_t n_queries, int
 
 PairArgs prepared(PairArgs p, void* stream) {
     if (!p.tile.groups) throw std::runtime_error("no tile of this many heads fits the device's shared memory");
-    if (p.shares > MOST_SHARES) throw std::runtime_error("the queries in more shares than are added up");
+    if (p.shares > MAX_SHARES) throw std::runtime_error("the queries in more shares than are added up");
     const int padded = form_heads(int(p.q.shape[1])), size = p.q.type == Type::f32 ? 4 : 2;
     p.n = int(p.k.shape[2]);
     p.heads = int(p.q.shape[1]);
@@ -116,11 +116,11 @@ PairArgs prepared(PairArgs p, void* stream) {
     p.row_blocks = p.r ? (p.n_rows + MAX_ROWS - 1) / MAX_ROWS : 1;
     p.form_size = form_size(p.heads);
     p.lines = p.r ? p.n_rows : 1;
-    const PairRoom room = choose_room(p.q.shape[0], p.heads, p.n, p.n_queries, p.n_rows, p.shares, bool(p.offsets));
+    const PairRoom room = choose_room(p.q.shape[0], p.heads, p.n, p.n_queries, p.n_rows, p.shares, bool(p.cu_seqlens));
     if (p.room.shape[0] < room.size) throw std::runtime_error("too little scratch memory");
     p.packed = static_cast<float*>(p.room.data);
     p.queries = reinterpret_cast<Weighted*>(p.packed + room.queries);
-    p.spans = p.offsets ? reinterpret_cast<int*>(p.packed + room.spans) : nullptr;
+    p.spans = p.cu_seqlens ? reinterpret_cast<int*>(p.packed + room.spans) : nullptr;
     // A single share is summed directly in the result.
     p.parts = p.shares > 1 ? p.packed + room.parts : static_cast<float*>(p.out.data);
     launch(pack_kernel, p.key_blocks * p.q.shape[0], 256, 0, stream, p, padded);

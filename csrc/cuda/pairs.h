@@ -1,4 +1,4 @@
-// What rollout_step and token_norms share; pair_tile.h describes the kernel.
+// What rollout_step and pair_norms share; pair_tile.h describes the kernel.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@ namespace pyglobenc {
 constexpr int KEYS = 32;       // keys that a group of warps holds, one a lane
 constexpr int MAX_ROWS = 4;    // rows of the rollout that a pass handles; more rows take more passes
 constexpr int MAX_HEADS = 64;
-constexpr int MOST_SHARES = 16;  // largest number of parts that the queries are divided into
+constexpr int MAX_SHARES = 16;  // largest number of parts that the queries are divided into
 constexpr int THREADS = 256;  // largest block, so that each thread may have 255 registers, half of them for coefficients
 
 // How a block is divided into groups, and the layout of a group's shared memory in bytes.
@@ -38,16 +38,16 @@ struct PairArgs {
     View residual_sq;  // [B, n] or none
     View rstd;         // [B, n] or none
     View key_mask;     // [B, n] u8 or none
-    View rows;         // [B, m] i64, the queries of token_norms, or none: all
-    View r;            // [B, T, n], or none for token_norms
-    View offsets;      // [S + 1] i32, where each of the sequences packed into one begins, and n, or none
-    View log_scale;    // [B, T], of packed sequences [S, T], contiguous, or none for token_norms
-    View out;          // rollout_step [B, T, n], token_norms [B, m, n]
+    View rows;         // [B, m] i64, the queries of pair_norms, or none: all
+    View r;            // [B, T, n], or none for pair_norms
+    View cu_seqlens;      // [S + 1] i32, where each of the sequences packed into one begins, and n, or none
+    View log_scale;    // [B, T], of packed sequences [S, T], contiguous, or none for pair_norms
+    View out;          // rollout_step [B, T, n], pair_norms [B, m, n]
     View out_scale;    // as log_scale
     View room;         // [size] as choose_room says
     float scaling = 1;
     int left = 0, right = 0;  // at most n
-    int shares = 1;           // parts that the queries are divided into, up to MOST_SHARES
+    int shares = 1;           // parts that the queries are divided into, up to MAX_SHARES
     PairTile tile;
 
     // filled in by prepared()
@@ -55,9 +55,9 @@ struct PairArgs {
     Weighted* queries = nullptr;  // [B, lines, m or n]
     int* spans = nullptr;         // [2, n], first and last + 1 token of each key's sequence, or null
     float* parts = nullptr;       // [shares, B, T, n]
-    int lines = 1;                // rows of weights of the queries: T, or 1 for token_norms
+    int lines = 1;                // rows of weights of the queries: T, or 1 for pair_norms
     int n = 0, heads = 0, group = 0;         // tokens, heads, heads that share a key-value head
-    int n_queries = 0, n_rows = 0;           // m or n; T, or 0 for token_norms
+    int n_queries = 0, n_rows = 0;           // m or n; T, or 0 for pair_norms
     int steps = 0;                           // of 4 pieces of 16 bytes, one a lane of a quad, in a row of q or k
     int64_t q_step[3] = {}, k_step[3] = {};  // strides in bytes
     int q_head = 0, k_head = 0, lse_head = 0;  // strides of heads
@@ -78,7 +78,7 @@ struct PairRoom {
     int64_t queries = 0, spans = 0, parts = 0, size = 0;
 };
 
-// rows: T, or 0 for token_norms; n_queries: m or n.
+// rows: T, or 0 for pair_norms; n_queries: m or n.
 PairRoom choose_room(int64_t batch, int heads, int64_t n, int64_t n_queries, int64_t rows, int shares, bool packed_sequences);
 
 // Returns the arguments with their derived fields; starts filling packed, queries and spans.

@@ -8,8 +8,8 @@
 namespace pyglobenc {
 
 struct CloneParts {
-    static constexpr int MOST = 4;
-    const float* each[MOST];
+    static constexpr int MAX_COUNT = 4;
+    const float* each[MAX_COUNT];
     int count;
 };
 
@@ -19,7 +19,7 @@ struct AddArgs {
     const float* r;      // [tokens, width]
     const float* a;      // [tokens, width]
     const float* b;      // [tokens, width]
-    const int* offsets;  // [examples + 1], where each one's tokens begin, and their number; null: an example is one token
+    const int* cu_seqlens;  // [examples + 1], where each one's tokens begin, and their number; null: an example is one token
     double* sums;        // [add_relevance_parts, 3]: of R_a, R_b and R
     float* r_a;          // [tokens, width]
     float* r_b;          // [tokens, width]
@@ -72,8 +72,8 @@ struct RelevanceArgs {
     View lse;       // [B, H, n]
     View key_mask;  // [B, n] bool, or null
     View rows;      // [B, m] int64, or null: the queries of a map
-    View w;         // [B, T, n], T <= MOST_ROWS, or null: rows of the rollout
-    View offsets;   // [S + 1] int32, where each of the sequences packed into one begins, and n, or null
+    View w;         // [B, T, n], T <= MAX_STEP_ROWS, or null: rows of the rollout
+    View cu_seqlens;   // [S + 1] int32, where each of the sequences packed into one begins, and n, or null
     float* r_q;     // [B, H, n, dh], as are r_k and r_v; null: no relevance
     float* r_k;
     float* r_v;
@@ -85,7 +85,7 @@ struct RelevanceArgs {
     bool additive;
     int examples, longest;  // B and n, or S and the tokens of the longest of these
 
-    static constexpr int MOST_ROWS = 8;
+    static constexpr int MAX_STEP_ROWS = 8;
 };
 
 // Returns the bytes of shared memory that every kernel needs at least.

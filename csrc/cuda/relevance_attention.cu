@@ -19,7 +19,7 @@ struct Pass {
 
     static int bytes(int head_dim, int warps) {
         const int held = HELD_TENSORS * WARP_ROWS * warps, places = WARP_ROWS * warps + 2 * STREAM;
-        const int w = ROWS ? 0 : 2 * RelevanceArgs::MOST_ROWS * W_STRIDE;
+        const int w = ROWS ? 0 : 2 * RelevanceArgs::MAX_STEP_ROWS * W_STRIDE;
         const int floats = (held + STREAM_ROWS) * row_stride(head_dim) + 2 * places + w;
         return 4 * floats + 2 * 3 * STREAM_ROWS * row_stride(head_dim);
     }
@@ -38,8 +38,8 @@ struct Pass {
         const int example = block() / of_head / heads % args.examples;
         // A slice of 64 covers a whole head.
         slice = SLICE > 64 ? block() / of_head / heads / args.examples * SLICE : 0;
-        if (args.offsets.data) {
-            const int* const ends = static_cast<const int*>(args.offsets.data) + example;
+        if (args.cu_seqlens.data) {
+            const int* const ends = static_cast<const int*>(args.cu_seqlens.data) + example;
             head.first = ends[0];
             head.last = ends[1];
         } else {
@@ -59,8 +59,8 @@ struct Pass {
     DEVICE int n() const { return int(head.args.k.shape[2]); }
     DEVICE int own() const { return WARP_ROWS * (threads() / 32); }
     DEVICE Place* places(int stage) const { return held.places + own() + stage * STREAM; }
-    // [MOST_ROWS, STREAM], rows W_STRIDE apart
-    DEVICE float* w(int stage) const { return reinterpret_cast<float*>(places(2)) + stage * RelevanceArgs::MOST_ROWS * W_STRIDE; }
+    // [MAX_STEP_ROWS, STREAM], rows W_STRIDE apart
+    DEVICE float* w(int stage) const { return reinterpret_cast<float*>(places(2)) + stage * RelevanceArgs::MAX_STEP_ROWS * W_STRIDE; }
 
     DEVICE void fetch(int stage, int first) const {
         fill<!ROWS>({raw, STREAM * parts.stride, places(stage)}, head, STREAM, [&](int at) { return first + at; });
@@ -71,7 +71,7 @@ struct Pass {
     DEVICE void fetch_w(int stage, int first) const {
         const View& from = head.args.w;
         if (!from.data) return;
-        for (int at = thread(); at < RelevanceArgs::MOST_ROWS * STREAM; at += threads()) {
+        for (int at = thread(); at < RelevanceArgs::MAX_STEP_ROWS * STREAM; at += threads()) {
             const int t = at / STREAM, i = first + at % STREAM;
             const bool ok = t < from.shape[1] && i < head.last;
             const int64_t offset = ok ? head.b * from.stride[0] + t * from.stride[1] + i * from.stride[2] : 0;
@@ -150,7 +150,7 @@ DEVICE T sum_of_row(T x) {
 }
 
 template <int SLICE>
-KERNEL(32 * MOST_WARPS, BLOCKS_AT_ONCE) relevance_rows_kernel(CONSTANT RelevanceArgs args) {
+KERNEL(32 * MAX_WARPS, BLOCKS_AT_ONCE) relevance_rows_kernel(CONSTANT RelevanceArgs args) {
     using Rows = Pass<true, SLICE>;
     Rows pass(args);
     if (pass.idle()) return;
@@ -198,7 +198,7 @@ KERNEL(32 * MOST_WARPS, BLOCKS_AT_ONCE) relevance_rows_kernel(CONSTANT Relevance
 }
 
 template <int SLICE>
-KERNEL(32 * MOST_WARPS, BLOCKS_AT_ONCE) relevance_columns_kernel(CONSTANT RelevanceArgs args) {
+KERNEL(32 * MAX_WARPS, BLOCKS_AT_ONCE) relevance_columns_kernel(CONSTANT RelevanceArgs args) {
     using Columns = Pass<false, SLICE>;
     Columns pass(args);
     if (pass.idle()) return;

@@ -21,7 +21,7 @@ inline void* stream_of(uintptr_t stream) { return reinterpret_cast<void*>(stream
 
 inline void bind_clone(const pybind11::list& parts, const pybind11::object& x, const pybind11::object& out, uintptr_t stream) {
     CloneParts given = {{}, int(parts.size())};
-    if (given.count > CloneParts::MOST) throw pybind11::value_error("too many parts");
+    if (given.count > CloneParts::MAX_COUNT) throw pybind11::value_error("too many parts");
     for (int k = 0; k < given.count; ++k) given.each[k] = data_of(parts[k]);
     clone_relevance(given, data_of(x), data_of(out), count_of(x), stream_of(stream));
 }
@@ -51,7 +51,7 @@ inline void bind_product(const pybind11::tuple& common, const pybind11::tuple& o
 inline RelevanceArgs relevance_args(const pybind11::tuple& tensors, const pybind11::tuple& outputs, float scaling, float stabilizer,
                                     int left, int right, bool additive, int longest) {
     RelevanceArgs args = {};
-    View* const views[] = {&args.q, &args.k, &args.v, &args.s, &args.grad, &args.lse, &args.key_mask, &args.rows, &args.w, &args.offsets};
+    View* const views[] = {&args.q, &args.k, &args.v, &args.s, &args.grad, &args.lse, &args.key_mask, &args.rows, &args.w, &args.cu_seqlens};
     for (size_t index = 0; index < tensors.size(); ++index) *views[index] = view(tensors[index]);
     float** const floats[] = {&args.r_q, &args.r_k, &args.r_v, &args.step, &args.map};
     for (size_t index = 0; index < 5; ++index) *floats[index] = data_of(outputs[index]);
@@ -61,7 +61,7 @@ inline RelevanceArgs relevance_args(const pybind11::tuple& tensors, const pybind
     args.left = left;
     args.right = right;
     args.additive = additive;
-    args.examples = int(args.offsets ? args.offsets.shape[0] - 1 : args.k.shape[0]);
+    args.examples = int(args.cu_seqlens ? args.cu_seqlens.shape[0] - 1 : args.k.shape[0]);
     args.longest = longest;
     return args;
 }
@@ -83,7 +83,7 @@ inline void bind_relevance(pybind11::module_& m) {
     m.def("relevance_columns", bind_pairs<relevance_columns>);
     m.def("relevance_maps", bind_pairs<relevance_maps>);
     m.def("relevance_shared", relevance_shared, "Shared memory that these three need for a head size, in bytes.");
-    m.attr("MOST_ROWS") = int(RelevanceArgs::MOST_ROWS);
+    m.attr("MAX_STEP_ROWS") = int(RelevanceArgs::MAX_STEP_ROWS);
 }
 
 }  // namespace pyglobenc

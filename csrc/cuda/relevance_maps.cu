@@ -14,7 +14,7 @@ static int map_bytes(int head_dim, int warps) {
 }
 
 template <int TILES>
-KERNEL(32 * MOST_WARPS, BLOCKS_AT_ONCE) relevance_maps_kernel(CONSTANT RelevanceArgs args) {
+KERNEL(32 * MAX_WARPS, BLOCKS_AT_ONCE) relevance_maps_kernel(CONSTANT RelevanceArgs args) {
     constexpr int KEYS = 8 * TILES;
     const int n = int(args.k.shape[2]);
     Head head = {args, 0, 0, 0, n};

@@ -31,7 +31,7 @@ namespace pyglobenc {
 namespace {
 
 constexpr int WARP_ROWS = 16;
-constexpr int MOST_WARPS = 4;
+constexpr int MAX_WARPS = 4;
 // Number of blocks of a multiprocessor. Without this, ptxas spills a few registers to fit a third block.
 constexpr int BLOCKS_AT_ONCE = 2;
 
@@ -279,7 +279,7 @@ DEVICE bool any_pair(const Place* held, const Place* stream) {
 
 // Returns the largest number of warps whose rows, bytes(head_dim, warps), fit into a block's shared memory.
 inline int warps_that_fit(int (*bytes)(int, int), int head_dim) {
-    for (int warps = MOST_WARPS; warps; warps /= 2)
+    for (int warps = MAX_WARPS; warps; warps /= 2)
         if (bytes(head_dim, warps) <= shared_limit()) return warps;
     throw std::runtime_error("CUDA: heads of " + std::to_string(head_dim) + " don't fit into shared memory");
 }

@@ -18,19 +18,19 @@ DEVICE float largest_of_warp(float x) {
 
 // Returns the sum over the shares, which lie `step` apart, in a fixed order. All loads start before the first addition.
 DEVICE float total(const float* parts, int shares, int64_t step) {
-    float each[MOST_SHARES], sum = *parts;
+    float each[MAX_SHARES], sum = *parts;
     UNROLL
-    for (int share = 1; share < MOST_SHARES; ++share) each[share] = share < shares ? parts[share * step] : 0.0f;
+    for (int share = 1; share < MAX_SHARES; ++share) each[share] = share < shares ? parts[share * step] : 0.0f;
     UNROLL
-    for (int share = 1; share < MOST_SHARES; ++share) sum += each[share];
+    for (int share = 1; share < MAX_SHARES; ++share) sum += each[share];
     return sum;
 }
 
 // A block scales one row of an example or packed sequence, like rescale_rows of pyglobenc/backends/shared/rows.py.
 KERNEL(FINISH_THREADS) finish_kernel(PairArgs p) {
     const int of = block() / p.n_rows, t = block() % p.n_rows;
-    const int first = p.offsets.data ? element<int>(p.offsets, of) : 0, last = p.offsets.data ? element<int>(p.offsets, of + 1) : p.n;
-    const int64_t row = (int64_t(p.offsets.data ? 0 : of) * p.n_rows + t) * p.n, whole = p.q.shape[0] * p.n_rows * p.n;
+    const int first = p.cu_seqlens.data ? element<int>(p.cu_seqlens, of) : 0, last = p.cu_seqlens.data ? element<int>(p.cu_seqlens, of + 1) : p.n;
+    const int64_t row = (int64_t(p.cu_seqlens.data ? 0 : of) * p.n_rows + t) * p.n, whole = p.q.shape[0] * p.n_rows * p.n;
     float* const out = static_cast<float*>(p.out.data) + row;
     float* const tops = reinterpret_cast<float*>(shared());
     float top = 0;
@@ -54,9 +54,9 @@ KERNEL(FINISH_THREADS) finish_kernel(PairArgs p) {
 void rollout_step(const PairArgs& args, bool exact, void* stream) {
     const PairArgs p = prepared(args, stream);
     run_pairs<true>(p, exact, stream);
-    const int64_t rows = p.n_rows * (p.offsets ? p.offsets.shape[0] - 1 : p.q.shape[0]);
+    const int64_t rows = p.n_rows * (p.cu_seqlens ? p.cu_seqlens.shape[0] - 1 : p.q.shape[0]);
     // Most packed sequences are shorter than a block of 256.
-    const int threads = (p.offsets && p.n > 256 ? 256 : p.n < FINISH_THREADS ? p.n + 31 : FINISH_THREADS) / 32 * 32;
+    const int threads = (p.cu_seqlens && p.n > 256 ? 256 : p.n < FINISH_THREADS ? p.n + 31 : FINISH_THREADS) / 32 * 32;
     launch(finish_kernel, rows, threads, FINISH_THREADS / 32 * 4, stream, p);
 }
 

@@ -21,9 +21,9 @@ struct ValueArgs {
 };
 
 struct SquareArgs {
-    static constexpr int MOST = 2;
+    static constexpr int MAX_COUNT = 2;
     View x;                     // [B, n, d] f32, f16 or bf16, rows of whole, aligned pieces of 16 bytes
-    const float* gammas[MOST];  // [d], as rows of x; zeros past d
+    const float* gammas[MAX_COUNT];  // [d], as rows of x; zeros past d
     int count;                  // of gammas
     int width;                  // d
     float* out;                 // [B, n]

@@ -99,14 +99,14 @@ def device_reasons(tensors: dict[str, Tensor | None]) -> list[str]:
 
 
 @triton.jit
-def example(OFFSETS, number, n, PACKED: tl.constexpr):
+def example(CU_SEQLENS, number, n, PACKED: tl.constexpr):
     """Return the example of the batch, its first token and its number of tokens.
 
     Of packed sequences the example is 0, and the tokens are those of sequence `number`.
     """
     if PACKED:
-        first = tl.load(OFFSETS + number)
-        return 0, first.to(tl.int64), tl.load(OFFSETS + number + 1) - first
+        first = tl.load(CU_SEQLENS + number)
+        return 0, first.to(tl.int64), tl.load(CU_SEQLENS + number + 1) - first
     else:
         return number.to(tl.int64), 0, n
 

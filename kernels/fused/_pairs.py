@@ -1,4 +1,4 @@
-"""Tiles of the norms of decomposed vectors, all heads at once: what `token_norms` and `rollout_step` share.
+"""Tiles of the norms of decomposed vectors, all heads at once: what `pair_norms` and `rollout_step` share.
 
     norm[i, j]^2 = a^T G[j] a + (i == j) (2 a . c[i] + residual_sq[i]),   a = alpha[:, i, j] = exp(scaling q[:, i] . k[:, j] - lse[:, i])
 
@@ -132,7 +132,7 @@ def own_term(
 
 
 @triton.jit
-def pair_norms(
+def tile_norms(
     Q, K, LSE, stride_qh, stride_qn, stride_kh, stride_kn, stride_lh, stride_ln, heads, head_ok, group, i, i_ok, j, j_ok, k_held, gram,
     own, scaling, left, right, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HELD: tl.constexpr, HAS_OWN: tl.constexpr,
     HAS_WINDOW: tl.constexpr, SCORES: tl.constexpr, FORM: tl.constexpr, UPCAST: tl.constexpr,

@@ -17,7 +17,7 @@ from pyglobenc.kernels._device import COUNTS, example, on
 from pyglobenc.kernels._division import float32_reasons, safe_divide, safe_divide_rn
 
 BLOCK = 2048
-MOST_BLOCKS = 256  # blocks an example: enough to fill a GPU, and few enough that one program adds up their sums
+MAX_BLOCKS = 256  # blocks an example: enough to fill a GPU, and few enough that one program adds up their sums
 
 
 @triton.jit
@@ -35,12 +35,12 @@ def _add_relevance_sums_kernel(
     R,  # (batch, size)
     A,  # (batch, size)
     B,  # (batch, size)
-    OFFSETS,  # (S + 1,): where each of the sequences packed into one begins, and n; size is then a token's, batch S
+    CU_SEQLENS,  # (S + 1,): where each of the sequences packed into one begins, and n; size is then a token's, batch S
     SUMS,  # (batch, 3, blocks) float64: of R_a, R_b and R
     stabilizer, size, per_block, blocks, PACKED: tl.constexpr, STABILIZED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     block, number = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
-    b, first, count = example(OFFSETS, number, 1, PACKED)
+    b, first, count = example(CU_SEQLENS, number, 1, PACKED)
     base, size = (b + first) * size, count * tl.cast(size, tl.int64)
     sum_a = tl.zeros((BLOCK,), tl.float64)
     sum_b = tl.zeros((BLOCK,), tl.float64)
@@ -63,7 +63,7 @@ def _add_relevance_kernel(
     R,  # (batch, size)
     A,  # (batch, size)
     B,  # (batch, size)
-    OFFSETS,  # (S + 1,): where each of the sequences packed into one begins, and n; size is then a token's, batch S
+    CU_SEQLENS,  # (S + 1,): where each of the sequences packed into one begins, and n; size is then a token's, batch S
     SUMS,  # (batch, 3, blocks) float64
     R_A,  # (batch, size)
     R_B,  # (batch, size)
@@ -71,7 +71,7 @@ def _add_relevance_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     block, number = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
-    b, first, count = example(OFFSETS, number, 1, PACKED)
+    b, first, count = example(CU_SEQLENS, number, 1, PACKED)
     base, size = (b + first) * size, count * tl.cast(size, tl.int64)
     low = block.to(tl.int64) * per_block
     if PACKED and low >= size:
@@ -97,34 +97,34 @@ def _add_relevance_kernel(
 
 
 def why_not(
-    r: Tensor, a: Tensor, b: Tensor, stabilizer: float = 0.0, rescale: bool = True, offsets: Tensor | None = None
+    r: Tensor, a: Tensor, b: Tensor, stabilizer: float = 0.0, rescale: bool = True, cu_seqlens: Tensor | None = None
 ) -> list[str]:
     """Return why the kernel can't run on these arguments; empty if it can."""
     return float32_reasons(r=r, a=a, b=b)
 
 
 def run(
-    r: Tensor, a: Tensor, b: Tensor, stabilizer: float = 0.0, rescale: bool = True, offsets: Tensor | None = None
+    r: Tensor, a: Tensor, b: Tensor, stabilizer: float = 0.0, rescale: bool = True, cu_seqlens: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `pyglobenc.ops.add_relevance`: -> R_a, R_b (B, n, d)."""
     r_a, r_b = (torch.empty_like(r, memory_format=torch.contiguous_format) for _ in range(2))
     if r.numel() == 0:
         return r_a, r_b
     # Sequences need separate treatment only for their sums.
-    packed = rescale and offsets is not None
-    examples, size = (len(offsets) - 1, r.shape[2]) if packed else (r.shape[0], r[0].numel())
-    offsets, longest = on_device(offsets, r.device) if packed else (None, 1)
+    packed = rescale and cu_seqlens is not None
+    examples, size = (len(cu_seqlens) - 1, r.shape[2]) if packed else (r.shape[0], r[0].numel())
+    cu_seqlens, longest = on_device(cu_seqlens, r.device) if packed else (None, 1)
     tiles = -(-longest * size // BLOCK)
-    blocks = min(MOST_BLOCKS, tiles)
+    blocks = min(MAX_BLOCKS, tiles)
     per_block = -(-tiles // blocks) * BLOCK
     sums = torch.empty(examples, 3, blocks, dtype=torch.float64, device=r.device)
-    given = (r.contiguous(), a.contiguous(), b.contiguous(), offsets, sums)
+    given = (r.contiguous(), a.contiguous(), b.contiguous(), cu_seqlens, sums)
     sizes = (stabilizer, size, per_block, blocks)
     flags = dict(PACKED=packed, STABILIZED=stabilizer != 0, BLOCK=BLOCK, num_warps=8)
     with on(r.device):
         if rescale:
             _add_relevance_sums_kernel[(examples * blocks,)](*given, *sizes, **flags)
         _add_relevance_kernel[(examples * blocks,)](
-            *given, r_a, r_b, *sizes, RESCALE=rescale, BLOCKS=MOST_BLOCKS, **flags
+            *given, r_a, r_b, *sizes, RESCALE=rescale, BLOCKS=MAX_BLOCKS, **flags
         )
     return r_a, r_b

@@ -14,7 +14,7 @@ from pyglobenc.kernels._device import on
 from pyglobenc.kernels._division import float32_reasons, safe_divide_rn
 
 BLOCK = 4096
-MOST_PARTS = 4
+MAX_PARTS = 4
 
 
 @triton.jit
@@ -43,8 +43,8 @@ def _clone_relevance_kernel(
 def why_not(parts: Sequence[Tensor], x: Tensor) -> list[str]:
     """Return why the kernel can't run on these arguments; empty if it can."""
     reasons = float32_reasons(x=x, **{f"parts[{index}]": part for index, part in enumerate(parts)})
-    if len(parts) > MOST_PARTS:
-        reasons.append(f"takes up to {MOST_PARTS} parts, got {len(parts)}")
+    if len(parts) > MAX_PARTS:
+        reasons.append(f"takes up to {MAX_PARTS} parts, got {len(parts)}")
     return reasons
 
 
@@ -54,7 +54,7 @@ def run(parts: Sequence[Tensor], x: Tensor) -> Tensor:
     if x.numel() == 0:
         return out
     given = [part.contiguous() for part in parts]
-    given += [given[0]] * (MOST_PARTS - len(given))
+    given += [given[0]] * (MAX_PARTS - len(given))
     with on(x.device):
         _clone_relevance_kernel[(-(-x.numel() // BLOCK),)](
             *given, x.contiguous(), out, x.numel(), COUNT=len(parts), BLOCK=BLOCK, num_warps=8

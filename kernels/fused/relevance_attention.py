@@ -36,9 +36,9 @@ def _shares_of_scores(relevance, dots, scaling, stabilizer, ADDITIVE: tl.constex
 
 
 @triton.jit
-def _one_head(OFFSETS, head, n_heads, n, PACKED: tl.constexpr):
+def _one_head(CU_SEQLENS, head, n_heads, n, PACKED: tl.constexpr):
     """Return `example` for a program, its head within the example, and the head's index in the results."""
-    b, first, n_own = example(OFFSETS, head // n_heads, n, PACKED)
+    b, first, n_own = example(CU_SEQLENS, head // n_heads, n, PACKED)
     h = head % n_heads
     if PACKED:
         head = h
@@ -54,7 +54,7 @@ def _relevance_rows_kernel(
     GRAD,  # (B, H, n, dh)
     LSE,  # (B, H, n)
     MASK,  # (B, n)
-    OFFSETS,  # (S + 1,): where each of the sequences packed into one begins, and n
+    CU_SEQLENS,  # (S + 1,): where each of the sequences packed into one begins, and n
     R_Q,  # (B, H, n, dh)
     SUMS,  # (1, B, H, n) float64: of A_h's rows; with an additive mask (3, B, H, n), also of R_alpha's and R''s
     scaling, stabilizer, n, n_heads, left, right, blocks, total_rows,
@@ -65,7 +65,7 @@ def _relevance_rows_kernel(
     STABILIZED: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     block, head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    b, first, n_own, h, head = _one_head(OFFSETS, head, n_heads, n, PACKED)
+    b, first, n_own, h, head = _one_head(CU_SEQLENS, head, n_heads, n, PACKED)
     if PACKED and block * BLOCK_I >= n_own:
         return
     Q += b * stride_qb + h * stride_qh + first * stride_qn
@@ -127,7 +127,7 @@ def _relevance_columns_kernel(
     GRAD,  # (B, H, n, dh)
     LSE,  # (B, H, n)
     MASK,  # (B, n)
-    OFFSETS,  # (S + 1,): where each of the sequences packed into one begins, and n
+    CU_SEQLENS,  # (S + 1,): where each of the sequences packed into one begins, and n
     W,  # (B, T, n): rows of the rollout, divided by the sums if they are to be
     R_K,  # (B, H, n, dh)
     R_V,  # (B, H, n, dh)
@@ -140,7 +140,7 @@ def _relevance_columns_kernel(
     ADDITIVE: tl.constexpr, STABILIZED: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     block, head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    b, first, n_own, h, head = _one_head(OFFSETS, head, n_heads, n, PACKED)
+    b, first, n_own, h, head = _one_head(CU_SEQLENS, head, n_heads, n, PACKED)
     if PACKED and block * BLOCK_J >= n_own:
         return
     Q += b * stride_qb + h * stride_qh + first * stride_qn
@@ -198,17 +198,17 @@ class TritonPasses(Passes):
         """Launch one program for each head and block; sizes and more follow the common sizes and strides."""
         given = self.inputs
         _, heads, n, head_dim = given.q.shape
-        offsets, examples, longest = self.examples
+        cu_seqlens, examples, longest = self.examples
         tiles = launch(head_dim)
         by_heads, steps = zip(*(by_head(t, given.q) for t in (given.q, given.k, given.v, given.s, given.grad_o)), strict=True)
         masks = (0, 0) if given.key_mask is None else given.key_mask.stride()
         blocks = -(-longest // tiles[block])
         with on(given.device):
             kernel[(blocks * examples * heads,)](
-                *by_heads, given.lse, given.key_mask, offsets, *tensors, given.scaling, given.stabilizer, n, heads,
+                *by_heads, given.lse, given.key_mask, cu_seqlens, *tensors, given.scaling, given.stabilizer, n, heads,
                 *sides(given.window, n), blocks, *sizes, *(step for three in steps for step in three), *given.lse.stride(), *masks, *more,
                 HEAD_DIM=head_dim, RELEVANCE=relevance, HAS_GRAD=given.grad_o is not None, HAS_MASK=given.key_mask is not None,
-                HAS_WINDOW=max(given.window) >= 0, PACKED=offsets is not None, ADDITIVE=given.additive_mask,
+                HAS_WINDOW=max(given.window) >= 0, PACKED=cu_seqlens is not None, ADDITIVE=given.additive_mask,
                 STABILIZED=given.stabilizer != 0, PRODUCTS=float32_precision(), **flags, **tiles,
             )  # fmt: skip
 

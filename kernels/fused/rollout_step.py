@@ -15,7 +15,7 @@ from pyglobenc.backends.inputs import PairInputs
 from pyglobenc.backends.shared.launch import query_shares
 from pyglobenc.backends.shared.packing import on_device
 from pyglobenc.kernels._device import COUNTS, on, power_of_two, real_tokens
-from pyglobenc.kernels._pairs import START, hold_keys, load_gram, own_term, pair_arguments, pair_norms, pair_reasons, places, strides
+from pyglobenc.kernels._pairs import START, hold_keys, load_gram, own_term, pair_arguments, tile_norms, pair_reasons, places, strides
 
 # Number of rows of the rollout that one pass handles; more rows take more passes.
 MAX_ROWS = 64
@@ -24,7 +24,7 @@ BLOCK = 1024
 
 
 @triton.jit
-def _sequences(OFFSETS, sequences, j, j_ok, n, STEPS: tl.constexpr):
+def _sequences(CU_SEQLENS, sequences, j, j_ok, n, STEPS: tl.constexpr):
     """Return the first token, and the last + 1, of each key's sequence, (keys,) each; n and 0 for keys not ok."""
     if STEPS:
         low = tl.zeros_like(j)
@@ -32,9 +32,9 @@ def _sequences(OFFSETS, sequences, j, j_ok, n, STEPS: tl.constexpr):
         # Unrolled, since with a real loop the kernel takes 255 registers instead of 162 and spills.
         for _ in tl.static_range(STEPS):
             middle = (low + high) // 2
-            after = tl.load(OFFSETS + middle, mask=j_ok, other=0) > j
+            after = tl.load(CU_SEQLENS + middle, mask=j_ok, other=0) > j
             low, high = tl.where(after, low, middle), tl.where(after, middle, high)
-        return tl.load(OFFSETS + low, mask=j_ok, other=n), tl.load(OFFSETS + low + 1, mask=j_ok, other=0)
+        return tl.load(CU_SEQLENS + low, mask=j_ok, other=n), tl.load(CU_SEQLENS + low + 1, mask=j_ok, other=0)
     else:
         return tl.where(j_ok, 0, n), tl.where(j_ok, n, 0)
 
@@ -69,7 +69,7 @@ def _rollout_step_kernel(
     RESIDUAL_SQ,  # (B, n)
     RSTD,  # (B, n)
     MASK,  # (B, n)
-    OFFSETS,  # (S + 1,): where each of the sequences packed into one begins, and n
+    CU_SEQLENS,  # (S + 1,): where each of the sequences packed into one begins, and n
     OUT,  # (shares, B, T, n)
     scaling, n, n_heads, group, n_rows, left, right, key_blocks, row_blocks, shares, batch, sequences,
     stride_rb, stride_rt, stride_rn, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
@@ -91,7 +91,7 @@ def _rollout_step_kernel(
     head_ok = heads < n_heads
     j = block * BLOCK_J + tl.arange(0, BLOCK_J)
     j_ok = real_tokens(MASK, b, stride_mb, stride_mn, j, j < n, HAS_MASK)
-    start_j, stop_j = _sequences(OFFSETS, sequences, j, j_ok, n, STEPS)
+    start_j, stop_j = _sequences(CU_SEQLENS, sequences, j, j_ok, n, STEPS)
     first, last = _queries(block, start_j, stop_j, left, right, share, shares, BLOCK_I, BLOCK_J)
     gram = load_gram(GRAM + b * stride_gb, stride_gn, stride_gh, stride_gg, heads, head_ok, j, j_ok)
     k_held = hold_keys(K, stride_kh, stride_kn, heads, head_ok, group, j, j_ok, HEAD_DIM, BLOCK_D, HELD, UPCAST)
@@ -106,7 +106,7 @@ def _rollout_step_kernel(
         i = start + tl.arange(0, BLOCK_I)
         i64 = i.to(tl.int64)
         i_ok = real_tokens(MASK, b, stride_mb, stride_mn, i, i < n, HAS_MASK)
-        norms = pair_norms(Q, K, LSE, stride_qh, stride_qn, stride_kh, stride_kn, stride_lh, stride_ln, heads, head_ok, group, i, i_ok,
+        norms = tile_norms(Q, K, LSE, stride_qh, stride_qn, stride_kh, stride_kn, stride_lh, stride_ln, heads, head_ok, group, i, i_ok,
                            j, j_ok, k_held, gram, own, scaling, left, right, HEAD_DIM, BLOCK_D, HELD, HAS_OWN, HAS_WINDOW, SCORES,
                            FORM, UPCAST)  # fmt: skip
         if STEPS:
@@ -140,7 +140,7 @@ def _total(PARTS, at, ok, shares, step):
 def _finish_kernel(
     PARTS,  # (shares, B, T, n), OUT itself where there is one share
     LOG_SCALE,  # (B, T), of packed sequences (S, T)
-    OFFSETS,  # (S + 1,), as above
+    CU_SEQLENS,  # (S + 1,), as above
     OUT,  # (B, T, n)
     OUT_SCALE,  # as LOG_SCALE
     n, n_rows, shares, batch, PACKED: tl.constexpr, BLOCK: tl.constexpr,
@@ -148,7 +148,7 @@ def _finish_kernel(
     # Each program scales one row of an example or packed sequence, like rescale_rows of the reference.
     row, first, last = tl.program_id(0).to(tl.int64), 0, n
     if PACKED:
-        first, last = tl.load(OFFSETS + row // n_rows), tl.load(OFFSETS + row // n_rows + 1)
+        first, last = tl.load(CU_SEQLENS + row // n_rows), tl.load(CU_SEQLENS + row // n_rows + 1)
         row = row % n_rows
     step = batch.to(tl.int64) * n_rows * n
     top = tl.zeros((BLOCK,), tl.float32)
@@ -179,19 +179,19 @@ def run(inputs: PairInputs, r: Tensor, log_scale: Tensor) -> tuple[Tensor, Tenso
     key_blocks = -(-n // given["BLOCK_J"])
     block_t = 1 if n_rows == 1 else min(MAX_ROWS, power_of_two(n_rows, 16))
     row_blocks = -(-n_rows // block_t)
-    examples, longest, steps, offsets = batch, n, 0, None
-    if inputs.offsets is not None:
-        examples, (offsets, longest) = len(inputs.offsets) - 1, on_device(inputs.offsets, r.device)
+    examples, longest, steps, cu_seqlens = batch, n, 0, None
+    if inputs.cu_seqlens is not None:
+        examples, (cu_seqlens, longest) = len(inputs.cu_seqlens) - 1, on_device(inputs.cu_seqlens, r.device)
         # Steps of a binary search among the sequences, rounded up to 8, 16 or 24, so that few variants are compiled.
         steps = -(-max(1, (examples - 1).bit_length()) // 8) * 8
     shares = query_shares(key_blocks * row_blocks * batch, -(-longest // given["BLOCK_I"]), places(r.device), START)
     parts = out if shares == 1 else r.new_empty(shares, *r.shape)
-    given |= dict(R=r, OFFSETS=offsets, OUT=parts, n_rows=n_rows, key_blocks=key_blocks, row_blocks=row_blocks, shares=shares, batch=batch)
+    given |= dict(R=r, CU_SEQLENS=cu_seqlens, OUT=parts, n_rows=n_rows, key_blocks=key_blocks, row_blocks=row_blocks, shares=shares, batch=batch)
     with on(r.device):
         _rollout_step_kernel[(key_blocks * shares * row_blocks * batch,)](
             **given, sequences=examples, BLOCK_T=block_t, STEPS=steps, **strides(r, "rb rt rn")
         )
         _finish_kernel[(examples * n_rows,)](
-            parts, log_scale.contiguous(), offsets, out, out_scale, n, n_rows, shares, batch, PACKED=steps > 0, BLOCK=BLOCK, num_warps=8
+            parts, log_scale.contiguous(), cu_seqlens, out, out_scale, n, n_rows, shares, batch, PACKED=steps > 0, BLOCK=BLOCK, num_warps=8
         )
     return out, out_scale

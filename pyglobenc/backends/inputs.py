@@ -35,7 +35,7 @@ class Inputs:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that are not None, by name."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor) and name != "offsets"}
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor) and name != "cu_seqlens"}
 
     def of_tokens(self) -> dict[str, Tensor]:
         """Return the tensors with an axis over the tokens, by name; None is left out."""
@@ -89,7 +89,7 @@ class PairInputs(Inputs):
         key_mask: (B, n) bool, True for real tokens; rows and columns of the others are 0. None: all real.
         scaling: factor of q . k.
         window: keys that query i sees, i - left to i + right; -1 is unlimited; causal is (-1, 0).
-        offsets: (S + 1,) int32 on the CPU, for S sequences packed into one. Sequence s is tokens offsets[s] to offsets[s + 1]; B is 1
+        cu_seqlens: (S + 1,) int32 on the CPU, for S sequences packed into one. Sequence s is tokens cu_seqlens[s] to cu_seqlens[s + 1]; B is 1
             and key_mask is None. None: the sequences are not packed.
         score_mod: change of the scaled scores before the softmax; only the reference computes it.
     """
@@ -106,7 +106,7 @@ class PairInputs(Inputs):
     key_mask: Tensor | None
     scaling: float
     window: tuple[int, int]
-    offsets: Tensor | None = None
+    cu_seqlens: Tensor | None = None
     score_mod: ScoreMod | None = None
 
 
@@ -126,7 +126,7 @@ class RelevanceInputs(Inputs):
         normalize: divide each row of I + A by its sum in a rollout step.
         stabilizer: 0 for the published guard of the division by q . k; e > 0 divides by q . k + e * sign(q . k) instead.
         rescale: apply the factor c of the additive mask. False is the LRP baseline's rule; only the reference computes it.
-        offsets: as in `PairInputs`.
+        cu_seqlens: as in `PairInputs`.
     """
 
     AXES = {"q": 2, "k": 2, "v": 2, "lse": 2, "grad_o": 2, "s": 2}
@@ -144,4 +144,4 @@ class RelevanceInputs(Inputs):
     normalize: bool = False
     stabilizer: float = 0.0
     rescale: bool = True
-    offsets: Tensor | None = None
+    cu_seqlens: Tensor | None = None

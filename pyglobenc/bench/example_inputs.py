@@ -12,7 +12,7 @@ from pyglobenc.backends.dispatch import load
 from pyglobenc.bench.costs import flatten
 from pyglobenc.bench.op_table import OP_TABLE
 from pyglobenc.common.files import one_line
-from pyglobenc.ops import attention, gram_kernels, head_gram
+from pyglobenc.ops import attention, gram_weights, head_gram
 
 H, N, DH = 12, 64, 64  # heads, tokens, head width
 ON_GPU = ("triton", "cuda")
@@ -65,7 +65,7 @@ def tensors(device: str, n: int | None = None, batch: int = 1, dtype: torch.dtyp
     out = {name: random(batch, H, n, DH) for name in ("q", "k", "v", "grad_o", "s")}
     out |= {name: random(batch, n, H * DH) for name in ("x", "y", "relevance")} | {"weight": random(H, DH, H * DH)}
     out["o"], out["lse"] = attention(out["q"], out["k"], out["v"])
-    out["kernel"], out["cross_kernel"] = gram_kernels(out["weight"].float(), [])
+    out["kernel"], out["cross_kernel"] = gram_weights(out["weight"].float(), [])
     out["gram"], out["cross"] = head_gram(out["v"], out["kernel"], out["x"], out["cross_kernel"], backend="reference")
     out["r"], out["log_scale"] = random(batch, 1, n).abs().float(), torch.zeros(batch, 1, device=device)
     out["gamma"] = random(H * DH).float()

@@ -77,7 +77,7 @@ OP_TABLE: dict[str, OpEntry] = {
         # by the vectors, or by their quadratic forms and W_O W_O^T of every head
         lambda s: min(s.tokens * s.d, (s.tokens + s.d) * s.dh) * s.d,
     ),
-    "token_norms": OpEntry(_take("q", "k", "lse", "gram"), _pair_norms, True),
+    "pair_norms": OpEntry(_take("q", "k", "lse", "gram"), _pair_norms, True),
     "rollout_step": OpEntry(_take("r", "log_scale", "q", "k", "lse", "gram"), _pair_norms, True),
     "mapped_square": OpEntry(lambda tensors: [tensors["x"], [tensors["gamma"]] * 2], lambda s: 0),
     "mixing_ratio": OpEntry(_take("q", "k", "v", "o", "lse", "weight"), lambda s: s.tokens * s.d * s.d),

@@ -20,7 +20,7 @@ HELP = "show which tokens of a text a model's result rests on"
 DTYPES = ("float32", "float64")
 WEIGHT_DTYPES = (*DTYPES, "bfloat16", "float16")
 # of a file or of standard input, all of which is kept, tokens included
-MOST_BYTES, MOST_TEXTS = 1 << 26, 100_000
+MAX_BYTES, MAX_TEXTS = 1 << 26, 100_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -143,18 +143,18 @@ def _texts(options: argparse.Namespace) -> list[Text]:
     if options.file not in (None, "-"):
         name = options.file
         with open(name, "rb") as file:
-            data = read_at_most(file, name, MOST_BYTES)
+            data = read_at_most(file, name, MAX_BYTES)
     else:
         if sys.stdin is None or sys.stdin.isatty():
             options.error("give a text, --file FILE, or text on standard input")
         name = "standard input"
-        data = read_at_most(sys.stdin.buffer, name, MOST_BYTES)
+        data = read_at_most(sys.stdin.buffer, name, MAX_BYTES)
     text = decode(data, name)
     texts = [text] if options.whole else [line for line in text.split("\n") if line.strip()]
     if not text.strip():
         raise ValueError(f"{name}: holds no text")
-    if len(texts) > MOST_TEXTS:
-        most = f"at most {MOST_TEXTS} are explained at once; pyglobenc attribute takes any number"
+    if len(texts) > MAX_TEXTS:
+        most = f"at most {MAX_TEXTS} are explained at once; pyglobenc attribute takes any number"
         raise ValueError(f"{name}: holds {len(texts)} texts, and {most}")
     return [_pair(line, f"{name}: pair {number}") for number, line in enumerate(texts, 1)] if options.pair else texts
 

@@ -125,7 +125,7 @@ class Runner:
 
     def _why_padded(self) -> str | None:
         """Why texts can't be packed, or None."""
-        if not self.method.packs:
+        if not self.method.supports_packing:
             return f"explain: {self.method.name} takes no packed texts"
         try:
             check_packable("explain", self.called)

@@ -12,7 +12,7 @@ LONG = ("error", "truncate", "windows")
 # one text, or two that the model sees together
 Text = str | tuple[str, str]
 # a tokenizer takes some 180 bytes and a microsecond for each character of a text
-MOST_CHARACTERS = 1 << 21
+MAX_CHARACTERS = 1 << 21
 # of a token, on average, in a text that is worth tokenizing to see whether it fits; WordPiece gives up on words of 100
 TOKEN_CHARACTERS = 128
 
@@ -42,8 +42,8 @@ class Encoded:
 
 def most_characters(limit: int | None, long: str) -> int:
     """Characters of a text, at most, for it to be tokenized at all; limit and long as for `encode`."""
-    fit = MOST_CHARACTERS if limit is None else TOKEN_CHARACTERS * limit
-    return fit if long == "error" else max(fit, MOST_CHARACTERS)
+    fit = MAX_CHARACTERS if limit is None else TOKEN_CHARACTERS * limit
+    return fit if long == "error" else max(fit, MAX_CHARACTERS)
 
 
 def check_characters(text: str, name: str, limit: int | None, long: str) -> None:

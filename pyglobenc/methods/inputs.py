@@ -201,8 +201,8 @@ def default_rows(layer: LayerTrace) -> Tensor:
         (B, 1); of packed sequences (S, 1), among all tokens.
     """
     causal = layer.window[1] == 0
-    if layer.offsets is not None:
-        ends = layer.offsets[:, None].long()
+    if layer.cu_seqlens is not None:
+        ends = layer.cu_seqlens[:, None].long()
         return ends[1:] - 1 if causal else ends[:-1]
     batch, _, n, _ = layer.q.shape
     i = torch.arange(n, device=layer.q.device).expand(batch, n)
@@ -229,8 +229,8 @@ def unnamed_rows(who: str, targets: str | None, layer: LayerTrace, read: Tensor 
     """
     if targets is not None and targets != "mean":
         raise ValueError(f"{who}: targets must be token positions or 'mean', got {targets!r}")
-    offsets, device = layer.offsets, layer.q.device
-    real = layer.key_mask if offsets is None else real_tokens(offsets).to(device)
+    cu_seqlens, device = layer.cu_seqlens, layer.q.device
+    real = layer.key_mask if cu_seqlens is None else real_tokens(cu_seqlens).to(device)
     if targets == "mean":
         batch, _, n, _ = layer.q.shape
         if real is None:
@@ -238,9 +238,9 @@ def unnamed_rows(who: str, targets: str | None, layer: LayerTrace, read: Tensor 
         read = (real / real.sum(1, keepdim=True, dtype=torch.float64))[:, None]
     if read is None:
         return default_rows(layer)
-    if offsets is None:
+    if cu_seqlens is None:
         return read
-    return read.cpu() + offsets[:-1, None].long() if read.dim() == 2 else read[:, 0][real][None, None]
+    return read.cpu() + cu_seqlens[:-1, None].long() if read.dim() == 2 else read[:, 0][real][None, None]
 
 
 def target_rows(who: str, targets: str | Sequence[int] | Tensor | None, layer: LayerTrace, read: Tensor | None = None) -> Tensor:

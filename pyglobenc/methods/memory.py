@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pyglobenc.backends.shared.relevance_tiles import LEAST_QUERIES, TILE_FLOATS
+from pyglobenc.backends.shared.relevance_tiles import MIN_QUERIES, TILE_FLOATS
 from pyglobenc.methods.precision.reliability import measured
 from pyglobenc.methods.rollout.baselines import METHODS as ROLLOUT_FAMILY
 from pyglobenc.methods.rollout.baselines import OF_STAGE
@@ -128,7 +128,7 @@ def _relevance(
     tokens, (tiles, most) = batch * n, TILES[wide]
     pairs = batch * s.heads * n * n
     # of the tile at work, and of the one before it
-    tile = min(pairs, max(TILE_FLOATS, LEAST_QUERIES * batch * s.heads * n))
+    tile = min(pairs, max(TILE_FLOATS, MIN_QUERIES * batch * s.heads * n))
     before = min(tile, pairs - tile)
     states = 4 * s.d + s.queries + s.keys + 2 * s.mlp
     # what autograd keeps beside them, less where the gradient's way back through all layers has freed it
@@ -184,7 +184,7 @@ def _rollout_numbers(s: _Sizes, method: str) -> int:
 
 
 def _kernel_numbers(s: _Sizes, method: str, device: torch.device) -> int:
-    """W_O M of `norm_terms` for one layer, or K and P of `gram_kernels` on a GPU."""
+    """W_O M of `norm_terms` for one layer, or K and P of `gram_weights` on a GPU."""
     if method not in OF_STAGE and method != "n-fixedres":
         return 0
     return s.queries * s.d + (s.queries**2 if device.type == "cuda" else 0)

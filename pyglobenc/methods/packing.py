@@ -35,23 +35,23 @@ class Packed:
 
     Attributes:
         inputs: of the model without its head, each (1, N).
-        offsets: (S + 1,) int32, on the CPU: sequence order[s] is tokens offsets[s] to offsets[s + 1].
+        cu_seqlens: (S + 1,) int32, on the CPU: sequence order[s] is tokens cu_seqlens[s] to cu_seqlens[s + 1].
         order: numbers of the sequences as they were given.
     """
 
     inputs: dict[str, Tensor]
-    offsets: Tensor
+    cu_seqlens: Tensor
     order: list[int]
 
     def twice(self) -> "Packed":
         """All sequences, and after them all of them again."""
         inputs = {name: torch.cat([column, column], 1) for name, column in self.inputs.items()}
-        return Packed(inputs, torch.cat([self.offsets, self.offsets[1:] + self.offsets[-1]]), self.order * 2)
+        return Packed(inputs, torch.cat([self.cu_seqlens, self.cu_seqlens[1:] + self.cu_seqlens[-1]]), self.order * 2)
 
     def cut(self, of: Callable[[slice, slice], Any]) -> list[Any]:
         """What `of` makes of each sequence, in the order in which they were given, from its place among the S and its tokens."""
         out: list[Any] = [None] * len(self.order)
-        for s, (index, tokens) in enumerate(zip(self.order, slices(self.offsets), strict=True)):
+        for s, (index, tokens) in enumerate(zip(self.order, slices(self.cu_seqlens), strict=True)):
             out[index] = of(slice(s, s + 1), tokens)
         return out
 
@@ -62,19 +62,19 @@ def attribute_packed(
     """Run a model on packed sequences, roll out with `rows`, and cut the result into one for each sequence."""
     packed = pack(who, model, batch)
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
-        trace = stack.enter_context(capture(model, offsets=packed.offsets))
+        trace = stack.enter_context(capture(model, cu_seqlens=packed.cu_seqlens))
         stack.enter_context(callers_autocast())
         record = read = None
         if targets is None:
             record = stack.enter_context(recorded_head(model, model, trace, leaf=True))
         output = run_packed(model, packed, record)
         if record is not None:
-            read, output = read_by_head(who, model, record, output, real_tokens(packed.offsets)), detached(output)
+            read, output = read_by_head(who, model, record, output, real_tokens(packed.cu_seqlens)), detached(output)
     captured = trace.layers
     set_precision(captured, dtype)
     positions = _positions(who, targets, packed, captured[-1], read)
     whole = rollout_result(who, model, *rows(captured, positions), layers)
-    logits, starts = find_logits(output), packed.offsets[:-1, None].to(positions.device)
+    logits, starts = find_logits(output), packed.cu_seqlens[:-1, None].to(positions.device)
     of_sequences = logits is not None and logits.dim() == 2 and len(logits) == len(packed.order)
     explained = None if positions.is_floating_point() else positions - starts
 
@@ -98,8 +98,8 @@ def run_packed(model: PreTrainedModel, packed: Packed, record: HeadRecord | None
     if base is model or model.get_output_embeddings() is not None:
         base(**packed.inputs, **options)
         return None
-    ids = padded(packed.inputs["input_ids"], packed.offsets, padding_id(model) or 0)
-    mask = real_tokens(packed.offsets).long().to(ids.device)
+    ids = padded(packed.inputs["input_ids"], packed.cu_seqlens, padding_id(model) or 0)
+    mask = real_tokens(packed.cu_seqlens).long().to(ids.device)
     with _padded_states(base, packed, options, record):
         return model(input_ids=ids, attention_mask=mask, **output_settings(model))
 
@@ -114,14 +114,14 @@ def _padded_states(base: nn.Module, packed: Packed, options: dict[str, Any], rec
             return forward(*args, **kwargs)
         wanted = {name: kwargs[name] for name in options if name in kwargs}
         out = forward(**packed.inputs, **options | wanted)
-        states = padded(out.last_hidden_state, packed.offsets)
+        states = padded(out.last_hidden_state, packed.cu_seqlens)
         out.last_hidden_state = states = states if record is None else record.start(states)
         if getattr(base, "pooler", None) is not None:
             # ALBERT's is a Linear beside its activation
             alone = isinstance(base.pooler, nn.Linear)
             out.pooler_output = base.pooler_activation(base.pooler(states[:, 0])) if alone else base.pooler(states)
         if out.get("hidden_states") is not None:
-            out.hidden_states = tuple(padded(t, packed.offsets) for t in out.hidden_states)
+            out.hidden_states = tuple(padded(t, packed.cu_seqlens) for t in out.hidden_states)
         return out
 
     vars(base)["forward"] = run
@@ -195,8 +195,8 @@ def pack(who: str, model: nn.Module, batch: Mapping[str, Any]) -> Packed:
     columns["position_ids"] = torch.cat(own_positions(who, model, sequences))
     # without a mask some architectures look for packed sequences themselves
     columns["attention_mask"] = torch.ones_like(columns["input_ids"])
-    offsets = torch.tensor([0] + [lengths[s] for s in order], device="cpu").cumsum(0).to(torch.int32)
-    return Packed({name: column[None].to(model.device) for name, column in columns.items()}, offsets, order)
+    cu_seqlens = torch.tensor([0] + [lengths[s] for s in order], device="cpu").cumsum(0).to(torch.int32)
+    return Packed({name: column[None].to(model.device) for name, column in columns.items()}, cu_seqlens, order)
 
 
 def _check_types(who: str, model: PreTrainedModel, columns: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -219,7 +219,7 @@ def _positions(who: str, targets: Any, packed: Packed, layer: LayerTrace, read: 
     """Positions (S, T) among all tokens of targets, T for every sequence or (S, T); of a mean the tokens' shares, (1, 1, N)."""
     if targets is None or isinstance(targets, str):
         return unnamed_rows(who, targets, layer, read)
-    starts, lengths = packed.offsets[:-1, None].long(), packed.offsets.diff()[:, None].long()
+    starts, lengths = packed.cu_seqlens[:-1, None].long(), packed.cu_seqlens.diff()[:, None].long()
     rows = target_positions(who, torch.as_tensor(targets, device="cpu"), len(packed.order))[packed.order]
     if bool(((rows < 0) | (rows >= lengths)).any()):
         raise ValueError(f"{who}: targets must lie in [0, n), n the tokens of their sequence, the shortest {int(lengths.min())}")

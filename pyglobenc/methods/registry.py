@@ -40,14 +40,14 @@ class Method:
         summary: one line, with the paper.
         build: called with model, backend and dtype as `GlobEnc` takes them; returns what computes the rows of a batch.
         target: "token" if targets are positions, "class" if they are classes of a sequence classifier.
-        packs: whether it also takes sequences packed into one.
+        supports_packing: whether it also takes sequences packed into one.
     """
 
     name: str
     summary: str
     build: Callable[[PreTrainedModel, str, torch.dtype | None], Run]
     target: str = "token"
-    packs: bool = False
+    supports_packing: bool = False
 
 
 def _rollout(name: str, model: PreTrainedModel, backend: str, dtype: torch.dtype | None) -> Run:
@@ -97,9 +97,9 @@ RELEVANCE = {
     "attention-gradcam": ("attn_gradcam", "Grad-CAM on the last layer's attention (after Selvaraju et al., 2017)"),
 }
 
-METHODS = {name: Method(name, summary, partial(_rollout, name), packs=name != "attention-flow") for name, summary in family.METHODS.items()}
+METHODS = {name: Method(name, summary, partial(_rollout, name), supports_packing=name != "attention-flow") for name, summary in family.METHODS.items()}
 METHODS |= {
-    name: Method(name, summary, partial(_relevance, variant), target="class", packs=VARIANTS[variant].kind in FOLLOWED)
+    name: Method(name, summary, partial(_relevance, variant), target="class", supports_packing=VARIANTS[variant].kind in FOLLOWED)
     for name, (variant, summary) in RELEVANCE.items()
 }
 

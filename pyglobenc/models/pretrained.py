@@ -34,7 +34,7 @@ SENTIMENT = "minilm-sst2"
 # not every checkpoint has it, and without a classifier nothing reads it
 UNUSED = "pooler."
 # transformers makes every layer that a config names before it looks at the weights
-MOST_LAYERS = 10_000
+MAX_LAYERS = 10_000
 CLASSIFIER = "ForSequenceClassification"
 # a folder with this file and no config.json holds a PEFT adapter
 ADAPTER = "adapter_config.json"
@@ -133,8 +133,8 @@ def _load(folder: str, dtype: torch.dtype | None, trust: bool, head: bool) -> tu
 def _load_config(folder: str, trust: bool) -> PreTrainedConfig:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     layers = getattr(config, "num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > MOST_LAYERS:
-        raise ValueError(f"its config.json names {layers:.3g} layers, and {MOST_LAYERS} are taken at most")
+    if isinstance(layers, int) and layers > MAX_LAYERS:
+        raise ValueError(f"its config.json names {layers:.3g} layers, and {MAX_LAYERS} are taken at most")
     return config
 
 

@@ -3,7 +3,7 @@
 from pyglobenc.ops.add_relevance import add_relevance
 from pyglobenc.ops.attention import attention
 from pyglobenc.ops.clone_relevance import clone_relevance
-from pyglobenc.ops.head_gram import gram_kernels, head_gram
+from pyglobenc.ops.head_gram import gram_weights, head_gram
 from pyglobenc.ops.head_norms import head_norms
 from pyglobenc.ops.linear_relevance import linear_relevance
 from pyglobenc.ops.mapped_square import mapped_square
@@ -13,13 +13,16 @@ from pyglobenc.ops.relevance_attention import relevance_attention
 from pyglobenc.ops.relevance_maps import relevance_maps
 from pyglobenc.ops.relevance_rollout_step import relevance_rollout_step
 from pyglobenc.ops.rollout_step import rollout_step
-from pyglobenc.ops.token_norms import token_norms
+from pyglobenc.ops.pair_norms import pair_norms
+
+# Another name of the op.
+token_norms = pair_norms
 
 __all__ = [
     "add_relevance",
     "attention",
     "clone_relevance",
-    "gram_kernels",
+    "gram_weights",
     "head_gram",
     "head_norms",
     "linear_relevance",
@@ -30,5 +33,6 @@ __all__ = [
     "relevance_maps",
     "relevance_rollout_step",
     "rollout_step",
+    "pair_norms",
     "token_norms",
 ]

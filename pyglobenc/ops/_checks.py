@@ -65,16 +65,16 @@ def check_window(op: str, window: tuple[int, int]) -> None:
         raise ValueError(f"{op}: window must be (left, right), each -1 for unlimited or at least 0, got {tuple(window)}")
 
 
-def check_offsets(op: str, offsets: Tensor | None, key_mask: Tensor | None, sizes: dict[str, int]) -> None:
-    """Check offsets, (S + 1,) int32 on the CPU, increasing from 0 to n, in a batch of 1 without padding."""
-    if offsets is None:
+def check_cu_seqlens(op: str, cu_seqlens: Tensor | None, key_mask: Tensor | None, sizes: dict[str, int]) -> None:
+    """Check cu_seqlens, (S + 1,) int32 on the CPU, increasing from 0 to n, in a batch of 1 without padding."""
+    if cu_seqlens is None:
         return
-    if offsets.dim() != 1 or len(offsets) < 2 or offsets.dtype != torch.int32 or offsets.device.type != "cpu":
-        came = f"{tuple(offsets.shape)} {offsets.dtype} on {offsets.device}"
-        raise ValueError(f"{op}: offsets must be (S + 1,) int32 on the CPU with S at least 1, got {came}")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype != torch.int32 or cu_seqlens.device.type != "cpu":
+        came = f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype} on {cu_seqlens.device}"
+        raise ValueError(f"{op}: cu_seqlens must be (S + 1,) int32 on the CPU with S at least 1, got {came}")
     if sizes["B"] != 1 or key_mask is not None:
         came = f"{sizes['B']}{'' if key_mask is None else ' and one'}"
         raise ValueError(f"{op}: packed sequences are a batch of 1 without key_mask, got {came}")
-    if int(offsets[0]) != 0 or int(offsets[-1]) != sizes["n"] or int(offsets.diff().min()) < 1:
-        raise ValueError(f"{op}: offsets must increase from 0 to n = {sizes['n']}, got {offsets.tolist()}")
-    sizes["S"] = len(offsets) - 1
+    if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != sizes["n"] or int(cu_seqlens.diff().min()) < 1:
+        raise ValueError(f"{op}: cu_seqlens must increase from 0 to n = {sizes['n']}, got {cu_seqlens.tolist()}")
+    sizes["S"] = len(cu_seqlens) - 1

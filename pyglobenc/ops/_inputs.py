@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyglobenc.backends.inputs import Inputs, PairInputs, RelevanceInputs
 from pyglobenc.common.deferred import check_range
-from pyglobenc.ops._checks import check_floats, check_heads, check_mask, check_offsets, check_shape, check_window
+from pyglobenc.ops._checks import check_floats, check_heads, check_mask, check_cu_seqlens, check_shape, check_window
 
 
 def pair_inputs(op: str, **arguments: Any) -> PairInputs:
@@ -67,9 +67,9 @@ def check_rollout(op: str, r: Tensor, like: Tensor, inputs: Inputs, log_scale: T
     """Check rows of a rollout r (B, T, n), of the dtype of `like`, and their log_scale (B, T), of packed sequences (S, T)."""
     sizes = {"B": inputs.q.shape[0], "n": inputs.q.shape[2]}
     check_shape(op, "r", r, "B T n", sizes)
-    if inputs.offsets is not None:
-        sizes["S"] = len(inputs.offsets) - 1
-    check_shape(op, "log_scale", log_scale, "B T" if inputs.offsets is None else "S T", sizes)
+    if inputs.cu_seqlens is not None:
+        sizes["S"] = len(inputs.cu_seqlens) - 1
+    check_shape(op, "log_scale", log_scale, "B T" if inputs.cu_seqlens is None else "S T", sizes)
     check_floats(op, r=r, like=like)
 
 
@@ -85,4 +85,4 @@ def _made(kind: type[Inputs], arguments: dict[str, Any]) -> Inputs:
 def _check_seen(op: str, inputs: Inputs, sizes: dict[str, int]) -> None:
     check_mask(op, inputs.key_mask, sizes)
     check_window(op, inputs.window)
-    check_offsets(op, inputs.offsets, inputs.key_mask, sizes)
+    check_cu_seqlens(op, inputs.cu_seqlens, inputs.key_mask, sizes)

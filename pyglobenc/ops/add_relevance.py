@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pyglobenc.backends.dispatch import run
-from pyglobenc.ops._checks import check_floats, check_offsets, check_shape
+from pyglobenc.ops._checks import check_floats, check_cu_seqlens, check_shape
 from pyglobenc.ops._registered import register
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")
@@ -17,7 +17,7 @@ def add_relevance(
     *,
     stabilizer: float = 0.0,
     rescale: bool = True,
-    offsets: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Split the relevance of a + b over the two branches.
@@ -33,7 +33,7 @@ def add_relevance(
         a, b: values of the two branches in the forward pass, (B, n, d), the dtype of r.
         stabilizer: 0 for the guard above in S; e > 0 divides by a + b + e * sign(a + b) instead.
         rescale: False leaves out the second line; that is the LRP baseline's rule.
-        offsets: of packed sequences, as for `rollout_step`; the sums then run over each sequence.
+        cu_seqlens: of packed sequences, as for `rollout_step`; the sums then run over each sequence.
         backend: "auto" or a backend's name.
 
     Returns:
@@ -48,17 +48,17 @@ def add_relevance(
     for name, t in (("r", r), ("a", a), ("b", b)):
         check_shape(op, name, t, "B n d", sizes)
     check_floats(op, r=r, a=a, b=b)
-    check_offsets(op, offsets, None, sizes)
-    return _add_relevance(r, a, b, float(stabilizer), rescale, backend, offsets)
+    check_cu_seqlens(op, cu_seqlens, None, sizes)
+    return _add_relevance(r, a, b, float(stabilizer), rescale, backend, cu_seqlens)
 
 
 @register("add_relevance")
 def _add_relevance(
-    r: Tensor, a: Tensor, b: Tensor, stabilizer: float, rescale: bool, backend: str, offsets: Tensor | None = None
+    r: Tensor, a: Tensor, b: Tensor, stabilizer: float, rescale: bool, backend: str, cu_seqlens: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    return run("add_relevance", backend, BACKENDS, r, a, b, stabilizer, rescale, offsets)
+    return run("add_relevance", backend, BACKENDS, r, a, b, stabilizer, rescale, cu_seqlens)
 
 
 @_add_relevance.register_fake
-def _(r, a, b, stabilizer, rescale, backend, offsets=None):
+def _(r, a, b, stabilizer, rescale, backend, cu_seqlens=None):
     return tuple(torch.empty_like(r, memory_format=torch.contiguous_format) for _ in range(2))

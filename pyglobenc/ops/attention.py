@@ -10,7 +10,7 @@ from pyglobenc.backends.shared.masks import hidden_keys, visible_keys
 from pyglobenc.backends.shared.packing import by_runs, on_device
 from pyglobenc.backends.shared.score_mods import ScoreMod
 from pyglobenc.common.autocast import outside_autocast
-from pyglobenc.ops._checks import check_floats, check_heads, check_mask, check_offsets, check_shape, check_window
+from pyglobenc.ops._checks import check_floats, check_heads, check_mask, check_cu_seqlens, check_shape, check_window
 
 aten = torch.ops.aten
 
@@ -28,7 +28,7 @@ def attention(
     scaling: float | None = None,
     window: tuple[int, int] = (-1, -1),
     score_mod: ScoreMod | None = None,
-    offsets: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute softmax attention and the log-sum-exp of its scaled scores; differentiable.
 
@@ -42,7 +42,7 @@ def attention(
         scaling: factor of q . k, default dh ** -0.5.
         window: keys that query i sees, i - left to i + right; -1 is unlimited; causal is (-1, 0).
         score_mod: change of the scaled scores before the softmax; computed by the reference.
-        offsets: of packed sequences, as for `rollout_step`: each sequence attends only to itself.
+        cu_seqlens: of packed sequences, as for `rollout_step`: each sequence attends only to itself.
 
     Returns:
         o (B, H, n, dh), the dtype of q, and lse (B, H, n), natural logarithm, float32 or float64. A query that sees no key gets
@@ -59,10 +59,10 @@ def attention(
     check_mask(op, key_mask, sizes)
     check_window(op, window)
     check_floats(op, q=q, k=k, v=v)
-    check_offsets(op, offsets, key_mask, sizes)
+    check_cu_seqlens(op, cu_seqlens, key_mask, sizes)
     scaling = sizes["dh"] ** -0.5 if scaling is None else float(scaling)
-    if offsets is not None:
-        return _packed(q, k, v, scaling, window, score_mod, offsets)
+    if cu_seqlens is not None:
+        return _packed(q, k, v, scaling, window, score_mod, cu_seqlens)
     # A window as wide as the text hides nothing.
     window = tuple(-1 if side >= sizes["n"] - 1 else side for side in window)
     if score_mod is not None or not _has_kernel(q) or not q.numel():
@@ -78,10 +78,10 @@ def attention(
     return o.masked_fill(blind[:, None, :, None], 0), lse.masked_fill(blind[:, None], float("inf"))
 
 
-def _packed(q: Tensor, k: Tensor, v: Tensor, scaling: float, window, score_mod, offsets: Tensor) -> tuple[Tensor, Tensor]:
+def _packed(q: Tensor, k: Tensor, v: Tensor, scaling: float, window, score_mod, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """Compute each sequence alone: one flash-attention call on a GPU, else one call for each run of equal lengths."""
     if q.device.type == "cuda" and score_mod is None and _takes_flash(q):
-        ends, longest = on_device(offsets, q.device)
+        ends, longest = on_device(cu_seqlens, q.device)
         left, right = (None if side < 0 else side for side in window)
         sizes = (ends, ends, longest, longest, 0.0, False, False)
         tokens = (t[0].transpose(0, 1) for t in (q, k, v))
@@ -91,7 +91,7 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, scaling: float, window, score_mod, 
     def run(*batch: Tensor) -> tuple[Tensor, Tensor]:
         return attention(*batch, scaling=scaling, window=window, score_mod=score_mod)
 
-    return tuple(by_runs(run, (q, k, v), (2, 2, 2), (2, 2), offsets))
+    return tuple(by_runs(run, (q, k, v), (2, 2, 2), (2, 2), cu_seqlens))
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scaling: float, window, score_mod) -> tuple[Tensor, Tensor]:

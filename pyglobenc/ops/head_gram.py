@@ -3,11 +3,11 @@
 from torch import Tensor
 
 from pyglobenc.backends.dispatch import run
-from pyglobenc.backends.reference.head_gram import gram_kernels
+from pyglobenc.backends.reference.head_gram import gram_weights
 from pyglobenc.ops._checks import check_heads, check_shape, check_widened
 from pyglobenc.ops._registered import register
 
-__all__ = ["gram_kernels", "head_gram"]
+__all__ = ["gram_weights", "head_gram"]
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")
 
@@ -23,9 +23,9 @@ def head_gram(
 
     Args:
         v: values with their bias, (B, Hkv, n, dh), any float dtype.
-        kernel: (W_O[h] M)(W_O[h'] M)^T of `gram_kernels`, (H, dh, H, dh); the dtype of v, or float32 where that is half precision.
+        kernel: (W_O[h] M)(W_O[h'] M)^T of `gram_weights`, (H, dh, H, dh); the dtype of v, or float32 where that is half precision.
         x: residual input of the layer, (B, n, d), the dtype of v, or None for a stage without it.
-        cross_kernel: W_O M M^T of `gram_kernels`, (H, dh, d), the dtype of kernel; given together with x.
+        cross_kernel: W_O M M^T of `gram_weights`, (H, dh, d), the dtype of kernel; given together with x.
         backend: "auto" or a backend's name.
 
     Returns:

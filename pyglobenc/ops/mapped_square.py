@@ -10,7 +10,7 @@ from pyglobenc.ops._checks import check_shape, check_widened
 from pyglobenc.ops._registered import register
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")
-MOST_NORMS = 2
+MAX_NORMS = 2
 
 
 def mapped_square(x: Tensor, gammas: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
@@ -32,8 +32,8 @@ def mapped_square(x: Tensor, gammas: Sequence[Tensor], *, backend: str = "auto")
     """
     op, sizes = "mapped_square", {}
     named = {f"gammas[{index}]": gamma for index, gamma in enumerate(gammas)}
-    if len(named) > MOST_NORMS:
-        raise ValueError(f"{op}: gammas must be of {MOST_NORMS} LayerNorms at most, got {len(named)}")
+    if len(named) > MAX_NORMS:
+        raise ValueError(f"{op}: gammas must be of {MAX_NORMS} LayerNorms at most, got {len(named)}")
     check_shape(op, "x", x, "B n d", sizes)
     for name, gamma in named.items():
         check_shape(op, name, gamma, "d", sizes)

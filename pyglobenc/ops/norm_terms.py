@@ -7,7 +7,7 @@ from torch import Tensor
 from pyglobenc.backends.dispatch import run
 from pyglobenc.ops._checks import check_heads, check_shape, check_widened
 from pyglobenc.ops._registered import register
-from pyglobenc.ops.mapped_square import MOST_NORMS
+from pyglobenc.ops.mapped_square import MAX_NORMS
 
 BACKENDS = ("cpu", "reference")
 
@@ -40,8 +40,8 @@ def norm_terms(
     """
     op, sizes = "norm_terms", {}
     named = {f"gammas[{index}]": gamma for index, gamma in enumerate(gammas)}
-    if len(named) > MOST_NORMS:
-        raise ValueError(f"{op}: gammas must be of {MOST_NORMS} LayerNorms at most, got {len(named)}")
+    if len(named) > MAX_NORMS:
+        raise ValueError(f"{op}: gammas must be of {MAX_NORMS} LayerNorms at most, got {len(named)}")
     check_shape(op, "v", v, "B Hkv n dh", sizes)
     check_shape(op, "weight", weight, "H dh d", sizes)
     check_shape(op, "x", x, "B n d", sizes)

@@ -44,7 +44,7 @@ def relevance_attention(
     normalize: bool = False,
     stabilizer: float = 0.0,
     rescale: bool = True,
-    offsets: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Propagate relevance from the attention output to queries, keys and values, and take a rollout step.
@@ -52,7 +52,7 @@ def relevance_attention(
     This module's docstring gives the rules. No (n, n) array is stored.
 
     Args:
-        q, k, v, lse, grad_o, s, key_mask, scaling, window, additive_mask, normalize, stabilizer, rescale, offsets: as
+        q, k, v, lse, grad_o, s, key_mask, scaling, window, additive_mask, normalize, stabilizer, rescale, cu_seqlens: as
             `pyglobenc.backends.inputs.RelevanceInputs` has them; lse in any float dtype, scaling None for dh ** -0.5.
         r: rows of the rollout of the layers above, (B, T, n), or None.
         backend: "auto" or a backend's name.
@@ -66,7 +66,7 @@ def relevance_attention(
     Source: Chefer et al., 2021, eq. 7 to 14; the matmul, add and rollout of the published code.
     """
     op = "relevance_attention"
-    layer = dict(q=q, k=k, v=v, lse=lse, grad_o=grad_o, s=s, key_mask=key_mask, scaling=scaling, window=window, offsets=offsets)
+    layer = dict(q=q, k=k, v=v, lse=lse, grad_o=grad_o, s=s, key_mask=key_mask, scaling=scaling, window=window, cu_seqlens=cu_seqlens)
     rules = dict(additive_mask=additive_mask, normalize=normalize, stabilizer=float(stabilizer), rescale=rescale)
     inputs = relevance_inputs(op, **layer, **rules)
     if r is None:

@@ -23,7 +23,7 @@ def relevance_rollout_step(
     scaling: float | None = None,
     window: tuple[int, int] = (-1, -1),
     normalize: bool = False,
-    offsets: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Multiply rows of the rollout by I + A of one layer, without storing A.
@@ -32,7 +32,7 @@ def relevance_rollout_step(
 
     Args:
         r: rows of the rollout of the layers above, (B, T, n), the dtype of q.
-        q, k, v, lse, grad_o, s, key_mask, scaling, window, normalize, offsets, backend: as for `relevance_attention`.
+        q, k, v, lse, grad_o, s, key_mask, scaling, window, normalize, cu_seqlens, backend: as for `relevance_attention`.
 
     Returns:
         r (I + A), (B, T, n); with normalize each row of I + A is divided by its sum.
@@ -44,7 +44,7 @@ def relevance_rollout_step(
     """
     op = "relevance_rollout_step"
     layer = dict(q=q, k=k, v=v, lse=lse, grad_o=grad_o, s=s)
-    seen = dict(key_mask=key_mask, scaling=scaling, window=window, offsets=offsets)
+    seen = dict(key_mask=key_mask, scaling=scaling, window=window, cu_seqlens=cu_seqlens)
     inputs = relevance_inputs(op, **layer, **seen, normalize=normalize)
     check_rollout(op, r, q, inputs)
     return _relevance_rollout_step(inputs, r, backend)

@@ -26,7 +26,7 @@ def rollout_step(
     key_mask: Tensor | None = None,
     scaling: float | None = None,
     window: tuple[int, int] = (-1, -1),
-    offsets: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     score_mod: ScoreMod | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -38,13 +38,13 @@ def rollout_step(
     Args:
         r: rows of the rollout of the layers above, (B, T, n), non-negative, the dtype of gram.
         log_scale: natural logarithm of the scale of each row, (B, T).
-        q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, window, score_mod, backend: as for `token_norms`.
-        offsets: (S + 1,) int32 on the CPU, for S sequences packed into one. Sequence s is tokens offsets[s] to offsets[s + 1] of N. Then
+        q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, window, score_mod, backend: as for `pair_norms`.
+        cu_seqlens: (S + 1,) int32 on the CPU, for S sequences packed into one. Sequence s is tokens cu_seqlens[s] to cu_seqlens[s + 1] of N. Then
             B is 1, r (1, T, N) holds T rows of each sequence at its own tokens, and log_scale is (S, T). None: not packed.
 
     Returns:
         r_out (B, T, n), r @ norms with each row scaled to maximum 1, and log_scale_out (B, T), such that
-        r_out * exp(log_scale_out) = (r @ norms) * exp(log_scale). Rows of zeros stay zero. With offsets (1, T, N) and (S, T), for each
+        r_out * exp(log_scale_out) = (r @ norms) * exp(log_scale). Rows of zeros stay zero. With cu_seqlens (1, T, N) and (S, T), for each
         sequence alone.
 
     Raises:
@@ -54,7 +54,7 @@ def rollout_step(
     """
     op = "rollout_step"
     layer = dict(q=q, k=k, lse=lse, gram=gram, cross=cross, residual_sq=residual_sq, rstd=rstd, key_mask=key_mask)
-    inputs = pair_inputs(op, **layer, scaling=scaling, window=window, offsets=offsets, score_mod=score_mod)
+    inputs = pair_inputs(op, **layer, scaling=scaling, window=window, cu_seqlens=cu_seqlens, score_mod=score_mod)
     check_rollout(op, r, gram, inputs, log_scale)
     # A log_scale of another dtype, such as float64, keeps that dtype.
     own = log_scale.dtype == r.dtype

@@ -30,7 +30,7 @@ from pyglobenc.methods.inputs import check_batch, check_model
 from pyglobenc.methods.rollout.layer_matrix import NormMatrix
 from pyglobenc.methods.rollout.rows import RolloutResult, roll_out_rows, rollout_result
 from pyglobenc.methods.rollout.stages import STAGES, StageOps, check_stage, deepest_stage
-from pyglobenc.ops import token_norms
+from pyglobenc.ops import pair_norms
 from pyglobenc.ops.attention import BAND, fused_bias, fused_call
 from pyglobenc.scale.sequence_shards import Shares
 
@@ -128,7 +128,7 @@ class ShardedMatrix:
         mine = sum(((targets[0] >= chunk.start) & (targets[0] < chunk.stop)).long() for chunk in self.shares.own).bool()
         out = self.local.inputs.gram.new_zeros(1, targets.shape[1], self.shares.n)
         if mine.any():
-            out[:, mine] = token_norms(**self._tensors, **self._settings, rows=targets[:, mine])
+            out[:, mine] = pair_norms(**self._tensors, **self._settings, rows=targets[:, mine])
         dist.all_reduce(out, group=self.shares.group)
         return out
 
@@ -141,7 +141,7 @@ class ShardedMatrix:
                 cols = visible_keys(rows, self.shares.n, self.local.inputs.window)
                 seen = {name: t.narrow(axes[name], cols.start, cols.stop - cols.start) for name, t in self._tensors.items()}
                 index = torch.arange(rows.start - cols.start, rows.stop - cols.start, device=r.device)[None]
-                out[:, :, cols] += r[:, :, rows] @ token_norms(**seen, **self._settings, rows=index)
+                out[:, :, cols] += r[:, :, rows] @ pair_norms(**seen, **self._settings, rows=index)
         dist.all_reduce(out, group=self.shares.group)
         return rescale_rows(out, log_scale)
 

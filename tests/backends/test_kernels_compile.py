@@ -51,7 +51,7 @@ def cases() -> list[dict]:
             out.append(chosen | dict(zip(names, shape, strict=True)))
 
         if capability == AMD:
-            for op in ("rollout_step", "token_norms"):
+            for op in ("rollout_step", "pair_norms"):
                 case(op, BERT, precision="ieee")
             for op in (*ELEMENTWISE, "relevance_attention", "relevance_maps", "head_gram", "head_norms"):
                 case(op, HEADS[0], precision="ieee", packed=False)
@@ -71,10 +71,10 @@ def cases() -> list[dict]:
             case("head_gram", shape)
         case("head_norms", HEADS[0])
         case("mapped_square", BERT)
-        case("token_norms", BERT)
+        case("pair_norms", BERT)
         case("rollout_step", BERT, precision="tf32")
         case("rollout_step", BERT, packed=False)
-        case("token_norms", BERT, full=False)
+        case("pair_norms", BERT, full=False)
     return out
 
 
@@ -144,7 +144,7 @@ def variant(kernel, args: tuple, kwargs: dict) -> tuple:
 
 
 @pytest.mark.parametrize(
-    "op", ["rollout_step", "token_norms", "head_gram", "head_norms", "mapped_square", "relevance_attention", "relevance_maps"]
+    "op", ["rollout_step", "pair_norms", "head_gram", "head_norms", "mapped_square", "relevance_attention", "relevance_maps"]
 )
 def test_a_corpus_compiles_a_kernel_a_few_times(op):
     case, found = dict(op=op, heads=12, kv_heads=12, head_dim=64, dtype="float32", rows=1, full=True, packed=False), defaultdict(set)

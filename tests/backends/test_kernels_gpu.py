@@ -1,4 +1,4 @@
-"""What only a GPU shows: whole models, half precision at full size, tf32, memory, graph capture, offsets past 2^31 bytes."""
+"""What only a GPU shows: whole models, half precision at full size, tf32, memory, graph capture, cu_seqlens past 2^31 bytes."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from test_kernels_pairs import factor
 
 from pyglobenc import GlobEnc, TransformerAttribution, graphed
 from pyglobenc.backends.cuda import _extension
-from pyglobenc.ops import token_norms
+from pyglobenc.ops import pair_norms
 
 pytestmark = pytest.mark.gpu
 
@@ -95,8 +95,8 @@ def test_longest_sequence(backend):
     n = 131_072
     args, rows = long_layer(n), torch.tensor([[0, 70_001, n - 1]], device="cuda")
     r = torch.zeros(1, 1, n, device="cuda").index_fill_(2, rows[0], 1)
-    expected = token_norms(**doubled(args), rows=rows, backend="reference").sum(1, keepdim=True)
-    torch_out = token_norms(**args, rows=rows, backend="reference").sum(1, keepdim=True)
+    expected = pair_norms(**doubled(args), rows=rows, backend="reference").sum(1, keepdim=True)
+    torch_out = pair_norms(**args, rows=rows, backend="reference").sum(1, keepdim=True)
     assert_as_good_as_torch(product(r, args, backend, top=float(expected.amax())), expected, torch_out)
 
 

@@ -1,4 +1,4 @@
-"""`token_norms` and `rollout_step` of the GPU backends against the reference: on the GPU where there is one, else Triton's interpreter.
+"""`pair_norms` and `rollout_step` of the GPU backends against the reference: on the GPU where there is one, else Triton's interpreter.
 
 The CUDA backend takes these tests over in cuda/test_pairs.py.
 """
@@ -13,7 +13,7 @@ from pyglobenc.backends.shared.packing import sequence_of
 from pyglobenc.backends.shared.rows import rescale_rows
 from pyglobenc.kernels import _pairs
 from pyglobenc.kernels.rollout_step import MAX_ROWS
-from pyglobenc.ops import rollout_step, token_norms
+from pyglobenc.ops import rollout_step, pair_norms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -59,20 +59,20 @@ def rows_of(case, count):
 
 def check_norms(backend, args, compare):
     """The error rule for norms and their squares; compare: of `pooled`."""
-    out = token_norms(**args, backend=backend)
-    exact, torch_out = token_norms(**doubled(args), backend="reference"), token_norms(**args, backend="reference")
+    out = pair_norms(**args, backend=backend)
+    exact, torch_out = pair_norms(**doubled(args), backend="reference"), pair_norms(**args, backend="reference")
     compare(out.square(), exact.square(), torch_out.square())
     compare(out, exact, torch_out)
 
 
-def check_step(backend, r, args, compare, offsets=None):
+def check_step(backend, r, args, compare, cu_seqlens=None):
     """The error rule for the product of rows r (B, T, n) with the norms; compare: of `pooled`."""
-    exact = product(r.double(), doubled(args), "reference", offsets)
-    out, torch_out = (product(r, args, name, offsets, float(exact.amax())) for name in (backend, "reference"))
+    exact = product(r.double(), doubled(args), "reference", cu_seqlens)
+    out, torch_out = (product(r, args, name, cu_seqlens, float(exact.amax())) for name in (backend, "reference"))
     compare(out, exact, torch_out)
 
 
-def test_token_norms(backend):
+def test_pair_norms(backend):
     with pooled(factor(backend)) as compare:
         for case in CASES:
             check_norms(backend, moved(pair_args(case)), compare)
@@ -81,8 +81,8 @@ def test_token_norms(backend):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_rows_are_those_of_the_full_matrix(case, backend):
     args, rows = moved(pair_args(case)), torch.randint(0, case.n, (case.B, 3), device=DEVICE)
-    every = token_norms(**args, backend=backend)
-    assert torch.equal(token_norms(**args, rows=rows, backend=backend), every.gather(1, rows[..., None].expand(-1, -1, case.n)))
+    every = pair_norms(**args, backend=backend)
+    assert torch.equal(pair_norms(**args, rows=rows, backend=backend), every.gather(1, rows[..., None].expand(-1, -1, case.n)))
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -100,7 +100,7 @@ def test_more_rows_than_a_pass_takes(backend):
 
 def cut_in(shares, monkeypatch):
     """Launchers cut the queries into so many parts."""
-    for launcher in ("kernels.rollout_step", "kernels.token_norms", "cuda._pairs"):
+    for launcher in ("kernels.rollout_step", "kernels.pair_norms", "cuda._pairs"):
         monkeypatch.setattr(f"pyglobenc.{launcher}.query_shares", lambda *args: shares)
 
 
@@ -126,7 +126,7 @@ def test_no_multiprocessor_idles_for_long(n, keys, queries, places, start):
     assert n < 2048 or blocks * tiles / places > 0.85 * busiest
 
 
-def powers_of_two(B, n, window=(-1, -1), mask=None, offsets=None):
+def powers_of_two(B, n, window=(-1, -1), mask=None, cu_seqlens=None):
     """Arguments whose probabilities are 1 and whose norms are powers of two, and the norms in float64: no order of sums rounds anything."""
     zeros, sizes = torch.zeros(B, 1, n, 8), 2.0 ** torch.randint(-2, 3, (B, n))
     left, right = (n if side < 0 else side for side in window)
@@ -134,8 +134,8 @@ def powers_of_two(B, n, window=(-1, -1), mask=None, offsets=None):
     seen = ((ahead <= right) & (-ahead <= left)).expand(B, n, n)
     if mask is not None:
         seen = seen & mask[:, None] & mask[:, :, None]
-    if offsets is not None:
-        sequence = sequence_of(offsets, offsets.device)
+    if cu_seqlens is not None:
+        sequence = sequence_of(cu_seqlens, cu_seqlens.device)
         seen = seen & (sequence == sequence[:, None])
     args = dict(q=zeros, k=zeros, lse=zeros[..., 0], gram=sizes.square()[..., None, None], key_mask=mask, scaling=1.0, window=window)
     return moved(args), (seen * sizes[:, None]).double().to(DEVICE)
@@ -154,15 +154,15 @@ ROWS = {
 def test_rows_are_scaled_as_by_the_reference(case, monkeypatch, backend):
     case = dict(window=(-1, -1), lengths=None) | ROWS[case]
     (B, T, n), window, lengths = case["shape"], case["window"], case["lengths"]
-    offsets = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    cu_seqlens = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     mask = None if B == 1 else torch.arange(n) < torch.tensor([[n], [n // 2]])
-    args, norms = powers_of_two(B, n, window, mask, offsets)
-    r, log_scale = torch.randint(4, (B, T, n)).float().to(DEVICE), torch.randn(B if offsets is None else len(lengths), T).to(DEVICE)
+    args, norms = powers_of_two(B, n, window, mask, cu_seqlens)
+    r, log_scale = torch.randint(4, (B, T, n)).float().to(DEVICE), torch.randn(B if cu_seqlens is None else len(lengths), T).to(DEVICE)
     r[:, 1:2] = 0
     cut_in(case["shares"], monkeypatch)
-    out, scale = rollout_step(r, log_scale, **args, offsets=offsets, backend=backend)
+    out, scale = rollout_step(r, log_scale, **args, cu_seqlens=cu_seqlens, backend=backend)
     exact = r.double() @ norms
-    expected, torch_scale = rescale_rows(exact.float(), log_scale, offsets)
+    expected, torch_scale = rescale_rows(exact.float(), log_scale, cu_seqlens)
     assert torch.equal(out, expected) and torch.equal(scale[:, 1:2], log_scale[:, 1:2])
     # the same numbers: a logarithm is rounded to 2 ulp at most, and the sum once
     assert ((scale - torch_scale).abs() <= 5 * 2.0**-24 * (scale.abs() + log_scale.abs())).all()
@@ -202,7 +202,7 @@ def test_every_tile(dtype, monkeypatch, backend):
         found = _pairs.launch(12, 64, args["q"].element_size(), _pairs.float32_precision(), limit)
         if found is None:
             with pytest.raises(ValueError, match="no tile of 12 heads of 64 fits"):
-                token_norms(**args, backend=backend)
+                pair_norms(**args, backend=backend)
         elif tuple(found.items()) not in tiles:
             tiles.add(tuple(found.items()))
             with pooled(factor(backend)) as compare:
@@ -214,7 +214,7 @@ def test_strided_inputs_and_expanded_gram(backend):
     args = moved(pair_args(Case(n=37, mask="holes")))
     strided = {name: torch.stack([t, t], -1)[..., 0] if isinstance(t, torch.Tensor) else t for name, t in args.items()}
     assert strided["q"].stride(-1) == 2
-    assert torch.equal(token_norms(**strided, backend=backend), token_norms(**args, backend=backend))
+    assert torch.equal(pair_norms(**strided, backend=backend), pair_norms(**args, backend=backend))
     r, log_scale = rows_of(Case(n=37), 2)
     out = rollout_step(r.mT.contiguous().mT, log_scale, **strided, backend=backend)
     assert torch.equal(out[0], rollout_step(r, log_scale, **args, backend=backend)[0])
@@ -232,7 +232,7 @@ def test_padding_may_hold_anything(backend):
         dirty[name].transpose(1, 2)[padded] = torch.nan
     for name in ("gram", "cross", "residual_sq", "rstd"):
         dirty[name][padded] = torch.nan
-    assert torch.equal(token_norms(**dirty, backend=backend), token_norms(**args, backend=backend))
+    assert torch.equal(pair_norms(**dirty, backend=backend), pair_norms(**args, backend=backend))
     out = rollout_step(r.masked_fill(padded[:, None], torch.nan), log_scale, **dirty, backend=backend)
     assert torch.equal(out[0], rollout_step(r, log_scale, **args, backend=backend)[0])
 
@@ -243,24 +243,24 @@ def test_empty(B, T, n, backend):
     r, log_scale = torch.zeros(B, T, n, device=DEVICE), torch.zeros(B, T, device=DEVICE)
     out, scale = rollout_step(r, log_scale, q, q, torch.zeros(B, 4, n, device=DEVICE), gram, backend=backend)
     assert out.shape == (B, T, n) and scale.shape == (B, T)
-    assert token_norms(q[:0], q[:0], q[:0, ..., 0], gram[:0], backend=backend).shape == (0, n, n)
+    assert pair_norms(q[:0], q[:0], q[:0, ..., 0], gram[:0], backend=backend).shape == (0, n, n)
 
 
 def test_refuses_with_reasons(backend):
     args = moved(pair_args(Case(n=6)))
     with pytest.raises(ValueError, match="needs gram in float32 and q in float16, bfloat16 or float32, got torch.float64"):
-        token_norms(**doubled(args), backend=backend)
+        pair_norms(**doubled(args), backend=backend)
     wide = torch.zeros(1, 65, 2, 8, device=DEVICE)
     with pytest.raises(ValueError, match="takes up to 64 heads of up to 256, got 65 of 8"):
-        token_norms(wide, wide, wide[..., 0], torch.zeros(1, 2, 65, 65, device=DEVICE), backend=backend)
+        pair_norms(wide, wide, wide[..., 0], torch.zeros(1, 2, 65, 65, device=DEVICE), backend=backend)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="nothing is interpreted where there is a GPU")
 def test_auto_never_interprets(monkeypatch):
     args = pair_args(Case(n=6))
-    expected = token_norms(**args)
-    monkeypatch.setattr("pyglobenc.kernels.token_norms.run", None)
-    assert torch.equal(token_norms(**args), expected)
+    expected = pair_norms(**args)
+    monkeypatch.setattr("pyglobenc.kernels.pair_norms.run", None)
+    assert torch.equal(pair_norms(**args), expected)
 
 
 def emulated_tf32x3(a, b):
@@ -280,5 +280,5 @@ def test_three_tf32_products_keep_float32():
     alpha = (emulated_tf32x3(q, k.transpose(2, 3)) * args["scaling"] - lse[..., None]).exp().permute(0, 3, 2, 1)
     sq = (emulated_tf32x3(alpha, gram) * alpha).sum(-1).transpose(1, 2)
     plain = args | dict(cross=None, residual_sq=None, rstd=None)
-    exact = token_norms(**doubled(plain), backend="reference").square()
-    assert_as_good_as_torch(sq, exact, token_norms(**plain, backend="reference").square())
+    exact = pair_norms(**doubled(plain), backend="reference").square()
+    assert_as_good_as_torch(sq, exact, pair_norms(**plain, backend="reference").square())

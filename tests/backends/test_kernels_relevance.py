@@ -79,7 +79,7 @@ def layer(case: Case) -> tuple[dict, torch.Tensor]:
         # nothing cancels: in a short sequence few pairs make the additive mask's factor, and its largest error
         q, k, v, s = q.abs() + 0.5, k.abs() + 0.5, v.abs(), s.abs()
         q[:, :, ::3] = 0  # scores of 0 are what the factor makes up for
-        seen["offsets"] = torch.tensor([0, *case.lengths]).cumsum(0).to(torch.int32)
+        seen["cu_seqlens"] = torch.tensor([0, *case.lengths]).cumsum(0).to(torch.int32)
     _, lse = attention(q.double(), k.double(), v.double(), **seen)
     args = dict(q=q, k=k, v=v, lse=lse.float(), grad_o=grad if case.grad else None, s=s, **seen)
     return args, torch.rand(case.B, case.T, n, device=DEVICE)
@@ -125,7 +125,7 @@ def test_rows_are_those_of_the_map(case, backend):
 def test_one_packed_sequence(backend):
     args, r = layer(Case(B=1, lengths=(1,)))
     packed = relevance_attention(**args, r=r, backend=backend)
-    del args["offsets"]
+    del args["cu_seqlens"]
     assert all(torch.equal(*pair) for pair in zip(packed, relevance_attention(**args, r=r, backend=backend), strict=True))
 
 

@@ -71,19 +71,19 @@ def test_add_of_both_signs_is_the_reference(backend):
 
 
 def test_add_of_more_blocks_than_a_glance(backend):
-    from pyglobenc.kernels.add_relevance import BLOCK, MOST_BLOCKS
+    from pyglobenc.kernels.add_relevance import BLOCK, MAX_BLOCKS
 
     if DEVICE == "cpu":
         shape, most = (1, 5, BLOCK - 3), 2
     else:
-        shape, most = (1, MOST_BLOCKS + 7, 2 * BLOCK - 3), MOST_BLOCKS
+        shape, most = (1, MAX_BLOCKS + 7, 2 * BLOCK - 3), MAX_BLOCKS
     def draw():
         return {name: random(*shape).abs() + 0.1 for name in "rab"}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pyglobenc.kernels.add_relevance.MOST_BLOCKS", most)
+        patch.setattr("pyglobenc.kernels.add_relevance.MAX_BLOCKS", most)
         check(backend, add_relevance, draw)
-        check(backend, add_relevance, draw, offsets=torch.tensor([0, 1, shape[1]], dtype=torch.int32))
+        check(backend, add_relevance, draw, cu_seqlens=torch.tensor([0, 1, shape[1]], dtype=torch.int32))
 
 
 @pytest.mark.parametrize("options", [{}, dict(rescale=False), dict(stabilizer=1e-3)], ids=str)
@@ -95,8 +95,8 @@ def test_add_packed(lengths, d, options, backend):
         r, a, b = (random(1, sum(lengths), d).abs() + 0.1 for _ in range(3))
         return dict(r=r, a=a + b, b=-part * b)
 
-    offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    check(backend, add_relevance, draw, **options, offsets=offsets)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    check(backend, add_relevance, draw, **options, cu_seqlens=cu_seqlens)
 
 
 def linear(batch, n, d_in, d_out):

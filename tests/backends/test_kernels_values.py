@@ -8,7 +8,7 @@ import torch
 from numerics import until_enough
 from test_kernels_pairs import factor
 
-from pyglobenc.ops import gram_kernels, head_gram, head_norms, mapped_square
+from pyglobenc.ops import gram_weights, head_gram, head_norms, mapped_square
 
 HALF = (torch.bfloat16, torch.float16)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,7 +28,7 @@ def inputs(B, H, Hkv, n, dh, d):
     """v, weight, x and the matrices that `head_gram` takes, rounded to float32."""
     v, x = torch.randn(B, n, Hkv, dh).transpose(1, 2), torch.randn(B, n, d)
     weight = torch.randn(H, dh, d) / d**0.5
-    kernel, cross_kernel = gram_kernels(weight.double(), [torch.rand(d, dtype=torch.float64) + 0.5] if d > 1 else [])
+    kernel, cross_kernel = gram_weights(weight.double(), [torch.rand(d, dtype=torch.float64) + 0.5] if d > 1 else [])
     return [t.float().to(DEVICE) for t in (v, weight, x, kernel, cross_kernel)]
 
 

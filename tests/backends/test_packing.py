@@ -26,7 +26,7 @@ CASES = [
 
 
 def pack(case, lengths, count):
-    """Each sequence's arguments of `token_norms` with rows r (1, T, n), the same packed, and offsets."""
+    """Each sequence's arguments of `pair_norms` with rows r (1, T, n), the same packed, and cu_seqlens."""
     alone = []
     for n in lengths:
         shape = Case(**vars(case) | dict(B=1, n=n))
@@ -39,10 +39,10 @@ def pack(case, lengths, count):
     return alone, packed, ends.to(torch.int32)
 
 
-def step(args, log_scale, backend, offsets=None):
+def step(args, log_scale, backend, cu_seqlens=None):
     """Rows and scales of `rollout_step`."""
     args = dict(args)
-    return rollout_step(args.pop("r"), log_scale, **args, offsets=offsets, backend=backend)
+    return rollout_step(args.pop("r"), log_scale, **args, cu_seqlens=cu_seqlens, backend=backend)
 
 
 def cases(cases):
@@ -51,19 +51,19 @@ def cases(cases):
 
 @cases(CASES)
 def test_reference_is_each_sequence_alone(case, lengths, count):
-    alone, packed, offsets = pack(case, lengths, count)
+    alone, packed, cu_seqlens = pack(case, lengths, count)
     log_scale = torch.randn(len(lengths), count, dtype=torch.float64)
-    out, scale = step(doubled(packed), log_scale, "reference", offsets)
+    out, scale = step(doubled(packed), log_scale, "reference", cu_seqlens)
     for s, one in enumerate(alone):
         exact, exact_scale = step(doubled(one), log_scale[s : s + 1], "reference")
-        torch.testing.assert_close(out[:, :, offsets[s] : offsets[s + 1]], exact, rtol=1e-12, atol=0)
+        torch.testing.assert_close(out[:, :, cu_seqlens[s] : cu_seqlens[s + 1]], exact, rtol=1e-12, atol=0)
         torch.testing.assert_close(scale[s : s + 1], exact_scale, rtol=1e-12, atol=1e-12)
 
 
 def test_a_row_of_zeros_keeps_its_scale():
-    _, packed, offsets = pack(Case(), (4, 6), 2)
+    _, packed, cu_seqlens = pack(Case(), (4, 6), 2)
     packed["r"][:, 1, 4:] = 0
-    out, scale = step(packed, torch.ones(2, 2), "reference", offsets)
+    out, scale = step(packed, torch.ones(2, 2), "reference", cu_seqlens)
     assert not out[0, 1, 4:].any() and scale[1, 1] == 1 and out[0, 1, :4].amax() == 1 and out[0, 0, 4:].amax() == 1
 
 
@@ -73,10 +73,10 @@ def test_attention_is_each_sequence_alone(case, lengths, count, score_mod):
     N = sum(lengths)
     t = layer(Case(**vars(case) | dict(B=1, n=N)))
     q, k, v = (t[name].double().requires_grad_() for name in ("q", "k", "v"))
-    offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     settings = dict(scaling=t["scaling"], window=case.window, score_mod=score_mod)
-    o, lse = attention(q, k, v, **settings, offsets=offsets)
-    parts = [attention(*(x[:, :, a:b] for x in (q, k, v)), **settings) for a, b in zip(offsets, offsets[1:], strict=False)]
+    o, lse = attention(q, k, v, **settings, cu_seqlens=cu_seqlens)
+    parts = [attention(*(x[:, :, a:b] for x in (q, k, v)), **settings) for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
     torch.testing.assert_close(o, torch.cat([part[0] for part in parts], 2), rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(lse, torch.cat([part[1] for part in parts], 2), rtol=1e-12, atol=1e-13)
     weights = torch.randn_like(o)
@@ -85,23 +85,23 @@ def test_attention_is_each_sequence_alone(case, lengths, count, score_mod):
     torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-12)
 
 
-def test_offsets_are_checked():
-    _, packed, offsets = pack(Case(), (4, 6), 1)
+def test_cu_seqlens_are_checked():
+    _, packed, cu_seqlens = pack(Case(), (4, 6), 1)
     log_scale = torch.zeros(2, 1)
     for wrong, message in (
-        (offsets.long(), r"offsets must be \(S \+ 1,\) int32 on the CPU with S at least 1, got \(3,\) torch.int64 on cpu"),
-        (offsets[:1], r"got \(1,\) torch.int32 on cpu"),
-        (offsets[:2], "must increase from 0 to n = 10, got"),
-        (offsets[[0, 1, 1, 2]], "must increase from 0 to n = 10, got"),
+        (cu_seqlens.long(), r"cu_seqlens must be \(S \+ 1,\) int32 on the CPU with S at least 1, got \(3,\) torch.int64 on cpu"),
+        (cu_seqlens[:1], r"got \(1,\) torch.int32 on cpu"),
+        (cu_seqlens[:2], "must increase from 0 to n = 10, got"),
+        (cu_seqlens[[0, 1, 1, 2]], "must increase from 0 to n = 10, got"),
     ):
         with pytest.raises(ValueError, match=message):
             step(packed, log_scale, "auto", wrong)
     with pytest.raises(ValueError, match=r"log_scale must be \(S, T\) with S=2, T=1"):
-        step(packed, log_scale[:1], "auto", offsets)
+        step(packed, log_scale[:1], "auto", cu_seqlens)
     with pytest.raises(ValueError, match="a batch of 1 without key_mask, got 1 and one"):
-        step(packed | dict(key_mask=torch.ones(1, 10, dtype=torch.bool)), log_scale, "auto", offsets)
+        step(packed | dict(key_mask=torch.ones(1, 10, dtype=torch.bool)), log_scale, "auto", cu_seqlens)
     with pytest.raises(ValueError, match="a batch of 1 without key_mask, got 2"):
-        attention(*torch.zeros(3, 2, 1, 10, 4), offsets=offsets)
+        attention(*torch.zeros(3, 2, 1, 10, 4), cu_seqlens=cu_seqlens)
 
 
 @pytest.mark.parametrize("kernel", [*KERNELS, "triton"])
@@ -116,28 +116,28 @@ def test_kernel_on_unit_rows(kernel):
     ones = torch.tensor([[[149, 150, 300, 422], [0, 219, 220, 420]]])
 
     def draw(value):
-        _, packed, offsets = pack(Case(H=3, Hkv=3), (150, 70, 200, 3), 2)
-        return packed | dict(r=torch.zeros_like(packed["r"]).scatter_(2, ones, value)), offsets
+        _, packed, cu_seqlens = pack(Case(H=3, Hkv=3), (150, 70, 200, 3), 2)
+        return packed | dict(r=torch.zeros_like(packed["r"]).scatter_(2, ones, value)), cu_seqlens
 
     check_kernel(kernel, lambda: draw(1))
     check_kernel(kernel, lambda: draw(0))
 
 
 def check_kernel(kernel, draw):
-    """The error rule for the product of what draw() returns: arguments with rows r, and offsets."""
+    """The error rule for the product of what draw() returns: arguments with rows r, and cu_seqlens."""
     for compare in until_enough(factor(kernel)):
-        args, offsets = draw()
+        args, cu_seqlens = draw()
         r = args.pop("r")
-        exact = product(r.double(), doubled(args), "reference", offsets)
+        exact = product(r.double(), doubled(args), "reference", cu_seqlens)
         with running(kernel) as backend:
-            out, torch_out = (product(r, args, name, offsets, float(exact.amax())) for name in (backend, "reference"))
+            out, torch_out = (product(r, args, name, cu_seqlens, float(exact.amax())) for name in (backend, "reference"))
         compare(out, exact, torch_out)
 
 
 def test_opcheck():
-    _, packed, offsets = pack(Case(), (4, 6), 2)
+    _, packed, cu_seqlens = pack(Case(), (4, 6), 2)
     r = packed.pop("r")
-    inputs = PairInputs(**packed, offsets=offsets)
+    inputs = PairInputs(**packed, cu_seqlens=cu_seqlens)
     torch.library.opcheck(torch.ops.pyglobenc.rollout_step.default, (*inputs.flat(), r, torch.randn(2, 2), "auto"))
 
 
@@ -147,7 +147,7 @@ AXES_OF = {relevance_attention: (2, 2, 2, 1, 2), relevance_rollout_step: (2,), a
 
 
 def relevance_args(lengths, count, heads=2, dh=16):
-    """Arguments of `relevance_attention` of each sequence alone, the same packed, and offsets.
+    """Arguments of `relevance_attention` of each sequence alone, the same packed, and cu_seqlens.
 
     All but the gradients are positive: where sums cancel, the largest errors are those of a few numbers near 0, and a matter of luck.
     """
@@ -178,9 +178,9 @@ def run_packed(op, backend, alone, **options):
     """What a backend gives of sequences packed, as a tuple."""
     axis = AXES_OF[op][0]
     lengths = [next(iter(one.values())).shape[axis] for one in alone]
-    offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     with running(backend) as name:
-        out = op(**packed_together(alone, axis), **options, offsets=offsets, backend=name)
+        out = op(**packed_together(alone, axis), **options, cu_seqlens=cu_seqlens, backend=name)
     return out if isinstance(out, tuple) else (out,)
 
 
@@ -223,21 +223,21 @@ def test_sequences_of_a_token_or_two(op, lengths):
 
 
 def test_relevance_without_a_rollout():
-    alone, packed, offsets = relevance_args((4, 4, 9), 1)
+    alone, packed, cu_seqlens = relevance_args((4, 4, 9), 1)
     for args in (packed, *alone):
         del args["r"], args["grad_o"]
-    out = relevance_attention(**packed, grad_o=None, offsets=offsets, backend="reference")
+    out = relevance_attention(**packed, grad_o=None, cu_seqlens=cu_seqlens, backend="reference")
     expected = [relevance_attention(**one, grad_o=None, backend="reference") for one in alone]
     assert out[4] is None
     for got, wanted, axis in zip(out[:4], zip(*(one[:4] for one in expected), strict=True), (2, 2, 2, 1), strict=True):
         torch.testing.assert_close(got, torch.cat(wanted, axis))
 
 
-def test_relevance_refuses_wrong_offsets():
-    _, packed, offsets = relevance_args((4, 9), 1)
-    with pytest.raises(ValueError, match="relevance_attention: offsets must increase from 0 to n = 13"):
-        relevance_attention(**packed, offsets=offsets[:2])
+def test_relevance_refuses_wrong_cu_seqlens():
+    _, packed, cu_seqlens = relevance_args((4, 9), 1)
+    with pytest.raises(ValueError, match="relevance_attention: cu_seqlens must increase from 0 to n = 13"):
+        relevance_attention(**packed, cu_seqlens=cu_seqlens[:2])
     with pytest.raises(ValueError, match="relevance_rollout_step: packed sequences are a batch of 1 without key_mask"):
-        relevance_rollout_step(**packed, key_mask=torch.ones(1, 13, dtype=torch.bool), offsets=offsets)
+        relevance_rollout_step(**packed, key_mask=torch.ones(1, 13, dtype=torch.bool), cu_seqlens=cu_seqlens)
     with pytest.raises(ValueError, match="add_relevance: packed sequences are a batch of 1"):
-        add_relevance(*torch.zeros(3, 2, 13, 4), offsets=offsets)
+        add_relevance(*torch.zeros(3, 2, 13, 4), cu_seqlens=cu_seqlens)

@@ -10,7 +10,7 @@ import pytest
 from pair_cases import KERNELS
 
 ROOT = Path(__file__).parents[2]
-PAIRS = ("token_norms", "rollout_step", "head_gram", "norm_terms", "exp")
+PAIRS = ("pair_norms", "rollout_step", "head_gram", "norm_terms", "exp")
 OPS = (*PAIRS, "clone_relevance", "add_relevance", "linear_relevance", "relevance_attention")
 FILES = [f"test_{op}.py" for op in OPS]
 

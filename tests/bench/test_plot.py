@@ -83,7 +83,7 @@ def test_memory():
 
 def test_files(tmp_path, capsys):
     path = write(tmp_path / "head_gram.csv", ROWS)
-    machine = write(tmp_path / "machine.csv", [MACHINE, MACHINE | {"op": "token_norms", "backend": "reference"}])
+    machine = write(tmp_path / "machine.csv", [MACHINE, MACHINE | {"op": "pair_norms", "backend": "reference"}])
     suite = write(tmp_path / "suite.csv", [MACHINE | row(n, "cpu", n / 64, dtype="float32", batch="1") for n in (128, 512)])
     assert plot.main([*map(str, (path, machine, suite)), "--output", str(tmp_path / "out")]) == 0
     made = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}

@@ -65,7 +65,7 @@ def test_unknown_op_and_unwritable_file(table, tmp_path, capsys):
 def test_counts_grow_as_the_formulas_say(op):
     """Twice the tokens: four times the pairs' work, twice the tokens', and what the weights alone take once."""
     small, middle, large = (count(op, [], [], batch=1, heads=H, n=n, dh=DH) for n in (128, 256, 512))
-    factor = 4 if op in ("token_norms", "rollout_step", "relevance_attention", "relevance_maps", "relevance_rollout_step") else 2
+    factor = 4 if op in ("pair_norms", "rollout_step", "relevance_attention", "relevance_maps", "relevance_rollout_step") else 2
     assert large.flops - middle.flops == factor * (middle.flops - small.flops) and large.exps == factor * middle.exps
 
 

@@ -17,7 +17,7 @@ from tiny import classifier, minilm, tokenizer
 import pyglobenc
 from pyglobenc.backends import dispatch as backends
 from pyglobenc.backends.dispatch import load
-from pyglobenc.bench import example_inputs as trial
+from pyglobenc.bench import example_inputs
 from pyglobenc.bench.op_table import OpEntry
 from pyglobenc.cli.doctor import _tool
 from pyglobenc.cli.main import main
@@ -328,21 +328,21 @@ def test_standard_output_that_is_full_or_gone(run, monkeypatch, output, message)
 def doctor(monkeypatch, capsys):
     """Exit status and output of `pyglobenc doctor`, with inputs small enough for interpreted kernels."""
     for name, size in (("H", 2), ("N", 16), ("DH", 16)):
-        monkeypatch.setattr(trial, name, size)
-    trial.tensors.cache_clear()
+        monkeypatch.setattr(example_inputs, name, size)
+    example_inputs.tensors.cache_clear()
     yield lambda: (main(["doctor"]), capsys.readouterr().out)
-    trial.tensors.cache_clear()
+    example_inputs.tensors.cache_clear()
 
 
 def test_doctor_tries_every_op(doctor):
     status, out = doctor()
     assert status == 0
     lines = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line}
-    assert set(trial.op_names()) <= set(lines) and all(lines[op][0] == "yes" for op in trial.op_names())
-    assert {"token_norms", "rollout_step", "head_gram", "head_norms", "mixing_ratio"} <= set(trial.op_names())
+    assert set(example_inputs.op_names()) <= set(lines) and all(lines[op][0] == "yes" for op in example_inputs.op_names())
+    assert {"pair_norms", "rollout_step", "head_gram", "head_norms", "mixing_ratio"} <= set(example_inputs.op_names())
     for name in ("pyglobenc", "Python", "torch", "transformers", "triton", "threads", "features", "GPU", "C++", "CUDA", "ninja"):
         assert name in lines, name
-    for op in trial.op_names():
+    for op in example_inputs.op_names():
         # a backend that the op has either ran or is explained
         for room, cell in zip(backends.ROOMS, lines[op], strict=True):
             assert cell != "no" or f"\n{room}: " in out
@@ -350,24 +350,24 @@ def test_doctor_tries_every_op(doctor):
 
 def test_doctor_tells_why_a_backend_does_not_run(monkeypatch, doctor):
     missing = "cpu is not available: no compiler"
-    monkeypatch.setattr(trial, "load", lambda op, backend: (None, missing) if backend == "cpu" else load(op, backend))
-    assert trial.try_op("token_norms", "cpu") == ("no", "cpu is not available: no compiler")
+    monkeypatch.setattr(example_inputs, "load", lambda op, backend: (None, missing) if backend == "cpu" else load(op, backend))
+    assert example_inputs.try_op("pair_norms", "cpu") == ("no", "cpu is not available: no compiler")
     monkeypatch.setattr(import_module("pyglobenc.ops.head_norms"), "BACKENDS", ("reference",))
-    assert trial.try_op("head_norms", "cuda") == ("-", None)
-    ops = [op for op in trial.op_names() if "cpu" in import_module(f"pyglobenc.ops.{op}").BACKENDS]
-    assert "token_norms" in ops and f"\ncpu: cpu is not available: no compiler\n  {', '.join(ops)}\n" in doctor()[1]
+    assert example_inputs.try_op("head_norms", "cuda") == ("-", None)
+    ops = [op for op in example_inputs.op_names() if "cpu" in import_module(f"pyglobenc.ops.{op}").BACKENDS]
+    assert "pair_norms" in ops and f"\ncpu: cpu is not available: no compiler\n  {', '.join(ops)}\n" in doctor()[1]
 
 
 def test_doctor_groups_ops_by_what_the_dispatcher_says(monkeypatch, doctor):
     refuse = SimpleNamespace(why_not=lambda *args: ["needs a moon"])
     monkeypatch.setattr(backends, "load", lambda op, backend: (refuse, None) if backend == "cpu" else load(op, backend))
-    ops = [op for op in trial.op_names() if "cpu" in import_module(f"pyglobenc.ops.{op}").BACKENDS]
+    ops = [op for op in example_inputs.op_names() if "cpu" in import_module(f"pyglobenc.ops.{op}").BACKENDS]
     assert f"\ncpu: needs a moon\n  {', '.join(ops)}\n" in doctor()[1]
 
 
 def test_doctor_fails_where_a_reference_fails(monkeypatch, doctor):
     wrong = OpEntry(lambda tensors: [tensors["q"], tensors["q"]], lambda shape: 0)
-    monkeypatch.setitem(trial.OP_TABLE, "head_norms", wrong)
+    monkeypatch.setitem(example_inputs.OP_TABLE, "head_norms", wrong)
     status, out = doctor()
     assert status == 1 and "reference: head_norms: weight must be (H, dh, d)" in out
 

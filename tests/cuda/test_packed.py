@@ -18,15 +18,15 @@ def kernels(emulated):
     return emulated
 
 
-def run(op, args, offsets=None, **options):
+def run(op, args, cu_seqlens=None, **options):
     """What the kernels give, as a list."""
-    out = op(**{name: t.to(DEVICE) for name, t in args.items()}, **options, offsets=offsets, backend="cuda")
+    out = op(**{name: t.to(DEVICE) for name, t in args.items()}, **options, cu_seqlens=cu_seqlens, backend="cuda")
     return [t.cpu() for t in (out if isinstance(out, tuple) else (out,))]
 
 
 def run_packed(op, alone, lengths, **options):
-    offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    return run(op, packed_together(alone, AXES_OF[op][0]), offsets, **options)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return run(op, packed_together(alone, AXES_OF[op][0]), cu_seqlens, **options)
 
 
 def assert_the_same(op, alone, lengths, **options):

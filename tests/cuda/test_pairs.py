@@ -1,4 +1,4 @@
-"""`token_norms` and `rollout_step` in CUDA C++: emulated where there is no GPU."""
+"""`pair_norms` and `rollout_step` in CUDA C++: emulated where there is no GPU."""
 
 import pytest
 import test_packing
@@ -23,12 +23,12 @@ from test_kernels_pairs import (  # noqa: F401
     test_rows_that_are_not_finite,
     test_shares_of_the_queries_add_up,
     test_strided_inputs_and_expanded_gram,
-    test_token_norms,
+    test_pair_norms,
 )
 from test_kernels_relevance import far_memory
 
 from pyglobenc import GlobEnc
-from pyglobenc.ops import token_norms
+from pyglobenc.ops import pair_norms
 
 emulated_only = pytest.mark.skipif(DEVICE == "cuda", reason="needs the emulator")
 
@@ -65,9 +65,9 @@ def test_shapes(backend):
 def test_packed_sequences(backend):
     with pooled(factor(backend)) as compare:
         for case, lengths, count in test_packing.CASES:
-            _, packed, offsets = test_packing.pack(case, lengths, count)
+            _, packed, cu_seqlens = test_packing.pack(case, lengths, count)
             args = moved(packed)
-            check_step(backend, args.pop("r"), args, compare, offsets)
+            check_step(backend, args.pop("r"), args, compare, cu_seqlens)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -91,7 +91,7 @@ def test_offsets_beyond_32_bits(axis, backend):
         return out
 
     apart, r = {name: far(t) for name, t in args.items()}, rows_of(case, 2)[0]
-    assert torch.equal(token_norms(**apart, backend=backend), token_norms(**args, backend=backend))
+    assert torch.equal(pair_norms(**apart, backend=backend), pair_norms(**args, backend=backend))
     assert torch.equal(product(far(r), apart, backend), product(r, args, backend))
 
 
@@ -100,9 +100,9 @@ def test_offsets_beyond_32_bits(axis, backend):
 def test_order_of_threads_is_nothing(case, emulated):
     args = pair_args(case)
     r, _ = rows_of(case, 2)
-    forward = product(r, args, "cuda"), token_norms(**args, backend="cuda")
+    forward = product(r, args, "cuda"), pair_norms(**args, backend="cuda")
     emulated.machine(reversed=True)
-    assert torch.equal(forward[0], product(r, args, "cuda")) and torch.equal(forward[1], token_norms(**args, backend="cuda"))
+    assert torch.equal(forward[0], product(r, args, "cuda")) and torch.equal(forward[1], pair_norms(**args, backend="cuda"))
 
 
 @emulated_only
@@ -117,7 +117,7 @@ def test_every_tile(dtype, emulated):
         emulated.machine(shared_limit=limit)
         if not emulated.pair_tile(12, 12, 64, dtype.itemsize)[0]:
             with pytest.raises(ValueError, match="no tile of 12 heads of 64 fits"):
-                token_norms(**args, backend="cuda")
+                pair_norms(**args, backend="cuda")
             continue
         emulated.launches()
         product(r, args, "cuda")
@@ -136,8 +136,8 @@ def test_tf32_where_the_caller_allows_it(monkeypatch):
     args = pair_args(Case(B=2, n=60, H=12, Hkv=12, dh=64, d=768))
     # tensor cores read the first 19 bits
     cut = args | {name: (args[name].contiguous().view(torch.int32) & -8192).view(torch.float32) for name in ("q", "k")}
-    exact = token_norms(**doubled(args), backend="reference")
-    assert_as_good_as_torch(token_norms(**args, backend="cuda"), exact, token_norms(**cut, backend="reference"))
+    exact = pair_norms(**doubled(args), backend="reference")
+    assert_as_good_as_torch(pair_norms(**args, backend="cuda"), exact, pair_norms(**cut, backend="reference"))
 
 
 def test_globenc_of_a_model():

@@ -9,15 +9,16 @@ from pyglobenc import GlobEnc
 
 N = 400
 FLOAT = 4
+N_PADS = 37  # the first real token is the target: a head that reads position 0 would read padding
 
 
 def used(name, n):
     """Allocations of the second call, and of the plain forward pass."""
     model = build(name, torch.float32, max_position_embeddings=2 * N + 2)
-    globenc, batch = GlobEnc(model), random_batch(model, batch=1, n=n, pads=[37], side="left")
-    globenc(**batch)
+    globenc, batch = GlobEnc(model), random_batch(model, batch=1, n=n, pads=[N_PADS], side="left")
+    globenc(**batch, targets=[N_PADS])
     with torch.no_grad():
-        return measure_allocations(lambda: globenc(**batch)), measure_allocations(lambda: model(**batch))
+        return measure_allocations(lambda: globenc(**batch, targets=[N_PADS])), measure_allocations(lambda: model(**batch))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "gemma3", "gemma2", "modernbert"])

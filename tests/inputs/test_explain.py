@@ -14,7 +14,7 @@ import pyglobenc
 from pyglobenc import GlobEnc, Rollout, TransformerAttribution, explain
 from pyglobenc.explain import explain_each
 from pyglobenc.inputs.batches import Runner
-from pyglobenc.inputs.windows import MOST_CHARACTERS, encode, join
+from pyglobenc.inputs.windows import MAX_CHARACTERS, encode, join
 from pyglobenc.methods.registry import METHODS, RELEVANCE, Method, Rows
 from pyglobenc.viz.common import caption
 
@@ -185,7 +185,7 @@ def test_a_text_of_too_many_characters_is_not_tokenized():
         raise AssertionError("the text was tokenized")
 
     refused = {("error", 128 * 40 + 1): "at most 5120 are tokenized; choose long=truncate"}
-    refused["windows", MOST_CHARACTERS + 1] = f"at most {MOST_CHARACTERS} are tokenized$"
+    refused["windows", MAX_CHARACTERS + 1] = f"at most {MAX_CHARACTERS} are tokenized$"
     for (long, count), message in refused.items():
         with pytest.raises(ValueError, match=f"text has {count} characters and .*{message}"):
             encode(tokenize, "a" * count, "text", 40, long)

@@ -104,14 +104,19 @@ def test_explain_goes_on_with_smaller_batches(caplog):
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("name", ["albert", "mpnet", "deberta-v3", "modernbert", "gpt2", "qwen2", "gemma2"])
 def test_mixed_lengths_equal_one_at_a_time(name, side):
-    """Rotary and relative positions are the same for moved tokens; absolute ones are given."""
+    """Rotary and relative positions are the same for moved tokens; absolute ones are given.
+
+    The targets are given too, since a head that reads the first position reads padding there.
+    """
     model = build(name)
     batch = random_batch(model, 3, 11, pads=[0, 3, 8], side=side)
     if name in ("gpt2", "albert"):
         batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    real_tokens = batch["attention_mask"].bool()
+    first = real_tokens.int().argmax(1, keepdim=True)
     with Float64Throughout():
-        together = GlobEnc(model)(**batch).scores
-        for b, real in enumerate(batch["attention_mask"].bool()):
-            alone = GlobEnc(model)(input_ids=batch["input_ids"][b : b + 1, real]).scores
+        together = GlobEnc(model)(**batch, targets=first).scores
+        for b, real in enumerate(real_tokens):
+            alone = GlobEnc(model)(input_ids=batch["input_ids"][b : b + 1, real], targets=[0]).scores
             torch.testing.assert_close(together[b : b + 1, :, real], alone, rtol=1e-9, atol=1e-12)
             assert not together[b, :, ~real].any()

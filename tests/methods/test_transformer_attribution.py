@@ -3,7 +3,7 @@ import torch
 from chefer import chefer_golden, relative
 
 from pyglobenc import TransformerAttribution
-from pyglobenc.methods.relevance.propagation import Descent
+from pyglobenc.methods.relevance.propagation import RelevancePropagation
 from pyglobenc.methods.relevance.rules import Rules
 from pyglobenc.methods.relevance.states import run_forward
 
@@ -83,13 +83,13 @@ def test_float32_rules_on_shared_activations(name):
     model, cases = chefer_golden(name, torch.float32)
     for batch, target, _, _ in cases:
         states = run_forward(model, batch, (target, None, None), None, 0)
-        row, r = Descent(states, Rules("auto"), True, name == "chefer_bert").roll_out(0, 0)
+        row, r = RelevancePropagation(states, Rules("auto"), True, name == "chefer_bert").roll_out(0, 0)
         widened = run_forward(model, batch, (target, None, None), None, 0)
         widened.dtype, widened.head = torch.float64, widened.head.to(torch.float64)
         widened.grads = [grad.double() for grad in states.grads]
         for layer in widened.layers:
             for part in ("x", "q", "k", "v", "o", "lse"):
                 setattr(layer, part, getattr(layer, part).double())
-        exact, r_exact = Descent(widened, Rules("auto"), True, name == "chefer_bert").roll_out(0, 0)
+        exact, r_exact = RelevancePropagation(widened, Rules("auto"), True, name == "chefer_bert").roll_out(0, 0)
         assert relative(row, exact) <= 1e-5
         assert relative(r, r_exact) <= 1e-5

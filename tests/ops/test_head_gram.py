@@ -4,7 +4,7 @@ from direct import stage_matrix
 from numerics import until_enough
 from pair_cases import KERNELS, Case, factor, layer, running
 
-from pyglobenc.ops import gram_kernels, head_gram
+from pyglobenc.ops import gram_weights, head_gram
 
 HALF = (torch.bfloat16, torch.float16)
 CASES = [
@@ -20,7 +20,7 @@ CASES = [
 def arguments(case):
     """v, K, x and P of a random layer, in float64."""
     t = layer(case)
-    kernel, cross_kernel = gram_kernels(t["weight"], t["gammas"])
+    kernel, cross_kernel = gram_weights(t["weight"], t["gammas"])
     return t, (t["v"], kernel, t["x"], cross_kernel)
 
 

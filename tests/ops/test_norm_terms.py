@@ -4,7 +4,7 @@ from direct import stage_matrix
 from numerics import assert_as_good_as_torch, until_enough
 from pair_cases import KERNELS, Case, factor, layer, running
 
-from pyglobenc.ops import gram_kernels, head_gram, mapped_square, norm_terms
+from pyglobenc.ops import gram_weights, head_gram, mapped_square, norm_terms
 
 HALF = (torch.bfloat16, torch.float16)
 # one number, odd sizes, groups, a block of every instruction set and one more, blocks that are split by features and those that aren't
@@ -68,7 +68,7 @@ def test_reference_is_the_definition(case):
 def test_reference_in_tiles(monkeypatch):
     args = arguments(Case(n=13))
     whole = norm_terms(*args, backend="reference")
-    monkeypatch.setattr("pyglobenc.backends.reference.norm_terms.LEAST_TOKENS", 1)
+    monkeypatch.setattr("pyglobenc.backends.reference.norm_terms.MIN_TOKENS", 1)
     for tiled, expected in zip(norm_terms(*args, backend="reference"), whole, strict=True):
         torch.testing.assert_close(tiled, expected)
 
@@ -76,7 +76,7 @@ def test_reference_in_tiles(monkeypatch):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_the_form_with_constants(case):
     v, weight, x, gammas = args = arguments(case)
-    kernel, cross_kernel = gram_kernels(weight, gammas)
+    kernel, cross_kernel = gram_weights(weight, gammas)
     expected = (*head_gram(v, kernel, x, cross_kernel, backend="reference"), mapped_square(x, gammas, backend="reference"))
     for out, other in zip(norm_terms(*args, backend="reference"), expected, strict=True):
         torch.testing.assert_close(out, other)

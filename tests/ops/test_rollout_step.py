@@ -7,7 +7,7 @@ from numerics import until_enough
 from pair_cases import KERNELS, Case, doubled, factor, layer, pair_args, running
 
 from pyglobenc.backends.inputs import PairInputs
-from pyglobenc.ops import rollout_step, token_norms
+from pyglobenc.ops import rollout_step, pair_norms
 
 CASES = [
     (Case(B=150, n=1), 1),
@@ -80,7 +80,7 @@ def test_is_the_product_with_the_norms(kernel):
     r, log_scale = rows_of(case, 4)
     with running(kernel) as backend:
         out, out_scale = rollout_step(r, log_scale, **args, backend=backend)
-        product = r.double() @ token_norms(**args, backend=backend).double()
+        product = r.double() @ pair_norms(**args, backend=backend).double()
     # n terms, none negative, summed in float32
     torch.testing.assert_close(
         (out_scale - log_scale).double().exp()[..., None] * out.double(), product, rtol=case.n * 2.0**-24, atol=0

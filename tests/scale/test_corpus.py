@@ -727,7 +727,7 @@ def test_a_text_of_too_many_characters_is_left_out(tmp_path, minilm_is_tiny):
 
 def test_long_texts_are_tokenized_in_portions(finished, tmp_path, minilm_is_tiny, monkeypatch):
     seen, encode = [], job.encode_records
-    monkeypatch.setattr(job, "MOST_CHARACTERS", 30)
+    monkeypatch.setattr(job, "MAX_CHARACTERS", 30)
     monkeypatch.setattr(job, "encode_records", lambda runner, some: seen.append([one.index for one in some]) or encode(runner, some))
     assert run(finished / "corpus.jsonl", tmp_path / "out") == 0
     assert [index for some in seen for index in some] == list(range(len(TEXTS))) and max(map(len, seen)) < 4

@@ -108,7 +108,7 @@ def test_nothing_is_read_by_transformer_attribution(variant, nothing_is_read):
 
 OPS = (
     "rollout_step",
-    "token_norms",
+    "pair_norms",
     "head_gram",
     "mapped_square",
     "add_relevance",

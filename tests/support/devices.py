@@ -115,7 +115,7 @@ class _Operations(TorchDispatchMode):
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         free = {id(t) for t in tree_leaves(args[1])} if func in INDEXING else set()
         if func.namespace == "pyglobenc":
-            # offsets of packed sequences are the host's by contract
+            # cu_seqlens of packed sequences are the host's by contract
             free = {id(t) for t in tensors if t.dtype == torch.int32}
         places = {place for t in tensors if (place := self.devices.of(t)) != HOST or (t.dim() and id(t) not in free)}
         if len(places) > 1 and func is not ATEN.copy_.default:

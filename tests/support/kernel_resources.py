@@ -139,28 +139,28 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def pair_arguments(case: dict, offsets: torch.Tensor | None, n: int = 1024) -> PairInputs:
+def pair_arguments(case: dict, cu_seqlens: torch.Tensor | None, n: int = 1024) -> PairInputs:
     """The layer of a case."""
     heads, kv_heads, head_dim, dtype = case["heads"], case["kv_heads"], case["head_dim"], getattr(torch, case["dtype"])
     every = (meta(2, n, heads), meta(2, n), meta(2, n), meta(2, n, dtype=torch.bool))
     q, k = meta(2, heads, n, head_dim, dtype=dtype), meta(2, kv_heads, n, head_dim, dtype=dtype)
     tensors = (q, k, meta(2, heads, n), meta(2, n, heads, heads), *(every if case["full"] else (None,) * 4))
-    return PairInputs(*tensors, head_dim**-0.5, (128, 0) if case["full"] else (-1, -1), offsets)
+    return PairInputs(*tensors, head_dim**-0.5, (128, 0) if case["full"] else (-1, -1), cu_seqlens)
 
 
-def relevance_arguments(case: dict, offsets: torch.Tensor | None, n: int = 1024) -> RelevanceInputs:
+def relevance_arguments(case: dict, cu_seqlens: torch.Tensor | None, n: int = 1024) -> RelevanceInputs:
     """The layer of a case; of packed sequences it has no mask."""
     t = meta(1 if case["packed"] else 2, case["heads"], n, case["head_dim"])
     mask = meta(2, n, dtype=torch.bool) if case["full"] and not case["packed"] else None
     window = (128, 0) if case["full"] else (-1, -1)
     tensors, full = (t, t, t, t[..., 0], t if case["full"] else None, t), case["full"]
-    return RelevanceInputs(*tensors, mask, case["head_dim"] ** -0.5, window, full, full, 0.0, True, offsets)
+    return RelevanceInputs(*tensors, mask, case["head_dim"] ** -0.5, window, full, full, 0.0, True, cu_seqlens)
 
 
 def arguments(case: dict, n: int = 1024) -> tuple:
     """Meta tensors in the place of an op's arguments; "full" turns every optional one on."""
     op, full, r = case["op"], case["full"], meta(2, case["rows"], n)
-    offsets = torch.tensor([0, n], dtype=torch.int32) if full and case["packed"] else None
+    cu_seqlens = torch.tensor([0, n], dtype=torch.int32) if full and case["packed"] else None
     x, weight = meta(2, n, 768), meta(3072, 768)
     if op == "exp":
         return (x.device,)
@@ -169,7 +169,7 @@ def arguments(case: dict, n: int = 1024) -> tuple:
     if op == "mapped_square":
         return x.to(getattr(torch, case["dtype"])), [weight[0]] * 2
     if op == "add_relevance":
-        return x, x, x, 0.0, True, offsets
+        return x, x, x, 0.0, True, cu_seqlens
     if op == "linear_relevance":
         return meta(2, n, 3072), x, weight, weight, meta(2, n, 3072), weight[:, 0]
     if op.startswith("head_"):
@@ -179,9 +179,9 @@ def arguments(case: dict, n: int = 1024) -> tuple:
         cross = (meta(2, n, width, dtype=dtype), meta(heads, head_dim, width)) if full else (None, None)
         return (v, meta(heads, head_dim, width)) if op == "head_norms" else (v, meta(heads, head_dim, heads, head_dim), *cross)
     if op.startswith("relevance"):
-        inputs = relevance_arguments(case, offsets, n)
+        inputs = relevance_arguments(case, cu_seqlens, n)
         return inputs, None if op == "relevance_maps" else meta(len(inputs.q), case["rows"], n)
-    inputs = pair_arguments(case, offsets, n)
+    inputs = pair_arguments(case, cu_seqlens, n)
     if op == "rollout_step":
         return inputs, r, meta(2, case["rows"])
     return inputs, meta(2, 1, dtype=torch.int64) if full else None

@@ -16,7 +16,7 @@ SEED = int(os.environ.get("PYGLOBENC_TEST_SEED", 0))
 ENOUGH = 1000
 # Errors that may lie above `factor` times torch's largest. The largest error is luck too, however many there are: where errors have heavy
 # tails, one of ours lies above twice torch's largest about once in three times. That 11 independent ones do has a chance below 1e-5.
-MOST_ABOVE = 10
+MAX_ABOVE = 10
 
 
 def assert_as_good_as_torch(out: Tensor, exact: Tensor, torch_out: Tensor, factor: float = 2.0) -> None:
@@ -72,7 +72,7 @@ class Pool:
         of = f"relative to the largest number; half an ulp {self.half_ulp:.1e}, factor {self.factor}"
         assert rms <= self.factor * allowed + self.half_ulp, f"RMS error {rms:.3e}, torch's own {allowed:.3e}, {of}"
         above = int((ours > self.factor * torchs.max() + self.half_ulp).sum())
-        assert above <= MOST_ABOVE, f"{above} errors up to {ours.max():.3e} above torch's largest {torchs.max():.3e}, {of}"
+        assert above <= MAX_ABOVE, f"{above} errors up to {ours.max():.3e} above torch's largest {torchs.max():.3e}, {of}"
 
 
 def until_enough(factor: float = 2.0) -> Iterator[Callable[..., None]]:

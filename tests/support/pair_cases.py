@@ -1,4 +1,4 @@
-"""Inputs of `token_norms` and `rollout_step`, and the backends they are tested on."""
+"""Inputs of `pair_norms` and `rollout_step`, and the backends they are tested on."""
 
 import math
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ import torch
 from pyglobenc.backends.dispatch import load
 from pyglobenc.backends.reference.stage_map import stage_map
 from pyglobenc.backends.shared.packing import per_token
-from pyglobenc.ops import gram_kernels, head_gram, rollout_step
+from pyglobenc.ops import gram_weights, head_gram, rollout_step
 from pyglobenc.ops.attention import attention
 
 SETS = ("avx512bf16", "avx512", "avx2", "portable")
@@ -18,7 +18,7 @@ SETS = ("avx512bf16", "avx512", "avx2", "portable")
 
 def cpu_params():
     """One parameter for each instruction set, fastest first, those that can't run skipped; or one with the reason that nothing loads."""
-    module, reason = load("token_norms", "cpu")
+    module, reason = load("pair_norms", "cpu")
     if module is None:
         return [pytest.param("cpu", marks=pytest.mark.skip(reason=reason))]
     here = module.kernels.instruction_sets()
@@ -37,7 +37,7 @@ def running(kernel: str):
     if not name:
         yield backend
         return
-    module = load("token_norms", backend)[0].kernels
+    module = load("pair_norms", backend)[0].kernels
     before = module.instruction_set()
     module.use(name)
     try:
@@ -105,11 +105,11 @@ def layer(case: Case) -> dict:
 
 
 def pair_args(case: Case, made: dict | None = None) -> dict:
-    """Keyword arguments of `token_norms`, rounded to float32 (q and k to the case's dtype), for a random layer or the one given."""
+    """Keyword arguments of `pair_norms`, rounded to float32 (q and k to the case's dtype), for a random layer or the one given."""
     t = layer(case) if made is None else made
     seen = {name: t[name] for name in ("key_mask", "scaling", "window")}
     _, lse = attention(t["q"].double(), t["k"].double(), t["v"], **seen)
-    kernel, cross_kernel = gram_kernels(t["weight"], t["gammas"])
+    kernel, cross_kernel = gram_weights(t["weight"], t["gammas"])
     gram, cross = head_gram(t["v"], kernel, t["x"], cross_kernel, backend="reference")
     residual_sq = stage_map(t["x"], t["gammas"]).square().sum(-1)
     single = dict(lse=lse, gram=gram, rstd=t["rstd"])
@@ -123,13 +123,13 @@ def doubled(args: dict) -> dict:
     return {name: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for name, t in args.items()}
 
 
-def product(r: torch.Tensor, args: dict, backend: str, offsets: torch.Tensor | None = None, top: float = 1.0) -> torch.Tensor:
+def product(r: torch.Tensor, args: dict, backend: str, cu_seqlens: torch.Tensor | None = None, top: float = 1.0) -> torch.Tensor:
     """r @ norms from the rows of `rollout_step` and their scales, in the dtype of r.
 
     top: its largest entry, about; a logarithm near 0 is rounded less than what it is the logarithm of.
     """
     unit = 2.0 ** -math.frexp(top)[1]
-    size = len(r) if offsets is None else len(offsets) - 1
-    out, scale = rollout_step(r * unit, r.new_zeros(size, r.shape[1]), **args, offsets=offsets, backend=backend)
+    size = len(r) if cu_seqlens is None else len(cu_seqlens) - 1
+    out, scale = rollout_step(r * unit, r.new_zeros(size, r.shape[1]), **args, cu_seqlens=cu_seqlens, backend=backend)
     back = scale.double().exp() / unit
-    return (out * (back[..., None] if offsets is None else per_token(back, offsets))).to(r.dtype)
+    return (out * (back[..., None] if cu_seqlens is None else per_token(back, cu_seqlens))).to(r.dtype)

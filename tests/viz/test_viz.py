@@ -32,7 +32,7 @@ def attribution(words, scores=None, **changes):
         target=0,
         target_name="[CLS]",
         word_ids=[None, *range(len(words))],
-        offsets=[(0, 0)] + [(start, start + len(word)) for start, word in zip(starts, words, strict=True)],
+        cu_seqlens=[(0, 0)] + [(start, start + len(word)) for start, word in zip(starts, words, strict=True)],
     )
     return Attribution(**(out | changes))
 
@@ -134,7 +134,7 @@ def test_html_numbers_colors_and_marks():
 
 
 def test_html_of_words_lists_their_pieces():
-    a = attribution(["token", "##ize"], [0, 1.0, 0.5], text="tokenize", offsets=[(0, 0), (0, 5), (5, 8)], word_ids=[None, 0, 0])
+    a = attribution(["token", "##ize"], [0, 1.0, 0.5], text="tokenize", cu_seqlens=[(0, 0), (0, 5), (5, 8)], word_ids=[None, 0, 0])
     spans = {text: attrs for text, _, attrs in Page(a.to_html(merge_words=True)).spans}
     assert spans["tokenize"]["title"] == "word tokenize: 1.5\ntoken at 1: 1\n##ize at 2: 0.5"
     assert "token" in {text for text, _, _ in Page(a.to_html()).spans}

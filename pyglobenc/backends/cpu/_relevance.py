@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyglobenc.backends.cpu._extension import kernels
 from pyglobenc.backends.inputs import RelevanceInputs
-from pyglobenc.backends.shared.relevance_tiles import LEAST_QUERIES, TILE_FLOATS, of_queries
+from pyglobenc.backends.shared.relevance_tiles import MIN_QUERIES, TILE_FLOATS, of_queries
 
 
 @dataclass
@@ -35,7 +35,7 @@ def query_tiles(inputs: RelevanceInputs, positions: Tensor | None = None, sums: 
     q, lse, s, grad_o = of_queries(inputs, positions)
     (batch, heads, m, _), n = q.shape, inputs.k.shape[2]
     keys, values = inputs.k.transpose(2, 3), inputs.v.transpose(2, 3)
-    block = min(m, max(LEAST_QUERIES, TILE_FLOATS // max(1, batch * heads * n)))
+    block = min(m, max(MIN_QUERIES, TILE_FLOATS // max(1, batch * heads * n)))
     # All tiles share this memory: allocating it anew for each would take half of the time.
     memory = [q.new_empty(batch * heads * block * n) for _ in range(2 if grad_o is None else 3)]
 

@@ -8,18 +8,18 @@ from pyglobenc.backends.shared.packing import by_runs
 
 
 def why_not(
-    r: Tensor, a: Tensor, b: Tensor, stabilizer: float = 0.0, rescale: bool = True, offsets: Tensor | None = None
+    r: Tensor, a: Tensor, b: Tensor, stabilizer: float = 0.0, rescale: bool = True, cu_seqlens: Tensor | None = None
 ) -> list[str]:
     """Return why these arguments of `pyglobenc.ops.add_relevance` can't run here."""
     return single(r, a, b)
 
 
 def run(
-    r: Tensor, a: Tensor, b: Tensor, stabilizer: float = 0.0, rescale: bool = True, offsets: Tensor | None = None
+    r: Tensor, a: Tensor, b: Tensor, stabilizer: float = 0.0, rescale: bool = True, cu_seqlens: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `pyglobenc.ops.add_relevance`: -> R_a, R_b (B, n, d)."""
-    if offsets is not None and rescale:
-        return tuple(by_runs(lambda *each: run(*each, stabilizer), (r, a, b), (1, 1, 1), (1, 1), offsets))
+    if cu_seqlens is not None and rescale:
+        return tuple(by_runs(lambda *each: run(*each, stabilizer), (r, a, b), (1, 1, 1), (1, 1), cu_seqlens))
     r, a, b = r.contiguous(), a.contiguous(), b.contiguous()
     out = torch.empty_like(r), torch.empty_like(r)
     kernels.add_relevance(r, a, b, *out, stabilizer, rescale, torch.get_num_threads())

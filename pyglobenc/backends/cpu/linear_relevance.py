@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyglobenc.backends.cpu._extension import kernels, single
-from pyglobenc.backends.shared.dead_outputs import DEAD, MOST_DEAD, add_single_outputs, clamped_relevance
+from pyglobenc.backends.shared.dead_outputs import DEAD, MAX_DEAD, add_single_outputs, clamped_relevance
 from pyglobenc.common.deferred import may_look
 
 
@@ -34,7 +34,7 @@ def run(
     if r.numel():
         args = (r, output.contiguous(), bias, bound, DEAD[x.dtype], s, dead)
         count = kernels.linear_quotient(*args, torch.get_num_threads())
-    if count > MOST_DEAD * dead.numel():
+    if count > MAX_DEAD * dead.numel():
         return clamped_relevance(r, x, weight)
     out = s @ weight
     kernels.linear_product(x, out, s @ abs_weight, out, x.numel(), torch.get_num_threads())

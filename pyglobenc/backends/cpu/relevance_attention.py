@@ -17,7 +17,7 @@ __all__ = ["run", "why_not"]
 
 def run(inputs: RelevanceInputs, r: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """See `pyglobenc.ops.relevance_attention`: -> R_q, R_k, R_v (B, H, n, dh), row_sums (B, n), r_out (B, T, n) or None."""
-    if inputs.offsets is not None:
+    if inputs.cu_seqlens is not None:
         return tuple(each_run(run, inputs, (r,), (2,), (2, 2, 2, 1, 2)))
     q, k, v, s = inputs.q, inputs.k, inputs.v, inputs.s
     r_q, r_k, r_v = (t.new_zeros(t.shape) for t in (q, k, v))

@@ -13,7 +13,7 @@ __all__ = ["run", "why_not"]
 
 def run(inputs: RelevanceInputs, r: Tensor) -> Tensor:
     """See `pyglobenc.ops.relevance_rollout_step`: -> (B, T, n)."""
-    if inputs.offsets is not None:
+    if inputs.cu_seqlens is not None:
         return each_run(lambda own, rows: (run(own, rows),), inputs, (r,), (2,), (2,))[0]
     out = r.new_zeros(r.shape)
     for tile in query_tiles(inputs):

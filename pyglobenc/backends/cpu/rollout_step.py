@@ -18,11 +18,11 @@ def run(inputs: PairInputs, r: Tensor, log_scale: Tensor) -> tuple[Tensor, Tenso
     out = r.new_zeros(r.shape)
     if out.numel():
         kernels.rollout_step(kernel_arguments(inputs), r, out, torch.get_num_threads())
-    return rescale_rows(out, log_scale, inputs.offsets)
+    return rescale_rows(out, log_scale, inputs.cu_seqlens)
 
 
 def kernel_arguments(inputs: PairInputs, rows: Tensor | None = None) -> tuple:
     """Return a layer's pairs as csrc/cpu takes them; rows (B, T): the queries wanted, None for all."""
-    ends = None if inputs.offsets is None else inputs.offsets.long()
+    ends = None if inputs.cu_seqlens is None else inputs.cu_seqlens.long()
     matrix = (inputs.q, inputs.k, inputs.lse.float(), inputs.gram, inputs.cross, inputs.residual_sq, inputs.rstd)
     return (*matrix, inputs.key_mask, rows, ends, inputs.scaling, inputs.window)

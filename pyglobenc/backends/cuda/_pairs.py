@@ -59,7 +59,7 @@ def in_pieces(t: Tensor, unit: int = PIECE) -> Tensor:
 
 
 def near(t: Tensor) -> Tensor:
-    """Return t, copied if its heads lie 2 GiB or more apart: the kernels use 32-bit offsets within a head."""
+    """Return t, copied if its heads lie 2 GiB or more apart: the kernels use 32-bit cu_seqlens within a head."""
     return t if t.stride(1) * t.element_size() < 2**31 else t.contiguous()
 
 
@@ -70,11 +70,11 @@ def run_pairs(
 
     Args:
         inputs: tensors of the layer.
-        own: rows, r, the offsets on the device, and log_scale; None for those that the op does not have.
+        own: rows, r, the cu_seqlens on the device, and log_scale; None for those that the op does not have.
         outs: the result, and the new log_scale of a rollout step or None.
         longest: largest number of queries that one key meets.
     """
-    rows, r, offsets, _ = own
+    rows, r, cu_seqlens, _ = own
     others = (inputs.gram, inputs.cross, inputs.residual_sq, inputs.rstd, inputs.key_mask, *own)
     q, k, lse = in_pieces(near(inputs.q), STEP), in_pieces(near(inputs.k), STEP), near(inputs.lse.float())
     kernels, (batch, heads, n, head_dim) = _extension.kernels, q.shape
@@ -82,7 +82,7 @@ def run_pairs(
     keys, queries = pair_tile(q.device, heads, k.shape[1], head_dim, q.element_size())
     blocks = -(-n // keys) * batch * max(1, -(-n_rows // kernels.MAX_ROWS))
     shares = query_shares(blocks, -(-longest // queries), processors(q.device), START)
-    room = outs[0].new_empty(kernels.pair_room(batch, heads, n, n_queries, n_rows, shares, offsets is not None))
+    room = outs[0].new_empty(kernels.pair_room(batch, heads, n, n_queries, n_rows, shares, cu_seqlens is not None))
     tensors = (q, k, lse, *others, *outs, room)
     exact = q.dtype == torch.float32 and not _extension.allows_tf32()
     with _extension.launching(q.device) as stream:

@@ -7,14 +7,14 @@ from torch import Tensor
 from pyglobenc.backends.cuda import _extension
 from pyglobenc.backends.cuda._relevance import float32_reasons, new_like
 
-MOST_PARTS = 4
+MAX_PARTS = 4
 
 
 def why_not(parts: Sequence[Tensor], x: Tensor) -> list[str]:
     """Return why the kernel can't run on these arguments; empty if it can."""
     reasons = float32_reasons(x=x, **{f"parts[{index}]": part for index, part in enumerate(parts)})
-    if len(parts) > MOST_PARTS:
-        reasons.append(f"takes up to {MOST_PARTS} parts, got {len(parts)}")
+    if len(parts) > MAX_PARTS:
+        reasons.append(f"takes up to {MAX_PARTS} parts, got {len(parts)}")
     return reasons
 
 

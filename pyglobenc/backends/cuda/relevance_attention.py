@@ -18,7 +18,7 @@ class CudaPasses(Passes):
 
     @property
     def most_rows(self) -> int:
-        return _extension.kernels.MOST_ROWS
+        return _extension.kernels.MAX_STEP_ROWS
 
     def launch_rows(self, r_q: Tensor | None, sums: Tensor) -> None:
         self.launch("relevance_rows", r_q=r_q, sums=sums)
@@ -34,8 +34,8 @@ class CudaPasses(Passes):
         given = self.inputs
         by_head = (given.q, given.k, given.v, given.s, given.grad_o)
         by_head = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in by_head)
-        offsets, _, longest = self.examples
-        tensors = (*by_head, given.lse, given.key_mask, rows, w, offsets)
+        cu_seqlens, _, longest = self.examples
+        tensors = (*by_head, given.lse, given.key_mask, rows, w, cu_seqlens)
         out = tuple(outputs.get(name) for name in OUTPUTS)
         options = (given.scaling, given.stabilizer, *sides(given.window, given.q.shape[2]), given.additive_mask, longest)
         with _extension.launching(given.device) as stream:

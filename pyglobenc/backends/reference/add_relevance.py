@@ -14,11 +14,11 @@ from pyglobenc.backends.shared.safe_division import safe_divide
 
 
 def run(
-    r: Tensor, a: Tensor, b: Tensor, stabilizer: float = 0.0, rescale: bool = True, offsets: Tensor | None = None
+    r: Tensor, a: Tensor, b: Tensor, stabilizer: float = 0.0, rescale: bool = True, cu_seqlens: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `pyglobenc.ops.add_relevance`: -> R_a, R_b (B, n, d)."""
-    if offsets is not None:
-        return tuple(by_runs(lambda *each: run(*each, stabilizer, rescale), (r, a, b), (1, 1, 1), (1, 1), offsets))
+    if cu_seqlens is not None:
+        return tuple(by_runs(lambda *each: run(*each, stabilizer, rescale), (r, a, b), (1, 1, 1), (1, 1), cu_seqlens))
     s = safe_divide(r, a + b, stabilizer)
     r_a, r_b = a * s, b * s
     if not rescale:

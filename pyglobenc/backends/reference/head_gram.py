@@ -11,7 +11,7 @@ from torch import Tensor
 from pyglobenc.backends.reference.stage_map import stage_map, stage_map_transposed
 
 
-def gram_kernels(weight: Tensor, gammas: list[Tensor]) -> tuple[Tensor, Tensor]:
+def gram_weights(weight: Tensor, gammas: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Matrices of `head_gram` that depend on the layer's weights alone.
 
     Args:

@@ -13,7 +13,7 @@ be read because a CUDA graph is being recorded, all outputs are computed in the 
 import torch
 from torch import Tensor
 
-from pyglobenc.backends.shared.dead_outputs import DEAD, MOST_DEAD, add_single_outputs, clamped_relevance
+from pyglobenc.backends.shared.dead_outputs import DEAD, MAX_DEAD, add_single_outputs, clamped_relevance
 from pyglobenc.backends.shared.safe_division import safe_divide
 from pyglobenc.common.deferred import may_look
 
@@ -38,7 +38,7 @@ def run(
     lost = torch.sub(z, bound, alpha=DEAD[x.dtype])
     if lost.numel() and lost.min() < 0:
         dead = (lost < 0) & (r != 0)
-        if dead.sum() > MOST_DEAD * dead.numel():
+        if dead.sum() > MAX_DEAD * dead.numel():
             return clamped_relevance(r, x, weight)
     s = safe_divide(r, z)
     if dead is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from pyglobenc.backends.reference.stage_map import stage_map
 
 # tokens whose f exist at a time, at least; more where f still holds no more numbers than x
-LEAST_TOKENS = 32
+MIN_TOKENS = 32
 
 
 def run(
@@ -26,7 +26,7 @@ def run(
     gram = v.new_empty(batch, n, heads, heads)
     residual = None if x is None else stage_map(x.to(weight.dtype), gammas)
     cross = None if x is None else v.new_empty(batch, n, heads)
-    for start in range(0, n, block := max(LEAST_TOKENS, -(-n // heads))):
+    for start in range(0, n, block := max(MIN_TOKENS, -(-n // heads))):
         tokens = slice(start, start + block)
         values = v[:, :, tokens].repeat_interleave(heads // kv_heads, dim=1)
         f = torch.matmul(values, mapped).transpose(1, 2)  # (B, block, H, d)

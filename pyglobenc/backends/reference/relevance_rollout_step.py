@@ -15,7 +15,7 @@ from pyglobenc.backends.shared.relevance_tiles import roll_rows
 
 def run(inputs: RelevanceInputs, r: Tensor) -> Tensor:
     """See `pyglobenc.ops.relevance_rollout_step`: -> (B, T, n)."""
-    if inputs.offsets is not None:
+    if inputs.cu_seqlens is not None:
         return each_run(lambda own, rows: (run(own, rows),), inputs, (r,), (2,), (2,))[0]
     out = torch.zeros_like(r)
     for tile in query_tiles(inputs):

@@ -1,23 +1,23 @@
 """One layer of the rollout in row mode: r_(l-1) = r_l N_l, with N_l rebuilt tile by tile and never stored.
 
-It takes as many operations as `token_norms`, and O(n*d + T*n) memory.
+It takes as many operations as `pair_norms`, and O(n*d + T*n) memory.
 """
 
 import torch
 from torch import Tensor
 
 from pyglobenc.backends.inputs import PairInputs
-from pyglobenc.backends.reference.token_norms import diagonal_sq, key_tiles, widened
+from pyglobenc.backends.reference.pair_norms import diagonal_sq, key_tiles, widened
 from pyglobenc.backends.shared.packing import each_run
 from pyglobenc.backends.shared.rows import rescale_rows
 
 
 def run(inputs: PairInputs, r: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
     """See `pyglobenc.ops.rollout_step`: -> r @ norms (B, T, n), each row scaled to maximum 1, and log_scale (B, T)."""
-    if inputs.offsets is None:
+    if inputs.cu_seqlens is None:
         return rescale_rows(_product(inputs, r), log_scale)
     (out,) = each_run(lambda own, rows: (_product(own, rows),), inputs, (r,), (2,), (2,))
-    return rescale_rows(out, log_scale, inputs.offsets)
+    return rescale_rows(out, log_scale, inputs.cu_seqlens)
 
 
 def _product(inputs: PairInputs, r: Tensor) -> Tensor:

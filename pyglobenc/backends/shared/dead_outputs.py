@@ -16,7 +16,7 @@ from pyglobenc.backends.shared.safe_division import safe_divide
 DEAD = {torch.float32: 2.0**-6, torch.float64: 2.0**-20}
 
 # If more than this fraction of the outputs are nearly dead, four clamped GEMMs cost less than computing them one by one.
-MOST_DEAD = 1 / 64
+MAX_DEAD = 1 / 64
 
 PAIR_FLOATS = 1 << 20
 

@@ -1,7 +1,7 @@
 """Sequences of different lengths packed end to end into a batch of 1, without padding.
 
-The N tokens of all sequences lie side by side. offsets, (S + 1,) int32 on the CPU, says where each begins: sequence s is tokens
-offsets[s] to offsets[s + 1].
+The N tokens of all sequences lie side by side. cu_seqlens, (S + 1,) int32 on the CPU, says where each begins: sequence s is tokens
+cu_seqlens[s] to cu_seqlens[s + 1].
 """
 
 from collections.abc import Callable, Sequence
@@ -12,55 +12,55 @@ import torch
 from torch import Tensor
 
 
-def slices(offsets: Tensor) -> list[slice]:
+def slices(cu_seqlens: Tensor) -> list[slice]:
     """Return the range of tokens of every sequence."""
-    ends = offsets.tolist()
+    ends = cu_seqlens.tolist()
     return [slice(start, stop) for start, stop in zip(ends, ends[1:], strict=False)]
 
 
-def on_device(offsets: Tensor, device: torch.device) -> tuple[Tensor, int]:
-    """Return the offsets on a device, and the length of the longest sequence, without waiting for the device."""
-    return offsets.contiguous().to(device, non_blocking=True), int(offsets.diff().max())
+def on_device(cu_seqlens: Tensor, device: torch.device) -> tuple[Tensor, int]:
+    """Return the cu_seqlens on a device, and the length of the longest sequence, without waiting for the device."""
+    return cu_seqlens.contiguous().to(device, non_blocking=True), int(cu_seqlens.diff().max())
 
 
-def sequence_of(offsets: Tensor, device: torch.device) -> Tensor:
+def sequence_of(cu_seqlens: Tensor, device: torch.device) -> Tensor:
     """Return the number of the sequence that each token belongs to, (N,) int64."""
-    return torch.repeat_interleave(torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff()).to(device, non_blocking=True)
+    return torch.repeat_interleave(torch.arange(len(cu_seqlens) - 1, device=cu_seqlens.device), cu_seqlens.diff()).to(device, non_blocking=True)
 
 
-def position_of(offsets: Tensor, device: torch.device) -> Tensor:
+def position_of(cu_seqlens: Tensor, device: torch.device) -> Tensor:
     """Return the position of each token in its own sequence, (N,) int64."""
-    starts = torch.repeat_interleave(offsets[:-1], offsets.diff())
-    return (torch.arange(len(starts), device=offsets.device) - starts).to(device, non_blocking=True)
+    starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff())
+    return (torch.arange(len(starts), device=cu_seqlens.device) - starts).to(device, non_blocking=True)
 
 
-def real_tokens(offsets: Tensor) -> Tensor:
+def real_tokens(cu_seqlens: Tensor) -> Tensor:
     """Which tokens of the sequences in a padded batch are real, (S, n) bool, n those of the longest."""
-    lengths = offsets.diff()
-    return torch.arange(int(lengths.max()), device=offsets.device) < lengths[:, None]
+    lengths = cu_seqlens.diff()
+    return torch.arange(int(lengths.max()), device=cu_seqlens.device) < lengths[:, None]
 
 
-def padded(t: Tensor, offsets: Tensor, fill: float = 0) -> Tensor:
+def padded(t: Tensor, cu_seqlens: Tensor, fill: float = 0) -> Tensor:
     """Packed t (1, N, ...) as a padded batch, (S, n, ...)."""
-    real = real_tokens(offsets).to(t.device, non_blocking=True)
+    real = real_tokens(cu_seqlens).to(t.device, non_blocking=True)
     return t.new_full((*real.shape, *t.shape[2:]), fill).index_put(tuple(real.nonzero().T), t[0])
 
 
-def sequence_sums(t: Tensor, offsets: Tensor) -> Tensor:
+def sequence_sums(t: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Return the sum of t (1, N) over each sequence, (S,)."""
-    return torch.segment_reduce(t[0], "sum", offsets=offsets.to(t.device, non_blocking=True))
+    return torch.segment_reduce(t[0], "sum", cu_seqlens=cu_seqlens.to(t.device, non_blocking=True))
 
 
-def per_token(t: Tensor, offsets: Tensor) -> Tensor:
+def per_token(t: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Repeat the values t (S, T) of each sequence at all its tokens: (1, T, N)."""
-    return t[sequence_of(offsets, t.device)].T[None]
+    return t[sequence_of(cu_seqlens, t.device)].T[None]
 
 
-def per_sequence(r: Tensor, offsets: Tensor) -> Tensor:
+def per_sequence(r: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Return the largest entry of the non-negative rows r (1, T, N) within each sequence, (S, T)."""
     rows = r[0].T
-    index = sequence_of(offsets, r.device)[:, None].expand_as(rows)
-    return rows.new_zeros(len(offsets) - 1, rows.shape[1]).scatter_reduce(0, index, rows, "amax")
+    index = sequence_of(cu_seqlens, r.device)[:, None].expand_as(rows)
+    return rows.new_zeros(len(cu_seqlens) - 1, rows.shape[1]).scatter_reduce(0, index, rows, "amax")
 
 
 def by_runs(
@@ -68,7 +68,7 @@ def by_runs(
     tensors: Sequence[Tensor | None],
     axes: Sequence[int],
     out_axes: Sequence[int],
-    offsets: Tensor,
+    cu_seqlens: Tensor,
 ) -> list[Tensor | None]:
     """Call a function on sequences of equal length that lie side by side, as one batch, and pack the results.
 
@@ -77,10 +77,10 @@ def by_runs(
             tokens; an entry may be None.
         tensors: (1, ..., N, ...), or None.
         axes, out_axes: axis of the tokens in each of the tensors, and in each result.
-        offsets: as in this module's docstring.
+        cu_seqlens: as in this module's docstring.
     """
     outs = []
-    for _, run in groupby(slices(offsets), lambda tokens: tokens.stop - tokens.start):
+    for _, run in groupby(slices(cu_seqlens), lambda tokens: tokens.stop - tokens.start):
         run = list(run)
         tokens = slice(run[0].start, run[-1].stop)
         outs.append(function(*(_unpacked(t, axis, len(run)) for t, axis in zip(take(tensors, axes, tokens), axes, strict=True))))
@@ -91,15 +91,15 @@ def by_runs(
 def each_run(
     function: Callable[..., Sequence[Any]], inputs: Any, others: Sequence[Tensor | None], other_axes: Sequence[int], out_axes: Sequence[int]
 ) -> list[Tensor | None]:
-    """Call `by_runs` with function(inputs, *others), inputs of `pyglobenc.backends.inputs`, without their offsets."""
+    """Call `by_runs` with function(inputs, *others), inputs of `pyglobenc.backends.inputs`, without their cu_seqlens."""
     given = inputs.of_tokens()
     axes = [inputs.AXES[name] for name in given]
 
     def one(*each: Tensor | None) -> Sequence[Any]:
         own = dict(zip(given, each[: len(given)], strict=True))
-        return function(inputs.replace(**own, offsets=None), *each[len(given) :])
+        return function(inputs.replace(**own, cu_seqlens=None), *each[len(given) :])
 
-    return by_runs(one, (*given.values(), *others), (*axes, *other_axes), out_axes, inputs.offsets)
+    return by_runs(one, (*given.values(), *others), (*axes, *other_axes), out_axes, inputs.cu_seqlens)
 
 
 def _unpacked(t: Tensor | None, axis: int, count: int) -> Tensor | None:

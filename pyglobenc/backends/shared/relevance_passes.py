@@ -28,9 +28,9 @@ class Passes:
     @cached_property
     def examples(self) -> tuple[Tensor | None, int, int]:
         """Offsets on the device or None, the number of examples or packed sequences, and the longest one's tokens."""
-        if self.inputs.offsets is None:
+        if self.inputs.cu_seqlens is None:
             return None, self.inputs.q.shape[0], self.inputs.q.shape[2]
-        ends, longest = on_device(self.inputs.offsets, self.inputs.q.device)
+        ends, longest = on_device(self.inputs.cu_seqlens, self.inputs.q.device)
         return ends, len(ends) - 1, longest
 
     def launch_rows(self, r_q: Tensor | None, sums: Tensor) -> None:
@@ -62,12 +62,12 @@ class Passes:
 
     def _rescale(self, r_q: Tensor, r_k: Tensor, totals: Tensor) -> None:
         """Multiply R_q and R_k by the factor of the additive mask; totals come from `_rows`."""
-        if self.inputs.offsets is None:
+        if self.inputs.cu_seqlens is None:
             rescale_scores(r_q, r_k, *totals.sum((2, 3)))
             return
         # Each token stands for an example, with the sums of its sequence.
-        sums = torch.stack([sequence_sums(t.sum(1), self.inputs.offsets) for t in totals])
-        lengths = self.inputs.offsets.diff().to(sums.device, non_blocking=True)
+        sums = torch.stack([sequence_sums(t.sum(1), self.inputs.cu_seqlens) for t in totals])
+        lengths = self.inputs.cu_seqlens.diff().to(sums.device, non_blocking=True)
         # Given the size, torch does not wait for the device.
         sums = sums.repeat_interleave(lengths, 1, output_size=totals.shape[3])
         rescale_scores(r_q.movedim(2, 0), r_k.movedim(2, 0), *sums)

@@ -13,7 +13,7 @@ from pyglobenc.backends.shared.safe_division import safe_divide
 
 # Smaller blocks make slow GEMMs; larger ones no longer fit the cache.
 TILE_FLOATS = 1 << 18
-LEAST_QUERIES = 16
+MIN_QUERIES = 16
 
 def rescale_scores(r_q: Tensor, r_k: Tensor, total: Tensor, kept: Tensor) -> None:
     """Multiply R_q and R_k (B, H, n, dh) by the factor c of the additive mask, in place.
@@ -58,7 +58,7 @@ def probability_tiles(
     n = k.shape[2]
     keys = k.transpose(2, 3)
     hidden = None if key_mask is None else ~key_mask[:, None, None, :]
-    block = max(LEAST_QUERIES, TILE_FLOATS // max(1, batch * heads * n))
+    block = max(MIN_QUERIES, TILE_FLOATS // max(1, batch * heads * n))
     for start in range(0, m, block):
         rows = slice(start, min(m, start + block))
         dots = q[:, :, rows] @ keys

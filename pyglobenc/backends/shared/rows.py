@@ -24,11 +24,11 @@ def own_attention(q: Tensor, k: Tensor, lse: Tensor, scaling: float, score_mod: 
     return (scores - lse).exp()
 
 
-def rescale_rows(r: Tensor, log_scale: Tensor, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def rescale_rows(r: Tensor, log_scale: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Scale each row of r (B, T, n) to maximum 1 and add its scale to log_scale (B, T); rows of zeros stay zero.
 
-    With offsets (S + 1,), each packed sequence's part of a row has its own scale: r is (1, T, N), log_scale (S, T).
+    With cu_seqlens (S + 1,), each packed sequence's part of a row has its own scale: r is (1, T, N), log_scale (S, T).
     """
-    top = r.amax(-1) if offsets is None else per_sequence(r, offsets)
+    top = r.amax(-1) if cu_seqlens is None else per_sequence(r, cu_seqlens)
     top = torch.where(top > 0, top, 1)
-    return r / (top[..., None] if offsets is None else per_token(top, offsets)), log_scale + top.log()
+    return r / (top[..., None] if cu_seqlens is None else per_token(top, cu_seqlens)), log_scale + top.log()

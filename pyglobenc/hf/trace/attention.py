@@ -41,7 +41,7 @@ class Recorder:
     """The capture that an attention module takes part in."""
 
     record: Callable[..., None]  # called with what the attention function saw and returned
-    offsets: Tensor | None = None  # (S + 1,) of the sequences packed into the module's input
+    cu_seqlens: Tensor | None = None  # (S + 1,) of the sequences packed into the module's input
     thread: int = field(default_factory=get_ident)
 
     def __call__(self, **tensors: Any) -> None:
@@ -72,11 +72,11 @@ def attention_function(
     key_mask, bias = _read_mask(name, attention_mask, window, query.shape[2])
     score_mod = bias if kwargs.get("softcap") is None else SoftCap(kwargs["softcap"])
     recorder = RECORDERS.get(module)
-    offsets = None if recorder is None or recorder.thread != get_ident() else recorder.offsets
-    if offsets is not None and bias is not None:
+    cu_seqlens = None if recorder is None or recorder.thread != get_ident() else recorder.cu_seqlens
+    if cu_seqlens is not None and bias is not None:
         raise ValueError(f"capture: {name} adds a bias for each pair of positions, which packed sequences don't have")
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
-    settings = dict(key_mask=key_mask, scaling=scaling, window=window, score_mod=score_mod, offsets=offsets)
+    settings = dict(key_mask=key_mask, scaling=scaling, window=window, score_mod=score_mod, cu_seqlens=cu_seqlens)
     o, lse = attention(query, key, value, **settings)
     if recorder is not None:
         recorder(q=query, k=key, v=value, o=o, lse=lse, **settings)

@@ -111,7 +111,7 @@ class Trace:
 @known_arguments
 @contextmanager
 def capture(
-    model: PreTrainedModel, modules: Iterable[nn.Module] = (), offsets: Tensor | None = None, attention: str = NAME
+    model: PreTrainedModel, modules: Iterable[nn.Module] = (), cu_seqlens: Tensor | None = None, attention: str = NAME
 ) -> Iterator[Trace]:
     """Capture the forward passes of a stock transformers model.
 
@@ -125,7 +125,7 @@ def capture(
     Args:
         model: a known architecture, in evaluation mode; or a module around one, as `called_module` takes it.
         modules: further modules whose input and output are kept, in `trace.io`.
-        offsets: of S sequences packed into one, (S + 1,) int32, on the CPU: tokens offsets[s] to offsets[s + 1] attend to one another
+        cu_seqlens: of S sequences packed into one, (S + 1,) int32, on the CPU: tokens cu_seqlens[s] to cu_seqlens[s + 1] attend to one another
             alone. The model must be given position_ids that start anew for each and an attention_mask of ones, without which some
             architectures make masks of their own. What it does after its layers, such as pooling, sees one sequence.
         attention: name under which transformers knows the attention function; it records each call by its module in RECORDERS.
@@ -142,7 +142,7 @@ def capture(
     called, model = called_module(model), stock_model(model)
     found = find_layers(model)
     check_still(called)
-    if offsets is not None and any(layer.own_scores is not None for layer in found):
+    if cu_seqlens is not None and any(layer.own_scores is not None for layer in found):
         raise ValueError(f"capture: {type(model).__name__} computes attention itself and can't keep packed sequences apart")
     trace = Trace(called, found)
     with ExitStack() as stack:
@@ -151,7 +151,7 @@ def capture(
             if any(layer.attention in RECORDERS for layer in found):
                 raise RuntimeError("capture: the model is being captured already")
             for module in {layer.attention for layer in found}:
-                RECORDERS[module] = Recorder(_record(trace, module), offsets)
+                RECORDERS[module] = Recorder(_record(trace, module), cu_seqlens)
                 stack.callback(RECORDERS.pop, module)
         stack.enter_context(_hooked(called, trace, found, modules))
         if any(layer.own_scores is None for layer in found):

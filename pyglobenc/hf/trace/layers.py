@@ -86,7 +86,7 @@ class LayerTrace:
     key_mask: Tensor | None = None  # (B, n) bool, None: no padding
     window: tuple[int, int] = (-1, -1)
     score_mod: ScoreMod | None = None  # what changes the scaled scores before the softmax
-    offsets: Tensor | None = None  # (S + 1,) int32, of the sequences packed into one, on the CPU
+    cu_seqlens: Tensor | None = None  # (S + 1,) int32, of the sequences packed into one, on the CPU
     norms: dict[str, NormStats] = field(default_factory=dict)  # by the field's name in LayerModules
     parts: dict[str, NormParts] = field(default_factory=dict)  # the same, of norms that aren't torch's own
     # what `pyglobenc.hf.trace.checks` compares, and the directions that all layers share

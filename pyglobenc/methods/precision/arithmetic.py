@@ -40,5 +40,5 @@ def set_precision(layers: list[LayerTrace], dtype: torch.dtype | None) -> None:
     for layer in layers:
         layer.x, layer.q, layer.k, layer.v = (t.detach().to(dtype) for t in (layer.x, layer.q, layer.k, layer.v))
         layer.score_mod = None if layer.score_mod is None else to_dtype(layer.score_mod, dtype)
-        settings = {name: getattr(layer, name) for name in ("key_mask", "scaling", "window", "score_mod", "offsets")}
+        settings = {name: getattr(layer, name) for name in ("key_mask", "scaling", "window", "score_mod", "cu_seqlens")}
         layer.o, layer.lse = attention(layer.q, layer.k, layer.v, **settings)

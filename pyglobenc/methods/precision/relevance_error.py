@@ -60,10 +60,10 @@ def forward_errors(states: States) -> list[LayerError]:
     errors, x = [], states.layers[0].x.square()
     for layer, above in zip(states.layers, [*states.layers[1:], None], strict=True):
         m, x = layer.modules, x.to(layer.x.device)
-        hidden, mlp = states.take(m.mlp_output)
-        y, _ = states.take(m.intermediate)
-        merged, attended = states.take(m.output)
-        read = _after_norm(x, layer, "attention_norm", states.take(m.query)[0]) if m.pre_norm else x
+        hidden, mlp = states.input_output(m.mlp_output)
+        y, _ = states.input_output(m.intermediate)
+        merged, attended = states.input_output(m.output)
+        read = _after_norm(x, layer, "attention_norm", states.input_output(m.query)[0]) if m.pre_norm else x
         o, qk = _attention_error(layer, read.mean(-1, keepdim=True))
         at_sum, attended_error = _after_sum(attended, layer.x, x, o.mean((1, 3))[..., None] + _mean_square(merged), m.output)
         at_y = _after_norm(at_sum, layer, "output_norm" if m.pre_norm else "attention_norm", y)
@@ -171,8 +171,8 @@ class ObservedRules:
     def linear(self, r: Tensor, module: nn.Linear, given: Tensor, returned: Tensor) -> Tensor:
         return self._keep(self.rules.linear(r, module, given, returned), self._error(r))
 
-    def add(self, r: Tensor, a: Tensor, b: Tensor, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        branches = self.rules.add(r, a, b, offsets)
+    def add(self, r: Tensor, a: Tensor, b: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        branches = self.rules.add(r, a, b, cu_seqlens)
         divided = next(self._sums, None)
         # below the layers is the sum with an image's position embeddings
         error = self._error(r).to(a.device) + (1 if divided is None else self._bounded(divided))

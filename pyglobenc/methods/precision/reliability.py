@@ -54,7 +54,7 @@ def squared_norm(t: Tensor) -> Tensor:
     return torch.linalg.vector_norm(t.flatten(1), dim=1).double().square()
 
 
-def nudge(x: Tensor, offsets: Tensor | None = None, place: int = 0) -> Tensor:
+def nudge(x: Tensor, cu_seqlens: Tensor | None = None, place: int = 0) -> Tensor:
     """x (B, n, d) moved by about the rounding unit of its dtype, or of the one that autocast computes in.
 
     The pattern of a place, a number, is the same every time: an example alone moves as in a batch, and a sequence alone as packed among
@@ -62,7 +62,7 @@ def nudge(x: Tensor, offsets: Tensor | None = None, place: int = 0) -> Tensor:
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
-    token = torch.arange(x.shape[1], device=x.device) if offsets is None else position_of(offsets, x.device)
+    token = torch.arange(x.shape[1], device=x.device) if cu_seqlens is None else position_of(cu_seqlens, x.device)
     token = token.double()[:, None]
     feature = torch.arange(x.shape[2], device=x.device, dtype=torch.float64)
     # sines of integers: zero mean, no period
@@ -92,14 +92,14 @@ def nudged(found: Sequence[LayerModules]) -> Iterator[None]:
         yield
 
 
-def distance(moved: Tensor, scores: Tensor, own: Tensor | None, offsets: Tensor | None = None) -> Tensor:
+def distance(moved: Tensor, scores: Tensor, own: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:
     """Relative L2 distance (B,) of two results (B, ...), of packed sequences (1, N) that of each, (S,); own (B, 1) or (1, S): indices of
     pooled tokens, whose entries are left out."""
     difference, size = moved - scores, scores
     if own is not None:
         difference, size = (t.scatter(1, own, 0) for t in (difference, size))
-    if offsets is not None:
-        difference, size = (sequence_sums(t.double().square(), offsets) for t in (difference, size))
+    if cu_seqlens is not None:
+        difference, size = (sequence_sums(t.double().square(), cu_seqlens) for t in (difference, size))
     else:
         difference, size = squared_norm(difference), squared_norm(size)
     return (difference / size.clamp_min(TINY)).sqrt()

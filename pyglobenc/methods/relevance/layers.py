@@ -45,7 +45,7 @@ def head_relevance(states: States, rules: Rules) -> Tensor:
     if head.position is None:
         return states.packed(r.to(last.device))
     r = rules.clone([r], x).to(last.device)
-    index = states.own(last.device)[..., None].expand(-1, -1, last.shape[2])
+    index = states.pooled_index(last.device)[..., None].expand(-1, -1, last.shape[2])
     return torch.zeros_like(last).scatter_(1, index, r.view(index.shape))
 
 
@@ -53,15 +53,15 @@ def down_to_attention(states: States, index: int, r: Tensor, rules: Rules) -> tu
     """From a layer's output to its attention: s = R_o / safe(o), (B, H, n, dh), and the residual branch."""
     layer = states.layers[index]
     m = layer.modules
-    _, mlp = states.take(m.mlp_output)
-    merged, attended = states.take(m.output)
+    _, mlp = states.input_output(m.mlp_output)
+    merged, attended = states.input_output(m.output)
     # the MLP's residual: the tensor it reads after BERT's norm, before ViT's
-    y = layer.x + attended if m.pre_norm else states.take(m.intermediate)[0]
-    r_mlp, r_y = rules.add(r, mlp, y, layer.offsets)
+    y = layer.x + attended if m.pre_norm else states.input_output(m.intermediate)[0]
+    r_mlp, r_y = rules.add(r, mlp, y, layer.cu_seqlens)
     for module in (m.mlp_output, m.intermediate):
-        r_mlp = rules.linear(r_mlp, module, *states.take(module))
+        r_mlp = rules.linear(r_mlp, module, *states.input_output(module))
     r = rules.clone([r_mlp, r_y], y)
-    r_attended, r_x = rules.add(r, attended, layer.x, layer.offsets)
+    r_attended, r_x = rules.add(r, attended, layer.x, layer.cu_seqlens)
     r_o = rules.linear(r_attended, m.output, merged, attended)
     return rules.over_output(r_o, layer), Residual(layer, layer.x, r_x)
 
@@ -69,7 +69,7 @@ def down_to_attention(states: States, index: int, r: Tensor, rules: Rules) -> tu
 def below_attention(states: States, residual: Residual, parts: Sequence[Tensor], rules: Rules) -> Tensor:
     """From the relevance of q, k and v, (B, n, d) each, to that of the layer's input, (B, n, d)."""
     m = residual.layer.modules
-    inputs = [rules.linear(part, module, *states.take(module)) for part, module in zip(parts, (m.query, m.key, m.value), strict=True)]
+    inputs = [rules.linear(part, module, *states.input_output(module)) for part, module in zip(parts, (m.query, m.key, m.value), strict=True)]
     # before ViT's norm the published code has one Linear for all three, whose relevances add
     r = rules.total(inputs) if m.pre_norm else rules.clone(inputs, residual.x)
     return rules.clone([r, residual.r], residual.x)
@@ -79,7 +79,7 @@ def pixel_relevance(model: PreTrainedModel, states: States, r: Tensor, rules: Ru
     """Relevance of every pixel, summed over channels, (B, height, width), from that of the first layer's input, (B, n, d)."""
     base = model.base_model
     convolution = patch_projection(base)
-    pixels, patches = states.take(convolution)
+    pixels, patches = states.input_output(convolution)
     prefix = [t.detach().to(pixels.dtype).expand(len(pixels), -1, -1) for t in prefix_tokens(base)]
     tokens = torch.cat([*prefix, patches.flatten(2).transpose(1, 2)], dim=1)
     positions = position_embeddings(base).detach().to(pixels.dtype)

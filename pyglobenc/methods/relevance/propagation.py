@@ -18,7 +18,7 @@ ROW_BLOCK = 64
 MAPS = ("map", *HEAD_MAPS, "R_in")
 
 
-class Descent:
+class RelevancePropagation:
     """One pass of relevance from the top layer down.
 
     Args:
@@ -30,7 +30,7 @@ class Descent:
     Attributes:
         token_sums: by layer, (B, n): relevance of the layer's input summed over the hidden size; by the number of layers, that of the
             last layer's output.
-        maps: by name and layer; see `Descent.keep`.
+        maps: by name and layer; see `RelevancePropagation.keep`.
     """
 
     def __init__(self, states: States, rules: Rules, gradient: bool, normalize: bool):
@@ -79,11 +79,11 @@ class Descent:
     def _own_row(self, index: int, s: Tensor) -> Tensor:
         """Row of the tokens that the head reads in the map of one layer, (B, 1, n)."""
         tensors, options = self._map_arguments(index, s)
-        offsets, start = self.states.layers[index].offsets, self.start_row().to(s.device)
-        if offsets is None:
+        cu_seqlens, start = self.states.layers[index].cu_seqlens, self.start_row().to(s.device)
+        if cu_seqlens is None:
             return self._share(tensors, options, start)
         rows = []
-        for tokens in slices(offsets):
+        for tokens in slices(cu_seqlens):
             *own, share = take([*tensors, start], [2] * (len(tensors) + 1), tokens)
             rows.append(self._share(own, options, share))
         return torch.cat(rows, 2)

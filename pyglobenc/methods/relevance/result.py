@@ -10,7 +10,7 @@ from pyglobenc.backends.shared.packing import sequence_sums
 from pyglobenc.methods.head import detached
 from pyglobenc.methods.inputs import require_finite
 from pyglobenc.methods.packing import Packed, of_examples
-from pyglobenc.methods.relevance.propagation import Descent
+from pyglobenc.methods.relevance.propagation import RelevancePropagation
 from pyglobenc.methods.relevance.states import States
 from pyglobenc.methods.rollout.rows import stack_layers
 
@@ -64,17 +64,17 @@ def relevance_result(
     return RelevanceResult(scores, index, position, logit, nothing, error_method=how, output=detached(states.output))
 
 
-def add_layers(model: PreTrainedModel, result: RelevanceResult, descent: Descent, layers: bool) -> None:
-    """Add to a result what a descent kept of every layer; layers: also the relevance of its input. ValueError when it isn't finite."""
-    states = descent.states
-    sums = [states.halves(descent.token_sums[index])[0] for index in sorted(descent.token_sums)]
+def add_layers(model: PreTrainedModel, result: RelevanceResult, propagation: RelevancePropagation, layers: bool) -> None:
+    """Add to a result what a propagation kept of every layer; layers: also the relevance of its input. ValueError when it isn't finite."""
+    states = propagation.states
+    sums = [states.split_perturbed(propagation.token_sums[index])[0] for index in sorted(propagation.token_sums)]
     if sums:
-        totals = stack_layers([t.sum(-1) if states.offsets is None else sequence_sums(t, states.offsets) for t in sums])
+        totals = stack_layers([t.sum(-1) if states.cu_seqlens is None else sequence_sums(t, states.cu_seqlens) for t in sums])
         result.diagnostics = {"relevance_sums": totals, "conservation": (totals - 1).abs().amax(1)}
     if layers:
         result.relevance = stack_layers(sums[:-1])
-    for name, by_layer in descent.maps.items():
-        result.maps[name] = stack_layers([states.halves(by_layer[index])[0] for index in sorted(by_layer)])
+    for name, by_layer in propagation.maps.items():
+        result.maps[name] = stack_layers([states.split_perturbed(by_layer[index])[0] for index in sorted(by_layer)])
     kept = [*result.maps.values(), *([result.relevance] if layers else [])]
     if kept:
         require_finite(WHO, model, kept)

@@ -52,9 +52,9 @@ class Rules:
         alone = (weights == 1).any(1) & (weights.count_nonzero(1) == 1)
         return torch.where(alone[:, None, None], r * weights[..., None], out)
 
-    def add(self, r: Tensor, a: Tensor, b: Tensor, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def add(self, r: Tensor, a: Tensor, b: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Relevance of both branches of a residual sum, (B, n, d)."""
-        options = dict(stabilizer=self.stabilizer, rescale=self.rescale, offsets=offsets, backend=self.backend)
+        options = dict(stabilizer=self.stabilizer, rescale=self.rescale, cu_seqlens=cu_seqlens, backend=self.backend)
         return add_relevance(r.to(a.device), a, b, **options)
 
     def clone(self, parts: list[Tensor], x: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class Rules:
     @staticmethod
     def seen(layer: LayerTrace) -> dict[str, Any]:
         """Which keys a query of the layer sees, and the scale of its scores, as the ops take them."""
-        names = ("key_mask", "scaling", "window", "offsets")
+        names = ("key_mask", "scaling", "window", "cu_seqlens")
         return {name: getattr(layer, name) for name in names}
 
     def roll(self, layer: LayerTrace, grad_o: Tensor | None, s: Tensor, roll: Tensor, normalize: bool) -> Tensor:

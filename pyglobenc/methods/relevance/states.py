@@ -35,7 +35,7 @@ class States:
         layers: captured layers, first to last, detached.
         grads: gradient of the explained logit with respect to each layer's attention output, (B, H, n, dh); None below the lowest
             layer asked for.
-        io: input and output of every Linear module of the layers, and of ViT's convolution, detached; see `take`.
+        io: input and output of every Linear module of the layers, and of ViT's convolution, detached; see `input_output`.
         head: the way from the logit down to the last layer's output.
         target: the logit explained.
         output: what the model returned, for the examples as they are.
@@ -52,16 +52,16 @@ class States:
     dtype: torch.dtype
     twice: bool
 
-    def take(self, module: nn.Module) -> tuple[Tensor, Tensor]:
+    def input_output(self, module: nn.Module) -> tuple[Tensor, Tensor]:
         """Input and output of a module, in the dtype of the arithmetic."""
         given, returned = self.io[module]
         return given.to(self.dtype), returned.to(self.dtype)
 
     @property
-    def offsets(self) -> Tensor | None:
+    def cu_seqlens(self) -> Tensor | None:
         """Of packed sequences as they are, (S + 1,) int32, on the CPU."""
-        offsets = self.layers[0].offsets
-        return offsets if offsets is None or not self.twice else offsets[: self.count + 1]
+        cu_seqlens = self.layers[0].cu_seqlens
+        return cu_seqlens if cu_seqlens is None or not self.twice else cu_seqlens[: self.count + 1]
 
     @property
     def forward_dtype(self) -> torch.dtype:
@@ -71,8 +71,8 @@ class States:
     def lone_tokens(self) -> Tensor:
         """Which tokens are all that their example has, (B, n) or (1, N) bool."""
         layer = self.layers[0]
-        if layer.offsets is not None:
-            return per_token((layer.offsets.diff() == 1)[:, None].to(layer.x.device), layer.offsets)[:, 0]
+        if layer.cu_seqlens is not None:
+            return per_token((layer.cu_seqlens.diff() == 1)[:, None].to(layer.x.device), layer.cu_seqlens)[:, 0]
         mask = torch.ones_like(layer.x[..., 0], dtype=torch.bool) if layer.key_mask is None else layer.key_mask
         return mask & (mask.sum(1, keepdim=True) == 1)
 
@@ -81,21 +81,21 @@ class States:
         """Examples as they are."""
         return len(self.target.index) // (2 if self.twice else 1)
 
-    def halves(self, t: Tensor) -> tuple[Tensor, Tensor | None]:
+    def split_perturbed(self, t: Tensor) -> tuple[Tensor, Tensor | None]:
         """A tensor (B, n, ...) for the examples as they are, and for the second run if there was one."""
-        return tuple(t.chunk(2, 0 if self.layers[0].offsets is None else 1)) if self.twice else (t, None)
+        return tuple(t.chunk(2, 0 if self.layers[0].cu_seqlens is None else 1)) if self.twice else (t, None)
 
-    def own(self, device: torch.device) -> Tensor | None:
+    def pooled_index(self, device: torch.device) -> Tensor | None:
         """Index of the tokens read along the axis of tokens, (B, 1), of packed sequences (1, S); None where the head reads several."""
         if self.head.position is None:
             return None
-        position, offsets = self.head.position.to(device), self.layers[0].offsets
-        return position[:, None] if offsets is None else (position + offsets[:-1].to(device))[None]
+        position, cu_seqlens = self.head.position.to(device), self.layers[0].cu_seqlens
+        return position[:, None] if cu_seqlens is None else (position + cu_seqlens[:-1].to(device))[None]
 
     def packed(self, t: Tensor) -> Tensor:
         """t (B, n, ...), of packed sequences padded (S, n, ...), along the axis of tokens: the same, or (1, N, ...)."""
-        offsets = self.layers[0].offsets
-        return t if offsets is None else t[real_tokens(offsets).to(t.device)][None]
+        cu_seqlens = self.layers[0].cu_seqlens
+        return t if cu_seqlens is None else t[real_tokens(cu_seqlens).to(t.device)][None]
 
 
 def run_forward(
@@ -136,7 +136,7 @@ def run_forward(
             batch = batch.twice() if packed else _doubled(stock, batch)
         trace, record, output = _captured(model, found, batch, arithmetic, twice)
         check_layers(found, trace.layers)
-        mask = real = real_tokens(batch.offsets) if packed else trace.layers[0].key_mask
+        mask = real = real_tokens(batch.cu_seqlens) if packed else trace.layers[0].key_mask
         if twice:
             size = len(record.top)
             half = slice(0, size // 2)
@@ -173,12 +173,12 @@ def _captured(
     within = [getattr(m, part) for m in found for part in ("query", "key", "value", "output", "intermediate", "mlp_output")]
     # the convolution that embeds patches
     within += [module for module in outside(stock, {layer.block for layer in found}) if isinstance(module, nn.Conv2d)]
-    offsets = batch.offsets if isinstance(batch, Packed) else None
+    cu_seqlens = batch.cu_seqlens if isinstance(batch, Packed) else None
 
     def moved(x: Tensor, place: int) -> Tensor:
         if not twice:
             return x
-        axis, own = (0, None) if offsets is None else (1, offsets[: len(offsets) // 2 + 1])
+        axis, own = (0, None) if cu_seqlens is None else (1, cu_seqlens[: len(cu_seqlens) // 2 + 1])
         first, second = x.chunk(2, axis)
         return torch.cat([first, nudge(second, own, place)], axis)
 
@@ -200,7 +200,7 @@ def _captured(
     blocks, added = [m.block for m in found[: len(found) if twice else 1]], [t for m in found for t in (m.output, m.mlp_output)]
     places = {module: place for place, module in enumerate([*blocks, *added])}
     with ExitStack() as stack:
-        trace = stack.enter_context(capture(stock, modules=within, offsets=offsets))
+        trace = stack.enter_context(capture(stock, modules=within, cu_seqlens=cu_seqlens))
         record = stack.enter_context(recorded_head(model, stock, trace, leaf=False))
         for block in blocks:
             handle = block.register_forward_pre_hook(in_this_thread(change), prepend=True, with_kwargs=True)
@@ -210,7 +210,7 @@ def _captured(
         if dtype == torch.float64 and next(stock.parameters()).dtype != torch.float64:
             stack.enter_context(WideParameters(torch.float64))
         stack.enter_context(callers_autocast())
-        output = run_model(model, batch) if offsets is None else run_packed(model, batch, record)
+        output = run_model(model, batch) if cu_seqlens is None else run_packed(model, batch, record)
         return trace, record, output
 
 

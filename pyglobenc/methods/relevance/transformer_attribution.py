@@ -18,7 +18,7 @@ from pyglobenc.methods.inputs import check_batch, check_model
 from pyglobenc.methods.packing import Packed, pack
 from pyglobenc.methods.precision.relevance_error import ObservedRules
 from pyglobenc.methods.precision.reliability import METHODS, distance, known, measured, warn_of_nothing, warn_of_precision
-from pyglobenc.methods.relevance.propagation import MAPS, Descent
+from pyglobenc.methods.relevance.propagation import MAPS, RelevancePropagation
 from pyglobenc.methods.relevance.result import RelevanceResult, add_layers, of_sequences, relevance_result
 from pyglobenc.methods.relevance.rules import LrpRules, Rules
 from pyglobenc.methods.relevance.states import States, run_forward
@@ -170,30 +170,30 @@ class TransformerAttribution:
         everything = layers or bool(maps)
         lowest = 0 if everything else chosen.lowest_gradient(start_layer, self.depth)
         states = run_forward(self.model, batch, explained, self.dtype, lowest, how == "measured")
-        descent = self._descent(states, chosen)
+        propagation = self._propagation(states, chosen)
         if how == "estimated":
-            descent.rules = ObservedRules(descent.rules, states)
-        found, nothing = variant_scores(self.stock, chosen, descent, start_layer, self.prefix)
-        scores, moved = states.halves(found)
+            propagation.rules = ObservedRules(propagation.rules, states)
+        found, nothing = variant_scores(self.stock, chosen, propagation, start_layer, self.prefix)
+        scores, moved = states.split_perturbed(found)
         result = relevance_result(self.model, states, scores, nothing[: states.count], how)
         if how == "measured":
             left_out = self.prefix is None and chosen.kind != "input" and states.head.position is not None
-            own = states.halves(states.own(scores.device))[0] if left_out else None
-            result.error = known(distance(moved, scores, own, states.offsets), result.nothing)
+            own = states.split_perturbed(states.pooled_index(scores.device))[0] if left_out else None
+            result.error = known(distance(moved, scores, own, states.cu_seqlens), result.nothing)
         elif how == "estimated":
-            result.error = known(descent.rules.estimated_error(), result.nothing)
+            result.error = known(propagation.rules.estimated_error(), result.nothing)
         warn_of_nothing(WHO, result.nothing)
         if result.error is not None:
             warn_of_precision(WHO, result.error, result.nothing, how, "use dtype=torch.float64, or a stabilizer")
         if everything:
-            descent = self._descent(states, chosen)
-            descent.roll_out(self.depth, 0, tuple(maps))
-        add_layers(self.model, result, descent, layers)
+            propagation = self._propagation(states, chosen)
+            propagation.roll_out(self.depth, 0, tuple(maps))
+        add_layers(self.model, result, propagation, layers)
         return result
 
-    def _descent(self, states: States, chosen: Variant) -> Descent:
+    def _propagation(self, states: States, chosen: Variant) -> RelevancePropagation:
         rules = (LrpRules if chosen.lrp else self.rules)(self.backend, self.stabilizer)
-        return Descent(states, rules, chosen.gradient, self.prefix is None)
+        return RelevancePropagation(states, rules, chosen.gradient, self.prefix is None)
 
     def _error_method(self, reliability: str, chosen: Variant, batch: Mapping[str, Any]) -> str | None:
         if reliability == "off" or chosen.kind not in FOLLOWED:

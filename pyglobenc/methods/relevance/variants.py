@@ -12,7 +12,7 @@ from pyglobenc.backends.shared.relevance_tiles import probability_tiles
 from pyglobenc.backends.shared.rows import take_queries
 from pyglobenc.hf import LayerTrace
 from pyglobenc.methods.relevance.layers import pixel_relevance
-from pyglobenc.methods.relevance.propagation import Descent
+from pyglobenc.methods.relevance.propagation import RelevancePropagation
 
 
 def attention_row(layer: LayerTrace, row: Tensor) -> Tensor:
@@ -130,47 +130,47 @@ PUBLISHED = {
 
 
 def variant_scores(
-    model: PreTrainedModel, chosen: Variant, descent: Descent, start_layer: int, prefix: int | None
+    model: PreTrainedModel, chosen: Variant, propagation: RelevancePropagation, start_layer: int, prefix: int | None
 ) -> tuple[Tensor, Tensor]:
     """Scores of a variant: (B, n) tokens; for images, whose first `prefix` tokens aren't patches, (B, patches) or (B, height, width).
 
     And (B,) bool, of packed sequences (S,), where there is nothing in them: no relevance reaches any token, and the scores are made 0.
     """
-    scores, states = _scores(model, chosen, descent, start_layer, prefix), descent.states
+    scores, states = _scores(model, chosen, propagation, start_layer, prefix), propagation.states
     brought = scores != 0
     if chosen.kind == "rollout":
         # the row that a rollout starts from is left as it was
-        brought = scores != descent.start_row()[:, 0, prefix:].to(scores.device)
-        if prefix is None and descent.normalize:
+        brought = scores != propagation.start_row()[:, 0, prefix:].to(scores.device)
+        if prefix is None and propagation.normalize:
             # but a row of one token is its own whatever it gets
-            lone, given = (t.to(scores.device) for t in (states.lone_tokens(), descent.token_sums[len(states.layers)]))
+            lone, given = (t.to(scores.device) for t in (states.lone_tokens(), propagation.token_sums[len(states.layers)]))
             brought |= lone & (given != 0)
-    offsets = states.layers[0].offsets
-    if offsets is None:
+    cu_seqlens = states.layers[0].cu_seqlens
+    if cu_seqlens is None:
         nothing = ~brought.flatten(1).any(1)
         return scores.masked_fill(nothing.view(-1, *[1] * (scores.dim() - 1)), 0), nothing
-    nothing = sequence_sums(brought.to(scores.dtype), offsets) == 0
-    return scores.masked_fill(per_token(nothing[:, None], offsets)[:, 0], 0), nothing
+    nothing = sequence_sums(brought.to(scores.dtype), cu_seqlens) == 0
+    return scores.masked_fill(per_token(nothing[:, None], cu_seqlens)[:, 0], 0), nothing
 
 
-def _scores(model: PreTrainedModel, chosen: Variant, descent: Descent, start_layer: int, prefix: int | None) -> Tensor:
-    states = descent.states
+def _scores(model: PreTrainedModel, chosen: Variant, propagation: RelevancePropagation, start_layer: int, prefix: int | None) -> Tensor:
+    states = propagation.states
     depth, last, images = len(states.layers), states.layers[-1], prefix is not None
     if chosen.kind == "input":
-        _, r = descent.roll_out(depth, 0)
-        return pixel_relevance(model, states, r, descent.rules) if images else r.sum(-1)
+        _, r = propagation.roll_out(depth, 0)
+        return pixel_relevance(model, states, r, propagation.rules) if images else r.sum(-1)
     if chosen.kind == "grad_cam" and images:
         if states.head.position is None or bool((states.head.position != 0).any()):
             raise ValueError("TransformerAttribution: Grad-CAM of images is published for heads that read [CLS]")
         return grad_cam_patches(last, states.grads[-1], prefix)
     if chosen.kind == "rollout":
-        row, _ = descent.roll_out(start_layer, start_layer + 1)
+        row, _ = propagation.roll_out(start_layer, start_layer + 1)
     elif chosen.kind == "layer":
-        row = descent.layer_row(chosen.layer % depth)
+        row = propagation.layer_row(chosen.layer % depth)
     elif chosen.kind == "attention":
-        row = attention_row(last, descent.start_row())
+        row = attention_row(last, propagation.start_row())
     elif chosen.kind == "attention_rollout":
-        row = roll_out_attention(states.layers[start_layer:], descent.start_row())
+        row = roll_out_attention(states.layers[start_layer:], propagation.start_row())
     else:
-        row = grad_cam(last, states.grads[-1], descent.start_row())
+        row = grad_cam(last, states.grads[-1], propagation.start_row())
     return row[:, prefix:]

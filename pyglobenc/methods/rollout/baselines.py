@@ -120,16 +120,16 @@ class Rollout:
         return attribute_packed("Rollout", self.model, batch, targets, self.dtype, layers, rows)
 
     def _rows(self, captured: list[LayerTrace], rows: Tensor, layers: bool) -> tuple[Tensor, Tensor]:
-        offsets = captured[-1].offsets
+        cu_seqlens = captured[-1].cu_seqlens
         if self.method in OF_STAGE and self.method != "globenc":
             check_stage("Rollout", captured[-1], OF_STAGE[self.method])
         if self.method == "attention-flow" and rows.is_floating_point():
             raise ValueError("Rollout: attention-flow starts from tokens, not from a mean of them; name the tokens: targets=[0]")
         if self.method == "raw-attention":
-            own = [roll_out_rows([self._matrix(layer)], rows, offsets=offsets) for layer in (captured if layers else captured[-1:])]
+            own = [roll_out_rows([self._matrix(layer)], rows, cu_seqlens=cu_seqlens) for layer in (captured if layers else captured[-1:])]
             return stack_layers([scores[:, 0] for scores, _ in own]), stack_layers([log_scale[:, 0] for _, log_scale in own])
         if self.method != "attention-flow":
-            return roll_out_rows((self._matrix(layer) for layer in reversed(captured)), rows, layers, offsets)
+            return roll_out_rows((self._matrix(layer) for layer in reversed(captured)), rows, layers, cu_seqlens)
         full = stack_layers([self._matrix(layer).full() for layer in captured])
         # the solver's integers would hide NaN
         require_finite("Rollout", self.model, (full,))

@@ -139,7 +139,7 @@ class GlobEnc:
             name = stage or deepest_stage(captured[-1])
             check_stage("GlobEnc", captured[-1], name)
             matrices = (self.ops.norm_matrix(layer, name) for layer in reversed(captured))
-            return roll_out_rows(matrices, positions, layers, captured[-1].offsets)
+            return roll_out_rows(matrices, positions, layers, captured[-1].cu_seqlens)
 
         return attribute_packed("GlobEnc", self.model, batch, targets, self.dtype, layers, rows)
 

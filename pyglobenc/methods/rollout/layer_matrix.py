@@ -13,7 +13,7 @@ from torch import Tensor
 from pyglobenc.backends.inputs import PairInputs
 from pyglobenc.backends.shared.packing import per_token, slices, take
 from pyglobenc.backends.shared.rows import rescale_rows
-from pyglobenc.ops import rollout_step, token_norms
+from pyglobenc.ops import rollout_step, pair_norms
 
 ROW_BLOCK = 64
 
@@ -33,7 +33,7 @@ class LayerMatrix(Protocol):
 
 @dataclass
 class NormMatrix:
-    """Norms of one stage's decomposed vectors, as `pyglobenc.ops.token_norms` defines them, on a backend."""
+    """Norms of one stage's decomposed vectors, as `pyglobenc.ops.pair_norms` defines them, on a backend."""
 
     inputs: PairInputs
     backend: str
@@ -52,12 +52,12 @@ class NormMatrix:
     def _norms(self, targets: Tensor | None) -> Tensor:
         arguments = self.inputs.arguments()
         # rows and full matrices of packed sequences are those of each alone
-        del arguments["offsets"]
-        return token_norms(**arguments, rows=targets, backend=self.backend)
+        del arguments["cu_seqlens"]
+        return pair_norms(**arguments, rows=targets, backend=self.backend)
 
     def row_sums(self) -> Tensor:
         """Sum of every row, (B, n), a block of rows at a time."""
-        if self.inputs.offsets is not None:
+        if self.inputs.cu_seqlens is not None:
             return torch.cat([matrix.row_sums() for matrix in self._sequences()], dim=1)
         batch, _, n, _ = self.inputs.q.shape
         index = torch.arange(n, device=self.inputs.device).expand(batch, n)
@@ -67,9 +67,9 @@ class NormMatrix:
         """Each of the packed sequences alone."""
         given = self.inputs.of_tokens()
         axes = [self.inputs.AXES[name] for name in given]
-        for tokens in slices(self.inputs.offsets):
+        for tokens in slices(self.inputs.cu_seqlens):
             parts = take(list(given.values()), axes, tokens)
-            own = self.inputs.replace(**dict(zip(given, parts, strict=True)), offsets=None)
+            own = self.inputs.replace(**dict(zip(given, parts, strict=True)), cu_seqlens=None)
             yield NormMatrix(own, self.backend)
 
 
@@ -107,13 +107,13 @@ class ResidualMatrix:
         return rows * self.weight.gather(1, targets)[..., None] + kept
 
     def step(self, r: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-        r, log_scale, offsets = r.to(self.kept), log_scale.to(self.kept), self.inner.inputs.offsets
+        r, log_scale, cu_seqlens = r.to(self.kept), log_scale.to(self.kept), self.inner.inputs.cu_seqlens
         weighted = r * self.weight[:, None]
         mixed, mixed_log = self.inner.step(weighted, torch.zeros_like(log_scale))
-        mixed = mixed * (mixed_log.exp()[..., None] if offsets is None else per_token(mixed_log.exp(), offsets))
+        mixed = mixed * (mixed_log.exp()[..., None] if cu_seqlens is None else per_token(mixed_log.exp(), cu_seqlens))
         if self.own is not None:
             mixed = (mixed - weighted * self.own[:, None]).clamp_(min=0)
-        return rescale_rows(mixed + r * self.kept[:, None], log_scale, offsets)
+        return rescale_rows(mixed + r * self.kept[:, None], log_scale, cu_seqlens)
 
     def full(self) -> Tensor:
         matrix = self.inner.full()

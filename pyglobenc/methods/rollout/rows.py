@@ -13,7 +13,7 @@ from pyglobenc.methods.rollout.layer_matrix import LayerMatrix
 
 
 def roll_out_rows(
-    matrices: Iterable[LayerMatrix], targets: Tensor, layers: bool = False, offsets: Tensor | None = None
+    matrices: Iterable[LayerMatrix], targets: Tensor, layers: bool = False, cu_seqlens: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Rows of N_L ... N_2 N_1, without a matrix: O(T*n) memory beside the layers' own.
 
@@ -21,7 +21,7 @@ def roll_out_rows(
         matrices: one a layer, last layer first; taken one at a time, so that a generator holds one layer's at once.
         targets: rows wanted, (B, T) int64; or what rows are multiplied with, (B, T, n) floating point.
         layers: also the rollout up to every layer.
-        offsets: (S + 1,) of the sequences that the matrices pack; targets are then (S, T), positions among all N tokens, or (1, T, N).
+        cu_seqlens: (S + 1,) of the sequences that the matrices pack; targets are then (S, T), positions among all N tokens, or (1, T, N).
 
     Returns:
         scores (B, L, T, n), each row's largest entry 1, and log_scale (B, L, T); L is 1, the whole rollout, without layers. Of packed
@@ -33,21 +33,21 @@ def roll_out_rows(
         if r is not None:
             r, log_scale = matrix.step(r, log_scale)
         if r is None or layers:
-            rows, scale = _first_rows(matrix, targets, offsets)
+            rows, scale = _first_rows(matrix, targets, cu_seqlens)
             r = rows if r is None else torch.cat([rows, r], dim=1)
             log_scale = scale if log_scale is None else torch.cat([scale, log_scale], dim=1)
     return r.unflatten(1, (-1, count)), log_scale.unflatten(1, (-1, count))
 
 
-def _first_rows(matrix: LayerMatrix, targets: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+def _first_rows(matrix: LayerMatrix, targets: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rows of one matrix, scaled to maximum 1, and their log_scale."""
     if targets.is_floating_point():
-        return matrix.step(targets, targets.new_zeros(len(targets) if offsets is None else len(offsets) - 1, targets.shape[1]))
-    if offsets is None:
+        return matrix.step(targets, targets.new_zeros(len(targets) if cu_seqlens is None else len(cu_seqlens) - 1, targets.shape[1]))
+    if cu_seqlens is None:
         rows = matrix.rows(targets)
         return rescale_rows(rows, torch.zeros_like(rows[..., 0]))
     # a row of every sequence is one product with unit vectors
-    unit = targets.new_zeros(1, targets.shape[1], int(offsets[-1])).scatter_(2, targets.T[None], 1)
+    unit = targets.new_zeros(1, targets.shape[1], int(cu_seqlens[-1])).scatter_(2, targets.T[None], 1)
     return matrix.step(unit, torch.zeros_like(targets))
 
 

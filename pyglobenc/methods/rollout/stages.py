@@ -17,7 +17,7 @@ from pyglobenc.backends.shared.score_mods import to_dtype
 from pyglobenc.hf import LayerTrace
 from pyglobenc.hf.weights import parameter
 from pyglobenc.methods.rollout.layer_matrix import NormMatrix
-from pyglobenc.ops import gram_kernels, head_gram, head_norms, mapped_square, mixing_ratio, norm_terms
+from pyglobenc.ops import gram_weights, head_gram, head_norms, mapped_square, mixing_ratio, norm_terms
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class StageOps:
             v, x = v.to(weight.dtype), x.to(weight.dtype)
         if not self._constants_pay(v, weight, x):
             return norm_terms(v, weight, x, gammas, backend=self.backend)
-        kernel, cross_kernel = gram_kernels(weight, gammas)
+        kernel, cross_kernel = gram_weights(weight, gammas)
         if x is None:
             return *head_gram(v, kernel, backend=self.backend), None
         gram, cross = head_gram(v, kernel, x, cross_kernel, backend=self.backend)
@@ -140,7 +140,7 @@ class StageOps:
     def _matrix(self, layer: LayerTrace, gram, cross, residual_sq, rstd) -> NormMatrix:
         q, k, lse = layer.q.detach(), layer.k.detach(), layer.lse.detach()
         score_mod = None if layer.score_mod is None else to_dtype(layer.score_mod, gram.dtype)
-        seen = (layer.key_mask, layer.scaling, layer.window, layer.offsets, score_mod)
+        seen = (layer.key_mask, layer.scaling, layer.window, layer.cu_seqlens, score_mod)
         return NormMatrix(PairInputs(q, k, lse, gram, cross, residual_sq, rstd, *seen), self.backend)
 
     def head_maps(self, layer: LayerTrace) -> Tensor:

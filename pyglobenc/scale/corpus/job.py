@@ -19,7 +19,7 @@ from typing import Any
 from pyglobenc.common.files import check_apart
 from pyglobenc.inputs.batches import Runner, check_target, longest
 from pyglobenc.inputs.options import Options
-from pyglobenc.inputs.windows import MOST_CHARACTERS, Encoded, encode, most_characters
+from pyglobenc.inputs.windows import MAX_CHARACTERS, Encoded, encode, most_characters
 from pyglobenc.scale.corpus.records import Record, Source, digest
 from pyglobenc.scale.corpus.shards import MISSING, Part, locked, look_at_shard, rejected_path, remove_temporary, shard_path, write_shard
 
@@ -212,7 +212,7 @@ def _portions(records: list[Record]) -> Iterator[list[Record]]:
     size = 0
     for record in records:
         more = len(record.text or "")
-        if portion and size + more > MOST_CHARACTERS:
+        if portion and size + more > MAX_CHARACTERS:
             yield portion
             portion, size = [], 0
         portion.append(record)

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pyglobenc.inputs.windows import MOST_CHARACTERS
+from pyglobenc.inputs.windows import MAX_CHARACTERS
 
 # tried in order where no column is named
 COLUMNS = ("text", "sentence")
@@ -52,7 +52,7 @@ class Source:
     column: str | None
     files: tuple[Path, ...]
     read: Callable[[], Iterator[Any]]
-    most: int = MOST_CHARACTERS
+    most: int = MAX_CHARACTERS
     listing: Callable[[], tuple[Path, ...]] | None = None
 
     def records(self) -> Iterator[Record]:

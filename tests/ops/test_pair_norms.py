@@ -5,7 +5,7 @@ from numerics import until_enough
 from pair_cases import KERNELS, Case, doubled, factor, layer, pair_args, running
 
 from pyglobenc.backends.inputs import PairInputs
-from pyglobenc.ops import token_norms
+from pyglobenc.ops import pair_norms
 
 DIRECT = [
     Case(norms=0, residual=False, n=5),
@@ -52,9 +52,9 @@ def check(kernel, draw):
     for compare in until_enough(factor(kernel)):
         args = draw()
         with running(kernel) as backend:
-            out = token_norms(**args, backend=backend)
-        exact = token_norms(**doubled(args), backend="reference")
-        torch_out = token_norms(**args, backend="reference")
+            out = pair_norms(**args, backend=backend)
+        exact = pair_norms(**doubled(args), backend="reference")
+        torch_out = pair_norms(**args, backend="reference")
         compare(out.square(), exact.square(), torch_out.square())
         compare(out, exact, torch_out, 2 * factor(kernel))
 
@@ -69,12 +69,12 @@ def test_reference_is_the_papers_definition(case):
         real = t["key_mask"]
         expected = expected * (real[:, :, None] & real[:, None, :])
     args = doubled(pair_args(case, t))
-    out = token_norms(**args, backend="reference")
+    out = pair_norms(**args, backend="reference")
     # lse, G and c were rounded to float32 on the way: a few times 2^-24 of |lse| <= 8
     torch.testing.assert_close(out, expected, rtol=64 * 2.0**-24, atol=64 * 2.0**-24 * float(expected.max()))
     rows = torch.randint(0, case.n, (case.B, 4))
     index = rows[:, :, None].expand(-1, -1, case.n)
-    torch.testing.assert_close(token_norms(**args, rows=rows, backend="reference"), out.gather(1, index))
+    torch.testing.assert_close(pair_norms(**args, rows=rows, backend="reference"), out.gather(1, index))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -88,12 +88,12 @@ def test_kernel_is_as_good_as_torch(case, kernel):
 def test_rows_are_those_of_the_full_matrix(case, kernel):
     args = pair_args(case)
     with running(kernel) as backend:
-        full = token_norms(**args, backend=backend)
+        full = pair_norms(**args, backend=backend)
         for count in (1, 5, 70):
             rows = torch.randint(0, case.n, (case.B, count))
-            out = token_norms(**args, rows=rows, backend=backend)
+            out = pair_norms(**args, rows=rows, backend=backend)
             assert torch.equal(out, full.gather(1, rows[:, :, None].expand(-1, -1, case.n)))
-        assert token_norms(**args, rows=torch.zeros(case.B, 0, dtype=torch.int64), backend=backend).shape == (case.B, 0, case.n)
+        assert pair_norms(**args, rows=torch.zeros(case.B, 0, dtype=torch.int64), backend=backend).shape == (case.B, 0, case.n)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -103,7 +103,7 @@ def test_strided_inputs(kernel, dtype):
     strided = {name: torch.stack([t, t], -1)[..., 0] if isinstance(t, torch.Tensor) else t for name, t in args.items()}
     assert not strided["gram"].is_contiguous() and strided["q"].stride(-1) == 2
     with running(kernel) as backend:
-        assert torch.equal(token_norms(**strided, backend=backend), token_norms(**args, backend=backend))
+        assert torch.equal(pair_norms(**strided, backend=backend), pair_norms(**args, backend=backend))
     check(kernel, lambda: args | dict(gram=torch.full((), 1 / 16).expand_as(args["gram"]), cross=None, residual_sq=None))
 
 
@@ -114,21 +114,21 @@ def test_empty(shape, kernel):
     B, H, n = case.B, case.H, case.n
     q, gram = torch.zeros(B, H, n, 8), torch.zeros(B, n, H, H)
     with running(kernel) as backend:
-        assert token_norms(q, q, torch.zeros(B, H, n), gram, backend=backend).shape == (B, n, n)
+        assert pair_norms(q, q, torch.zeros(B, H, n), gram, backend=backend).shape == (B, n, n)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_padded_batch_equals_its_examples_alone(kernel):
     args = pair_args(Case(B=5, n=90, mask="right"))
     with running(kernel) as backend:
-        out = token_norms(**args, backend=backend)
+        out = pair_norms(**args, backend=backend)
         for b, count in enumerate(args["key_mask"].sum(1).tolist()):
             alone = {}
             for name, t in args.items():
                 axis = 2 if name in ("q", "k", "lse") else 1
                 alone[name] = t[b : b + 1].narrow(axis, 0, count) if isinstance(t, torch.Tensor) else t
             alone["key_mask"] = None
-            assert torch.equal(token_norms(**alone, backend=backend)[0], out[b, :count, :count])
+            assert torch.equal(pair_norms(**alone, backend=backend)[0], out[b, :count, :count])
             assert not out[b, count:].any() and not out[b, :, count:].any()
 
 
@@ -138,7 +138,7 @@ def test_nan_stays_where_it_is(kernel):
     args["q"] = args["q"].clone()
     args["q"][0, 1, 5] = torch.nan
     with running(kernel) as backend:
-        out = token_norms(**args, backend=backend)
+        out = pair_norms(**args, backend=backend)
     assert out[0, 5].isnan().all()
     out[0, 5] = 0
     assert torch.isfinite(out).all()
@@ -154,7 +154,7 @@ def test_padding_may_hold_anything(kernel):
     for name in ("gram", "cross", "residual_sq", "rstd"):
         dirty[name][padded] = torch.nan
     with running(kernel) as backend:
-        assert torch.equal(token_norms(**dirty, backend=backend), token_norms(**args, backend=backend))
+        assert torch.equal(pair_norms(**dirty, backend=backend), pair_norms(**args, backend=backend))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -166,7 +166,7 @@ def test_threads_do_not_change_the_result(kernel):
         try:
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
-                results.append(token_norms(**args, backend=backend))
+                results.append(pair_norms(**args, backend=backend))
         finally:
             torch.set_num_threads(before)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
@@ -175,30 +175,30 @@ def test_threads_do_not_change_the_result(kernel):
 def test_arguments_are_checked():
     args = pair_args(Case(n=6))
     q = args["q"]
-    with pytest.raises(ValueError, match="token_norms: q must be"):
-        token_norms(**args | dict(q=q[0]))
-    with pytest.raises(ValueError, match="token_norms: gram must be"):
-        token_norms(**args | dict(gram=args["gram"][:, :5]))
+    with pytest.raises(ValueError, match="pair_norms: q must be"):
+        pair_norms(**args | dict(q=q[0]))
+    with pytest.raises(ValueError, match="pair_norms: gram must be"):
+        pair_norms(**args | dict(gram=args["gram"][:, :5]))
     with pytest.raises(TypeError, match="one dtype"):
-        token_norms(**args | dict(k=args["k"].double()))
+        pair_norms(**args | dict(k=args["k"].double()))
     with pytest.raises(TypeError, match="floating-point"):
-        token_norms(**args | dict(q=q.long(), k=args["k"].long()))
+        pair_norms(**args | dict(q=q.long(), k=args["k"].long()))
     with pytest.raises(ValueError, match="given together"):
-        token_norms(**args | dict(cross=None))
+        pair_norms(**args | dict(cross=None))
     with pytest.raises(ValueError, match=r"rows must lie in \[0, 6\)"):
-        token_norms(**args, rows=torch.full((2, 1), 6))
+        pair_norms(**args, rows=torch.full((2, 1), 6))
     with pytest.raises(TypeError, match="rows must be int64"):
-        token_norms(**args, rows=torch.zeros(2, 1, dtype=torch.int32))
+        pair_norms(**args, rows=torch.zeros(2, 1, dtype=torch.int32))
     with pytest.raises(ValueError, match="backend must be one of"):
-        token_norms(**args, backend="fast")
+        pair_norms(**args, backend="fast")
 
 
 @pytest.mark.parametrize("kernel", KERNELS[:1])
 def test_named_backend_refuses_with_reasons(kernel):
     args = doubled(pair_args(Case(n=6)))
     with running(kernel) as backend, pytest.raises(ValueError, match="computes in float32, got torch.float64"):
-        token_norms(**args, backend=backend)
-    assert token_norms(**args).dtype == torch.float64
+        pair_norms(**args, backend=backend)
+    assert pair_norms(**args).dtype == torch.float64
 
 
 def test_opcheck():
@@ -206,4 +206,4 @@ def test_opcheck():
     inputs = PairInputs(**args)
     rows = torch.tensor([[0, 3], [8, 8]])
     for last in (None, rows):
-        torch.library.opcheck(torch.ops.pyglobenc.token_norms.default, (*inputs.flat(), last, "auto"))
+        torch.library.opcheck(torch.ops.pyglobenc.pair_norms.default, (*inputs.flat(), last, "auto"))

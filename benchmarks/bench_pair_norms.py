@@ -1,6 +1,6 @@
-"""Op `token_norms`: norms of every pair; materialised: the decomposed vectors (B, n, n, d) that they are of.
+"""Op `pair_norms`: norms of every pair; materialised: the decomposed vectors (B, n, n, d) that they are of.
 
-    pytest benchmarks/bench_token_norms.py --csv token_norms
+    pytest benchmarks/bench_pair_norms.py --csv pair_norms
 """
 
 import torch
@@ -15,4 +15,4 @@ def materialised(q, k, lse, gram):
     return torch.einsum("bhij,bhjd->bijd", alpha, made["v"] @ made["weight"]).norm(dim=-1)
 
 
-bench_token_norms = suite("token_norms", materialised, lambda batch, n: batch * n * n * D, sdpa=True)
+bench_pair_norms = suite("pair_norms", materialised, lambda batch, n: batch * n * n * D, sdpa=True)

@@ -1,4 +1,4 @@
-"""Op `token_norms`: norms of the decomposed vector of every (query, key) pair."""
+"""Op `pair_norms`: norms of the decomposed vector of every (query, key) pair."""
 
 from torch import Tensor
 
@@ -11,7 +11,7 @@ from pyglobenc.ops._registered import register
 BACKENDS = ("triton", "cuda", "cpu", "reference")
 
 
-def token_norms(
+def pair_norms(
     q: Tensor,
     k: Tensor,
     lse: Tensor,
@@ -45,19 +45,19 @@ def token_norms(
 
     Source: Modarressi et al., 2022, eq. 6 to 10; Kobayashi et al., 2021.
     """
-    op = "token_norms"
+    op = "pair_norms"
     layer = dict(q=q, k=k, lse=lse, gram=gram, cross=cross, residual_sq=residual_sq, rstd=rstd)
     inputs = pair_inputs(op, **layer, key_mask=key_mask, scaling=scaling, window=window, score_mod=score_mod)
     check_rows(op, rows, q)
-    return _token_norms(inputs, rows, backend)
+    return _pair_norms(inputs, rows, backend)
 
 
-@register("token_norms", "Tensor? rows, str backend) -> Tensor", PairInputs)
-def _token_norms(inputs: PairInputs, rows: Tensor | None, backend: str) -> Tensor:
-    return run("token_norms", backend, BACKENDS, inputs, rows)
+@register("pair_norms", "Tensor? rows, str backend) -> Tensor", PairInputs)
+def _pair_norms(inputs: PairInputs, rows: Tensor | None, backend: str) -> Tensor:
+    return run("pair_norms", backend, BACKENDS, inputs, rows)
 
 
-@_token_norms.register_fake
+@_pair_norms.register_fake
 def _(inputs, rows, backend):
     batch, _, n, _ = inputs.q.shape
     return inputs.gram.new_empty(batch, n if rows is None else rows.shape[1], n)

@@ -1,4 +1,4 @@
-// token_norms: computes and stores the norms of all (query, key) pairs.
+// pair_norms: computes and stores the norms of all (query, key) pairs.
 #include "ops.h"
 #include "walk.h"
 
@@ -26,7 +26,7 @@ struct NormsSink {
     }
 };
 
-void token_norms(const PairArgs& args, const View& out) {
+void pair_norms(const PairArgs& args, const View& out) {
     NormsSink sink{args, out};
     walk(args, sink);
 }

@@ -1,4 +1,4 @@
-"""Norms of the decomposed vectors of (query, key) pairs, for all queries or some: csrc/cuda/token_norms.cu."""
+"""Norms of the decomposed vectors of (query, key) pairs, for all queries or some: csrc/cuda/pair_norms.cu."""
 
 import torch
 from torch import Tensor
@@ -13,10 +13,10 @@ def why_not(inputs: PairInputs, rows: Tensor | None) -> list[str]:
 
 
 def run(inputs: PairInputs, rows: Tensor | None) -> Tensor:
-    """See `pyglobenc.ops.token_norms`: -> (B, n, n), or (B, T, n) with rows."""
+    """See `pyglobenc.ops.pair_norms`: -> (B, n, n), or (B, T, n) with rows."""
     batch, _, n, _ = inputs.q.shape
     n_queries = n if rows is None else rows.shape[1]
     out = torch.empty(batch, n_queries, n, device=inputs.device)
     if out.numel():
-        run_pairs("token_norms", inputs, (rows, None, None, None), (out, None), n_queries)
+        run_pairs("pair_norms", inputs, (rows, None, None, None), (out, None), n_queries)
     return out

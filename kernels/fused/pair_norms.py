@@ -11,11 +11,11 @@ from torch import Tensor
 from pyglobenc.backends.inputs import PairInputs
 from pyglobenc.backends.shared.launch import query_shares
 from pyglobenc.kernels._device import COUNTS, on, real_tokens
-from pyglobenc.kernels._pairs import START, hold_keys, load_gram, own_term, pair_arguments, pair_norms, pair_reasons, places, strides
+from pyglobenc.kernels._pairs import START, hold_keys, load_gram, own_term, pair_arguments, tile_norms, pair_reasons, places, strides
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _token_norms_kernel(
+def _pair_norms_kernel(
     Q,  # (B, H, n, dh)
     K,  # (B, Hkv, n, dh)
     LSE,  # (B, H, n)
@@ -60,7 +60,7 @@ def _token_norms_kernel(
             i = tl.load(ROWS + b * stride_rb + row * stride_rn, mask=row_ok, other=0).to(tl.int32)
         i64 = i.to(tl.int64)
         i_ok = real_tokens(MASK, b, stride_mb, stride_mn, i, row_ok, HAS_MASK)
-        norms = pair_norms(Q, K, LSE, stride_qh, stride_qn, stride_kh, stride_kn, stride_lh, stride_ln, heads, head_ok, group, i, i_ok,
+        norms = tile_norms(Q, K, LSE, stride_qh, stride_qn, stride_kh, stride_kn, stride_lh, stride_ln, heads, head_ok, group, i, i_ok,
                            j, j_ok, k_held, gram, own, scaling, left, right, HEAD_DIM, BLOCK_D, HELD, HAS_OWN, HAS_WINDOW, SCORES,
                            FORM, UPCAST)  # fmt: skip
         if HAS_RSTD:
@@ -76,7 +76,7 @@ def why_not(inputs: PairInputs, rows: Tensor | None) -> list[str]:
 
 
 def run(inputs: PairInputs, rows: Tensor | None) -> Tensor:
-    """See `pyglobenc.ops.token_norms`: -> (B, n, n), or (B, T, n) with rows."""
+    """See `pyglobenc.ops.pair_norms`: -> (B, n, n), or (B, T, n) with rows."""
     batch, n = inputs.gram.shape[:2]
     m = n if rows is None else rows.shape[1]
     out = inputs.gram.new_empty(batch, m, n)
@@ -86,7 +86,7 @@ def run(inputs: PairInputs, rows: Tensor | None) -> Tensor:
     key_blocks = -(-n // given["BLOCK_J"])
     shares = query_shares(key_blocks * batch, -(-m // given["BLOCK_I"]), places(out.device), START)
     with on(out.device):
-        _token_norms_kernel[(key_blocks * shares * batch,)](
+        _pair_norms_kernel[(key_blocks * shares * batch,)](
             **given, ROWS=rows, OUT=out, m=m, key_blocks=key_blocks, shares=shares, HAS_ROWS=rows is not None, **strides(rows, "rb rn")
         )
     return out

@@ -17,7 +17,7 @@ from pyglobenc.backends.shared.rows import own_attention, take_queries
 
 
 def run(inputs: PairInputs, rows: Tensor | None = None) -> Tensor:
-    """See `pyglobenc.ops.token_norms`: -> (B, n, n), or (B, T, n) with rows."""
+    """See `pyglobenc.ops.pair_norms`: -> (B, n, n), or (B, T, n) with rows."""
     inputs = widened(inputs)
     diagonal = None if inputs.cross is None else diagonal_sq(inputs)
     q, key_mask, rstd = inputs.q, inputs.key_mask, inputs.rstd
