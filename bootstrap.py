@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Set everything up in a virtual environment of its own, then run the demo or the tests; needs nothing but Python 3.10 to 3.13.
+"""Set everything up in a virtual environment of its own, then run the demo or the tests; needs nothing but
+Python 3.10 to 3.13.
 
-    python3 bootstrap.py demo     attribute a sentence with a real model: a picture in the terminal, and demo.html
-    python3 bootstrap.py test     run the tests
+    python3 bootstrap.py demo     attribute a sentence with a real model: a picture in the terminal, and
+    demo.html python3 bootstrap.py test     run the tests
 
-Both use the folder .venv unless --venv names another; what is installed already stays. Where no NVIDIA GPU is found, torch is the one
-release whose CPU build is asked for by version, and the tests run on the versions in requirements/ci.txt. Another index or a local folder
-of wheels is pip's own business (PIP_INDEX_URL, PIP_FIND_LINKS).
+Both use the folder .venv unless --venv names another; what is installed already stays. Where no NVIDIA GPU is
+found, torch is the one release whose CPU build is asked for by version, and the tests run on the versions in
+requirements/ci.txt. Another index or a local folder of wheels is pip's own business (PIP_INDEX_URL,
+PIP_FIND_LINKS).
 """
 
 import argparse
@@ -44,14 +46,20 @@ def install(pip: tuple, *what: str, locked: bool) -> None:
     if locked:
         # the second is for what builds the package, with newer pips
         names = ("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT")
-        if not attempt(*pip, *what, env=os.environ | {name: f"{os.environ.get(name, '')} {LOCK}".strip() for name in names}):
+        if not attempt(
+            *pip,
+            *what,
+            env=os.environ | {name: f"{os.environ.get(name, '')} {LOCK}".strip() for name in names},
+        ):
             return
         print(f"the versions in {LOCK} can't be installed here, so the newest are tried", file=sys.stderr)
     run(*pip, *what)
 
 
 def prepare(folder: Path, extras: str) -> Path:
-    """Make the environment if it is missing, install torch, this package and the demo model; return its python."""
+    """Make the environment if it is missing, install torch, this package and the demo model; return its
+    python.
+    """
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not python.exists():
         print(f"+ making {folder}", flush=True)
@@ -72,19 +80,38 @@ def tell_what_is_missing() -> None:
     for failed in sorted(ROOT.glob("build/*.failed")):
         lines = failed.read_text(encoding="utf-8").splitlines()
         reason = next((line for line in lines if "error" in line), lines[0])
-        print(f"{failed.stem} is not built, so other backends run in its place: {reason} ({failed.relative_to(ROOT)})", file=sys.stderr)
+        print(
+            f"{failed.stem} is not built, so other backends run in its place: {reason} "
+            f"({failed.relative_to(ROOT)})",
+            file=sys.stderr,
+        )
 
 
 def main() -> None:
     if not (3, 10) <= sys.version_info[:2] <= (3, 13):
         sys.exit(f"pyglobenc needs Python 3.10 to 3.13, this is {sys.version.split()[0]}")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("job", choices=["demo", "test"])
-    parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="folder of the virtual environment (default .venv)")
+    parser.add_argument(
+        "--venv", type=Path, default=ROOT / ".venv", help="folder of the virtual environment (default .venv)"
+    )
     args, rest = parser.parse_known_args()
     python = prepare(args.venv.resolve(), "[test]" if args.job == "test" else "")
     if args.job == "demo":
-        command = (python, "-m", "pyglobenc", "explain", SENTENCE, "--model", "minilm", "--merge-words", "--html", "demo.html")
+        command = (
+            python,
+            "-m",
+            "pyglobenc",
+            "explain",
+            SENTENCE,
+            "--model",
+            "minilm",
+            "--merge-words",
+            "--html",
+            "demo.html",
+        )
     else:
         command = (python, "-m", "pytest")
     try:

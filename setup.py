@@ -1,8 +1,9 @@
-"""Builds csrc/ into pyglobenc._cpu and pyglobenc._cuda with ninja; everything declarative is in pyproject.toml. Never imports torch.
+"""Builds csrc/ into pyglobenc._cpu and pyglobenc._cuda with ninja; everything declarative is in
+pyproject.toml. Never imports torch.
 
-_cpu: one object a source and instruction set; the module picks the set when it is imported. _cuda: one object a source, with code for
-the architectures asked for and PTX for later ones. Without a compiler, or when compiling fails, the install goes on without
-the module and another backend runs instead. Environment:
+_cpu: one object a source and instruction set; the module picks the set when it is imported. _cuda: one object
+a source, with code for the architectures asked for and PTX for later ones. Without a compiler, or when
+compiling fails, the install goes on without the module and another backend runs instead. Environment:
 
 PYGLOBENC_NO_EXTENSIONS=1   leave both modules out
 PYGLOBENC_NO_CUDA=1         leave _cuda out
@@ -60,7 +61,7 @@ def switched_on(name: str) -> bool:
 
 def find_compiler() -> list[str]:
     """$CXX, or the first C++ compiler on PATH, as a command; raises CompileError without one."""
-    for command in ([os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]):
+    for command in [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]:
         if shutil.which(shlex.split(command)[0]):
             return shlex.split(command)
     raise CompileError("no C++ compiler found")
@@ -82,7 +83,12 @@ def accepts(compiler: list[str], flag: str, folder: Path) -> bool:
     """Whether a program compiles and links with a flag."""
     source = folder / "try.cpp"
     source.write_text("int main() { return 0; }\n")
-    return subprocess.run([*compiler, flag, str(source), "-o", str(folder / "try")], capture_output=True).returncode == 0
+    return (
+        subprocess.run(
+            [*compiler, flag, str(source), "-o", str(folder / "try")], capture_output=True
+        ).returncode
+        == 0
+    )
 
 
 def instruction_sets() -> list[str]:
@@ -97,7 +103,8 @@ def instruction_sets() -> list[str]:
 def architectures() -> str:
     """nvcc's flag for the compute capabilities to build, from one PTX that newer ones take too."""
     archs = sorted(os.environ.get("PYGLOBENC_CUDA_ARCHS", "80,90").split(","), key=int)
-    return f"-gencode=arch=compute_{archs[0]},code=[{','.join(f'sm_{arch}' for arch in archs)},compute_{archs[0]}]"
+    code = ",".join(f"sm_{arch}" for arch in archs)
+    return f"-gencode=arch=compute_{archs[0]},code=[{code},compute_{archs[0]}]"
 
 
 def shell(*words: str | Path) -> str:
@@ -129,7 +136,11 @@ class BuildFile:
         """Text of the file, its last step included."""
         undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
         step = f"{shell(*command, '-shared', *undefined)} $in -o $out"
-        self.lines += ["rule link", f"  command = {step}", f"build {ninja_path(output)}: link {' '.join(self.objects)}"]
+        self.lines += [
+            "rule link",
+            f"  command = {step}",
+            f"build {ninja_path(output)}: link {' '.join(self.objects)}",
+        ]
         return "\n".join(self.lines) + "\n"
 
 
@@ -143,7 +154,9 @@ def python_includes() -> list[str]:
 def cpu_build(output: Path, folder: Path) -> str:
     """Text of build.ninja for pyglobenc._cpu."""
     compiler = find_compiler()
-    sets = [name for name in instruction_sets() if all(accepts(compiler, flag, folder) for flag in SETS[name])]
+    sets = [
+        name for name in instruction_sets() if all(accepts(compiler, flag, folder) for flag in SETS[name])
+    ]
     flags = [*FLAGS, *CPU_FLAGS, *QUIET, *shlex.split(os.environ.get("PYGLOBENC_CXX_FLAGS", ""))]
     flags += [f"-DPYGLOBENC_HAS_{name.upper()}" for name in sets]
     if accepts(compiler, "-fopenmp", folder):
@@ -206,12 +219,17 @@ class BuildWithNinja(build_ext):
         output.parent.mkdir(parents=True, exist_ok=True)
         text = {"cpu": cpu_build, "cuda": cuda_build}[name](output, folder)
         (folder / "build.ninja").write_text(text)
-        done = subprocess.run([find_ninja(), "-C", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run(
+            [find_ninja(), "-C", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         if done.returncode:
             raise CompileError(f"ninja failed:\n{done.stdout[-4000:]}")
 
 
 setup(
-    ext_modules=[Extension(f"pyglobenc._{folder.name}", [str(folder / "bindings.cpp")], optional=True) for folder in (CPU, CUDA)],
+    ext_modules=[
+        Extension(f"pyglobenc._{folder.name}", [str(folder / "bindings.cpp")], optional=True)
+        for folder in (CPU, CUDA)
+    ],
     cmdclass={"build_ext": BuildWithNinja},
 )

@@ -1,6 +1,6 @@
 """Op `add_relevance`: elementwise, five arrays through memory.
 
-    pytest benchmarks/bench_add_relevance.py --csv add_relevance
+pytest benchmarks/bench_add_relevance.py --csv add_relevance
 """
 
 from op_benchmark import suite

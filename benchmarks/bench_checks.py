@@ -1,9 +1,10 @@
-"""What the checks of every call cost: a call of GlobEnc, or of transformer attribution, with and without them.
+"""What the checks of every call cost: a call of GlobEnc, or of transformer attribution, with and without
+them.
 
     pytest benchmarks/bench_checks.py --threads 1 --csv checks
 
-`share` is the processor time of a call with the checks over that without, less 1, measured in turn. Without them nothing is projected
-and nothing compared; capture's hooks are there all the same.
+`share` is the processor time of a call with the checks over that without, less 1, measured in turn. Without
+them nothing is projected and nothing compared; capture's hooks are there all the same.
 """
 
 from contextlib import contextmanager
@@ -19,7 +20,10 @@ from pyglobenc import GlobEnc, TransformerAttribution
 from pyglobenc.hf.trace.layers import LayerTrace
 
 MINILM = dict(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
-METHODS = {"globenc": (GlobEnc, {}), "transformer-attribution": (TransformerAttribution, {"reliability": "off"})}
+METHODS = {
+    "globenc": (GlobEnc, {}),
+    "transformer-attribution": (TransformerAttribution, {"reliability": "off"}),
+}
 # model, tokens, rounds
 SHAPES = [("minilm", 14, 60), ("bert-base", 16, 20), ("bert-base", 128, 10), ("bert-base", 512, 4)]
 

@@ -1,6 +1,6 @@
 """Op `clone_relevance`: elementwise, four arrays through memory.
 
-    pytest benchmarks/bench_clone_relevance.py --csv clone_relevance
+pytest benchmarks/bench_clone_relevance.py --csv clone_relevance
 """
 
 from op_benchmark import suite

@@ -1,10 +1,11 @@
-"""A corpus job, packed and padded, against the plain forward pass in the same padded batches: MiniLM with its classifier, CPU or GPU.
+"""A corpus job, packed and padded, against the plain forward pass in the same padded batches: MiniLM with its
+classifier, CPU or GPU.
 
     PYGLOBENC_CORPUS=sentences.tsv pytest benchmarks/bench_corpus.py --csv corpus
 
-The job is all of `pyglobenc attribute` but loading the model: reading, tokens, batches, GlobEnc of 2,000 sentences or transformer
-attribution of 500, Parquet on disk. Its share of the forward pass's rate is 1 / ratio. Without PYGLOBENC_CORPUS, a .tsv file without
-header, sentences of like lengths are made up.
+The job is all of `pyglobenc attribute` but loading the model: reading, tokens, batches, GlobEnc of 2,000
+sentences or transformer attribution of 500, Parquet on disk. Its share of the forward pass's rate is 1 /
+ratio. Without PYGLOBENC_CORPUS, a .tsv file without header, sentences of like lengths are made up.
 """
 
 import os
@@ -20,7 +21,25 @@ from pyglobenc.scale.corpus.job import Plan, attribute_records, buckets, encode_
 from pyglobenc.scale.corpus.records import open_source
 
 SENTENCES, SHARD_SIZE, ROUNDS = {"globenc": 2000, "transformer-attribution": 500}, 1000, 3
-WORDS = ("a", "the", "film", "movie", "of", "and", "with", "is", "deep", "good", "bad", "long", "story", "never", "makes", "one", "feel")
+WORDS = (
+    "a",
+    "the",
+    "film",
+    "movie",
+    "of",
+    "and",
+    "with",
+    "is",
+    "deep",
+    "good",
+    "bad",
+    "long",
+    "story",
+    "never",
+    "makes",
+    "one",
+    "feel",
+)
 
 
 @pytest.fixture
@@ -33,7 +52,9 @@ def source(tmp_path_factory, method):
     else:
         chance = random.Random(0)
         # SST-2's sentences have 19 words on average, 9 in the standard deviation
-        lines = [" ".join(chance.choices(WORDS, k=max(1, round(chance.gauss(19, 9))))) + "\n" for _ in range(count)]
+        lines = [
+            " ".join(chance.choices(WORDS, k=max(1, round(chance.gauss(19, 9))))) + "\n" for _ in range(count)
+        ]
     path.write_text("".join(lines), encoding="utf-8")
     return open_source(path, header=False)
 
@@ -90,4 +111,6 @@ def bench_attribute(benchmark, source, model, tmp_path, method, batch_tokens, pa
     benchmark.pedantic(job, rounds=ROUNDS, iterations=1)
     rate = len(records) / benchmark.stats.stats.median
     of_forward = f"{1 / float(ratio['ratio']):.3f}"
-    benchmark.extra_info.update(sentences=len(records), **ratio, sentences_per_s=f"{rate:.1f}", of_forward=of_forward)
+    benchmark.extra_info.update(
+        sentences=len(records), **ratio, sentences_per_s=f"{rate:.1f}", of_forward=of_forward
+    )

@@ -1,9 +1,11 @@
-"""What the CPU kernels must cost, against the same model's plain forward pass (stock transformers, SDPA, float32, random weights).
+"""What the CPU kernels must cost, against the same model's plain forward pass (stock transformers, SDPA,
+float32, random weights).
 
     pytest benchmarks/bench_cpu.py --csv cpu
 
-`ratio` is the call's time over the plain forward's, measured in turn; `gflops` of a kernel stand beside the GEMM's of the same run.
-With --threads 1 the clock is the thread's own processor time, which neighbours on a shared machine don't lengthen.
+`ratio` is the call's time over the plain forward's, measured in turn; `gflops` of a kernel stand beside the
+GEMM's of the same run. With --threads 1 the clock is the thread's own processor time, which neighbours on a
+shared machine don't lengthen.
 """
 
 import subprocess
@@ -17,7 +19,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from pyglobenc import GlobEnc, TransformerAttribution, capture
-from pyglobenc.ops import head_gram, rollout_step, pair_norms
+from pyglobenc.ops import head_gram, pair_norms, rollout_step
 
 DEVICE = torch.device("cpu")
 BASE = dict(max_position_embeddings=4096)
@@ -145,10 +147,14 @@ def bench_long_sequence(benchmark):
 
 @pytest.mark.parametrize("n", [128, 512, 2048, 4096])
 def bench_peak_memory(benchmark, n):
-    """BERT-base, each call in a process of its own: GlobEnc's peak over the forward's and the captured layers' together."""
+    """BERT-base, each call in a process of its own: GlobEnc's peak over the forward's and the captured
+    layers' together.
+    """
     runs = {what: alone(what, n) for what in ("load", "forward", "capture")}
     benchmark.pedantic(lambda: runs.update(globenc=alone("globenc", n)), rounds=1, iterations=1)
-    benchmark.extra_info.update({f"{what}_peak_mb": f"{runs[what][1]:.0f}" for what in ("load", "forward", "globenc")})
+    benchmark.extra_info.update(
+        {f"{what}_peak_mb": f"{runs[what][1]:.0f}" for what in ("load", "forward", "globenc")}
+    )
     states = runs["capture"][2]
     ratio = runs["globenc"][1] / (runs["forward"][1] + states)
     benchmark.extra_info.update(states_mb=f"{states:.0f}", of_forward_and_states=f"{ratio:.3f}")
@@ -157,7 +163,12 @@ def bench_peak_memory(benchmark, n):
 def alone(what, n, layers=12):
     """Seconds, peak resident MiB and MiB of captured layers of one call, in a process of its own."""
     threads = str(torch.get_num_threads())
-    done = subprocess.run([sys.executable, __file__, what, str(n), str(layers), threads], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, __file__, what, str(n), str(layers), threads],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return tuple(map(float, done.stdout.split()[-3:]))
 
 

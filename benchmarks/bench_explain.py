@@ -2,8 +2,9 @@
 
     pytest benchmarks/bench_explain.py --threads 1 --csv explain
 
-`explain(model, tokenizer, text)` and `GlobEnc(model)(**batch)` hold everything that is made anew at each call: checks of the model, tokens
-and the attribution's object. `ratio` is the call's processor time over that of the plain forward pass on the same tokens, in turn.
+`explain(model, tokenizer, text)` and `GlobEnc(model)(**batch)` hold everything that is made anew at each
+call: checks of the model, tokens and the attribution's object. `ratio` is the call's processor time over that
+of the plain forward pass on the same tokens, in turn.
 """
 
 import time

@@ -1,10 +1,10 @@
-"""GlobEnc on BERT-base's shape against the same model's plain forward pass (stock transformers, SDPA, batch 1, random weights), float32 on
-a CPU, bfloat16 and longer inputs on a GPU.
+"""GlobEnc on BERT-base's shape against the same model's plain forward pass (stock transformers, SDPA, batch
+1, random weights), float32 on a CPU, bfloat16 and longer inputs on a GPU.
 
     pytest benchmarks/bench_globenc.py --csv globenc
 
-`ratio` is the call's time over the plain forward's, measured in turn in the same process. "published" is the algorithm of the published
-code, every n*n*d vector formed: 14 GB at n = 512, so it runs at n = 128 only.
+`ratio` is the call's time over the plain forward's, measured in turn in the same process. "published" is the
+algorithm of the published code, every n*n*d vector formed: 14 GB at n = 512, so it runs at n = 128 only.
 """
 
 from functools import lru_cache
@@ -98,7 +98,9 @@ def bench_published(benchmark, model, n):
 
 @lru_cache
 def assert_right(backend):
-    """The row equals that of the published algorithm, in float32 and on a length that it can do in little time."""
+    """The row equals that of the published algorithm, in float32 and on a length that it can do in little
+    time.
+    """
     batch, model = batch_of(12), build(torch.float32)
     exact = published_rollout(published_maps(model, batch)["N_Enc"])[:, -1, :1]
     result = GlobEnc(model, backend=backend)(**batch)

@@ -1,4 +1,5 @@
-"""Op `head_gram`: Gram matrices of the heads; materialised: the transformed vectors (B, n, H, d) that they are of.
+"""Op `head_gram`: Gram matrices of the heads; materialised: the transformed vectors (B, n, H, d) that they
+are of.
 
     pytest benchmarks/bench_head_gram.py --csv head_gram
 """

@@ -1,6 +1,6 @@
 """Op `head_norms`: norms of the transformed vectors; materialised: the vectors (B, n, H, d) themselves.
 
-    pytest benchmarks/bench_head_norms.py --csv head_norms
+pytest benchmarks/bench_head_norms.py --csv head_norms
 """
 
 import torch

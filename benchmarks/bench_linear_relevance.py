@@ -1,4 +1,5 @@
-"""Op `linear_relevance`: relevance through a Linear layer; materialised: the published code with its clamped copies of x and W.
+"""Op `linear_relevance`: relevance through a Linear layer; materialised: the published code with its clamped
+copies of x and W.
 
     pytest benchmarks/bench_linear_relevance.py --csv linear_relevance
 """
@@ -10,9 +11,16 @@ from pyglobenc.backends.shared.safe_division import safe_divide
 
 
 def materialised(r, x, weight):
-    x_plus, x_minus, w_plus, w_minus = x.clamp(min=0), x.clamp(max=0), weight.clamp(min=0), weight.clamp(max=0)
+    x_plus, x_minus, w_plus, w_minus = (
+        x.clamp(min=0),
+        x.clamp(max=0),
+        weight.clamp(min=0),
+        weight.clamp(max=0),
+    )
     s = safe_divide(r, linear(x_plus, w_plus) + linear(x_minus, w_minus))
     return x_plus * (s @ w_plus) + x_minus * (s @ w_minus)
 
 
-bench_linear_relevance = suite("linear_relevance", materialised, lambda batch, n: 5 * batch * n * D + 2 * D * D)
+bench_linear_relevance = suite(
+    "linear_relevance", materialised, lambda batch, n: 5 * batch * n * D + 2 * D * D
+)

@@ -1,9 +1,11 @@
-"""Every method but the flow, whose search takes minutes, on BERT-base's shape against the same model's plain forward pass (random weights).
+"""Every method but the flow, whose search takes minutes, on BERT-base's shape against the same model's plain
+forward pass (random weights).
 
     pytest benchmarks/bench_methods.py --csv methods
 
-Over backend, n, the model's dtype and batch; "forward" is the model alone. `ratio` is the call's time over the forward's, in turn in one
-process; `peak_mb` is the allocator's peak above the weights and what was kept with them. Cases that don't fit into memory are skipped.
+Over backend, n, the model's dtype and batch; "forward" is the model alone. `ratio` is the call's time over
+the forward's, in turn in one process; `peak_mb` is the allocator's peak above the weights and what was kept
+with them. Cases that don't fit into memory are skipped.
 """
 
 from functools import lru_cache
@@ -19,7 +21,10 @@ from pyglobenc.methods.memory import estimate_memory
 from pyglobenc.methods.registry import METHODS
 
 FORWARD, ROUNDS = "forward", 3
-CALLS = [(FORWARD, ""), *((name, backend) for name in METHODS if name != "attention-flow" for backend in ("reference", "auto"))]
+CALLS = [
+    (FORWARD, ""),
+    *((name, backend) for name in METHODS if name != "attention-flow" for backend in ("reference", "auto")),
+]
 
 
 @lru_cache(maxsize=1)
@@ -31,10 +36,17 @@ def model_of(dtype):
 
 def build(model, method, backend, batch, n, dtype=None):
     """A call without arguments that returns what was computed."""
-    inputs = {"input_ids": torch.randint(1000, 30000, (batch, n), generator=torch.Generator().manual_seed(0)).to(DEVICE)}
+    inputs = {
+        "input_ids": torch.randint(1000, 30000, (batch, n), generator=torch.Generator().manual_seed(0)).to(
+            DEVICE
+        )
+    }
     if method == FORWARD:
         return finished(torch.no_grad()(lambda: model(**inputs)))
-    run, targets = METHODS[method].build(model, backend, dtype), torch.zeros(batch, dtype=torch.long, device=DEVICE)
+    run, targets = (
+        METHODS[method].build(model, backend, dtype),
+        torch.zeros(batch, dtype=torch.long, device=DEVICE),
+    )
     return finished(lambda: run(inputs, targets))
 
 
@@ -59,8 +71,9 @@ def bench_method(benchmark, method, backend, batch, n, dtype):
 
 
 def assert_right(model, method, backend):
-    """As the reference, in float64 for a float32 model, on a length that takes little time: to 1e-2, or, where rounding takes more than
-    that from the reference itself (`lrp`), twice its own error."""
+    """As the reference, in float64 for a float32 model, on a length that takes little time: to 1e-2, or,
+    where rounding takes more than that from the reference itself (`lrp`), twice its own error.
+    """
     wide = torch.float64 if model.dtype == torch.float32 else None
     calls = ((backend, 2, 12), ("reference", 2, 12), ("reference", 2, 12, wide))
     ours, plain, exact = (build(model, method, *which)().scores.double() for which in calls)

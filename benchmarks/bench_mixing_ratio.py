@@ -1,4 +1,5 @@
-"""Op `mixing_ratio`: n d^2 multiply-adds, no pair is visited; materialised: the published code's decomposed vectors (B, n, n, d).
+"""Op `mixing_ratio`: n d^2 multiply-adds, no pair is visited; materialised: the published code's decomposed
+vectors (B, n, n, d).
 
     pytest benchmarks/bench_mixing_ratio.py --csv mixing_ratio
 """

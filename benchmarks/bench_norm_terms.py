@@ -1,4 +1,5 @@
-"""Op `norm_terms`: what squared norms are made of, from the weights; materialised: the transformed vectors (B, n, H, d).
+"""Op `norm_terms`: what squared norms are made of, from the weights; materialised: the transformed vectors
+(B, n, H, d).
 
     pytest benchmarks/bench_norm_terms.py --csv norm_terms
 """

@@ -1,6 +1,6 @@
 """Op `pair_norms`: norms of every pair; materialised: the decomposed vectors (B, n, n, d) that they are of.
 
-    pytest benchmarks/bench_pair_norms.py --csv pair_norms
+pytest benchmarks/bench_pair_norms.py --csv pair_norms
 """
 
 import torch

@@ -1,4 +1,5 @@
-"""Op `relevance_maps`: the map of one layer; materialised: every head's probabilities, relevance and gradient (B, H, n, n).
+"""Op `relevance_maps`: the map of one layer; materialised: every head's probabilities, relevance and gradient
+(B, H, n, n).
 
     pytest benchmarks/bench_relevance_maps.py --csv relevance_maps
 """
@@ -13,4 +14,6 @@ def materialised(q, k, v, lse, grad_o, s):
     return (grad_o @ v.transpose(2, 3) * relevance).clamp(min=0).mean(1)
 
 
-bench_relevance_maps = suite("relevance_maps", materialised, lambda batch, n: 4 * batch * H * n * n, sdpa=True)
+bench_relevance_maps = suite(
+    "relevance_maps", materialised, lambda batch, n: 4 * batch * H * n * n, sdpa=True
+)

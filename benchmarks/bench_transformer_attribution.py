@@ -1,11 +1,12 @@
-"""Transformer attribution on BERT-base's shape against the same model's plain forward pass (stock transformers, SDPA, float32, batch 1),
-on a GPU if there is one.
+"""Transformer attribution on BERT-base's shape against the same model's plain forward pass (stock
+transformers, SDPA, float32, batch 1), on a GPU if there is one.
 
     pytest benchmarks/bench_transformer_attribution.py --csv transformer_attribution
 
-`ratio` is the call's time over the plain forward's, measured in turn in the same process; `cpu_ratio` that of the processor time, which a
-machine shared with others changes less. "materialised" is the published algorithm on n*n arrays and clamped weights, without the inhibitor
-term that the published code computes and multiplies by 0.
+`ratio` is the call's time over the plain forward's, measured in turn in the same process; `cpu_ratio` that of
+the processor time, which a machine shared with others changes less. "materialised" is the published algorithm
+on n*n arrays and clamped weights, without the inhibitor term that the published code computes and multiplies
+by 0.
 """
 
 import os
@@ -103,7 +104,9 @@ def bench_peak_memory(benchmark, monkeypatch, n, what):
 
 
 def assert_right(model, backend):
-    """Equal to the materialised rules in float64, up to float32 rounding amplified, on a length that takes little time."""
+    """Equal to the materialised rules in float64, up to float32 rounding amplified, on a length that takes
+    little time.
+    """
     batch = batch_of(12)
     exact, _ = direct(model, batch, lambda out: out.logits[0, 1], head(model))
     result = TransformerAttribution(model, backend=backend)(**batch, target=1, reliability="off")

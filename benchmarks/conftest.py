@@ -1,4 +1,6 @@
-"""Options of every benchmark, and the CSV that a run leaves: `pytest benchmarks/bench_x.py --csv x` writes results/x.csv."""
+"""Options of every benchmark, and the CSV that a run leaves: `pytest benchmarks/bench_x.py --csv x` writes
+results/x.csv.
+"""
 
 import csv
 from pathlib import Path
@@ -15,9 +17,13 @@ QUICK_TOKENS, QUICK_DTYPES = 1024, ("float32", "bfloat16")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--csv", metavar="NAME", help="write medians and quartiles to benchmarks/results/NAME.csv")
+    parser.addoption(
+        "--csv", metavar="NAME", help="write medians and quartiles to benchmarks/results/NAME.csv"
+    )
     parser.addoption("--threads", type=int, default=2, help="torch threads (default 2)")
-    parser.addoption("--quick", action="store_true", help=f"only batches of at most {QUICK_TOKENS} tokens, no float16")
+    parser.addoption(
+        "--quick", action="store_true", help=f"only batches of at most {QUICK_TOKENS} tokens, no float16"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
@@ -26,7 +32,10 @@ def pytest_collection_modifyitems(config, items):
 
 
 def is_quick(params: dict) -> bool:
-    return params.get("n", 0) * params.get("batch", 1) <= QUICK_TOKENS and params.get("dtype", "float32") in QUICK_DTYPES
+    return (
+        params.get("n", 0) * params.get("batch", 1) <= QUICK_TOKENS
+        and params.get("dtype", "float32") in QUICK_DTYPES
+    )
 
 
 # node of a benchmark -> kind of the device that it ran on
@@ -46,16 +55,22 @@ def pytest_sessionfinish(session):
     benchmarks = getattr(session.config, "_benchmarksession", None)
     if not name or benchmarks is None or not benchmarks.benchmarks:
         return
-    rows = [row_of(b, session.config.getoption("--threads")) for b in benchmarks.benchmarks if not b.has_error]
+    rows = [
+        row_of(b, session.config.getoption("--threads")) for b in benchmarks.benchmarks if not b.has_error
+    ]
     RESULTS.mkdir(exist_ok=True)
     with open(RESULTS / f"{name}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+        writer = csv.DictWriter(
+            file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n"
+        )
         writer.writeheader()
         writer.writerows(rows)
 
 
 def row_of(benchmark, threads: int) -> dict:
-    """One line of the CSV: what ran, seconds of one call, what the benchmark reported beside them, and where it ran."""
+    """One line of the CSV: what ran, seconds of one call, what the benchmark reported beside them, and where
+    it ran.
+    """
     stats, calls = benchmark.stats, benchmark.extra_info.get("calls_a_round", 1)
     return {
         "benchmark": benchmark.name.split("[")[0].removeprefix("bench_").removeprefix("test_"),

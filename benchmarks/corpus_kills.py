@@ -1,8 +1,10 @@
-"""Kill a corpus job again and again, with SIGKILL at random moments, and compare what is left in the end with an uninterrupted run.
+"""Kill a corpus job again and again, with SIGKILL at random moments, and compare what is left in the end with
+an uninterrupted run.
 
     python benchmarks/corpus_kills.py --input sentences.tsv --no-header --kills 20
 
-Exit status 0 if every file is the same, byte for byte. Linux; the model is loaded in each run, as after a real kill.
+Exit status 0 if every file is the same, byte for byte. Linux; the model is loaded in each run, as after a
+real kill.
 """
 
 import os
@@ -61,7 +63,10 @@ def kill_and_compare(arguments: list[str], kills: int, seed: int, folder: Path) 
         os.kill(child, signal.SIGKILL)
         if wait(child) != -signal.SIGKILL:
             # it was done before: start over with a fresh folder, so that every kill hits a job at work
-            print(f"the job was done before kill {landed + 1}: same output {contents(broken) == contents(whole)}")
+            print(
+                f"the job was done before kill {landed + 1}: same output "
+                f"{contents(broken) == contents(whole)}"
+            )
             if contents(broken) != contents(whole):
                 return False
             broken = broken.with_name(f"{broken.name}_")
@@ -74,7 +79,9 @@ def kill_and_compare(arguments: list[str], kills: int, seed: int, folder: Path) 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Other options go to `pyglobenc attribute`.")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="Other options go to `pyglobenc attribute`."
+    )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     options, others = parser.parse_known_args()
@@ -82,7 +89,9 @@ def main() -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         same = kill_and_compare(["attribute", "--quiet", *others], options.kills, options.seed, Path(folder))
-    print(f"after {options.kills} kills the output {'equals' if same else 'DIFFERS FROM'} the uninterrupted one")
+    print(
+        f"after {options.kills} kills the output {'equals' if same else 'DIFFERS FROM'} the uninterrupted one"
+    )
     return 0 if same else 1
 
 

@@ -1,4 +1,6 @@
-"""Measurements beside pytest-benchmark's own: ratios of two calls in turn, peak memory in a process of its own."""
+"""Measurements beside pytest-benchmark's own: ratios of two calls in turn, peak memory in a process of its
+own.
+"""
 
 import subprocess
 import sys
@@ -27,11 +29,16 @@ def finished(call: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def paired_ratio(
-    call: Callable[[], object], baseline: Callable[[], object], rounds: int, clock: Callable[[], float] = time.perf_counter
+    call: Callable[[], object],
+    baseline: Callable[[], object],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, str]:
-    """Run baseline and call in turn and return the quartiles of call's time over the baseline's of the same round.
+    """Run baseline and call in turn and return the quartiles of call's time over the baseline's of the same
+    round.
 
-    The speed of a shared machine drifts: a ratio of neighbours in time keeps its meaning, a ratio of two medians doesn't.
+    The speed of a shared machine drifts: a ratio of neighbours in time keeps its meaning, a ratio of two
+    medians doesn't.
     """
     ratios = []
     for _ in range(rounds):
@@ -46,7 +53,10 @@ def paired_ratio(
 
 def peak_memory_mb(script: Path, *args: str) -> float:
     """Peak resident memory, in MiB, of `python script args` (Linux)."""
-    code = f"import runpy, sys; sys.argv = {[str(script), *args]!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
+    code = (
+        f"import runpy, sys; sys.argv = {[str(script), *args]!r}; runpy.run_path(sys.argv[0], "
+        f"run_name='__main__')"
+    )
     code += "; print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     return int(out.split()[-1]) / 1024
@@ -58,5 +68,7 @@ def forget_resident_peak() -> None:
 
 
 def resident_mb() -> float:
-    """Highest resident memory of this process so far, in MiB (Linux); getrusage's would start from the parent's."""
+    """Highest resident memory of this process so far, in MiB (Linux); getrusage's would start from the
+    parent's.
+    """
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024

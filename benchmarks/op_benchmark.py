@@ -1,8 +1,10 @@
-"""One benchmark for every op: its backends and what a user has without them, over n, dtype and batch, on one layer of BERT-base's shape.
+"""One benchmark for every op: its backends and what a user has without them, over n, dtype and batch, on one
+layer of BERT-base's shape.
 
-Baselines: "compile", torch.compile of the reference; "materialised", the algorithm that stores what the op doesn't form, where that takes
-at most STORED bytes; "sdpa", torch's fused attention on the same queries and keys, without any attribution. Right before fast: each is
-compared with the float64 reference before it is timed.
+Baselines: "compile", torch.compile of the reference; "materialised", the algorithm that stores what the op
+doesn't form, where that takes at most STORED bytes; "sdpa", torch's fused attention on the same queries and
+keys, without any attribution. Right before fast: each is compared with the float64 reference before it is
+timed.
 """
 
 from collections.abc import Callable
@@ -50,11 +52,14 @@ def suite(
 
     Args:
         op: its name.
-        materialised: takes the op's positional arguments and returns what the op returns; None: there is no such algorithm.
+        materialised: takes the op's positional arguments and returns what the op returns; None: there is no
+            such algorithm.
         stored: of B and n, the numbers that it holds at one time.
         sdpa: torch's fused attention is a natural unit.
     """
-    builders = {name: named(name) for name in import_module(f"pyglobenc.ops.{op}").BACKENDS} | {COMPILED: compiled}
+    builders = {name: named(name) for name in import_module(f"pyglobenc.ops.{op}").BACKENDS} | {
+        COMPILED: compiled
+    }
     if materialised is not None:
         builders[MATERIALISED] = lambda op, args: lambda: materialised(*args)
     if sdpa:
@@ -107,7 +112,10 @@ def attention(op, args):
 
 def compiled(op, args):
     """The op with torch.compile of the reference for a backend."""
-    module, function = import_module(f"pyglobenc.ops.{op}"), import_module(f"pyglobenc.backends.reference.{op}").run
+    module, function = (
+        import_module(f"pyglobenc.ops.{op}"),
+        import_module(f"pyglobenc.backends.reference.{op}").run,
+    )
     torch._dynamo.reset()
     faster = torch.compile(function)
 
@@ -122,27 +130,39 @@ def compiled(op, args):
 
 
 def check(op: str, build: Callable, result: Any, device: str, n: int, batch: int, dtype: torch.dtype) -> None:
-    """Every array of the result against the float64 reference, relative to its largest entry: half of the dtype's digits, since the
-    same quantity is compared, not its last bits; or, where the op divides by what cancels, as near as the reference comes in float32.
-    Of shapes too large for that the result of the shortest."""
+    """Every array of the result against the float64 reference, relative to its largest entry: half of the
+    dtype's digits, since the same quantity is compared, not its last bits; or, where the op divides by what
+    cancels, as near as the reference comes in float32. Of shapes too large for that the result of the
+    shortest.
+    """
     if batch * n * n > CHECKED:
         n = LENGTHS[0]
         result = build(op, OP_TABLE[op].arguments(tensors(device, n, batch, dtype)))()
     for ours, (plain, exact) in zip(flatten(result), exact_results(op, device, n, batch, dtype), strict=True):
-        error, allowed = (float((t.reshape(exact.shape).double() - exact).abs().amax() / exact.abs().amax()) for t in (ours, plain))
+        error, allowed = (
+            float((t.reshape(exact.shape).double() - exact).abs().amax() / exact.abs().amax())
+            for t in (ours, plain)
+        )
         limit = max(torch.finfo(dtype).eps ** 0.5, 4 * allowed)
         assert error < limit, f"{op}: off by {error:.1e} of the largest entry, plain float32 by {allowed:.1e}"
 
 
 @lru_cache(maxsize=2)
-def exact_results(op: str, device: str, n: int, batch: int, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def exact_results(
+    op: str, device: str, n: int, batch: int, dtype: torch.dtype
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The reference in float32 and in float64 on the same, already rounded inputs."""
 
     def widen(part, wide):
         return part.to(wide) if isinstance(part, torch.Tensor) else [widen(one, wide) for one in part]
 
-    args, function = OP_TABLE[op].arguments(tensors(device, n, batch, dtype)), getattr(import_module(f"pyglobenc.ops.{op}"), op)
-    results = [flatten(function(*widen(args, wide), backend="reference")) for wide in (torch.float32, torch.float64)]
+    args, function = (
+        OP_TABLE[op].arguments(tensors(device, n, batch, dtype)),
+        getattr(import_module(f"pyglobenc.ops.{op}"), op),
+    )
+    results = [
+        flatten(function(*widen(args, wide), backend="reference")) for wide in (torch.float32, torch.float64)
+    ]
     return list(zip(*results, strict=True))
 
 

@@ -1,11 +1,13 @@
-"""Pictures from the CSV files of benchmarks/results: time and memory against n, with the floor, and the roofline.
+"""Pictures from the CSV files of benchmarks/results: time and memory against n, with the floor, and the
+roofline.
 
     python benchmarks/plot.py                          # every results/*.csv, pictures beside them
     python benchmarks/plot.py results/head_gram.csv --ceilings results/machine.csv --output pictures
 
-A file with several n gives NAME-time.png, and NAME-memory.png where peak memory was measured, a panel for every dtype and batch; one with
-ceilings, of `pyglobenc bench` or of an op's suite, gives NAME-roofline.png. The floor is what counted operations and bytes take at the
-row's own ceilings, else at those of a file that `pyglobenc bench --csv` wrote on the same device with as many threads.
+A file with several n gives NAME-time.png, and NAME-memory.png where peak memory was measured, a panel for
+every dtype and batch; one with ceilings, of `pyglobenc bench` or of an op's suite, gives NAME-roofline.png.
+The floor is what counted operations and bytes take at the row's own ceilings, else at those of a file that
+`pyglobenc bench --csv` wrote on the same device with as many threads.
 """
 
 import argparse
@@ -46,11 +48,19 @@ def panels(rows: list[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
 
 def lines(rows: list[dict[str, str]], value: str) -> dict[str, Points]:
     """Points (n, value, row) of every line, by its name: what its rows have in common."""
-    varying = [name for name in rows[0] if len({row.get(name) for row in rows}) > 1 and (name in PARAMETERS or not all_numbers(rows, name))]
+    varying = [
+        name
+        for name in rows[0]
+        if len({row.get(name) for row in rows}) > 1 and (name in PARAMETERS or not all_numbers(rows, name))
+    ]
     out: dict[str, Points] = {}
     for row in rows:
         if row.get("n") and row.get(value):
-            name = " ".join(row[key] for key in varying if row.get(key)) or row.get("backend") or row.get("benchmark", value)
+            name = (
+                " ".join(row[key] for key in varying if row.get(key))
+                or row.get("backend")
+                or row.get("benchmark", value)
+            )
             out.setdefault(name, []).append((float(row["n"]), float(row[value]), row))
     return {name: sorted(points, key=lambda point: point[0]) for name, points in out.items()}
 
@@ -66,7 +76,11 @@ def all_numbers(rows: list[dict[str, str]], name: str) -> bool:
 def ceilings_for(row: dict[str, str], machine: list[dict[str, str]]) -> Ceilings | None:
     """Ceilings that were measured with a row, or where it was."""
     for found in (row, *machine):
-        if found.get("gemm_flops") and found["device"] == row.get("device") and found["threads"] == row.get("threads"):
+        if (
+            found.get("gemm_flops")
+            and found["device"] == row.get("device")
+            and found["threads"] == row.get("threads")
+        ):
             return Ceilings(float(found["gemm_flops"]), float(found["exp_rate"]), float(found["copy_bytes"]))
     return None
 
@@ -82,7 +96,9 @@ def floor_of(points: Points, machine: list[dict[str, str]]) -> list[tuple[float,
     return out
 
 
-def picture(rows: list[dict[str, str]], value: str, label: str, machine: list[dict[str, str]], title: str) -> Figure | None:
+def picture(
+    rows: list[dict[str, str]], value: str, label: str, machine: list[dict[str, str]], title: str
+) -> Figure | None:
     """Log-log panels against n; None if no row has the value."""
     found = {name: lines(part, value) for name, part in panels(rows).items()}
     found = {name: part for name, part in found.items() if part}
@@ -122,7 +138,9 @@ def panel(axes: Any, found: dict[str, Points], value: str, machine: list[dict[st
                 # the op's own, above that of plain attention beside it
                 floors[n] = max(seconds, floors.get(n, seconds))
     if floors:
-        axes.plot(sorted(floors), [floors[n] for n in sorted(floors)], "k--", label="floor by operations and bytes")
+        axes.plot(
+            sorted(floors), [floors[n] for n in sorted(floors)], "k--", label="floor by operations and bytes"
+        )
 
 
 def pictures(path: Path, machine: list[dict[str, str]]) -> dict[str, Figure]:
@@ -135,7 +153,9 @@ def pictures(path: Path, machine: list[dict[str, str]]) -> dict[str, Figure]:
     if len({row.get("n") for row in rows}) > 1:
         made["time"] = picture(rows, "median_s", "seconds, median and quartiles", machine, title)
         # peak_mib: of a process of its own
-        made["memory"] = picture(rows, "peak_mib" if "peak_mib" in rows[0] else "peak_mb", "peak MiB", machine, title)
+        made["memory"] = picture(
+            rows, "peak_mib" if "peak_mib" in rows[0] else "peak_mb", "peak MiB", machine, title
+        )
     # a batch's operations and bytes grow alike
     single = [row for row in rows if row.get("gemm_flops") and row.get("batch") in (None, "1")]
     if any(float(row["flops"]) > 0 for row in single):
@@ -146,7 +166,11 @@ def pictures(path: Path, machine: list[dict[str, str]]) -> dict[str, Figure]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", type=Path, help="CSV files (default: all of benchmarks/results)")
-    parser.add_argument("--ceilings", type=Path, help=f"what pyglobenc bench --csv wrote (default: {MACHINE} beside the first file)")
+    parser.add_argument(
+        "--ceilings",
+        type=Path,
+        help=f"what pyglobenc bench --csv wrote (default: {MACHINE} beside the first file)",
+    )
     parser.add_argument("--output", type=Path, help="folder of the pictures (default: beside each file)")
     options = parser.parse_args(arguments)
     files = options.files or sorted(RESULTS.glob("*.csv"))

@@ -2,10 +2,11 @@
 
     python benchmarks/precision_transformer_attribution.py [TEXTS.tsv [MODEL ...]]
 
-Random weights (BERT, small, 6 layers, by weight scale and length) and, with sentences (one a line, a tab, a label), trained classifiers
-by name or folder, MiniLM with its sentiment head by default. Each row: the relative L2 error of the scores in float32 against float64
-without [CLS]'s own entry (median and worst), the median rank correlation of both, and the median of what `reliability` says, for the
-published guard and for stabilizers; `changed` is the relative L2 distance that the stabilizer itself makes, in float64.
+Random weights (BERT, small, 6 layers, by weight scale and length) and, with sentences (one a line, a tab, a
+label), trained classifiers by name or folder, MiniLM with its sentiment head by default. Each row: the
+relative L2 error of the scores in float32 against float64 without [CLS]'s own entry (median and worst), the
+median rank correlation of both, and the median of what `reliability` says, for the published guard and for
+stabilizers; `changed` is the relative L2 distance that the stabilizer itself makes, in float64.
 """
 
 import csv
@@ -24,7 +25,9 @@ from pyglobenc.methods.precision.reliability import PrecisionWarning
 OUT = Path(__file__).parent / "results" / "transformer_attribution_precision.csv"
 CASES, TEXTS = 12, 12
 STABILIZERS = (0.0, 1e-2, 1e-1)
-SMALL = dict(vocab_size=200, hidden_size=96, num_hidden_layers=6, num_attention_heads=6, intermediate_size=192)
+SMALL = dict(
+    vocab_size=200, hidden_size=96, num_hidden_layers=6, num_attention_heads=6, intermediate_size=192
+)
 
 
 def random_cases(std, n):
@@ -46,7 +49,9 @@ def sentences(path, name):
 def measure(name, cases, stabilizer, variant="transformer_attribution"):
     errors, ranks, said, changed = [], [], [], []
     for model, batch in cases:
-        result = TransformerAttribution(model, stabilizer=stabilizer)(**batch, variant=variant, reliability="measured")
+        result = TransformerAttribution(model, stabilizer=stabilizer)(
+            **batch, variant=variant, reliability="measured"
+        )
         call = dict(target=result.target, variant=variant, reliability="off")
         wide = (TransformerAttribution(model, dtype=torch.float64, stabilizer=s) for s in (stabilizer, 0.0))
         exact, published = (attribute(**batch, **call).scores[0, 1:] for attribute in wide)

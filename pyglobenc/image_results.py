@@ -17,12 +17,13 @@ class ImageAttribution:
     Attributes:
         image: what the model saw, (height, width, 3) in [0, 1].
         scores: by target, (rows, columns) of patches, or (height, width) of pixels.
-        labels: the targets' names: a class and its probability, or its plain number of a regression; or a token.
-        probabilities: of every class of the model, (classes,), by its config's problem_type: softmax, or sigmoid. None of a
-            regression and of a model without a classifier.
+        labels: the targets' names: a class and its probability, or its plain number of a regression; or a
+            token.
+        probabilities: of every class of the model, (classes,), by its config's problem_type: softmax, or
+            sigmoid. None of a regression and of a model without a classifier.
         predicted: class with the largest logit; None of a model without a classifier.
-        predictions: names and probabilities of the classes or labels predicted, most probable first; of a regression names and plain
-            numbers of its outputs; None of a model without a classifier.
+        predictions: names and probabilities of the classes or labels predicted, most probable first; of a
+            regression names and plain numbers of its outputs; None of a model without a classifier.
         error: by target, how far rounding moves the scores; see `TransformerAttribution`.
     """
 
@@ -52,10 +53,14 @@ class ImageAttributions(list):
     """Attributions of several images, a list that is pictured together."""
 
     def to_png(self, path: str | Path | None = None) -> bytes:
-        """One PNG file with a row for every image, as `ImageAttribution.to_png` has it; written to path if given."""
+        """One PNG file with a row for every image, as `ImageAttribution.to_png` has it; written to path if
+        given.
+        """
         from pyglobenc.viz.image import to_png
 
-        png = to_png([(one.image, [(one.labels[target], one.heat(target)) for target in one.scores]) for one in self])
+        png = to_png(
+            [(one.image, [(one.labels[target], one.heat(target)) for target in one.scores]) for one in self]
+        )
         if path is not None:
             write_file(str(path), png)
         return png

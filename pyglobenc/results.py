@@ -36,30 +36,39 @@ class Attribution:
         text: the text, whole; of a sentence pair the first one.
         tokens, token_ids: the n tokens that the model saw, special tokens included.
         special: n times whether the tokenizer added the token ([CLS], [SEP]...).
-        scores: (n,) float32 or float64, finite. Of a token target: the target's row, largest entry 1; see log_scale.
+        scores: (n,) float32 or float64, finite. Of a token target: the target's row, largest entry 1; see
+            log_scale.
         method: its name in `pyglobenc.methods.registry`.
         model: name or folder of the model.
         target: position of the target token, or index of the target class; 0 of a mean over tokens.
         target_name: that token or class by name.
         target_kind: "token", "class", or "mean", whose scores are the mean of the rows of several tokens.
-        log_scale: the method's own value is scores * exp(log_scale); of joined windows see `pyglobenc.inputs.windows.join`.
-        word_ids: n numbers of the word that each token belongs to, None for special tokens; None without a fast tokenizer. Words are
-            those of the tokenizer, or of white space where it doesn't split texts; see `pyglobenc.inputs.words`.
-        offsets: n pairs (start, stop) of characters of the text, or of the token's text of a pair; None without a fast tokenizer.
+        log_scale: the method's own value is scores * exp(log_scale); of joined windows see
+            `pyglobenc.inputs.windows.join`.
+        word_ids: n numbers of the word that each token belongs to, None for special tokens; None without a
+            fast tokenizer. Words are those of the tokenizer, or of white space where it doesn't split texts;
+            see `pyglobenc.inputs.words`.
+        offsets: n pairs (start, stop) of characters of the text, or of the token's text of a pair; None
+            without a fast tokenizer.
         merge_words: pictures show words rather than tokens.
         cut: tokens at the end of the text that were left out by truncation.
-        windows: (start, stop) of text tokens in each window that was joined, in positions of tokens; None for a text in one piece.
-        label, probability: the class that a classifier predicts; of a multi-label one (config.problem_type) its most probable label,
-            if that is above 0.5. None where no label is predicted, of a regression and of models without such a head.
-        predictions: names and probabilities of every class or label that a classifier predicts, most probable first: one class, or the
-            labels above 0.5. Of a regression, names and plain numbers of its outputs. None of other models.
+        windows: (start, stop) of text tokens in each window that was joined, in positions of tokens; None for
+            a text in one piece.
+        label, probability: the class that a classifier predicts; of a multi-label one (config.problem_type)
+            its most probable label, if that is above 0.5. None where no label is predicted, of a regression
+            and of models without such a head.
+        predictions: names and probabilities of every class or label that a classifier predicts, most probable
+            first: one class, or the labels above 0.5. Of a regression, names and plain numbers of its
+                outputs. None of other models.
         text_pair: the second text of a sentence pair; None of one text.
-        parts: of a sentence pair, n times 0 for a token of the first text, 1 for one of the second, None for a special token.
+        parts: of a sentence pair, n times 0 for a token of the first text, 1 for one of the second, None for
+            a special token.
         settings: the options it was computed with; strings, numbers, None.
         version: of pyglobenc.
 
     Raises:
-        ValueError: a field has another type, length or range than is said here, or isn't finite; the message names it.
+        ValueError: a field has another type, length or range than is said here, or isn't finite; the message
+            names it.
     """
 
     text: str
@@ -101,17 +110,24 @@ class Attribution:
 
     def __repr__(self) -> str:
         pair = "" if self.text_pair is None else f", {self.text_pair[:40]!r}"
-        return f"Attribution({self.text[:40]!r}{pair}, {len(self)} tokens, {self.method}, target {self.target_name!r})"
+        return (
+            f"Attribution({self.text[:40]!r}{pair}, {len(self)} tokens, {self.method}, target "
+            f"{self.target_name!r})"
+        )
 
     def units(self, merge_words: bool | None = None) -> list[Unit]:
-        """Tokens, or words with their pieces' scores summed; special tokens stay alone. None: as merge_words of the attribution.
+        """Tokens, or words with their pieces' scores summed; special tokens stay alone. None: as merge_words
+        of the attribution.
 
         Raises:
             ValueError: words asked for and not known.
         """
         merge_words = self.merge_words if merge_words is None else merge_words
         if merge_words and self.word_ids is None:
-            raise ValueError("Attribution: words can't be merged, the tokenizer doesn't say which tokens form one; a fast tokenizer does")
+            raise ValueError(
+                "Attribution: words can't be merged, the tokenizer doesn't say which tokens form one; a "
+                "fast tokenizer does"
+            )
         groups: list[list[int]] = []
         for i in range(len(self)):
             word = self.word_ids[i] if merge_words else None
@@ -133,24 +149,36 @@ class Attribution:
         if special or self.offsets is None:
             return Unit(raw, apart, score, special, tuple(group)), end
         before = group[0] - 1
-        if group[0] and not self.special[before] and (self.parts is None or self.parts[before] == self.parts[group[0]]):
+        if (
+            group[0]
+            and not self.special[before]
+            and (self.parts is None or self.parts[before] == self.parts[group[0]])
+        ):
             apart = ""
         start, stop = self.offsets[group[0]][0], self.offsets[group[-1]][1]
         piece = text[start:stop]
-        # pieces of one character all point at it, and some point at nothing: the vocabulary's own name is left
+        # pieces of one character all point at it, and some point at nothing: the vocabulary's own name is
+        # left
         if start < end or not piece.strip():
             return Unit(raw, text[end:start] or apart, score, False, tuple(group)), max(end, stop)
         start += len(piece) - len(piece.lstrip())
-        return Unit(piece.strip(), text[end:start] or apart, score, False, tuple(group)), start + len(piece.strip())
+        return Unit(piece.strip(), text[end:start] or apart, score, False, tuple(group)), start + len(
+            piece.strip()
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything in it as JSON knows it; scores as Python floats, which hold float32 and float64 exactly."""
+        """Everything in it as JSON knows it; scores as Python floats, which hold float32 and float64
+        exactly.
+        """
         out = {f.name: getattr(self, f.name) for f in fields(self)}
         out |= {"scores": self.scores.tolist(), "dtype": self.scores.dtype.name}
         for name in PAIRS:
             out[name] = None if out[name] is None else [list(pair) for pair in out[name]]
         if self.merge_words:
-            out["words"] = [{"text": unit.text, "score": unit.score, "tokens": list(unit.positions)} for unit in self.units()]
+            out["words"] = [
+                {"text": unit.text, "score": unit.score, "tokens": list(unit.positions)}
+                for unit in self.units()
+            ]
         return out
 
     @classmethod
@@ -200,7 +228,9 @@ class Attribution:
 
 
 class Attributions(list):
-    """Attributions of several texts, a list that is pictured and saved together; methods as of `Attribution`."""
+    """Attributions of several texts, a list that is pictured and saved together; methods as of
+    `Attribution`.
+    """
 
     def save(self, path: str | Path) -> None:
         """Write a .json or .safetensors file that `pyglobenc.load` reads back, bit for bit."""
@@ -249,7 +279,8 @@ def _document(attributions: Attribution | Iterable[Attribution]) -> dict[str, An
 
 
 def save(path: str | Path, attributions: Attribution | Iterable[Attribution]) -> None:
-    """Write one attribution or several, as the path's suffix says: .json, or .safetensors with the scores as tensors 0, 1...
+    """Write one attribution or several, as the path's suffix says: .json, or .safetensors with the scores as
+    tensors 0, 1...
 
     Raises:
         ValueError: another suffix, or a file in the folder of an attribution's model.
@@ -267,14 +298,19 @@ def save(path: str | Path, attributions: Attribution | Iterable[Attribution]) ->
     document = _document(attributions)
     for entry in document["attributions"]:
         del entry["scores"]
-    tensors = {str(index): np.ascontiguousarray(attribution.scores) for index, attribution in enumerate(single)}
+    tensors = {
+        str(index): np.ascontiguousarray(attribution.scores) for index, attribution in enumerate(single)
+    }
     return _write(path, to_safetensors(tensors, {FORMAT: json.dumps(document)}), single)
 
 
 def _write(path: str | Path, data: bytes, attributions: Iterable[Attribution]) -> None:
     """Write a file, but not over or into the folder of a model that was attributed."""
     models = {attribution.model for attribution in attributions}
-    check_apart(path, [model for model in models if any(os.path.isfile(os.path.join(model, name)) for name in MODEL_FILES)])
+    check_apart(
+        path,
+        [model for model in models if any(os.path.isfile(os.path.join(model, name)) for name in MODEL_FILES)],
+    )
     write_file(path, data)
 
 
@@ -284,7 +320,8 @@ def load(path: str | Path) -> Attribution | Attributions:
     Every field is checked for its type, length and range before anything is returned.
 
     Raises:
-        ValueError: not a file that `save` wrote, or by a newer version; the message names the file and the field.
+        ValueError: not a file that `save` wrote, or by a newer version; the message names the file and the
+            field.
         OSError: the file can't be read.
     """
     path = Path(path)
@@ -295,13 +332,18 @@ def load(path: str | Path) -> Attribution | Attributions:
         _check_header(document)
         names = [str(index) for index in range(len(document["attributions"]))]
         if tensors is not None and tensors.keys() != set(names):
-            raise ValueError(f"scores of {len(names)} attributions must be tensors named from 0, got {len(tensors)} tensors")
+            raise ValueError(
+                f"scores of {len(names)} attributions must be tensors named from 0, got {len(tensors)} "
+                f"tensors"
+            )
         entries = []
         for index, entry in zip(names, document["attributions"], strict=True):
             try:
                 entries.append(Attribution.from_dict(entry, None if tensors is None else tensors[index]))
             except ValueError as error:
-                raise ValueError(f"attribution {index}: {str(error).removeprefix('Attribution: ')}") from error
+                raise ValueError(
+                    f"attribution {index}: {str(error).removeprefix('Attribution: ')}"
+                ) from error
         return entries[0] if document["single"] else Attributions(entries)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"load: {path} is not a file of saved attributions: {error}") from error
@@ -332,7 +374,10 @@ def _check_header(document: Any) -> None:
     if not isinstance(entries, list):
         raise ValueError(f"attributions must be a list, got {shown(entries)}")
     if not isinstance(single, bool) or (single and len(entries) != 1):
-        raise ValueError(f"single must be true of one attribution or false, got {shown(single)} and {len(entries)} attributions")
+        raise ValueError(
+            f"single must be true of one attribution or false, got {shown(single)} and {len(entries)} "
+            f"attributions"
+        )
 
 
 def _read(path: Path) -> tuple[Any, dict[str, np.ndarray] | None]:

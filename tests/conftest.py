@@ -1,4 +1,6 @@
-"""Set-up of every test: a fixed seed, uninitialised memory filled with NaN, Triton interpreted where there is no GPU."""
+"""Set-up of every test: a fixed seed, uninitialised memory filled with NaN, Triton interpreted where there is
+no GPU.
+"""
 
 import os
 

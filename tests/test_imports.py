@@ -27,14 +27,18 @@ RANKS = {
     "__init__": 9,
     "__main__": 9,
 }
-# The Triton kernels are installed as pyglobenc.kernels, and both sides need what the other defines for launches.
+# The Triton kernels are installed as pyglobenc.kernels, and both sides need what the other defines for
+# launches.
 TOGETHER = {frozenset({"backends", "kernels"})}
 
 
 def modules() -> dict[str, Path]:
     """Every module of the package, by its dotted name."""
     found = {}
-    for folder, prefix in ((ROOT / "pyglobenc", "pyglobenc"), (ROOT / "kernels" / "fused", "pyglobenc.kernels")):
+    for folder, prefix in (
+        (ROOT / "pyglobenc", "pyglobenc"),
+        (ROOT / "kernels" / "fused", "pyglobenc.kernels"),
+    ):
         for path in folder.rglob("*.py"):
             parts = path.relative_to(folder).with_suffix("").parts
             if prefix == "pyglobenc" and parts[0] == "kernels":
@@ -75,7 +79,10 @@ def test_imports_go_one_way():
 
 def test_no_modules_import_each_other_in_a_circle():
     known = modules()
-    targets = {module: {target for target, _ in imported(path, known)} - {module, "pyglobenc"} for module, path in known.items()}
+    targets = {
+        module: {target for target, _ in imported(path, known)} - {module, "pyglobenc"}
+        for module, path in known.items()
+    }
     done, waiting = set(), []
 
     def visit(module: str) -> None:

@@ -22,11 +22,22 @@ def test_transformer_attribution_explains_it():
     from pyglobenc import explain
 
     model, tokenizer = load_pretrained(SENTIMENT, device="cpu")
-    a = explain(model, tokenizer, "A wonderful, moving and funny film.", method="transformer-attribution", progress=False)
+    a = explain(
+        model,
+        tokenizer,
+        "A wonderful, moving and funny film.",
+        method="transformer-attribution",
+        progress=False,
+    )
     words = dict(zip(a.tokens, a.scores.tolist(), strict=True))
     assert a.label == "positive"
     # the encoder is frozen: the subject may rank beside the praise
-    assert max((token for token in words if token[0] != "["), key=words.get) in ("wonderful", "moving", "funny", "film")
+    assert max((token for token in words if token[0] != "["), key=words.get) in (
+        "wonderful",
+        "moving",
+        "funny",
+        "film",
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -21,7 +21,9 @@ BertModel(BertConfig(num_hidden_layers=1))
 
 
 def python(code, cwd, **env):
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=os.environ | env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=os.environ | env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -38,11 +40,19 @@ def test_transformers_imports_from_the_repository_root():
 
 
 def test_transformers_imports_beside_the_other_kernels_package(tmp_path):
-    """A stand-in for the package of that name, as installed: found before or after our folder, models import."""
+    """A stand-in for the package of that name, as installed: found before or after our folder, models
+    import.
+    """
     other = tmp_path / "kernels"
     other.mkdir()
-    (other / "__init__.py").write_text("__version__ = '0.1.0'\nraise ImportError('the other package, broken')\n")
-    found = python("import sys; sys.path.insert(0, ''); import importlib.util; print(importlib.util.find_spec('kernels').origin)", ROOT)
+    (other / "__init__.py").write_text(
+        "__version__ = '0.1.0'\nraise ImportError('the other package, broken')\n"
+    )
+    found = python(
+        "import sys; sys.path.insert(0, ''); import importlib.util; "
+        "print(importlib.util.find_spec('kernels').origin)",
+        ROOT,
+    )
     assert "None" in found, "without the other package, our folder is no more than a namespace"
     python("import pyglobenc; print(pyglobenc.GlobEnc)", ROOT)
     python("import pyglobenc.kernels; print(pyglobenc.kernels.__file__)", tmp_path)
@@ -80,13 +90,17 @@ def test_sdist_and_wheel_hold_the_sources(wheel):
     import zipfile
 
     names = zipfile.ZipFile(wheel[0]).namelist()
-    tracked = subprocess.run(["git", "ls-files", "pyglobenc", "kernels/fused"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    tracked = subprocess.run(
+        ["git", "ls-files", "pyglobenc", "kernels/fused"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split()
     for path in tracked:
         assert path.replace("kernels/fused", "pyglobenc/kernels") in names, path
     assert "pyglobenc/measured/backends.json" in names
     with tarfile.open(wheel[1]) as archive:
         sources = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    tracked = subprocess.run(["git", "ls-files", "csrc"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    tracked = subprocess.run(
+        ["git", "ls-files", "csrc"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split()
     assert set(tracked) <= sources
 
 
@@ -119,22 +133,40 @@ def checkout(tmp_path):
 
 
 def build_in(folder, compiler):
-    env = os.environ | {"CXX": shlex.quote(str(compiler)), "PYGLOBENC_SETS": "portable", "PYGLOBENC_NO_CUDA": "1"}
-    done = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=folder, env=env, capture_output=True, text=True)
+    env = os.environ | {
+        "CXX": shlex.quote(str(compiler)),
+        "PYGLOBENC_SETS": "portable",
+        "PYGLOBENC_NO_CUDA": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     told = "import bootstrap; bootstrap.tell_what_is_missing()"
-    return subprocess.run([sys.executable, "-c", told], cwd=folder, capture_output=True, text=True).stderr.splitlines()
+    return subprocess.run(
+        [sys.executable, "-c", told], cwd=folder, capture_output=True, text=True
+    ).stderr.splitlines()
 
 
 def test_modules_are_built_whatever_the_folder_is_called(checkout):
-    left_out = "pyglobenc._cuda is not built, so other backends run in its place: left out, PYGLOBENC_NO_CUDA is set"
+    left_out = (
+        "pyglobenc._cuda is not built, so other backends run in its place: left out, PYGLOBENC_NO_CUDA is set"
+    )
     assert build_in(checkout, checkout / "c++") == [f"{left_out} (build/pyglobenc._cuda.failed)"]
     assert list((checkout / "pyglobenc").glob("_cpu*.so"))
 
 
 def test_bootstrap_says_why_a_module_is_not_built(checkout):
     lines = build_in(checkout, checkout / "no compiler")
-    assert len(lines) == 2 and lines[0].startswith("pyglobenc._cpu is not built") and "no C++ compiler found" in lines[0]
+    assert (
+        len(lines) == 2
+        and lines[0].startswith("pyglobenc._cpu is not built")
+        and "no C++ compiler found" in lines[0]
+    )
     (checkout / "csrc" / "cpu" / "table.cpp").unlink()
     lines = build_in(checkout, checkout / "c++")
     assert "ninja: error" in lines[0] and "table.cpp" in lines[0]
@@ -147,12 +179,23 @@ def test_the_lock_names_every_requirement_for_every_python():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     wanted = [*project["project"]["dependencies"], *project["project"]["optional-dependencies"]["test"]]
     wanted += project["build-system"]["requires"]
-    lines = [line for line in (ROOT / "requirements" / "ci.txt").read_text("utf-8").splitlines() if not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / "requirements" / "ci.txt").read_text("utf-8").splitlines()
+        if not line.startswith("#")
+    ]
     locked = [Requirement(line) for line in lines]
     assert all(str(one.specifier).startswith("==") and one.url is None for one in locked)
     for version in ("3.10", "3.11", "3.12", "3.13"):
-        machine = dict(python_version=version, python_full_version=f"{version}.5", sys_platform="linux", platform_machine="x86_64")
-        chosen = {one.name: one.specifier for one in locked if one.marker is None or one.marker.evaluate(machine)}
+        machine = dict(
+            python_version=version,
+            python_full_version=f"{version}.5",
+            sys_platform="linux",
+            platform_machine="x86_64",
+        )
+        chosen = {
+            one.name: one.specifier for one in locked if one.marker is None or one.marker.evaluate(machine)
+        }
         for one in map(Requirement, wanted):
             # bootstrap.py names torch itself
             if one.name != "torch":

@@ -54,7 +54,9 @@ def test_saved_and_loaded_without_loss(tmp_path, suffix, dtype, fast):
     assert isinstance(b, Attribution) and b == a and bits(b) == bits(a)
     for f in fields(Attribution):
         if f.name != "scores":
-            assert getattr(b, f.name) == getattr(a, f.name) and type(getattr(b, f.name)) is type(getattr(a, f.name)), f.name
+            assert getattr(b, f.name) == getattr(a, f.name) and type(getattr(b, f.name)) is type(
+                getattr(a, f.name)
+            ), f.name
 
 
 @pytest.mark.parametrize("suffix", [".json", ".safetensors"])
@@ -63,14 +65,22 @@ def test_several_are_saved_together(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
     several.save(path)
     loaded = pyglobenc.load(path)
-    assert isinstance(loaded, Attributions) and loaded == several and list(map(bits, loaded)) == list(map(bits, several))
+    assert (
+        isinstance(loaded, Attributions)
+        and loaded == several
+        and list(map(bits, loaded)) == list(map(bits, several))
+    )
     Attributions([attribution()]).save(path)
     assert isinstance(pyglobenc.load(path), Attributions)
 
 
 def test_equality_sees_every_field():
     assert attribution() == attribution() and attribution() != "text"
-    assert attribution() != attribution(np.float64) and attribution() != attribution(target=1) and attribution() != attribution(cut=1)
+    assert (
+        attribution() != attribution(np.float64)
+        and attribution() != attribution(target=1)
+        and attribution() != attribution(cut=1)
+    )
 
 
 def test_json_is_for_others_too(tmp_path):
@@ -117,9 +127,18 @@ def test_without_a_fast_tokenizer_tokens_are_shown_and_words_refused():
         (dict(log_scale="0"), "log_scale must be finite and a number, got '0'"),
         (dict(text=b"bytes"), "text must be a string, got bytes"),
         (dict(tokens=[]), "tokens must hold at least one token"),
-        (dict(token_ids=[2, 7, 8, 9, 10, 2**63]), "token_ids must hold integers of at least 0, got an integer of 64 bits at position 5"),
-        (dict(special=[True, False, False, False, False, 0]), "special must hold True or False, got 0 at position 5"),
-        (dict(offsets=[(0, 0), (0, 2), (2, 5), (6, 7), (6, 7), (12, 8)]), "offsets must hold pairs .* got tuple at position 5"),
+        (
+            dict(token_ids=[2, 7, 8, 9, 10, 2**63]),
+            "token_ids must hold integers of at least 0, got an integer of 64 bits at position 5",
+        ),
+        (
+            dict(special=[True, False, False, False, False, 0]),
+            "special must hold True or False, got 0 at position 5",
+        ),
+        (
+            dict(offsets=[(0, 0), (0, 2), (2, 5), (6, 7), (6, 7), (12, 8)]),
+            "offsets must hold pairs .* got tuple at position 5",
+        ),
         (dict(target=6), "target must be a position below n = 6, got 6"),
         (dict(target=True), "target must be an integer of at least 0, got True"),
         (dict(target_kind="both"), "target_kind must be one of token, class, mean, got 'both'"),
@@ -205,7 +224,9 @@ def test_a_wrong_field_of_a_file_is_named(tmp_path, name, value, message):
     if value == "missing":
         del document["attributions"][1][name]
     path.write_text(json.dumps(document))
-    with pytest.raises(ValueError, match=f"{path} is not a file of saved attributions: attribution 1: {message}"):
+    with pytest.raises(
+        ValueError, match=f"{path} is not a file of saved attributions: attribution 1: {message}"
+    ):
         pyglobenc.load(path)
 
 
@@ -243,7 +264,12 @@ WRITERS = {
 
 @pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize(
-    "step, fault, error", [("fsync", full_disk, OSError), ("replace", full_disk, OSError), ("replace", interrupt, KeyboardInterrupt)]
+    "step, fault, error",
+    [
+        ("fsync", full_disk, OSError),
+        ("replace", full_disk, OSError),
+        ("replace", interrupt, KeyboardInterrupt),
+    ],
 )
 def test_a_write_that_fails_leaves_what_stood_there(tmp_path, monkeypatch, name, step, fault, error):
     path = tmp_path / name
@@ -307,7 +333,10 @@ def test_a_temporary_file_that_is_there_already_is_not_written(tmp_path, monkeyp
 
 def test_two_writers_of_one_file_leave_one_of_the_two(tmp_path):
     data = [bytes([letter]) * 200_000 for letter in b"ab"]
-    threads = [threading.Thread(target=lambda one: [write_file(tmp_path / "a", one) for _ in range(20)], args=(one,)) for one in data]
+    threads = [
+        threading.Thread(target=lambda one: [write_file(tmp_path / "a", one) for _ in range(20)], args=(one,))
+        for one in data
+    ]
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):

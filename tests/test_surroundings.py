@@ -1,4 +1,6 @@
-"""What a caller may have set for all of torch around a call: autocast, another default dtype, another default device."""
+"""What a caller may have set for all of torch around a call: autocast, another default dtype, another default
+device.
+"""
 
 from contextlib import contextmanager
 
@@ -34,7 +36,9 @@ def half_as_default():
 
 @pytest.fixture(params=[half_as_default, lambda: torch.device("meta")], ids=["dtype", "device"])
 def elsewhere(request):
-    """An array made without a thought for its dtype or device has half the bytes that kernels expect, or none."""
+    """An array made without a thought for its dtype or device has half the bytes that kernels expect, or
+    none.
+    """
     return request.param
 
 
@@ -80,7 +84,9 @@ def test_autocast_is_the_forward_pass_alone(backend):
     for method in (GlobEnc, TransformerAttribution):
         call = method(model, backend=backend)
         found, expected = in_half_precision(call, **given), in_half_precision(model, **given)
-        assert torch.equal(found.output.logits, expected.logits) and found.output.logits.dtype == torch.bfloat16
+        assert (
+            torch.equal(found.output.logits, expected.logits) and found.output.logits.dtype == torch.bfloat16
+        )
         assert found.scores.dtype == torch.float32 and torch.isfinite(found.scores).all()
 
 

@@ -1,4 +1,6 @@
-"""Saved attributions changed at random: what is loaded can be used, and anything else is refused with the file's name."""
+"""Saved attributions changed at random: what is loaded can be used, and anything else is refused with the
+file's name.
+"""
 
 import copy
 import json
@@ -11,10 +13,13 @@ from safetensors.numpy import save as to_safetensors
 import pyglobenc
 from pyglobenc.results import FORMAT, Attribution, Attributions
 
-# each is wrong for most fields: other types, numbers beyond 64 bits and beyond floats, steering and lone characters
+# each is wrong for most fields: other types, numbers beyond 64 bits and beyond floats, steering and lone
+# characters
 VALUES = [
-    None, True, False, 0, -1, 1, 3, 2**31, 2**63, 10**30, 10**400, -0.0, 0.5, 1e39, 1e308, float("nan"), float("inf"),
-    "", "0", "float16", "object", "U1000000000", "f8", "class", "\x1b[2J", "\ud800", [], [[]], [None], [0, 1], [[0, 1]], {}, {"a": {}},
+    None, True, False, 0, -1, 1, 3, 2**31, 2**63, 10**30, 10**400, -0.0, 0.5, 1e39, 1e308, float("nan"),
+    float("inf"),
+    "", "0", "float16", "object", "U1000000000", "f8", "class", "\x1b[2J", "\ud800", [], [[]], [None], [0, 1],
+    [[0, 1]], {}, {"a": {}},
     {"__class__": "os.system"}, [[1, 2, 3]], [["a", 0.5]], [0.5] * 3, ["a"] * 3, [True] * 3, [[2, 1]] * 3,
 ]  # fmt: skip
 
@@ -96,8 +101,15 @@ def as_safetensors(value, chance):
             tensors[str(index)] = np.zeros(3, np.float32)
     if chance.random() < 0.3 and tensors:
         name = chance.choice(list(tensors))
-        odd = [np.zeros((3, 1), np.float32), np.zeros(3, np.int64), np.full(3, np.nan, np.float32), np.zeros(0, np.float32)]
-        tensors[chance.choice([name, "x"])] = chance.choice([*odd, np.zeros(3, np.float16), np.zeros(3, np.float64)])
+        odd = [
+            np.zeros((3, 1), np.float32),
+            np.zeros(3, np.int64),
+            np.full(3, np.nan, np.float32),
+            np.zeros(0, np.float32),
+        ]
+        tensors[chance.choice([name, "x"])] = chance.choice(
+            [*odd, np.zeros(3, np.float16), np.zeros(3, np.float64)]
+        )
     return to_safetensors(tensors, {FORMAT: json.dumps(value)})
 
 

@@ -14,7 +14,9 @@ inline int threads() { return emulated::machine.threads; }
 inline int warp() { return thread() / 32; }
 inline int lane() { return thread() % 32; }
 inline char* shared() { return emulated::machine.shared; }
-inline void barrier(int id, int count) { emulated::arrive(emulated::machine.gates[id], count, "barrier", true); }
+inline void barrier(int id, int count) {
+    emulated::arrive(emulated::machine.gates[id], count, "barrier", true);
+}
 inline void barrier() { barrier(0, threads()); }
 inline void warp_barrier() { emulated::exchange(0, "warp_barrier", true); }
 
@@ -106,7 +108,9 @@ struct Entries {
     static float left(const char* slots, int row, int k) {
         return half(taken<Operands>(slots, row % 8 * 4 + k % 8 / 2).a[row / 8 + k / 8 * 2], k);
     }
-    static float right(const char* slots, int k, int column) { return half(taken<Operands>(slots, column * 4 + k % 8 / 2).b[k / 8], k); }
+    static float right(const char* slots, int k, int column) {
+        return half(taken<Operands>(slots, column * 4 + k % 8 / 2).b[k / 8], k);
+    }
 };
 
 template <>
@@ -116,7 +120,9 @@ struct Entries<tf32> {
     static float left(const char* slots, int row, int k) {
         return cut(taken<Operands>(slots, row % 8 * 4 + k % 4).a[row / 8 + k / 4 * 2]);
     }
-    static float right(const char* slots, int k, int column) { return cut(taken<Operands>(slots, column * 4 + k % 4).b[k / 4]); }
+    static float right(const char* slots, int k, int column) {
+        return cut(taken<Operands>(slots, column * 4 + k % 4).b[k / 4]);
+    }
 };
 
 // Returns the 4 bytes that this lane holds of each of N matrices, or of their transposes.
@@ -127,7 +133,8 @@ void matrices(uint32_t (&r)[N], const void* row, bool transposed, const char* wh
     for (int m = 0; m < N; ++m) {
         uint16_t pair[2];
         for (int c = 0; c < 2; ++c) {
-            const int i = transposed ? lane() % 4 * 2 + c : lane() / 4, j = transposed ? lane() / 4 : lane() % 4 * 2 + c;
+            const int i = transposed ? lane() % 4 * 2 + c : lane() / 4,
+                      j = transposed ? lane() / 4 : lane() % 4 * 2 + c;
             pair[c] = static_cast<const uint16_t*>(taken<const void*>(slots, 8 * m + i))[j];
         }
         r[m] = uint32_t(pair[1]) << 16 | pair[0];
@@ -144,7 +151,8 @@ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     for (int e = 0; e < 4; ++e) {
         double sum = c[e];
         for (int k = 0; k < E::DEPTH; ++k)
-            sum += double(E::left(slots, lane() / 4 + e / 2 * 8, k)) * E::right(slots, k, lane() % 4 * 2 + e % 2);
+            sum += double(E::left(slots, lane() / 4 + e / 2 * 8, k)) *
+                   E::right(slots, k, lane() % 4 * 2 + e % 2);
         c[e] = emulated::towards_zero(sum);
     }
 }
@@ -162,7 +170,8 @@ void load_matrices_transposed(uint32_t (&r)[N], const void* row) {
 template <int BYTES>
 void copy_async(void* to, const void* from, bool ok) {
     static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "copies are of 4, 8 or 16 bytes");
-    if (uintptr_t(to) % BYTES || (ok && uintptr_t(from) % BYTES)) emulated::fail("copy_async of unaligned bytes");
+    if (uintptr_t(to) % BYTES || (ok && uintptr_t(from) % BYTES))
+        emulated::fail("copy_async of unaligned bytes");
     emulated::touch(to, BYTES, true);
     std::memset(to, 0xff, BYTES);
     emulated::machine.fibers[thread()].copies.back().push_back({to, ok ? from : nullptr, BYTES});
@@ -176,8 +185,10 @@ void wait_copies() {
     while (int(groups.size()) > N + 1) {
         for (const emulated::Copy& copy : groups.front()) {
             emulated::touch(copy.to, copy.bytes, true);
-            if (copy.from) std::memcpy(copy.to, copy.from, copy.bytes);
-            else std::memset(copy.to, 0, copy.bytes);
+            if (copy.from)
+                std::memcpy(copy.to, copy.from, copy.bytes);
+            else
+                std::memset(copy.to, 0, copy.bytes);
         }
         groups.pop_front();
     }

@@ -1,6 +1,7 @@
-// Runs a block of threads on the CPU. Each thread is a fiber that runs until it must wait for others: at a barrier, or where its warp meets.
-// What a GPU leaves undefined shows as an error here: shared memory and bytes that are still being copied hold NaN; each warp runs as far as
-// it can before the next one starts, in either order; races for shared memory, and threads that wait in vain, are reported.
+// Runs a block of threads on the CPU. Each thread is a fiber that runs until it must wait for others: at a
+// barrier, or where its warp meets. What a GPU leaves undefined shows as an error here: shared memory and
+// bytes that are still being copied hold NaN; each warp runs as far as it can before the next one starts, in
+// either order; races for shared memory, and threads that wait in vain, are reported.
 #pragma once
 
 #include <setjmp.h>
@@ -31,7 +32,8 @@ struct Gate {
 
 struct Warp {
     Gate gate;
-    alignas(16) char exchanged[2][32][32];  // values that the lanes exchange; two buffers in turn, since a fast lane may already write the next value
+    alignas(16) char exchanged[2][32][32];  // values that the lanes exchange; two buffers in turn, since a
+                                            // fast lane may already write the next value
 };
 
 struct Copy {
@@ -84,13 +86,15 @@ __attribute__((noinline)) inline void leave() {
 }
 
 inline void fail(const std::string& error) {
-    machine.error = error + ", thread " + std::to_string(machine.thread) + " of block " + std::to_string(machine.block);
+    machine.error =
+        error + ", thread " + std::to_string(machine.thread) + " of block " + std::to_string(machine.block);
     leave();
 }
 
 // orders: after this, each thread knows what the others did before.
 inline void arrive(Gate& gate, int count, const char* what, bool orders) {
-    if (!gate.arrived.empty() && gate.what != what) fail(std::string("threads meet at ") + gate.what + " and " + what);
+    if (!gate.arrived.empty() && gate.what != what)
+        fail(std::string("threads meet at ") + gate.what + " and " + what);
     gate.what = what;
     gate.arrived.push_back(machine.thread);
     if (int(gate.arrived.size()) == count) {
@@ -105,12 +109,15 @@ inline void arrive(Gate& gate, int count, const char* what, bool orders) {
     leave();
 }
 
-// Notes that a thread reads or writes memory; an error if another thread may write or read the same shared memory at that time.
+// Notes that a thread reads or writes memory; an error if another thread may write or read the same shared
+// memory at that time.
 inline void touch(const void* at, size_t bytes, bool write) {
     const size_t offset = size_t(static_cast<const char*>(at) - machine.shared);
     if (offset >= machine.shared_bytes) return;
     const int other = machine.races.touch(machine.thread, offset, bytes, write);
-    if (other >= 0) fail("race with thread " + std::to_string(other) + " at byte " + std::to_string(offset) + " of shared memory");
+    if (other >= 0)
+        fail("race with thread " + std::to_string(other) + " at byte " + std::to_string(offset) +
+             " of shared memory");
 }
 
 // Passes x to the warp. Returns the address of lane 0's value; lane l's lies 32 l bytes further.
@@ -152,7 +159,8 @@ __attribute__((noinline)) inline void resume(Fiber& fiber) {
     setcontext(&fiber.context);
 }
 
-// Runs a warp until all its threads wait; returns whether any of them advanced. Threads that end are subtracted from `left`.
+// Runs a warp until all its threads wait; returns whether any of them advanced. Threads that end are
+// subtracted from `left`.
 inline bool run_warp(int warp, int& left) {
     bool any = false;
     for (bool moved = true; moved; any |= moved) {
@@ -175,7 +183,8 @@ inline void run_block() {
     const int warps = machine.threads / 32;
     for (int left = machine.threads; left;) {
         bool moved = false;
-        for (int step = 0; step < warps; ++step) moved |= run_warp(machine.reversed ? warps - 1 - step : step, left);
+        for (int step = 0; step < warps; ++step)
+            moved |= run_warp(machine.reversed ? warps - 1 - step : step, left);
         if (!moved) throw std::runtime_error("emulated kernel: threads wait for others that never come");
     }
 }
@@ -183,9 +192,12 @@ inline void run_block() {
 // Calls body() in every thread of every block.
 inline void run(int64_t blocks, int threads, int shared, std::function<void()> body) {
     Machine& m = machine;
-    if (threads < 32 || threads % 32 || threads > 1024) throw std::runtime_error("emulated kernel: blocks are whole warps, up to 32");
-    if (blocks < 1 || blocks > INT32_MAX) throw std::runtime_error("emulated kernel: a grid of " + std::to_string(blocks) + " blocks");
-    if (shared > m.shared_limit) throw std::runtime_error("emulated kernel: more shared memory than a block may have");
+    if (threads < 32 || threads % 32 || threads > 1024)
+        throw std::runtime_error("emulated kernel: blocks are whole warps, up to 32");
+    if (blocks < 1 || blocks > INT32_MAX)
+        throw std::runtime_error("emulated kernel: a grid of " + std::to_string(blocks) + " blocks");
+    if (shared > m.shared_limit)
+        throw std::runtime_error("emulated kernel: more shared memory than a block may have");
     m.launches.push_back({blocks, threads, shared});
     const auto release = [](char* at) {
         machine.shared_bytes = 0;
@@ -214,7 +226,8 @@ inline void run(int64_t blocks, int threads, int shared, std::function<void()> b
         }
         run_block();
         for (size_t at = 0; at < Machine::GUARD; ++at)
-            if (m.shared[shared + at] != char(0xff)) throw std::runtime_error("emulated kernel: wrote past its shared memory");
+            if (m.shared[shared + at] != char(0xff))
+                throw std::runtime_error("emulated kernel: wrote past its shared memory");
     }
 }
 

@@ -1,4 +1,5 @@
-// Functions that code compiled with -fsanitize=thread calls; they replace the sanitizer's own runtime. See races.h.
+// Functions that code compiled with -fsanitize=thread calls; they replace the sanitizer's own runtime. See
+// races.h.
 #include <cstddef>
 
 #include "fibers.h"
@@ -6,8 +7,8 @@
 using pyglobenc::emulated::touch;
 
 extern "C" {
-#define PYGLOBENC_TOUCH(BYTES)                                                                   \
-    void __tsan_read##BYTES(void* at) { touch(at, BYTES, false); }                               \
+#define PYGLOBENC_TOUCH(BYTES)                                     \
+    void __tsan_read##BYTES(void* at) { touch(at, BYTES, false); } \
     void __tsan_write##BYTES(void* at) { touch(at, BYTES, true); }
 PYGLOBENC_TOUCH(1)
 PYGLOBENC_TOUCH(2)

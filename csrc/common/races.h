@@ -1,6 +1,7 @@
-// Finds races in the shared memory of emulated blocks: two threads use the same bytes, one of them writes, and no barrier lies between.
-// Kernels compiled with -fsanitize=thread report every access by calling functions, which races.cpp defines. A vector clock records what
-// each thread knows of the others (Flanagan and Freund, FastTrack, 2009).
+// Finds races in the shared memory of emulated blocks: two threads use the same bytes, one of them writes,
+// and no barrier lies between. Kernels compiled with -fsanitize=thread report every access by calling
+// functions, which races.cpp defines. A vector clock records what each thread knows of the others (Flanagan
+// and Freund, FastTrack, 2009).
 #pragma once
 
 #include <algorithm>
@@ -24,7 +25,8 @@ public:
     void meet(const std::vector<int>& met) {
         std::vector<uint32_t> joined(n_, 0);
         for (const int thread : met)
-            for (int other = 0; other < n_; ++other) joined[other] = std::max(joined[other], clock(thread, other));
+            for (int other = 0; other < n_; ++other)
+                joined[other] = std::max(joined[other], clock(thread, other));
         for (const int thread : met) {
             std::copy(joined.begin(), joined.end(), &clock(thread, 0));
             ++clock(thread, thread);

@@ -1,39 +1,46 @@
-// The primitives that the kernels of csrc/cuda are written in. nvcc compiles each to an instruction or two. A host compiler runs the same
-// source thread by thread (fibers.h), so that whole kernels can be tested without a GPU.
+// The primitives that the kernels of csrc/cuda are written in. nvcc compiles each to an instruction or two. A
+// host compiler runs the same source thread by thread (fibers.h), so that whole kernels can be tested without
+// a GPU.
 //
-//   KERNEL(threads) name(...)     a kernel: a 1-D grid of 1-D blocks of whole warps, started by launch() of csrc/cuda/launch.h; a second
+//   KERNEL(threads) name(...)     a kernel: a 1-D grid of 1-D blocks of whole warps, started by launch() of
+//   csrc/cuda/launch.h; a second
 //                                 argument, blocks that a multiprocessor is to hold at least
-//   DEVICE                        before every function that kernels call, BOTH if the host does too; UNROLL or ROLL before a loop
-//   block()                       this block; thread(), threads(), warp() and lane(): this thread in it, how many it has, and so on
-//   shared()                      the block's dynamic shared memory, char*, aligned to 128 bytes, filled with NaN when emulated
-//   barrier(), warp_barrier()     all threads of the block, of the warp, arrive here; barrier(id, count) for `count` threads, whole warps,
+//   DEVICE                        before every function that kernels call, BOTH if the host does too; UNROLL
+//   or ROLL before a loop block()                       this block; thread(), threads(), warp() and lane():
+//   this thread in it, how many it has, and so on shared()                      the block's dynamic shared
+//   memory, char*, aligned to 128 bytes, filled with NaN when emulated barrier(), warp_barrier()     all
+//   threads of the block, of the warp, arrive here; barrier(id, count) for `count` threads, whole warps,
 //                                 of the block, id 1 to 15
 //
 // The next are met by all 32 lanes of a warp together:
 //
-//   shuffle(x, from)              x of the lane `from`, x any 4 bytes; shuffle_xor(x, mask) x of the lane lane() ^ mask
-//   any(flag)                     whether flag holds in one lane at least
-//   mma<T>(c, a, b)               c += a b on tensor cores, T bf16, f16 (16x16 by 16x8) or tf32 (16x8 by 8x8); with g = lane() / 4 and
-//                                 t = lane() % 4, c[0..3] are rows g, g, g + 8, g + 8 and columns 2t, 2t + 1, 2t, 2t + 1;
-//                                 bf16, f16: a[0..3] pairs at rows g, g + 8, g, g + 8 and columns 2t, 2t, 2t + 8, 2t + 8,
-//                                 b[0..1] pairs at rows 2t, 2t + 8 of column g; low half first
-//                                 tf32: a[0..3] floats at rows g, g + 8, g, g + 8, columns t, t, t + 4, t + 4, b[0..1] rows t, t + 4
-//   load_matrices(r, row)         N = 1, 2 or 4 matrices of 8 rows of 16 bytes from shared memory (ldmatrix): lane 8 m + i gives the
-//                                 address of row i of matrix m, and r[m] becomes 4 bytes at row g, bytes 4t to 4t + 3; lanes past 8 N
-//                                 are ignored
+//   shuffle(x, from)              x of the lane `from`, x any 4 bytes; shuffle_xor(x, mask) x of the lane
+//   lane() ^ mask any(flag)                     whether flag holds in one lane at least mma<T>(c, a, b) c +=
+//   a b on tensor cores, T bf16, f16 (16x16 by 16x8) or tf32 (16x8 by 8x8); with g = lane() / 4 and
+//                                 t = lane() % 4, c[0..3] are rows g, g, g + 8, g + 8 and columns 2t, 2t + 1,
+//                                 2t, 2t + 1; bf16, f16: a[0..3] pairs at rows g, g + 8, g, g + 8 and columns
+//                                 2t, 2t, 2t + 8, 2t + 8, b[0..1] pairs at rows 2t, 2t + 8 of column g; low
+//                                 half first tf32: a[0..3] floats at rows g, g + 8, g, g + 8, columns t, t, t
+//                                 + 4, t + 4, b[0..1] rows t, t + 4
+//   load_matrices(r, row)         N = 1, 2 or 4 matrices of 8 rows of 16 bytes from shared memory (ldmatrix):
+//   lane 8 m + i gives the
+//                                 address of row i of matrix m, and r[m] becomes 4 bytes at row g, bytes 4t
+//                                 to 4t + 3; lanes past 8 N are ignored
 //   load_matrices_transposed      of 2-byte entries: r[m] becomes the pair at rows 2t, 2t + 1 of column g
 //
 // And by one thread alone:
 //
-//   copy_async<BYTES>(to, from, ok)   4, 8 or 16 bytes, aligned, from global to shared memory; zeros unless ok, when nothing is read
-//   commit_copies(), wait_copies<N>() ends a group of copies; waits for this thread's groups but the N youngest: a barrier() then shows
-//                                     them to the others. When emulated, bytes are NaN until their group was waited for.
-//   load<V>(from)                     the Piece or float at `from`, in global memory that the kernel doesn't write
-//   settled(p)                        p, for load(): the compiler adds to it and doesn't take the sum that it is apart
-//   bf16, f16, tf32                   bf16 and f16 hold bits; tf32 only names a type of mma, whose operands are floats' bits
-//   pack<T>(low, high)                two floats, rounded to bf16 or f16, in 4 bytes; unpack<T>(x) those two, as a Twin
-//   Piece                             16 bytes, aligned: one load or store; Twin the same of two floats
-//   bits(x), from_bits(u)             a float as uint32_t and back
+//   copy_async<BYTES>(to, from, ok)   4, 8 or 16 bytes, aligned, from global to shared memory; zeros unless
+//   ok, when nothing is read commit_copies(), wait_copies<N>() ends a group of copies; waits for this
+//   thread's groups but the N youngest: a barrier() then shows
+//                                     them to the others. When emulated, bytes are NaN until their group was
+//                                     waited for.
+//   load<V>(from)                     the Piece or float at `from`, in global memory that the kernel doesn't
+//   write settled(p)                        p, for load(): the compiler adds to it and doesn't take the sum
+//   that it is apart bf16, f16, tf32                   bf16 and f16 hold bits; tf32 only names a type of mma,
+//   whose operands are floats' bits pack<T>(low, high)                two floats, rounded to bf16 or f16, in
+//   4 bytes; unpack<T>(x) those two, as a Twin Piece                             16 bytes, aligned: one load
+//   or store; Twin the same of two floats bits(x), from_bits(u)             a float as uint32_t and back
 //   round_tf32(x)                     to 11 significant bits; mma cuts off what a float has beyond them
 //   exp2_approx, sqrt_approx          to 2 ulp; results below the normal numbers are 0
 #pragma once
@@ -124,7 +131,8 @@ template <>
 DEVICE Piece load<Piece>(const char* from) {
     Piece out;
     asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(out.word[0]), "=r"(out.word[1]), "=r"(out.word[2]), "=r"(out.word[3]) : "l"(from));
+        : "=r"(out.word[0]), "=r"(out.word[1]), "=r"(out.word[2]), "=r"(out.word[3])
+        : "l"(from));
     return out;
 }
 
@@ -157,7 +165,9 @@ DEVICE Twin unpack<bf16>(uint32_t x) {
 template <>
 DEVICE Twin unpack<f16>(uint32_t x) {
     Twin out;
-    asm("{.reg .f16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high;}" : "=f"(out.x), "=f"(out.y) : "r"(x));
+    asm("{.reg .f16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high;}"
+        : "=f"(out.x), "=f"(out.y)
+        : "r"(x));
     return out;
 }
 
@@ -175,12 +185,12 @@ DEVICE float sqrt_approx(float x) {
     return out;
 }
 
-#define PYGLOBENC_MMA(T, SHAPE)                                                                                             \
-    template <>                                                                                                             \
-    DEVICE void mma<T>(float(&c)[4], const uint32_t(&a)[4], const uint32_t(&b)[2]) {                                        \
-        asm("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                    \
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                                \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                            \
+#define PYGLOBENC_MMA(T, SHAPE)                                                                          \
+    template <>                                                                                          \
+    DEVICE void mma<T>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {                  \
+        asm("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                             \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                         \
     }
 
 template <class T>
@@ -192,18 +202,24 @@ PYGLOBENC_MMA(tf32, "m16n8k8.row.col.f32.tf32.tf32.f32")
 
 DEVICE uint32_t shared_address(const void* at) { return uint32_t(__cvta_generic_to_shared(at)); }
 
-#define PYGLOBENC_LOAD_MATRICES(NAME, KIND)                                                                                 \
-    DEVICE void NAME(uint32_t(&r)[1], const void* row) {                                                                    \
-        asm volatile("ldmatrix.sync.aligned.m8n8.x1" KIND ".shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(shared_address(row)) \
-                     : "memory");                                                                                           \
-    }                                                                                                                       \
-    DEVICE void NAME(uint32_t(&r)[2], const void* row) {                                                                    \
-        asm volatile("ldmatrix.sync.aligned.m8n8.x2" KIND ".shared.b16 {%0, %1}, [%2];"                                     \
-                     : "=r"(r[0]), "=r"(r[1]) : "r"(shared_address(row)) : "memory");                                       \
-    }                                                                                                                       \
-    DEVICE void NAME(uint32_t(&r)[4], const void* row) {                                                                    \
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4" KIND ".shared.b16 {%0, %1, %2, %3}, [%4];"                             \
-                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");               \
+#define PYGLOBENC_LOAD_MATRICES(NAME, KIND)                                                     \
+    DEVICE void NAME(uint32_t (&r)[1], const void* row) {                                       \
+        asm volatile("ldmatrix.sync.aligned.m8n8.x1" KIND ".shared.b16 {%0}, [%1];"             \
+                     : "=r"(r[0])                                                               \
+                     : "r"(shared_address(row))                                                 \
+                     : "memory");                                                               \
+    }                                                                                           \
+    DEVICE void NAME(uint32_t (&r)[2], const void* row) {                                       \
+        asm volatile("ldmatrix.sync.aligned.m8n8.x2" KIND ".shared.b16 {%0, %1}, [%2];"         \
+                     : "=r"(r[0]), "=r"(r[1])                                                   \
+                     : "r"(shared_address(row))                                                 \
+                     : "memory");                                                               \
+    }                                                                                           \
+    DEVICE void NAME(uint32_t (&r)[4], const void* row) {                                       \
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4" KIND ".shared.b16 {%0, %1, %2, %3}, [%4];" \
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])                           \
+                     : "r"(shared_address(row))                                                 \
+                     : "memory");                                                               \
     }
 PYGLOBENC_LOAD_MATRICES(load_matrices, "")
 PYGLOBENC_LOAD_MATRICES(load_matrices_transposed, ".trans")
@@ -213,9 +229,12 @@ template <int BYTES>
 DEVICE void copy_async(void* to, const void* from, bool ok) {
     const int read = ok ? BYTES : 0;
     if constexpr (BYTES == 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(read) : "memory");
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+                     "r"(read)
+                     : "memory");
     else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(BYTES), "r"(read)
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from),
+                     "n"(BYTES), "r"(read)
                      : "memory");
 }
 

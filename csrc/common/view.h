@@ -1,4 +1,5 @@
-// A tensor as the host code of the kernels sees it. Code for any machine includes this: no intrinsics, no templates.
+// A tensor as the host code of the kernels sees it. Code for any machine includes this: no intrinsics, no
+// templates.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,8 @@
-// add_relevance: R_a = a R / safe(a + b), R_b = b R / safe(a + b), each rescaled to its share of the example's relevance.
+// add_relevance: R_a = a R / safe(a + b), R_b = b R / safe(a + b), each rescaled to its share of the
+// example's relevance.
 //
-// Sums run in double precision, stretch by stretch in a fixed order, so that they do not depend on the number of threads.
+// Sums run in double precision, stretch by stretch in a fixed order, so that they do not depend on the number
+// of threads.
 #include "division.h"
 #include "ops.h"
 
@@ -21,11 +23,12 @@ static inline double sum(const double* lanes) {
     return out;
 }
 
-static void split(const float* r, const float* a, const float* b, float* out_a, float* out_b, int64_t first, int64_t last,
-                  float stabilizer, Sums* sums) {
+static void split(const float* r, const float* a, const float* b, float* out_a, float* out_b, int64_t first,
+                  int64_t last, float stabilizer, Sums* sums) {
     double lanes[3][W] = {};
     vectors(first, last, [&](int64_t i, int64_t count) {
-        const Floats x = load_some(a + i, count), y = load_some(b + i, count), relevance = load_some(r + i, count);
+        const Floats x = load_some(a + i, count), y = load_some(b + i, count),
+                     relevance = load_some(r + i, count);
         const Floats s = safe_divide(relevance, x + y, stabilizer);
         const Floats left = x * s, right = y * s;
         store_some(out_a + i, left, count);
@@ -38,12 +41,13 @@ static void split(const float* r, const float* a, const float* b, float* out_a, 
     if (sums) *sums = Sums{sum(lanes[0]), sum(lanes[1]), sum(lanes[2])};
 }
 
-void add_relevance(const float* r, const float* a, const float* b, float* out_a, float* out_b, int64_t batch, int64_t count,
-                   float stabilizer, bool rescale, int threads) {
+void add_relevance(const float* r, const float* a, const float* b, float* out_a, float* out_b, int64_t batch,
+                   int64_t count, float stabilizer, bool rescale, int threads) {
     const int64_t parts = (count + STRETCH - 1) / STRETCH;
     const Memory memory(sizeof(Sums) * parts);
     Sums* const sums = memory.as<Sums>();
-    for (int64_t example = 0; example < batch; ++example, r += count, a += count, b += count, out_a += count, out_b += count) {
+    for (int64_t example = 0; example < batch;
+         ++example, r += count, a += count, b += count, out_a += count, out_b += count) {
         stretches(count, threads, [=](int64_t part, int64_t first, int64_t last) {
             split(r, a, b, out_a, out_b, first, last, stabilizer, rescale ? sums + part : nullptr);
         });

@@ -15,8 +15,8 @@ namespace py = pybind11;
 
 namespace pyglobenc {
 
-// Of blocks that small the last one released is kept for the next call: the system clears new memory, which takes longer than a short
-// text's kernel. Its size lies before it.
+// Of blocks that small the last one released is kept for the next call: the system clears new memory, which
+// takes longer than a short text's kernel. Its size lies before it.
 constexpr size_t KEPT = size_t(8) << 20, HEADER = 64;
 static std::atomic<char*> kept{nullptr};
 
@@ -99,24 +99,28 @@ static void rollout_step(const py::tuple& given, const py::object& r, const py::
     in_use->rollout_step(args, from, to);
 }
 
-static void head_gram(const py::object& v, const py::object& kernel, const py::object& x, const py::object& cross_kernel,
-                      const py::object& gram, const py::object& cross, int threads) {
+static void head_gram(const py::object& v, const py::object& kernel, const py::object& x,
+                      const py::object& cross_kernel, const py::object& gram, const py::object& cross,
+                      int threads) {
     const View views[] = {view(v), view(kernel), view(x), view(cross_kernel), view(gram), view(cross)};
     py::gil_scoped_release nogil;
     in_use->head_gram(views[0], views[1], views[2], views[3], views[4], views[5], threads < 1 ? 1 : threads);
 }
 
-static void norm_terms(const py::object& v, const py::object& weight, const py::object& x, const py::object& gammas,
-                       const py::tuple& out, int threads) {
-    const View views[] = {view(v), view(weight), view(x), view(gammas), view(out[0]), view(out[1]), view(out[2])};
+static void norm_terms(const py::object& v, const py::object& weight, const py::object& x,
+                       const py::object& gammas, const py::tuple& out, int threads) {
+    const View views[] = {view(v),      view(weight), view(x),     view(gammas),
+                          view(out[0]), view(out[1]), view(out[2])};
     py::gil_scoped_release nogil;
-    in_use->norm_terms(views[0], views[1], views[2], views[3], views[4], views[5], views[6], threads < 1 ? 1 : threads);
+    in_use->norm_terms(views[0], views[1], views[2], views[3], views[4], views[5], views[6],
+                       threads < 1 ? 1 : threads);
 }
 
 // Contiguous float32, checked by the launchers.
 static float* floats(const py::handle& tensor) { return static_cast<float*>(view(tensor).data); }
 
-static void clone_relevance(const py::list& parts, const py::object& x, const py::object& out, int64_t count, int threads) {
+static void clone_relevance(const py::list& parts, const py::object& x, const py::object& out, int64_t count,
+                            int threads) {
     std::vector<const float*> pointers;
     for (const py::handle part : parts) pointers.push_back(floats(part));
     const float* const from = floats(x);
@@ -125,35 +129,39 @@ static void clone_relevance(const py::list& parts, const py::object& x, const py
     in_use->clone_relevance(pointers.data(), int64_t(pointers.size()), from, to, count, threads);
 }
 
-static void add_relevance(const py::object& r, const py::object& a, const py::object& b, const py::object& out_a, const py::object& out_b,
-                          float stabilizer, bool rescale, int threads) {
+static void add_relevance(const py::object& r, const py::object& a, const py::object& b,
+                          const py::object& out_a, const py::object& out_b, float stabilizer, bool rescale,
+                          int threads) {
     const View whole = view(r);
     float* const pointers[] = {floats(r), floats(a), floats(b), floats(out_a), floats(out_b)};
     py::gil_scoped_release nogil;
-    in_use->add_relevance(pointers[0], pointers[1], pointers[2], pointers[3], pointers[4], whole.shape[0], whole.shape[1] * whole.shape[2],
-                          stabilizer, rescale, threads);
+    in_use->add_relevance(pointers[0], pointers[1], pointers[2], pointers[3], pointers[4], whole.shape[0],
+                          whole.shape[1] * whole.shape[2], stabilizer, rescale, threads);
 }
 
-static int64_t linear_quotient(const py::object& r, const py::object& output, const py::object& bias, const py::object& bound, float least,
-                               const py::object& s, const py::object& dead, int threads) {
+static int64_t linear_quotient(const py::object& r, const py::object& output, const py::object& bias,
+                               const py::object& bound, float least, const py::object& s,
+                               const py::object& dead, int threads) {
     const View whole = view(r), marks = view(dead);
     float* const pointers[] = {floats(r), floats(output), floats(bias), floats(bound), floats(s)};
     py::gil_scoped_release nogil;
-    return in_use->linear_quotient(pointers[0], pointers[1], pointers[2], pointers[3], least, whole.shape[0] * whole.shape[1],
-                                   whole.shape[2], pointers[4], static_cast<uint8_t*>(marks.data), threads);
+    return in_use->linear_quotient(pointers[0], pointers[1], pointers[2], pointers[3], least,
+                                   whole.shape[0] * whole.shape[1], whole.shape[2], pointers[4],
+                                   static_cast<uint8_t*>(marks.data), threads);
 }
 
-static void linear_product(const py::object& x, const py::object& signed_sums, const py::object& abs_sums, const py::object& out,
-                           int64_t count, int threads) {
+static void linear_product(const py::object& x, const py::object& signed_sums, const py::object& abs_sums,
+                           const py::object& out, int64_t count, int threads) {
     float* const pointers[] = {floats(x), floats(signed_sums), floats(abs_sums), floats(out)};
     py::gil_scoped_release nogil;
     in_use->linear_product(pointers[0], pointers[1], pointers[2], pointers[3], count, threads);
 }
 
-static void relevance_tile(const py::tuple& tensors, int64_t first, float scaling, const py::tuple& window, bool additive_mask,
-                           float stabilizer, const py::object& sums, int threads) {
+static void relevance_tile(const py::tuple& tensors, int64_t first, float scaling, const py::tuple& window,
+                           bool additive_mask, float stabilizer, const py::object& sums, int threads) {
     RelevanceTile tile;
-    View* const views[] = {&tile.dots, &tile.relevance, &tile.gradient, &tile.lse, &tile.map, &tile.key_mask, &tile.rows};
+    View* const views[] = {&tile.dots, &tile.relevance, &tile.gradient, &tile.lse,
+                           &tile.map,  &tile.key_mask,  &tile.rows};
     for (size_t index = 0; index < 7; ++index) *views[index] = view(tensors[index]);
     tile.first = first;
     tile.scaling = scaling;
@@ -183,11 +191,14 @@ PYBIND11_MODULE(_cpu, m) {
     using namespace pyglobenc;
     in_use = available().front();
     m.doc() = "CPU kernels; see pyglobenc/backends/cpu for the launchers.";
-    m.def("instruction_sets", [] {
-        py::list names;
-        for (const Kernels* kernels : available()) names.append(kernels->name);
-        return names;
-    }, "Those of this build that this machine has, fastest first.");
+    m.def(
+        "instruction_sets",
+        [] {
+            py::list names;
+            for (const Kernels* kernels : available()) names.append(kernels->name);
+            return names;
+        },
+        "Those of this build that this machine has, fastest first.");
     m.def("instruction_set", [] { return in_use->name; }, "The one in use.");
     m.def("use", use, "Use the instruction set of this name.");
     m.def("pair_norms", pair_norms);

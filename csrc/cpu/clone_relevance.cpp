@@ -5,7 +5,8 @@
 namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
-void clone_relevance(const float* const* parts, int64_t n_parts, const float* x, float* out, int64_t count, int threads) {
+void clone_relevance(const float* const* parts, int64_t n_parts, const float* x, float* out, int64_t count,
+                     int threads) {
     stretches(count, threads, [=](int64_t, int64_t first, int64_t last) {
         vectors(first, last, [=](int64_t i, int64_t lanes) {
             Floats total = load_some(parts[0] + i, lanes);

@@ -1,4 +1,5 @@
-// The guarded division of the relevance rules, exactly as in pyglobenc/backends/shared/safe_division.py, and loops over arrays.
+// The guarded division of the relevance rules, exactly as in pyglobenc/backends/shared/safe_division.py, and
+// loops over arrays.
 #pragma once
 
 #include "parallel.h"
@@ -8,9 +9,11 @@ namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
 constexpr float GUARD = 1e-9f;
-constexpr int64_t STRETCH = 1 << 14;  // elements that a thread takes at a time; each such stretch has its own sums
+constexpr int64_t STRETCH =
+    1 << 14;  // elements that a thread takes at a time; each such stretch has its own sums
 
-// Returns a / safe(b), and 0 where b is 0. safe(b) is b + 1e-9, or 1e-9 where that is 0; with a stabilizer, b + stabilizer * sign(b).
+// Returns a / safe(b), and 0 where b is 0. safe(b) is b + 1e-9, or 1e-9 where that is 0; with a stabilizer, b
+// + stabilizer * sign(b).
 static inline Floats safe_divide(Floats a, Floats b, float stabilizer) {
     Floats den;
     if (stabilizer != 0) {
@@ -30,7 +33,9 @@ static inline double safe_divide(double a, double b) {
     return a / (den == 0 ? 1e-9 : den);
 }
 
-static inline Floats magnitude(Floats x) { return reinterpret_cast<Floats>(reinterpret_cast<Ints>(x) & 0x7fffffff); }
+static inline Floats magnitude(Floats x) {
+    return reinterpret_cast<Floats>(reinterpret_cast<Ints>(x) & 0x7fffffff);
+}
 
 // Loads up to W floats; the remaining lanes are 0.
 static inline Floats load_some(const float* p, int64_t count) {
@@ -39,9 +44,12 @@ static inline Floats load_some(const float* p, int64_t count) {
     return out;
 }
 
-static inline void store_some(float* p, Floats x, int64_t count) { std::memcpy(p, &x, sizeof(float) * (count < W ? count : W)); }
+static inline void store_some(float* p, Floats x, int64_t count) {
+    std::memcpy(p, &x, sizeof(float) * (count < W ? count : W));
+}
 
-// Calls body(i, count) for the vectors of [first, last), which start at i and have count lanes; count is a constant for whole vectors.
+// Calls body(i, count) for the vectors of [first, last), which start at i and have count lanes; count is a
+// constant for whole vectors.
 template <class Body>
 static inline void vectors(int64_t first, int64_t last, const Body& body) {
     int64_t i = first;

@@ -7,7 +7,8 @@ namespace PYGLOBENC_ISA {
 
 void exp(const float* x, float* out, int64_t count, int threads) {
     stretches(count, threads, [=](int64_t, int64_t first, int64_t last) {
-        vectors(first, last, [=](int64_t i, int64_t lanes) { store_some(out + i, exp(load_some(x + i, lanes)), lanes); });
+        vectors(first, last,
+                [=](int64_t i, int64_t lanes) { store_some(out + i, exp(load_some(x + i, lanes)), lanes); });
     });
 }
 

@@ -1,7 +1,8 @@
 // head_gram: G[j][g, h] = v[g, j] K[g, h] v[h, j]^T for g <= h, mirrored, and c[j][h] = v[h, j] P[h] x[j]^T.
 //
-// A register tile holds V vectors of tokens times J entries of K v or P x, which are multiplied by v and summed without being stored:
-// n*d^2/2 multiply-adds for G, n*d^2 for c; n*d floats of packed values and of x.
+// A register tile holds V vectors of tokens times J entries of K v or P x, which are multiplied by v and
+// summed without being stored: n*d^2/2 multiply-adds for G, n*d^2 for c; n*d floats of packed values and of
+// x.
 #include "ops.h"
 #include "parallel.h"
 #include "products.h"
@@ -9,7 +10,8 @@
 namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
-constexpr int64_t SHARED = 4 << 20;  // bytes of packed tokens, at most, that go past one K[g, h] before the next
+constexpr int64_t SHARED =
+    4 << 20;  // bytes of packed tokens, at most, that go past one K[g, h] before the next
 
 struct GramArgs {
     const View& v;             // [B, Hkv, n, dh]
@@ -24,10 +26,13 @@ struct GramArgs {
     int64_t width() const { return x ? x.shape[2] : 0; }
     int64_t tokens() const { return v.shape[0] * v.shape[2]; }
     int64_t block_size() const { return (v.shape[1] * dh() + width()) * I; }
-    int64_t value(int64_t h) const { return h / (heads() / v.shape[1]) * dh() * I; }  // where a packed block holds it
+    int64_t value(int64_t h) const {
+        return h / (heads() / v.shape[1]) * dh() * I;
+    }  // where a packed block holds it
 };
 
-// Tokens of a block, at most I: where each one's part of a tensor starts. strides: of the batch's and the token's axis.
+// Tokens of a block, at most I: where each one's part of a tensor starts. strides: of the batch's and the
+// token's axis.
 struct Tokens {
     int64_t count, start[I];
 
@@ -56,8 +61,8 @@ static void pack_block(const GramArgs& args, int64_t block, float* out) {
 
 // sum over C rows of (rows left) * right, added to total.
 template <int C>
-__attribute__((noinline)) static void add_rows(const float* left,   // [width, I]
-                                               const float* rows,   // [C, width]
+__attribute__((noinline)) static void add_rows(const float* left,  // [width, I]
+                                               const float* rows,  // [C, width]
                                                int64_t step, int64_t width,
                                                const float* right,  // [C, I]
                                                Floats total[V]) {
@@ -65,8 +70,8 @@ __attribute__((noinline)) static void add_rows(const float* left,   // [width, I
     products<C, V, Unit::single>(left, rows, step, width, acc);
     // summed within the tile first: fewer roundings at the size of the total
     Floats part[V] = {};
-    UNROLL for (int j = 0; j < C; ++j)
-        UNROLL for (int v = 0; v < V; ++v) part[v] += acc[j][v] * load(right + j * I + v * W);
+    UNROLL for (int j = 0; j < C; ++j) UNROLL for (int v = 0; v < V; ++v) part[v] +=
+        acc[j][v] * load(right + j * I + v * W);
     UNROLL for (int v = 0; v < V; ++v) total[v] += part[v];
 }
 
@@ -74,7 +79,7 @@ __attribute__((noinline)) static void add_rows(const float* left,   // [width, I
 static void bilinear(const float* left,    // [width, I]
                      const float* matrix,  // [count, width]
                      int64_t step, int64_t width,
-                     const float* right,   // [count, I]
+                     const float* right,  // [count, I]
                      int64_t count, float* out) {
     Floats total[V] = {};
     for (; count >= J; count -= J, matrix += J * step, right += J * I) {
@@ -83,14 +88,16 @@ static void bilinear(const float* left,    // [width, I]
             for (int64_t c = 0; c < width; c += 16) __builtin_prefetch(matrix + j * step + c);
         add_rows<J>(left, matrix, step, width, right, total);
     }
-    for (; count >= 2; count -= 2, matrix += 2 * step, right += 2 * I) add_rows<2>(left, matrix, step, width, right, total);
+    for (; count >= 2; count -= 2, matrix += 2 * step, right += 2 * I)
+        add_rows<2>(left, matrix, step, width, right, total);
     if (count) add_rows<1>(left, matrix, step, width, right, total);
     std::memcpy(out, total, sizeof total);
 }
 
 // Row g of the upper triangle of G, and c of head g, for the packed blocks [first, last).
 static void gram_row(const GramArgs& args, const float* packed, int64_t first, int64_t last, int64_t g) {
-    const int64_t H = args.heads(), dh = args.dh(), width = args.width(), down = args.gram.stride[2], right = args.gram.stride[3];
+    const int64_t H = args.heads(), dh = args.dh(), width = args.width(), down = args.gram.stride[2],
+                  right = args.gram.stride[3];
     float* const gram = static_cast<float*>(args.gram.data);
     const float* const kernel = static_cast<const float*>(args.kernel.data);
     float lanes[I];
@@ -98,27 +105,32 @@ static void gram_row(const GramArgs& args, const float* packed, int64_t first, i
         for (int64_t block = first; block < last; ++block) {
             const float* const values = packed + block * args.block_size();
             const float* const matrix = kernel + at(args.kernel, g, 0, h);
-            bilinear(values + args.value(h), matrix, args.kernel.stride[1], dh, values + args.value(g), dh, lanes);
+            bilinear(values + args.value(h), matrix, args.kernel.stride[1], dh, values + args.value(g), dh,
+                     lanes);
             const Tokens to(args, block, args.gram.stride[0], args.gram.stride[1]);
             for (int64_t l = 0; l < to.count; ++l)
-                gram[to.start[l] + g * down + h * right] = gram[to.start[l] + h * down + g * right] = lanes[l];
+                gram[to.start[l] + g * down + h * right] = gram[to.start[l] + h * down + g * right] =
+                    lanes[l];
         }
     if (!args.x) return;
     const float* const matrix = static_cast<const float*>(args.cross_kernel.data) + at(args.cross_kernel, g);
     for (int64_t block = first; block < last; ++block) {
         const float* const values = packed + block * args.block_size();
-        bilinear(values + args.v.shape[1] * dh * I, matrix, args.cross_kernel.stride[1], width, values + args.value(g), dh, lanes);
+        bilinear(values + args.v.shape[1] * dh * I, matrix, args.cross_kernel.stride[1], width,
+                 values + args.value(g), dh, lanes);
         const Tokens to(args, block, args.cross.stride[0], args.cross.stride[1]);
-        for (int64_t l = 0; l < to.count; ++l) static_cast<float*>(args.cross.data)[to.start[l] + g * args.cross.stride[2]] = lanes[l];
+        for (int64_t l = 0; l < to.count; ++l)
+            static_cast<float*>(args.cross.data)[to.start[l] + g * args.cross.stride[2]] = lanes[l];
     }
 }
 
-void head_gram(const View& v, const View& kernel, const View& x, const View& cross_kernel, const View& gram, const View& cross,
-               int threads) {
+void head_gram(const View& v, const View& kernel, const View& x, const View& cross_kernel, const View& gram,
+               const View& cross, int threads) {
     const GramArgs args{v, kernel, x, cross_kernel, gram, cross};
     const int64_t H = args.heads(), width = H * args.dh(), blocks = (args.tokens() + I - 1) / I;
     // with one group of blocks the H rows of the triangle are the tasks: enough for H / 4 threads
-    const int64_t share = blocks * H / (4 * threads) + 1, fits = SHARED / 4 / args.block_size() + 1, most = share < fits ? share : fits;
+    const int64_t share = blocks * H / (4 * threads) + 1, fits = SHARED / 4 / args.block_size() + 1,
+                  most = share < fits ? share : fits;
     const int64_t groups = (blocks + most - 1) / most;
     threads = args.tokens() * width * (width + args.width()) < SERIAL ? 1 : threads;
     const Memory memory(4 * blocks * args.block_size());
@@ -126,7 +138,8 @@ void head_gram(const View& v, const View& kernel, const View& x, const View& cro
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for schedule(static)
-        for (int64_t block = 0; block < blocks; ++block) pack_block(args, block, packed + block * args.block_size());
+        for (int64_t block = 0; block < blocks; ++block)
+            pack_block(args, block, packed + block * args.block_size());
         // the longest rows of the triangle first
 #pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < H * groups; ++item) {

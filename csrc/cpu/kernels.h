@@ -1,5 +1,5 @@
-// Arguments of the kernels, and the table of one instruction set's functions. Code for any machine includes this: no intrinsics, no
-// templates.
+// Arguments of the kernels, and the table of one instruction set's functions. Code for any machine includes
+// this: no intrinsics, no templates.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ struct PairArgs {
     View rstd;         // [B, n] or none
     View key_mask;     // [B, n] u8 or none
     View rows;         // [B, T] i64 or none
-    View cu_seqlens;      // [S + 1] i64 or none; S sequences, packed into the one example of the batch
+    View cu_seqlens;   // [S + 1] i64 or none; S sequences, packed into the one example of the batch
     float scaling = 1;
     int64_t left = -1, right = -1;
     int threads = 1;
@@ -43,25 +43,30 @@ struct RelevanceTile {
 struct Kernels {
     const char* name;
     bool (*supported)();
-    void (*pair_norms)(const PairArgs& args, const View& out);                    // out [B, T or n, n]
-    void (*rollout_step)(const PairArgs& args, const View& r, const View& out);    // r, out [B, T, n]
-    void (*head_gram)(const View& v, const View& kernel, const View& x, const View& cross_kernel, const View& gram, const View& cross,
-                      int threads);
-    void (*norm_terms)(const View& v, const View& weight, const View& x, const View& gammas, const View& gram, const View& cross,
-                       const View& residual, int threads);
-    void (*clone_relevance)(const float* const* parts, int64_t n_parts, const float* x, float* out, int64_t count, int threads);
-    void (*add_relevance)(const float* r, const float* a, const float* b, float* out_a, float* out_b, int64_t batch, int64_t count,
-                          float stabilizer, bool rescale, int threads);
-    int64_t (*linear_quotient)(const float* r, const float* output, const float* bias, const float* bound, float least, int64_t rows,
-                               int64_t width, float* s, uint8_t* dead, int threads);
-    void (*linear_product)(const float* x, const float* signed_sums, const float* abs_sums, float* out, int64_t count, int threads);
+    void (*pair_norms)(const PairArgs& args, const View& out);                   // out [B, T or n, n]
+    void (*rollout_step)(const PairArgs& args, const View& r, const View& out);  // r, out [B, T, n]
+    void (*head_gram)(const View& v, const View& kernel, const View& x, const View& cross_kernel,
+                      const View& gram, const View& cross, int threads);
+    void (*norm_terms)(const View& v, const View& weight, const View& x, const View& gammas, const View& gram,
+                       const View& cross, const View& residual, int threads);
+    void (*clone_relevance)(const float* const* parts, int64_t n_parts, const float* x, float* out,
+                            int64_t count, int threads);
+    void (*add_relevance)(const float* r, const float* a, const float* b, float* out_a, float* out_b,
+                          int64_t batch, int64_t count, float stabilizer, bool rescale, int threads);
+    int64_t (*linear_quotient)(const float* r, const float* output, const float* bias, const float* bound,
+                               float least, int64_t rows, int64_t width, float* s, uint8_t* dead,
+                               int threads);
+    void (*linear_product)(const float* x, const float* signed_sums, const float* abs_sums, float* out,
+                           int64_t count, int threads);
     void (*relevance_tile)(const RelevanceTile& tile, double* sums, int threads);  // sums [B, 2], added to
     void (*exp)(const float* x, float* out, int64_t count, int threads);
 };
 
-extern const Kernels kernels_portable, kernels_avx2, kernels_avx512, kernels_avx512bf16;  // those that the build has
+extern const Kernels kernels_portable, kernels_avx2, kernels_avx512,
+    kernels_avx512bf16;  // those that the build has
 
-// Allocates memory aligned to cache lines; throws std::bad_alloc. Not inline, because it must be compiled for the oldest machine.
+// Allocates memory aligned to cache lines; throws std::bad_alloc. Not inline, because it must be compiled for
+// the oldest machine.
 void* allocate(int64_t bytes);
 void release(void* memory);
 

@@ -5,8 +5,9 @@
 namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
-// Computes s = R / safe(Z), Z = (output - bias + bound) / 2, with bound = |x| |W|^T. Outputs whose Z is below the fraction `least` of
-// bound + |bias| have lost their digits: they get s = 0 and a mark in dead. s may be the same memory as bound. Returns the number of marks.
+// Computes s = R / safe(Z), Z = (output - bias + bound) / 2, with bound = |x| |W|^T. Outputs whose Z is below
+// the fraction `least` of bound + |bias| have lost their digits: they get s = 0 and a mark in dead. s may be
+// the same memory as bound. Returns the number of marks.
 int64_t linear_quotient(const float* r,       // [rows, width]
                         const float* output,  // [rows, width] x W^T + bias
                         const float* bias,    // [width] or null
@@ -22,7 +23,8 @@ int64_t linear_quotient(const float* r,       // [rows, width]
         for (int64_t row = part * block; row < rows && row < (part + 1) * block; ++row) {
             const int64_t at = row * width;
             vectors(0, width, [&](int64_t i, int64_t lanes) {
-                Floats limit = load_some(bound + at + i, lanes), z = load_some(output + at + i, lanes) + limit;
+                Floats limit = load_some(bound + at + i, lanes),
+                       z = load_some(output + at + i, lanes) + limit;
                 if (bias) {
                     const Floats shift = load_some(bias + i, lanes);
                     z -= shift;
@@ -45,11 +47,13 @@ int64_t linear_quotient(const float* r,       // [rows, width]
 }
 
 // Computes out = (x * signed_sums + |x| * abs_sums) / 2; out may be the same memory as either of the sums.
-void linear_product(const float* x, const float* signed_sums, const float* abs_sums, float* out, int64_t count, int threads) {
+void linear_product(const float* x, const float* signed_sums, const float* abs_sums, float* out,
+                    int64_t count, int threads) {
     stretches(count, threads, [=](int64_t, int64_t first, int64_t last) {
         vectors(first, last, [=](int64_t i, int64_t lanes) {
             const Floats value = load_some(x + i, lanes);
-            const Floats total = value * load_some(signed_sums + i, lanes) + magnitude(value) * load_some(abs_sums + i, lanes);
+            const Floats total =
+                value * load_some(signed_sums + i, lanes) + magnitude(value) * load_some(abs_sums + i, lanes);
             store_some(out + i, total * 0.5f, lanes);
         });
     });

@@ -1,9 +1,10 @@
-// norm_terms: what the squared norms of a stage are made of, from the transformed vectors f[h] = v[h] (W_O[h] M) of every token:
-// G[g][h] = <f[g], f[h]> for g <= h, mirrored, c[h] = <f[h], x M> and |x M|^2.
+// norm_terms: what the squared norms of a stage are made of, from the transformed vectors f[h] = v[h] (W_O[h]
+// M) of every token: G[g][h] = <f[g], f[h]> for g <= h, mirrored, c[h] = <f[h], x M> and |x M|^2.
 //
-// A block holds V vectors of tokens. J features at a time of all heads' f are computed in registers and left in the first-level cache,
-// where the products of the heads take them: n*d^2 + n*d*H^2/2 multiply-adds, and no more than H*J numbers of f a token at once. The rows
-// of W M are made once a call. They take d^2 floats, and the packed values and inputs n*d each.
+// A block holds V vectors of tokens. J features at a time of all heads' f are computed in registers and left
+// in the first-level cache, where the products of the heads take them: n*d^2 + n*d*H^2/2 multiply-adds, and
+// no more than H*J numbers of f a token at once. The rows of W M are made once a call. They take d^2 floats,
+// and the packed values and inputs n*d each.
 #include "ops.h"
 #include "parallel.h"
 #include "products.h"
@@ -11,8 +12,10 @@
 namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
-constexpr int64_t CHUNK = 32;  // rows that are summed before they are added to a total: fewer roundings at its size
-constexpr int64_t ENOUGH = 8;  // tasks that keep threads busy; fewer blocks are split by features, by their number alone
+constexpr int64_t CHUNK =
+    32;  // rows that are summed before they are added to a total: fewer roundings at its size
+constexpr int64_t ENOUGH =
+    8;  // tasks that keep threads busy; fewer blocks are split by features, by their number alone
 
 struct TermsArgs {
     const View& v;         // [B, Hkv, n, dh]
@@ -27,18 +30,27 @@ struct TermsArgs {
     int64_t dh() const { return v.shape[3]; }
     int64_t width() const { return heads() * dh(); }
     int64_t features() const { return weight.shape[0]; }
-    int64_t rows() const { return (features() + J - 1) / J * J; }  // a tile is full: rows of zeros follow the last
+    int64_t rows() const {
+        return (features() + J - 1) / J * J;
+    }  // a tile is full: rows of zeros follow the last
     int64_t tokens() const { return v.shape[0] * v.shape[2]; }
     int64_t blocks() const { return (tokens() + I - 1) / I; }
     int64_t block_size() const { return (v.shape[1] * dh() + (x ? rows() : 0)) * I; }
-    int64_t values(int64_t h) const { return h / (heads() / v.shape[1]) * dh() * I; }  // where a packed block holds them
+    int64_t values(int64_t h) const {
+        return h / (heads() / v.shape[1]) * dh() * I;
+    }  // where a packed block holds them
     int64_t pairs() const { return heads() * (heads() + 1) / 2 + (x ? heads() : 0); }
     int64_t stages() const { return gammas ? gammas.shape[0] : 0; }
-    const float* gamma(int64_t stage) const { return static_cast<const float*>(gammas.data) + stage * features(); }
-    const float* row(int64_t e) const { return static_cast<const float*>(weight.data) + e * weight.stride[0]; }
+    const float* gamma(int64_t stage) const {
+        return static_cast<const float*>(gammas.data) + stage * features();
+    }
+    const float* row(int64_t e) const {
+        return static_cast<const float*>(weight.data) + e * weight.stride[0];
+    }
 };
 
-// Tokens of a block, at most I: where each one's part of a tensor starts. strides: of the batch's and the token's axis.
+// Tokens of a block, at most I: where each one's part of a tensor starts. strides: of the batch's and the
+// token's axis.
 struct BlockTokens {
     int64_t count, start[I];
 
@@ -54,11 +66,12 @@ struct BlockTokens {
 
 // Sums over CHUNK rows of W, and of W times the first gamma, to out [2, width].
 static void sum_rows(const TermsArgs& args, int64_t first, float* out) {
-    const int64_t width = args.width(), last = first + CHUNK < args.features() ? first + CHUNK : args.features();
+    const int64_t width = args.width(),
+                  last = first + CHUNK < args.features() ? first + CHUNK : args.features();
     std::memset(out, 0, sizeof(float) * 2 * width);
     for (int64_t e = first; e < last; ++e) {
         const float* __restrict const row = args.row(e);
-        float *__restrict const sum = out, *__restrict const weighted = out + width;
+        float* __restrict const sum = out, * __restrict const weighted = out + width;
         const float gamma = args.gamma(0)[e];
         for (int64_t c = 0; c < width; ++c) {
             sum[c] += row[c];
@@ -98,7 +111,8 @@ static void map_row(const TermsArgs& args, int64_t e, const float* means, float*
     if (stages == 1)
         for (int64_t c = 0; c < width; ++c) out[c] = (row[c] - means[c]) * first;
     else
-        for (int64_t c = 0; c < width; ++c) out[c] = ((row[c] - means[c]) * first - means[width + c]) * second;
+        for (int64_t c = 0; c < width; ++c)
+            out[c] = ((row[c] - means[c]) * first - means[width + c]) * second;
 }
 
 // Centers every token's x [d, I] and multiplies it by a gamma.
@@ -112,10 +126,12 @@ static void center(float* x, const float* gamma, int64_t d) {
     }
     for (int v = 0; v < V; ++v) mean[v] *= splat(1.0f / d);
     for (int64_t e = 0; e < d; ++e)
-        for (int v = 0; v < V; ++v) store(x + e * I + v * W, (load(x + e * I + v * W) - mean[v]) * splat(gamma[e]));
+        for (int v = 0; v < V; ++v)
+            store(x + e * I + v * W, (load(x + e * I + v * W) - mean[v]) * splat(gamma[e]));
 }
 
-// A block of tokens to out: the values [Hkv, dh, I], then x M [rows, I], whose squared norms are written to args.residual.
+// A block of tokens to out: the values [Hkv, dh, I], then x M [rows, I], whose squared norms are written to
+// args.residual.
 static void pack_block(const TermsArgs& args, int64_t block, float* out) {
     const int64_t Hkv = args.v.shape[1], dh = args.dh(), d = args.features();
     BlockTokens values(args, block, args.v.stride[0], args.v.stride[2]);
@@ -151,30 +167,31 @@ __attribute__((noinline)) static void transform(const float* values,  // [dh, I]
                                                 int64_t step, int64_t dh, float* out) {
     Floats acc[J][VT];
     products<J, VT, Unit::single>(values, rows, step, dh, acc);
-    UNROLL for (int j = 0; j < J; ++j)
-        UNROLL for (int v = 0; v < VT; ++v) store(out + j * I + v * W, acc[j][v]);
+    UNROLL for (int j = 0; j < J; ++j) UNROLL for (int v = 0; v < VT; ++v)
+        store(out + j * I + v * W, acc[j][v]);
 }
 
 // total[h] += sum over J features of left * right[h], for `count` heads.
 template <int VT>
-__attribute__((noinline)) static void add_products(const float* left,   // [J, I]
-                                                   const float* right,  // [count, J, I]
+__attribute__((noinline)) static void add_products(const float* left,              // [J, I]
+                                                   const float* right,             // [count, J, I]
                                                    int64_t count, float* total) {  // [count, I]
     Floats own[J][VT];
-    UNROLL for (int j = 0; j < J; ++j)
-        UNROLL for (int v = 0; v < VT; ++v) own[j][v] = load(left + j * I + v * W);
+    UNROLL for (int j = 0; j < J; ++j) UNROLL for (int v = 0; v < VT; ++v) own[j][v] =
+        load(left + j * I + v * W);
     for (int64_t h = 0; h < count; ++h, right += J * I, total += I) {
         Floats part[VT];
         UNROLL for (int v = 0; v < VT; ++v) part[v] = own[0][v] * load(right + v * W);
-        UNROLL for (int j = 1; j < J; ++j)
-            UNROLL for (int v = 0; v < VT; ++v) part[v] += own[j][v] * load(right + j * I + v * W);
+        UNROLL for (int j = 1; j < J; ++j) UNROLL for (int v = 0; v < VT; ++v) part[v] +=
+            own[j][v] * load(right + j * I + v * W);
         UNROLL for (int v = 0; v < VT; ++v) store(total + v * W, load(total + v * W) + part[v]);
     }
 }
 
 // Sums over the rows [first, last) of the triangle of G, row by row, then of c, to out [pairs, I].
 template <int VT>
-static void block_terms(const TermsArgs& args, const float* packed, const float* rows, int64_t first, int64_t last, float* f, float* out) {
+static void block_terms(const TermsArgs& args, const float* packed, const float* rows, int64_t first,
+                        int64_t last, float* f, float* out) {
     const int64_t H = args.heads(), dh = args.dh(), width = args.width();
     const float* const x = packed + args.v.shape[1] * dh * I;
     std::memset(out, 0, sizeof(float) * args.pairs() * I);
@@ -182,13 +199,15 @@ static void block_terms(const TermsArgs& args, const float* packed, const float*
         for (int64_t h = 0; h < H; ++h)
             transform<VT>(packed + args.values(h), rows + e * width + h * dh, width, dh, f + h * J * I);
         float* total = out;
-        for (int64_t g = 0; g < H; total += (H - g) * I, ++g) add_products<VT>(f + g * J * I, f + g * J * I, H - g, total);
+        for (int64_t g = 0; g < H; total += (H - g) * I, ++g)
+            add_products<VT>(f + g * J * I, f + g * J * I, H - g, total);
         if (args.x) add_products<VT>(x + e * I, f, H, total);
     }
 }
 
 // Sums of `parts` runs [pairs, I], `step` apart, to the tensors.
-static void write_terms(const TermsArgs& args, int64_t block, const float* sums, int64_t parts, int64_t step) {
+static void write_terms(const TermsArgs& args, int64_t block, const float* sums, int64_t parts,
+                        int64_t step) {
     const int64_t H = args.heads(), down = args.gram.stride[2], right = args.gram.stride[3];
     const BlockTokens to(args, block, args.gram.stride[0], args.gram.stride[1]);
     float lanes[I];
@@ -203,25 +222,30 @@ static void write_terms(const TermsArgs& args, int64_t block, const float* sums,
         for (int64_t h = g; h < H; ++h) {
             add();
             for (int64_t l = 0; l < to.count; ++l)
-                gram[to.start[l] + g * down + h * right] = gram[to.start[l] + h * down + g * right] = lanes[l];
+                gram[to.start[l] + g * down + h * right] = gram[to.start[l] + h * down + g * right] =
+                    lanes[l];
         }
     if (!args.x) return;
     const BlockTokens own(args, block, args.cross.stride[0], args.cross.stride[1]);
     for (int64_t h = 0; h < H; ++h) {
         add();
-        for (int64_t l = 0; l < own.count; ++l) static_cast<float*>(args.cross.data)[own.start[l] + h * args.cross.stride[2]] = lanes[l];
+        for (int64_t l = 0; l < own.count; ++l)
+            static_cast<float*>(args.cross.data)[own.start[l] + h * args.cross.stride[2]] = lanes[l];
     }
 }
 
-void norm_terms(const View& v, const View& weight, const View& x, const View& gammas, const View& gram, const View& cross,
-                const View& residual, int threads) {
+void norm_terms(const View& v, const View& weight, const View& x, const View& gammas, const View& gram,
+                const View& cross, const View& residual, int threads) {
     const TermsArgs args{v, weight, x, gammas, gram, cross, residual};
-    const int64_t width = args.width(), rows = args.rows(), blocks = args.blocks(), tiles = rows / J, pairs = args.pairs() * I;
+    const int64_t width = args.width(), rows = args.rows(), blocks = args.blocks(), tiles = rows / J,
+                  pairs = args.pairs() * I;
     // the sums' order must not depend on the threads
     const int64_t wanted = blocks < ENOUGH ? ENOUGH / blocks : 1, parts = wanted < tiles ? wanted : tiles;
-    const int64_t chunks = args.stages() ? (args.features() + CHUNK - 1) / CHUNK : 0, tile = args.heads() * J * I;
+    const int64_t chunks = args.stages() ? (args.features() + CHUNK - 1) / CHUNK : 0,
+                  tile = args.heads() * J * I;
     threads = args.tokens() * width * args.features() < SERIAL ? 1 : threads;
-    const int64_t packing = blocks * args.block_size(), mapping = aligned(rows * width), means = aligned(2 * width);
+    const int64_t packing = blocks * args.block_size(), mapping = aligned(rows * width),
+                  means = aligned(2 * width);
     const int64_t summing = aligned(chunks * 2 * width), runs = parts > 1 ? blocks * parts : threads;
     const Memory memory(4 * (packing + mapping + means + summing + runs * pairs + threads * tile));
     float* const packed = memory.as<float>();
@@ -233,28 +257,32 @@ void norm_terms(const View& v, const View& weight, const View& x, const View& ga
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for schedule(static)
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) sum_rows(args, chunk * CHUNK, sums + chunk * 2 * width);
+        for (int64_t chunk = 0; chunk < chunks; ++chunk)
+            sum_rows(args, chunk * CHUNK, sums + chunk * 2 * width);
 #pragma omp single
         if (chunks) column_means(args, sums, chunks, mean);
 #pragma omp for schedule(static) nowait
         for (int64_t e = 0; e < rows; ++e) map_row(args, e, mean, mapped + e * width);
 #pragma omp for schedule(static)
-        for (int64_t block = 0; block < blocks; ++block) pack_block(args, block, packed + block * args.block_size());
+        for (int64_t block = 0; block < blocks; ++block)
+            pack_block(args, block, packed + block * args.block_size());
 #pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < blocks * parts; ++item) {
             const int64_t block = item / parts, part = item % parts, rest = args.tokens() - block * I;
-            const auto terms = rest > (V - 1) * W          ? block_terms<V>
+            const auto terms = rest > (V - 1) * W            ? block_terms<V>
                                : V > 2 && rest > (V - 2) * W ? block_terms<V - 1>
                                : V > 2 && rest > W           ? block_terms<2>
                                                              : block_terms<1>;
             float* const out = totals + (parts > 1 ? item : thread()) * pairs;
             const int64_t first = part * tiles / parts * J, last = (part + 1) * tiles / parts * J;
-            terms(args, packed + block * args.block_size(), mapped, first, last, scratch + thread() * tile, out);
+            terms(args, packed + block * args.block_size(), mapped, first, last, scratch + thread() * tile,
+                  out);
             if (parts == 1) write_terms(args, block, out, 1, pairs);
         }
         if (parts > 1) {
 #pragma omp for schedule(static)
-            for (int64_t block = 0; block < blocks; ++block) write_terms(args, block, totals + block * parts * pairs, parts, pairs);
+            for (int64_t block = 0; block < blocks; ++block)
+                write_terms(args, block, totals + block * parts * pairs, parts, pairs);
         }
     }
 }

@@ -21,22 +21,31 @@ static inline float number(const View& v, int64_t a, int64_t b = 0, int64_t c = 
 // The contents of 32 bits of a packed vector: a float, or two unchanged bf16.
 enum class Unit { single, pair };
 
-static inline Unit unit_of(const View& x) { return PAIRS && x.type == Type::bf16 ? Unit::pair : Unit::single; }
-static inline int64_t units(Unit unit, int64_t numbers) { return unit == Unit::pair ? (numbers + 1) / 2 : numbers; }
+static inline Unit unit_of(const View& x) {
+    return PAIRS && x.type == Type::bf16 ? Unit::pair : Unit::single;
+}
+static inline int64_t units(Unit unit, int64_t numbers) {
+    return unit == Unit::pair ? (numbers + 1) / 2 : numbers;
+}
 
-// Copies numbers of x, from element `first` on and `step` elements apart, to the units of out; an odd last half is 0.
+// Copies numbers of x, from element `first` on and `step` elements apart, to the units of out; an odd last
+// half is 0.
 static inline void take(const View& x, Unit unit, int64_t first, int64_t step, int64_t numbers, float* out) {
     if (x.type == Type::f32) {
         const float* in = static_cast<const float*>(x.data) + first;
-        if (step == 1) std::memcpy(out, in, sizeof(float) * numbers);
-        else for (int64_t i = 0; i < numbers; ++i) out[i] = in[i * step];
+        if (step == 1)
+            std::memcpy(out, in, sizeof(float) * numbers);
+        else
+            for (int64_t i = 0; i < numbers; ++i) out[i] = in[i * step];
         return;
     }
     const uint16_t* in = static_cast<const uint16_t*>(x.data) + first;
     if (unit == Unit::pair) {
         uint16_t* const to = reinterpret_cast<uint16_t*>(out);
-        if (step == 1) std::memcpy(to, in, sizeof(uint16_t) * numbers);
-        else for (int64_t i = 0; i < numbers; ++i) to[i] = in[i * step];
+        if (step == 1)
+            std::memcpy(to, in, sizeof(uint16_t) * numbers);
+        else
+            for (int64_t i = 0; i < numbers; ++i) to[i] = in[i * step];
         if (numbers % 2) to[numbers] = 0;
     } else if (x.type == Type::bf16) {
         for (int64_t i = 0; i < numbers; ++i) out[i] = widen_bf16(in[i * step]);
@@ -45,8 +54,10 @@ static inline void take(const View& x, Unit unit, int64_t first, int64_t step, i
     }
 }
 
-// Copies the vectors of `count` tokens, at most I, to out [units, I], with 0 beyond the last. Token l starts at element first[l].
-static void pack_tokens(const View& x, Unit unit, const int64_t* first, int64_t count, int64_t step, int64_t numbers, float* out) {
+// Copies the vectors of `count` tokens, at most I, to out [units, I], with 0 beyond the last. Token l starts
+// at element first[l].
+static void pack_tokens(const View& x, Unit unit, const int64_t* first, int64_t count, int64_t step,
+                        int64_t numbers, float* out) {
     const int64_t width = units(unit, numbers), each = unit == Unit::pair ? 2 : 1;
     for (int64_t l = 0; l < I; l += W)
         for (int64_t c = 0; c < width; c += W) {
@@ -88,7 +99,8 @@ static void pack_queries(const PairArgs& args, const Example& example, int64_t b
         for (int64_t l = 0; l < count; ++l) first[l] = at(args.q, example.b, h, position[l]);
         pack_tokens(args.q, out.unit, first, count, args.q.stride[3], dh, out.q + (slot * H + h) * width * I);
         float* offset = out.offset + (slot * H + h) * I;
-        for (int64_t l = 0; l < I; ++l) offset[l] = l < count ? -number(args.lse, example.b, h, position[l]) : -INFINITY;
+        for (int64_t l = 0; l < I; ++l)
+            offset[l] = l < count ? -number(args.lse, example.b, h, position[l]) : -INFINITY;
     }
 }
 
@@ -99,7 +111,8 @@ static inline int64_t form_size(int64_t H) {
     return size;
 }
 
-// a^T G a = sum_g a_g (sum_{h >= g} (G + G^T - diag G)_gh a_h): pairs (row g, row g + 1) for h = g, g + 1, ...
+// a^T G a = sum_g a_g (sum_{h >= g} (G + G^T - diag G)_gh a_h): pairs (row g, row g + 1) for h = g, g + 1,
+// ...
 static void pack_form(const View& gram, int64_t b, int64_t j, float* out) {
     const int64_t H = gram.shape[2], down = gram.stride[2], right = gram.stride[3];
     const float* const own = static_cast<const float*>(gram.data) + at(gram, b, j);
@@ -127,16 +140,18 @@ struct Keys {
 };
 
 static void pack_keys(const PairArgs& args, const Example& example, const Keys& keys) {
-    const int64_t Hkv = args.k.shape[1], size = form_size(args.q.shape[1]), width = units(keys.unit, args.k.shape[3]);
+    const int64_t Hkv = args.k.shape[1], size = form_size(args.q.shape[1]),
+                  width = units(keys.unit, args.k.shape[3]);
     const int64_t rows = (keys.count + J - 1) / J * J;
     for (int64_t h = 0; h < Hkv; ++h) {
         float* const k = keys.k + h * rows * width;
         for (int64_t j = 0; j < keys.count; ++j)
-            take(args.k, keys.unit, at(args.k, example.b, h, example.keys[keys.first + j]), args.k.stride[3], args.k.shape[3],
-                 k + j * width);
+            take(args.k, keys.unit, at(args.k, example.b, h, example.keys[keys.first + j]), args.k.stride[3],
+                 args.k.shape[3], k + j * width);
         std::memset(k + keys.count * width, 0, sizeof(float) * (rows - keys.count) * width);
     }
-    for (int64_t j = 0; j < keys.count; ++j) pack_form(args.gram, example.b, example.keys[keys.first + j], keys.form + j * size);
+    for (int64_t j = 0; j < keys.count; ++j)
+        pack_form(args.gram, example.b, example.keys[keys.first + j], keys.form + j * size);
 }
 
 }  // namespace PYGLOBENC_ISA

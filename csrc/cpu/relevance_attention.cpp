@@ -1,7 +1,8 @@
-// relevance_attention, relevance_rollout_step and relevance_maps: the work between the GEMMs of a block of queries, in one pass.
+// relevance_attention, relevance_rollout_step and relevance_maps: the work between the GEMMs of a block of
+// queries, in one pass.
 //
-// Computes alpha, U and the map A from D = q k^T, P = s v^T and G = grad_o v^T of all heads, with the formulas of
-// pyglobenc/ops/relevance_attention.py. Each pair is read once and written once.
+// Computes alpha, U and the map A from D = q k^T, P = s v^T and G = grad_o v^T of all heads, with the
+// formulas of pyglobenc/ops/relevance_attention.py. Each pair is read once and written once.
 #include "division.h"
 #include "ops.h"
 #include "pack.h"
@@ -20,8 +21,10 @@ struct Visible {
         Ints out = {};
         for (int64_t l = 0; l < count; ++l) {
             const int64_t ahead = j + l - i;
-            const bool window = (tile.right < 0 || ahead <= tile.right) && (tile.left < 0 || ahead >= -tile.left);
-            const bool real = !tile.key_mask || static_cast<const uint8_t*>(tile.key_mask.data)[at(tile.key_mask, b, j + l)];
+            const bool window =
+                (tile.right < 0 || ahead <= tile.right) && (tile.left < 0 || ahead >= -tile.left);
+            const bool real = !tile.key_mask ||
+                              static_cast<const uint8_t*>(tile.key_mask.data)[at(tile.key_mask, b, j + l)];
             out[l] = window && real ? -1 : 0;
         }
         return out;
@@ -32,14 +35,17 @@ static inline void add_lanes(double* total, Floats x) {
     for (int l = 0; l < W; ++l) *total += double(x[l]);
 }
 
-// One row of the map and, with pass, alpha over D and U over P; sums: R_alpha and what the mask's add rule keeps of it.
+// One row of the map and, with pass, alpha over D and U over P; sums: R_alpha and what the mask's add rule
+// keeps of it.
 static void tile_row(const RelevanceTile& tile, int64_t b, int64_t row, double* sums) {
     const int64_t H = tile.dots.shape[1], I_ = tile.dots.shape[2], n = tile.dots.shape[3], plane = I_ * n;
-    const int64_t i = tile.rows ? static_cast<const int64_t*>(tile.rows.data)[at(tile.rows, b, row)] : tile.first + row;
+    const int64_t i =
+        tile.rows ? static_cast<const int64_t*>(tile.rows.data)[at(tile.rows, b, row)] : tile.first + row;
     const int64_t start = (b * H * I_ + row) * n;
     float* const dots = static_cast<float*>(tile.dots.data) + start;
     float* const relevances = static_cast<float*>(tile.relevance.data) + start;
-    const float* const gradients = tile.gradient ? static_cast<const float*>(tile.gradient.data) + start : nullptr;
+    const float* const gradients =
+        tile.gradient ? static_cast<const float*>(tile.gradient.data) + start : nullptr;
     float* const map = static_cast<float*>(tile.map.data) + at(tile.map, b, row);
     const Visible visible{tile, b, i};
     const bool all = visible.all();

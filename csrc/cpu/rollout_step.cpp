@@ -7,8 +7,8 @@ namespace PYGLOBENC_ISA {
 
 struct RolloutSink {
     const PairArgs& args;
-    const View& r;    // [B, T, n]
-    const View& out;  // [B, T, n]
+    const View& r;              // [B, T, n]
+    const View& out;            // [B, T, n]
     Memory* weights = nullptr;  // [blocks, T, I] r times the row scale, 0 beyond the last query
 
     ~RolloutSink() { delete weights; }
@@ -50,7 +50,8 @@ struct RolloutSink {
             float* sum = sums + (tile.offset + j) * targets() * W;
             for (int64_t t = 0; t < targets(); ++t) {
                 Floats total = load(sum + t * W);
-                for (int64_t v = 0; v < vectors; ++v) total += load(tile.norm + j * I + v * W) * load(weight + t * I + v * W);
+                for (int64_t v = 0; v < vectors; ++v)
+                    total += load(tile.norm + j * I + v * W) * load(weight + t * I + v * W);
                 store(sum + t * W, total);
             }
         }
@@ -59,7 +60,8 @@ struct RolloutSink {
     void end(const Example& e, int64_t first, int64_t count, float* sums) {
         for (int64_t j = 0; j < count; ++j)
             for (int64_t t = 0; t < targets(); ++t)
-                static_cast<float*>(out.data)[at(out, e.b, t, e.keys[first + j])] = sum(load(sums + (j * targets() + t) * W));
+                static_cast<float*>(out.data)[at(out, e.b, t, e.keys[first + j])] =
+                    sum(load(sums + (j * targets() + t) * W));
     }
 };
 

@@ -1,6 +1,7 @@
 // Vectors of floats of the instruction set that this file is compiled for, and e^x on them.
 //
-// Everything is in a namespace named after the instruction set, so that the linker cannot confuse the functions of two sets.
+// Everything is in a namespace named after the instruction set, so that the linker cannot confuse the
+// functions of two sets.
 #pragma once
 
 #include <cmath>
@@ -25,13 +26,16 @@ constexpr int W = 4, V = 2, J = 4;
 #endif
 constexpr int I = W * V;  // queries of a block
 
-// Used before a loop over a register tile. Without early unrolling, the compiler would keep the tile in memory.
+// Used before a loop over a register tile. Without early unrolling, the compiler would keep the tile in
+// memory.
 #define UNROLL _Pragma("GCC unroll 8")
 
 typedef float Floats __attribute__((vector_size(W * 4)));
 typedef int32_t Ints __attribute__((vector_size(W * 4)));
 
-static inline Floats load(const float* p) { return *reinterpret_cast<const Floats*>(p); }  // p aligned to the vector
+static inline Floats load(const float* p) {
+    return *reinterpret_cast<const Floats*>(p);
+}  // p aligned to the vector
 static inline void store(float* p, Floats x) { *reinterpret_cast<Floats*>(p) = x; }
 static inline Floats splat(float x) { return x - Floats{}; }
 
@@ -54,7 +58,8 @@ static inline Floats interleave(Floats a, Floats b, std::index_sequence<L...>) {
 #endif
 }
 
-// Transposes a W * W square. A round moves the last bit of the lane's number to the row's, and the row's first bit to the lane's.
+// Transposes a W * W square. A round moves the last bit of the lane's number to the row's, and the row's
+// first bit to the lane's.
 static inline void transpose(Floats rows[W]) {
     constexpr auto lanes = std::make_index_sequence<W>();
     for (int round = 1; round < W; round *= 2) {
@@ -93,8 +98,9 @@ static inline Floats root(Floats x) {
 #endif
 }
 
-// Returns e^x. The relative error is below 9e-8 + 3e-9 * |x| where the result is normal. Subnormal results are rounded, -inf gives 0, inf and
-// large x give inf, NaN stays NaN. Uses a minimax polynomial of degree 6 on [-ln 2 / 2, ln 2 / 2] with an error of 3.8e-9.
+// Returns e^x. The relative error is below 9e-8 + 3e-9 * |x| where the result is normal. Subnormal results
+// are rounded, -inf gives 0, inf and large x give inf, NaN stays NaN. Uses a minimax polynomial of degree 6
+// on [-ln 2 / 2, ln 2 / 2] with an error of 3.8e-9.
 static inline Floats exp(Floats x) {
 #if defined(__AVX512F__)
     // If either operand is NaN, the instruction returns the second one.
@@ -103,7 +109,8 @@ static inline Floats exp(Floats x) {
 #else
     x = x < -110.0f ? splat(-110.0f) : x;
     x = x > 89.5f ? splat(89.5f) : x;
-    const Floats shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's last bits are the nearest integer
+    const Floats shifted =
+        x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's last bits are the nearest integer
     const Floats n = shifted - 12582912.0f;
 #endif
 #if defined(__FMA__)
@@ -123,7 +130,8 @@ static inline Floats exp(Floats x) {
 #else
     // Two factors, because a single power of two cannot reach the subnormal numbers.
     const Ints whole = reinterpret_cast<Ints>(shifted) - 0x4b400000, half = whole >> 1;
-    const Floats first = reinterpret_cast<Floats>((half + 127) << 23), second = reinterpret_cast<Floats>((whole - half + 127) << 23);
+    const Floats first = reinterpret_cast<Floats>((half + 127) << 23),
+                 second = reinterpret_cast<Floats>((whole - half + 127) << 23);
     return p * first * second;
 #endif
 }

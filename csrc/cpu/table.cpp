@@ -14,8 +14,8 @@ static bool supported() {
     if (!__builtin_cpu_supports("avx512bf16")) return false;
 #endif
 #if defined(__AVX512F__)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq");
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #elif defined(__AVX2__)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #else
@@ -28,9 +28,9 @@ static bool supported() {
 namespace isa = PYGLOBENC_ISA;
 
 const Kernels JOIN(kernels_, PYGLOBENC_ISA) = {
-    TEXT(PYGLOBENC_ISA), isa::supported,     isa::pair_norms,     isa::rollout_step,   isa::head_gram,
-    isa::norm_terms,      isa::clone_relevance, isa::add_relevance, isa::linear_quotient, isa::linear_product,
-    isa::relevance_tile, isa::exp,
+    TEXT(PYGLOBENC_ISA),  isa::supported,      isa::pair_norms,      isa::rollout_step,
+    isa::head_gram,       isa::norm_terms,     isa::clone_relevance, isa::add_relevance,
+    isa::linear_quotient, isa::linear_product, isa::relevance_tile,  isa::exp,
 };
 
 }  // namespace pyglobenc

@@ -1,4 +1,5 @@
-// Computes the norms of a tile of J keys and V vectors of queries, from scores, probabilities and quadratic forms of all heads.
+// Computes the norms of a tile of J keys and V vectors of queries, from scores, probabilities and quadratic
+// forms of all heads.
 #pragma once
 
 #include "pack.h"
@@ -7,19 +8,21 @@
 namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
-// Writes the probabilities of one head, exp(scale * q_i . k_j + offset_i), to alpha[j * key_stride + i]. Not inlined, because the compiler
-// keeps the accumulators in registers only in a separate function.
+// Writes the probabilities of one head, exp(scale * q_i . k_j + offset_i), to alpha[j * key_stride + i]. Not
+// inlined, because the compiler keeps the accumulators in registers only in a separate function.
 template <int VT, Unit UNIT>
 __attribute__((noinline)) static void probabilities(const float* q,       // [width, I]
                                                     const float* k,       // [J, width]
                                                     const float* offset,  // [I]
-                                                    float scale, int64_t width, float* alpha, int64_t key_stride) {
+                                                    float scale, int64_t width, float* alpha,
+                                                    int64_t key_stride) {
     Floats acc[J][VT];
     products<J, VT, UNIT>(q, k, width, width, acc);
-    UNROLL for (int j = 0; j < J; ++j)
-        UNROLL for (int v = 0; v < VT; ++v) store(alpha + j * key_stride + v * W, acc[j][v]);
+    UNROLL for (int j = 0; j < J; ++j) UNROLL for (int v = 0; v < VT; ++v)
+        store(alpha + j * key_stride + v * W, acc[j][v]);
     for (int j = 0; j < J; ++j, alpha += key_stride)
-        for (int v = 0; v < VT; ++v) store(alpha + v * W, exp(load(alpha + v * W) * scale + load(offset + v * W)));
+        for (int v = 0; v < VT; ++v)
+            store(alpha + v * W, exp(load(alpha + v * W) * scale + load(offset + v * W)));
 }
 
 // Computes a^T G a of one key for VT vectors of queries; form comes from pack_form.
@@ -52,7 +55,8 @@ static inline void quadratic_form(const float* alpha,  // [H, I]
 }
 
 // Returns what the residual connection adds to the squared norm where query i and key j are the same token.
-static inline void add_own(const PairArgs& args, int64_t b, int32_t key, const int32_t* position, const float* alpha, float* sq) {
+static inline void add_own(const PairArgs& args, int64_t b, int32_t key, const int32_t* position,
+                           const float* alpha, float* sq) {
     const int64_t H = args.q.shape[1];
     for (int l = 0; l < I; ++l) {
         if (position[l] != key) continue;
@@ -84,8 +88,9 @@ struct Overlap {
 
 // Computes the norms of one tile from the probabilities, without the row scale.
 template <int VT>
-static void tile_norms(const PairArgs& args, const Example& example, const Overlap& overlap, const int32_t* keys, int64_t count,
-                       const float* form, const int32_t* position, const float* alpha, float* norm) {
+static void tile_norms(const PairArgs& args, const Example& example, const Overlap& overlap,
+                       const int32_t* keys, int64_t count, const float* form, const int32_t* position,
+                       const float* alpha, float* norm) {
     const int64_t H = args.q.shape[1], size = form_size(H);
     for (int64_t j = 0; j < count; ++j, form += size, alpha += H * I, norm += I) {
         Floats sq[VT];

@@ -1,7 +1,7 @@
 // Visits every (key, query) pair of a batch, tile by tile, and passes the norms of each tile to a sink.
 //
-// A task is one block of keys of one example. One thread computes all norms of a key, in the order of the queries, so that results depend
-// neither on the number of threads nor on the size of the blocks.
+// A task is one block of keys of one example. One thread computes all norms of a key, in the order of the
+// queries, so that results depend neither on the number of threads nor on the size of the blocks.
 #pragma once
 
 #include "parallel.h"
@@ -10,21 +10,22 @@
 namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
-constexpr int64_t KEYS = 48 / J * J;            // largest number of keys in a block
-constexpr int64_t SCRATCH = 384 * 1024;         // bytes of the second-level cache that a block of keys may use
-constexpr int64_t CHUNK = 8192;                 // number of packed queries held at a time, unless one example has more
+constexpr int64_t KEYS = 48 / J * J;     // largest number of keys in a block
+constexpr int64_t SCRATCH = 384 * 1024;  // bytes of the second-level cache that a block of keys may use
+constexpr int64_t CHUNK = 8192;  // number of packed queries held at a time, unless one example has more
 
 // The norms of one tile, as a sink receives them.
 struct Tile {
     const Example& example;
-    int64_t slot;             // of the block of queries, in the chunk
-    int64_t query, n_queries; // first query of the block among the example's, and how many
-    int64_t key, count;       // first key of the tile among the example's, and how many
-    int64_t offset;           // of the tile's first key in its block
-    const float* norm;        // [J, I]
+    int64_t slot;              // of the block of queries, in the chunk
+    int64_t query, n_queries;  // first query of the block among the example's, and how many
+    int64_t key, count;        // first key of the tile among the example's, and how many
+    int64_t offset;            // of the tile's first key in its block
+    const float* norm;         // [J, I]
 };
 
-// Positions of the real tokens and of the queries of each example. Packed sequences are examples that share one tensor.
+// Positions of the real tokens and of the queries of each example. Packed sequences are examples that share
+// one tensor.
 struct Tokens {
     Memory memory;
     int64_t batch;
@@ -35,7 +36,8 @@ struct Tokens {
         int32_t* next = memory.as<int32_t>(batch * sizeof(Example));
         for (int64_t index = 0; index < batch; ++index) {
             Example& e = example(index);
-            const int64_t b = ends ? 0 : index, first = ends ? ends[index] : 0, last = ends ? ends[index + 1] : n;
+            const int64_t b = ends ? 0 : index, first = ends ? ends[index] : 0,
+                          last = ends ? ends[index + 1] : n;
             e.b = b;
             e.n_keys = e.n_queries = e.first_block = 0;
             e.keys = e.queries = next;
@@ -64,11 +66,14 @@ struct Tokens {
         return !args.key_mask || static_cast<const uint8_t*>(args.key_mask.data)[at(args.key_mask, b, j)];
     }
 
-    static int64_t examples(const PairArgs& args) { return args.cu_seqlens ? args.cu_seqlens.shape[0] - 1 : args.q.shape[0]; }
+    static int64_t examples(const PairArgs& args) {
+        return args.cu_seqlens ? args.cu_seqlens.shape[0] - 1 : args.q.shape[0];
+    }
 
     static int64_t size(const PairArgs& args) {
         const int64_t m = args.rows ? args.rows.shape[1] : 0, batch = args.q.shape[0];
-        return examples(args) * int64_t(sizeof(Example)) + batch * int64_t(sizeof(int32_t)) * (args.q.shape[2] + 2 * m);
+        return examples(args) * int64_t(sizeof(Example)) +
+               batch * int64_t(sizeof(int32_t)) * (args.q.shape[2] + 2 * m);
     }
 };
 
@@ -77,10 +82,11 @@ struct Chunk {
     int64_t first, last;  // examples
     int64_t blocks;       // of queries
     int64_t pairs;
-    int64_t keys;         // of a block of keys
+    int64_t keys;  // of a block of keys
     int64_t tasks;
 
-    Chunk(const Tokens& tokens, int64_t start, int64_t most_keys, int threads) : first(start), last(start), blocks(0), pairs(0), tasks(0) {
+    Chunk(const Tokens& tokens, int64_t start, int64_t most_keys, int threads)
+        : first(start), last(start), blocks(0), pairs(0), tasks(0) {
         int64_t n_keys = 0;
         while (last < tokens.batch && (last == first || blocks * I < CHUNK)) {
             Example& e = tokens.example(last++);
@@ -128,9 +134,10 @@ struct Layout {
 
 // Computes one block of queries against one block of keys.
 template <int VT, class Sink>
-static void visit(const PairArgs& args, const Example& example, const Keys& keys, const Queries& queries, int64_t block, float* alpha,
-                  float* norm, float* sink_memory, Sink& sink) {
-    const int64_t H = args.q.shape[1], group = H / args.k.shape[1], size = form_size(H), width = units(keys.unit, args.q.shape[3]);
+static void visit(const PairArgs& args, const Example& example, const Keys& keys, const Queries& queries,
+                  int64_t block, float* alpha, float* norm, float* sink_memory, Sink& sink) {
+    const int64_t H = args.q.shape[1], group = H / args.k.shape[1], size = form_size(H),
+                  width = units(keys.unit, args.q.shape[3]);
     const int64_t slot = example.first_block + block, tiles = (keys.count + J - 1) / J;
     const int64_t n_queries = example.n_queries - block * I < I ? example.n_queries - block * I : I;
     const int32_t* position = queries.position + slot * I;
@@ -147,20 +154,23 @@ static void visit(const PairArgs& args, const Example& example, const Keys& keys
     for (int64_t h = 0; h < H; ++h)
         for (int64_t t = 0; t < tiles; ++t)
             scores(queries.q + (slot * H + h) * width * I, keys.k + (h / group * tiles + t) * J * width,
-                   queries.offset + (slot * H + h) * I, args.scaling, width, alpha + (t * J * H + h) * I, H * I);
+                   queries.offset + (slot * H + h) * I, args.scaling, width, alpha + (t * J * H + h) * I,
+                   H * I);
     for (int64_t j = 0; j < keys.count; j += J) {
         const int64_t count = keys.count - j < J ? keys.count - j : J;
         const Overlap overlap(args, key[j], key[j + count - 1], low, high);
         if (overlap.hidden) continue;
-        tile_norms<VT>(args, example, overlap, key + j, count, keys.form + j * size, position, alpha + j * H * I, norm);
+        tile_norms<VT>(args, example, overlap, key + j, count, keys.form + j * size, position,
+                       alpha + j * H * I, norm);
         sink.take(Tile{example, slot, block * I, n_queries, keys.first + j, count, j, norm}, sink_memory);
     }
 }
 
 template <class Sink>
-static void run_task(const PairArgs& args, const Example& example, int64_t first, int64_t most, const Queries& queries, float* scratch,
-                     const Layout& layout, Sink& sink) {
-    const Keys keys{queries.unit, first, example.n_keys - first < most ? example.n_keys - first : most, scratch, scratch + layout.k};
+static void run_task(const PairArgs& args, const Example& example, int64_t first, int64_t most,
+                     const Queries& queries, float* scratch, const Layout& layout, Sink& sink) {
+    const Keys keys{queries.unit, first, example.n_keys - first < most ? example.n_keys - first : most,
+                    scratch, scratch + layout.k};
     float* alpha = keys.form + layout.form;
     float* norm = alpha + layout.alpha;
     float* sink_memory = norm + layout.norm;
@@ -168,19 +178,24 @@ static void run_task(const PairArgs& args, const Example& example, int64_t first
     sink.begin(keys.count, sink_memory);
     for (int64_t block = 0; block * I < example.n_queries; ++block) {
         const int64_t rest = example.n_queries - block * I;
-        if (rest > (V - 1) * W) visit<V>(args, example, keys, queries, block, alpha, norm, sink_memory, sink);
-        else if (V > 2 && rest > 2 * W) visit<V - 1>(args, example, keys, queries, block, alpha, norm, sink_memory, sink);
-        else if (V > 2 && rest > W) visit<2>(args, example, keys, queries, block, alpha, norm, sink_memory, sink);
-        else visit<1>(args, example, keys, queries, block, alpha, norm, sink_memory, sink);
+        if (rest > (V - 1) * W)
+            visit<V>(args, example, keys, queries, block, alpha, norm, sink_memory, sink);
+        else if (V > 2 && rest > 2 * W)
+            visit<V - 1>(args, example, keys, queries, block, alpha, norm, sink_memory, sink);
+        else if (V > 2 && rest > W)
+            visit<2>(args, example, keys, queries, block, alpha, norm, sink_memory, sink);
+        else
+            visit<1>(args, example, keys, queries, block, alpha, norm, sink_memory, sink);
     }
     sink.end(example, first, keys.count, sink_memory);
 }
 
-// Visits every pair of a batch. A sink has size(keys), its scratch memory in floats, and pack(example, block, slot), wants(slot), begin,
-// take and end.
+// Visits every pair of a batch. A sink has size(keys), its scratch memory in floats, and pack(example, block,
+// slot), wants(slot), begin, take and end.
 template <class Sink>
 static void walk(const PairArgs& args, Sink& sink) {
-    const int64_t H = args.q.shape[1], dh = args.q.shape[3], most_keys = Layout::most_keys(args, sink.size(1));
+    const int64_t H = args.q.shape[1], dh = args.q.shape[3],
+                  most_keys = Layout::most_keys(args, sink.size(1));
     const Tokens tokens(args);
     for (int64_t start = 0; start < tokens.batch;) {
         Chunk chunk(tokens, start, most_keys, args.threads);
@@ -189,9 +204,11 @@ static void walk(const PairArgs& args, Sink& sink) {
         const bool serial = chunk.pairs * H * (dh + H) < SERIAL;
         const int threads = serial ? 1 : args.threads;
         const Unit unit = unit_of(args.q);
-        const int64_t q = chunk.blocks * H * units(unit, dh) * I, offset = chunk.blocks * H * I, position = aligned(chunk.blocks * I);
+        const int64_t q = chunk.blocks * H * units(unit, dh) * I, offset = chunk.blocks * H * I,
+                      position = aligned(chunk.blocks * I);
         const Memory memory(4 * (q + offset + position + threads * layout.total()));
-        const Queries queries{unit, memory.as<float>(), memory.as<float>(4 * q), memory.as<int32_t>(4 * (q + offset))};
+        const Queries queries{unit, memory.as<float>(), memory.as<float>(4 * q),
+                              memory.as<int32_t>(4 * (q + offset))};
         float* const scratch = memory.as<float>(4 * (q + offset + position));
         sink.open(chunk.blocks);
 #pragma omp parallel num_threads(threads) if (threads > 1)

@@ -1,9 +1,10 @@
-// add_relevance: R_a = a R / safe(a + b), R_b = b R / safe(a + b), each rescaled to its share of the example's relevance, in two passes
-// (Chefer et al., 2021, eq. 9 and 10; the Add module of the published code).
+// add_relevance: R_a = a R / safe(a + b), R_b = b R / safe(a + b), each rescaled to its share of the
+// example's relevance, in two passes (Chefer et al., 2021, eq. 9 and 10; the Add module of the published
+// code).
 //
-// The first pass writes each block's sums of R_a, R_b and R in float64, because their terms cancel up to a millionfold. The second pass adds
-// the blocks in a fixed order and writes both branches. r, a and b are read twice and two results written: 8 floats an element, against
-// about 20 in plain torch.
+// The first pass writes each block's sums of R_a, R_b and R in float64, because their terms cancel up to a
+// millionfold. The second pass adds the blocks in a fixed order and writes both branches. r, a and b are read
+// twice and two results written: 8 floats an element, against about 20 in plain torch.
 #include "division.h"
 #include "launch.h"
 #include "relevance.h"
@@ -12,8 +13,9 @@ namespace pyglobenc {
 namespace {
 
 constexpr int ADD_THREADS = 256;
-constexpr int ADD_MAX_BLOCKS = ADD_THREADS;  // blocks an example: enough to fill a GPU, and few enough that one block reads all sums at once
-constexpr int TILE = 4 * ADD_THREADS;         // elements that a block takes at once
+constexpr int ADD_MAX_BLOCKS = ADD_THREADS;  // blocks an example: enough to fill a GPU, and few enough that
+                                             // one block reads all sums at once
+constexpr int TILE = 4 * ADD_THREADS;        // elements that a block takes at once
 
 // The part of an example that one block computes.
 struct Share {
@@ -29,7 +31,8 @@ DEVICE Share share_of(const AddArgs& args, int most_blocks) {
     const int example = block() / most_blocks, index = block() % most_blocks;
     const int64_t first = (args.cu_seqlens ? args.cu_seqlens[example] : example) * args.width;
     const int64_t end = (args.cu_seqlens ? args.cu_seqlens[example + 1] : example + 1) * args.width;
-    const int tiles = tiles_of(end - first), blocks = blocks_of(tiles), each = (tiles + blocks - 1) / blocks * TILE;
+    const int tiles = tiles_of(end - first), blocks = blocks_of(tiles),
+              each = (tiles + blocks - 1) / blocks * TILE;
     const int64_t from = first + int64_t(index) * each, to = from + each;
     // An example has at most one block more than the tiles that begin in it.
     return {from, to < end ? to : end, args.sums + 3 * (first / TILE + example), index, blocks};
@@ -100,7 +103,9 @@ int64_t add_relevance_parts(int64_t size, int64_t examples) { return size / TILE
 void add_relevance(const AddArgs& args, void* stream) {
     const int blocks = blocks_of(tiles_of(args.longest * args.width));
     const int bytes = ADD_THREADS / 32 * 3 * sizeof(double);
-    if (args.rescale) launch(add_relevance_sums_kernel, int64_t(args.examples) * blocks, ADD_THREADS, bytes, stream, args, blocks);
+    if (args.rescale)
+        launch(add_relevance_sums_kernel, int64_t(args.examples) * blocks, ADD_THREADS, bytes, stream, args,
+               blocks);
     launch(add_relevance_kernel, int64_t(args.examples) * blocks, ADD_THREADS, bytes, stream, args, blocks);
 }
 

@@ -1,4 +1,5 @@
-// clone_relevance: R = x * sum_k R_k / safe(x) (the Clone module of the published code), in one pass over memory.
+// clone_relevance: R = x * sum_k R_k / safe(x) (the Clone module of the published code), in one pass over
+// memory.
 #include "division.h"
 #include "launch.h"
 #include "relevance.h"
@@ -7,10 +8,11 @@ namespace pyglobenc {
 
 constexpr int CLONE_THREADS = 256;
 
-KERNEL(CLONE_THREADS) clone_relevance_kernel(CloneParts parts,  // each [size]
-                                             const float* x,    // [size]
-                                             float* out,        // [size]
-                                             int64_t size) {
+KERNEL(CLONE_THREADS)
+clone_relevance_kernel(CloneParts parts,  // each [size]
+                       const float* x,    // [size]
+                       float* out,        // [size]
+                       int64_t size) {
     const int64_t at = 4 * (int64_t(block()) * CLONE_THREADS + thread());
     if (at >= size) return;
     Four total = load_four(parts.each[0], at, size);

@@ -10,7 +10,8 @@ std::string problem() {
     int count = 0, driver = 0;
     const cudaError_t status = cudaGetDeviceCount(&count);
     if (status == cudaSuccess) return "";
-    return cudaDriverGetVersion(&driver) == cudaSuccess && !driver ? "no CUDA driver" : cudaGetErrorString(status);
+    return cudaDriverGetVersion(&driver) == cudaSuccess && !driver ? "no CUDA driver"
+                                                                   : cudaGetErrorString(status);
 }
 
 static int attribute(cudaDeviceAttr which) {

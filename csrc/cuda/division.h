@@ -1,5 +1,5 @@
-// The guarded division of the relevance rules, exactly as in pyglobenc/backends/shared/safe_division.py, for four floats at a time from memory
-// of any alignment; and sums over a warp and over a block.
+// The guarded division of the relevance rules, exactly as in pyglobenc/backends/shared/safe_division.py, for
+// four floats at a time from memory of any alignment; and sums over a warp and over a block.
 #pragma once
 
 #include "../common/simt.h"
@@ -7,7 +7,8 @@
 namespace pyglobenc {
 namespace {
 
-// Returns a / safe(b), and 0 where b is 0. safe(b) is b + 1e-9, or 1e-9 where that is 0; with a stabilizer, b + stabilizer * sign(b).
+// Returns a / safe(b), and 0 where b is 0. safe(b) is b + 1e-9, or 1e-9 where that is 0; with a stabilizer, b
+// + stabilizer * sign(b).
 template <class T>
 DEVICE T safe_divide(T a, T b, T stabilizer = 0) {
     T den = b + T(1e-9);
@@ -23,7 +24,9 @@ struct alignas(16) Four {
     float x[4];
 };
 
-DEVICE bool whole(const float* p, int64_t at, int64_t count) { return at + 4 <= count && reinterpret_cast<uintptr_t>(p + at) % 16 == 0; }
+DEVICE bool whole(const float* p, int64_t at, int64_t count) {
+    return at + 4 <= count && reinterpret_cast<uintptr_t>(p + at) % 16 == 0;
+}
 
 // Loads p[at] to p[at + 3], with 0 from p[count] on.
 DEVICE Four load_four(const float* p, int64_t at, int64_t count) {
@@ -50,7 +53,8 @@ DEVICE T sum_over_warp(T x) {
     return x;
 }
 
-// Replaces every x by its sum over the threads of the block, always in the same order. Uses the first N * threads() / 32 entries of shared().
+// Replaces every x by its sum over the threads of the block, always in the same order. Uses the first N *
+// threads() / 32 entries of shared().
 template <int N, class T>
 DEVICE void sum_over_block(T (&x)[N]) {
     T* const of_warps = reinterpret_cast<T*>(shared());

@@ -9,16 +9,19 @@
 namespace pyglobenc {
 
 template <void (*RUN)(const PairArgs&, bool, void*)>
-void bind_pair_op(const pybind11::tuple& tensors, float scaling, int left, int right, int shares, bool exact, uintptr_t stream) {
+void bind_pair_op(const pybind11::tuple& tensors, float scaling, int left, int right, int shares, bool exact,
+                  uintptr_t stream) {
     PairArgs p;
-    View* const views[] = {&p.q,    &p.k, &p.lse,     &p.gram,      &p.cross, &p.residual_sq, &p.rstd, &p.key_mask,
-                           &p.rows, &p.r, &p.cu_seqlens, &p.log_scale, &p.out,   &p.out_scale,   &p.room};
+    View* const views[] = {&p.q,           &p.k,         &p.lse,      &p.gram,      &p.cross,
+                           &p.residual_sq, &p.rstd,      &p.key_mask, &p.rows,      &p.r,
+                           &p.cu_seqlens,  &p.log_scale, &p.out,      &p.out_scale, &p.room};
     for (size_t index = 0; index < tensors.size(); ++index) *views[index] = view(tensors[index]);
     p.scaling = scaling;
     p.left = left;
     p.right = right;
     p.shares = shares;
-    p.tile = choose_tile(int(p.q.shape[1]), int(p.k.shape[1]), int(p.q.shape[3]), p.q.type == Type::f32 ? 4 : 2, shared_limit());
+    p.tile = choose_tile(int(p.q.shape[1]), int(p.k.shape[1]), int(p.q.shape[3]),
+                         p.q.type == Type::f32 ? 4 : 2, shared_limit());
     RUN(p, exact, reinterpret_cast<void*>(stream));
 }
 
@@ -27,7 +30,8 @@ inline pybind11::tuple bind_tile(int heads, int kv_heads, int head_dim, int size
     return pybind11::make_tuple(tile.groups * KEYS, tile.queries);
 }
 
-inline int64_t bind_room(int64_t batch, int heads, int64_t n, int64_t n_queries, int64_t rows, int shares, bool packed_sequences) {
+inline int64_t bind_room(int64_t batch, int heads, int64_t n, int64_t n_queries, int64_t rows, int shares,
+                         bool packed_sequences) {
     return choose_room(batch, heads, n, n_queries, rows, shares, packed_sequences).size;
 }
 
@@ -45,8 +49,8 @@ void bind_value_op(const pybind11::tuple& tensors, bool exact, uintptr_t stream)
     RUN(p, exact, reinterpret_cast<void*>(stream));
 }
 
-inline void bind_mapped_square(const pybind11::object& x, const pybind11::list& gammas, int width, const pybind11::object& out,
-                               uintptr_t stream) {
+inline void bind_mapped_square(const pybind11::object& x, const pybind11::list& gammas, int width,
+                               const pybind11::object& out, uintptr_t stream) {
     SquareArgs p = {view(x), {}, int(gammas.size()), width, static_cast<float*>(view(out).data)};
     if (p.count > SquareArgs::MAX_COUNT) throw pybind11::value_error("too many gammas");
     for (int k = 0; k < p.count; ++k) p.gammas[k] = static_cast<const float*>(view(gammas[k]).data);
@@ -59,8 +63,11 @@ inline void bind_globenc(pybind11::module_& m) {
     m.def("head_gram", bind_value_op<head_gram>);
     m.def("head_norms", bind_value_op<head_norms>);
     m.def("mapped_square", bind_mapped_square);
-    m.def("pair_tile", bind_tile, "Keys of a block and queries of a tile on the current device; no keys where nothing fits.");
-    m.def("pair_room", bind_room, "Floats of scratch memory, from B, H, n, the queries, T or 0, shares and whether sequences are packed.");
+    m.def("pair_tile", bind_tile,
+          "Keys of a block and queries of a tile on the current device; no keys where nothing fits.");
+    m.def("pair_room", bind_room,
+          "Floats of scratch memory, from B, H, n, the queries, T or 0, shares and whether sequences are "
+          "packed.");
     m.attr("MAX_ROWS") = int(MAX_ROWS);
     m.attr("MAX_HEADS") = int(MAX_HEADS);
 }

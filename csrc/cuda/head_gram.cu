@@ -1,26 +1,30 @@
-// head_gram: G[j][h][g] = v[h, j] K[h, g] v[g, j]^T and c[j][h] = v[h, j] P[h] x[j]^T (Modarressi et al., 2022, eq. 6 to 10, expanded).
+// head_gram: G[j][h][g] = v[h, j] K[h, g] v[g, j]^T and c[j][h] = v[h, j] P[h] x[j]^T (Modarressi et al.,
+// 2022, eq. 6 to 10, expanded).
 //
-// G takes n * d^2 / 2 multiply-adds and c takes n * d^2, as with torch's GEMMs. Those need two launches for every head, about 60 for a layer
-// of BERT-base, and write and read v K.
+// G takes n * d^2 / 2 multiply-adds and c takes n * d^2, as with torch's GEMMs. Those need two launches for
+// every head, about 60 for a layer of BERT-base, and write and read v K.
 #include "ops.h"
 #include "value_tile.h"
 
 namespace pyglobenc {
 namespace {
 
-// Number of blocks that a multiprocessor holds. Without this, ptxas spills registers on sm_80 to fit four blocks in half precision.
+// Number of blocks that a multiprocessor holds. Without this, ptxas spills registers on sm_80 to fit four
+// blocks in half precision.
 template <class V>
 constexpr int MIN_BLOCKS = sizeof(V) == 2 ? 2 : 0;
 
 template <class T, class V>
-KERNEL(VALUE_THREADS, MIN_BLOCKS<V>) head_gram_kernel(ValueArgs p) {
+KERNEL(VALUE_THREADS, MIN_BLOCKS<V>)
+head_gram_kernel(ValueArgs p) {
     const Tokens<V> tokens(p);
     const int h = tokens.head, d = p.head_dim;
     const float* matrix = static_cast<const float*>(p.matrix.data) + int64_t(h) * d * p.heads * d;
     float* gram = static_cast<float*>(p.out.data) + tokens.b * int64_t(p.n) * p.heads * p.heads;
     for (int g = h; g < p.heads; ++g) {
         float sums[2] = {};
-        add_products<T>(p, tokens, matrix + g * d, int64_t(p.heads) * d, d, tokens.values(p, g), p.v.stride[2], sums);
+        add_products<T>(p, tokens, matrix + g * d, int64_t(p.heads) * d, d, tokens.values(p, g),
+                        p.v.stride[2], sums);
         add_lanes(sums);
         for (int half = 0; half < 2; ++half) {
             if (lane() % 4 || tokens.row(half) >= p.n) continue;
@@ -41,16 +45,21 @@ KERNEL(VALUE_THREADS, MIN_BLOCKS<V>) head_gram_kernel(ValueArgs p) {
 
 template <class V>
 void run(const ValueArgs& p, bool exact, void* stream) {
-    if (exact) launch(head_gram_kernel<float, V>, value_blocks(p), VALUE_THREADS, VALUE_BYTES<float>, stream, p);
-    else launch(head_gram_kernel<tf32, V>, value_blocks(p), VALUE_THREADS, VALUE_BYTES<tf32>, stream, p);
+    if (exact)
+        launch(head_gram_kernel<float, V>, value_blocks(p), VALUE_THREADS, VALUE_BYTES<float>, stream, p);
+    else
+        launch(head_gram_kernel<tf32, V>, value_blocks(p), VALUE_THREADS, VALUE_BYTES<tf32>, stream, p);
 }
 
 }  // namespace
 
 void head_gram(const ValueArgs& p, bool exact, void* stream) {
-    if (p.v.type == Type::f32) run<float>(p, exact, stream);
-    else if (p.v.type == Type::f16) run<f16>(p, exact, stream);
-    else run<bf16>(p, exact, stream);
+    if (p.v.type == Type::f32)
+        run<float>(p, exact, stream);
+    else if (p.v.type == Type::f16)
+        run<f16>(p, exact, stream);
+    else
+        run<bf16>(p, exact, stream);
 }
 
 }  // namespace pyglobenc

@@ -23,7 +23,9 @@ template <class... P, class... A>
 void launch(void (*kernel)(P...), int64_t blocks, int threads, int bytes, void* stream, const A&... args) {
     if (blocks > INT32_MAX) throw std::runtime_error("CUDA: a grid of " + std::to_string(blocks) + " blocks");
     const void* entry = reinterpret_cast<const void*>(kernel);
-    if (bytes > 48 * 1024) check(cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "shared memory");
+    if (bytes > 48 * 1024)
+        check(cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+              "shared memory");
     kernel<<<unsigned(blocks), threads, bytes, static_cast<cudaStream_t>(stream)>>>(P(args)...);
     check(cudaGetLastError(), "launch");
 }

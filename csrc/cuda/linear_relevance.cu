@@ -1,11 +1,13 @@
-// linear_relevance: the two steps around the GEMMs of the Linear rule, one pass over memory each (Chefer et al., 2021, eq. 5).
+// linear_relevance: the two steps around the GEMMs of the Linear rule, one pass over memory each (Chefer et
+// al., 2021, eq. 5).
 //
-//   S = R / safe(Z), Z = (y - bias + |x| |W|^T) / 2     three reads, one write, where torch makes seven passes
-//   R_in = (x (S W) + |x| (S |W|)) / 2                  three reads, one write
+//   S = R / safe(Z), Z = (y - bias + |x| |W|^T) / 2     three reads, one write, where torch makes seven
+//   passes R_in = (x (S W) + |x| (S |W|)) / 2                  three reads, one write
 //
-// Outputs whose Z is a tiny part of |x| |W|^T + |bias| have lost their digits, and S is set to 0 there. The warp that finds such outputs
-// computes Z = sum_e max(x_e w_e, 0) for each of them, stores R / safe(Z) in place of |x| |W|^T, and sets the flag of its strip. The second
-// pass then adds R / safe(Z) max(x_e w_e, 0). So the host reads nothing about these outputs.
+// Outputs whose Z is a tiny part of |x| |W|^T + |bias| have lost their digits, and S is set to 0 there. The
+// warp that finds such outputs computes Z = sum_e max(x_e w_e, 0) for each of them, stores R / safe(Z) in
+// place of |x| |W|^T, and sets the flag of its strip. The second pass then adds R / safe(Z) max(x_e w_e, 0).
+// So the host reads nothing about these outputs.
 #include "division.h"
 #include "launch.h"
 #include "relevance.h"
@@ -19,8 +21,7 @@ namespace {
 // Calls body(from, e), by the whole warp, for each lane `from` and e with set[e], one after the other.
 template <class Body>
 DEVICE void for_each_set(const bool (&set)[4], const Body& body) {
-    ROLL
-    for (int from = 0; from < 32; ++from) {
+    ROLL for (int from = 0; from < 32; ++from) {
         UNROLL
         for (int e = 0; e < 4; ++e)
             if (shuffle(int(set[e]), from)) body(from, e);
@@ -61,7 +62,8 @@ KERNEL(LINEAR_THREADS, 4) linear_quotient_kernel(QuotientArgs args) {
     const int64_t row = block(), start = row * args.d_out;
     for (int strip = warp(); strip < args.strips; strip += LINEAR_THREADS / 32) {
         const int first = strip * LINEAR_STRIP, at = first + 4 * lane();
-        const Four r = load_four(args.r + start, at, args.d_out), output = load_four(args.output + start, at, args.d_out);
+        const Four r = load_four(args.r + start, at, args.d_out),
+                   output = load_four(args.output + start, at, args.d_out);
         const Four bound = load_four(args.bound + start, at, args.d_out);
         Four bias = {};
         if (args.bias) bias = load_four(args.bias, at, args.d_out);
@@ -93,7 +95,8 @@ KERNEL(LINEAR_THREADS, 4) linear_product_kernel(ProductArgs args) {
     const int64_t row = block(), start = row * args.d_in;
     for (int first = warp() * LINEAR_STRIP; first < args.d_in; first += LINEAR_THREADS / 32 * LINEAR_STRIP) {
         const int at = first + 4 * lane();
-        const Four x = load_four(args.x + start, at, args.d_in), plain = load_four(args.plain_s + start, at, args.d_in);
+        const Four x = load_four(args.x + start, at, args.d_in),
+                   plain = load_four(args.plain_s + start, at, args.d_in);
         Four out = load_four(args.out + start, at, args.d_in);
         UNROLL
         for (int e = 0; e < 4; ++e) out.x[e] = (x.x[e] * out.x[e] + magnitude(x.x[e]) * plain.x[e]) * 0.5f;
@@ -107,6 +110,8 @@ KERNEL(LINEAR_THREADS, 4) linear_product_kernel(ProductArgs args) {
     }
 }
 
-void linear_product(const ProductArgs& args, void* stream) { launch(linear_product_kernel, args.rows, LINEAR_THREADS, 0, stream, args); }
+void linear_product(const ProductArgs& args, void* stream) {
+    launch(linear_product_kernel, args.rows, LINEAR_THREADS, 0, stream, args);
+}
 
 }  // namespace pyglobenc

@@ -1,5 +1,5 @@
-// mapped_square: |x[i] M|^2, M = (C diag(gamma_1)) (C diag(gamma_2)), C the centering matrix (Modarressi et al., 2022, eq. 6 to 10, of the
-// residual).
+// mapped_square: |x[i] M|^2, M = (C diag(gamma_1)) (C diag(gamma_2)), C the centering matrix (Modarressi et
+// al., 2022, eq. 6 to 10, of the residual).
 //
 // A warp takes a row. Each mean is taken after the maps before it. The n * d numbers are read once.
 #include "division.h"
@@ -12,7 +12,8 @@ namespace {
 
 constexpr int SQUARE_THREADS = 128;
 
-// The groups of four numbers of a row that a lane takes. It keeps those of the first 1,024 numbers and reads later ones again.
+// The groups of four numbers of a row that a lane takes. It keeps those of the first 1,024 numbers and reads
+// later ones again.
 template <class V>
 struct Row {
     static constexpr int HELD = 8, STEP = 4 * 32;
@@ -42,8 +43,10 @@ struct Row {
     }
 };
 
-// Returns four numbers of a row, from column `at`, after the first `passed` maps. Past the end of the row they are 0, since the gammas are.
-DEVICE Four mapped(const SquareArgs& p, const Piece& four, int at, const float (&means)[SquareArgs::MAX_COUNT], int passed) {
+// Returns four numbers of a row, from column `at`, after the first `passed` maps. Past the end of the row
+// they are 0, since the gammas are.
+DEVICE Four mapped(const SquareArgs& p, const Piece& four, int at,
+                   const float (&means)[SquareArgs::MAX_COUNT], int passed) {
     Four out;
     for (int e = 0; e < 4; ++e) out.x[e] = from_bits(four.word[e]);
     UNROLL
@@ -56,10 +59,12 @@ DEVICE Four mapped(const SquareArgs& p, const Piece& four, int at, const float (
 }
 
 template <class V>
-KERNEL(SQUARE_THREADS) mapped_square_kernel(SquareArgs p) {
+KERNEL(SQUARE_THREADS)
+mapped_square_kernel(SquareArgs p) {
     const int64_t n = p.x.shape[1], i = int64_t(block()) * (SQUARE_THREADS / 32) + warp();
     if (i >= p.x.shape[0] * n) return;
-    const Row<V> row(static_cast<const V*>(p.x.data) + i / n * p.x.stride[0] + i % n * p.x.stride[1], p.width);
+    const Row<V> row(static_cast<const V*>(p.x.data) + i / n * p.x.stride[0] + i % n * p.x.stride[1],
+                     p.width);
     float means[SquareArgs::MAX_COUNT] = {};
     UNROLL
     for (int k = 0; k < SquareArgs::MAX_COUNT; ++k) {

@@ -1,13 +1,16 @@
-// Turns the probabilities of a tile into norms and adds them to the result. Each lane has one key; the warps divide the queries in pairs.
+// Turns the probabilities of a tile into norms and adds them to the result. Each lane has one key; the warps
+// divide the queries in pairs.
 //
-// A pair takes H (H + 1) / 2 + H multiply-adds in float32. Tensor cores would not be faster: to keep float32's digits, alpha and G have to be
-// split in two and multiplied three times. For 16 x 8 pairs of 12 heads that is 48 mma, but splitting, unpacking and adding the lanes takes
-// 350 more instructions, and the plain form takes 360 in all. With shuffles instead of shared memory, a warp's tile would be so small that
+// A pair takes H (H + 1) / 2 + H multiply-adds in float32. Tensor cores would not be faster: to keep
+// float32's digits, alpha and G have to be split in two and multiplied three times. For 16 x 8 pairs of 12
+// heads that is 48 mma, but splitting, unpacking and adding the lanes takes 350 more instructions, and the
+// plain form takes 360 in all. With shuffles instead of shared memory, a warp's tile would be so small that
 // reading the queries becomes the limit.
 //
-// Counted in sm_90 code for BERT-base in bfloat16, not measured: a pair takes 2.4 instructions up to alpha, 3.5 after it and 0.3 for its tile.
-// At 4 instructions a cycle that is 1.6 cycles of a multiprocessor. Shared memory and L1 move 96 bytes for alpha and 48 each for keys and
-// queries, which at 128 bytes a cycle is 1.5 cycles. The 12 exponentials take 0.75 cycles, the products about 0.6.
+// Counted in sm_90 code for BERT-base in bfloat16, not measured: a pair takes 2.4 instructions up to
+// alpha, 3.5 after it and 0.3 for its tile. At 4 instructions a cycle that is 1.6 cycles of a multiprocessor.
+// Shared memory and L1 move 96 bytes for alpha and 48 each for keys and queries, which at 128 bytes a cycle
+// is 1.5 cycles. The 12 exponentials take 0.75 cycles, the products about 0.6.
 #pragma once
 
 #include "pair_tile.h"
@@ -18,9 +21,12 @@ namespace {
 BOTH int blocks_of(int heads) { return (heads + SIDE - 1) / SIDE; }
 
 // Number of heads of alpha, including those that pad its blocks.
-BOTH int padded_heads(int heads) { return heads > 16 ? blocks_of(heads) * SIDE : heads > 12 ? 16 : heads > 8 ? 12 : 8; }
+BOTH int padded_heads(int heads) {
+    return heads > 16 ? blocks_of(heads) * SIDE : heads > 12 ? 16 : heads > 8 ? 12 : 8;
+}
 
-// Squared norms of queries 2 pair and 2 pair + 1 with this lane's key, from the coefficients of HEADS heads: the upper triangle, row by row.
+// Squared norms of queries 2 pair and 2 pair + 1 with this lane's key, from the coefficients of HEADS heads:
+// the upper triangle, row by row.
 template <int HEADS, int QUERIES>
 struct Form {
     static constexpr int SIZE = HEADS * (HEADS + 1) / 2;
@@ -42,7 +48,8 @@ struct Form {
             Twin row = {of[e] * a[h].x, of[e] * a[h].y};
             ++e;
             UNROLL
-            for (int g = h + 1; g < HEADS; ++g, ++e) row = {fmaf(of[e], a[g].x, row.x), fmaf(of[e], a[g].y, row.y)};
+            for (int g = h + 1; g < HEADS; ++g, ++e)
+                row = {fmaf(of[e], a[g].x, row.x), fmaf(of[e], a[g].y, row.y)};
             sum = {fmaf(row.x, a[h].x, sum.x), fmaf(row.y, a[h].y, sum.y)};
         }
         return sum;
@@ -51,7 +58,8 @@ struct Form {
     DEVICE void prepare(const PairArgs&, const Place&, const Twin*) {}
 };
 
-// For more heads than registers hold: the warps divide the blocks of 8 x 8 coefficients, each for all queries, and add in shared memory.
+// For more heads than registers hold: the warps divide the blocks of 8 x 8 coefficients, each for all
+// queries, and add in shared memory.
 template <int QUERIES>
 struct Form<WIDE, QUERIES> {
     const float* packed;
@@ -67,7 +75,8 @@ struct Form<WIDE, QUERIES> {
             const Twin a = alpha[h * (QUERIES / 2 * KEYS)];
             Twin row = {0, 0};
             UNROLL
-            for (int g = 0; g < SIDE; ++g) row = {fmaf(of[h][g], b[g].x, row.x), fmaf(of[h][g], b[g].y, row.y)};
+            for (int g = 0; g < SIDE; ++g)
+                row = {fmaf(of[h][g], b[g].x, row.x), fmaf(of[h][g], b[g].y, row.y)};
             sum = {fmaf(row.x, a.x, sum.x), fmaf(row.y, a.y, sum.y)};
         }
         return sum;
@@ -82,10 +91,12 @@ struct Form<WIDE, QUERIES> {
                 if (at % p.tile.warps != place.warp) continue;
                 float of[SIDE][SIDE];
                 UNROLL
-                for (int e = 0; e < SIDE * SIDE; ++e) of[e / SIDE][e % SIDE] = packed[(at * SIDE * SIDE + e) * KEYS + lane()];
+                for (int e = 0; e < SIDE * SIDE; ++e)
+                    of[e / SIDE][e % SIDE] = packed[(at * SIDE * SIDE + e) * KEYS + lane()];
                 for (int pair = 0; pair < QUERIES / 2; ++pair) {
                     const Twin* here = alpha + pair_at(pair, lane());
-                    const Twin sum = one(here + row * SIDE * (QUERIES / 2 * KEYS), here + col * SIDE * (QUERIES / 2 * KEYS), of);
+                    const Twin sum = one(here + row * SIDE * (QUERIES / 2 * KEYS),
+                                         here + col * SIDE * (QUERIES / 2 * KEYS), of);
                     Twin& to = partial[pair * KEYS + lane()];
                     to = at < p.tile.warps ? sum : Twin{to.x + sum.x, to.y + sum.y};
                 }
@@ -114,8 +125,8 @@ template <int QUERIES>
 DEVICE float own_term(const PairArgs& p, const Place& place, const Twin* alpha, bool odd) {
     const float* own = place.at<float>(p.tile.own) + lane();
     float sum = 0;
-    ROLL
-    for (int h = 0; h < p.heads; ++h, own += KEYS, alpha += QUERIES / 2 * KEYS) sum = fmaf(odd ? alpha->y : alpha->x, *own, sum);
+    ROLL for (int h = 0; h < p.heads; ++h, own += KEYS, alpha += QUERIES / 2 * KEYS) sum =
+        fmaf(odd ? alpha->y : alpha->x, *own, sum);
     return 2 * sum + *own;
 }
 
@@ -153,11 +164,12 @@ DEVICE Seen share_of(const Seen& all, int share, int shares, int queries) {
     return {start, start + each < all.last ? start + each : all.last};
 }
 
-// Computes the norms of the tile's queries with this lane's key and passes them to the result. The first query is row `first` of `rows`.
+// Computes the norms of the tile's queries with this lane's key and passes them to the result. The first
+// query is row `first` of `rows`.
 template <bool ROLLOUT, int HEADS, int QUERIES>
 DEVICE void take_queries(const PairArgs& p, const Place& place, const Seen& seen, const int* positions,
-                         const float (&weights)[MAX_ROWS][QUERIES], int first, int rows, const Form<HEADS, QUERIES>& form,
-                         float (&sums)[MAX_ROWS]) {
+                         const float (&weights)[MAX_ROWS][QUERIES], int first, int rows,
+                         const Form<HEADS, QUERIES>& form, float (&sums)[MAX_ROWS]) {
     const Twin* alpha = place.at<Twin>(p.tile.alpha) + pair_at(place.warp, lane());
     // whether one of the tile's queries may be one of the keys; the same for all lanes
     const int ahead = place.block * KEYS - first;
@@ -181,7 +193,8 @@ DEVICE void take_queries(const PairArgs& p, const Place& place, const Seen& seen
         } else if (place.key < p.n) {
             const int row = first + 2 * pair;
             if (row < rows) element<float>(p.out, place.b, row, place.key) = norm.x * weights[0][2 * pair];
-            if (row + 1 < rows) element<float>(p.out, place.b, row + 1, place.key) = norm.y * weights[0][2 * pair + 1];
+            if (row + 1 < rows)
+                element<float>(p.out, place.b, row + 1, place.key) = norm.y * weights[0][2 * pair + 1];
         }
     }
 }

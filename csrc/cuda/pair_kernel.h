@@ -9,7 +9,8 @@ namespace {
 // The queries of a tile and their weights, as the group reads them.
 template <int QUERIES>
 struct Listed {
-    uint32_t rows[QUERIES];  // rows of q, in pieces of 16 bytes; a query that is padding repeats another's row
+    uint32_t
+        rows[QUERIES];  // rows of q, in pieces of 16 bytes; a query that is padding repeats another's row
     alignas(8) int positions[QUERIES];
     alignas(8) float weights[MAX_ROWS][QUERIES];
     bool any;  // whether any of them is real
@@ -24,7 +25,8 @@ DEVICE Weighted fetch_query(const Place& place, int row, int rows) {
 
 // The weights of further rows are read only here, after the previous tile has been computed.
 template <bool ROLLOUT, int QUERIES>
-DEVICE void list(const PairArgs& p, const Place& place, int row, const Weighted& query, Listed<QUERIES>& out) {
+DEVICE void list(const PairArgs& p, const Place& place, int row, const Weighted& query,
+                 Listed<QUERIES>& out) {
     if (place.warp != 0) return;
     const bool some = any(query.position >= 0);
     if (place.thread == 0) out.any = some;
@@ -34,10 +36,10 @@ DEVICE void list(const PairArgs& p, const Place& place, int row, const Weighted&
     out.weights[0][place.thread] = query.weight;
     if constexpr (ROLLOUT) {
         if (p.n_rows == 1) return;
-        ROLL
-        for (int line = 1; line < MAX_ROWS; ++line) {
+        ROLL for (int line = 1; line < MAX_ROWS; ++line) {
             const bool counts = query.position >= 0 && place.first_row + line < p.n_rows;
-            out.weights[line][place.thread] = counts ? place.queries[int64_t(line) * p.n_queries + row + place.thread].weight : 0.0f;
+            out.weights[line][place.thread] =
+                counts ? place.queries[int64_t(line) * p.n_queries + row + place.thread].weight : 0.0f;
         }
     }
 }
@@ -54,12 +56,14 @@ DEVICE Rows<QUERIES> rows_of(const PairArgs& p, const Place& place, const Listed
 
 DEVICE void add_warps(const PairArgs& p, const Place& place, const float (&sums)[MAX_ROWS], float* scratch) {
     UNROLL
-    for (int line = 0; line < MAX_ROWS; ++line) scratch[(place.warp * MAX_ROWS + line) * KEYS + lane()] = sums[line];
+    for (int line = 0; line < MAX_ROWS; ++line)
+        scratch[(place.warp * MAX_ROWS + line) * KEYS + lane()] = sums[line];
     barrier(1 + place.group, 32 * p.tile.warps);
     for (int line = place.warp; line < MAX_ROWS && place.first_row + line < p.n_rows; line += p.tile.warps) {
         float sum = 0;
         for (int w = 0; w < p.tile.warps; ++w) sum += scratch[(w * MAX_ROWS + line) * KEYS + lane()];
-        float* out = p.parts + ((place.share * p.q.shape[0] + place.b) * p.n_rows + place.first_row + line) * p.n;
+        float* out =
+            p.parts + ((place.share * p.q.shape[0] + place.b) * p.n_rows + place.first_row + line) * p.n;
         if (place.key < p.n) out[place.key] = sum;
     }
 }
@@ -87,20 +91,28 @@ DEVICE Place find_place(const PairArgs& p) {
     return out;
 }
 
-// Loads what the residual adds where a query is the key, [H + 1, KEYS]: cross terms and residual_sq. Padding may hold anything.
+// Loads what the residual adds where a query is the key, [H + 1, KEYS]: cross terms and residual_sq. Padding
+// may hold anything.
 DEVICE void hold_own(const PairArgs& p, const Place& place, const Seen& seen) {
     if (!p.cross.data) return;
     for (int h = place.warp; h <= p.heads; h += p.tile.warps) {
         float* const to = place.at<float>(p.tile.own) + h * KEYS + lane();
-        if (seen.first >= seen.last) *to = 0;
-        else *to = h < p.heads ? element<float>(p.cross, place.b, place.key, h) : element<float>(p.residual_sq, place.b, place.key);
+        if (seen.first >= seen.last)
+            *to = 0;
+        else
+            *to = h < p.heads ? element<float>(p.cross, place.b, place.key, h)
+                              : element<float>(p.residual_sq, place.b, place.key);
     }
 }
 
 template <class T, int HEADS, bool ROLLOUT>
-KERNEL(THREADS, 1) pairs_kernel(PairArgs p) {
-    constexpr int QUERIES = HEADS != WIDE && HEADS <= 12 && sizeof(T) == 2 ? 32 : 16, HEAD = QUERIES / 2 * KEYS;
-    constexpr int AT_ONCE = HEADS > 12 && sizeof(T) == 4 ? 1 : QUERIES / 8;  // groups of 8 queries whose scores are in registers at a time
+KERNEL(THREADS, 1)
+pairs_kernel(PairArgs p) {
+    constexpr int QUERIES = HEADS != WIDE && HEADS <= 12 && sizeof(T) == 2 ? 32 : 16,
+                  HEAD = QUERIES / 2 * KEYS;
+    constexpr int AT_ONCE = HEADS > 12 && sizeof(T) == 4
+                                ? 1
+                                : QUERIES / 8;  // groups of 8 queries whose scores are in registers at a time
     const Place place = find_place(p);
     const int heads = p.heads, id = 1 + place.group, count = 32 * p.tile.warps;
     if (place.block >= p.key_blocks) return;
@@ -108,11 +120,13 @@ KERNEL(THREADS, 1) pairs_kernel(PairArgs p) {
     Twin* const alpha = place.at<Twin>(p.tile.alpha);
     float* const lse = place.at<float>(p.tile.lse) + place.warp * 2 * QUERIES;
     const Seen seen = seen_from(p, place.b, place.key);
-    const Seen all = share_of(ROLLOUT ? seen.of_warp() : Seen{0, p.n_queries}, place.share, p.shares, QUERIES);
+    const Seen all =
+        share_of(ROLLOUT ? seen.of_warp() : Seen{0, p.n_queries}, place.share, p.shares, QUERIES);
 
     if (p.tile.held) hold_keys(p, place);
     hold_own(p, place, seen);
-    for (int at = heads * HEAD + place.thread; at < padded_heads(heads) * HEAD; at += count) alpha[at] = {0, 0};
+    for (int at = heads * HEAD + place.thread; at < padded_heads(heads) * HEAD; at += count)
+        alpha[at] = {0, 0};
     Form<HEADS, QUERIES> form;
     form.load(p.packed + (place.b * int64_t(p.key_blocks) + place.block) * p.form_size * KEYS);
     list<ROLLOUT>(p, place, all.first, fetch_query<QUERIES>(place, all.first, all.last), lists[0]);
@@ -127,13 +141,15 @@ KERNEL(THREADS, 1) pairs_kernel(PairArgs p) {
         const Weighted next = fetch_query<QUERIES>(place, row + QUERIES, all.last);
         if (here.any)
             for (int h = place.warp, at = 0; h < heads; h += p.tile.warps, at ^= 1)
-                head_alpha<T, AT_ONCE>(p, place, rows, h, h + p.tile.warps, fragments, lse + at * QUERIES, alpha + h * HEAD);
+                head_alpha<T, AT_ONCE>(p, place, rows, h, h + p.tile.warps, fragments, lse + at * QUERIES,
+                                       alpha + h * HEAD);
         list<ROLLOUT>(p, place, row + QUERIES, next, lists[turn ^ 1]);
         barrier(id, count);
         rows = rows_of(p, place, lists[turn ^ 1]);
         if (place.warp < heads) load_queries(p, place, rows, place.warp, 0, fragments);
         if (here.any) form.prepare(p, place, alpha);
-        if (here.any || !ROLLOUT) take_queries<ROLLOUT>(p, place, seen, here.positions, here.weights, row, all.last, form, sums);
+        if (here.any || !ROLLOUT)
+            take_queries<ROLLOUT>(p, place, seen, here.positions, here.weights, row, all.last, form, sums);
         barrier(id, count);
     }
     if constexpr (ROLLOUT) add_warps(p, place, sums, place.at<float>(p.tile.alpha));
@@ -141,7 +157,8 @@ KERNEL(THREADS, 1) pairs_kernel(PairArgs p) {
 
 template <bool ROLLOUT, class T>
 void run_heads(const PairArgs& p, void* stream) {
-    const int64_t blocks = int64_t((p.key_blocks + p.tile.groups - 1) / p.tile.groups) * p.shares * p.row_blocks * p.q.shape[0];
+    const int64_t blocks =
+        int64_t((p.key_blocks + p.tile.groups - 1) / p.tile.groups) * p.shares * p.row_blocks * p.q.shape[0];
     const int padded = form_heads(p.heads);
     const auto kernel = padded == 8    ? pairs_kernel<T, 8, ROLLOUT>
                         : padded == 12 ? pairs_kernel<T, 12, ROLLOUT>
@@ -153,10 +170,14 @@ void run_heads(const PairArgs& p, void* stream) {
 // Launches the kernel on prepared arguments. exact: float32 products keep float32's digits.
 template <bool ROLLOUT>
 void run_pairs(const PairArgs& p, bool exact, void* stream) {
-    if (p.q.type == Type::bf16) run_heads<ROLLOUT, bf16>(p, stream);
-    else if (p.q.type == Type::f16) run_heads<ROLLOUT, f16>(p, stream);
-    else if (exact) run_heads<ROLLOUT, float>(p, stream);
-    else run_heads<ROLLOUT, tf32>(p, stream);
+    if (p.q.type == Type::bf16)
+        run_heads<ROLLOUT, bf16>(p, stream);
+    else if (p.q.type == Type::f16)
+        run_heads<ROLLOUT, f16>(p, stream);
+    else if (exact)
+        run_heads<ROLLOUT, float>(p, stream);
+    else
+        run_heads<ROLLOUT, tf32>(p, stream);
 }
 
 }  // namespace

@@ -4,6 +4,8 @@
 
 namespace pyglobenc {
 
-void pair_norms(const PairArgs& args, bool exact, void* stream) { run_pairs<false>(prepared(args, stream), exact, stream); }
+void pair_norms(const PairArgs& args, bool exact, void* stream) {
+    run_pairs<false>(prepared(args, stream), exact, stream);
+}
 
 }  // namespace pyglobenc

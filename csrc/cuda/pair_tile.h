@@ -1,11 +1,12 @@
-// Norms of (query, key) pairs, tile by tile, all heads: norm[i, j]^2 = a^T G[j] a + (i == j) (2 a . c[i] + residual_sq[i]),
-// a = alpha[:, i, j] (Modarressi et al., 2022, eq. 6 to 10, expanded over heads).
+// Norms of (query, key) pairs, tile by tile, all heads: norm[i, j]^2 = a^T G[j] a + (i == j) (2 a . c[i] +
+// residual_sq[i]), a = alpha[:, i, j] (Modarressi et al., 2022, eq. 6 to 10, expanded over heads).
 //
-// A group of warps takes 32 keys and streams queries. First the warps divide the heads. They compute scores by mma: query fragments come
-// directly from global memory (in pieces of 16 bytes, with the order of d permuted alike in q and k), and the keys are held in shared memory
-// in the order of fragments. alpha goes to shared memory as float32. Then the warps divide the queries, and each lane has one key. It keeps
-// the H (H + 1) / 2 coefficients of its form in registers, reads alpha without bank conflicts, and adds over queries in a register, without
-// any shuffle.
+// A group of warps takes 32 keys and streams queries. First the warps divide the heads. They compute scores
+// by mma: query fragments come directly from global memory (in pieces of 16 bytes, with the order of d
+// permuted alike in q and k), and the keys are held in shared memory in the order of fragments. alpha goes to
+// shared memory as float32. Then the warps divide the queries, and each lane has one key. It keeps the H (H +
+// 1) / 2 coefficients of its form in registers, reads alpha without bank conflicts, and adds over queries in
+// a register, without any shuffle.
 #pragma once
 
 #include "pairs.h"
@@ -14,8 +15,8 @@
 namespace pyglobenc {
 namespace {
 
-constexpr int WIDE = 0;   // stands for more than 16 heads, whose forms are kept in blocks of 8 x 8
-constexpr int SIDE = 8;   // rows and columns of such a block
+constexpr int WIDE = 0;  // stands for more than 16 heads, whose forms are kept in blocks of 8 x 8
+constexpr int SIDE = 8;  // rows and columns of such a block
 constexpr float LOG2_E = 1.44269504f;
 
 template <class T>
@@ -35,13 +36,13 @@ DEVICE T& element(const View& view, int64_t i0, int64_t i1, int64_t i2) {
 
 // The place of a group of warps in the work.
 struct Place {
-    int b, share, first_row;     // example; part of the queries; row of the rollout
-    int block;                   // of KEYS keys
-    int group, warp, thread;     // in the block; in the group
-    int key;                     // of this lane
-    char* memory;                // the group's
-    const char *q, *k, *lse;     // of the example, q and k from this lane's pieces on
-    const Weighted* queries;     // of the example and first_row
+    int b, share, first_row;  // example; part of the queries; row of the rollout
+    int block;                // of KEYS keys
+    int group, warp, thread;  // in the block; in the group
+    int key;                  // of this lane
+    char* memory;             // the group's
+    const char *q, *k, *lse;  // of the example, q and k from this lane's pieces on
+    const Weighted* queries;  // of the example and first_row
 
     template <class E>
     DEVICE E* at(int offset) const {
@@ -49,7 +50,8 @@ struct Place {
     }
 };
 
-// A lane's queries of a tile: the rows of q of queries 8 n + g, in pieces counted from the head's first, and the lse of query lane().
+// A lane's queries of a tile: the rows of q of queries 8 n + g, in pieces counted from the head's first, and
+// the lse of query lane().
 template <int QUERIES>
 struct Rows {
     uint32_t q[QUERIES / 8];
@@ -64,7 +66,8 @@ struct Fragments {
 };
 
 template <int QUERIES>
-DEVICE void load_queries(const PairArgs& p, const Place& place, const Rows<QUERIES>& rows, int head, int step, Fragments<QUERIES>& out) {
+DEVICE void load_queries(const PairArgs& p, const Place& place, const Rows<QUERIES>& rows, int head, int step,
+                         Fragments<QUERIES>& out) {
     const char* q = settled(place.q + int64_t(head) * p.q_head + step * 64);
     const bool second = step + 1 < p.steps;
     UNROLL
@@ -76,7 +79,8 @@ DEVICE void load_queries(const PairArgs& p, const Place& place, const Rows<QUERI
     if (step == 0) out.lse = load<float>(rows.lse + int64_t(head) * p.lse_head);
 }
 
-// Copies two steps of 16 keys of a head, rows g and g + 8 from `first`, to `held`, in the order in which products take them.
+// Copies two steps of 16 keys of a head, rows g and g + 8 from `first`, to `held`, in the order in which
+// products take them.
 DEVICE void fetch_keys(const PairArgs& p, const Place& place, int kv_head, int step, int first, Piece* held) {
     const char* k = place.k + int64_t(kv_head) * p.k_head + step * 64;
     Piece rows[2] = {};
@@ -87,7 +91,8 @@ DEVICE void fetch_keys(const PairArgs& p, const Place& place, int kv_head, int s
     }
     UNROLL
     for (int s = 0; s < 2; ++s)
-        held[s * 32 + lane()] = Piece{{rows[0].word[2 * s], rows[1].word[2 * s], rows[0].word[2 * s + 1], rows[1].word[2 * s + 1]}};
+        held[s * 32 + lane()] = Piece{
+            {rows[0].word[2 * s], rows[1].word[2 * s], rows[0].word[2 * s + 1], rows[1].word[2 * s + 1]}};
 }
 
 // Layout of the pieces of all heads' keys: [kv head][step][16 keys][2][lane].
@@ -102,13 +107,14 @@ DEVICE void hold_keys(const PairArgs& p, const Place& place) {
             fetch_keys(p, place, h, at / 2, at % 2 * 16, held_keys(p, place, h, at / 2) + at % 2 * 64);
 }
 
-// Returns where alpha of a head keeps queries 2 pair and 2 pair + 1 with key j. Values that are stored together lie in different banks. The
-// distance to 4 pairs or 16 keys further is the same everywhere.
+// Returns where alpha of a head keeps queries 2 pair and 2 pair + 1 with key j. Values that are stored
+// together lie in different banks. The distance to 4 pairs or 16 keys further is the same everywhere.
 DEVICE int pair_at(int pair, int j) { return pair * KEYS + (j ^ 4 * (pair & 3)); }
 
 // Adds the products of one step's keys with queries 8 n to 8 (n + AT_ONCE) - 1.
 template <class T, int AT_ONCE, int QUERIES>
-DEVICE void add_step(const Piece* keys, int n, int s, const Fragments<QUERIES>& queries, float (&scores)[2][AT_ONCE][4]) {
+DEVICE void add_step(const Piece* keys, int n, int s, const Fragments<QUERIES>& queries,
+                     float (&scores)[2][AT_ONCE][4]) {
     UNROLL
     for (int m = 0; m < 2; ++m) {
         const Piece left[2] = {keys[m * 64 + lane()], keys[m * 64 + 32 + lane()]};
@@ -119,8 +125,8 @@ DEVICE void add_step(const Piece* keys, int n, int s, const Fragments<QUERIES>& 
 
 // Does the same for up to two steps.
 template <class T, int AT_ONCE, int QUERIES>
-DEVICE void add_steps(const PairArgs& p, const Place& place, int kv_head, int step, int n, const Fragments<QUERIES>& queries,
-                      float (&scores)[2][AT_ONCE][4]) {
+DEVICE void add_steps(const PairArgs& p, const Place& place, int kv_head, int step, int n,
+                      const Fragments<QUERIES>& queries, float (&scores)[2][AT_ONCE][4]) {
     const bool second = step + 1 < p.steps;
     if (p.tile.held) {
         const Piece* keys = held_keys(p, place, kv_head, step);
@@ -134,41 +140,41 @@ DEVICE void add_steps(const PairArgs& p, const Place& place, int kv_head, int st
         if (s && !second) break;
         // The lanes read what other lanes of the warp wrote, before and now.
         warp_barrier();
-        ROLL
-        for (int half = 0; half < 2; ++half) fetch_keys(p, place, kv_head, step + s, half * 16, keys + half * 64);
+        ROLL for (int half = 0; half < 2; ++half)
+            fetch_keys(p, place, kv_head, step + s, half * 16, keys + half * 64);
         warp_barrier();
         add_step<T>(keys, n, s, queries, scores);
     }
 }
 
-// Computes the scores of the 32 keys with these queries. The queries are loaded here, except the first pieces at n = 0.
+// Computes the scores of the 32 keys with these queries. The queries are loaded here, except the first pieces
+// at n = 0.
 template <class T, int AT_ONCE, int QUERIES>
-DEVICE void score(const PairArgs& p, const Place& place, const Rows<QUERIES>& rows, int head, int n, Fragments<QUERIES>& queries,
-                  float (&scores)[2][AT_ONCE][4]) {
+DEVICE void score(const PairArgs& p, const Place& place, const Rows<QUERIES>& rows, int head, int n,
+                  Fragments<QUERIES>& queries, float (&scores)[2][AT_ONCE][4]) {
     const int kv_head = head * p.per_group >> 16;
     if (n && p.steps > 2) load_queries(p, place, rows, head, 0, queries);
     add_steps<T>(p, place, kv_head, 0, n, queries, scores);
-    ROLL
-    for (int step = 2; step < p.steps; step += 2) {
+    ROLL for (int step = 2; step < p.steps; step += 2) {
         // Tensor cores truncate what they add to, so short sums start from 0.
         float sums[2][AT_ONCE][4] = {};
         load_queries(p, place, rows, head, step, queries);
         add_steps<T>(p, place, kv_head, step, n, queries, sums);
         UNROLL
-        for (int m = 0; m < 2; ++m)
-            UNROLL
-            for (int e = 0; e < 4 * AT_ONCE; ++e) scores[m][e / 4][e % 4] += sums[m][e / 4][e % 4];
+        for (int m = 0; m < 2; ++m) UNROLL
+        for (int e = 0; e < 4 * AT_ONCE; ++e) scores[m][e / 4][e % 4] += sums[m][e / 4][e % 4];
     }
 }
 
-// Writes the probabilities of one head to alpha [QUERIES / 2, KEYS]. When it returns, the loads of head `next` have started. lse is a buffer
-// of the warp; the next call takes another one.
+// Writes the probabilities of one head to alpha [QUERIES / 2, KEYS]. When it returns, the loads of head
+// `next` have started. lse is a buffer of the warp; the next call takes another one.
 template <class T, int AT_ONCE, int QUERIES>
-DEVICE void head_alpha(const PairArgs& p, const Place& place, const Rows<QUERIES>& rows, int head, int next, Fragments<QUERIES>& queries,
-                       float* lse, Twin* alpha) {
+DEVICE void head_alpha(const PairArgs& p, const Place& place, const Rows<QUERIES>& rows, int head, int next,
+                       Fragments<QUERIES>& queries, float* lse, Twin* alpha) {
     if (lane() < QUERIES) lse[lane()] = queries.lse * LOG2_E;
     warp_barrier();
-    Twin* const to[2] = {alpha + pair_at(lane() % 4, lane() / 4), alpha + pair_at(lane() % 4, 8 + lane() / 4)};
+    Twin* const to[2] = {alpha + pair_at(lane() % 4, lane() / 4),
+                         alpha + pair_at(lane() % 4, 8 + lane() / 4)};
     UNROLL
     for (int n = 0; n < QUERIES / 8; n += AT_ONCE) {
         float scores[2][AT_ONCE][4] = {};
@@ -181,7 +187,8 @@ DEVICE void head_alpha(const PairArgs& p, const Place& place, const Rows<QUERIES
             for (int row = 0; row < 4; ++row) {
                 const float* s = scores[row / 2][e] + row % 2 * 2;
                 to[row % 2][row / 2 * 16 + 4 * (n + e) * KEYS] =
-                    Twin{exp2_approx(fmaf(s[0], p.to_base_2, -shift.x)), exp2_approx(fmaf(s[1], p.to_base_2, -shift.y))};
+                    Twin{exp2_approx(fmaf(s[0], p.to_base_2, -shift.x)),
+                         exp2_approx(fmaf(s[1], p.to_base_2, -shift.y))};
             }
         }
     }

@@ -36,15 +36,18 @@ DEVICE void fill_span(const PairArgs& p, int token) {
     p.spans[p.n + token] = element<int>(p.cu_seqlens, high);
 }
 
-// Packs coefficient e of each key (G[h][g] + G[g][h] for h < g, G[h][h], else 0) and the queries, divided among the blocks.
+// Packs coefficient e of each key (G[h][g] + G[g][h] for h < g, G[h][h], else 0) and the queries, divided
+// among the blocks.
 KERNEL(256) pack_kernel(PairArgs p, int padded) {
-    for (int row = block() % p.key_blocks * threads() + thread(); row < p.n_queries; row += p.key_blocks * threads()) {
+    for (int row = block() % p.key_blocks * threads() + thread(); row < p.n_queries;
+         row += p.key_blocks * threads()) {
         fill_query(p, block() / p.key_blocks, row);
         if (p.spans) fill_span(p, row);
     }
     const int b = block() / p.key_blocks, key = block() % p.key_blocks * KEYS + lane();
     float* out = p.packed + int64_t(block()) * p.form_size * KEYS;
-    const float* gram = static_cast<const float*>(p.gram.data) + b * p.gram.stride[0] + key * p.gram.stride[1];
+    const float* gram =
+        static_cast<const float*>(p.gram.data) + b * p.gram.stride[0] + key * p.gram.stride[1];
     for (int e = warp(); e < p.form_size; e += threads() / 32) {
         // rows of the triangle, made of entries or of blocks of SIDE x SIDE
         const int unit = padded ? 1 : SIDE, each = unit * unit;
@@ -82,7 +85,8 @@ PairTile choose_tile(int heads, int kv_heads, int head_dim, int size, int limit)
     return PairTile();
 }
 
-PairRoom choose_room(int64_t batch, int heads, int64_t n, int64_t n_queries, int64_t rows, int shares, bool packed_sequences) {
+PairRoom choose_room(int64_t batch, int heads, int64_t n, int64_t n_queries, int64_t rows, int shares,
+                     bool packed_sequences) {
     const auto whole = [](int64_t floats) { return (floats + 31) / 32 * 32; };
     PairRoom room;
     room.queries = batch * ((n + KEYS - 1) / KEYS) * form_size(heads) * KEYS;
@@ -93,7 +97,8 @@ PairRoom choose_room(int64_t batch, int heads, int64_t n, int64_t n_queries, int
 }
 
 PairArgs prepared(PairArgs p, void* stream) {
-    if (!p.tile.groups) throw std::runtime_error("no tile of this many heads fits the device's shared memory");
+    if (!p.tile.groups)
+        throw std::runtime_error("no tile of this many heads fits the device's shared memory");
     if (p.shares > MAX_SHARES) throw std::runtime_error("the queries in more shares than are added up");
     const int padded = form_heads(int(p.q.shape[1])), size = p.q.type == Type::f32 ? 4 : 2;
     p.n = int(p.k.shape[2]);
@@ -102,7 +107,8 @@ PairArgs prepared(PairArgs p, void* stream) {
     p.n_queries = int(p.rows ? p.rows.shape[1] : p.q.shape[2]);
     p.n_rows = int(p.r.shape[1]);
     p.steps = int(p.q.shape[3]) * size / 64;
-    for (int axis = 0; axis < 3; ++axis) p.q_step[axis] = p.q.stride[axis] * size, p.k_step[axis] = p.k.stride[axis] * size;
+    for (int axis = 0; axis < 3; ++axis)
+        p.q_step[axis] = p.q.stride[axis] * size, p.k_step[axis] = p.k.stride[axis] * size;
     for (const int64_t step : {p.q_step[1], p.k_step[1], p.lse.stride[1] * 4})
         if (step > INT32_MAX) throw std::runtime_error("the heads of q, k or lse lie more than 2 GiB apart");
     p.q_head = int(p.q_step[1]);
@@ -116,7 +122,8 @@ PairArgs prepared(PairArgs p, void* stream) {
     p.row_blocks = p.r ? (p.n_rows + MAX_ROWS - 1) / MAX_ROWS : 1;
     p.form_size = form_size(p.heads);
     p.lines = p.r ? p.n_rows : 1;
-    const PairRoom room = choose_room(p.q.shape[0], p.heads, p.n, p.n_queries, p.n_rows, p.shares, bool(p.cu_seqlens));
+    const PairRoom room =
+        choose_room(p.q.shape[0], p.heads, p.n, p.n_queries, p.n_rows, p.shares, bool(p.cu_seqlens));
     if (p.room.shape[0] < room.size) throw std::runtime_error("too little scratch memory");
     p.packed = static_cast<float*>(p.room.data);
     p.queries = reinterpret_cast<Weighted*>(p.packed + room.queries);

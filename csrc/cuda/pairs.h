@@ -7,18 +7,20 @@
 
 namespace pyglobenc {
 
-constexpr int KEYS = 32;       // keys that a group of warps holds, one a lane
-constexpr int MAX_ROWS = 4;    // rows of the rollout that a pass handles; more rows take more passes
+constexpr int KEYS = 32;     // keys that a group of warps holds, one a lane
+constexpr int MAX_ROWS = 4;  // rows of the rollout that a pass handles; more rows take more passes
 constexpr int MAX_HEADS = 64;
 constexpr int MAX_SHARES = 16;  // largest number of parts that the queries are divided into
-constexpr int THREADS = 256;  // largest block, so that each thread may have 255 registers, half of them for coefficients
+constexpr int THREADS =
+    256;  // largest block, so that each thread may have 255 registers, half of them for coefficients
 
 // How a block is divided into groups, and the layout of a group's shared memory in bytes.
 struct PairTile {
     int groups = 0;   // groups of warps, each with its own keys and barriers; 0: no tile fits
     int warps = 0;    // warps of a group, a multiple of 4
     int queries = 0;  // queries of a tile, 16 or 32
-    bool held = false;  // whether all keys stay in shared memory; otherwise each warp loads them again for every tile
+    bool held =
+        false;  // whether all keys stay in shared memory; otherwise each warp loads them again for every tile
     int alpha = 0, partial = 0, own = 0, lse = 0, lists = 0, bytes = 0;
 };
 
@@ -40,7 +42,7 @@ struct PairArgs {
     View key_mask;     // [B, n] u8 or none
     View rows;         // [B, m] i64, the queries of pair_norms, or none: all
     View r;            // [B, T, n], or none for pair_norms
-    View cu_seqlens;      // [S + 1] i32, where each of the sequences packed into one begins, and n, or none
+    View cu_seqlens;   // [S + 1] i32, where each of the sequences packed into one begins, and n, or none
     View log_scale;    // [B, T], of packed sequences [S, T], contiguous, or none for pair_norms
     View out;          // rollout_step [B, T, n], pair_norms [B, m, n]
     View out_scale;    // as log_scale
@@ -51,23 +53,24 @@ struct PairArgs {
     PairTile tile;
 
     // filled in by prepared()
-    float* packed = nullptr;      // [B, blocks of keys, coefficients, KEYS], the quadratic forms
-    Weighted* queries = nullptr;  // [B, lines, m or n]
-    int* spans = nullptr;         // [2, n], first and last + 1 token of each key's sequence, or null
-    float* parts = nullptr;       // [shares, B, T, n]
-    int lines = 1;                // rows of weights of the queries: T, or 1 for pair_norms
-    int n = 0, heads = 0, group = 0;         // tokens, heads, heads that share a key-value head
-    int n_queries = 0, n_rows = 0;           // m or n; T, or 0 for pair_norms
-    int steps = 0;                           // of 4 pieces of 16 bytes, one a lane of a quad, in a row of q or k
-    int64_t q_step[3] = {}, k_step[3] = {};  // strides in bytes
+    float* packed = nullptr;          // [B, blocks of keys, coefficients, KEYS], the quadratic forms
+    Weighted* queries = nullptr;      // [B, lines, m or n]
+    int* spans = nullptr;             // [2, n], first and last + 1 token of each key's sequence, or null
+    float* parts = nullptr;           // [shares, B, T, n]
+    int lines = 1;                    // rows of weights of the queries: T, or 1 for pair_norms
+    int n = 0, heads = 0, group = 0;  // tokens, heads, heads that share a key-value head
+    int n_queries = 0, n_rows = 0;    // m or n; T, or 0 for pair_norms
+    int steps = 0;                    // of 4 pieces of 16 bytes, one a lane of a quad, in a row of q or k
+    int64_t q_step[3] = {}, k_step[3] = {};    // strides in bytes
     int q_head = 0, k_head = 0, lse_head = 0;  // strides of heads
-    uint32_t q_row = 0;                      // stride of rows of q, in pieces of 16 bytes
-    float to_base_2 = 1;                     // scaling log2(e)
-    int per_group = 0;                       // 65536 / group, rounded up
+    uint32_t q_row = 0;                        // stride of rows of q, in pieces of 16 bytes
+    float to_base_2 = 1;                       // scaling log2(e)
+    int per_group = 0;                         // 65536 / group, rounded up
     int key_blocks = 0, row_blocks = 0, form_size = 0;
 };
 
-// Return the number of heads that the kernel's forms are compiled for (WIDE for more than 16), and the coefficients of one form.
+// Return the number of heads that the kernel's forms are compiled for (WIDE for more than 16), and the
+// coefficients of one form.
 int form_heads(int heads);
 int form_size(int heads);
 
@@ -79,7 +82,8 @@ struct PairRoom {
 };
 
 // rows: T, or 0 for pair_norms; n_queries: m or n.
-PairRoom choose_room(int64_t batch, int heads, int64_t n, int64_t n_queries, int64_t rows, int shares, bool packed_sequences);
+PairRoom choose_room(int64_t batch, int heads, int64_t n, int64_t n_queries, int64_t rows, int shares,
+                     bool packed_sequences);
 
 // Returns the arguments with their derived fields; starts filling packed, queries and spans.
 PairArgs prepared(PairArgs args, void* stream);

@@ -6,7 +6,8 @@
 namespace pyglobenc {
 namespace {
 
-// Number of parts into which a float is split: two of 11 bits each for T = float, to keep its digits; one for tf32, which tensor cores truncate.
+// Number of parts into which a float is split: two of 11 bits each for T = float, to keep its digits; one for
+// tf32, which tensor cores truncate.
 template <class T>
 constexpr int PARTS = 1;
 template <>
@@ -21,12 +22,13 @@ DEVICE void split(uint32_t x, uint32_t (&parts)[PARTS<T>]) {
     }
 }
 
-// Adds a b^T of 16 x 8 entries over one step to c. The left factor is laid out as mma takes it, a[.][0] and a[.][1]; the right one as it lies
-// in memory, 4 bytes of row g each. The order of entries along d does not matter as long as both sides agree. A left factor that is exact in
-// tf32 comes in 1 part.
+// Adds a b^T of 16 x 8 entries over one step to c. The left factor is laid out as mma takes it, a[.][0] and
+// a[.][1]; the right one as it lies in memory, 4 bytes of row g each. The order of entries along d does not
+// matter as long as both sides agree. A left factor that is exact in tf32 comes in 1 part.
 //
-// Three products of tf32, or two with such a left factor, keep 22 of float32's 24 bits. They are summed from 0 and added to c in float32,
-// because tensor cores round their sums towards 0, which over a whole row would cost another 4 bits.
+// Three products of tf32, or two with such a left factor, keep 22 of float32's 24 bits. They are summed from
+// 0 and added to c in float32, because tensor cores round their sums towards 0, which over a whole row would
+// cost another 4 bits.
 template <class T, int LEFT>
 DEVICE void multiply(float (&c)[4], const uint32_t (&a)[LEFT][2][4], const uint32_t (&b)[PARTS<T>][4]) {
     if constexpr (PARTS<T> == 1) {

@@ -1,20 +1,22 @@
-// relevance_attention and relevance_rollout_step, structured like flash attention's backward pass, with the formulas of
-// pyglobenc/ops/relevance_attention.py.
+// relevance_attention and relevance_rollout_step, structured like flash attention's backward pass, with the
+// formulas of pyglobenc/ops/relevance_attention.py.
 //
-// A pass over rows computes R_q, the row sums of A, and with an additive mask the sums that its factor needs. A pass over columns computes
-// R_k, R_v and each head's part of the rollout step. Together they take 9 n^2 d multiply-adds. They store no (n, n) array and use no
-// atomics, so that results repeat bit for bit.
+// A pass over rows computes R_q, the row sums of A, and with an additive mask the sums that its factor needs.
+// A pass over columns computes R_k, R_v and each head's part of the rollout step. Together they take 9 n^2 d
+// multiply-adds. They store no (n, n) array and use no atomics, so that results repeat bit for bit.
 #include "launch.h"
 #include "relevance_pairs.h"
 
 namespace pyglobenc {
 
-// The work of one block. ROWS: it holds queries and streams keys, otherwise the reverse. SLICE: number of columns of R_q, or of R_k and R_v,
-// that the block adds up in registers; 0 if no relevance is wanted.
+// The work of one block. ROWS: it holds queries and streams keys, otherwise the reverse. SLICE: number of
+// columns of R_q, or of R_k and R_v, that the block adds up in registers; 0 if no relevance is wanted.
 template <bool ROWS, int SLICE>
 struct Pass {
-    // Two tiles where the sums fill the registers (two of 64 columns, or one of 128), or where wide heads fill the shared memory.
-    static constexpr int COLUMNS = SLICE, TILES = ROWS && SLICE == 64 ? 4 : 2, STREAM = 8 * TILES, W_STRIDE = STREAM + 8;
+    // Two tiles where the sums fill the registers (two of 64 columns, or one of 128), or where wide heads
+    // fill the shared memory.
+    static constexpr int COLUMNS = SLICE, TILES = ROWS && SLICE == 64 ? 4 : 2, STREAM = 8 * TILES,
+                         W_STRIDE = STREAM + 8;
     static constexpr int HELD_TENSORS = ROWS ? 3 : 2, STREAM_ROWS = (ROWS ? 2 : 3) * STREAM;
 
     static int bytes(int head_dim, int warps) {
@@ -60,10 +62,13 @@ struct Pass {
     DEVICE int own() const { return WARP_ROWS * (threads() / 32); }
     DEVICE Place* places(int stage) const { return held.places + own() + stage * STREAM; }
     // [MAX_STEP_ROWS, STREAM], rows W_STRIDE apart
-    DEVICE float* w(int stage) const { return reinterpret_cast<float*>(places(2)) + stage * RelevanceArgs::MAX_STEP_ROWS * W_STRIDE; }
+    DEVICE float* w(int stage) const {
+        return reinterpret_cast<float*>(places(2)) + stage * RelevanceArgs::MAX_STEP_ROWS * W_STRIDE;
+    }
 
     DEVICE void fetch(int stage, int first) const {
-        fill<!ROWS>({raw, STREAM * parts.stride, places(stage)}, head, STREAM, [&](int at) { return first + at; });
+        fill<!ROWS>({raw, STREAM * parts.stride, places(stage)}, head, STREAM,
+                    [&](int at) { return first + at; });
         if constexpr (!ROWS) fetch_w(stage, first);
         commit_copies();
     }
@@ -75,7 +80,8 @@ struct Pass {
             const int t = at / STREAM, i = first + at % STREAM;
             const bool ok = t < from.shape[1] && i < head.last;
             const int64_t offset = ok ? head.b * from.stride[0] + t * from.stride[1] + i * from.stride[2] : 0;
-            copy_async<4>(w(stage) + t * W_STRIDE + at % STREAM, static_cast<const float*>(from.data) + offset, ok);
+            copy_async<4>(w(stage) + t * W_STRIDE + at % STREAM,
+                          static_cast<const float*>(from.data) + offset, ok);
         }
     }
 
@@ -83,10 +89,12 @@ struct Pass {
     template <class Body>
     DEVICE void walk(const Body& body) {
         const RelevanceArgs& args = head.args;
-        const int before = start - (ROWS ? args.left : args.right), after = start + own() + (ROWS ? args.right : args.left);
+        const int before = start - (ROWS ? args.left : args.right),
+                  after = start + own() + (ROWS ? args.right : args.left);
         // The tiles lie as if the sequence were alone.
         const int first = head.first + (before > head.first ? (before - head.first) / STREAM * STREAM : 0);
-        const Side mine = {held.rows + warp() * WARP_ROWS * parts.stride, held.step, held.places + warp() * WARP_ROWS};
+        const Side mine = {held.rows + warp() * WARP_ROWS * parts.stride, held.step,
+                           held.places + warp() * WARP_ROWS};
         fill<ROWS>(held, head, own(), [&](int at) { return start + at; });
         // Rows past the window are not loaded.
         if (after < head.last) head.last = after;
@@ -108,7 +116,8 @@ struct Pass {
     // Returns whether this slice has columns 16 d to 16 d + 15.
     DEVICE bool has(int d) const { return slice + 16 * d < head.head_dim(); }
 
-    // Adds the left factor times 16 streamed rows of a tensor, columns 16 d to 16 d + 15 of this slice, to the sums.
+    // Adds the left factor times 16 streamed rows of a tensor, columns 16 d to 16 d + 15 of this slice, to
+    // the sums.
     DEVICE void add(Sums& sums, int d, const Left& left, int tensor, int tile) const {
         Right right[2];
         right_below(right, parts.at(tensor * STREAM + 8 * tile, slice + 16 * d));
@@ -150,7 +159,8 @@ DEVICE T sum_of_row(T x) {
 }
 
 template <int SLICE>
-KERNEL(32 * MAX_WARPS, BLOCKS_AT_ONCE) relevance_rows_kernel(CONSTANT RelevanceArgs args) {
+KERNEL(32 * MAX_WARPS, BLOCKS_AT_ONCE)
+relevance_rows_kernel(CONSTANT RelevanceArgs args) {
     using Rows = Pass<true, SLICE>;
     Rows pass(args);
     if (pass.idle()) return;
@@ -166,7 +176,8 @@ KERNEL(32 * MAX_WARPS, BLOCKS_AT_ONCE) relevance_rows_kernel(CONSTANT RelevanceA
             UNROLL
             for (int both = 0; both < 8; ++both) {
                 const int at = tile + both / 4, e = both % 4;
-                const float relevance = pairs.relevance[at][e], dot = pairs.dots[at][e], passed = passed_on(args, relevance, dot);
+                const float relevance = pairs.relevance[at][e], dot = pairs.dots[at][e],
+                            passed = passed_on(args, relevance, dot);
                 u[both / 4][e] = safe_divide(passed, dot, args.stabilizer);
                 of_tile[0][e / 2] += pairs.weighted[at][e];
                 of_tile[1][e / 2] += relevance;
@@ -193,12 +204,14 @@ KERNEL(32 * MAX_WARPS, BLOCKS_AT_ONCE) relevance_rows_kernel(CONSTANT RelevanceA
         if (i < 0 || pass.slice || lane() % 4) continue;
         UNROLL
         for (int k = 0; k < SUMS; ++k)
-            if (k == 0 || args.additive) args.sums[k * all + int64_t(pass.head_index) * pass.n() + i] = sums[k][half];
+            if (k == 0 || args.additive)
+                args.sums[k * all + int64_t(pass.head_index) * pass.n() + i] = sums[k][half];
     }
 }
 
 template <int SLICE>
-KERNEL(32 * MAX_WARPS, BLOCKS_AT_ONCE) relevance_columns_kernel(CONSTANT RelevanceArgs args) {
+KERNEL(32 * MAX_WARPS, BLOCKS_AT_ONCE)
+relevance_columns_kernel(CONSTANT RelevanceArgs args) {
     using Columns = Pass<false, SLICE>;
     Columns pass(args);
     if (pass.idle()) return;
@@ -214,7 +227,8 @@ KERNEL(32 * MAX_WARPS, BLOCKS_AT_ONCE) relevance_columns_kernel(CONSTANT Relevan
             float u[2][4];
             UNROLL
             for (int both = 0; both < 8; ++both) {
-                const float dot = pairs.dots[tile + both / 4][both % 4], relevance = pairs.relevance[tile + both / 4][both % 4];
+                const float dot = pairs.dots[tile + both / 4][both % 4],
+                            relevance = pairs.relevance[tile + both / 4][both % 4];
                 u[both / 4][both % 4] = safe_divide(passed_on(args, relevance, dot), dot, args.stabilizer);
             }
             const Left left = left_of(u), other = left_of(pairs.alpha + tile);
@@ -233,14 +247,16 @@ KERNEL(32 * MAX_WARPS, BLOCKS_AT_ONCE) relevance_columns_kernel(CONSTANT Relevan
     const int64_t steps = args.w.shape[1];
     UNROLL
     for (int e = 0; e < 4; ++e) {
-        const int j = pass.held.places[warp() * WARP_ROWS + lane() / 4 + e / 2 * 8].at, t = lane() % 4 * 2 + e % 2;
+        const int j = pass.held.places[warp() * WARP_ROWS + lane() / 4 + e / 2 * 8].at,
+                  t = lane() % 4 * 2 + e % 2;
         if (step && j >= 0 && t < steps) args.step[(pass.head_index * steps + t) * pass.n() + j] = sums[e];
     }
 }
 
 template <class AnyPass>
 static void start(void (*kernel)(const RelevanceArgs), const RelevanceArgs& args, void* stream) {
-    const int head_dim = int(args.k.shape[3]), warps = warps_that_fit(AnyPass::bytes, head_dim), own = WARP_ROWS * warps;
+    const int head_dim = int(args.k.shape[3]), warps = warps_that_fit(AnyPass::bytes, head_dim),
+              own = WARP_ROWS * warps;
     const int64_t slices = AnyPass::COLUMNS ? (head_dim + AnyPass::COLUMNS - 1) / AnyPass::COLUMNS : 1;
     const int64_t blocks = (args.longest + own - 1) / own * args.k.shape[1] * args.examples * slices;
     launch(kernel, blocks, 32 * warps, AnyPass::bytes(head_dim, warps), stream, args);
@@ -258,6 +274,8 @@ void relevance_columns(const RelevanceArgs& args, void* stream) {
     start<Pass<false, 128>>(relevance_columns_kernel<128>, args, stream);
 }
 
-int relevance_shared(int head_dim) { return head_dim <= 64 ? Pass<true, 64>::bytes(head_dim, 1) : Pass<false, 128>::bytes(head_dim, 1); }
+int relevance_shared(int head_dim) {
+    return head_dim <= 64 ? Pass<true, 64>::bytes(head_dim, 1) : Pass<false, 128>::bytes(head_dim, 1);
+}
 
 }  // namespace pyglobenc

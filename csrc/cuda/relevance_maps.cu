@@ -1,6 +1,8 @@
-// relevance_maps: computes and stores A = mean_h max(<grad_o[i], v[j]> R_alpha[i,j], 0) (Chefer et al., 2021, eq. 13).
+// relevance_maps: computes and stores A = mean_h max(<grad_o[i], v[j]> R_alpha[i,j], 0) (Chefer et al., 2021,
+// eq. 13).
 //
-// A block computes one tile of the map and loops over the heads: 3 n^2 d multiply-adds, one float written a pair.
+// A block computes one tile of the map and loops over the heads: 3 n^2 d multiply-adds, one float written a
+// pair.
 #include "launch.h"
 #include "relevance_pairs.h"
 
@@ -14,13 +16,15 @@ static int map_bytes(int head_dim, int warps) {
 }
 
 template <int TILES>
-KERNEL(32 * MAX_WARPS, BLOCKS_AT_ONCE) relevance_maps_kernel(CONSTANT RelevanceArgs args) {
+KERNEL(32 * MAX_WARPS, BLOCKS_AT_ONCE)
+relevance_maps_kernel(CONSTANT RelevanceArgs args) {
     constexpr int KEYS = 8 * TILES;
     const int n = int(args.k.shape[2]);
     Head head = {args, 0, 0, 0, n};
     const View& rows = args.rows;
     const int m = rows.data ? int(rows.shape[1]) : n, own = WARP_ROWS * (threads() / 32);
-    const int row_blocks = (m + own - 1) / own, key_blocks = (n + KEYS - 1) / KEYS, stride = row_stride(head.head_dim());
+    const int row_blocks = (m + own - 1) / own, key_blocks = (n + KEYS - 1) / KEYS,
+              stride = row_stride(head.head_dim());
     const int first = block() % row_blocks * own, first_key = block() / row_blocks % key_blocks * KEYS;
     head.b = block() / row_blocks / key_blocks;
     const Parts parts = {reinterpret_cast<bf16*>(shared()), 2 * KEYS * stride, stride};
@@ -32,7 +36,8 @@ KERNEL(32 * MAX_WARPS, BLOCKS_AT_ONCE) relevance_maps_kernel(CONSTANT RelevanceA
     const auto query = [&](int at) {
         if (first + at >= m) return n;
         if (!rows.data) return first + at;
-        return int(static_cast<const int64_t*>(rows.data)[head.b * rows.stride[0] + (first + at) * rows.stride[1]]);
+        return int(
+            static_cast<const int64_t*>(rows.data)[head.b * rows.stride[0] + (first + at) * rows.stride[1]]);
     };
     float map[TILES][4] = {};
     const int heads = int(args.k.shape[1]);
@@ -57,7 +62,8 @@ KERNEL(32 * MAX_WARPS, BLOCKS_AT_ONCE) relevance_maps_kernel(CONSTANT RelevanceA
     UNROLL
     for (int tile = 0; tile < TILES; ++tile)
         for (int e = 0; e < 4; ++e) {
-            const int row = first + warp() * WARP_ROWS + lane() / 4 + e / 2 * 8, j = first_key + 8 * tile + lane() % 4 * 2 + e % 2;
+            const int row = first + warp() * WARP_ROWS + lane() / 4 + e / 2 * 8,
+                      j = first_key + 8 * tile + lane() % 4 * 2 + e % 2;
             if (row < m && j < n) args.map[(int64_t(head.b) * m + row) * n + j] = map[tile][e] / float(heads);
         }
 }
@@ -65,11 +71,14 @@ KERNEL(32 * MAX_WARPS, BLOCKS_AT_ONCE) relevance_maps_kernel(CONSTANT RelevanceA
 template <int TILES>
 static void start(const RelevanceArgs& args, void* stream) {
     const int64_t n = args.k.shape[2], m = args.rows.data ? args.rows.shape[1] : n, keys = 8 * TILES;
-    const int head_dim = int(args.k.shape[3]), warps = warps_that_fit(map_bytes<TILES>, head_dim), own = WARP_ROWS * warps;
+    const int head_dim = int(args.k.shape[3]), warps = warps_that_fit(map_bytes<TILES>, head_dim),
+              own = WARP_ROWS * warps;
     const int64_t blocks = (m + own - 1) / own * ((n + keys - 1) / keys) * args.k.shape[0];
     launch(relevance_maps_kernel<TILES>, blocks, 32 * warps, map_bytes<TILES>(head_dim, warps), stream, args);
 }
 
-void relevance_maps(const RelevanceArgs& args, void* stream) { args.k.shape[3] <= 64 ? start<4>(args, stream) : start<2>(args, stream); }
+void relevance_maps(const RelevanceArgs& args, void* stream) {
+    args.k.shape[3] <= 64 ? start<4>(args, stream) : start<2>(args, stream);
+}
 
 }  // namespace pyglobenc

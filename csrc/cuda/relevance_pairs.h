@@ -1,14 +1,18 @@
 // Tiles of relevance through attention, one head at a time: what the kernels over pairs share.
 //
-//   alpha[i,j] = exp(scaling q[i].k[j] - lse[i]),   R_alpha[i,j] = alpha[i,j] <s[i], v[j]> / 2,   A_h = max(<grad_o[i], v[j]> R_alpha, 0)
+//   alpha[i,j] = exp(scaling q[i].k[j] - lse[i]),   R_alpha[i,j] = alpha[i,j] <s[i], v[j]> / 2,   A_h =
+//   max(<grad_o[i], v[j]> R_alpha, 0)
 //
-// (Chefer et al., 2021, eq. 13, and the matmul rule of the published code.) A later division by the scores amplifies their rounding up to 1e7
-// times, so the products keep float32's digits. Three bfloat16 parts hold a float exactly, and six of their nine products hold all but 2^-25
-// of the result, at the price of three tf32 products. Tensor cores truncate sums instead of rounding them (Fasi et al., 2021), so every 16
-// products are added in float32 outside. On normal numbers the error is 0.4 to 0.7 times that of a chain of float32 multiply-adds.
+// (Chefer et al., 2021, eq. 13, and the matmul rule of the published code.) A later division by the scores
+// amplifies their rounding up to 1e7 times, so the products keep float32's digits. Three bfloat16 parts hold
+// a float exactly, and six of their nine products hold all but 2^-25 of the result, at the price of three
+// tf32 products. Tensor cores truncate sums instead of rounding them (Fasi et al., 2021), so every 16
+// products are added in float32 outside. On normal numbers the error is 0.4 to 0.7 times that of a chain of
+// float32 multiply-adds.
 //
-// A warp holds 16 rows of one side, queries or keys, and streams TILES * 8 rows of the other side, which the block splits into parts once for
-// all its warps. "Left" and "right" are the factors of an mma; "tile" is its sum, 16 by 8.
+// A warp holds 16 rows of one side, queries or keys, and streams TILES * 8 rows of the other side, which the
+// block splits into parts once for all its warps. "Left" and "right" are the factors of an mma; "tile" is its
+// sum, 16 by 8.
 #pragma once
 
 #include <cmath>
@@ -135,12 +139,13 @@ DEVICE void product(float (&tile)[4], const Left& a, const Right& b) {
     for (int e = 0; e < 4; ++e) tile[e] += sum[e];
 }
 
-// Stride of the rows of heads in shared memory, padded so that reads of pairs of floats and of matrices have no bank conflicts.
+// Stride of the rows of heads in shared memory, padded so that reads of pairs of floats and of matrices have
+// no bank conflicts.
 BOTH int padded(int head_dim) { return (head_dim + 15) / 16 * 16; }
 BOTH int row_stride(int head_dim) { return padded(head_dim) + 8; }
 
-// Stored beside each row in shared memory: which query or key it is, -1 past the last one, and the lse of a query, 0 for a key, infinity where
-// there is none.
+// Stored beside each row in shared memory: which query or key it is, -1 past the last one, and the lse of a
+// query, 0 for a key, infinity where there is none.
 struct Place {
     int at;
     float beside;
@@ -160,21 +165,26 @@ struct Head {
     DEVICE Place query(int i) const { return i < last ? Place{i, *row(args.lse, i)} : Place{-1, INFINITY}; }
     DEVICE Place key(int j) const {
         const View& mask = args.key_mask;
-        const bool real = j < last && (!mask.data || static_cast<const bool*>(mask.data)[b * mask.stride[0] + j * mask.stride[1]]);
+        const bool real =
+            j < last &&
+            (!mask.data || static_cast<const bool*>(mask.data)[b * mask.stride[0] + j * mask.stride[1]]);
         return {j < last ? j : -1, real ? 0.0f : INFINITY};
     }
 };
 
-// Rows of queries (q, s, grad_o) or of keys (k, v) in shared memory, each tensor `step` floats after the previous one, with their places.
+// Rows of queries (q, s, grad_o) or of keys (k, v) in shared memory, each tensor `step` floats after the
+// previous one, with their places.
 struct Side {
     float* rows;
     int step;
     Place* places;
 };
 
-// Starts copying `count` rows of x, with zeros for rows that do not exist or are padding; padding is never read.
+// Starts copying `count` rows of x, with zeros for rows that do not exist or are padding; padding is never
+// read.
 template <class Index>
-DEVICE void copy_rows(float* to, const View& x, const Head& head, int count, bool queries, const Index& index) {
+DEVICE void copy_rows(float* to, const View& x, const Head& head, int count, bool queries,
+                      const Index& index) {
     const int head_dim = head.head_dim(), stride = row_stride(head_dim), width = padded(head_dim);
     for (int at = thread() / 8; at < count; at += threads() / 8) {
         const int row = index(at);
@@ -182,9 +192,11 @@ DEVICE void copy_rows(float* to, const View& x, const Head& head, int count, boo
         const float* from = head.row(x, there ? row : 0);
         float* const start = to + at * stride;
         if (head_dim % 4 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0)
-            for (int d = thread() % 8 * 4; d < width; d += 32) copy_async<16>(start + d, from + d, there && d < head_dim);
+            for (int d = thread() % 8 * 4; d < width; d += 32)
+                copy_async<16>(start + d, from + d, there && d < head_dim);
         else
-            for (int d = thread() % 8; d < width; d += 8) copy_async<4>(start + d, from + d, there && d < head_dim);
+            for (int d = thread() % 8; d < width; d += 8)
+                copy_async<4>(start + d, from + d, there && d < head_dim);
     }
 }
 
@@ -192,13 +204,16 @@ template <bool QUERIES, class Index>
 DEVICE void fill(const Side& side, const Head& head, int count, const Index& index) {
     copy_rows(side.rows, QUERIES ? head.args.q : head.args.k, head, count, QUERIES, index);
     copy_rows(side.rows + side.step, QUERIES ? head.args.s : head.args.v, head, count, QUERIES, index);
-    // Without a gradient, s takes its place and the product is not used. This avoids a branch between the products.
+    // Without a gradient, s takes its place and the product is not used. This avoids a branch between the
+    // products.
     const View& third = head.args.grad.data ? head.args.grad : head.args.s;
     if (QUERIES) copy_rows(side.rows + 2 * side.step, third, head, count, QUERIES, index);
-    for (int at = thread(); at < count; at += threads()) side.places[at] = QUERIES ? head.query(index(at)) : head.key(index(at));
+    for (int at = thread(); at < count; at += threads())
+        side.places[at] = QUERIES ? head.query(index(at)) : head.key(index(at));
 }
 
-// Splits `count` rows, a multiple of 8, into parts; the threads divide the work. The rows of the parts keep the stride of the floats.
+// Splits `count` rows, a multiple of 8, into parts; the threads divide the work. The rows of the parts keep
+// the stride of the floats.
 DEVICE void split(const Parts& parts, const float* rows, int count, int head_dim) {
     const int stride = row_stride(head_dim), width = padded(head_dim);
     for (int at = thread() / 8; at < count; at += threads() / 8) {
@@ -211,7 +226,8 @@ DEVICE void split(const Parts& parts, const float* rows, int count, int head_dim
             put(pairs, 1, four.x[2], four.x[3]);
             bf16* const to = parts.at(row, d).rows;
             UNROLL
-            for (int p = 0; p < 3; ++p) *reinterpret_cast<Words*>(to + p * parts.part) = {{pairs.part[p][0], pairs.part[p][1]}};
+            for (int p = 0; p < 3; ++p)
+                *reinterpret_cast<Words*>(to + p * parts.part) = {{pairs.part[p][0], pairs.part[p][1]}};
         }
     }
 }
@@ -224,15 +240,18 @@ struct Pairs {
     float alpha[TILES][4];
 };
 
-// Computes the three products of a warp's rows with the other side's, whose tensors follow one another. ROWS: the warp holds queries.
+// Computes the three products of a warp's rows with the other side's, whose tensors follow one another. ROWS:
+// the warp holds queries.
 template <bool ROWS, int TILES>
 DEVICE void multiply(Pairs<TILES>& pairs, const Side& held, const Parts& stream, int head_dim) {
     const int stride = row_stride(head_dim);
     UNROLL
     for (int tile = 0; tile < TILES; ++tile)
-        for (int e = 0; e < 4; ++e) pairs.dots[tile][e] = pairs.relevance[tile][e] = pairs.weighted[tile][e] = 0;
+        for (int e = 0; e < 4; ++e)
+            pairs.dots[tile][e] = pairs.relevance[tile][e] = pairs.weighted[tile][e] = 0;
     for (int d = 0; d < head_dim; d += 16) {
-        const Left first = left_of(held.rows + d, stride), second = left_of(held.rows + held.step + d, stride);
+        const Left first = left_of(held.rows + d, stride),
+                   second = left_of(held.rows + held.step + d, stride);
         const Left third = ROWS ? left_of(held.rows + 2 * held.step + d, stride) : second;
         UNROLL
         for (int tile = 0; tile < TILES; tile += 2) {
@@ -257,12 +276,14 @@ DEVICE void weigh(Pairs<TILES>& pairs, const Place* held, const Place* stream, c
     UNROLL
     for (int tile = 0; tile < TILES; ++tile)
         for (int e = 0; e < 4; ++e) {
-            const Place mine = held[lane() / 4 + e / 2 * 8], other = stream[8 * tile + lane() % 4 * 2 + e % 2];
+            const Place mine = held[lane() / 4 + e / 2 * 8],
+                        other = stream[8 * tile + lane() % 4 * 2 + e % 2];
             const Place query = ROWS ? mine : other, key = ROWS ? other : mine;
             const int ahead = key.at - query.at;
             const bool seen = !missing(key) && ahead <= args.right && -ahead <= args.left;
             // lse does not include the scores of hidden keys, so their exponential may be infinite.
-            const float alpha = seen ? exp2_approx((pairs.dots[tile][e] * args.scaling - query.beside) * LOG2E) : 0.0f;
+            const float alpha =
+                seen ? exp2_approx((pairs.dots[tile][e] * args.scaling - query.beside) * LOG2E) : 0.0f;
             const float relevance = pairs.relevance[tile][e] * alpha * 0.5f;
             const float weighted = args.grad.data ? pairs.weighted[tile][e] * relevance : relevance;
             pairs.alpha[tile][e] = alpha;
@@ -274,7 +295,8 @@ DEVICE void weigh(Pairs<TILES>& pairs, const Place* held, const Place* stream, c
 // Returns whether the warp has any pair in these rows.
 template <int TILES>
 DEVICE bool any_pair(const Place* held, const Place* stream) {
-    return any(lane() < WARP_ROWS && !missing(held[lane() % WARP_ROWS])) && any(!missing(stream[lane() % (8 * TILES)]));
+    return any(lane() < WARP_ROWS && !missing(held[lane() % WARP_ROWS])) &&
+           any(!missing(stream[lane() % (8 * TILES)]));
 }
 
 // Returns the largest number of warps whose rows, bytes(head_dim, warps), fit into a block's shared memory.

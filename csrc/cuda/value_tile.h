@@ -1,8 +1,8 @@
 // Multiplies values by a head's matrix, tile by tile; head_gram and head_norms share it.
 //
-// A block takes 64 tokens of a head, a warp 16 of them. The matrix goes through shared memory in pieces of 64 x 32. The product of values and
-// matrix, n * d floats a head, stays in registers, where it is multiplied by the other factor and summed.
-// T is the precision of the products, V the type of values and residual.
+// A block takes 64 tokens of a head, a warp 16 of them. The matrix goes through shared memory in pieces of 64
+// x 32. The product of values and matrix, n * d floats a head, stays in registers, where it is multiplied by
+// the other factor and summed. T is the precision of the products, V the type of values and residual.
 #pragma once
 
 #include <type_traits>
@@ -59,34 +59,42 @@ DEVICE void load_values(const ValueArgs& p, const Tokens<V>& tokens, int start, 
         Piece rows[2] = {};
         UNROLL
         for (int half = 0; half < 2; ++half)
-            if (tokens.row(half) < p.n && d < p.v.shape[3]) rows[half] = load_four(tokens.v + tokens.row(half) * p.v.stride[2] + d);
+            if (tokens.row(half) < p.n && d < p.v.shape[3])
+                rows[half] = load_four(tokens.v + tokens.row(half) * p.v.stride[2] + d);
         Piece left[2];
         UNROLL
         for (int s = 0; s < 2; ++s)
-            left[s] = Piece{{rows[0].word[2 * s], rows[1].word[2 * s], rows[0].word[2 * s + 1], rows[1].word[2 * s + 1]}};
+            left[s] = Piece{
+                {rows[0].word[2 * s], rows[1].word[2 * s], rows[0].word[2 * s + 1], rows[1].word[2 * s + 1]}};
         split<T>(left, out.of[c]);
     }
 }
 
-// Returns where a piece keeps the parts of two rows' entries of a column. Values that lanes read together lie in different banks.
+// Returns where a piece keeps the parts of two rows' entries of a column. Values that lanes read together lie
+// in different banks.
 template <class T>
 DEVICE uint32_t* held_at(int row, int column) {
-    return reinterpret_cast<uint32_t*>(shared()) + (row / 2 * COLUMNS + (column ^ 4 / PARTS<T> * (row / 4 % 4))) * 2 * PARTS<T>;
+    return reinterpret_cast<uint32_t*>(shared()) +
+           (row / 2 * COLUMNS + (column ^ 4 / PARTS<T> * (row / 4 % 4))) * 2 * PARTS<T>;
 }
 
-// Copies rows start to start + DEPTH - 1, and columns from `column` on, to shared memory, with zeros past the end of the matrix.
+// Copies rows start to start + DEPTH - 1, and columns from `column` on, to shared memory, with zeros past the
+// end of the matrix.
 template <class T>
-DEVICE void hold_piece(const ValueArgs& p, const float* matrix, int64_t stride, int width, int start, int column) {
-    constexpr int APART = 2 * VALUE_THREADS / 32, AT_ONCE = 4;  // rows between a warp's pairs; number of pairs loaded at a time
+DEVICE void hold_piece(const ValueArgs& p, const float* matrix, int64_t stride, int width, int start,
+                       int column) {
+    constexpr int APART = 2 * VALUE_THREADS / 32,
+                  AT_ONCE = 4;  // rows between a warp's pairs; number of pairs loaded at a time
     const int e = column + lane();
     const float* from = matrix + (start + 2 * warp()) * stride + e;
-    ROLL
-    for (int first = 2 * warp(); first < DEPTH; first += AT_ONCE * APART, from += AT_ONCE * APART * stride) {
+    ROLL for (int first = 2 * warp(); first < DEPTH;
+              first += AT_ONCE * APART, from += AT_ONCE * APART * stride) {
         float entries[AT_ONCE][2];
         UNROLL
         for (int at = 0; at < 2 * AT_ONCE; ++at) {
             const int ahead = at / 2 * APART + at % 2;
-            entries[at / 2][at % 2] = start + first + ahead < p.head_dim && e < width ? from[ahead * stride] : 0.0f;
+            entries[at / 2][at % 2] =
+                start + first + ahead < p.head_dim && e < width ? from[ahead * stride] : 0.0f;
         }
         UNROLL
         for (int at = 0; at < AT_ONCE; ++at) {
@@ -94,8 +102,10 @@ DEVICE void hold_piece(const ValueArgs& p, const float* matrix, int64_t stride, 
             split<T>(bits(entries[at][0]), even);
             split<T>(bits(entries[at][1]), odd);
             uint32_t* const to = held_at<T>(first + at * APART, lane());
-            if constexpr (PARTS<T> == 1) *reinterpret_cast<Twin*>(to) = {from_bits(even[0]), from_bits(odd[0])};
-            else *reinterpret_cast<Piece*>(to) = {{even[0], odd[0], even[1], odd[1]}};
+            if constexpr (PARTS<T> == 1)
+                *reinterpret_cast<Twin*>(to) = {from_bits(even[0]), from_bits(odd[0])};
+            else
+                *reinterpret_cast<Piece*>(to) = {{even[0], odd[0], even[1], odd[1]}};
         }
     }
 }
@@ -104,33 +114,33 @@ DEVICE void hold_piece(const ValueArgs& p, const float* matrix, int64_t stride, 
 template <class T, class L>
 DEVICE void multiply_piece(const Values<L>& values, float (&mixed)[COLUMNS / 8][4]) {
     UNROLL
-    for (int c = 0; c < DEPTH / 16; ++c)
+    for (int c = 0; c < DEPTH / 16; ++c) UNROLL
+    for (int e = 0; e < COLUMNS / 8; ++e) {
+        uint32_t right[PARTS<T>][4];
         UNROLL
-        for (int e = 0; e < COLUMNS / 8; ++e) {
-            uint32_t right[PARTS<T>][4];
-            UNROLL
-            for (int pair = 0; pair < 2; ++pair) {
-                const uint32_t* from = held_at<T>(16 * c + lane() % 4 * 4 + 2 * pair, 8 * e + lane() / 4);
-                if constexpr (PARTS<T> == 1) {
-                    const Twin rows = *reinterpret_cast<const Twin*>(from);
-                    right[0][2 * pair] = bits(rows.x), right[0][2 * pair + 1] = bits(rows.y);
-                } else {
-                    const Piece rows = *reinterpret_cast<const Piece*>(from);
-                    for (int at = 0; at < 4; ++at) right[at / 2][2 * pair + at % 2] = rows.word[at];
-                }
+        for (int pair = 0; pair < 2; ++pair) {
+            const uint32_t* from = held_at<T>(16 * c + lane() % 4 * 4 + 2 * pair, 8 * e + lane() / 4);
+            if constexpr (PARTS<T> == 1) {
+                const Twin rows = *reinterpret_cast<const Twin*>(from);
+                right[0][2 * pair] = bits(rows.x), right[0][2 * pair + 1] = bits(rows.y);
+            } else {
+                const Piece rows = *reinterpret_cast<const Piece*>(from);
+                for (int at = 0; at < 4; ++at) right[at / 2][2 * pair + at % 2] = rows.word[at];
             }
-            multiply<T>(mixed[e], values.of[c], right);
         }
+        multiply<T>(mixed[e], values.of[c], right);
+    }
 }
 
 DEVICE float multiply_add(float x, float y, float sum) { return fmaf(x, y, sum); }
 DEVICE double multiply_add(double x, double y, double sum) { return fma(x, y, sum); }
 
-// Adds the row sums of (v matrix) * other, or of (v matrix)^2 without other, to sums. matrix is [dh, width] with rows `stride` apart; the rows
-// of other are read in pieces. Sum is the type of products and sums: squares of floats have twice a float's exponent.
+// Adds the row sums of (v matrix) * other, or of (v matrix)^2 without other, to sums. matrix is [dh, width]
+// with rows `stride` apart; the rows of other are read in pieces. Sum is the type of products and sums:
+// squares of floats have twice a float's exponent.
 template <class T, class V, class Sum>
-DEVICE void add_products(const ValueArgs& p, const Tokens<V>& tokens, const float* matrix, int64_t stride, int width, const V* other,
-                         int64_t other_stride, Sum (&sums)[2]) {
+DEVICE void add_products(const ValueArgs& p, const Tokens<V>& tokens, const float* matrix, int64_t stride,
+                         int width, const V* other, int64_t other_stride, Sum (&sums)[2]) {
     Values<Left<T, V>> left;
     for (int column = 0; column < width; column += COLUMNS) {
         float mixed[COLUMNS / 8][4] = {};
@@ -164,7 +174,9 @@ DEVICE void add_lanes(Sum (&sums)[2]) {
         for (int mask = 1; mask < 4; mask *= 2) sums[half] += shuffle_xor(sums[half], mask);
 }
 
-inline int64_t value_blocks(const ValueArgs& p) { return (p.n + TOKENS - 1) / TOKENS * p.v.shape[0] * p.heads; }
+inline int64_t value_blocks(const ValueArgs& p) {
+    return (p.n + TOKENS - 1) / TOKENS * p.v.shape[0] * p.heads;
+}
 
 template <class T>
 constexpr int VALUE_BYTES = DEPTH * COLUMNS * PARTS<T> * 4;

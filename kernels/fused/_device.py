@@ -1,4 +1,6 @@
-"""What the Triton launchers share: the device's limits, the caller's precision, and why a kernel can't run."""
+"""What the Triton launchers share: the device's limits, the caller's precision, and why a kernel can't
+run.
+"""
 
 import contextlib
 import os
@@ -14,14 +16,37 @@ from pyglobenc.backends.shared.launch import capability, is_current
 MAX_HEADS = 64
 MAX_HEAD_DIM = 256
 
-# bytes of shared memory for one program, by compute capability (CUDA C++ programming guide, table of technical specifications)
-SHARED_LIMITS = {80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448, 120: 101_376}
+# bytes of shared memory for one program, by compute capability (CUDA C++ programming guide, table of
+# technical specifications)
+SHARED_LIMITS = {
+    80: 166_912,
+    86: 101_376,
+    87: 166_912,
+    89: 101_376,
+    90: 232_448,
+    100: 232_448,
+    103: 232_448,
+    120: 101_376,
+}
 SMALLEST_LIMIT = 65_536  # of AMD's compute units, and below every NVIDIA GPU since Ampere
 INTERPRETED_LIMIT = SHARED_LIMITS[90]
 
-# Triton compiles a kernel anew for arguments equal to 1 and for multiples of 16. These arguments depend on the input's length only and
-# need no such variants: over a corpus, `rollout_step` is compiled 3 times instead of 33.
-COUNTS = ("m", "n_rows", "left", "right", "key_blocks", "row_blocks", "blocks", "shares", "batch", "sequences", "total_rows")
+# Triton compiles a kernel anew for arguments equal to 1 and for multiples of 16. These arguments depend on
+# the input's length only and need no such variants: over a corpus, `rollout_step` is compiled 3 times instead
+# of 33.
+COUNTS = (
+    "m",
+    "n_rows",
+    "left",
+    "right",
+    "key_blocks",
+    "row_blocks",
+    "blocks",
+    "shares",
+    "batch",
+    "sequences",
+    "total_rows",
+)
 
 
 def interpreting() -> bool:
@@ -84,7 +109,9 @@ def device_reasons(tensors: dict[str, Tensor | None]) -> list[str]:
     given = {name: t for name, t in tensors.items() if t is not None}
     devices = {t.device for t in given.values()}
     if len(devices) > 1:
-        return ["tensors are on several devices: " + ", ".join(f"{name} {t.device}" for name, t in given.items())]
+        return [
+            "tensors are on several devices: " + ", ".join(f"{name} {t.device}" for name, t in given.items())
+        ]
     device = devices.pop()
     if device.type == "cuda":
         if interpreting():

@@ -29,7 +29,9 @@ def safe_divide(a, b, stabilizer, STABILIZED: tl.constexpr):
 
 @triton.jit
 def safe_divide_rn(a, b, stabilizer, STABILIZED: tl.constexpr):
-    """Return the same for float32, rounded to nearest like torch's division; this costs nothing where memory is the limit."""
+    """Return the same for float32, rounded to nearest like torch's division; this costs nothing where memory
+    is the limit.
+    """
     return tl.where(b == 0, 0.0, tl.div_rn(a, safe_denominator(b, stabilizer, STABILIZED)))
 
 

@@ -1,9 +1,12 @@
-"""Tiles of relevance through attention, one head at a time: what the three relevance kernels over pairs share.
+"""Tiles of relevance through attention, one head at a time: what the three relevance kernels over pairs
+share.
 
-    alpha[i,j] = exp(scaling q[i].k[j] - lse[i]),   R_alpha[i,j] = alpha[i,j] <s[i], v[j]> / 2,   A_h = max(<grad_o[i], v[j]> R_alpha, 0)
+    alpha[i,j] = exp(scaling q[i].k[j] - lse[i]),   R_alpha[i,j] = alpha[i,j] <s[i], v[j]> / 2,   A_h =
+    max(<grad_o[i], v[j]> R_alpha, 0)
 
-(Chefer et al., 2021, eq. 13, and the matmul rule of the published code.) A later division by the scores amplifies their rounding up to
-1e7 times. So the scores are always float32 products on CUDA cores; the other products have the precision that the caller allows.
+(Chefer et al., 2021, eq. 13, and the matmul rule of the published code.) A later division by the scores
+amplifies their rounding up to 1e7 times. So the scores are always float32 products on CUDA cores; the other
+products have the precision that the caller allows.
 """
 
 import triton
@@ -31,7 +34,8 @@ def store_rows(X, stride_n, rows, row_ok, d, x, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def pair_relevance(
-    Q, K, V, S, GRAD, LSE, stride_qn, stride_kn, stride_vn, stride_sn, stride_gn, stride_ln, i, i_ok, j, j_ok, scaling, left, right,
+    Q, K, V, S, GRAD, LSE, stride_qn, stride_kn, stride_vn, stride_sn, stride_gn, stride_ln, i, i_ok, j, j_ok,
+    scaling, left, right,
     HEAD_DIM: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_WINDOW: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     """Return unscaled q . k, alpha, R_alpha and A_h of a tile of one head, each (queries, keys)."""
@@ -42,11 +46,17 @@ def pair_relevance(
     for start in range(0, HEAD_DIM, 16):
         d = start + tl.arange(0, 16)
         k = load_rows(K, stride_kn, j, j_ok, d, HEAD_DIM)
-        dots = tl.dot(load_rows(Q, stride_qn, i, i_ok, d, HEAD_DIM), tl.trans(k), dots, input_precision="ieee")
+        dots = tl.dot(
+            load_rows(Q, stride_qn, i, i_ok, d, HEAD_DIM), tl.trans(k), dots, input_precision="ieee"
+        )
         v = tl.trans(load_rows(V, stride_vn, j, j_ok, d, HEAD_DIM))
-        relevance = tl.dot(load_rows(S, stride_sn, i, i_ok, d, HEAD_DIM), v, relevance, input_precision=PRODUCTS)
+        relevance = tl.dot(
+            load_rows(S, stride_sn, i, i_ok, d, HEAD_DIM), v, relevance, input_precision=PRODUCTS
+        )
         if HAS_GRAD:
-            weighted = tl.dot(load_rows(GRAD, stride_gn, i, i_ok, d, HEAD_DIM), v, weighted, input_precision=PRODUCTS)
+            weighted = tl.dot(
+                load_rows(GRAD, stride_gn, i, i_ok, d, HEAD_DIM), v, weighted, input_precision=PRODUCTS
+            )
     seen = i_ok[:, None] & j_ok[None, :]
     if HAS_WINDOW:
         seen = seen & (j[None, :] - i[:, None] <= right) & (i[:, None] - j[None, :] <= left)
@@ -61,8 +71,8 @@ def pair_relevance(
 def launch(head_dim: int) -> dict[str, int]:
     """Return tile sizes and warps for a head size: the largest tiles that do not spill in Triton 3.6 and 3.9.
 
-    Operands of products on CUDA cores live in registers, and 32 by 32 pairs spill for some head sizes. Shared memory, 16 KB, is no
-    limit. Without the limit on registers, ptxas spills a few to stay at 128.
+    Operands of products on CUDA cores live in registers, and 32 by 32 pairs spill for some head sizes. Shared
+    memory, 16 KB, is no limit. Without the limit on registers, ptxas spills a few to stay at 128.
     """
     whole = power_of_two(head_dim, 16)
     tile = dict(BLOCK_I=32 if whole <= 128 else 16, BLOCK_J=16, BLOCK_D=whole)
@@ -80,7 +90,9 @@ def relevance_reasons(inputs: RelevanceInputs, other: Tensor | None) -> list[str
 
 
 def by_head(t: Tensor | None, like: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """Return t (B, H, n, dh) with its last axis contiguous, and its first three strides; None: `like` instead."""
+    """Return t (B, H, n, dh) with its last axis contiguous, and its first three strides; None: `like`
+    instead.
+    """
     t = like if t is None else t
     t = t if t.stride(-1) == 1 else t.contiguous()
     return t, t.stride()[:3]

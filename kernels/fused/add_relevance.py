@@ -1,10 +1,11 @@
-"""Relevance through a residual sum a + b in two passes (Chefer et al., 2021, eq. 9 and 10; the published code's Add).
+"""Relevance through a residual sum a + b in two passes (Chefer et al., 2021, eq. 9 and 10; the published
+code's Add).
 
     S = R / safe(a + b),   R_a = a S,   R_b = b S,   each rescaled, per example, to its share of the total
 
-The first pass writes each block's sums of R_a, R_b and R in float64, because their terms cancel up to a millionfold. The second pass
-adds the blocks in a fixed order and writes both branches. r, a and b are read twice and two results written: 8 floats an element,
-against about 20 in plain torch.
+The first pass writes each block's sums of R_a, R_b and R in float64, because their terms cancel up to a
+millionfold. The second pass adds the blocks in a fixed order and writes both branches. r, a and b are read
+twice and two results written: 8 floats an element, against about 20 in plain torch.
 """
 
 import torch
@@ -17,7 +18,9 @@ from pyglobenc.kernels._device import COUNTS, example, on
 from pyglobenc.kernels._division import float32_reasons, safe_divide, safe_divide_rn
 
 BLOCK = 2048
-MAX_BLOCKS = 256  # blocks an example: enough to fill a GPU, and few enough that one program adds up their sums
+MAX_BLOCKS = (
+    256  # blocks an example: enough to fill a GPU, and few enough that one program adds up their sums
+)
 
 
 @triton.jit
@@ -35,7 +38,8 @@ def _add_relevance_sums_kernel(
     R,  # (batch, size)
     A,  # (batch, size)
     B,  # (batch, size)
-    CU_SEQLENS,  # (S + 1,): where each of the sequences packed into one begins, and n; size is then a token's, batch S
+    # (S + 1,): where each of the sequences packed into one begins, and n; size is then a token's, batch S
+    CU_SEQLENS,
     SUMS,  # (batch, 3, blocks) float64: of R_a, R_b and R
     stabilizer, size, per_block, blocks, PACKED: tl.constexpr, STABILIZED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -63,11 +67,13 @@ def _add_relevance_kernel(
     R,  # (batch, size)
     A,  # (batch, size)
     B,  # (batch, size)
-    CU_SEQLENS,  # (S + 1,): where each of the sequences packed into one begins, and n; size is then a token's, batch S
+    # (S + 1,): where each of the sequences packed into one begins, and n; size is then a token's, batch S
+    CU_SEQLENS,
     SUMS,  # (batch, 3, blocks) float64
     R_A,  # (batch, size)
     R_B,  # (batch, size)
-    stabilizer, size, per_block, blocks, RESCALE: tl.constexpr, PACKED: tl.constexpr, BLOCKS: tl.constexpr, STABILIZED: tl.constexpr,
+    stabilizer, size, per_block, blocks, RESCALE: tl.constexpr, PACKED: tl.constexpr, BLOCKS: tl.constexpr,
+    STABILIZED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     block, number = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
@@ -83,8 +89,12 @@ def _add_relevance_kernel(
         sum_b = tl.sum(tl.load(of_block + blocks, mask=part < blocks, other=0.0), 0)
         total = tl.sum(tl.load(of_block + 2 * blocks, mask=part < blocks, other=0.0), 0)
         both = tl.abs(sum_a) + tl.abs(sum_b)
-        factor_a = safe_divide(safe_divide(tl.abs(sum_a), both, 0.0, False) * total, sum_a, 0.0, False).to(tl.float32)
-        factor_b = safe_divide(safe_divide(tl.abs(sum_b), both, 0.0, False) * total, sum_b, 0.0, False).to(tl.float32)
+        factor_a = safe_divide(safe_divide(tl.abs(sum_a), both, 0.0, False) * total, sum_a, 0.0, False).to(
+            tl.float32
+        )
+        factor_b = safe_divide(safe_divide(tl.abs(sum_b), both, 0.0, False) * total, sum_b, 0.0, False).to(
+            tl.float32
+        )
     for start in range(low, tl.minimum(low + per_block, size), BLOCK):
         at = start + tl.arange(0, BLOCK)
         ok = at < size
@@ -97,14 +107,24 @@ def _add_relevance_kernel(
 
 
 def why_not(
-    r: Tensor, a: Tensor, b: Tensor, stabilizer: float = 0.0, rescale: bool = True, cu_seqlens: Tensor | None = None
+    r: Tensor,
+    a: Tensor,
+    b: Tensor,
+    stabilizer: float = 0.0,
+    rescale: bool = True,
+    cu_seqlens: Tensor | None = None,
 ) -> list[str]:
     """Return why the kernel can't run on these arguments; empty if it can."""
     return float32_reasons(r=r, a=a, b=b)
 
 
 def run(
-    r: Tensor, a: Tensor, b: Tensor, stabilizer: float = 0.0, rescale: bool = True, cu_seqlens: Tensor | None = None
+    r: Tensor,
+    a: Tensor,
+    b: Tensor,
+    stabilizer: float = 0.0,
+    rescale: bool = True,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `pyglobenc.ops.add_relevance`: -> R_a, R_b (B, n, d)."""
     r_a, r_b = (torch.empty_like(r, memory_format=torch.contiguous_format) for _ in range(2))

@@ -1,4 +1,5 @@
-"""Relevance of a tensor that several branches read, in one pass: R = x * sum_k R_k / safe(x) (the published code's Clone).
+"""Relevance of a tensor that several branches read, in one pass: R = x * sum_k R_k / safe(x) (the published
+code's Clone).
 
 Reads x and each part once and writes the result; torch makes one pass for every operation.
 """

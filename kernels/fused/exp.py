@@ -1,4 +1,6 @@
-"""Exponentials in registers, as the kernels over pairs compute them, to measure the rate of the hardware unit."""
+"""Exponentials in registers, as the kernels over pairs compute them, to measure the rate of the hardware
+unit.
+"""
 
 import torch
 import triton

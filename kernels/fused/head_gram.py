@@ -1,9 +1,10 @@
-"""Gram matrices over heads of the transformed vectors, fused: G[j][h, g] = v[h,j] K[h,g] v[g,j]^T, c[j][h] = v[h,j] P[h] x[j]^T.
+"""Gram matrices over heads of the transformed vectors, fused: G[j][h, g] = v[h,j] K[h,g] v[g,j]^T, c[j][h] =
+v[h,j] P[h] x[j]^T.
 
-(Modarressi et al., 2022, eq. 6 to 10, with the square expanded over heads.) A program takes one head's values of a block of tokens and
-goes through the heads after it, then through x. n*d^2/2 multiply-adds for G and n*d^2 for c, as torch's GEMMs; those need a launch or two
-for every head (about 60 a layer for BERT-base, which bind below a few thousand tokens) and write v K, n*d floats a head, that here stay
-on chip.
+(Modarressi et al., 2022, eq. 6 to 10, with the square expanded over heads.) A program takes one head's values
+of a block of tokens and goes through the heads after it, then through x. n*d^2/2 multiply-adds for G and
+n*d^2 for c, as torch's GEMMs; those need a launch or two for every head (about 60 a layer for BERT-base,
+which bind below a few thousand tokens) and write v K, n*d floats a head, that here stay on chip.
 """
 
 import triton
@@ -22,7 +23,19 @@ def load_block(X, stride_row, rows, row_ok, columns, column_ok):
 
 
 @triton.jit
-def transform(V, stride_vn, W, stride_wd, j, j_ok, e, e_ok, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRODUCTS: tl.constexpr):
+def transform(
+    V,
+    stride_vn,
+    W,
+    stride_wd,
+    j,
+    j_ok,
+    e,
+    e_ok,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+):
     """v @ w for tokens j and columns e: (tokens, columns)."""
     out = tl.zeros((j.shape[0], e.shape[0]), tl.float32)
     for start in range(0, HEAD_DIM, BLOCK_D):
@@ -41,7 +54,8 @@ def _head_gram_kernel(
     GRAM,  # (B, n, H, H)
     CROSS,  # (B, n, H)
     n, n_heads, group, width, blocks, stride_vb, stride_vh, stride_vn, stride_xb, stride_xn,
-    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, HAS_CROSS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    HAS_CROSS: tl.constexpr,
     PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     # heads with the most others after them first
@@ -59,8 +73,24 @@ def _head_gram_kernel(
         acc = tl.zeros((BLOCK_N,), tl.float32)
         for start in range(0, HEAD_DIM, BLOCK_E):
             e = start + tl.arange(0, BLOCK_E)
-            mixed = transform(own, stride_vn, KERNEL + g * HEAD_DIM, row, j, j_ok, e, e < HEAD_DIM, HEAD_DIM, BLOCK_D, PRODUCTS)
-            acc += tl.sum(mixed * load_block(V + (g // group).to(tl.int64) * stride_vh, stride_vn, j, j_ok, e, e < HEAD_DIM), 1)
+            mixed = transform(
+                own,
+                stride_vn,
+                KERNEL + g * HEAD_DIM,
+                row,
+                j,
+                j_ok,
+                e,
+                e < HEAD_DIM,
+                HEAD_DIM,
+                BLOCK_D,
+                PRODUCTS,
+            )
+            acc += tl.sum(
+                mixed
+                * load_block(V + (g // group).to(tl.int64) * stride_vh, stride_vn, j, j_ok, e, e < HEAD_DIM),
+                1,
+            )
         tl.store(GRAM + h * n_heads + g, acc, mask=j_ok)
         tl.store(GRAM + g * n_heads + h, acc, mask=j_ok)
     if HAS_CROSS:
@@ -68,14 +98,20 @@ def _head_gram_kernel(
         CROSS_KERNEL += h.to(tl.int64) * HEAD_DIM * width
         for start in range(0, width, BLOCK_E):
             e = start + tl.arange(0, BLOCK_E)
-            mixed = transform(own, stride_vn, CROSS_KERNEL, width, j, j_ok, e, e < width, HEAD_DIM, BLOCK_D, PRODUCTS)
+            mixed = transform(
+                own, stride_vn, CROSS_KERNEL, width, j, j_ok, e, e < width, HEAD_DIM, BLOCK_D, PRODUCTS
+            )
             acc += tl.sum(mixed * load_block(X + b * stride_xb, stride_xn, j, j_ok, e, e < width), 1)
         tl.store(CROSS + (b * n + j.to(tl.int64)) * n_heads + h, acc, mask=j_ok)
 
 
 def launch(head_dim: int) -> dict[str, int]:
-    """Tile sizes and warps: enough programs at 512 tokens (16 blocks a head) to fill a card; 64 columns of the kernel at a time."""
-    return dict(BLOCK_N=32, BLOCK_D=min(64, power_of_two(head_dim, 16)), BLOCK_E=32, num_warps=4, num_stages=1)
+    """Tile sizes and warps: enough programs at 512 tokens (16 blocks a head) to fill a card; 64 columns of
+    the kernel at a time.
+    """
+    return dict(
+        BLOCK_N=32, BLOCK_D=min(64, power_of_two(head_dim, 16)), BLOCK_E=32, num_warps=4, num_stages=1
+    )
 
 
 def width_reasons(v: Tensor) -> list[str]:
@@ -83,12 +119,16 @@ def width_reasons(v: Tensor) -> list[str]:
     return [f"takes heads of up to {MAX_HEAD_DIM}, got {v.shape[3]}"] if v.shape[3] > MAX_HEAD_DIM else []
 
 
-def why_not(v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: Tensor | None = None) -> list[str]:
+def why_not(
+    v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: Tensor | None = None
+) -> list[str]:
     """Return why the kernel can't run on these arguments; empty if it can."""
     return float32_reasons({"v": v, "x": x}, kernel=kernel, cross_kernel=cross_kernel) + width_reasons(v)
 
 
-def run(v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def run(
+    v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """See `pyglobenc.ops.head_gram`: -> G (B, n, H, H), c (B, n, H) or None."""
     (batch, kv_heads, n, head_dim), heads = v.shape, kernel.shape[0]
     gram = kernel.new_empty(batch, n, heads, heads)
@@ -104,7 +144,8 @@ def run(v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: Tensor
         width, steps = x.shape[2], x.stride()[:2]
     with on(v.device):
         _head_gram_kernel[(blocks * heads * batch,)](
-            v, kernel.contiguous(), x, cross_kernel, gram, cross, n, heads, heads // kv_heads, width, blocks, *v.stride()[:3], *steps,
+            v, kernel.contiguous(), x, cross_kernel, gram, cross, n, heads, heads // kv_heads, width, blocks,
+            *v.stride()[:3], *steps,
             HEAD_DIM=head_dim, HAS_CROSS=x is not None, PRODUCTS=float32_precision(), **tiles,
         )  # fmt: skip
     return gram, cross

@@ -18,7 +18,8 @@ def _head_norms_kernel(
     WEIGHT,  # (H, dh, d)
     OUT,  # (B, n, H)
     n, n_heads, group, width, blocks, stride_vb, stride_vh, stride_vn,
-    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRODUCTS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     h, b = rest % n_heads, (rest // n_heads).to(tl.int64)
@@ -30,7 +31,9 @@ def _head_norms_kernel(
     acc = tl.zeros((BLOCK_N,), tl.float64)
     for start in range(0, width, BLOCK_E):
         e = start + tl.arange(0, BLOCK_E)
-        f = transform(V, stride_vn, WEIGHT, width, j, j_ok, e, e < width, HEAD_DIM, BLOCK_D, PRODUCTS).to(tl.float64)
+        f = transform(V, stride_vn, WEIGHT, width, j, j_ok, e, e < width, HEAD_DIM, BLOCK_D, PRODUCTS).to(
+            tl.float64
+        )
         acc += tl.sum(f * f, 1)
     tl.store(OUT + (b * n + j.to(tl.int64)) * n_heads + h, tl.sqrt(acc).to(tl.float32), mask=j_ok)
 

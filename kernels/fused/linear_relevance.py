@@ -1,11 +1,13 @@
-"""Relevance through a Linear layer: the fused elementwise passes around torch's GEMMs (Chefer et al., 2021, eq. 5).
+"""Relevance through a Linear layer: the fused elementwise passes around torch's GEMMs (Chefer et al., 2021,
+eq. 5).
 
-    Z = (y - b + |x| |W|^T) / 2,   S = R / safe(Z)       one pass with three reads and one write; torch makes seven
-    R_in = (x (S W) + |x| (S |W|)) / 2                    one pass with three reads and one write
+    Z = (y - b + |x| |W|^T) / 2,   S = R / safe(Z)       one pass with three reads and one write; torch makes
+    seven R_in = (x (S W) + |x| (S |W|)) / 2                    one pass with three reads and one write
 
-Outputs whose Z is a tiny part of |x| |W|^T + |b| have lost their digits, and S is set to 0 there. The program that finds such outputs
-computes Z = sum_e max(x_e w_e, 0) for each of them, stores R / safe(Z) in place of |x| |W|^T, and sets the flag of its strip. The
-second pass then adds R / safe(Z) max(x_e w_e, 0). So the host reads nothing about these outputs.
+Outputs whose Z is a tiny part of |x| |W|^T + |b| have lost their digits, and S is set to 0 there. The program
+that finds such outputs computes Z = sum_e max(x_e w_e, 0) for each of them, stores R / safe(Z) in place of
+|x| |W|^T, and sets the flag of its strip. The second pass then adds R / safe(Z) max(x_e w_e, 0). So the host
+reads nothing about these outputs.
 """
 
 import torch
@@ -105,7 +107,12 @@ def _product_kernel(
 
 
 def why_not(
-    r: Tensor, x: Tensor, weight: Tensor, abs_weight: Tensor | None = None, output: Tensor | None = None, bias: Tensor | None = None
+    r: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    abs_weight: Tensor | None = None,
+    output: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> list[str]:
     """Return why the kernel can't run on these arguments; empty if it can."""
     # The weights may have any floating-point dtype.
@@ -114,7 +121,12 @@ def why_not(
 
 
 def run(
-    r: Tensor, x: Tensor, weight: Tensor, abs_weight: Tensor | None = None, output: Tensor | None = None, bias: Tensor | None = None
+    r: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    abs_weight: Tensor | None = None,
+    output: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """See `pyglobenc.ops.linear_relevance`: -> (B, n, d_in)."""
     with on(r.device):
@@ -125,7 +137,9 @@ def quotient(common: tuple[Tensor, ...], own: tuple[Tensor | None, ...]) -> None
     """Launch the first pass, as `around_gemms` calls it."""
     (x, weight, _, flags), (r, _, bias, _) = common, own
     sizes = (x.shape[-1], r.shape[-1], flags.shape[1], *weight.stride())
-    _quotient_kernel[(flags.numel(),)](*common, *own, *sizes, HAS_BIAS=bias is not None, STRIP=STRIP, num_warps=1)
+    _quotient_kernel[(flags.numel(),)](
+        *common, *own, *sizes, HAS_BIAS=bias is not None, STRIP=STRIP, num_warps=1
+    )
 
 
 def product(common: tuple[Tensor, ...], own: tuple[Tensor, ...]) -> None:

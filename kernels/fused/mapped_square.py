@@ -1,7 +1,8 @@
-"""Squared norms of rows mapped by a stage, fused: |x[i] M|^2, M = (C diag(gamma_1)) (C diag(gamma_2)), C the centering matrix.
+"""Squared norms of rows mapped by a stage, fused: |x[i] M|^2, M = (C diag(gamma_1)) (C diag(gamma_2)), C the
+centering matrix.
 
-(Modarressi et al., 2022, eq. 6 to 10, applied to the residual.) Each mean needs one pass over the row, and the squares one more; all
-passes but the first read from cache. One launch replaces seven of torch's.
+(Modarressi et al., 2022, eq. 6 to 10, applied to the residual.) Each mean needs one pass over the row, and
+the squares one more; all passes but the first read from cache. One launch replaces seven of torch's.
 """
 
 from collections.abc import Sequence

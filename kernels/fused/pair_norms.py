@@ -1,7 +1,9 @@
-"""Norms of all (query, key) pairs, or of chosen queries: the norms of `_pairs`, scaled by row and written once.
+"""Norms of all (query, key) pairs, or of chosen queries: the norms of `_pairs`, scaled by row and written
+once.
 
-(Modarressi et al., 2022, eq. 6 to 10, expanded over heads.) A program takes BLOCK_J keys and a share of the queries. A pair takes
-H*(dh + H) multiply-adds on tensor cores and H exponentials, with the heads padded to a power of two, and writes one float32.
+(Modarressi et al., 2022, eq. 6 to 10, expanded over heads.) A program takes BLOCK_J keys and a share of the
+queries. A pair takes H*(dh + H) multiply-adds on tensor cores and H exponentials, with the heads padded to a
+power of two, and writes one float32.
 """
 
 import triton
@@ -11,7 +13,17 @@ from torch import Tensor
 from pyglobenc.backends.inputs import PairInputs
 from pyglobenc.backends.shared.launch import query_shares
 from pyglobenc.kernels._device import COUNTS, on, real_tokens
-from pyglobenc.kernels._pairs import START, hold_keys, load_gram, own_term, pair_arguments, tile_norms, pair_reasons, places, strides
+from pyglobenc.kernels._pairs import (
+    START,
+    hold_keys,
+    load_gram,
+    own_term,
+    pair_arguments,
+    pair_reasons,
+    places,
+    strides,
+    tile_norms,
+)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -30,8 +42,10 @@ def _pair_norms_kernel(
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_lb, stride_lh, stride_ln,
     stride_gb, stride_gn, stride_gh, stride_gg, stride_cb, stride_cn, stride_ch,
     stride_xb, stride_xn, stride_sb, stride_sn, stride_mb, stride_mn, stride_rb, stride_rn,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
-    HELD: tl.constexpr, HAS_OWN: tl.constexpr, HAS_RSTD: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ROWS: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HELD: tl.constexpr, HAS_OWN: tl.constexpr, HAS_RSTD: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
     HAS_WINDOW: tl.constexpr, SCORES: tl.constexpr, FORM: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     block, rest = tl.program_id(0) % key_blocks, tl.program_id(0) // key_blocks
@@ -45,11 +59,15 @@ def _pair_norms_kernel(
     j = block * BLOCK_J + tl.arange(0, BLOCK_J)
     j_ok = real_tokens(MASK, b, stride_mb, stride_mn, j, j < n, HAS_MASK)
     gram = load_gram(GRAM + b * stride_gb, stride_gn, stride_gh, stride_gg, heads, head_ok, j, j_ok)
-    k_held = hold_keys(K, stride_kh, stride_kn, heads, head_ok, group, j, j_ok, HEAD_DIM, BLOCK_D, HELD, UPCAST)
+    k_held = hold_keys(
+        K, stride_kh, stride_kn, heads, head_ok, group, j, j_ok, HEAD_DIM, BLOCK_D, HELD, UPCAST
+    )
     own = 0.0
     if HAS_OWN:
-        own = own_term(Q, K, LSE, CROSS + b * stride_cb, RESIDUAL_SQ + b * stride_xb, stride_qh, stride_qn, stride_kh, stride_kn,
-                       stride_lh, stride_ln, stride_cn, stride_ch, stride_xn, heads, head_ok, group, j, j_ok, scaling, HEAD_DIM,
+        own = own_term(Q, K, LSE, CROSS + b * stride_cb, RESIDUAL_SQ + b * stride_xb, stride_qh, stride_qn,
+        stride_kh, stride_kn,
+                       stride_lh, stride_ln, stride_cn, stride_ch, stride_xn, heads, head_ok, group, j, j_ok,
+                       scaling, HEAD_DIM,
                        UPCAST)  # fmt: skip
     per_share = tl.cdiv(tl.cdiv(m, BLOCK_I), shares) * BLOCK_I
     for start in range(share * per_share, tl.minimum(m, (share + 1) * per_share), BLOCK_I):
@@ -60,8 +78,10 @@ def _pair_norms_kernel(
             i = tl.load(ROWS + b * stride_rb + row * stride_rn, mask=row_ok, other=0).to(tl.int32)
         i64 = i.to(tl.int64)
         i_ok = real_tokens(MASK, b, stride_mb, stride_mn, i, row_ok, HAS_MASK)
-        norms = tile_norms(Q, K, LSE, stride_qh, stride_qn, stride_kh, stride_kn, stride_lh, stride_ln, heads, head_ok, group, i, i_ok,
-                           j, j_ok, k_held, gram, own, scaling, left, right, HEAD_DIM, BLOCK_D, HELD, HAS_OWN, HAS_WINDOW, SCORES,
+        norms = tile_norms(Q, K, LSE, stride_qh, stride_qn, stride_kh, stride_kn, stride_lh, stride_ln, heads,
+        head_ok, group, i, i_ok,
+                           j, j_ok, k_held, gram, own, scaling, left, right, HEAD_DIM, BLOCK_D, HELD, HAS_OWN,
+                           HAS_WINDOW, SCORES,
                            FORM, UPCAST)  # fmt: skip
         if HAS_RSTD:
             norms *= tl.load(RSTD + b * stride_sb + i64 * stride_sn, mask=i_ok, other=0.0)[None, :]
@@ -87,6 +107,13 @@ def run(inputs: PairInputs, rows: Tensor | None) -> Tensor:
     shares = query_shares(key_blocks * batch, -(-m // given["BLOCK_I"]), places(out.device), START)
     with on(out.device):
         _pair_norms_kernel[(key_blocks * shares * batch,)](
-            **given, ROWS=rows, OUT=out, m=m, key_blocks=key_blocks, shares=shares, HAS_ROWS=rows is not None, **strides(rows, "rb rn")
+            **given,
+            ROWS=rows,
+            OUT=out,
+            m=m,
+            key_blocks=key_blocks,
+            shares=shares,
+            HAS_ROWS=rows is not None,
+            **strides(rows, "rb rn"),
         )
     return out

@@ -1,10 +1,13 @@
-"""Relevance through softmax attention with one step of the rollout of its maps, like flash attention's backward pass.
+"""Relevance through softmax attention with one step of the rollout of its maps, like flash attention's
+backward pass.
 
-    R_q = q (U k) / 2,   R_k = k (U^T q) / 2,   R_v = v (alpha^T s) / 2,   U = R' / safe(q.k),   r_out = w (I + mean_h A_h)
+    R_q = q (U k) / 2,   R_k = k (U^T q) / 2,   R_v = v (alpha^T s) / 2,   U = R' / safe(q.k),   r_out = w (I
+    + mean_h A_h)
 
-(Chefer et al., 2021, eq. 7, 13 and 14, and the matmul and add rules of the published code.) A pass over rows computes R_q, the row sums of
-A, and with an additive mask the sums that its factor needs. A pass over columns computes R_k, R_v and each head's part of the step.
-Together they take 9 n^2 d multiply-adds. They store no (n, n) array and use no atomics.
+(Chefer et al., 2021, eq. 7, 13 and 14, and the matmul and add rules of the published code.) A pass over rows
+computes R_q, the row sums of A, and with an additive mask the sums that its factor needs. A pass over columns
+computes R_k, R_v and each head's part of the step. Together they take 9 n^2 d multiply-adds. They store no
+(n, n) array and use no atomics.
 """
 
 import triton
@@ -56,12 +59,16 @@ def _relevance_rows_kernel(
     MASK,  # (B, n)
     CU_SEQLENS,  # (S + 1,): where each of the sequences packed into one begins, and n
     R_Q,  # (B, H, n, dh)
-    SUMS,  # (1, B, H, n) float64: of A_h's rows; with an additive mask (3, B, H, n), also of R_alpha's and R''s
+    # (1, B, H, n) float64: of A_h's rows; with an additive mask (3, B, H, n), also of R_alpha's and R''s
+    SUMS,
     scaling, stabilizer, n, n_heads, left, right, blocks, total_rows,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_sb, stride_sh, stride_sn, stride_gb, stride_gh, stride_gn, stride_lb, stride_lh, stride_ln, stride_mb, stride_mn,
-    HEAD_DIM: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, RELEVANCE: tl.constexpr,
-    HAS_GRAD: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr, PACKED: tl.constexpr, ADDITIVE: tl.constexpr,
+    stride_sb, stride_sh, stride_sn, stride_gb, stride_gh, stride_gn, stride_lb, stride_lh, stride_ln,
+    stride_mb, stride_mn,
+    HEAD_DIM: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    RELEVANCE: tl.constexpr,
+    HAS_GRAD: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr, PACKED: tl.constexpr,
+    ADDITIVE: tl.constexpr,
     STABILIZED: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     block, head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
@@ -86,8 +93,10 @@ def _relevance_rows_kernel(
     for start in range(low, tl.minimum(n_own, (block + 1) * BLOCK_I + right), BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
         j_ok = real_tokens(MASK, b, stride_mb, stride_mn, j, j < n_own, HAS_MASK)
-        dots, _, relevance, weighted = pair_relevance(Q, K, V, S, GRAD, LSE, stride_qn, stride_kn, stride_vn, stride_sn, stride_gn,
-                                                      stride_ln, i, i_ok, j, j_ok, scaling, left, right, HEAD_DIM, HAS_GRAD,
+        dots, _, relevance, weighted = pair_relevance(Q, K, V, S, GRAD, LSE, stride_qn, stride_kn, stride_vn,
+        stride_sn, stride_gn,
+                                                      stride_ln, i, i_ok, j, j_ok, scaling, left, right,
+                                                      HEAD_DIM, HAS_GRAD,
                                                       HAS_WINDOW, PRODUCTS)  # fmt: skip
         sums += tl.sum(weighted, 1).to(tl.float64)
         if RELEVANCE:
@@ -133,10 +142,14 @@ def _relevance_columns_kernel(
     R_V,  # (B, H, n, dh)
     OUT,  # (B, H, T, n): W A_h
     scaling, stabilizer, n, n_heads, left, right, blocks, n_rows,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_sb, stride_sh, stride_sn,
-    stride_gb, stride_gh, stride_gn, stride_lb, stride_lh, stride_ln, stride_mb, stride_mn, stride_wb, stride_wt, stride_wn,
-    HEAD_DIM: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
-    RELEVANCE: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr, PACKED: tl.constexpr,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_sb, stride_sh, stride_sn,
+    stride_gb, stride_gh, stride_gn, stride_lb, stride_lh, stride_ln, stride_mb, stride_mn, stride_wb,
+    stride_wt, stride_wn,
+    HEAD_DIM: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    RELEVANCE: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    PACKED: tl.constexpr,
     ADDITIVE: tl.constexpr, STABILIZED: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     block, head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
@@ -161,20 +174,56 @@ def _relevance_columns_kernel(
     for start in range(low, high, BLOCK_I):
         i = start + tl.arange(0, BLOCK_I)
         i_ok = i < n_own
-        dots, alpha, relevance, weighted = pair_relevance(Q, K, V, S, GRAD, LSE, stride_qn, stride_kn, stride_vn, stride_sn, stride_gn,
-                                                          stride_ln, i, i_ok, j, j_ok, scaling, left, right, HEAD_DIM, HAS_GRAD,
+        dots, alpha, relevance, weighted = pair_relevance(Q, K, V, S, GRAD, LSE, stride_qn, stride_kn,
+        stride_vn, stride_sn, stride_gn,
+                                                          stride_ln, i, i_ok, j, j_ok, scaling, left, right,
+                                                          HEAD_DIM, HAS_GRAD,
                                                           HAS_WINDOW, PRODUCTS)  # fmt: skip
         if BLOCK_T > 0:
-            acc_t = _step(acc_t, W + b * stride_wb + first * stride_wn, stride_wt, stride_wn, t, t < n_rows, i, i_ok, weighted, PRODUCTS)
+            acc_t = _step(
+                acc_t,
+                W + b * stride_wb + first * stride_wn,
+                stride_wt,
+                stride_wn,
+                t,
+                t < n_rows,
+                i,
+                i_ok,
+                weighted,
+                PRODUCTS,
+            )
         if RELEVANCE:
             _, u = _shares_of_scores(relevance, dots, scaling, stabilizer, ADDITIVE, STABILIZED)
-            acc_k = tl.dot(tl.trans(u), load_rows(Q, stride_qn, i, i_ok, d, HEAD_DIM), acc_k, input_precision=PRODUCTS)
-            acc_v = tl.dot(tl.trans(alpha), load_rows(S, stride_sn, i, i_ok, d, HEAD_DIM), acc_v, input_precision=PRODUCTS)
+            acc_k = tl.dot(
+                tl.trans(u), load_rows(Q, stride_qn, i, i_ok, d, HEAD_DIM), acc_k, input_precision=PRODUCTS
+            )
+            acc_v = tl.dot(
+                tl.trans(alpha),
+                load_rows(S, stride_sn, i, i_ok, d, HEAD_DIM),
+                acc_v,
+                input_precision=PRODUCTS,
+            )
     j_in = j < n_own
     if RELEVANCE:
         row = head.to(tl.int64) * n + first
-        store_rows(R_K + row * HEAD_DIM, HEAD_DIM, j, j_in, d, acc_k * load_rows(K, stride_kn, j, j_ok, d, HEAD_DIM) * 0.5, HEAD_DIM)
-        store_rows(R_V + row * HEAD_DIM, HEAD_DIM, j, j_in, d, acc_v * load_rows(V, stride_vn, j, j_ok, d, HEAD_DIM) * 0.5, HEAD_DIM)
+        store_rows(
+            R_K + row * HEAD_DIM,
+            HEAD_DIM,
+            j,
+            j_in,
+            d,
+            acc_k * load_rows(K, stride_kn, j, j_ok, d, HEAD_DIM) * 0.5,
+            HEAD_DIM,
+        )
+        store_rows(
+            R_V + row * HEAD_DIM,
+            HEAD_DIM,
+            j,
+            j_in,
+            d,
+            acc_v * load_rows(V, stride_vn, j, j_ok, d, HEAD_DIM) * 0.5,
+            HEAD_DIM,
+        )
     if BLOCK_T > 0:
         at = (head.to(tl.int64) * n_rows + t.to(tl.int64)[:, None]) * n + first + j[None, :]
         tl.store(OUT + at, acc_t, mask=(t < n_rows)[:, None] & j_in[None, :])
@@ -188,31 +237,45 @@ class TritonPasses(Passes):
     def launch_rows(self, r_q: Tensor | None, sums: Tensor) -> None:
         self._launch(_relevance_rows_kernel, "BLOCK_I", r_q is not None, (r_q, sums), (sums[0].numel(),))
 
-    def launch_columns(self, w: Tensor | None, r_k: Tensor | None, r_v: Tensor | None, step: Tensor | None) -> None:
+    def launch_columns(
+        self, w: Tensor | None, r_k: Tensor | None, r_v: Tensor | None, step: Tensor | None
+    ) -> None:
         count, steps = (0, (0, 0, 0)) if w is None else (w.shape[1], w.stride())
         block_t = count if count < 2 else power_of_two(count, 16)
         tensors = (w, r_k, r_v, step)
-        self._launch(_relevance_columns_kernel, "BLOCK_J", r_k is not None, tensors, (count,), steps, BLOCK_T=block_t)
+        self._launch(
+            _relevance_columns_kernel, "BLOCK_J", r_k is not None, tensors, (count,), steps, BLOCK_T=block_t
+        )
 
-    def _launch(self, kernel, block: str, relevance: bool, tensors: tuple, sizes: tuple, more: tuple = (), **flags) -> None:
+    def _launch(
+        self, kernel, block: str, relevance: bool, tensors: tuple, sizes: tuple, more: tuple = (), **flags
+    ) -> None:
         """Launch one program for each head and block; sizes and more follow the common sizes and strides."""
         given = self.inputs
         _, heads, n, head_dim = given.q.shape
         cu_seqlens, examples, longest = self.examples
         tiles = launch(head_dim)
-        by_heads, steps = zip(*(by_head(t, given.q) for t in (given.q, given.k, given.v, given.s, given.grad_o)), strict=True)
+        by_heads, steps = zip(
+            *(by_head(t, given.q) for t in (given.q, given.k, given.v, given.s, given.grad_o)), strict=True
+        )
         masks = (0, 0) if given.key_mask is None else given.key_mask.stride()
         blocks = -(-longest // tiles[block])
         with on(given.device):
             kernel[(blocks * examples * heads,)](
-                *by_heads, given.lse, given.key_mask, cu_seqlens, *tensors, given.scaling, given.stabilizer, n, heads,
-                *sides(given.window, n), blocks, *sizes, *(step for three in steps for step in three), *given.lse.stride(), *masks, *more,
-                HEAD_DIM=head_dim, RELEVANCE=relevance, HAS_GRAD=given.grad_o is not None, HAS_MASK=given.key_mask is not None,
-                HAS_WINDOW=max(given.window) >= 0, PACKED=cu_seqlens is not None, ADDITIVE=given.additive_mask,
+                *by_heads, given.lse, given.key_mask, cu_seqlens, *tensors, given.scaling, given.stabilizer,
+                n, heads,
+                *sides(given.window, n), blocks, *sizes, *(step for three in steps for step in three),
+                *given.lse.stride(), *masks, *more,
+                HEAD_DIM=head_dim, RELEVANCE=relevance, HAS_GRAD=given.grad_o is not None,
+                HAS_MASK=given.key_mask is not None,
+                HAS_WINDOW=max(given.window) >= 0, PACKED=cu_seqlens is not None,
+                ADDITIVE=given.additive_mask,
                 STABILIZED=given.stabilizer != 0, PRODUCTS=float32_precision(), **flags, **tiles,
             )  # fmt: skip
 
 
 def run(inputs: RelevanceInputs, r: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """See `pyglobenc.ops.relevance_attention`: -> R_q, R_k, R_v (B, H, n, dh), row_sums (B, n), r_out (B, T, n) or None."""
+    """See `pyglobenc.ops.relevance_attention`: -> R_q, R_k, R_v (B, H, n, dh), row_sums (B, n), r_out (B, T,
+    n) or None.
+    """
     return TritonPasses(inputs).relevance(r)

@@ -1,6 +1,8 @@
-"""The map of one layer that the rollout multiplies, A = mean_h max(<grad_o[i], v[j]> R_alpha[i,j], 0) (Chefer et al., 2021, eq. 13).
+"""The map of one layer that the rollout multiplies, A = mean_h max(<grad_o[i], v[j]> R_alpha[i,j], 0) (Chefer
+et al., 2021, eq. 13).
 
-A program computes one tile of the map and loops over the heads: 3 n^2 d multiply-adds, one float32 written a pair.
+A program computes one tile of the map and loops over the heads: 3 n^2 d multiply-adds, one float32 written a
+pair.
 """
 
 import triton
@@ -29,7 +31,8 @@ def _relevance_maps_kernel(
     OUT,  # (B, m, n)
     scaling, n, m, n_heads, left, right, row_blocks, key_blocks,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_sb, stride_sh, stride_sn, stride_gb, stride_gh, stride_gn, stride_lb, stride_lh, stride_ln, stride_mb, stride_mn,
+    stride_sb, stride_sh, stride_sn, stride_gb, stride_gh, stride_gn, stride_lb, stride_lh, stride_ln,
+    stride_mb, stride_mn,
     stride_rb, stride_rn,
     HEAD_DIM: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, HAS_GRAD: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_WINDOW: tl.constexpr, PRODUCTS: tl.constexpr,
@@ -49,10 +52,14 @@ def _relevance_maps_kernel(
         grad = S
         if HAS_GRAD:
             grad = GRAD + b * stride_gb + h * stride_gh
-        _, _, _, weighted = pair_relevance(Q + b * stride_qb + h * stride_qh, K + b * stride_kb + h * stride_kh,
-                                           V + b * stride_vb + h * stride_vh, S + b * stride_sb + h * stride_sh, grad,
-                                           LSE + b * stride_lb + h * stride_lh, stride_qn, stride_kn, stride_vn, stride_sn, stride_gn,
-                                           stride_ln, i, i_ok, j, j_ok, scaling, left, right, HEAD_DIM, HAS_GRAD, HAS_WINDOW,
+        _, _, _, weighted = pair_relevance(Q + b * stride_qb + h * stride_qh,
+        K + b * stride_kb + h * stride_kh,
+                                           V + b * stride_vb + h * stride_vh,
+                                           S + b * stride_sb + h * stride_sh, grad,
+                                           LSE + b * stride_lb + h * stride_lh, stride_qn, stride_kn,
+                                           stride_vn, stride_sn, stride_gn,
+                                           stride_ln, i, i_ok, j, j_ok, scaling, left, right, HEAD_DIM,
+                                           HAS_GRAD, HAS_WINDOW,
                                            PRODUCTS)  # fmt: skip
         acc += weighted
     at = OUT + (b * m + row.to(tl.int64)[:, None]) * n + j[None, :]
@@ -73,8 +80,10 @@ def run(inputs: RelevanceInputs, rows: Tensor | None) -> Tensor:
     row_blocks, key_blocks = -(-m // tiles["BLOCK_I"]), -(-n // tiles["BLOCK_J"])
     with on(q.device):
         _relevance_maps_kernel[(row_blocks * key_blocks * batch,)](
-            *given, lse, key_mask, rows, out, inputs.scaling, n, m, heads, *sides(inputs.window, n), row_blocks, key_blocks,
-            *(step for three in steps for step in three), *lse.stride(), *((0, 0) if key_mask is None else key_mask.stride()),
+            *given, lse, key_mask, rows, out, inputs.scaling, n, m, heads, *sides(inputs.window, n),
+            row_blocks, key_blocks,
+            *(step for three in steps for step in three), *lse.stride(), *((0,
+            0) if key_mask is None else key_mask.stride()),
             *((0, 0) if rows is None else rows.stride()), HEAD_DIM=head_dim, HAS_GRAD=grad_o is not None,
             HAS_MASK=key_mask is not None, HAS_ROWS=rows is not None, HAS_WINDOW=max(inputs.window) >= 0,
             PRODUCTS=float32_precision(), **tiles,

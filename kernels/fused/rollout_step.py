@@ -1,9 +1,11 @@
-"""One layer of the rollout in row mode: out[t, j] = sum_i r[t, i] rstd[i] norm0[i, j], without storing the norms.
+"""One layer of the rollout in row mode: out[t, j] = sum_i r[t, i] rstd[i] norm0[i, j], without storing the
+norms.
 
-The norms are those of `_pairs` (Modarressi et al., 2022, eq. 6 to 10, expanded over heads). A program takes BLOCK_J keys and a share of
-the queries. A second kernel adds the shares and scales the rows, so that no atomics are needed and results repeat bit for bit. A pair
-takes H*(dh + H) multiply-adds on tensor cores and H exponentials, with the heads padded to a power of two. q is read once for every
-block of keys, everything else once.
+The norms are those of `_pairs` (Modarressi et al., 2022, eq. 6 to 10, expanded over heads). A program takes
+BLOCK_J keys and a share of the queries. A second kernel adds the shares and scales the rows, so that no
+atomics are needed and results repeat bit for bit. A pair takes H*(dh + H) multiply-adds on tensor cores and H
+exponentials, with the heads padded to a power of two. q is read once for every block of keys, everything else
+once.
 """
 
 import torch
@@ -15,7 +17,17 @@ from pyglobenc.backends.inputs import PairInputs
 from pyglobenc.backends.shared.launch import query_shares
 from pyglobenc.backends.shared.packing import on_device
 from pyglobenc.kernels._device import COUNTS, on, power_of_two, real_tokens
-from pyglobenc.kernels._pairs import START, hold_keys, load_gram, own_term, pair_arguments, tile_norms, pair_reasons, places, strides
+from pyglobenc.kernels._pairs import (
+    START,
+    hold_keys,
+    load_gram,
+    own_term,
+    pair_arguments,
+    pair_reasons,
+    places,
+    strides,
+    tile_norms,
+)
 
 # Number of rows of the rollout that one pass handles; more rows take more passes.
 MAX_ROWS = 64
@@ -25,7 +37,9 @@ BLOCK = 1024
 
 @triton.jit
 def _sequences(CU_SEQLENS, sequences, j, j_ok, n, STEPS: tl.constexpr):
-    """Return the first token, and the last + 1, of each key's sequence, (keys,) each; n and 0 for keys not ok."""
+    """Return the first token, and the last + 1, of each key's sequence, (keys,) each; n and 0 for keys not
+    ok.
+    """
     if STEPS:
         low = tl.zeros_like(j)
         high = low + sequences
@@ -34,14 +48,20 @@ def _sequences(CU_SEQLENS, sequences, j, j_ok, n, STEPS: tl.constexpr):
             middle = (low + high) // 2
             after = tl.load(CU_SEQLENS + middle, mask=j_ok, other=0) > j
             low, high = tl.where(after, low, middle), tl.where(after, middle, high)
-        return tl.load(CU_SEQLENS + low, mask=j_ok, other=n), tl.load(CU_SEQLENS + low + 1, mask=j_ok, other=0)
+        return tl.load(CU_SEQLENS + low, mask=j_ok, other=n), tl.load(
+            CU_SEQLENS + low + 1, mask=j_ok, other=0
+        )
     else:
         return tl.where(j_ok, 0, n), tl.where(j_ok, n, 0)
 
 
 @triton.jit
-def _queries(block, start_j, stop_j, left, right, share, shares, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):
-    """Return the first query, and the last + 1, of a share of those that see a key of the block, in whole tiles."""
+def _queries(
+    block, start_j, stop_j, left, right, share, shares, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr
+):
+    """Return the first query, and the last + 1, of a share of those that see a key of the block, in whole
+    tiles.
+    """
     first = tl.maximum(tl.min(start_j, 0), block * BLOCK_J - right) // BLOCK_I * BLOCK_I
     last = tl.maximum(first, tl.minimum(tl.max(stop_j, 0), (block + 1) * BLOCK_J + left))
     per_share = tl.cdiv(tl.cdiv(last - first, BLOCK_I), shares) * BLOCK_I
@@ -73,11 +93,15 @@ def _rollout_step_kernel(
     OUT,  # (shares, B, T, n)
     scaling, n, n_heads, group, n_rows, left, right, key_blocks, row_blocks, shares, batch, sequences,
     stride_rb, stride_rt, stride_rn, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    stride_lb, stride_lh, stride_ln, stride_gb, stride_gn, stride_gh, stride_gg, stride_cb, stride_cn, stride_ch,
+    stride_lb, stride_lh, stride_ln, stride_gb, stride_gn, stride_gh, stride_gg, stride_cb, stride_cn,
+    stride_ch,
     stride_xb, stride_xn, stride_sb, stride_sn, stride_mb, stride_mn,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr, HELD: tl.constexpr, HAS_OWN: tl.constexpr, HAS_RSTD: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, STEPS: tl.constexpr, SCORES: tl.constexpr, FORM: tl.constexpr, UPCAST: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr, HELD: tl.constexpr, HAS_OWN: tl.constexpr, HAS_RSTD: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, STEPS: tl.constexpr, SCORES: tl.constexpr, FORM: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     # Neighbouring programs take the same queries, so that these stay in L2.
     block, rest = tl.program_id(0) % key_blocks, tl.program_id(0) // key_blocks
@@ -94,20 +118,26 @@ def _rollout_step_kernel(
     start_j, stop_j = _sequences(CU_SEQLENS, sequences, j, j_ok, n, STEPS)
     first, last = _queries(block, start_j, stop_j, left, right, share, shares, BLOCK_I, BLOCK_J)
     gram = load_gram(GRAM + b * stride_gb, stride_gn, stride_gh, stride_gg, heads, head_ok, j, j_ok)
-    k_held = hold_keys(K, stride_kh, stride_kn, heads, head_ok, group, j, j_ok, HEAD_DIM, BLOCK_D, HELD, UPCAST)
+    k_held = hold_keys(
+        K, stride_kh, stride_kn, heads, head_ok, group, j, j_ok, HEAD_DIM, BLOCK_D, HELD, UPCAST
+    )
     own = tl.zeros((BLOCK_J,), tl.float32)
     # Only one share of the queries contains the block's own tokens.
     if HAS_OWN and (first < (block + 1) * BLOCK_J) & (last > block * BLOCK_J):
-        own = own_term(Q, K, LSE, CROSS + b * stride_cb, RESIDUAL_SQ + b * stride_xb, stride_qh, stride_qn, stride_kh, stride_kn,
-                       stride_lh, stride_ln, stride_cn, stride_ch, stride_xn, heads, head_ok, group, j, j_ok, scaling, HEAD_DIM,
+        own = own_term(Q, K, LSE, CROSS + b * stride_cb, RESIDUAL_SQ + b * stride_xb, stride_qh, stride_qn,
+        stride_kh, stride_kn,
+                       stride_lh, stride_ln, stride_cn, stride_ch, stride_xn, heads, head_ok, group, j, j_ok,
+                       scaling, HEAD_DIM,
                        UPCAST)  # fmt: skip
     acc = tl.zeros((BLOCK_J, BLOCK_T), tl.float32)
     for start in range(first, last, BLOCK_I):
         i = start + tl.arange(0, BLOCK_I)
         i64 = i.to(tl.int64)
         i_ok = real_tokens(MASK, b, stride_mb, stride_mn, i, i < n, HAS_MASK)
-        norms = tile_norms(Q, K, LSE, stride_qh, stride_qn, stride_kh, stride_kn, stride_lh, stride_ln, heads, head_ok, group, i, i_ok,
-                           j, j_ok, k_held, gram, own, scaling, left, right, HEAD_DIM, BLOCK_D, HELD, HAS_OWN, HAS_WINDOW, SCORES,
+        norms = tile_norms(Q, K, LSE, stride_qh, stride_qn, stride_kh, stride_kn, stride_lh, stride_ln, heads,
+        head_ok, group, i, i_ok,
+                           j, j_ok, k_held, gram, own, scaling, left, right, HEAD_DIM, BLOCK_D, HELD, HAS_OWN,
+                           HAS_WINDOW, SCORES,
                            FORM, UPCAST)  # fmt: skip
         if STEPS:
             norms = tl.where((i[None, :] >= start_j[:, None]) & (i[None, :] < stop_j[:, None]), norms, 0.0)
@@ -170,7 +200,9 @@ def why_not(inputs: PairInputs, r: Tensor, log_scale: Tensor) -> list[str]:
 
 
 def run(inputs: PairInputs, r: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """See `pyglobenc.ops.rollout_step`: -> r @ norms (B, T, n), each row scaled to maximum 1, and log_scale (B, T)."""
+    """See `pyglobenc.ops.rollout_step`: -> r @ norms (B, T, n), each row scaled to maximum 1, and log_scale
+    (B, T).
+    """
     batch, n_rows, n = r.shape
     out, out_scale = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (r, log_scale))
     if r.numel() == 0:
@@ -182,16 +214,39 @@ def run(inputs: PairInputs, r: Tensor, log_scale: Tensor) -> tuple[Tensor, Tenso
     examples, longest, steps, cu_seqlens = batch, n, 0, None
     if inputs.cu_seqlens is not None:
         examples, (cu_seqlens, longest) = len(inputs.cu_seqlens) - 1, on_device(inputs.cu_seqlens, r.device)
-        # Steps of a binary search among the sequences, rounded up to 8, 16 or 24, so that few variants are compiled.
+        # Steps of a binary search among the sequences, rounded up to 8, 16 or 24, so that few variants are
+        # compiled.
         steps = -(-max(1, (examples - 1).bit_length()) // 8) * 8
-    shares = query_shares(key_blocks * row_blocks * batch, -(-longest // given["BLOCK_I"]), places(r.device), START)
+    shares = query_shares(
+        key_blocks * row_blocks * batch, -(-longest // given["BLOCK_I"]), places(r.device), START
+    )
     parts = out if shares == 1 else r.new_empty(shares, *r.shape)
-    given |= dict(R=r, CU_SEQLENS=cu_seqlens, OUT=parts, n_rows=n_rows, key_blocks=key_blocks, row_blocks=row_blocks, shares=shares, batch=batch)
+    given |= dict(
+        R=r,
+        CU_SEQLENS=cu_seqlens,
+        OUT=parts,
+        n_rows=n_rows,
+        key_blocks=key_blocks,
+        row_blocks=row_blocks,
+        shares=shares,
+        batch=batch,
+    )
     with on(r.device):
         _rollout_step_kernel[(key_blocks * shares * row_blocks * batch,)](
             **given, sequences=examples, BLOCK_T=block_t, STEPS=steps, **strides(r, "rb rt rn")
         )
         _finish_kernel[(examples * n_rows,)](
-            parts, log_scale.contiguous(), cu_seqlens, out, out_scale, n, n_rows, shares, batch, PACKED=steps > 0, BLOCK=BLOCK, num_warps=8
+            parts,
+            log_scale.contiguous(),
+            cu_seqlens,
+            out,
+            out_scale,
+            n,
+            n_rows,
+            shares,
+            batch,
+            PACKED=steps > 0,
+            BLOCK=BLOCK,
+            num_warps=8,
         )
     return out, out_scale

@@ -1,7 +1,7 @@
 """Finds the backend that runs an op on this machine, and gives the reason for each one that cannot.
 
-A backend of an op is a module `<room>.<op>` with two functions of the same arguments: `run` computes the op, and `why_not` returns the
-reasons that it can't. The reference runs everything and needs no `why_not`.
+A backend of an op is a module `<room>.<op>` with two functions of the same arguments: `run` computes the op,
+and `why_not` returns the reasons that it can't. The reference runs everything and needs no `why_not`.
 """
 
 import importlib
@@ -50,12 +50,15 @@ def reasons(op: str, backend: str, args: tuple) -> list[str]:
 
 
 def pick(op: str, backend: str, available: tuple[str, ...], args: tuple) -> Callable:
-    """Return the function of the backend asked for, or with "auto" of the first one in `available` that can run.
+    """Return the function of the backend asked for, or with "auto" of the first one in `available` that can
+    run.
 
-    "auto" tries the fastest backend first where the device has been measured (`pyglobenc.backends.measurements`).
+    "auto" tries the fastest backend first where the device has been measured
+    (`pyglobenc.backends.measurements`).
 
     Raises:
-        ValueError: the name is unknown, or the backend asked for by name can't run. The message gives the reasons.
+        ValueError: the name is unknown, or the backend asked for by name can't run. The message gives the
+            reasons.
     """
     check_backend(backend, op)
     refused = []

@@ -1,7 +1,7 @@
 """Arguments that several ops share: one frozen dataclass for each family of ops.
 
-`pyglobenc.ops` makes and checks them, and every backend receives them whole. torch.library accepts flat arguments only; `flat`,
-`from_flat` and `schema` translate.
+`pyglobenc.ops` makes and checks them, and every backend receives them whole. torch.library accepts flat
+arguments only; `flat`, `from_flat` and `schema` translate.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -35,7 +35,11 @@ class Inputs:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that are not None, by name."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor) and name != "cu_seqlens"}
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor) and name != "cu_seqlens"
+        }
 
     def of_tokens(self) -> dict[str, Tensor]:
         """Return the tensors with an axis over the tokens, by name; None is left out."""
@@ -54,7 +58,10 @@ class Inputs:
         """Return the arguments of a torch.library schema. A score_mod has no type there and is left out."""
         hints = get_type_hints(cls)
         named = [(f.name, hints[f.name]) for f in fields(cls) if f.name != "score_mod"]
-        return ", ".join("SymInt left, SymInt right" if name == "window" else f"{SCHEMA_TYPES[kind]} {name}" for name, kind in named)
+        return ", ".join(
+            "SymInt left, SymInt right" if name == "window" else f"{SCHEMA_TYPES[kind]} {name}"
+            for name, kind in named
+        )
 
     def flat(self) -> tuple[Any, ...]:
         """Return the values of the arguments that `schema` lists."""
@@ -70,7 +77,11 @@ class Inputs:
     def from_flat(cls: type[Own], values: tuple[Any, ...]) -> tuple[Own, tuple[Any, ...]]:
         """Return the inputs that the first values make up, and the remaining values."""
         left = iter(values)
-        made = {f.name: (next(left), next(left)) if f.name == "window" else next(left) for f in fields(cls) if f.name != "score_mod"}
+        made = {
+            f.name: (next(left), next(left)) if f.name == "window" else next(left)
+            for f in fields(cls)
+            if f.name != "score_mod"
+        }
         return cls(**made), tuple(left)
 
 
@@ -85,12 +96,14 @@ class PairInputs(Inputs):
         gram: G of `head_gram`, (B, n, H, H), float32 or float64; so are cross, residual_sq and rstd.
         cross: c of `head_gram`, (B, n, H), or None for a stage without residual.
         residual_sq: squared norm of the mapped residual x[i] M, (B, n); given together with cross.
-        rstd: scale of each row, the product of the stage's inverse standard deviations, (B, n), or None for 1.
+        rstd: scale of each row, the product of the stage's inverse standard deviations, (B, n), or None for
+            1.
         key_mask: (B, n) bool, True for real tokens; rows and columns of the others are 0. None: all real.
         scaling: factor of q . k.
         window: keys that query i sees, i - left to i + right; -1 is unlimited; causal is (-1, 0).
-        cu_seqlens: (S + 1,) int32 on the CPU, for S sequences packed into one. Sequence s is tokens cu_seqlens[s] to cu_seqlens[s + 1]; B is 1
-            and key_mask is None. None: the sequences are not packed.
+        cu_seqlens: (S + 1,) int32 on the CPU, for S sequences packed into one. Sequence s is tokens
+            cu_seqlens[s] to cu_seqlens[s + 1]; B is 1 and key_mask is None. None: the sequences are not
+            packed.
         score_mod: change of the scaled scores before the softmax; only the reference computes it.
     """
 
@@ -117,15 +130,18 @@ class RelevanceInputs(Inputs):
     Attributes:
         q, k, v: (B, H, n, dh), float32 or float64.
         lse: log-sum-exp of each query's scaled scores, natural logarithm, (B, H, n), the dtype of q.
-        grad_o: gradient of the explained logit with respect to the attention output, (B, H, n, dh); None: the gradient is left out.
+        grad_o: gradient of the explained logit with respect to the attention output, (B, H, n, dh); None: the
+            gradient is left out.
         s: relevance of the attention output over safe(that output), (B, H, n, dh).
         key_mask: (B, n) bool, True for real tokens; None: all.
         scaling: factor of q . k.
         window: keys that query i sees, i - left to i + right; -1 is unlimited; causal is (-1, 0).
         additive_mask: the scores went through BERT's sum with a mask, which is a node of the add rule.
         normalize: divide each row of I + A by its sum in a rollout step.
-        stabilizer: 0 for the published guard of the division by q . k; e > 0 divides by q . k + e * sign(q . k) instead.
-        rescale: apply the factor c of the additive mask. False is the LRP baseline's rule; only the reference computes it.
+        stabilizer: 0 for the published guard of the division by q . k; e > 0 divides by q . k + e * sign(q .
+            k) instead.
+        rescale: apply the factor c of the additive mask. False is the LRP baseline's rule; only the reference
+            computes it.
         cu_seqlens: as in `PairInputs`.
     """
 

@@ -1,8 +1,9 @@
-"""The table of measurements that backend="auto" goes by: for each device and op, the backends from fastest to slowest.
+"""The table of measurements that backend="auto" goes by: for each device and op, the backends from fastest to
+slowest.
 
-`pyglobenc bench --save` writes a JSON file, {device: {op: [backends]}}, to the path in PYGLOBENC_TABLE, or to the user's cache folder.
-Where that file has no entry, the measurements that come with the package count, and after them the order of the op's own list. An
-empty PYGLOBENC_TABLE turns both files off.
+`pyglobenc bench --save` writes a JSON file, {device: {op: [backends]}}, to the path in PYGLOBENC_TABLE, or to
+the user's cache folder. Where that file has no entry, the measurements that come with the package count, and
+after them the order of the op's own list. An empty PYGLOBENC_TABLE turns both files off.
 """
 
 import json
@@ -15,7 +16,10 @@ from pathlib import Path
 log = logging.getLogger("pyglobenc")
 
 # The package's own measurements: in an installation, and in a checkout.
-SHIPPED = (Path(__file__).parents[1] / "measured" / "backends.json", Path(__file__).parents[2] / "benchmarks" / "results" / "backends.json")
+SHIPPED = (
+    Path(__file__).parents[1] / "measured" / "backends.json",
+    Path(__file__).parents[2] / "benchmarks" / "results" / "backends.json",
+)
 
 
 def table_path() -> Path | None:
@@ -41,7 +45,10 @@ def device_name(kind: str) -> str:
     except OSError:
         lines = []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.processor() or platform.machine()}, {len(models) or os.cpu_count()} cores"
+    return (
+        f"{models[0] if models else platform.processor() or platform.machine()}, "
+        f"{len(models) or os.cpu_count()} cores"
+    )
 
 
 def preferred(op: str, available: tuple[str, ...], kind: str) -> tuple[str, ...]:
@@ -73,7 +80,10 @@ def _table() -> dict[str, dict[str, list[str]]]:
 def _read(path: Path) -> dict[str, dict[str, list[str]]]:
     try:
         found = json.loads(path.read_bytes())
-        return {device: {op: [str(name) for name in names] for op, names in ops.items()} for device, ops in found.items()}
+        return {
+            device: {op: [str(name) for name in names] for op, names in ops.items()}
+            for device, ops in found.items()
+        }
     except (OSError, ValueError, AttributeError, TypeError) as error:
         log.warning("%s is not a table of backends and is passed over: %s", path, error)
         return {}
@@ -88,6 +98,8 @@ def save_table(kind: str, orders: dict[str, list[str]]) -> Path | None:
         return None
     path.parent.mkdir(parents=True, exist_ok=True)
     known = _read(path) if path.exists() else {}
-    write_file(path, (json.dumps(known | {device_name(kind): orders}, indent=1, sort_keys=True) + "\n").encode())
+    write_file(
+        path, (json.dumps(known | {device_name(kind): orders}, indent=1, sort_keys=True) + "\n").encode()
+    )
     _table.cache_clear()
     return path

@@ -23,7 +23,9 @@ ROUNDS = (3, 200)
 KEPT = (32 << 20) - (1 << 16)
 
 
-def prepare(call: Callable[[], object], device: torch.device, seconds: float) -> tuple[Callable[[], None], int, int]:
+def prepare(
+    call: Callable[[], object], device: torch.device, seconds: float
+) -> tuple[Callable[[], None], int, int]:
     """Warm up a call that has run before, and plan its measurement.
 
     Args:
@@ -32,11 +34,12 @@ def prepare(call: Callable[[], object], device: torch.device, seconds: float) ->
         seconds: time that the measurement should take.
 
     Returns:
-        A function that takes one sample (several calls if they are short, until the device is done), the number of calls in it, and
-        the number of samples to take.
+        A function that takes one sample (several calls if they are short, until the device is done), the
+        number of calls in it, and the number of samples to take.
     """
-    # Until such a block has been released, glibc returns the pages of short-lived tensors to the system at unpredictable moments, and
-    # getting them back takes up to 40 % of a call. A process that has run a long input keeps its pages.
+    # Until such a block has been released, glibc returns the pages of short-lived tensors to the system at
+    # unpredictable moments, and getting them back takes up to 40 % of a call. A process that has run a long
+    # input keeps its pages.
     torch.empty(KEPT, dtype=torch.uint8, device="cpu")
     taken: list[float] = []
     spent = 0.0
@@ -77,8 +80,8 @@ def quartiles(samples: list[float]) -> tuple[float, float, float]:
 def measure_ceilings(device: torch.device, dtype: torch.dtype, seconds: float) -> Ceilings:
     """Measure the best rates of matrix products, exponentials and copies that the device reaches.
 
-    Exponentials are torch's or the project's own, whichever is faster. On a CPU one thread is tried too, because on a busy machine
-    several threads wait for each other longer than they work.
+    Exponentials are torch's or the project's own, whichever is faster. On a CPU one thread is tried too,
+    because on a busy machine several threads wait for each other longer than they work.
 
     Args:
         device, dtype: device, and dtype of the products; exponentials and copies are float32.
@@ -96,7 +99,10 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, seconds: float) -
 
 def _measure(device: torch.device, dtype: torch.dtype, seconds: float) -> Ceilings:
     rows, inner, columns = shape = GEMM_GPU if device.type == "cuda" else GEMM
-    a, b = torch.randn(rows, inner, device=device).to(dtype), torch.randn(inner, columns, device=device).to(dtype)
+    a, b = (
+        torch.randn(rows, inner, device=device).to(dtype),
+        torch.randn(inner, columns, device=device).to(dtype),
+    )
     product = a.new_empty(rows, columns)
 
     def multiply() -> None:
@@ -110,7 +116,9 @@ def _measure(device: torch.device, dtype: torch.dtype, seconds: float) -> Ceilin
     source = torch.ones(COPY, device=device)
     target = torch.empty_like(source)
     copy = min(times(lambda: target.copy_(source), device, seconds))
-    return Ceilings(2 * prod(shape) / gemm, _exp_rate(device, seconds), 2 * source.numel() * source.element_size() / copy)
+    return Ceilings(
+        2 * prod(shape) / gemm, _exp_rate(device, seconds), 2 * source.numel() * source.element_size() / copy
+    )
 
 
 @contextmanager

@@ -12,7 +12,9 @@ from pyglobenc.bench.op_table import OP_TABLE, Shape
 
 @dataclass(frozen=True)
 class Ceilings:
-    """The best rates of a device, per second: floating-point operations, exponentials, bytes read or written."""
+    """The best rates of a device, per second: floating-point operations, exponentials, bytes read or
+    written.
+    """
 
     flops: float
     exps: float
@@ -20,19 +22,25 @@ class Ceilings:
 
     def best(self, other: "Ceilings") -> "Ceilings":
         """Return the higher of each rate."""
-        return Ceilings(max(self.flops, other.flops), max(self.exps, other.exps), max(self.bytes, other.bytes))
+        return Ceilings(
+            max(self.flops, other.flops), max(self.exps, other.exps), max(self.bytes, other.bytes)
+        )
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The least that a call needs: floating-point operations, exponentials, bytes of arguments and results."""
+    """The least that a call needs: floating-point operations, exponentials, bytes of arguments and
+    results.
+    """
 
     flops: float
     exps: float
     bytes: float
 
     def floor(self, ceilings: Ceilings, overlap: bool) -> float:
-        """Return the least seconds a call can take; overlap: exponentials run beside the products, as on a GPU."""
+        """Return the least seconds a call can take; overlap: exponentials run beside the products, as on a
+        GPU.
+        """
         products, exps = self.flops / ceilings.flops, self.exps / ceilings.exps
         return max(max(products, exps) if overlap else products + exps, self.bytes / ceilings.bytes)
 

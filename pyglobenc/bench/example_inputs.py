@@ -20,7 +20,9 @@ ON_GPU = ("triton", "cuda")
 
 def op_names() -> list[str]:
     """Return the names of the ops that have backends."""
-    names = [module.name for module in iter_modules(pyglobenc.ops.__path__) if not module.name.startswith("_")]
+    names = [
+        module.name for module in iter_modules(pyglobenc.ops.__path__) if not module.name.startswith("_")
+    ]
     return [name for name in names if hasattr(import_module(f"pyglobenc.ops.{name}"), "BACKENDS")]
 
 
@@ -37,7 +39,8 @@ def try_op(op: str, backend: str) -> tuple[str, str | None]:
     try:
         out = list(flatten(function(*args, backend=backend)))
     except Exception as error:
-        # Triton raises errors of many kinds. The dispatcher's message names op and backend, as the table already does.
+        # Triton raises errors of many kinds. The dispatcher's message names op and backend, as the table
+        # already does.
         return "no", one_line(error).split("can't run: ")[-1].removeprefix(f"{backend}: ")
     if backend == "reference":
         return "yes", None
@@ -47,14 +50,17 @@ def try_op(op: str, backend: str) -> tuple[str, str | None]:
 
 
 @lru_cache(maxsize=2)
-def tensors(device: str, n: int | None = None, batch: int = 1, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def tensors(
+    device: str, n: int | None = None, batch: int = 1, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     """Return arguments of the ops by name, as in an encoder layer of width d = H * DH of a model in `dtype`.
 
     Args:
         device: "cpu" or "cuda".
         n: number of tokens; None: N.
         batch: number of examples B.
-        dtype: dtype of activations and weights, such as q (B, H, n, DH). lse and what GlobEnc derives, from kernel to r, are float32.
+        dtype: dtype of activations and weights, such as q (B, H, n, DH). lse and what GlobEnc derives, from
+            kernel to r, are float32.
     """
     n = N if n is None else n
     generator = torch.Generator().manual_seed(0)
@@ -63,10 +69,14 @@ def tensors(device: str, n: int | None = None, batch: int = 1, dtype: torch.dtyp
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
     out = {name: random(batch, H, n, DH) for name in ("q", "k", "v", "grad_o", "s")}
-    out |= {name: random(batch, n, H * DH) for name in ("x", "y", "relevance")} | {"weight": random(H, DH, H * DH)}
+    out |= {name: random(batch, n, H * DH) for name in ("x", "y", "relevance")} | {
+        "weight": random(H, DH, H * DH)
+    }
     out["o"], out["lse"] = attention(out["q"], out["k"], out["v"])
     out["kernel"], out["cross_kernel"] = gram_weights(out["weight"].float(), [])
-    out["gram"], out["cross"] = head_gram(out["v"], out["kernel"], out["x"], out["cross_kernel"], backend="reference")
+    out["gram"], out["cross"] = head_gram(
+        out["v"], out["kernel"], out["x"], out["cross_kernel"], backend="reference"
+    )
     out["r"], out["log_scale"] = random(batch, 1, n).abs().float(), torch.zeros(batch, 1, device=device)
     out["gamma"] = random(H * DH).float()
     return out

@@ -1,6 +1,8 @@
-"""One entry for each op that has backends: arguments to try it with, and the operations that it can't do without.
+"""One entry for each op that has backends: arguments to try it with, and the operations that it can't do
+without.
 
-`pyglobenc doctor`, `pyglobenc bench`, the op benchmarks and the tests all read this table; a new op needs one entry here.
+`pyglobenc doctor`, `pyglobenc bench`, the op benchmarks and the tests all read this table; a new op needs one
+entry here.
 """
 
 from collections.abc import Callable
@@ -40,8 +42,8 @@ class OpEntry:
 
     Attributes:
         arguments: returns the op's positional arguments, taken from `pyglobenc.bench.example_inputs.tensors`.
-        multiply_adds: number of them in one call. Source: the formulas in `pyglobenc.backends.reference`, and in `pyglobenc.backends.cpu`
-            for a shorter way.
+        multiply_adds: number of them in one call. Source: the formulas in `pyglobenc.backends.reference`, and
+            in `pyglobenc.backends.cpu` for a shorter way.
         exponentials: whether every (query, key) pair takes one for each head.
     """
 
@@ -85,7 +87,9 @@ OP_TABLE: dict[str, OpEntry] = {
     "relevance_maps": OpEntry(_take(*_RELEVANCE), lambda s: 3 * s.pairs * s.d, True),
     "relevance_rollout_step": OpEntry(_take("r", *_RELEVANCE), lambda s: 3 * s.pairs * s.d, True),
     "add_relevance": OpEntry(_take("relevance", "x", "y"), lambda s: 0),
-    "clone_relevance": OpEntry(lambda tensors: [[tensors["relevance"], tensors["y"]], tensors["x"]], lambda s: 0),
+    "clone_relevance": OpEntry(
+        lambda tensors: [[tensors["relevance"], tensors["y"]], tensors["x"]], lambda s: 0
+    ),
     "linear_relevance": OpEntry(
         lambda tensors: [tensors["relevance"], tensors["x"], tensors["weight"].flatten(0, 1)],
         # with the product of the forward pass, which a call of the op alone has to make

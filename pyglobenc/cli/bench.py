@@ -19,18 +19,28 @@ NUMBERS, MAPS = 1 << 15, 4
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.epilog = (
-        "Share: the time that an op's operations and bytes take at the ceilings, over the time it took; above 100% where its data "
+        "Share: the time that an op's operations and bytes take at the ceilings, over the time it took; "
+        "above 100% where its data "
         "stays in a cache, which is faster than the memory that the copy measures. With --save, "
-        "backend=auto goes by these measurements from then on. They are written to the path in PYGLOBENC_TABLE, or to the user's "
+        "backend=auto goes by these measurements from then on. They are written to the path in "
+        "PYGLOBENC_TABLE, or to the user's "
         "cache folder."
     )
-    parser.add_argument("--n", type=positive, default=512, help="tokens; the model's shape is BERT-base's (default 512)")
-    parser.add_argument("--op", action="append", metavar="OP", help="measure this op alone; may be given several times")
-    parser.add_argument("--seconds", type=seconds, default=0.4, help="spent on each measurement (default 0.4)")
+    parser.add_argument(
+        "--n", type=positive, default=512, help="tokens; the model's shape is BERT-base's (default 512)"
+    )
+    parser.add_argument(
+        "--op", action="append", metavar="OP", help="measure this op alone; may be given several times"
+    )
+    parser.add_argument(
+        "--seconds", type=seconds, default=0.4, help="spent on each measurement (default 0.4)"
+    )
     parser.add_argument("--threads", type=threads, help="of torch (default: all)")
     parser.add_argument("--csv", metavar="FILE", help="write the measurements to a CSV file")
     parser.add_argument("--png", metavar="FILE", help="write the roofline picture to a PNG file")
-    parser.add_argument("--save", action="store_true", help="let backend=auto go by these measurements from now on")
+    parser.add_argument(
+        "--save", action="store_true", help="let backend=auto go by these measurements from now on"
+    )
     parser.add_argument("--quiet", action="store_true", help="print no progress")
 
 
@@ -58,9 +68,16 @@ def run(options: argparse.Namespace) -> int:
         options.error(f"--n: needs about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free")
     ceilings = measure_ceilings(device, torch.float32, options.seconds)
     # interpreted kernels show what they compute, not how fast
-    jobs = [(op, backend) for op in options.op or OP_TABLE for backend in backends_of(op) if backend != "triton" or not INTERPRETED]
+    jobs = [
+        (op, backend)
+        for op in options.op or OP_TABLE
+        for backend in backends_of(op)
+        if backend != "triton" or not INTERPRETED
+    ]
     with tqdm(jobs, desc="bench", unit="op", disable=options.quiet) as bar:
-        measured = [found for op, backend in bar for found in measure(op, backend, options.n, options.seconds, device)]
+        measured = [
+            found for op, backend in bar for found in measure(op, backend, options.n, options.seconds, device)
+        ]
     # a machine's speed drifts: its best, before and after
     ceilings = ceilings.best(measure_ceilings(device, torch.float32, options.seconds))
     rows = [row | _share(row, cost, ceilings, device.type) for row, cost in measured]
@@ -80,8 +97,12 @@ def backends_of(op: str) -> tuple[str, ...]:
     return import_module(f"pyglobenc.ops.{op}").BACKENDS
 
 
-def measure(op: str, backend: str, n: int, seconds: float, device: Any) -> Iterator[tuple[dict[str, Any], Any]]:
-    """What a call took and its `pyglobenc.bench.costs.Cost`; nothing if the backend can't run here. n: tokens; seconds: spent on it."""
+def measure(
+    op: str, backend: str, n: int, seconds: float, device: Any
+) -> Iterator[tuple[dict[str, Any], Any]]:
+    """What a call took and its `pyglobenc.bench.costs.Cost`; nothing if the backend can't run here. n:
+    tokens; seconds: spent on it.
+    """
     from importlib import import_module
 
     from pyglobenc.bench.ceilings import quartiles, times
@@ -89,7 +110,10 @@ def measure(op: str, backend: str, n: int, seconds: float, device: Any) -> Itera
     from pyglobenc.bench.example_inputs import DH, H, tensors
     from pyglobenc.bench.op_table import OP_TABLE
 
-    args, function = OP_TABLE[op].arguments(tensors(device.type, n)), getattr(import_module(f"pyglobenc.ops.{op}"), op)
+    args, function = (
+        OP_TABLE[op].arguments(tensors(device.type, n)),
+        getattr(import_module(f"pyglobenc.ops.{op}"), op),
+    )
     try:
         result = function(*args, backend=backend)
     except Exception:
@@ -98,7 +122,16 @@ def measure(op: str, backend: str, n: int, seconds: float, device: Any) -> Itera
     cost = count(op, args, result, batch=1, heads=H, n=n, dh=DH)
     samples = times(lambda: function(*args, backend=backend), device, seconds)
     low, middle, high = quartiles(samples)
-    row = {"op": op, "backend": backend, "n": n, "dtype": "float32", "median_s": middle, "q1_s": low, "q3_s": high, "rounds": len(samples)}
+    row = {
+        "op": op,
+        "backend": backend,
+        "n": n,
+        "dtype": "float32",
+        "median_s": middle,
+        "q1_s": low,
+        "q3_s": high,
+        "rounds": len(samples),
+    }
     yield row | {"flops": cost.flops, "exps": cost.exps, "bytes": cost.bytes}, cost
 
 
@@ -111,7 +144,11 @@ def _share(row: dict[str, Any], cost: Any, ceilings: Any, kind: str) -> dict[str
     floor = cost.floor(ceilings, overlap=kind == "cuda")
     ratios = {"floor_s": floor, "share": floor / row["median_s"]}
     reached = {"gemm_flops": ceilings.flops, "exp_rate": ceilings.exps, "copy_bytes": ceilings.bytes}
-    return ratios | reached | {"threads": torch.get_num_threads(), "device": device_name(kind), "torch": torch.__version__}
+    return (
+        ratios
+        | reached
+        | {"threads": torch.get_num_threads(), "device": device_name(kind), "torch": torch.__version__}
+    )
 
 
 def _show(rows: list[dict[str, Any]], ceilings: Any) -> None:
@@ -128,7 +165,9 @@ def _show(rows: list[dict[str, Any]], ceilings: Any) -> None:
         seconds = row["median_s"]
         speeds = f"{row['flops'] / seconds / 1e9:.1f}", f"{row['bytes'] / seconds / 1e9:.1f}"
         quartiles = f"{row['q1_s'] * 1e3:.3f} to {row['q3_s'] * 1e3:.3f}"
-        table.add_row(row["op"], row["backend"], f"{seconds * 1e3:.3f}", quartiles, *speeds, f"{row['share']:.0%}")
+        table.add_row(
+            row["op"], row["backend"], f"{seconds * 1e3:.3f}", quartiles, *speeds, f"{row['share']:.0%}"
+        )
     Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 110).print(table)
 
 
@@ -139,18 +178,25 @@ def _write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()} for row in rows)
+        writer.writerows(
+            {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
+            for row in rows
+        )
         write_file(options.csv, text.getvalue().encode())
     if options.png:
         from pyglobenc.bench.roofline import roofline
 
         picture = io.BytesIO()
-        roofline(rows, f"{rows[0]['device']}, {rows[0]['threads']} threads").savefig(picture, format="png", dpi=150)
+        roofline(rows, f"{rows[0]['device']}, {rows[0]['threads']} threads").savefig(
+            picture, format="png", dpi=150
+        )
         write_file(options.png, picture.getvalue())
 
 
 def fastest_first(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """Of each op the backends that ran, in the op's own order unless another than its first is clearly the fastest."""
+    """Of each op the backends that ran, in the op's own order unless another than its first is clearly the
+    fastest.
+    """
     orders = {}
     for op in dict.fromkeys(row["op"] for row in rows):
         found = {row["backend"]: row for row in rows if row["op"] == op}

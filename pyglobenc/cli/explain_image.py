@@ -16,13 +16,18 @@ def run(options: argparse.Namespace) -> int:
         options.error("--image explains images, not texts")
     if options.model == "minilm":
         options.error("--image: name an image model with --model")
-    refused = [f"--{name.replace('_', '-')}" for name in TEXT_OPTIONS if getattr(options, name)] + ["--long"] * (options.long != "error")
+    refused = [f"--{name.replace('_', '-')}" for name in TEXT_OPTIONS if getattr(options, name)] + [
+        "--long"
+    ] * (options.long != "error")
     if refused:
         options.error(f"--image takes no {' or '.join(refused)}; it writes a picture, --png")
     # one file of all, or a file for each
     files = [options.png] if options.png else [f"{Path(name).stem}.attribution.png" for name in options.image]
     if len(set(files)) < len(files):
-        options.error("--image: two images have the same name, and so would their pictures; name one file for all with --png")
+        options.error(
+            "--image: two images have the same name, and so would their pictures; name one file for all "
+            "with --png"
+        )
     for file in files:
         check_writable(file)
     # these take seconds
@@ -34,7 +39,9 @@ def run(options: argparse.Namespace) -> int:
     from pyglobenc.models.pretrained import load_image_model
 
     if options.method not in (None, CLASSES, *METHODS):
-        options.error(f"--image: --method must be one of {', '.join((CLASSES, *METHODS))}, got {options.method!r}")
+        options.error(
+            f"--image: --method must be one of {', '.join((CLASSES, *METHODS))}, got {options.method!r}"
+        )
     check_outputs(files, options.model, options.image)
     images = [open_image(name, options.max_pixels) for name in options.image]
     # a rollout does without classes, and its default target is what the head reads where there is one
@@ -42,14 +49,24 @@ def run(options: argparse.Namespace) -> int:
     model, processor = load_image_model(options.model, options.device, head, options.trust_remote_code)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     targets = None if options.target is None else [options.target]
-    chosen = dict(method=options.method, targets=targets, backend=options.backend, dtype=dtype, max_pixels=options.max_pixels)
+    chosen = dict(
+        method=options.method,
+        targets=targets,
+        backend=options.backend,
+        dtype=dtype,
+        max_pixels=options.max_pixels,
+    )
     results = explain_image(model, processor, images, **chosen)
     for file, result in zip(files, [results] if options.png else results, strict=True):
         result.to_png(file)
     if not options.quiet:
         for name, result in zip(options.image, results, strict=True):
             label = "; ".join(f"{target}: {text}" for target, text in result.labels.items())
-            predicted = "" if not result.predictions else f"; predicted: {', '.join(one for one, _ in result.predictions)}"
+            predicted = (
+                ""
+                if not result.predictions
+                else f"; predicted: {', '.join(one for one, _ in result.predictions)}"
+            )
             print(printable(f"{name}: {label}{predicted}" if len(results) > 1 else f"{label}{predicted}"))
         for file in files:
             print(printable(file))

@@ -39,10 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; argv None: the process's arguments.
 
     Returns:
-        Exit status: 0 done, 1 failed (one line on stderr says why), 130 stopped by Ctrl-C or SIGTERM; wrong usage leaves with 2.
+        Exit status: 0 done, 1 failed (one line on stderr says why), 130 stopped by Ctrl-C or SIGTERM; wrong
+            usage leaves with 2.
     """
     # a scheduler that ends a job loses no more of it than Ctrl-C does; only the main thread may ask for it
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+    if (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    ):
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     _prepare_streams()
     traceback = False
@@ -70,13 +74,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if isinstance(error, OSError) and error.filename is None:
             _drop(sys.stdout)
-        fault = "" if isinstance(error, EXPECTED) else f"unexpected {type(error).__name__}, --traceback shows where: "
+        fault = (
+            ""
+            if isinstance(error, EXPECTED)
+            else f"unexpected {type(error).__name__}, --traceback shows where: "
+        )
         _say(fault + one_line(error))
         return FAILED
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="pyglobenc", description="Token attribution for transformers at the price of the forward pass.")
+    parser = Parser(
+        prog="pyglobenc", description="Token attribution for transformers at the price of the forward pass."
+    )
     parser.add_argument("--version", action="version", version=f"pyglobenc {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
@@ -88,7 +98,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _prepare_streams() -> None:
-    """Make sure that no file takes the number of a standard stream that is closed: what is meant for the stream would go into the file."""
+    """Make sure that no file takes the number of a standard stream that is closed: what is meant for the
+    stream would go into the file.
+    """
     for number in range(3):
         try:
             os.fstat(number)

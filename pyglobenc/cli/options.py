@@ -26,10 +26,14 @@ def positive(text: str) -> int:
 
 
 def threads(text: str) -> int:
-    """A number of threads that this machine has processors for; torch crashes when it can't start as many as it is told."""
+    """A number of threads that this machine has processors for; torch crashes when it can't start as many as
+    it is told.
+    """
     value, most = positive(text), os.cpu_count() or 1
     if value > most:
-        raise argparse.ArgumentTypeError(f"must be at most {most}, the processors of this machine, got {value}")
+        raise argparse.ArgumentTypeError(
+            f"must be at most {most}, the processors of this machine, got {value}"
+        )
     return value
 
 
@@ -42,7 +46,12 @@ def seconds(text: str) -> float:
 
 
 # argparse names the type in its error
-integer.__name__, positive.__name__, threads.__name__, seconds.__name__ = "int", "positive integer", "number of threads", "number"
+integer.__name__, positive.__name__, threads.__name__, seconds.__name__ = (
+    "int",
+    "positive integer",
+    "number of threads",
+    "number",
+)
 
 
 def environment_number(name: str, default: int) -> int:
@@ -58,4 +67,8 @@ def environment_number(name: str, default: int) -> int:
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
     """Declare --trust-remote-code."""
-    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model (default: never)")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that comes with the model (default: never)",
+    )

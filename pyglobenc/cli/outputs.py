@@ -25,7 +25,9 @@ def check_outputs(outputs: Iterable[str], model: str, inputs: Iterable[str | Pat
 
 
 def check_output_folder(output: str, model: str, inputs: Iterable[str | Path]) -> None:
-    """Refuse an output folder that is, lies in or holds an input, or lies in the model's folder; arguments as of `check_outputs`."""
+    """Refuse an output folder that is, lies in or holds an input, or lies in the model's folder; arguments as
+    of `check_outputs`.
+    """
     inputs = list(inputs)
     check_outputs([output], model, inputs)
     if os.path.exists(output) and not os.path.isdir(output):
@@ -36,7 +38,8 @@ def check_output_folder(output: str, model: str, inputs: Iterable[str | Path]) -
 
 
 def model_places(name: str) -> list[str]:
-    """Folders that a model is read from: its own, and that of the base model of a PEFT adapter; none of a model not here yet.
+    """Folders that a model is read from: its own, and that of the base model of a PEFT adapter; none of a
+    model not here yet.
 
     Raises:
         ValueError: a bundled model whose package isn't installed, a path that isn't a folder.
@@ -53,7 +56,9 @@ def model_places(name: str) -> list[str]:
         folder = model_folder("minilm" if name == SENTIMENT else name)
         if not os.path.isdir(folder):
             try:
-                cached = [try_to_load_from_cache(folder, file) for file in ("config.json", "adapter_config.json")]
+                cached = [
+                    try_to_load_from_cache(folder, file) for file in ("config.json", "adapter_config.json")
+                ]
             except HFValidationError:
                 # no name of the hub; loading says so
                 continue

@@ -12,7 +12,9 @@ KINDS = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 
 
 def refuse_unknown(who: str, unknown: Iterable[str], known: Iterable[str]) -> None:
-    """Raise TypeError, naming who, if there is an unknown name; the message gives the nearest known names, or all of them."""
+    """Raise TypeError, naming who, if there is an unknown name; the message gives the nearest known names, or
+    all of them.
+    """
     unknown, known = sorted(unknown), sorted(known)
     if not unknown:
         return
@@ -27,7 +29,9 @@ def argument_names(function: Callable[..., Any]) -> frozenset[str]:
 
 
 def known_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator: refuse unknown keyword arguments as `refuse_unknown` does, in place of Python's own error."""
+    """Decorator: refuse unknown keyword arguments as `refuse_unknown` does, in place of Python's own
+    error.
+    """
     names = argument_names(function)
     owner, _, name = function.__qualname__.rpartition(".")
     who = owner if name in ("__init__", "__call__") else name

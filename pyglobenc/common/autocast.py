@@ -1,7 +1,7 @@
 """Keeps the caller's torch.autocast to the model's forward pass.
 
-Attribution computes in the dtypes of its own tensors. Under autocast, torch's matrix products return half precision, and a kernel
-that expects float32 would misread them.
+Attribution computes in the dtypes of its own tensors. Under autocast, torch's matrix products return half
+precision, and a kernel that expects float32 would misread them.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,7 +39,9 @@ def outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def callers_autocast() -> Iterator[None]:
-    """Context that turns the caller's autocast on again, inside a function decorated with `outside_autocast`."""
+    """Context that turns the caller's autocast on again, inside a function decorated with
+    `outside_autocast`.
+    """
     with ExitStack() as stack:
         for kind, dtype in (_CALLERS.get() or {}).items():
             stack.enter_context(torch.autocast(kind, dtype))

@@ -8,7 +8,9 @@ REPLACED = "\ufffd"
 
 
 def printable(text: object, newlines: bool = False) -> str:
-    """Text without characters that would steer a terminal or a page: they become U+FFFD, every other space a space."""
+    """Text without characters that would steer a terminal or a page: they become U+FFFD, every other space a
+    space.
+    """
     return "".join(_printable(char, newlines) for char in str(text))
 
 

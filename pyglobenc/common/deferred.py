@@ -1,7 +1,7 @@
 """Checks of tensor values that can be put off.
 
-A check normally reads its tensor at once. While a CUDA graph is recorded nothing may wait for the device, so the checks are kept and
-made after each replay.
+A check normally reads its tensor at once. While a CUDA graph is recorded nothing may wait for the device, so
+the checks are kept and made after each replay.
 """
 
 from collections.abc import Callable, Iterator
@@ -42,7 +42,9 @@ def check_range(who: str, name: str, index: Tensor, size: int) -> None:
     """Raise ValueError, naming who, unless all indices, of any shape, lie in [0, size)."""
     require(
         ((index >= 0) & (index < size)).all(),
-        lambda: ValueError(f"{who}: {name} must lie in [0, {size}), got {int(index.min())} to {int(index.max())}"),
+        lambda: ValueError(
+            f"{who}: {name} must lie in [0, {size}), got {int(index.min())} to {int(index.max())}"
+        ),
     )
 
 
@@ -58,6 +60,8 @@ def checks_put_off() -> Iterator[list[Check]]:
 
 
 def look(checks: list[Check]) -> None:
-    """Raise the first error among the checks that were put off; waits for the device once if there is none."""
+    """Raise the first error among the checks that were put off; waits for the device once if there is
+    none.
+    """
     if checks and not bool(torch.stack([check.holds for check in checks]).all()):
         raise next(check.error() for check in checks if not bool(check.holds))

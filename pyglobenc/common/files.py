@@ -15,7 +15,8 @@ PREFIX = 40
 
 
 def write_file(path: str | Path, data: bytes | memoryview, follow: bool = True) -> None:
-    """Write a file whole or not at all: to a temporary file beside it, then moved into place; devices and pipes directly.
+    """Write a file whole or not at all: to a temporary file beside it, then moved into place; devices and
+    pipes directly.
 
     A file that is replaced keeps its owner and permissions, a new one has those that the umask leaves.
 
@@ -83,7 +84,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 def check_apart(output: str | Path, kept: Iterable[str | Path | int]) -> None:
-    """Refuse an output that is, or lies in, a file or folder that is read, whatever name, link or case it is reached by.
+    """Refuse an output that is, or lies in, a file or folder that is read, whatever name, link or case it is
+    reached by.
 
     Args:
         output: the file or folder that would be written; it need not be there.
@@ -100,7 +102,12 @@ def check_apart(output: str | Path, kept: Iterable[str | Path | int]) -> None:
             where = "standard input's file" if path == 0 else path
             raise ValueError(f"{output}: is or lies in {where}, which is read; choose another place")
         # one of its files by another name
-        if place.is_file() and path != 0 and os.path.isdir(path) and any(_identity(file) == own for file in _files(path)):
+        if (
+            place.is_file()
+            and path != 0
+            and os.path.isdir(path)
+            and any(_identity(file) == own for file in _files(path))
+        ):
             raise ValueError(f"{output}: is a file of {path}, which is read; choose another place")
 
 
@@ -111,7 +118,11 @@ def _identity(path: str | Path | int) -> tuple[int, int] | None:
     # a name may hold what no file's name can
     except (OSError, ValueError):
         return None
-    return (status.st_dev, status.st_ino) if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode) else None
+    return (
+        (status.st_dev, status.st_ino)
+        if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
+        else None
+    )
 
 
 def _files(folder: str | Path) -> Iterable[str]:
@@ -138,7 +149,9 @@ def one_line(error: BaseException | str) -> str:
 
 
 def read_at_most(file: BinaryIO, name: str, most: int) -> bytes:
-    """All bytes of a file that may have no end; ValueError, with the file's name, if there are more than most."""
+    """All bytes of a file that may have no end; ValueError, with the file's name, if there are more than
+    most.
+    """
     data = file.read(most + 1)
     if len(data) > most:
         raise ValueError(f"{name}: holds more than {most >> 20} MiB")
@@ -146,7 +159,8 @@ def read_at_most(file: BinaryIO, name: str, most: int) -> bytes:
 
 
 def decode(data: bytes, name: str) -> str:
-    """Bytes of a text file as UTF-8, a byte order mark dropped and line ends made \\n; name is the file's, for errors.
+    """Bytes of a text file as UTF-8, a byte order mark dropped and line ends made \\n; name is the file's,
+    for errors.
 
     Raises:
         ValueError: not UTF-8.
@@ -154,5 +168,7 @@ def decode(data: bytes, name: str) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: not UTF-8 text (byte 0x{data[error.start]:02x} at offset {error.start})") from error
+        raise ValueError(
+            f"{name}: not UTF-8 text (byte 0x{data[error.start]:02x} at offset {error.start})"
+        ) from error
     return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -36,7 +36,12 @@ def is_flag(value: Any) -> bool:
 
 def is_pair(value: Any) -> bool:
     """Whether a value is (start, stop) with 0 <= start <= stop."""
-    return isinstance(value, list | tuple) and len(value) == 2 and all(map(is_index, value)) and value[0] <= value[1]
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 2
+        and all(map(is_index, value))
+        and value[0] <= value[1]
+    )
 
 
 def is_prediction(value: Any) -> bool:
@@ -63,7 +68,10 @@ SCALARS = {
     "merge_words": (is_flag, "True or False"),
     "cut": (is_index, "an integer of at least 0"),
     "label": (_or_none(is_string), "a string or None"),
-    "probability": (_or_none(lambda value: is_number(value) and 0 <= value <= 1), "a number in [0, 1] or None"),
+    "probability": (
+        _or_none(lambda value: is_number(value) and 0 <= value <= 1),
+        "a number in [0, 1] or None",
+    ),
     "text_pair": (_or_none(is_string), "a string or None"),
     "version": (is_string, "a string"),
 }
@@ -84,7 +92,8 @@ def check_fields(values: dict[str, Any]) -> None:
     """Check the fields of an `Attribution`, given by name.
 
     Raises:
-        ValueError: a field has another type, length or range than `Attribution` says; the message names the field.
+        ValueError: a field has another type, length or range than `Attribution` says; the message names the
+            field.
     """
     for name, (check, expected) in SCALARS.items():
         if not check(values[name]):
@@ -92,8 +101,12 @@ def check_fields(values: dict[str, Any]) -> None:
     for name, (check, expected, optional, _) in LISTS.items():
         _check_list(name, values[name], check, expected, optional)
     settings = values["settings"]
-    if not isinstance(settings, dict) or not all(is_string(key) and _is_setting(value) for key, value in settings.items()):
-        raise ValueError(f"settings must be a dict from strings to strings, finite numbers or None, got {shown(settings)}")
+    if not isinstance(settings, dict) or not all(
+        is_string(key) and _is_setting(value) for key, value in settings.items()
+    ):
+        raise ValueError(
+            f"settings must be a dict from strings to strings, finite numbers or None, got {shown(settings)}"
+        )
     n = len(values["tokens"])
     if not n:
         raise ValueError("tokens must hold at least one token")

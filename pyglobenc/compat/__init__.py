@@ -1,4 +1,6 @@
-"""Drop-in modules for scripts written on the published code: the same names, arguments and results, on stock transformers models."""
+"""Drop-in modules for scripts written on the published code: the same names, arguments and results, on stock
+transformers models.
+"""
 
 from pyglobenc.compat.tokenizers import add_encode_plus
 

@@ -1,8 +1,10 @@
-"""The published Transformer-Explainability code's classes (Chefer, Gur and Wolf, CVPR 2021), on stock models and any device.
+"""The published Transformer-Explainability code's classes (Chefer, Gur and Wolf, CVPR 2021), on stock models
+and any device.
 
-    from pyglobenc.compat.chefer import Generator              # instead of BERT_explainability...ExplanationGenerator
-    from pyglobenc.compat.chefer import LRP, Baselines         # instead of baselines.ViT.ViT_explanation_generator
-    from pyglobenc.compat.chefer import vit_base_patch16_224   # instead of baselines.ViT.ViT_LRP
+    from pyglobenc.compat.chefer import Generator              # instead of
+    BERT_explainability...ExplanationGenerator from pyglobenc.compat.chefer import LRP, Baselines         #
+    instead of baselines.ViT.ViT_explanation_generator from pyglobenc.compat.chefer import
+    vit_base_patch16_224   # instead of baselines.ViT.ViT_LRP
 
 Batches may hold more than one example.
 """
@@ -36,7 +38,9 @@ WITH_ABLATION = ("last_layer", "second_layer")
 
 
 class VisionTransformer(ViTForImageClassification):
-    """Stock ViT classifier with the LayerNorms of ViT_LRP, whose call on images alone returns their logits."""
+    """Stock ViT classifier with the LayerNorms of ViT_LRP, whose call on images alone returns their
+    logits.
+    """
 
     last_eps = 1e-5
 
@@ -46,7 +50,9 @@ class VisionTransformer(ViTForImageClassification):
         self.vit.layernorm.eps = self.last_eps
 
     def forward(self, images: Tensor | None = None, **kwargs: Any) -> Any:
-        """Logits (B, classes) of images (B, channels, height, width); with the stock model's keywords its output."""
+        """Logits (B, classes) of images (B, channels, height, width); with the stock model's keywords its
+        output.
+        """
         return super().forward(**kwargs) if images is None else super().forward(images).logits
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -99,7 +105,9 @@ def vit_orig_base_patch16_224(pretrained: bool = False, num_classes: int = 1000)
 
 
 class Generator:
-    """Explanations of a BERT classifier, (B, n) each; index is the class explained, None the predicted one."""
+    """Explanations of a BERT classifier, (B, n) each; index is the class explained, None the predicted
+    one.
+    """
 
     def __init__(self, model: PreTrainedModel, backend: str = "auto"):
         self.model = model
@@ -111,8 +119,12 @@ class Generator:
         """The model's own output."""
         return self.model(input_ids, attention_mask)
 
-    def generate_LRP(self, input_ids: Tensor, attention_mask: Tensor, index: Any = None, start_layer: int = 11) -> Tensor:
-        """Transformer attribution, the pooled token's own entry set to the row's smallest; start_layer 11 is the last of BERT-base."""
+    def generate_LRP(
+        self, input_ids: Tensor, attention_mask: Tensor, index: Any = None, start_layer: int = 11
+    ) -> Tensor:
+        """Transformer attribution, the pooled token's own entry set to the row's smallest; start_layer 11 is
+        the last of BERT-base.
+        """
         scores = self._scores("transformer_attribution", input_ids, attention_mask, index, start_layer)
         scores[:, 0] = scores.amin(1)
         return scores
@@ -125,11 +137,15 @@ class Generator:
         """Relevance propagated down to the input tokens."""
         return self._without_first("full", input_ids, attention_mask, index)
 
-    def generate_attn_last_layer(self, input_ids: Tensor, attention_mask: Tensor, index: Any = None) -> Tensor:
+    def generate_attn_last_layer(
+        self, input_ids: Tensor, attention_mask: Tensor, index: Any = None
+    ) -> Tensor:
         """Attention of the last layer."""
         return self._without_first("last_layer_attn", input_ids, attention_mask, index)
 
-    def generate_rollout(self, input_ids: Tensor, attention_mask: Tensor, start_layer: int = 0, index: Any = None) -> Tensor:
+    def generate_rollout(
+        self, input_ids: Tensor, attention_mask: Tensor, start_layer: int = 0, index: Any = None
+    ) -> Tensor:
         """Attention rollout."""
         return self._without_first("attention_rollout", input_ids, attention_mask, index, start_layer)
 
@@ -143,14 +159,20 @@ class Generator:
         scores[:, 0] = 0
         return scores
 
-    def _without_first(self, variant: str, input_ids: Tensor, attention_mask: Tensor, index: Any, start_layer: int = 0) -> Tensor:
+    def _without_first(
+        self, variant: str, input_ids: Tensor, attention_mask: Tensor, index: Any, start_layer: int = 0
+    ) -> Tensor:
         scores = self._scores(variant, input_ids, attention_mask, index, start_layer)
         scores[:, 0] = 0
         return scores
 
-    def _scores(self, variant: str, input_ids: Tensor, attention_mask: Tensor, index: Any, start_layer: int) -> Tensor:
+    def _scores(
+        self, variant: str, input_ids: Tensor, attention_mask: Tensor, index: Any, start_layer: int
+    ) -> Tensor:
         batch = {"input_ids": input_ids, "attention_mask": attention_mask}
-        return self._attribute(**batch, target=_class(index, self._attribute), variant=variant, start_layer=start_layer).scores.clone()
+        return self._attribute(
+            **batch, target=_class(index, self._attribute), variant=variant, start_layer=start_layer
+        ).scores.clone()
 
 
 class LRP:
@@ -162,20 +184,26 @@ class LRP:
         self._attribute = _attribution(model, backend)
 
     def generate_LRP(
-        self, input: Tensor, index: Any = None, method: str = "transformer_attribution", is_ablation: bool = False, start_layer: int = 0
+        self,
+        input: Tensor,
+        index: Any = None,
+        method: str = "transformer_attribution",
+        is_ablation: bool = False,
+        start_layer: int = 0,
     ) -> Tensor:
         """Relevance of patches or pixels.
 
         Args:
             input: images (B, channels, height, width).
             index: class, one or (B,), or None.
-            method: "transformer_attribution" (or its earlier name "grad"), "rollout", "full", "last_layer", "last_layer_attn",
-                "second_layer".
+            method: "transformer_attribution" (or its earlier name "grad"), "rollout", "full", "last_layer",
+                "last_layer_attn", "second_layer".
             is_ablation: of "last_layer" and "second_layer": times the gradient.
             start_layer: first layer of a rollout.
 
         Returns:
-            (B, patches) of the rollouts; (B, height, width) of "full"; (patches,) of the others, (B, patches) for more than one image.
+            (B, patches) of the rollouts; (B, height, width) of "full"; (patches,) of the others, (B, patches)
+            for more than one image.
 
         Raises:
             ValueError: unknown method.
@@ -183,7 +211,12 @@ class LRP:
         if method not in METHODS:
             raise ValueError(f"LRP: method must be one of {', '.join(METHODS)}, got {method!r}")
         variant = METHODS[method] + ("_ablation" if is_ablation and method in WITH_ABLATION else "")
-        scores = self._attribute(pixel_values=input, target=_class(index, self._attribute), variant=variant, start_layer=start_layer).scores
+        scores = self._attribute(
+            pixel_values=input,
+            target=_class(index, self._attribute),
+            variant=variant,
+            start_layer=start_layer,
+        ).scores
         return scores if METHODS[method] in ("transformer_attribution", "rollout", "full") else _one(scores)
 
 
@@ -196,21 +229,31 @@ class Baselines:
         self._attribute = _attribution(model, backend)
 
     def generate_cam_attn(self, input: Tensor, index: Any = None) -> Tensor:
-        """Grad-CAM on the last layer's attention, a value a patch, (rows, columns), or (B, rows, columns) for more than one image."""
-        scores = self._attribute(pixel_values=input, target=_class(index, self._attribute), variant="attn_gradcam").scores
+        """Grad-CAM on the last layer's attention, a value a patch, (rows, columns), or (B, rows, columns) for
+        more than one image.
+        """
+        scores = self._attribute(
+            pixel_values=input, target=_class(index, self._attribute), variant="attn_gradcam"
+        ).scores
         rows = input.shape[2] // patch_projection(self.model.base_model).stride[0]
         return _one(scores.unflatten(1, (rows, -1)))
 
     def generate_rollout(self, input: Tensor, start_layer: int = 0) -> Tensor:
         """Attention rollout, (B, patches)."""
-        return self._attribute(pixel_values=input, variant="attention_rollout", start_layer=start_layer).scores
+        return self._attribute(
+            pixel_values=input, variant="attention_rollout", start_layer=start_layer
+        ).scores
 
 
 def _vit(cls: type[VisionTransformer], name: str, pretrained: bool, num_classes: int) -> Any:
     if pretrained:
         # as published, a head of another size is left random
         return cls.from_pretrained(name, num_labels=num_classes, ignore_mismatched_sizes=True)
-    large = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096) if "large" in name else {}
+    large = (
+        dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
+        if "large" in name
+        else {}
+    )
     return cls(ViTConfig(num_labels=num_classes, **large)).eval()
 
 
@@ -219,9 +262,17 @@ def _stock_names(model: VisionTransformer, weights: Mapping[str, Tensor]) -> dic
     names = {module: name for name, module in model.named_modules()}
     embeddings = names[model.vit.embeddings]
     tokens = {"cls_token": f"{embeddings}.cls_token", "pos_embed": f"{embeddings}.position_embeddings"}
-    parts = {"patch_embed.proj": (patch_projection(model.vit),), "norm": (model.vit.layernorm,), "head": (model.classifier,)}
+    parts = {
+        "patch_embed.proj": (patch_projection(model.vit),),
+        "norm": (model.vit.layernorm,),
+        "head": (model.classifier,),
+    }
     for index, m in enumerate(find_layers(model)):
-        block = {"norm1": (m.attention_norm,), "attn.qkv": (m.query, m.key, m.value), "attn.proj": (m.output,)}
+        block = {
+            "norm1": (m.attention_norm,),
+            "attn.qkv": (m.query, m.key, m.value),
+            "attn.proj": (m.output,),
+        }
         block |= {"norm2": (m.output_norm,), "mlp.fc1": (m.intermediate,), "mlp.fc2": (m.mlp_output,)}
         parts |= {f"blocks.{index}.{name}": modules for name, modules in block.items()}
     out = {}
@@ -231,7 +282,10 @@ def _stock_names(model: VisionTransformer, weights: Mapping[str, Tensor]) -> dic
         if modules is None:
             out[tokens.get(name, name)] = value
         else:
-            out |= {f"{names[module]}.{kind}": rows for module, rows in zip(modules, value.chunk(len(modules)), strict=True)}
+            out |= {
+                f"{names[module]}.{kind}": rows
+                for module, rows in zip(modules, value.chunk(len(modules)), strict=True)
+            }
     return out
 
 
@@ -244,7 +298,9 @@ def _attribution(model: PreTrainedModel, backend: str) -> TransformerAttribution
 
 
 def _grad_cam(layer: LayerTrace, grad_o: Tensor) -> Tensor:
-    """Row of the first token of Grad-CAM on attention, scaled to [0, 1] over the whole map, padding included: (B, n)."""
+    """Row of the first token of Grad-CAM on attention, scaled to [0, 1] over the whole map, padding included:
+    (B, n).
+    """
     n = layer.q.shape[2]
     weights = (grad_o.sum(2) * layer.v.sum(2)).sum(-1)[..., None, None] / n**2
     tiles = probability_tiles(layer.q, layer.k, layer.lse, layer.key_mask, layer.scaling, layer.window)
@@ -255,7 +311,9 @@ def _grad_cam(layer: LayerTrace, grad_o: Tensor) -> Tensor:
 
 
 def _class(index: Any, attribute: TransformerAttribution) -> Any:
-    """None, or one class or (B,) as integers; the published code also takes numpy's, and counts negative ones from the last class."""
+    """None, or one class or (B,) as integers; the published code also takes numpy's, and counts negative ones
+    from the last class.
+    """
     if index is None:
         return None
     index = torch.as_tensor(index)

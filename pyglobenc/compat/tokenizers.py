@@ -11,8 +11,12 @@ def add_encode_plus() -> None:
         PreTrainedTokenizerBase.encode_plus = _encode_plus
 
 
-def _encode_plus(self: PreTrainedTokenizerBase, text: str, text_pair: str | None = None, **options: Any) -> BatchEncoding:
-    """What calling the tokenizer on a text, or on a pair, gives; transformers 5 would ignore pad_to_max_length."""
+def _encode_plus(
+    self: PreTrainedTokenizerBase, text: str, text_pair: str | None = None, **options: Any
+) -> BatchEncoding:
+    """What calling the tokenizer on a text, or on a pair, gives; transformers 5 would ignore
+    pad_to_max_length.
+    """
     if options.pop("pad_to_max_length", False):
         options["padding"] = "max_length"
     return self(text, text_pair, **options)

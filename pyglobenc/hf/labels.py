@@ -1,4 +1,6 @@
-"""What a classifier's logits say: classes with probabilities, labels that don't exclude one another, or plain numbers."""
+"""What a classifier's logits say: classes with probabilities, labels that don't exclude one another, or plain
+numbers.
+"""
 
 from typing import Any, NamedTuple
 
@@ -13,9 +15,10 @@ class Prediction(NamedTuple):
     """What a classifier predicts for one example.
 
     Attributes:
-        label, probability: the class predicted, or the most probable label of those predicted; None where there is none.
-        predictions: name and probability of every class or label predicted, most probable first; of a regression the name and the plain
-            number of every output.
+        label, probability: the class predicted, or the most probable label of those predicted; None where
+            there is none.
+        predictions: name and probability of every class or label predicted, most probable first; of a
+            regression the name and the plain number of every output.
     """
 
     label: str | None
@@ -37,7 +40,9 @@ def classifies(model: Any) -> bool:
 
 
 def class_count(model: Any) -> int:
-    """Return how many outputs the head of a classifier was built with; a config's id2label, which may have holes, can say less."""
+    """Return how many outputs the head of a classifier was built with; a config's id2label, which may have
+    holes, can say less.
+    """
     built = getattr(model, "num_labels", None)
     return built if isinstance(built, int) else model.config.num_labels
 
@@ -50,7 +55,9 @@ def problem_type(config: Any, classes: int) -> str:
     """
     kind = getattr(config, "problem_type", None)
     if kind not in (None, SINGLE, MULTI, REGRESSION):
-        raise ValueError(f"config.problem_type must be one of {SINGLE}, {MULTI}, {REGRESSION} or None, got {kind!r}")
+        raise ValueError(
+            f"config.problem_type must be one of {SINGLE}, {MULTI}, {REGRESSION} or None, got {kind!r}"
+        )
     # a softmax over one number is 1, whatever the number
     if kind in (None, SINGLE):
         return SINGLE if classes > 1 else REGRESSION
@@ -58,7 +65,8 @@ def problem_type(config: Any, classes: int) -> str:
 
 
 def probabilities(config: Any, logits: Tensor) -> Tensor | None:
-    """Return the probability of every class from logits (..., classes): softmax, or sigmoid of labels that don't exclude one another.
+    """Return the probability of every class from logits (..., classes): softmax, or sigmoid of labels that
+    don't exclude one another.
 
     Returns:
         (..., classes), the logits' dtype; None for a regression, whose outputs are plain numbers.

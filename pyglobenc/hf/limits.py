@@ -50,20 +50,31 @@ def padding_id(model: PreTrainedModel) -> int | None:
 def check_readable(model: nn.Module) -> None:
     """Raise ValueError if a parameter can't be read outside torch.inference_mode; values aren't looked at."""
     # `parameters()` takes ten times as long, a part of a short text's forward pass
-    if any(p is not None and p.is_inference() for module in outside(model, ()) for p in module._parameters.values()):
+    if any(
+        p is not None and p.is_inference()
+        for module in outside(model, ())
+        for p in module._parameters.values()
+    ):
         name = next(name for name, parameter in model.named_parameters() if parameter.is_inference())
-        raise ValueError(f"{type(model).__name__}: parameter {name} was made in torch.inference_mode; load the model outside of it")
+        raise ValueError(
+            f"{type(model).__name__}: parameter {name} was made in torch.inference_mode; load the model "
+            f"outside of it"
+        )
 
 
 def not_finite(who: str, model: nn.Module) -> ValueError:
-    """Return the error of a result that isn't finite. It names the first parameter that holds NaN or infinity, if one does."""
+    """Return the error of a result that isn't finite. It names the first parameter that holds NaN or
+    infinity, if one does.
+    """
     why = _not_a_number(model) or "the model's activations hold NaN or infinity for this input"
     return ValueError(f"{who}: the attribution is not finite; {why}")
 
 
 @contextmanager
 def weights_named(model: nn.Module) -> Iterator[None]:
-    """Context within which a ValueError also names the first parameter that holds NaN or infinity: no check passes on such numbers."""
+    """Context within which a ValueError also names the first parameter that holds NaN or infinity: no check
+    passes on such numbers.
+    """
     try:
         yield
     except ValueError as error:
@@ -74,10 +85,16 @@ def weights_named(model: nn.Module) -> Iterator[None]:
 
 
 def _not_a_number(model: nn.Module) -> str | None:
-    """Say which parameter holds NaN or infinity, or return None. This takes as long as several forward passes of a short text."""
+    """Say which parameter holds NaN or infinity, or return None. This takes as long as several forward passes
+    of a short text.
+    """
     for name, parameter in model.named_parameters():
         # offloaded and quantised weights can't be looked at here
-        readable = parameter.is_floating_point() and parameter.device.type != "meta" and type(parameter.data) is torch.Tensor
+        readable = (
+            parameter.is_floating_point()
+            and parameter.device.type != "meta"
+            and type(parameter.data) is torch.Tensor
+        )
         if readable and not torch.isfinite(parameter).all():
             return f"{type(model).__name__}: parameter {name} holds NaN or infinity"
     return None

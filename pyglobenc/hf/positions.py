@@ -15,8 +15,9 @@ from pyglobenc.hf.trace.threads import in_this_thread
 def own_positions(who: str, model: PreTrainedModel, sequences: Sequence[Tensor]) -> list[Tensor]:
     """Return the positions of the tokens of each sequence.
 
-    A position table inside the embeddings is asked: the embeddings run once on all sequences, padded on the right, and what they look up is
-    kept. RoBERTa's, for one, pass over padding ids inside a text. Elsewhere the model's forward pass counts tokens from 0.
+    A position table inside the embeddings is asked: the embeddings run once on all sequences, padded on the
+    right, and what they look up is kept. RoBERTa's, for one, pass over padding ids inside a text. Elsewhere
+    the model's forward pass counts tokens from 0.
 
     Args:
         who: method named in errors.
@@ -43,5 +44,10 @@ def own_positions(who: str, model: PreTrainedModel, sequences: Sequence[Tensor])
         handle.remove()
     if len(asked) != 1 or asked[0].shape not in (padded.shape, (1, padded.shape[1])):
         name = type(embeddings).__name__
-        raise ValueError(f"{who}: {name} doesn't look positions up in its table, so those of packed sequences aren't known")
-    return [own[: len(ids)].cpu().long() for own, ids in zip(asked[0].expand(padded.shape), sequences, strict=True)]
+        raise ValueError(
+            f"{who}: {name} doesn't look positions up in its table, so those of packed sequences aren't known"
+        )
+    return [
+        own[: len(ids)].cpu().long()
+        for own, ids in zip(asked[0].expand(padded.shape), sequences, strict=True)
+    ]

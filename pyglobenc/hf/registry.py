@@ -10,8 +10,12 @@ from pyglobenc.hf import architectures
 from pyglobenc.hf.trace.layers import LayerModules
 from pyglobenc.hf.unwrap import stock_model
 
-# Every module of the folder is an architecture. It has MODEL_TYPES and layers(), and DECODER = True if it generates text.
-MODULES = [import_module(f"{architectures.__name__}.{module.name}") for module in iter_modules(architectures.__path__)]
+# Every module of the folder is an architecture. It has MODEL_TYPES and layers(), and DECODER = True if it
+# generates text.
+MODULES = [
+    import_module(f"{architectures.__name__}.{module.name}")
+    for module in iter_modules(architectures.__path__)
+]
 BINDINGS = {model_type: module for module in MODULES for model_type in module.MODEL_TYPES}
 
 # These compute attention themselves. Nothing would be captured, without an error.
@@ -30,12 +34,14 @@ def find_layers(model: nn.Module) -> list[LayerModules]:
     known = f"known architectures: {', '.join(BINDINGS)}; docs/add_an_architecture.md says how to add one"
     if model_type in IGNORE_THE_INTERFACE:
         raise ValueError(
-            f"capture: {type(model).__name__} ({model_type}) computes attention itself and ignores transformers' attention interface, "
+            f"capture: {type(model).__name__} ({model_type}) computes attention itself and ignores "
+            f"transformers' attention interface, "
             f"so its queries, keys and values can't be captured; {known}"
         )
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(
-            f"capture: {type(model).__name__} ({model_type}) is an encoder-decoder, whose cross attention is not supported; {known}"
+            f"capture: {type(model).__name__} ({model_type}) is an encoder-decoder, whose cross attention "
+            f"is not supported; {known}"
         )
     if model_type not in BINDINGS:
         raise ValueError(f"capture: unknown architecture {model_type!r} ({type(model).__name__}); {known}")

@@ -7,15 +7,18 @@ from transformers import Pipeline, PreTrainedModel
 def called_module(model: nn.Module | Pipeline) -> nn.Module:
     """Return the module whose forward pass gives the model's outputs.
 
-    Wrappers that change nothing are taken off: torch.compile, DataParallel, PEFT, sentence-transformers, a transformers pipeline.
-    What remains shares its modules with the wrapper, adapters included. It runs uncompiled, since compiled code runs no hooks.
+    Wrappers that change nothing are taken off: torch.compile, DataParallel, PEFT, sentence-transformers, a
+    transformers pipeline. What remains shares its modules with the wrapper, adapters included. It runs
+    uncompiled, since compiled code runs no hooks.
 
     Returns:
-        A PreTrainedModel; or the user's own module, if it holds exactly one PreTrainedModel, with a head of its own around it.
+        A PreTrainedModel; or the user's own module, if it holds exactly one PreTrainedModel, with a head of
+        its own around it.
 
     Raises:
         TypeError: the module holds no transformers model, or more than one.
-        ValueError: a PEFT method that changes the input (prompts, prefixes). The model inside never sees the tokens that it adds.
+        ValueError: a PEFT method that changes the input (prompts, prefixes). The model inside never sees the
+            tokens that it adds.
     """
     inner = model
     while not isinstance(inner, PreTrainedModel):
@@ -28,7 +31,10 @@ def called_module(model: nn.Module | Pipeline) -> nn.Module:
         elif hasattr(inner, "peft_config"):
             kinds = [config.peft_type for config in inner.peft_config.values() if config.is_prompt_learning]
             if kinds:
-                raise ValueError(f"capture: PEFT's {kinds[0]} adds virtual tokens outside the model, which can't be captured")
+                raise ValueError(
+                    f"capture: PEFT's {kinds[0]} adds virtual tokens outside the model, which can't be "
+                    f"captured"
+                )
             # a PeftMixedModel lacks get_base_model
             inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner.base_model.model
         elif isinstance(inner, nn.Sequential) and len(inner) and hasattr(inner[0], "auto_model"):
@@ -41,7 +47,9 @@ def called_module(model: nn.Module | Pipeline) -> nn.Module:
 
 
 def stock_model(model: nn.Module | Pipeline) -> PreTrainedModel:
-    """Return the transformers model inside `called_module(model)`: the module itself, or the encoder that it holds."""
+    """Return the transformers model inside `called_module(model)`: the module itself, or the encoder that it
+    holds.
+    """
     called = called_module(model)
     return called if isinstance(called, PreTrainedModel) else _only_model(called, type(called).__name__)
 
@@ -59,6 +67,10 @@ def _only_model(module: nn.Module, name: str) -> PreTrainedModel:
     if len(found) == 1:
         return next(iter(found.values()))
     if not found:
-        raise TypeError(f"capture: model must be a transformers PreTrainedModel, or a module around one, got {name}")
+        raise TypeError(
+            f"capture: model must be a transformers PreTrainedModel, or a module around one, got {name}"
+        )
     kinds = ", ".join(sorted(type(one).__name__ for one in found.values()))
-    raise TypeError(f"capture: {name} holds {len(found)} transformers models ({kinds}); capture one of them at a time")
+    raise TypeError(
+        f"capture: {name} holds {len(found)} transformers models ({kinds}); capture one of them at a time"
+    )

@@ -18,9 +18,10 @@ def dense_weight(module: nn.Module, inputs: int | None = None) -> Tensor:
     """Weight of a linear module as the matrix W of `x @ W + b`, (inputs, outputs), detached.
 
     Args:
-        module: a Linear layer or transformers' Conv1D; one with adapters that aren't merged; one with quantised weights, which are
-            dequantised; one whose weights accelerate keeps elsewhere, which are fetched. Of any other module that is linear the
-            matrix is read off by applying it to the unit vectors.
+        module: a Linear layer or transformers' Conv1D; one with adapters that aren't merged; one with
+            quantised weights, which are dequantised; one whose weights accelerate keeps elsewhere, which are
+            fetched. Of any other module that is linear the matrix is read off by applying it to the unit
+            vectors.
         inputs: number of inputs, for a module that does not say.
 
     Raises:
@@ -49,12 +50,19 @@ def rounding_of(module: nn.Module) -> float:
     """Relative rounding of what a linear module computes beside that of its inputs and outputs."""
     if _is_dense(module):
         return 0.0
-    return max((0.0 if is_plain(p) or p.device.type == "meta" else QUANTISED_EPS for p in module.parameters()), default=0.0)
+    return max(
+        (0.0 if is_plain(p) or p.device.type == "meta" else QUANTISED_EPS for p in module.parameters()),
+        default=0.0,
+    )
 
 
 def runs_as_torchs(module: nn.Module) -> bool:
-    """Whether nothing but torch's own forward pass of a Linear layer, or transformers' of a Conv1D, makes what the module returns."""
-    changed = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or has_global_hooks()
+    """Whether nothing but torch's own forward pass of a Linear layer, or transformers' of a Conv1D, makes
+    what the module returns.
+    """
+    changed = (
+        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or has_global_hooks()
+    )
     return type(module) in (nn.Linear, Conv1D) and is_plain(module.weight) and not changed
 
 
@@ -88,7 +96,9 @@ def parameter(module: nn.Module, name: str) -> Tensor:
 
 def is_plain(weight: Any) -> bool:
     """Whether a weight is an ordinary floating-point tensor that is there."""
-    return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.device.type != "meta"
+    return (
+        type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.device.type != "meta"
+    )
 
 
 @contextmanager
@@ -110,7 +120,9 @@ def _with_adapters(module: nn.Module, inputs: int | None) -> Tensor:
     if module.merged or module.disable_adapters:
         return dense_weight(module.base_layer)
     active = [name for name in module.active_adapters if name in getattr(module, "lora_A", {})]
-    if len(active) < len(module.active_adapters) or any(getattr(module, "use_dora", {}).get(name) for name in active):
+    if len(active) < len(module.active_adapters) or any(
+        getattr(module, "use_dora", {}).get(name) for name in active
+    ):
         return _applied(module, inputs)
     weight = dense_weight(module.base_layer)
     for name in active:
@@ -121,7 +133,8 @@ def _with_adapters(module: nn.Module, inputs: int | None) -> Tensor:
 
 def _quantised(module: nn.Module, inputs: int | None) -> Tensor:
     weight = getattr(module, "weight", None)
-    # bitsandbytes rearranges 4-bit weights for its CPU kernel at the first call, and doesn't dequantise that layout
+    # bitsandbytes rearranges 4-bit weights for its CPU kernel at the first call, and doesn't dequantise that
+    # layout
     packed = getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False)
     if type(module).__module__.startswith("bitsandbytes") and not packed:
         from transformers.integrations.bitsandbytes import dequantize_bnb_weight
@@ -133,7 +146,9 @@ def _quantised(module: nn.Module, inputs: int | None) -> Tensor:
 
 
 def _applied(module: nn.Module, inputs: int | None) -> Tensor:
-    """The module applied to unit vectors, less its bias; ValueError if it does another thing to other vectors."""
+    """The module applied to unit vectors, less its bias; ValueError if it does another thing to other
+    vectors.
+    """
     zeros = _zeros(module, inputs or module.in_features)
     units = torch.eye(zeros.shape[1], dtype=zeros.dtype, device=zeros.device)
     bias = module(zeros)
@@ -147,5 +162,8 @@ def _applied(module: nn.Module, inputs: int | None) -> Tensor:
     eps = max(torch.finfo(zeros.dtype).eps, torch.finfo(weight.dtype).eps, rounding_of(module))
     # beside rounding that adds up over the inputs, a step of quantisation
     allowed = 4 * eps * (len(units) ** 0.5 if eps < 1e-5 else 4) * size
-    require((error <= allowed).all(), lambda: ValueError(f"capture: {type(module).__name__} isn't linear, so no matrix stands for W_O"))
+    require(
+        (error <= allowed).all(),
+        lambda: ValueError(f"capture: {type(module).__name__} isn't linear, so no matrix stands for W_O"),
+    )
     return weight

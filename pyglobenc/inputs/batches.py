@@ -28,20 +28,32 @@ if TYPE_CHECKING:
     from pyglobenc.inputs.options import Options
 
 # ends of the names of models whose logits are not of classes of the whole text
-OTHER_HEADS = ("TokenClassification", "QuestionAnswering", "MultipleChoice", "MaskedLM", "CausalLM", "LMHeadModel")
+OTHER_HEADS = (
+    "TokenClassification",
+    "QuestionAnswering",
+    "MultipleChoice",
+    "MaskedLM",
+    "CausalLM",
+    "LMHeadModel",
+)
 # tokenizers without a limit say so with a huge number
 NO_LIMIT = 10**9
 
 
 def longest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: int | None) -> int | None:
-    """Tokens that fit, special tokens included: what is asked for, else all that the model and the tokenizer take; None: no limit.
+    """Tokens that fit, special tokens included: what is asked for, else all that the model and the tokenizer
+    take; None: no limit.
 
     Raises:
         ValueError: more asked for than the model takes.
     """
     limit = max_tokens(model)
     if asked is None:
-        limits = [length for length in (limit, tokenizer.model_max_length) if length is not None and length < NO_LIMIT]
+        limits = [
+            length
+            for length in (limit, tokenizer.model_max_length)
+            if length is not None and length < NO_LIMIT
+        ]
         return min(limits, default=None)
     if limit is not None and asked > limit:
         raise ValueError(f"explain: max_length must be at most {limit}, which the model takes, got {asked}")
@@ -49,7 +61,9 @@ def longest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: i
 
 
 def check_target(runner: Runner, encoded: Encoded, name: str) -> None:
-    """Raise ValueError, naming the text, if the target asked for isn't among its n tokens, or the model's classes."""
+    """Raise ValueError, naming the text, if the target asked for isn't among its n tokens, or the model's
+    classes.
+    """
     target, kind = runner.options.target, runner.method.target
     # how many classes a user's module has is known from its logits alone, and a base model has none
     known_head = isinstance(runner.called, PreTrainedModel) and runner.called is not runner.called.base_model
@@ -58,10 +72,16 @@ def check_target(runner: Runner, encoded: Encoded, name: str) -> None:
         raise ValueError(f"explain: target must be a class in [0, {classes}), got {target}")
     n = len(encoded.tokens)
     if kind == "token" and isinstance(target, int) and not -n <= target < n:
-        raise ValueError(f"explain: target must lie in [0, {n}), the tokens of {name}, or [-{n}, -1] from the end, got {target}")
+        raise ValueError(
+            f"explain: target must lie in [0, {n}), the tokens of {name}, or [-{n}, -1] from the end, got "
+            f"{target}"
+        )
     known, largest = vocabulary(runner.model), max(encoded.inputs["input_ids"])
     if largest >= known:
-        raise ValueError(f"explain: the tokenizer isn't the model's: token id {largest}, and the model has {known} embeddings")
+        raise ValueError(
+            f"explain: the tokenizer isn't the model's: token id {largest}, and the model has {known} "
+            f"embeddings"
+        )
 
 
 # the target of one text (None: what the method itself takes), followed by the windows that contain it
@@ -92,33 +112,49 @@ class Runner:
         if model.main_input_name != "input_ids":
             raise ValueError(f"explain: {type(model).__name__} takes {model.main_input_name}, not text")
         if self.method.target == "class" and options.target == "mean":
-            raise TypeError(f"explain: {options.method} explains a class; target must be its index, got 'mean'")
-        if self.method.target == "class" and self.called is model and type(model).__name__.endswith(OTHER_HEADS):
+            raise TypeError(
+                f"explain: {options.method} explains a class; target must be its index, got 'mean'"
+            )
+        if (
+            self.method.target == "class"
+            and self.called is model
+            and type(model).__name__.endswith(OTHER_HEADS)
+        ):
             raise ValueError(
-                f"explain: {options.method} explains a class of the whole text, and {type(model).__name__} has logits for every token "
-                "or choice; TransformerAttribution explains them (target=, position=), and methods with a token target, such as globenc, "
+                f"explain: {options.method} explains a class of the whole text, and {type(model).__name__} "
+                f"has logits for every token "
+                "or choice; TransformerAttribution explains them (target=, position=), and methods with a "
+                f"token target, such as globenc, "
                 "explain its tokens"
             )
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
-            raise TypeError(f"explain: tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}")
+            raise TypeError(
+                f"explain: tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}"
+            )
         # what transformers makes where the tokenizer's files are missing
         special = set(tokenizer.all_special_tokens)
         # the whole vocabulary takes longer than a short text's forward pass
         if len(tokenizer) <= len(special) and special.issuperset(tokenizer.get_vocab()):
             raise ValueError("explain: the tokenizer has no vocabulary; were its files saved with the model?")
         if options.merge_words and not tokenizer.is_fast:
-            raise ValueError(f"explain: merge_words needs a fast tokenizer, which knows its words; got {type(tokenizer).__name__}")
+            raise ValueError(
+                f"explain: merge_words needs a fast tokenizer, which knows its words; got "
+                f"{type(tokenizer).__name__}"
+            )
         self.model, self.tokenizer, self.options = model, tokenizer, options
         # inspected only where packing is wanted: that takes a part of a short text's forward pass
         why_padded = None if options.packed is False else self._why_padded()
         if options.packed and why_padded:
             raise ValueError(why_padded)
-        # of torch's attention for packed sequences a GPU has half precision alone; without it each length takes a call of its own. A class
-        # is explained in padded batches, whose error is estimated and warned of, unless asked otherwise
+        # of torch's attention for packed sequences a GPU has half precision alone; without it each length
+        # takes a call of its own. A class is explained in padded batches, whose error is estimated and warned
+        # of, unless asked otherwise
         pays = (self.model.device.type == "cpu" or self.model.dtype in HALF) and self.method.target == "token"
         self.packed = why_padded is None and (pays if options.packed is None else options.packed)
         # without a padding id, or a mask that tells padding, texts of different lengths have no batch
-        self.batches = self.packed or (padding_id(self.model) is not None and accepts(self.called, "attention_mask"))
+        self.batches = self.packed or (
+            padding_id(self.model) is not None and accepts(self.called, "attention_mask")
+        )
         self.model_name = model.name_or_path or type(model).__name__
         self.versions = {"model_dtype": str(model.dtype).split(".")[-1], "device": str(model.device)}
         self.versions |= {"torch": torch.__version__, "transformers": transformers.__version__}
@@ -134,7 +170,9 @@ class Runner:
         return None
 
     def run(self, texts: list[Encoded]) -> Iterator[dict[str, Any]]:
-        """Of each text, as fields of `Attribution`: scores (n,), log_scale, target, windows and what the model predicts."""
+        """Of each text, as fields of `Attribution`: scores (n,), log_scale, target, windows and what the
+        model predicts.
+        """
         jobs, waiting, done = [], 0, defaultdict(list)
         plans = [self._plan(text) for text in texts]
         for index, (_, windows) in enumerate(plans):
@@ -153,7 +191,9 @@ class Runner:
         if self.method.target == "token":
             if isinstance(target, int):
                 target %= len(text.tokens)
-            return target, [window for window in text.windows if not isinstance(target, int) or target in window]
+            return target, [
+                window for window in text.windows if not isinstance(target, int) or target in window
+            ]
         if target is None and len(text.windows) > 1:
             # all windows explain one class
             target = self._predict(text)
@@ -176,14 +216,22 @@ class Runner:
         batch = arrange([texts[index] for index, _ in jobs], [window for _, window in jobs])
         rows = self._run(batch, self._targets(texts, plans, jobs))
         scores, log_scale = rows.scores.detach().cpu().numpy(), rows.log_scale.tolist()
-        logits, targets = [None] * len(jobs), [None] * len(jobs) if rows.targets is None else rows.targets.tolist()
+        logits, targets = (
+            [None] * len(jobs),
+            [None] * len(jobs) if rows.targets is None else rows.targets.tolist(),
+        )
         if rows.logits is not None and rows.logits.shape[:-1] == (len(jobs),):
             # a weight that is NaN may reach the class and not the scores
             require_finite("explain", self.called, (rows.logits,))
             logits = list(rows.logits.detach().double().cpu())
-        return [Row(scores[b, : len(window)], log_scale[b], targets[b], logits[b]) for b, (_, window) in enumerate(jobs)]
+        return [
+            Row(scores[b, : len(window)], log_scale[b], targets[b], logits[b])
+            for b, (_, window) in enumerate(jobs)
+        ]
 
-    def _targets(self, texts: list[Encoded], plans: list[Plan], jobs: list[tuple[int, list[int]]]) -> Tensor | str | None:
+    def _targets(
+        self, texts: list[Encoded], plans: list[Plan], jobs: list[tuple[int, list[int]]]
+    ) -> Tensor | str | None:
         """(B,) int64, "mean", or None where the method itself takes every target."""
         targets = [plans[index][0] for index, _ in jobs]
         if self.options.target == "mean":
@@ -193,7 +241,10 @@ class Runner:
         elif all(target is None for target in targets):
             return None
         else:
-            targets = [self._predict(texts[index]) if target is None else target for target, (index, _) in zip(targets, jobs, strict=True)]
+            targets = [
+                self._predict(texts[index]) if target is None else target
+                for target, (index, _) in zip(targets, jobs, strict=True)
+            ]
         return torch.tensor(targets, device=self.model.device)
 
     def _columns(self, texts: list[Encoded], windows: list[list[int]]) -> dict[str, list[list[int]]]:
@@ -203,12 +254,17 @@ class Runner:
         return {key: [[text.inputs[key][i] for i in window] for text, window in pairs] for key in keys}
 
     def _batch(self, texts: list[Encoded], windows: list[list[int]]) -> dict[str, Tensor]:
-        """The model's inputs (B, n), padded on the right whatever the tokenizer's side, so that a window's positions start at 0."""
+        """The model's inputs (B, n), padded on the right whatever the tokenizer's side, so that a window's
+        positions start at 0.
+        """
         width = max(len(window) for window in windows)
         fill = {"input_ids": padding_id(self.model) or 0}
         batch = {}
         for key, columns in self._columns(texts, windows).items():
-            batch[key] = torch.tensor([column + [fill.get(key, 0)] * (width - len(column)) for column in columns], device=self.model.device)
+            batch[key] = torch.tensor(
+                [column + [fill.get(key, 0)] * (width - len(column)) for column in columns],
+                device=self.model.device,
+            )
         if not accepts(self.called, "attention_mask"):
             return batch
         mask = [[1] * len(window) + [0] * (width - len(window)) for window in windows]
@@ -219,13 +275,22 @@ class Runner:
         if kind == "class":
             target, name = rows[0].target, class_name(self.model.config, rows[0].target)
         else:
-            of_text = [None if row.target is None else window[row.target] for window, row in zip(windows, rows, strict=True)]
+            of_text = [
+                None if row.target is None else window[row.target]
+                for window, row in zip(windows, rows, strict=True)
+            ]
             # a causal model reads the text's last token in the last window alone
             kept = [i for i, one in enumerate(of_text) if one == of_text[-1]]
             windows, rows, target = [windows[i] for i in kept], [rows[i] for i in kept], of_text[-1]
-            kind, target, name = ("mean", 0, "mean") if target is None else (kind, target, text.tokens[target])
-        scores, log_scale = join(len(text.tokens), windows, [row.scores for row in rows], [row.log_scale for row in rows])
-        fields = dict(scores=scores, log_scale=log_scale, target=target, target_kind=kind, windows=text.spans(windows))
+            kind, target, name = (
+                ("mean", 0, "mean") if target is None else (kind, target, text.tokens[target])
+            )
+        scores, log_scale = join(
+            len(text.tokens), windows, [row.scores for row in rows], [row.log_scale for row in rows]
+        )
+        fields = dict(
+            scores=scores, log_scale=log_scale, target=target, target_kind=kind, windows=text.spans(windows)
+        )
         fields["target_name"] = name
         if logits[0] is None:
             return fields

@@ -1,4 +1,6 @@
-"""How many examples at once: as many as an estimate says fit, and half of that each time memory runs out all the same."""
+"""How many examples at once: as many as an estimate says fit, and half of that each time memory runs out all
+the same.
+"""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +18,8 @@ log = logging.getLogger("pyglobenc")
 # of what is free: allocators round up, and other processes may want some
 SHARE = 0.8
 
-# of torch's CPU allocator on two systems; of CUDA and Triton where a library, a kernel's code or a graph takes memory; of cuBLAS, cuDNN
+# of torch's CPU allocator on two systems; of CUDA and Triton where a library, a kernel's code or a graph
+# takes memory; of cuBLAS, cuDNN
 OUT_OF_MEMORY = ("allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 
 Job = TypeVar("Job")
@@ -24,7 +27,12 @@ Result = TypeVar("Result")
 
 
 def fitting_batch(
-    model: nn.Module, n: int, most: int, method: str = "globenc", dtype: torch.dtype | None = None, available: int | None = None
+    model: nn.Module,
+    n: int,
+    most: int,
+    method: str = "globenc",
+    dtype: torch.dtype | None = None,
+    available: int | None = None,
 ) -> int:
     """Examples that fit into memory at once, by `estimate_memory`.
 
@@ -49,11 +57,19 @@ def fitting_batch(
     one = estimate_memory(model, batch=1, n=n, method=method, dtype=dtype)
     fit = int((available * SHARE - one.kernels) // (one.saved + one.workspace + one.maps))
     if fit < most:
-        log.info("batches of %d: %d tokens take %d MiB an example, %d MiB are free", max(1, fit), n, one.peak >> 20, available >> 20)
+        log.info(
+            "batches of %d: %d tokens take %d MiB an example, %d MiB are free",
+            max(1, fit),
+            n,
+            one.peak >> 20,
+            available >> 20,
+        )
     return max(1, min(most, fit))
 
 
-def in_batches(run: Callable[[Sequence[Job]], Sequence[Result]], jobs: Sequence[Job], size: int) -> Iterator[tuple[Job, Result]]:
+def in_batches(
+    run: Callable[[Sequence[Job]], Sequence[Result]], jobs: Sequence[Job], size: int
+) -> Iterator[tuple[Job, Result]]:
     """Run jobs in batches, halving the size from the batch on that memory runs out for.
 
     Args:
@@ -82,7 +98,9 @@ def in_batches(run: Callable[[Sequence[Job]], Sequence[Result]], jobs: Sequence[
 
 
 def _run(run: Callable[[Sequence[Job]], Sequence[Result]], batch: Sequence[Job]) -> Sequence[Result] | None:
-    """Results, or None when memory ran out for more than one job: the error, which keeps tensors alive, is gone on return."""
+    """Results, or None when memory ran out for more than one job: the error, which keeps tensors alive, is
+    gone on return.
+    """
     try:
         return run(batch)
     except (RuntimeError, MemoryError) as error:
@@ -93,7 +111,9 @@ def _run(run: Callable[[Sequence[Job]], Sequence[Result]], batch: Sequence[Job])
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether torch, on a GPU or a CPU, or Python raised it for lack of memory."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in str(error) for words in OUT_OF_MEMORY
+    )
 
 
 def available_bytes(device: torch.device) -> int | None:

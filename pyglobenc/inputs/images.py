@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import PreTrainedModel
 
-# the method whose targets are classes, and the one of models that have none, or whose head it has no rules for
+# the method whose targets are classes, and the one of models that have none, or whose head it has no rules
+# for
 CLASSES, TOKENS = "transformer-attribution", "globenc"
-# of an image file, decoders that are in wide use; Pillow's others read formats that hold programs or are rarely tested
+# of an image file, decoders that are in wide use; Pillow's others read formats that hold programs or are
+# rarely tested
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 # an image is held several times over, at up to 12 bytes a pixel
 MAX_PIXELS = 1 << 26
@@ -45,24 +47,30 @@ def explain_image(
     """Which patches of an image a model's result rests on.
 
     Args:
-        model: an image model of a known architecture, in evaluation mode; wrapped or not, as `GlobEnc` takes it.
-        processor: the model's image processor, or None for an image that is its input already: a tensor (channels, height, width).
-        image: a PIL image of 8 bits a channel, turned as its EXIF data say, or what the processor takes. A list of images, or an array
-            with an axis for them in front, is a batch. Of an animation the current frame is explained.
-        method: "transformer-attribution" (classifiers of the ViT and DeiT kind), or a name in `pyglobenc.methods.rollout.baselines.METHODS` (any
-            image encoder). None: the first where it is defined, else "globenc".
-        targets: classes explained, None: the predicted one; of the rollout family token positions, None: 0, [CLS], whatever tokens
-            the model's head reads.
+        model: an image model of a known architecture, in evaluation mode; wrapped or not, as `GlobEnc` takes
+            it.
+        processor: the model's image processor, or None for an image that is its input already: a tensor
+            (channels, height, width).
+        image: a PIL image of 8 bits a channel, turned as its EXIF data say, or what the processor takes. A
+            list of images, or an array with an axis for them in front, is a batch. Of an animation the
+            current frame is explained.
+        method: "transformer-attribution" (classifiers of the ViT and DeiT kind), or a name in
+            `pyglobenc.methods.rollout.baselines.METHODS` (any image encoder). None: the first where it is
+            defined, else "globenc".
+        targets: classes explained, None: the predicted one; of the rollout family token positions, None: 0,
+            [CLS], whatever tokens the model's head reads.
         variant, start_layer: as for `TransformerAttribution`.
         backend, dtype: as for `GlobEnc`.
         max_pixels: of an image; a larger one is refused before it is decoded.
 
     Returns:
-        ImageAttribution, with a map for every target. Of a batch ImageAttributions, a list of them; each is what its image gives alone.
+        ImageAttribution, with a map for every target. Of a batch ImageAttributions, a list of them; each is
+        what its image gives alone.
 
     Raises:
-        TypeError, ValueError: unknown method, architecture, backend or target; an image of more than 8 bits a channel or of too many
-            pixels; a model without a classifier, asked for classes; anything else that the method refuses.
+        TypeError, ValueError: unknown method, architecture, backend or target; an image of more than 8 bits a
+            channel or of too many pixels; a model without a classifier, asked for classes; anything else that
+            the method refuses.
     """
     # these take seconds
     import torch
@@ -78,14 +86,23 @@ def explain_image(
     if method is None:
         method = CLASSES if _has_rules(inner, own_head) else TOKENS
     if method == CLASSES and inner.base_model is inner and not own_head:
-        raise ValueError(f"explain_image: {type(inner).__name__} has no classes to explain; method={TOKENS!r} explains its [CLS] token")
+        raise ValueError(
+            f"explain_image: {type(inner).__name__} has no classes to explain; method={TOKENS!r} explains "
+            f"its [CLS] token"
+        )
     if targets is not None and not len(targets):
         raise ValueError("explain_image: there is no target, got an empty list")
     if method == CLASSES:
         attribute = TransformerAttribution(model, backend, dtype)
-        explain = partial(_explain_classes, attribute, targets=targets, variant=variant, start_layer=start_layer)
+        explain = partial(
+            _explain_classes, attribute, targets=targets, variant=variant, start_layer=start_layer
+        )
     else:
-        explain = partial(_explain_tokens, Rollout(model, method, backend, dtype), targets=[0] if targets is None else targets)
+        explain = partial(
+            _explain_tokens,
+            Rollout(model, method, backend, dtype),
+            targets=[0] if targets is None else targets,
+        )
     images, single = _images(image)
     pixels = [_pixels(inner, processor, one, max_pixels) for one in images]
     done: dict[int, ImageAttribution] = {}
@@ -112,7 +129,9 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image:
             warnings.warn(f"image {str(path)!r}: {warning.message}", stacklevel=2)
         return image
     except UnidentifiedImageError:
-        raise ValueError(f"can't read image {str(path)!r}: it is none of {', '.join(FORMATS)}, or damaged") from None
+        raise ValueError(
+            f"can't read image {str(path)!r}: it is none of {', '.join(FORMATS)}, or damaged"
+        ) from None
     # files that came from anywhere may raise anything
     except Exception as error:
         if getattr(error, "strerror", None):
@@ -123,7 +142,10 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image:
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:
     width, height = size
     if width * height > max_pixels:
-        raise ValueError(f"it has {width} x {height} pixels, and at most {max_pixels} (max_pixels) are taken; make it smaller first")
+        raise ValueError(
+            f"it has {width} x {height} pixels, and at most {max_pixels} (max_pixels) are taken; make it "
+            f"smaller first"
+        )
 
 
 def _images(image: Any) -> tuple[list[Any], bool]:
@@ -136,7 +158,9 @@ def _images(image: Any) -> tuple[list[Any], bool]:
         raise ValueError("explain_image: there is no image, got an empty list")
     for one in images:
         if getattr(one, "ndim", 3) not in (2, 3):
-            raise ValueError(f"explain_image: an image has 2 or 3 axes, a batch one more; got an array {tuple(one.shape)}")
+            raise ValueError(
+                f"explain_image: an image has 2 or 3 axes, a batch one more; got an array {tuple(one.shape)}"
+            )
     return images, single
 
 
@@ -148,7 +172,10 @@ def _pixels(model: PreTrainedModel, processor: Any, image: Any, max_pixels: int)
     if processor is None:
         if not isinstance(image, torch.Tensor) or image.ndim != 3 or 0 in image.shape:
             came = tuple(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
-            raise ValueError(f"explain_image: without a processor an image must be a tensor ({channels}, height, width), got {came}")
+            raise ValueError(
+                f"explain_image: without a processor an image must be a tensor ({channels}, height, width), "
+                f"got {came}"
+            )
         pixels = image
     else:
         if hasattr(image, "convert"):
@@ -164,7 +191,9 @@ def _upright(image: Image) -> Image:
 
     # Pillow would cut these off at 255
     if image.mode.startswith(("I", "F")):
-        raise ValueError(f"explain_image: image must have 8 bits a channel, got Pillow's mode {image.mode}; scale it first")
+        raise ValueError(
+            f"explain_image: image must have 8 bits a channel, got Pillow's mode {image.mode}; scale it first"
+        )
     return ImageOps.exif_transpose(image)
 
 
@@ -184,7 +213,9 @@ def _has_rules(model: PreTrainedModel, own_head: bool) -> bool:
     return (named or own_head) and model.config.model_type in vit.MODEL_TYPES
 
 
-def _explain_classes(attribute: Callable, pixels: torch.Tensor, targets: Sequence[int] | None, **options: Any) -> list[ImageAttribution]:
+def _explain_classes(
+    attribute: Callable, pixels: torch.Tensor, targets: Sequence[int] | None, **options: Any
+) -> list[ImageAttribution]:
     """Attributions of images (B, channels, height, width) by a `TransformerAttribution`."""
     import torch
 
@@ -203,7 +234,9 @@ def _explain_classes(attribute: Callable, pixels: torch.Tensor, targets: Sequenc
     return out
 
 
-def _explain_tokens(attribute: Callable, pixels: torch.Tensor, targets: Sequence[int]) -> list[ImageAttribution]:
+def _explain_tokens(
+    attribute: Callable, pixels: torch.Tensor, targets: Sequence[int]
+) -> list[ImageAttribution]:
     """Attributions of images (B, channels, height, width) by a `Rollout`."""
     from pyglobenc.hf.unwrap import stock_model
     from pyglobenc.methods.head import find_logits
@@ -215,7 +248,9 @@ def _explain_tokens(attribute: Callable, pixels: torch.Tensor, targets: Sequence
     found = find_logits(result.output)
     logits = found if found is not None and found.dim() == 2 else [None] * len(pixels)
     # special tokens come first
-    scores = [{target: row[-count:] for target, row in zip(targets, rows, strict=True)} for rows in result.scores]
+    scores = [
+        {target: row[-count:] for target, row in zip(targets, rows, strict=True)} for rows in result.scores
+    ]
     return [_attribution(model, *one, False, {}) for one in zip(pixels, logits, scores, strict=True)]
 
 
@@ -242,7 +277,10 @@ def _attribution(
 
     return ImageAttribution(
         image=_shown(pixels),
-        scores={target: _grid(row, pixels.shape[1:], model).double().cpu().numpy() for target, row in scores.items()},
+        scores={
+            target: _grid(row, pixels.shape[1:], model).double().cpu().numpy()
+            for target, row in scores.items()
+        },
         labels={target: label(target) for target in scores},
         probabilities=None if chances is None else chances.numpy(),
         predicted=None if logits is None else int(logits.argmax()),

@@ -42,4 +42,6 @@ class Options:
     def record(self) -> dict[str, Any]:
         """What an attribution keeps of them, as JSON knows it."""
         names = ("target", "long", "max_length", "stride", "batch_size", "backend")
-        return {name: getattr(self, name) for name in names} | {"dtype": None if self.dtype is None else str(self.dtype).split(".")[-1]}
+        return {name: getattr(self, name) for name in names} | {
+            "dtype": None if self.dtype is None else str(self.dtype).split(".")[-1]
+        }

@@ -1,4 +1,6 @@
-"""Texts as a model takes them: tokens, what is left out, overlapping windows, and the windows' scores joined."""
+"""Texts as a model takes them: tokens, what is left out, overlapping windows, and the windows' scores
+joined.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,13 +15,16 @@ LONG = ("error", "truncate", "windows")
 Text = str | tuple[str, str]
 # a tokenizer takes some 180 bytes and a microsecond for each character of a text
 MAX_CHARACTERS = 1 << 21
-# of a token, on average, in a text that is worth tokenizing to see whether it fits; WordPiece gives up on words of 100
+# of a token, on average, in a text that is worth tokenizing to see whether it fits; WordPiece gives up on
+# words of 100
 TOKEN_CHARACTERS = 128
 
 
 @dataclass
 class Encoded:
-    """A text's n tokens, and the windows of them that the model sees one at a time; fields as those of `Attribution`."""
+    """A text's n tokens, and the windows of them that the model sees one at a time; fields as those of
+    `Attribution`.
+    """
 
     text: str
     inputs: dict[str, list[int]]  # the model's, n entries each
@@ -47,27 +52,39 @@ def most_characters(limit: int | None, long: str) -> int:
 
 
 def check_characters(text: str, name: str, limit: int | None, long: str) -> None:
-    """Raise ValueError, naming the text, if it is so long that tokenizing it would take too much memory; arguments as for `encode`."""
+    """Raise ValueError, naming the text, if it is so long that tokenizing it would take too much memory;
+    arguments as for `encode`.
+    """
     most = most_characters(limit, long)
     if len(text) > most:
-        other = "; choose long=truncate or long=windows" if long == "error" and len(text) <= most_characters(limit, "windows") else ""
-        raise ValueError(f"explain: {name} has {len(text)} characters and at most {most} are tokenized{other}")
+        other = (
+            "; choose long=truncate or long=windows"
+            if long == "error" and len(text) <= most_characters(limit, "windows")
+            else ""
+        )
+        raise ValueError(
+            f"explain: {name} has {len(text)} characters and at most {most} are tokenized{other}"
+        )
 
 
-def encode(tokenizer: Any, text: Text, name: str, limit: int | None, long: str = "error", stride: int | None = None) -> Encoded:
-    """Tokenize a text, or a pair; what doesn't fit is refused, cut with its length kept, or split, as long says; never cut silently.
+def encode(
+    tokenizer: Any, text: Text, name: str, limit: int | None, long: str = "error", stride: int | None = None
+) -> Encoded:
+    """Tokenize a text, or a pair; what doesn't fit is refused, cut with its length kept, or split, as long
+    says; never cut silently.
 
     Args:
         tokenizer: of transformers.
         text: one text, or a pair, which the tokenizer joins in its own way.
         name: the text's, in errors: "text" or "text 3".
         limit: tokens that the model takes, special tokens included; None for no limit.
-        long: "error", "truncate" or "windows"; of a pair the longer text is truncated first, and windows are refused.
+        long: "error", "truncate" or "windows"; of a pair the longer text is truncated first, and windows are
+            refused.
         stride: tokens from the start of one window to the start of the next; None for half a window.
 
     Raises:
-        ValueError: no token, or more than limit with long="error"; so many characters that the text isn't tokenized; stride that leaves
-            gaps, limit without room for text.
+        ValueError: no token, or more than limit with long="error"; so many characters that the text isn't
+            tokenized; stride that leaves gaps, limit without room for text.
     """
     texts = (text,) if isinstance(text, str) else text
     for one, part in zip(texts, _part_names(name, len(texts)), strict=True):
@@ -75,11 +92,15 @@ def encode(tokenizer: Any, text: Text, name: str, limit: int | None, long: str =
         try:
             one.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"explain: {part} isn't valid Unicode (a lone surrogate at character {error.start})") from error
+            raise ValueError(
+                f"explain: {part} isn't valid Unicode (a lone surrogate at character {error.start})"
+            ) from error
     found, special, parts = _tokenize(tokenizer, texts)
     for number, part in enumerate(_part_names(name, len(texts))):
         if number not in parts:
-            raise ValueError(f"explain: {part} holds nothing that the tokenizer knows: {texts[number][:40]!r}")
+            raise ValueError(
+                f"explain: {part} holds nothing that the tokenizer knows: {texts[number][:40]!r}"
+            )
     if len(texts) == 1:
         head = special.index(False)
         body = len(special) - special[::-1].index(False) - head
@@ -97,7 +118,9 @@ def encode(tokenizer: Any, text: Text, name: str, limit: int | None, long: str =
         offsets = found["offset_mapping"]
         words = word_numbers(found.word_ids(), offsets, parts, texts)
     pair = dict(text_pair=texts[1], parts=parts) if len(texts) == 2 else {}
-    keep = [None if column is None else [column[i] for i in positions] for column in (special, words, offsets)]
+    keep = [
+        None if column is None else [column[i] for i in positions] for column in (special, words, offsets)
+    ]
     inputs = {key: [column[i] for i in positions] for key, column in inputs.items()}
     tokens = tokenizer.convert_ids_to_tokens(inputs["input_ids"])
     return Encoded(texts[0], inputs, tokens, *keep, cut, windows, **pair)
@@ -108,10 +131,19 @@ def _part_names(name: str, count: int) -> list[str]:
     return [name] if count == 1 else [f"the first part of {name}", f"the second part of {name}"]
 
 
-def _tokenize(tokenizer: Any, texts: Sequence[str], **options: Any) -> tuple[Any, list[bool], list[int | None]]:
-    """What a tokenizer returns for a text or a pair; n times whether the token is special, and the number of its text or None."""
+def _tokenize(
+    tokenizer: Any, texts: Sequence[str], **options: Any
+) -> tuple[Any, list[bool], list[int | None]]:
+    """What a tokenizer returns for a text or a pair; n times whether the token is special, and the number of
+    its text or None.
+    """
     options = dict(truncation=False) | options
-    options |= dict(padding=False, verbose=False, return_special_tokens_mask=True, return_offsets_mapping=tokenizer.is_fast)
+    options |= dict(
+        padding=False,
+        verbose=False,
+        return_special_tokens_mask=True,
+        return_offsets_mapping=tokenizer.is_fast,
+    )
     found = tokenizer(*texts, **options)
     special = [bool(flag) for flag in found["special_tokens_mask"]]
     if len(texts) == 1:
@@ -119,12 +151,18 @@ def _tokenize(tokenizer: Any, texts: Sequence[str], **options: Any) -> tuple[Any
     if tokenizer.is_fast:
         return found, special, found.sequence_ids()
     if "max_length" in options:
-        raise ValueError(f"explain: {type(tokenizer).__name__} isn't a fast tokenizer, which would tell where it cut each text of a pair")
+        raise ValueError(
+            f"explain: {type(tokenizer).__name__} isn't a fast tokenizer, which would tell where it cut "
+            f"each text of a pair"
+        )
     # a slow tokenizer doesn't say which token is of which text
     counts = [len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in texts]
     order = iter([0] * counts[0] + [1] * counts[1])
     if special.count(False) != sum(counts):
-        raise ValueError(f"explain: {type(tokenizer).__name__} joins the texts of a pair to other tokens than each text has alone")
+        raise ValueError(
+            f"explain: {type(tokenizer).__name__} joins the texts of a pair to other tokens than each text "
+            f"has alone"
+        )
     return found, special, [None if flag else next(order) for flag in special]
 
 
@@ -133,27 +171,40 @@ def _check_long_pair(n: int, special: list[bool], name: str, limit: int, long: s
     added, way = special.count(True), "choose long=truncate, which shortens the longer text first"
     if long == "windows":
         found = f"{name} is a pair of {n} tokens and at most {limit} fit"
-        raise ValueError(f"explain: {found}; windows of two texts that belong together have no meaning; {way}")
+        raise ValueError(
+            f"explain: {found}; windows of two texts that belong together have no meaning; {way}"
+        )
     if long == "error":
         raise ValueError(f"explain: {name} has {n} tokens and at most {limit} fit; {way}")
     if limit < added + 2:
-        raise ValueError(f"explain: max_length must leave room for a token of each text beside {added} special ones, got {limit}")
+        raise ValueError(
+            f"explain: max_length must leave room for a token of each text beside {added} special ones, got "
+            f"{limit}"
+        )
 
 
 def _fit(n: int, head: int, body: int, name: str, limit: int | None, long: str, stride: int | None):
-    """Positions of n tokens that are kept, windows of them, and how many are cut; head special tokens, then body text tokens."""
+    """Positions of n tokens that are kept, windows of them, and how many are cut; head special tokens, then
+    body text tokens.
+    """
     everything = list(range(n))
     extra = n - body
     if limit is not None and limit <= extra:
-        raise ValueError(f"explain: max_length must be above the {extra} special tokens that the tokenizer adds, got {limit}")
+        raise ValueError(
+            f"explain: max_length must be above the {extra} special tokens that the tokenizer adds, got "
+            f"{limit}"
+        )
     size = None if limit is None else limit - extra
     if stride is not None and (stride < 1 or (size is not None and stride > size)):
-        raise ValueError(f"explain: stride must lie in [1, {size}], the text tokens of a window, got {stride}")
+        raise ValueError(
+            f"explain: stride must lie in [1, {size}], the text tokens of a window, got {stride}"
+        )
     if size is None or body <= size:
         return everything, [everything], 0
     if long == "error":
         raise ValueError(
-            f"explain: {name} has {n} tokens and at most {limit} fit; choose long=truncate to leave out the last {body - size}, "
+            f"explain: {name} has {n} tokens and at most {limit} fit; choose long=truncate to leave out the "
+            f"last {body - size}, "
             f"or long=windows to join overlapping windows"
         )
     if long == "truncate":
@@ -161,16 +212,21 @@ def _fit(n: int, head: int, body: int, name: str, limit: int | None, long: str, 
         return kept, [list(range(limit))], body - size
     # the last window ends with the text, so that all windows are equally long and their scores compare
     starts = [*range(0, body - size, stride or max(1, size // 2)), body - size]
-    windows = [everything[:head] + everything[head + a : head + a + size] + everything[head + body :] for a in starts]
+    windows = [
+        everything[:head] + everything[head + a : head + a + size] + everything[head + body :] for a in starts
+    ]
     return everything, windows, 0
 
 
-def join(n: int, windows: Sequence[Sequence[int]], rows: Sequence[np.ndarray], log_scales: Sequence[float]) -> tuple[np.ndarray, float]:
+def join(
+    n: int, windows: Sequence[Sequence[int]], rows: Sequence[np.ndarray], log_scales: Sequence[float]
+) -> tuple[np.ndarray, float]:
     """One row of scores from those of overlapping windows.
 
-    Each window's row is divided by the sum of its absolute values, so that every window has the same say whatever the scale of its
-    rollout; a token's score is the mean over the windows that hold it. Windows are equally long, so a token's share of one compares with
-    its share of another. A single window is passed on as it is.
+    Each window's row is divided by the sum of its absolute values, so that every window has the same say
+    whatever the scale of its rollout; a token's score is the mean over the windows that hold it. Windows are
+    equally long, so a token's share of one compares with its share of another. A single window is passed on
+    as it is.
 
     Args:
         n: tokens of the text.
@@ -179,8 +235,8 @@ def join(n: int, windows: Sequence[Sequence[int]], rows: Sequence[np.ndarray], l
         log_scales: of each; what a window's own scores are multiplied by doesn't matter to more than one.
 
     Returns:
-        scores (n,), largest absolute value 1, 0 for tokens in no window, the dtype of rows; and log_scale, with which
-        scores * exp(log_scale) is the mean share.
+        scores (n,), largest absolute value 1, 0 for tokens in no window, the dtype of rows; and log_scale,
+        with which scores * exp(log_scale) is the mean share.
     """
     if len(windows) == 1 and len(windows[0]) == n:
         return rows[0], log_scales[0]

@@ -5,17 +5,31 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 # of characters' Unicode names: scripts that write words without space between them
-UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR")
+UNSPACED = (
+    "CJK",
+    "HIRAGANA",
+    "KATAKANA",
+    "HALFWIDTH KATAKANA",
+    "BOPOMOFO",
+    "THAI",
+    "LAO",
+    "KHMER",
+    "MYANMAR",
+)
 
 
 def word_numbers(
-    words: Sequence[int | None], offsets: Sequence[tuple[int, int]], parts: Sequence[int | None], texts: Sequence[str]
+    words: Sequence[int | None],
+    offsets: Sequence[tuple[int, int]],
+    parts: Sequence[int | None],
+    texts: Sequence[str],
 ) -> list[int | None]:
     """Return the number of the word that each token belongs to, ascending from 0; None for special tokens.
 
-    The tokenizer's words are kept where they hold no space. Some tokenizers, such as those of Llama and Gemma, take a whole text for
-    one word. Such a word is split at white space, so punctuation stays with the word that it is written next to. In scripts without
-    spaces each token is a word, since nothing else says where a word ends; tokens that share a character stay together.
+    The tokenizer's words are kept where they hold no space. Some tokenizers, such as those of Llama and
+    Gemma, take a whole text for one word. Such a word is split at white space, so punctuation stays with the
+    word that it is written next to. In scripts without spaces each token is a word, since nothing else says
+    where a word ends; tokens that share a character stay together.
 
     Args:
         words: n numbers of the tokenizer's words, None for special tokens.
@@ -25,7 +39,11 @@ def word_numbers(
     """
     out: list[int | None] = []
     last, end, number = None, 0, -1
-    begun, inner, filled = 0, False, False  # of the word at work: its first token, whether it is split off, whether it has a letter
+    begun, inner, filled = (
+        0,
+        False,
+        False,
+    )  # of the word at work: its first token, whether it is split off, whether it has a letter
     for i, (word, (start, stop), part) in enumerate(zip(words, offsets, parts, strict=True)):
         text, own = texts[part or 0], (word, part)
         splits = word is not None and own == last and filled and _apart(text, end, start, stop)
@@ -41,14 +59,18 @@ def word_numbers(
 
 
 def _join_space(out: list[int | None], begun: int, alone: bool) -> bool:
-    """Give white space alone at the end of a tokenizer's word to what comes before it; returns whether it was."""
+    """Give white space alone at the end of a tokenizer's word to what comes before it; returns whether it
+    was.
+    """
     if alone:
         out[begun:] = [number - 1 for number in out[begun:]]
     return alone
 
 
 def _apart(text: str, end: int, start: int, stop: int) -> bool:
-    """Whether a token from start to stop begins a word after one that ended at `end`, both in one word of the tokenizer."""
+    """Whether a token from start to stop begins a word after one that ended at `end`, both in one word of the
+    tokenizer.
+    """
     if start < end or start == stop:
         # they share a character, or this one stands for none
         return False

@@ -38,12 +38,16 @@ PACKED_REFUSED = REFUSED | {
 }
 
 
-def model_inputs(who: str, model: nn.Module, batch: Mapping[str, Any], method: Callable[..., Any]) -> dict[str, Any]:
-    """Return the inputs of a call that the model gets: those that are honoured, without those that change nothing.
+def model_inputs(
+    who: str, model: nn.Module, batch: Mapping[str, Any], method: Callable[..., Any]
+) -> dict[str, Any]:
+    """Return the inputs of a call that the model gets: those that are honoured, without those that change
+    nothing.
 
     Args:
         who: method named in errors.
-        model: the module that is called: a stock model, or the user's own around one, whose forward pass says what it takes.
+        model: the module that is called: a stock model, or the user's own around one, whose forward pass says
+            what it takes.
         batch: the keyword arguments of the call but for the method's own.
         method: the function called. Its own options are suggested where a name is misspelt.
 
@@ -54,7 +58,9 @@ def model_inputs(who: str, model: nn.Module, batch: Mapping[str, Any], method: C
     named, others = _forward_names(model)
     if not isinstance(model, PreTrainedModel):
         images = stock_model(model).main_input_name == "pixel_values"
-        return _checked(who, batch, named | ((IMAGES if images else TENSORS) if others else set()), REFUSED, method)
+        return _checked(
+            who, batch, named | ((IMAGES if images else TENSORS) if others else set()), REFUSED, method
+        )
     if others:
         # a head hands on to the model inside what it doesn't name
         named = named | _forward_names(model.base_model)[0]
@@ -62,7 +68,10 @@ def model_inputs(who: str, model: nn.Module, batch: Mapping[str, Any], method: C
     types = batch.get("token_type_ids")
     if "token_type_ids" not in named and isinstance(types, Tensor):
         # tokenizers of other architectures return zeros, which say no more than nothing does
-        require(~types.any(), lambda: TypeError(f"{who}: takes no token_type_ids: {type(model).__name__} has no token types"))
+        require(
+            ~types.any(),
+            lambda: TypeError(f"{who}: takes no token_type_ids: {type(model).__name__} has no token types"),
+        )
         del batch["token_type_ids"]
     honoured = (IMAGES if model.main_input_name == "pixel_values" else HONOURED) & named
     return _checked(who, batch, honoured | {"output_hidden_states"}, REFUSED, method)
@@ -76,11 +85,15 @@ def packed_inputs(who: str, batch: Mapping[str, Any], method: Callable[..., Any]
 def takes(model: nn.Module, name: str) -> bool:
     """Whether a module's forward pass, or that of the model inside a stock head, names an argument."""
     named, others = _forward_names(model)
-    return name in named or (others and isinstance(model, PreTrainedModel) and name in _forward_names(model.base_model)[0])
+    return name in named or (
+        others and isinstance(model, PreTrainedModel) and name in _forward_names(model.base_model)[0]
+    )
 
 
 def accepts(model: nn.Module, name: str) -> bool:
-    """Whether a model can be given one of its tokenizer's outputs: a stock model, or the user's module around one."""
+    """Whether a model can be given one of its tokenizer's outputs: a stock model, or the user's module around
+    one.
+    """
     named, others = _forward_names(model)
     if isinstance(model, PreTrainedModel):
         return takes(model, name)
@@ -88,7 +101,9 @@ def accepts(model: nn.Module, name: str) -> bool:
 
 
 def output_settings(model: nn.Module) -> dict[str, Any]:
-    """Return arguments that a stock model is called with, whatever its config says of its outputs; of a user's module those it names."""
+    """Return arguments that a stock model is called with, whatever its config says of its outputs; of a
+    user's module those it names.
+    """
     # a cache would hold every key and value a second time
     settings = {"return_dict": True, "output_attentions": False, "use_cache": False}
     always = ("return_dict", "output_attentions") if isinstance(model, PreTrainedModel) else ()
@@ -98,14 +113,20 @@ def output_settings(model: nn.Module) -> dict[str, Any]:
 def run_model(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     """Call a model with `output_settings`."""
     with ExitStack() as stack:
-        if isinstance(model, PreTrainedModel) and model.base_model is not model and not getattr(model.config, "return_dict", True):
+        if (
+            isinstance(model, PreTrainedModel)
+            and model.base_model is not model
+            and not getattr(model.config, "return_dict", True)
+        ):
             stack.enter_context(_named_outputs(model.base_model))
         return model(**{**batch, **output_settings(model)})
 
 
 @contextmanager
 def _named_outputs(base: nn.Module) -> Iterator[None]:
-    """Context in which this thread gets a ModelOutput from a base model: some heads read it by name and leave its kind to the config."""
+    """Context in which this thread gets a ModelOutput from a base model: some heads read it by name and leave
+    its kind to the config.
+    """
     own, forward, thread = vars(base).get("forward"), base.forward, get_ident()
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -122,7 +143,11 @@ def _named_outputs(base: nn.Module) -> Iterator[None]:
 
 
 def _checked(
-    who: str, batch: Mapping[str, Any], honoured: frozenset[str], refused: Mapping[str, Any], method: Callable[..., Any]
+    who: str,
+    batch: Mapping[str, Any],
+    honoured: frozenset[str],
+    refused: Mapping[str, Any],
+    method: Callable[..., Any],
 ) -> dict[str, Any]:
     unknown = batch.keys() - honoured - refused.keys()
     if unknown:
@@ -136,7 +161,8 @@ def _checked(
 
 def _forward_names(module: nn.Module) -> tuple[frozenset[str], bool]:
     """Names of the arguments of a module's forward pass, and whether it takes others too."""
-    # inspecting a signature takes as long as a small kernel; a replaced forward pass may hold the model, so it isn't kept
+    # inspecting a signature takes as long as a small kernel; a replaced forward pass may hold the model, so
+    # it isn't kept
     return _names(module.forward) if "forward" in vars(module) else _class_names(type(module))
 
 
@@ -147,4 +173,6 @@ def _class_names(kind: type[nn.Module]) -> tuple[frozenset[str], bool]:
 
 
 def _names(forward: Callable[..., Any]) -> tuple[frozenset[str], bool]:
-    return argument_names(forward), any(p.kind is Parameter.VAR_KEYWORD for p in signature(forward).parameters.values())
+    return argument_names(forward), any(
+        p.kind is Parameter.VAR_KEYWORD for p in signature(forward).parameters.values()
+    )

@@ -1,7 +1,8 @@
 """What a model's head reads, found by following the logits back to the last layer's output.
 
-The autograd graph of the head says it: from the logits down to the last layer's output. No name of a class or module is trusted. A
-tensor carries the whole logit if every path of the graph from the logits to the last layer's output goes through it.
+The autograd graph of the head says it: from the logits down to the last layer's output. No name of a class or
+module is trusted. A tensor carries the whole logit if every path of the graph from the logits to the last
+layer's output goes through it.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -20,10 +21,13 @@ from pyglobenc.hf.limits import not_finite
 from pyglobenc.hf.trace.layers import outside
 from pyglobenc.hf.trace.threads import in_this_thread
 
-# equal numbers from the same few operations differ by a few roundings, other functions by far more; half precision rounds once an
-# operation, and more roundings than these would hide what is looked for
+# equal numbers from the same few operations differ by a few roundings, other functions by far more; half
+# precision rounds once an operation, and more roundings than these would hide what is looked for
 ROUNDINGS, HALF_ROUNDINGS = 64, 4
-NOT_FOLLOWED = "the logits can't be followed to the last layer's output; the head runs without gradients, or doesn't read it"
+NOT_FOLLOWED = (
+    "the logits can't be followed to the last layer's output; the head runs without gradients, "
+    "or doesn't read it"
+)
 
 
 @dataclass
@@ -48,7 +52,8 @@ class HeadRecord:
     """What a model did after its last layer, in one forward pass.
 
     Attributes:
-        top: the last layer's output, (B, n, d); of packed sequences (S, n, d), padded. None before it was computed.
+        top: the last layer's output, (B, n, d); of packed sequences (S, n, d), padded. None before it was
+            computed.
         calls: of the modules outside the layers, after `top`.
     """
 
@@ -60,10 +65,14 @@ class HeadRecord:
         self._flagged: list[Tensor] = []
 
     def layer_returned(self, output: Any) -> Any:
-        """Take note of an output of the last layer's module, which an earlier layer may share; returns it for the head."""
+        """Take note of an output of the last layer's module, which an earlier layer may share; returns it for
+        the head.
+        """
         self._waiting -= 1
         if self._waiting < 0:
-            raise ValueError("the model's layers ran more than once in one forward pass; explain one input at a time")
+            raise ValueError(
+                "the model's layers ran more than once in one forward pass; explain one input at a time"
+            )
         if self._waiting > 0:
             return output
         return (self.start(output[0]), *output[1:]) if isinstance(output, tuple) else self.start(output)
@@ -82,10 +91,20 @@ class HeadRecord:
 
     def keep(self, module: nn.Module, args: tuple, kwargs: dict, returned: Any) -> None:
         """Take note of a module's call."""
-        given = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.requires_grad), None)
-        if self.top is None or given is None or not isinstance(returned, Tensor) or not returned.requires_grad:
+        given = next(
+            (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.requires_grad), None
+        )
+        if (
+            self.top is None
+            or given is None
+            or not isinstance(returned, Tensor)
+            or not returned.requires_grad
+        ):
             return
-        edges, versions = (get_gradient_edge(given), get_gradient_edge(returned)), (given._version, returned._version)
+        edges, versions = (
+            (get_gradient_edge(given), get_gradient_edge(returned)),
+            (given._version, returned._version),
+        )
         self.calls.append(Call(module, given, returned, *edges, versions))
 
     def release(self) -> None:
@@ -100,11 +119,15 @@ class HeadRecord:
         top = get_gradient_edge(self.top).node
         nodes = _nodes(t, (top,))
         if any(get_gradient_edge(x).node in nodes for x in self._trace.inputs if x.requires_grad):
-            return "it reads earlier layers' outputs, not the last one's alone" if top in nodes else NOT_FOLLOWED
+            return (
+                "it reads earlier layers' outputs, not the last one's alone" if top in nodes else NOT_FOLLOWED
+            )
         return None if top in nodes else NOT_FOLLOWED
 
     def carries(self, t: Tensor, edge: GradientEdge) -> bool:
-        """Whether all of t that is computed from the last layer's output is computed through the tensor at an edge."""
+        """Whether all of t that is computed from the last layer's output is computed through the tensor at an
+        edge.
+        """
         top = get_gradient_edge(self.top).node
         return edge.node is top or top not in _nodes(t, (top, edge.node))
 
@@ -132,19 +155,22 @@ def _nodes(t: Tensor, ends: Collection[Any]) -> set[Any]:
 
 @contextmanager
 def recorded_head(called: nn.Module, encoder: nn.Module, trace: Trace, leaf: bool) -> Iterator[HeadRecord]:
-    """Context in which one forward pass of `called`, within `capture`, is recorded from the last layer's output on.
+    """Context in which one forward pass of `called`, within `capture`, is recorded from the last layer's
+    output on.
 
     Args:
         called: the model, or the user's module around it.
         encoder: the transformers model in it.
         trace: of `capture`.
-        leaf: the layers run without gradients, and the autograd graph starts at the last one's output. Otherwise it is the caller's
-            to enable gradients.
+        leaf: the layers run without gradients, and the autograd graph starts at the last one's output.
+            Otherwise it is the caller's to enable gradients.
     """
     record, blocks = HeadRecord(trace, leaf), {layer.block for layer in trace.modules}
     handles = []
     if leaf:
-        handles.append(encoder.register_forward_pre_hook(in_this_thread(lambda module, args: _without_gradients())))
+        handles.append(
+            encoder.register_forward_pre_hook(in_this_thread(lambda module, args: _without_gradients()))
+        )
     hook = in_this_thread(lambda module, args, output: record.layer_returned(output))
     handles.append(trace.modules[-1].block.register_forward_hook(hook))
     keep = in_this_thread(record.keep)
@@ -167,7 +193,8 @@ def _without_gradients() -> None:
 def find_logits(output: Any) -> Tensor | None:
     """The logits in what a model or a user's module returned, (B, C) or (B, n, C); None if it holds none.
 
-    They are a tensor alone, a dict's or ModelOutput's "logits", or of a tuple the first tensor that isn't a loss.
+    They are a tensor alone, a dict's or ModelOutput's "logits", or of a tuple the first tensor that isn't a
+    loss.
 
     Raises:
         ValueError: a tuple that leaves open which tensor holds them.
@@ -178,7 +205,10 @@ def find_logits(output: Any) -> Tensor | None:
         tensors = [t for t in output if isinstance(t, Tensor) and t.dim() > 0]
         logits = tensors[0] if tensors else None
         if logits is not None and logits.dim() == 3 and any(t.dim() == 2 for t in tensors):
-            raise ValueError("the model returns a tuple of several tensors; return the logits alone, or as a dict's 'logits'")
+            raise ValueError(
+                "the model returns a tuple of several tensors; return the logits alone, or as a dict's "
+                "'logits'"
+            )
     else:
         logits = output
     if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.dim() not in (1, 2, 3):
@@ -210,8 +240,9 @@ def tokens_read(
         key_mask: (B, n) bool, True for real tokens, or None.
 
     Returns:
-        The token that is read, (B, 1) int64; of a head that reads the mean or the sum of several the share of each, (B, 1, n). None,
-        for the documented target, of transformers' own heads that read neither one token nor the mean of all.
+        The token that is read, (B, 1) int64; of a head that reads the mean or the sum of several the share of
+        each, (B, 1, n). None, for the documented target, of transformers' own heads that read neither one
+        token nor the mean of all.
 
     Raises:
         ValueError: the head reads something else, or runs without gradients.
@@ -224,16 +255,26 @@ def tokens_read(
     if why is not None:
         raise refuse(f"the default target is what the head reads, but {why}")
     # any class will do, and one alone may read nothing: a unit that isn't active passes no gradient on
-    logit = (logits * torch.linspace(0.5, 1.5, logits.shape[1], dtype=logits.dtype, device=logits.device)).sum()
+    logit = (
+        logits * torch.linspace(0.5, 1.5, logits.shape[1], dtype=logits.dtype, device=logits.device)
+    ).sum()
     (gradient,) = torch.autograd.grad(logit, record.top, retain_graph=True)
     read = (gradient != 0).any(-1)
     count = read.sum(1)
     require(torch.isfinite(gradient).all(), lambda: not_finite(who, model))
     if key_mask is not None:
         inside = ~(read & ~key_mask.to(read.device)).any()
-        require(inside, lambda: refuse("the head reads padding tokens; give texts of one length, or one at a time"))
+        require(
+            inside,
+            lambda: refuse("the head reads padding tokens; give texts of one length, or one at a time"),
+        )
     if not may_look():
-        require((count == 1).all(), lambda: refuse("the head reads not one token, but none or several, which a graph isn't recorded for"))
+        require(
+            (count == 1).all(),
+            lambda: refuse(
+                "the head reads not one token, but none or several, which a graph isn't recorded for"
+            ),
+        )
     elif not bool((count == 1).all()):
         real = torch.ones_like(read) if key_mask is None else key_mask.to(read.device)
         even = bool((count > 0).all()) and _evenly(record, logit, gradient, read, count)
@@ -242,14 +283,18 @@ def tokens_read(
         if not even:
             changes = bool((count > 0).all())
             raise refuse(
-                "the head reads several tokens in unequal shares" if changes else "the logits don't depend on the text for this input"
+                "the head reads several tokens in unequal shares"
+                if changes
+                else "the logits don't depend on the text for this input"
             )
         return (read / count[:, None].to(gradient.dtype))[:, None]
     return read.int().argmax(1, keepdim=True)
 
 
 def _evenly(record: HeadRecord, logit: Tensor, gradient: Tensor, read: Tensor, count: Tensor) -> bool:
-    """Whether a logit is computed from the sum of the tokens read (B, n), or of what modules of the head make of each."""
+    """Whether a logit is computed from the sum of the tokens read (B, n), or of what modules of the head make
+    of each.
+    """
     for call in reversed(record.calls):
         if record.of_tokens(call.returned) and record.carries(logit, call.returned_edge):
             (gradient,) = torch.autograd.grad(logit, call.returned_edge, retain_graph=True)
@@ -258,13 +303,17 @@ def _evenly(record: HeadRecord, logit: Tensor, gradient: Tensor, read: Tensor, c
 
 
 def rounding(*tensors: Tensor) -> float:
-    """By how much results of the same few operations may differ, relative to the largest: of the coarsest of some tensors' dtypes."""
+    """By how much results of the same few operations may differ, relative to the largest: of the coarsest of
+    some tensors' dtypes.
+    """
     coarsest = max((t.dtype for t in tensors), key=lambda dtype: torch.finfo(dtype).eps)
     return torch.finfo(coarsest).eps * (HALF_ROUNDINGS if coarsest in HALF else ROUNDINGS)
 
 
 def equal_shares(gradient: Tensor, read: Tensor, count: Tensor) -> Tensor:
-    """Whether the tokens read (B, n) all have one gradient, (B, n, d), as those of a mean or a sum have: () bool."""
+    """Whether the tokens read (B, n) all have one gradient, (B, n, d), as those of a mean or a sum have: ()
+    bool.
+    """
     # the same operations round alike, in half precision too
     gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     mean = (gradient * read[..., None]).sum(1, keepdim=True) / count[:, None, None]

@@ -59,8 +59,8 @@ def run_captured(
         targets: None for what the model's head reads; others need no look at the head.
 
     Returns:
-        Its layers, in the precision asked for; its output; and what its head reads, as `tokens_read` says, where targets is None and
-        the output holds one set of logits an example, else None.
+        Its layers, in the precision asked for; its output; and what its head reads, as `tokens_read` says,
+        where targets is None and the output holds one set of logits an example, else None.
     """
     check_batch(who, model, batch)
     stock = stock_model(model)
@@ -69,9 +69,17 @@ def run_captured(
         ids = batch.get("input_ids", batch.get("inputs_embeds"))
         batch = {**batch, "attention_mask": torch.ones(ids.shape[:2], dtype=torch.long, device=ids.device)}
     gradients = torch.is_grad_enabled()
-    with weights_named(model), torch.inference_mode(False), torch.set_grad_enabled(gradients), ExitStack() as stack:
+    with (
+        weights_named(model),
+        torch.inference_mode(False),
+        torch.set_grad_enabled(gradients),
+        ExitStack() as stack,
+    ):
         # a tensor made in inference mode can't enter a graph
-        batch = {name: value.clone() if isinstance(value, Tensor) and value.is_inference() else value for name, value in batch.items()}
+        batch = {
+            name: value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+            for name, value in batch.items()
+        }
         trace = stack.enter_context(capture(model))
         stack.enter_context(callers_autocast())
         record = None
@@ -80,7 +88,10 @@ def run_captured(
         output = run_model(model, batch)
         read = None
         if record is not None:
-            read, output = read_by_head(who, model, record, output, trace.layers[-1].key_mask), detached(output)
+            read, output = (
+                read_by_head(who, model, record, output, trace.layers[-1].key_mask),
+                detached(output),
+            )
     set_precision(trace.layers, dtype)
     return trace.layers, output, read
 
@@ -101,28 +112,40 @@ def check_batch(who: str, model: nn.Module, batch: Mapping[str, Any]) -> None:
     Args:
         who: method named in errors.
         model: the model that gets the batch.
-        batch: its inputs; input_ids (B, n) int64 or int32 or inputs_embeds (B, n, d), attention_mask (B, n) of 0 and 1; of an image
-            encoder pixel_values (B, channels, height, width).
+        batch: its inputs; input_ids (B, n) int64 or int32 or inputs_embeds (B, n, d), attention_mask (B, n)
+            of 0 and 1; of an image encoder pixel_values (B, channels, height, width).
 
     Raises:
-        TypeError, ValueError: training mode, no input, wrong shapes, ids beyond the vocabulary, empty or too long text, token types or
-            positions that the model has no embeddings for, an example without a real token, a classifier that would read padding.
+        TypeError, ValueError: training mode, no input, wrong shapes, ids beyond the vocabulary, empty or too
+            long text, token types or positions that the model has no embeddings for, an example without a
+            real token, a classifier that would read padding.
     """
     stock = stock_model(model)
     if model.training or stock.training:
-        raise ValueError(f"{who}: the model is in training mode, where dropout changes the result; call model.eval() first")
+        raise ValueError(
+            f"{who}: the model is in training mode, where dropout changes the result; call model.eval() first"
+        )
     model = stock
     if model.main_input_name == "pixel_values":
         _check_pixels(who, batch.get("pixel_values"))
         return
-    name, shape = ("inputs_embeds", "(B, n, d)") if batch.get("input_ids") is None else ("input_ids", "(B, n)")
+    name, shape = (
+        ("inputs_embeds", "(B, n, d)") if batch.get("input_ids") is None else ("input_ids", "(B, n)")
+    )
     ids = batch.get(name)
     if ids is None:
-        raise ValueError(f"{who}: the batch has neither input_ids nor inputs_embeds, got {', '.join(batch) or 'nothing'}")
+        raise ValueError(
+            f"{who}: the batch has neither input_ids nor inputs_embeds, got {', '.join(batch) or 'nothing'}"
+        )
     if not isinstance(ids, Tensor):
-        raise TypeError(f"{who}: {name} must be a tensor {shape}, got {type(ids).__name__}; ask the tokenizer for return_tensors='pt'")
+        raise TypeError(
+            f"{who}: {name} must be a tensor {shape}, got {type(ids).__name__}; ask the tokenizer for "
+            f"return_tensors='pt'"
+        )
     if ids.dim() != len(shape.split(",")) or 0 in ids.shape:
-        raise ValueError(f"{who}: {name} must be {shape} with at least one example and one token, got {tuple(ids.shape)}")
+        raise ValueError(
+            f"{who}: {name} must be {shape} with at least one example and one token, got {tuple(ids.shape)}"
+        )
     if name == "input_ids":
         check_ids(who, model, ids)
     limit = max_tokens(model)
@@ -133,7 +156,10 @@ def check_batch(who: str, model: nn.Module, batch: Mapping[str, Any]) -> None:
         )
     if batch.get("attention_mask") is not None:
         _check_mask(who, batch["attention_mask"], ids.shape[:2])
-    for other, size in (("token_type_ids", token_types(model)), ("position_ids", limit and limit + first_position(model))):
+    for other, size in (
+        ("token_type_ids", token_types(model)),
+        ("position_ids", limit and limit + first_position(model)),
+    ):
         if batch.get(other) is not None:
             _check_index(who, other, batch[other], ids.shape[:2], size)
     if is_decoder(model) and classifies(model):
@@ -141,7 +167,9 @@ def check_batch(who: str, model: nn.Module, batch: Mapping[str, Any]) -> None:
 
 
 def check_ids(who: str, model: PreTrainedModel, ids: Tensor) -> None:
-    """Raise TypeError or ValueError unless token ids, of any shape, are integers that the model has embeddings for."""
+    """Raise TypeError or ValueError unless token ids, of any shape, are integers that the model has
+    embeddings for.
+    """
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{who}: input_ids must be int64 or int32, got {ids.dtype}")
     check_range(who, "input_ids", ids, vocabulary(model))
@@ -149,7 +177,10 @@ def check_ids(who: str, model: PreTrainedModel, ids: Tensor) -> None:
 
 def _check_index(who: str, name: str, index: Any, shape: Sequence[int], size: int | None) -> None:
     if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{who}: {name} must be a tensor of int64 or int32, got {getattr(index, 'dtype', type(index).__name__)}")
+        raise TypeError(
+            f"{who}: {name} must be a tensor of int64 or int32, got "
+            f"{getattr(index, 'dtype', type(index).__name__)}"
+        )
     if tuple(index.shape) not in (tuple(shape), (1, shape[1])):
         raise ValueError(f"{who}: {name} must be (B, n) = {tuple(shape)}, got {tuple(index.shape)}")
     if size is not None:
@@ -157,7 +188,9 @@ def _check_index(who: str, name: str, index: Any, shape: Sequence[int], size: in
 
 
 def _check_last(who: str, model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
-    """Refuse padding that a decoder's classifier would read: it looks for the last token that isn't the model's padding id."""
+    """Refuse padding that a decoder's classifier would read: it looks for the last token that isn't the
+    model's padding id.
+    """
     mask, ids, padding = batch.get("attention_mask"), batch.get("input_ids"), padding_id(model)
     if mask is None:
         return
@@ -169,7 +202,10 @@ def _check_last(who: str, model: PreTrainedModel, batch: Mapping[str, Any]) -> N
     known = "its config has no pad_token_id" if padding is None else f"pads with the token {padding}"
     require(
         read.all(),
-        lambda: ValueError(f"{who}: {type(model).__name__} {known}, so its head would read padding here; give one text at a time"),
+        lambda: ValueError(
+            f"{who}: {type(model).__name__} {known}, so its head would read padding here; give one text at "
+            f"a time"
+        ),
     )
 
 
@@ -181,7 +217,11 @@ def _check_mask(who: str, mask: Any, shape: Sequence[int]) -> None:
 
     def error() -> ValueError:
         empty = bool((mask == 0).all(1).any())
-        why = "an example has no real token (its attention_mask is all 0)" if empty else "attention_mask must hold 0 and 1 alone"
+        why = (
+            "an example has no real token (its attention_mask is all 0)"
+            if empty
+            else "attention_mask must hold 0 and 1 alone"
+        )
         return ValueError(f"{who}: {why}")
 
     # one wait for the device
@@ -190,12 +230,19 @@ def _check_mask(who: str, mask: Any, shape: Sequence[int]) -> None:
 
 def _check_pixels(who: str, pixels: Any) -> None:
     if not isinstance(pixels, Tensor) or pixels.dim() != 4 or 0 in pixels.shape:
-        came = "nothing" if pixels is None else tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
+        came = (
+            "nothing"
+            if pixels is None
+            else tuple(pixels.shape)
+            if isinstance(pixels, Tensor)
+            else type(pixels).__name__
+        )
         raise ValueError(f"{who}: pixel_values must be a tensor (B, channels, height, width), got {came}")
 
 
 def default_rows(layer: LayerTrace) -> Tensor:
-    """The documented target of models whose head doesn't tell one: the first real token ([CLS]), of a causal model the last real one.
+    """The documented target of models whose head doesn't tell one: the first real token ([CLS]), of a causal
+    model the last real one.
 
     Returns:
         (B, 1); of packed sequences (S, 1), among all tokens.
@@ -219,10 +266,12 @@ def unnamed_rows(who: str, targets: str | None, layer: LayerTrace, read: Tensor 
         who: method named in errors.
         targets: "mean", or None for what the head reads.
         layer: any captured layer, for B, n, padding and packed sequences.
-        read: what the head reads, (B, 1) or (B, 1, n) as `tokens_read` says, packed sequences padded; None: `default_rows`.
+        read: what the head reads, (B, 1) or (B, 1, n) as `tokens_read` says, packed sequences padded; None:
+            `default_rows`.
 
     Returns:
-        Positions (B, 1) int64, or the tokens' shares in a mean, (B, 1, n); of packed sequences (S, 1), among all tokens, or (1, 1, N).
+        Positions (B, 1) int64, or the tokens' shares in a mean, (B, 1, n); of packed sequences (S, 1), among
+        all tokens, or (1, 1, N).
 
     Raises:
         ValueError: another word than "mean".
@@ -243,12 +292,15 @@ def unnamed_rows(who: str, targets: str | None, layer: LayerTrace, read: Tensor 
     return read.cpu() + cu_seqlens[:-1, None].long() if read.dim() == 2 else read[:, 0][real][None, None]
 
 
-def target_rows(who: str, targets: str | Sequence[int] | Tensor | None, layer: LayerTrace, read: Tensor | None = None) -> Tensor:
+def target_rows(
+    who: str, targets: str | Sequence[int] | Tensor | None, layer: LayerTrace, read: Tensor | None = None
+) -> Tensor:
     """Targets as (B, T) int64, checked; of a mean over tokens the share of each, (B, 1, n).
 
     Args:
         who: method named in errors.
-        targets: T positions for every example, or (B, T), each in [0, n) and not padding; "mean" or None as for `unnamed_rows`.
+        targets: T positions for every example, or (B, T), each in [0, n) and not padding; "mean" or None as
+            for `unnamed_rows`.
         layer: any captured layer, for B, n and the padding.
         read: what the head reads, as for `unnamed_rows`.
 
@@ -261,22 +313,33 @@ def target_rows(who: str, targets: str | Sequence[int] | Tensor | None, layer: L
     rows = target_positions(who, torch.as_tensor(targets, device=layer.q.device), batch)
     check_range(who, "targets", rows, n)
     if layer.key_mask is not None:
-        require(layer.key_mask.gather(1, rows).all(), lambda: ValueError(f"{who}: a target is a padding token"))
+        require(
+            layer.key_mask.gather(1, rows).all(), lambda: ValueError(f"{who}: a target is a padding token")
+        )
     return rows
 
 
 def target_positions(who: str, targets: Tensor, batch: int) -> Tensor:
-    """Targets, T positions or (B, T), as (B, T) int64; TypeError or ValueError, naming who, for another type or shape."""
-    if targets.numel() and (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool):
+    """Targets, T positions or (B, T), as (B, T) int64; TypeError or ValueError, naming who, for another type
+    or shape.
+    """
+    if targets.numel() and (
+        targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool
+    ):
         raise TypeError(f"{who}: targets must be integers, got {targets.dtype}")
     rows = targets.expand(batch, -1) if targets.dim() == 1 else targets
     if rows.dim() != 2 or rows.shape[0] != batch or rows.shape[1] == 0:
-        raise ValueError(f"{who}: targets must be T positions or (B, T) with B={batch} and T at least 1, got {tuple(rows.shape)}")
+        raise ValueError(
+            f"{who}: targets must be T positions or (B, T) with B={batch} and T at least 1, got "
+            f"{tuple(rows.shape)}"
+        )
     return rows.long()
 
 
 def require_finite(who: str, model: nn.Module, tensors: Iterable[Tensor]) -> None:
-    """Raise ValueError, naming who and the parameter at fault if one is, unless all entries of a result's tensors are finite."""
+    """Raise ValueError, naming who and the parameter at fault if one is, unless all entries of a result's
+    tensors are finite.
+    """
     finite = [torch.isfinite(t).all() for t in tensors]
     # the layers of a model may lie on several devices
     require(torch.stack([one.to(finite[0].device) for one in finite]).all(), lambda: not_finite(who, model))

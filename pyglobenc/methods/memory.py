@@ -1,8 +1,9 @@
 """Memory of an attribution before it runs, from the model's config and the batch's shape.
 
-The rollout family's peak is one of three moments: the MLP of the forward pass's last layer, the norm after it, or a layer of the rollout;
-everything saved for the rollout is there at each. Of the methods that explain a class it is the way down: the graph that autograd keeps of
-every layer and the relevance beside it. Sizes are a tensor's numbers a token (d, the MLP's width, H...) times the tokens of the batch, B*n.
+The rollout family's peak is one of three moments: the MLP of the forward pass's last layer, the norm after
+it, or a layer of the rollout; everything saved for the rollout is there at each. Of the methods that explain
+a class it is the way down: the graph that autograd keeps of every layer and the relevance beside it. Sizes
+are a tensor's numbers a token (d, the MLP's width, H...) times the tokens of the batch, B*n.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ FLOW, EDGE = "attention-flow", 64
 FLOAT32, FLOAT64 = 4, 8
 RELEVANCE = ("transformer-attribution", "lrp", "partial-lrp", "attention-gradcam")
 ESTIMATED = (*ROLLOUT_FAMILY, *RELEVANCE)
-# tiles of (query, key) pairs that the relevance ops hold, and numbers in them all at most: the CPU kernels, and the reference in double
+# tiles of (query, key) pairs that the relevance ops hold, and numbers in them all at most: the CPU kernels,
+# and the reference in double
 TILES = {FLOAT32: (4, 1 << 20), FLOAT64: (8, 3 << 20)}
 
 
@@ -48,8 +50,16 @@ class Estimate:
         return self.weights + self.kernels + self.saved + self.workspace + self.maps
 
     def __str__(self) -> str:
-        names = {"weights": "weights", "kernels": "made of them", "saved": "layers", "workspace": "workspace", "maps": "maps"}
-        listed = ", ".join(f"{text} {_readable(size)}" for name, text in names.items() if (size := getattr(self, name)))
+        names = {
+            "weights": "weights",
+            "kernels": "made of them",
+            "saved": "layers",
+            "workspace": "workspace",
+            "maps": "maps",
+        }
+        listed = ", ".join(
+            f"{text} {_readable(size)}" for name, text in names.items() if (size := getattr(self, name))
+        )
         return f"{_readable(self.peak)} ({listed})"
 
 
@@ -94,7 +104,9 @@ def estimate_memory(
     wide = FLOAT64 if FLOAT64 in (element, dtype and torch.empty((), dtype=dtype).element_size()) else FLOAT32
     weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     if method in RELEVANCE:
-        return _relevance(s, method, weights, batch, n, element if dtype is None else wide, wide, model.device)
+        return _relevance(
+            s, method, weights, batch, n, element if dtype is None else wide, wide, model.device
+        )
     tokens = batch * n
     # asked for in double, the states of a narrower model are cast before the rollout
     state = wide if dtype == torch.float64 else element
@@ -119,7 +131,9 @@ def estimate_memory(
 def _relevance(
     s: "_Sizes", method: str, weights: int, batch: int, n: int, element: int, wide: int, device: torch.device
 ) -> Estimate:
-    """Of the methods that explain a class: numbers that autograd and the rules keep, as the allocator shows them."""
+    """Of the methods that explain a class: numbers that autograd and the rules keep, as the allocator shows
+    them.
+    """
     matrices = s.layers * 2 * (s.d * s.queries + s.d * s.keys + s.d * s.mlp)
     rules, gradient = method != "attention-gradcam", method == "transformer-attribution"
     # a small model's error is measured by a second run beside the first
@@ -136,14 +150,17 @@ def _relevance(
     # of the clamped copies of an MLP's weights
     clamped = tokens * (2 * s.d + 4.5 * s.mlp) + 2 * s.d * s.mlp
     workspace = {
-        "transformer-attribution": max(tokens * (7 * s.d + 4 * s.mlp), tokens * 7 * s.d + min(tiles * pairs, most)),
+        "transformer-attribution": max(
+            tokens * (7 * s.d + 4 * s.mlp), tokens * 7 * s.d + min(tiles * pairs, most)
+        ),
         "lrp": max(clamped, tokens * 8 * s.d + 7 * tile + 4 * before),
         "partial-lrp": clamped,
         "attention-gradcam": tokens * (s.d + s.mlp) / 2 + (2 + 2.5 / s.heads) * tile,
     }[method]
     saved *= element
     if element < wide:
-        # the layers' states in the dtype of the arithmetic, and the weights and activations of one Linear at a time
+        # the layers' states in the dtype of the arithmetic, and the weights and activations of one Linear at
+        # a time
         saved += (s.d + 2 * s.queries + 2 * s.keys) * wide
         workspace += rules * (s.d * s.mlp + tokens * (s.d + s.mlp))
     return Estimate(
@@ -169,7 +186,14 @@ class _Sizes:
     @classmethod
     def of(cls, config: Any) -> "_Sizes":
         d, heads = config.hidden_size, config.num_attention_heads
-        mlp = next((value for name in ("intermediate_size", "hidden_dim", "n_inner") if (value := getattr(config, name, None))), 4 * d)
+        mlp = next(
+            (
+                value
+                for name in ("intermediate_size", "hidden_dim", "n_inner")
+                if (value := getattr(config, name, None))
+            ),
+            4 * d,
+        )
         dh = getattr(config, "head_dim", None) or d // heads
         keys = getattr(config, "num_key_value_heads", None) or heads
         return cls(d, mlp, heads * dh, keys * dh, heads, config.num_hidden_layers)

@@ -25,7 +25,8 @@ from pyglobenc.methods.inputs import check_ids, read_by_head, target_positions, 
 from pyglobenc.methods.precision.arithmetic import set_precision
 from pyglobenc.methods.rollout.rows import RolloutResult, rollout_result
 
-# scores (1, L, T, N) and log_scale (S, L, T) of captured layers and targets (S, T), positions among all N tokens
+# scores (1, L, T, N) and log_scale (S, L, T) of captured layers and targets (S, T), positions among all N
+# tokens
 Rows = Callable[[list[LayerTrace], Tensor], tuple[Tensor, Tensor]]
 
 
@@ -35,7 +36,8 @@ class Packed:
 
     Attributes:
         inputs: of the model without its head, each (1, N).
-        cu_seqlens: (S + 1,) int32, on the CPU: sequence order[s] is tokens cu_seqlens[s] to cu_seqlens[s + 1].
+        cu_seqlens: (S + 1,) int32, on the CPU: sequence order[s] is tokens cu_seqlens[s] to cu_seqlens[s +
+            1].
         order: numbers of the sequences as they were given.
     """
 
@@ -46,10 +48,14 @@ class Packed:
     def twice(self) -> "Packed":
         """All sequences, and after them all of them again."""
         inputs = {name: torch.cat([column, column], 1) for name, column in self.inputs.items()}
-        return Packed(inputs, torch.cat([self.cu_seqlens, self.cu_seqlens[1:] + self.cu_seqlens[-1]]), self.order * 2)
+        return Packed(
+            inputs, torch.cat([self.cu_seqlens, self.cu_seqlens[1:] + self.cu_seqlens[-1]]), self.order * 2
+        )
 
     def cut(self, of: Callable[[slice, slice], Any]) -> list[Any]:
-        """What `of` makes of each sequence, in the order in which they were given, from its place among the S and its tokens."""
+        """What `of` makes of each sequence, in the order in which they were given, from its place among the S
+        and its tokens.
+        """
         out: list[Any] = [None] * len(self.order)
         for s, (index, tokens) in enumerate(zip(self.order, slices(self.cu_seqlens), strict=True)):
             out[index] = of(slice(s, s + 1), tokens)
@@ -57,9 +63,17 @@ class Packed:
 
 
 def attribute_packed(
-    who: str, model: nn.Module, batch: Mapping[str, Any], targets: Any, dtype: torch.dtype | None, layers: bool, rows: Rows
+    who: str,
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    targets: Any,
+    dtype: torch.dtype | None,
+    layers: bool,
+    rows: Rows,
 ) -> list[RolloutResult]:
-    """Run a model on packed sequences, roll out with `rows`, and cut the result into one for each sequence."""
+    """Run a model on packed sequences, roll out with `rows`, and cut the result into one for each
+    sequence.
+    """
     packed = pack(who, model, batch)
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
         trace = stack.enter_context(capture(model, cu_seqlens=packed.cu_seqlens))
@@ -69,7 +83,10 @@ def attribute_packed(
             record = stack.enter_context(recorded_head(model, model, trace, leaf=True))
         output = run_packed(model, packed, record)
         if record is not None:
-            read, output = read_by_head(who, model, record, output, real_tokens(packed.cu_seqlens)), detached(output)
+            read, output = (
+                read_by_head(who, model, record, output, real_tokens(packed.cu_seqlens)),
+                detached(output),
+            )
     captured = trace.layers
     set_precision(captured, dtype)
     positions = _positions(who, targets, packed, captured[-1], read)
@@ -82,16 +99,19 @@ def attribute_packed(
         of_layers = (whole.layer_scores[..., tokens], whole.layer_log_scale[own]) if layers else ()
         returned = of_examples(output, own, len(packed.order)) if of_sequences else None
         position = None if explained is None else explained[own]
-        return RolloutResult(whole.scores[..., tokens], whole.log_scale[own], *of_layers, output=returned, targets=position)
+        return RolloutResult(
+            whole.scores[..., tokens], whole.log_scale[own], *of_layers, output=returned, targets=position
+        )
 
     return packed.cut(one)
 
 
 def run_packed(model: PreTrainedModel, packed: Packed, record: HeadRecord | None) -> Any:
-    """Run a model within `capture` on packed sequences: what its own head makes of the padded states of the S of them.
+    """Run a model within `capture` on packed sequences: what its own head makes of the padded states of the S
+    of them.
 
-    A language model's head isn't run, as it has no logits for a sequence; the result is then None. record: of the head, told where it
-    starts.
+    A language model's head isn't run, as it has no logits for a sequence; the result is then None. record: of
+    the head, told where it starts.
     """
     base = model.base_model
     options = output_settings(base) | {"output_hidden_states": False}
@@ -105,8 +125,12 @@ def run_packed(model: PreTrainedModel, packed: Packed, record: HeadRecord | None
 
 
 @contextmanager
-def _padded_states(base: nn.Module, packed: Packed, options: dict[str, Any], record: HeadRecord | None) -> Iterator[None]:
-    """Context in which a model without its head runs on packed sequences, whatever it is given, and returns the states of each, padded."""
+def _padded_states(
+    base: nn.Module, packed: Packed, options: dict[str, Any], record: HeadRecord | None
+) -> Iterator[None]:
+    """Context in which a model without its head runs on packed sequences, whatever it is given, and returns
+    the states of each, padded.
+    """
     own, forward, thread = vars(base).get("forward"), base.forward, get_ident()
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -119,7 +143,9 @@ def _padded_states(base: nn.Module, packed: Packed, options: dict[str, Any], rec
         if getattr(base, "pooler", None) is not None:
             # ALBERT's is a Linear beside its activation
             alone = isinstance(base.pooler, nn.Linear)
-            out.pooler_output = base.pooler_activation(base.pooler(states[:, 0])) if alone else base.pooler(states)
+            out.pooler_output = (
+                base.pooler_activation(base.pooler(states[:, 0])) if alone else base.pooler(states)
+            )
         if out.get("hidden_states") is not None:
             out.hidden_states = tuple(padded(t, packed.cu_seqlens) for t in out.hidden_states)
         return out
@@ -146,17 +172,30 @@ def of_examples(output: Any, own: slice, size: int) -> Any:
 def check_packable(who: str, model: nn.Module) -> None:
     """Raise ValueError, naming who, if a model can't keep packed sequences apart."""
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"{who}: packed sequences need a transformers model; {type(model).__name__} has a head of its own around one")
+        raise ValueError(
+            f"{who}: packed sequences need a transformers model; {type(model).__name__} has a head of its "
+            f"own around one"
+        )
     base = model.base_model
     if any(layer.own_scores is not None for layer in find_layers(model)):
-        raise ValueError(f"{who}: {type(model).__name__} computes attention itself and can't keep packed sequences apart")
+        raise ValueError(
+            f"{who}: {type(model).__name__} computes attention itself and can't keep packed sequences apart"
+        )
     if model.main_input_name != "input_ids":
-        raise ValueError(f"{who}: {type(model).__name__} takes {model.main_input_name}, which can't be packed")
+        raise ValueError(
+            f"{who}: {type(model).__name__} takes {model.main_input_name}, which can't be packed"
+        )
     if "position_ids" not in signature(base.forward).parameters:
-        raise ValueError(f"{who}: {type(base).__name__} takes no position_ids: packed sequences would be one long text to it")
+        raise ValueError(
+            f"{who}: {type(base).__name__} takes no position_ids: packed sequences would be one long text "
+            f"to it"
+        )
     if classifies(model) and is_decoder(model) and padding_id(model) is None:
         name = type(model).__name__
-        raise ValueError(f"{who}: the config of {name} has no pad_token_id, without which its head takes one text at a time")
+        raise ValueError(
+            f"{who}: the config of {name} has no pad_token_id, without which its head takes one text at a "
+            f"time"
+        )
 
 
 def pack(who: str, model: nn.Module, batch: Mapping[str, Any]) -> Packed:
@@ -168,18 +207,26 @@ def pack(who: str, model: nn.Module, batch: Mapping[str, Any]) -> Packed:
         batch: of each input a list of S lists or tensors (n_s,); attention_mask of ones, or left out.
 
     Raises:
-        TypeError, ValueError: a model that can't keep them apart, training mode, nothing to pack, padding, inputs of different lengths, a
-            sequence too long for the model.
+        TypeError, ValueError: a model that can't keep them apart, training mode, nothing to pack, padding,
+            inputs of different lengths, a sequence too long for the model.
     """
     check_packable(who, model)
     if model.training:
-        raise ValueError(f"{who}: the model is in training mode, where dropout changes the result; call model.eval() first")
+        raise ValueError(
+            f"{who}: the model is in training mode, where dropout changes the result; call model.eval() first"
+        )
     ids = batch.get("input_ids")
     if not isinstance(ids, Sequence) or not ids or not all(_is_row(row) for row in ids):
-        raise TypeError(f"{who}: input_ids must be a list of lists of token ids; don't ask the tokenizer for padding or tensors")
+        raise TypeError(
+            f"{who}: input_ids must be a list of lists of token ids; don't ask the tokenizer for padding or "
+            f"tensors"
+        )
     lengths, limit = [len(row) for row in ids], max_tokens(model)
     if limit is not None and max(lengths) > limit:
-        raise ValueError(f"{who}: a sequence has {max(lengths)} tokens and the model takes {limit}; truncate it or split it into windows")
+        raise ValueError(
+            f"{who}: a sequence has {max(lengths)} tokens and the model takes {limit}; truncate it or split "
+            f"it into windows"
+        )
     order = sorted(range(len(ids)), key=lengths.__getitem__)
     columns = {}
     for name, rows in batch.items():
@@ -196,7 +243,9 @@ def pack(who: str, model: nn.Module, batch: Mapping[str, Any]) -> Packed:
     # without a mask some architectures look for packed sequences themselves
     columns["attention_mask"] = torch.ones_like(columns["input_ids"])
     cu_seqlens = torch.tensor([0] + [lengths[s] for s in order], device="cpu").cumsum(0).to(torch.int32)
-    return Packed({name: column[None].to(model.device) for name, column in columns.items()}, cu_seqlens, order)
+    return Packed(
+        {name: column[None].to(model.device) for name, column in columns.items()}, cu_seqlens, order
+    )
 
 
 def _check_types(who: str, model: PreTrainedModel, columns: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -212,15 +261,22 @@ def _check_types(who: str, model: PreTrainedModel, columns: dict[str, Tensor]) -
 
 
 def _is_row(row: Any) -> bool:
-    return isinstance(row, Tensor | Sequence) and torch.as_tensor(row, device="cpu").dim() == 1 and len(row) > 0
+    return (
+        isinstance(row, Tensor | Sequence) and torch.as_tensor(row, device="cpu").dim() == 1 and len(row) > 0
+    )
 
 
 def _positions(who: str, targets: Any, packed: Packed, layer: LayerTrace, read: Tensor | None) -> Tensor:
-    """Positions (S, T) among all tokens of targets, T for every sequence or (S, T); of a mean the tokens' shares, (1, 1, N)."""
+    """Positions (S, T) among all tokens of targets, T for every sequence or (S, T); of a mean the tokens'
+    shares, (1, 1, N).
+    """
     if targets is None or isinstance(targets, str):
         return unnamed_rows(who, targets, layer, read)
     starts, lengths = packed.cu_seqlens[:-1, None].long(), packed.cu_seqlens.diff()[:, None].long()
     rows = target_positions(who, torch.as_tensor(targets, device="cpu"), len(packed.order))[packed.order]
     if bool(((rows < 0) | (rows >= lengths)).any()):
-        raise ValueError(f"{who}: targets must lie in [0, n), n the tokens of their sequence, the shortest {int(lengths.min())}")
+        raise ValueError(
+            f"{who}: targets must lie in [0, n), n the tokens of their sequence, the shortest "
+            f"{int(lengths.min())}"
+        )
     return starts + rows

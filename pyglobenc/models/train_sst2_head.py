@@ -2,7 +2,8 @@
 
     python -m pyglobenc.models.train_sst2_head TRAIN.tsv DEV.tsv OUT.safetensors
 
-Each line of the data is a sentence, a tab, and 0 or 1. Prints the accuracy, which is kept in the file's metadata.
+Each line of the data is a sentence, a tab, and 0 or 1. Prints the accuracy, which is kept in the file's
+metadata.
 """
 
 import sys
@@ -35,7 +36,13 @@ def features(texts: list[str]) -> Tensor:
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
     for start in range(0, len(order), BATCH):
         rows = order[start : start + BATCH]
-        batch = tokenizer([texts[row] for row in rows], padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
+        batch = tokenizer(
+            [texts[row] for row in rows],
+            padding=True,
+            truncation=True,
+            max_length=MAX_LENGTH,
+            return_tensors="pt",
+        )
         out[rows] = model(**batch).pooler_output
     return out
 
@@ -43,7 +50,9 @@ def features(texts: list[str]) -> Tensor:
 def fit(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Weights (2, d) and bias (2,) of the penalised logistic regression."""
     weight, bias = torch.zeros(2, x.shape[1], requires_grad=True), torch.zeros(2, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=500, history_size=20, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=500, history_size=20, line_search_fn="strong_wolfe"
+    )
 
     def loss() -> Tensor:
         optimizer.zero_grad()
@@ -62,7 +71,11 @@ def main(train: str, dev: str, out: str) -> None:
     texts, labels = read(dev)
     accuracy = float(((features(texts) @ weight.T + bias).argmax(-1) == labels).float().mean())
     print(f"accuracy on {len(labels)} sentences: {accuracy:.3f}")
-    save_file({"weight": weight, "bias": bias}, out, metadata={"accuracy": f"{accuracy:.4f}", "sentences": str(len(labels))})
+    save_file(
+        {"weight": weight, "bias": bias},
+        out,
+        metadata={"accuracy": f"{accuracy:.4f}", "sentences": str(len(labels))},
+    )
 
 
 if __name__ == "__main__":

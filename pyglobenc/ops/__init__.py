@@ -9,11 +9,11 @@ from pyglobenc.ops.linear_relevance import linear_relevance
 from pyglobenc.ops.mapped_square import mapped_square
 from pyglobenc.ops.mixing_ratio import mixing_ratio
 from pyglobenc.ops.norm_terms import norm_terms
+from pyglobenc.ops.pair_norms import pair_norms
 from pyglobenc.ops.relevance_attention import relevance_attention
 from pyglobenc.ops.relevance_maps import relevance_maps
 from pyglobenc.ops.relevance_rollout_step import relevance_rollout_step
 from pyglobenc.ops.rollout_step import rollout_step
-from pyglobenc.ops.pair_norms import pair_norms
 
 # Another name of the op.
 token_norms = pair_norms

@@ -19,8 +19,14 @@ def check_shape(op: str, name: str, t: Tensor | None, symbols: str, sizes: dict[
             ok = ok and sizes.setdefault(symbol, size) == size
     if not ok:
         shape = ", ".join(expected)
-        known = ", ".join(f"{s}={sizes[s]}" for s in dict.fromkeys(expected) if s in sizes) if len(came) == len(expected) else ""
-        raise ValueError(f"{op}: {name} must be ({shape}){f' with {known}' if known else ''}, got {tuple(came)}")
+        known = (
+            ", ".join(f"{s}={sizes[s]}" for s in dict.fromkeys(expected) if s in sizes)
+            if len(came) == len(expected)
+            else ""
+        )
+        raise ValueError(
+            f"{op}: {name} must be ({shape}){f' with {known}' if known else ''}, got {tuple(came)}"
+        )
 
 
 def check_floats(op: str, **tensors: Tensor | None) -> None:
@@ -32,15 +38,20 @@ def check_floats(op: str, **tensors: Tensor | None) -> None:
     for name, dtype in dtypes.items():
         if dtype not in FLOATS:
             raise TypeError(f"{op}: {name} must be a floating-point tensor, got {dtype}")
-    raise TypeError(f"{op}: tensors must have one dtype, got " + ", ".join(f"{n} {d}" for n, d in dtypes.items()))
+    raise TypeError(
+        f"{op}: tensors must have one dtype, got " + ", ".join(f"{n} {d}" for n, d in dtypes.items())
+    )
 
 
 def check_widened(op: str, inputs: dict[str, Tensor | None], weights: dict[str, Tensor | None]) -> None:
-    """Check that all given tensors have one dtype, or that the inputs are in half precision and the weights float32.
+    """Check that all given tensors have one dtype, or that the inputs are in half precision and the weights
+    float32.
 
     The first of the inputs must not be None.
     """
-    if next(iter(inputs.values())).dtype in HALF and all(t is None or t.dtype == torch.float32 for t in weights.values()):
+    if next(iter(inputs.values())).dtype in HALF and all(
+        t is None or t.dtype == torch.float32 for t in weights.values()
+    ):
         check_floats(op, **inputs)
     else:
         check_floats(op, **inputs, **weights)
@@ -49,7 +60,10 @@ def check_widened(op: str, inputs: dict[str, Tensor | None], weights: dict[str, 
 def check_heads(op: str, heads: int, kv_heads: int) -> None:
     """Check that the query heads are divided evenly among the key-value heads."""
     if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"{op}: the number of query heads must be a multiple of that of key-value heads, got {heads} and {kv_heads}")
+        raise ValueError(
+            f"{op}: the number of query heads must be a multiple of that of key-value heads, got {heads} "
+            f"and {kv_heads}"
+        )
 
 
 def check_mask(op: str, key_mask: Tensor | None, sizes: dict[str, int]) -> None:
@@ -60,21 +74,36 @@ def check_mask(op: str, key_mask: Tensor | None, sizes: dict[str, int]) -> None:
 
 
 def check_window(op: str, window: tuple[int, int]) -> None:
-    """Check that a window is (left, right), each -1 for unlimited or at least 0: a query always sees itself."""
+    """Check that a window is (left, right), each -1 for unlimited or at least 0: a query always sees
+    itself.
+    """
     if len(window) != 2 or min(window) < -1:
-        raise ValueError(f"{op}: window must be (left, right), each -1 for unlimited or at least 0, got {tuple(window)}")
+        raise ValueError(
+            f"{op}: window must be (left, right), each -1 for unlimited or at least 0, got {tuple(window)}"
+        )
 
 
-def check_cu_seqlens(op: str, cu_seqlens: Tensor | None, key_mask: Tensor | None, sizes: dict[str, int]) -> None:
-    """Check cu_seqlens, (S + 1,) int32 on the CPU, increasing from 0 to n, in a batch of 1 without padding."""
+def check_cu_seqlens(
+    op: str, cu_seqlens: Tensor | None, key_mask: Tensor | None, sizes: dict[str, int]
+) -> None:
+    """Check cu_seqlens, (S + 1,) int32 on the CPU, increasing from 0 to n, in a batch of 1 without
+    padding.
+    """
     if cu_seqlens is None:
         return
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype != torch.int32 or cu_seqlens.device.type != "cpu":
+    if (
+        cu_seqlens.dim() != 1
+        or len(cu_seqlens) < 2
+        or cu_seqlens.dtype != torch.int32
+        or cu_seqlens.device.type != "cpu"
+    ):
         came = f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype} on {cu_seqlens.device}"
         raise ValueError(f"{op}: cu_seqlens must be (S + 1,) int32 on the CPU with S at least 1, got {came}")
     if sizes["B"] != 1 or key_mask is not None:
         came = f"{sizes['B']}{'' if key_mask is None else ' and one'}"
         raise ValueError(f"{op}: packed sequences are a batch of 1 without key_mask, got {came}")
     if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != sizes["n"] or int(cu_seqlens.diff().min()) < 1:
-        raise ValueError(f"{op}: cu_seqlens must increase from 0 to n = {sizes['n']}, got {cu_seqlens.tolist()}")
+        raise ValueError(
+            f"{op}: cu_seqlens must increase from 0 to n = {sizes['n']}, got {cu_seqlens.tolist()}"
+        )
     sizes["S"] = len(cu_seqlens) - 1

@@ -1,4 +1,6 @@
-"""Makes and checks the arguments that several ops share; each error names the op, what it expects and what came."""
+"""Makes and checks the arguments that several ops share; each error names the op, what it expects and what
+came.
+"""
 
 from typing import Any
 
@@ -7,7 +9,14 @@ from torch import Tensor
 
 from pyglobenc.backends.inputs import Inputs, PairInputs, RelevanceInputs
 from pyglobenc.common.deferred import check_range
-from pyglobenc.ops._checks import check_floats, check_heads, check_mask, check_cu_seqlens, check_shape, check_window
+from pyglobenc.ops._checks import (
+    check_cu_seqlens,
+    check_floats,
+    check_heads,
+    check_mask,
+    check_shape,
+    check_window,
+)
 
 
 def pair_inputs(op: str, **arguments: Any) -> PairInputs:
@@ -35,7 +44,8 @@ def pair_inputs(op: str, **arguments: Any) -> PairInputs:
 
 
 def relevance_inputs(op: str, **arguments: Any) -> RelevanceInputs:
-    """Check the arguments of a relevance op of attention, fields of `RelevanceInputs`; scaling may be None for dh ** -0.5.
+    """Check the arguments of a relevance op of attention, fields of `RelevanceInputs`; scaling may be None
+    for dh ** -0.5.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that don't fit.
@@ -64,7 +74,9 @@ def check_rows(op: str, rows: Tensor | None, q: Tensor) -> None:
 
 
 def check_rollout(op: str, r: Tensor, like: Tensor, inputs: Inputs, log_scale: Tensor | None = None) -> None:
-    """Check rows of a rollout r (B, T, n), of the dtype of `like`, and their log_scale (B, T), of packed sequences (S, T)."""
+    """Check rows of a rollout r (B, T, n), of the dtype of `like`, and their log_scale (B, T), of packed
+    sequences (S, T).
+    """
     sizes = {"B": inputs.q.shape[0], "n": inputs.q.shape[2]}
     check_shape(op, "r", r, "B T n", sizes)
     if inputs.cu_seqlens is not None:

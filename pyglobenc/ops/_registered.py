@@ -18,12 +18,14 @@ def register(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator that registers a function without side effects as the op pyglobenc::name.
 
-    The dispatcher takes 25 us. A call with plain tensors, without tracing and without gradients, goes to the function directly; any
-    other call, such as under torch.compile or on fake tensors, goes through the registered op.
+    The dispatcher takes 25 us. A call with plain tensors, without tracing and without gradients, goes to the
+    function directly; any other call, such as under torch.compile or on fake tensors, goes through the
+    registered op.
 
     Args:
         name: name of the op.
-        schema: the arguments after those of inputs, and the results, as torch.library writes them; None: taken from the annotations.
+        schema: the arguments after those of inputs, and the results, as torch.library writes them; None:
+            taken from the annotations.
         inputs: class of the function's first argument; the registered op takes its fields instead.
     """
 
@@ -32,7 +34,9 @@ def register(
             op = torch.library.custom_op(f"pyglobenc::{name}", function, mutates_args=(), schema=schema)
         else:
             whole = f"({inputs.schema()}, {schema}"
-            op = torch.library.custom_op(f"pyglobenc::{name}", _unflat(function, inputs), mutates_args=(), schema=whole)
+            op = torch.library.custom_op(
+                f"pyglobenc::{name}", _unflat(function, inputs), mutates_args=(), schema=whole
+            )
 
         @wraps(function)
         def call(first: Any, *others: Any) -> Any:
@@ -68,4 +72,6 @@ def _plain(args: Sequence[Any]) -> bool:
         args = [*chain.from_iterable(arg if isinstance(arg, list) else (arg,) for arg in args)]
     if not PLAIN.issuperset(map(type, args)):
         return False
-    return not (torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args))
+    return not (
+        torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+    )

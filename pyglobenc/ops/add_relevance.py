@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pyglobenc.backends.dispatch import run
-from pyglobenc.ops._checks import check_floats, check_cu_seqlens, check_shape
+from pyglobenc.ops._checks import check_cu_seqlens, check_floats, check_shape
 from pyglobenc.ops._registered import register
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")
@@ -25,8 +25,8 @@ def add_relevance(
         S = R / safe(a + b),   R_a = a S,   R_b = b S,   share_a = |sum R_a| / safe(|sum R_a| + |sum R_b|)
         R_a *= share_a sum R / safe(sum R_a),   R_b likewise
 
-    where the sums run over n and d of one example. safe(t) = t + 1e-9, or 1e-9 where that is 0; the quotient is 0 where t is 0. (The
-    published code sums over the batch, so it is right for a single example only.)
+    where the sums run over n and d of one example. safe(t) = t + 1e-9, or 1e-9 where that is 0; the quotient
+    is 0 where t is 0. (The published code sums over the batch, so it is right for a single example only.)
 
     Args:
         r: relevance of the sum a + b, (B, n, d), float32 or float64.
@@ -54,7 +54,13 @@ def add_relevance(
 
 @register("add_relevance")
 def _add_relevance(
-    r: Tensor, a: Tensor, b: Tensor, stabilizer: float, rescale: bool, backend: str, cu_seqlens: Tensor | None = None
+    r: Tensor,
+    a: Tensor,
+    b: Tensor,
+    stabilizer: float,
+    rescale: bool,
+    backend: str,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return run("add_relevance", backend, BACKENDS, r, a, b, stabilizer, rescale, cu_seqlens)
 

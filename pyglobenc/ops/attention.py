@@ -10,11 +10,19 @@ from pyglobenc.backends.shared.masks import hidden_keys, visible_keys
 from pyglobenc.backends.shared.packing import by_runs, on_device
 from pyglobenc.backends.shared.score_mods import ScoreMod
 from pyglobenc.common.autocast import outside_autocast
-from pyglobenc.ops._checks import check_floats, check_heads, check_mask, check_cu_seqlens, check_shape, check_window
+from pyglobenc.ops._checks import (
+    check_cu_seqlens,
+    check_floats,
+    check_heads,
+    check_mask,
+    check_shape,
+    check_window,
+)
 
 aten = torch.ops.aten
 
-# With a local window, this many queries share one call and one mask: the width of the window, within these limits.
+# With a local window, this many queries share one call and one mask: the width of the window, within these
+# limits.
 BAND = (64, 512)
 
 
@@ -33,7 +41,7 @@ def attention(
     """Compute softmax attention and the log-sum-exp of its scaled scores; differentiable.
 
     Without an autograd graph the memory is linear in n.
-    
+
 
     Args:
         q: queries (B, H, n, dh), any float dtype.
@@ -45,8 +53,8 @@ def attention(
         cu_seqlens: of packed sequences, as for `rollout_step`: each sequence attends only to itself.
 
     Returns:
-        o (B, H, n, dh), the dtype of q, and lse (B, H, n), natural logarithm, float32 or float64. A query that sees no key gets
-        o = 0 and lse = inf, so that exp(score - lse) is 0.
+        o (B, H, n, dh), the dtype of q, and lse (B, H, n), natural logarithm, float32 or float64. A query
+        that sees no key gets o = 0 and lse = inf, so that exp(score - lse) is 0.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that don't fit.
@@ -78,14 +86,20 @@ def attention(
     return o.masked_fill(blind[:, None, :, None], 0), lse.masked_fill(blind[:, None], float("inf"))
 
 
-def _packed(q: Tensor, k: Tensor, v: Tensor, scaling: float, window, score_mod, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute each sequence alone: one flash-attention call on a GPU, else one call for each run of equal lengths."""
+def _packed(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float, window, score_mod, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute each sequence alone: one flash-attention call on a GPU, else one call for each run of equal
+    lengths.
+    """
     if q.device.type == "cuda" and score_mod is None and _takes_flash(q):
         ends, longest = on_device(cu_seqlens, q.device)
         left, right = (None if side < 0 else side for side in window)
         sizes = (ends, ends, longest, longest, 0.0, False, False)
         tokens = (t[0].transpose(0, 1) for t in (q, k, v))
-        out = aten._flash_attention_forward(*tokens, *sizes, scale=scaling, window_size_left=left, window_size_right=right)
+        out = aten._flash_attention_forward(
+            *tokens, *sizes, scale=scaling, window_size_left=left, window_size_right=right
+        )
         return out[0].transpose(0, 1)[None], out[1][None]
 
     def run(*batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,14 +108,18 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, scaling: float, window, score_mod, 
     return tuple(by_runs(run, (q, k, v), (2, 2, 2), (2, 2), cu_seqlens))
 
 
-def _reference(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scaling: float, window, score_mod) -> tuple[Tensor, Tensor]:
+def _reference(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scaling: float, window, score_mod
+) -> tuple[Tensor, Tensor]:
     """Compute in float32 or float64, and return the dtype of q."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     o, lse = reference_attention(q.to(wide), k.to(wide), v.to(wide), key_mask, scaling, window, score_mod)
     return o.to(q.dtype), lse
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scaling: float, window: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scaling: float, window: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
     n = q.shape[2]
     if window in ((-1, -1), (-1, 0)):
         bias = None if key_mask is None else fused_bias(~key_mask[:, None, None, :], q.dtype)
@@ -118,17 +136,25 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scaling: fl
 
 def fused_bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a mask as a bias, finite so that a query that sees no key does not divide by zero."""
-    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, torch.finfo(dtype).min / 2)
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(
+        hidden, torch.finfo(dtype).min / 2
+    )
 
 
-def fused_call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scaling: float) -> tuple[Tensor, Tensor]:
+def fused_call(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scaling: float
+) -> tuple[Tensor, Tensor]:
     """Call torch's kernel once: q (B, H, m, dh), k and v (B, H, J, dh), bias (1 or B, 1, 1 or m, J)."""
     if q.device.type == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu.default(q, k, v, 0.0, causal, attn_mask=bias, scale=scaling)
+        return aten._scaled_dot_product_flash_attention_for_cpu.default(
+            q, k, v, 0.0, causal, attn_mask=bias, scale=scaling
+        )
     return gpu_call(q, k, v, bias, causal, scaling)
 
 
-def gpu_call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scaling: float) -> tuple[Tensor, Tensor]:
+def gpu_call(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scaling: float
+) -> tuple[Tensor, Tensor]:
     """Run `fused_call` on a GPU, whose kernels read every row in steps of 16 bytes."""
     m, width, keys = q.shape[2], q.shape[3], k.shape[2]
     short = -width % (16 // q.element_size())
@@ -140,7 +166,9 @@ def gpu_call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool,
         o, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scaling)[:2]
         return o, lse[:, :, :m]
     if bias is not None:
-        bias = F.pad(bias, (0, -keys % 8), value=float("-inf"))[..., :keys].expand(q.shape[0], q.shape[1], m, keys)
+        bias = F.pad(bias, (0, -keys % 8), value=float("-inf"))[..., :keys].expand(
+            q.shape[0], q.shape[1], m, keys
+        )
     o, lse = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, causal, scale=scaling)[:2]
     return o, lse[:, :, :m]
 
@@ -152,12 +180,16 @@ def _takes_flash(q: Tensor) -> bool:
 def _has_kernel(q: Tensor) -> bool:
     """Return whether torch has a kernel that returns the log-sum-exp for q's device and dtype."""
     if q.device.type == "cuda":
-        return q.dtype in (torch.float32, torch.float16) or (q.dtype == torch.bfloat16 and since_ampere(q.device))
+        return q.dtype in (torch.float32, torch.float16) or (
+            q.dtype == torch.bfloat16 and since_ampere(q.device)
+        )
     return q.device.type == "cpu"
 
 
 def since_ampere(device: torch.device) -> bool:
-    """Return whether a GPU has flash attention and bfloat16 products; all AMD GPUs that torch supports have them."""
+    """Return whether a GPU has flash attention and bfloat16 products; all AMD GPUs that torch supports have
+    them.
+    """
     return torch.version.hip is not None or capability(device) >= (8, 0)
 
 

@@ -13,7 +13,12 @@ BACKENDS = ("triton", "cuda", "cpu", "reference")
 
 
 def head_gram(
-    v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: Tensor | None = None, *, backend: str = "auto"
+    v: Tensor,
+    kernel: Tensor,
+    x: Tensor | None = None,
+    cross_kernel: Tensor | None = None,
+    *,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Compute each token's Gram matrix over heads, and the products of its heads with the residual.
 
@@ -23,7 +28,8 @@ def head_gram(
 
     Args:
         v: values with their bias, (B, Hkv, n, dh), any float dtype.
-        kernel: (W_O[h] M)(W_O[h'] M)^T of `gram_weights`, (H, dh, H, dh); the dtype of v, or float32 where that is half precision.
+        kernel: (W_O[h] M)(W_O[h'] M)^T of `gram_weights`, (H, dh, H, dh); the dtype of v, or float32 where
+            that is half precision.
         x: residual input of the layer, (B, n, d), the dtype of v, or None for a stage without it.
         cross_kernel: W_O M M^T of `gram_weights`, (H, dh, d), the dtype of kernel; given together with x.
         backend: "auto" or a backend's name.
@@ -61,7 +67,9 @@ def _(v, kernel, backend):
 
 
 @register("head_gram_cross")
-def _head_gram_cross(v: Tensor, kernel: Tensor, x: Tensor, cross_kernel: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def _head_gram_cross(
+    v: Tensor, kernel: Tensor, x: Tensor, cross_kernel: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
     return run("head_gram", backend, BACKENDS, v, kernel, x, cross_kernel)
 
 

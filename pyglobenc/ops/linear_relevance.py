@@ -20,13 +20,14 @@ def linear_relevance(
     bias: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Propagate relevance from a Linear layer's output to its input, with alpha = 1, beta = 0, ignoring the bias.
+    """Propagate relevance from a Linear layer's output to its input, with alpha = 1, beta = 0, ignoring the
+    bias.
 
         Z = x+ W+^T + x- W-^T        S = R / safe(Z)        R_in = x+ (S W+) + x- (S W-)
 
-    with t+ = max(t, 0) and t- = min(t, 0). safe(b) = b + 1e-9, or 1e-9 where that is 0; the quotient is 0 where b is 0. The op
-    computes Z = (x W^T + |x| |W|^T) / 2 and R_in = (x (S W) + |x| (S |W|)) / 2. Where Z is so small beside |x| |W|^T that this loses
-    digits, it sums the positive terms instead.
+    with t+ = max(t, 0) and t- = min(t, 0). safe(b) = b + 1e-9, or 1e-9 where that is 0; the quotient is 0
+    where b is 0. The op computes Z = (x W^T + |x| |W|^T) / 2 and R_in = (x (S W) + |x| (S |W|)) / 2. Where Z
+    is so small beside |x| |W|^T that this loses digits, it sums the positive terms instead.
 
     Args:
         r: relevance of the output, (B, n, d_out), float32 or float64.
@@ -60,7 +61,13 @@ def linear_relevance(
 
 @register("linear_relevance")
 def _linear_relevance(
-    r: Tensor, x: Tensor, weight: Tensor, abs_weight: Tensor | None, output: Tensor | None, bias: Tensor | None, backend: str
+    r: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    abs_weight: Tensor | None,
+    output: Tensor | None,
+    bias: Tensor | None,
+    backend: str,
 ) -> Tensor:
     return run("linear_relevance", backend, BACKENDS, r, x, weight, abs_weight, output, bias)
 

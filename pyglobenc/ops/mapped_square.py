@@ -18,8 +18,8 @@ def mapped_square(x: Tensor, gammas: Sequence[Tensor], *, backend: str = "auto")
 
     Args:
         x: residual input of a layer, (B, n, d), any float dtype.
-        gammas: weights (d,) of the LayerNorms of the stage, in order, at most two; without any, M is the identity. The dtype of x, or
-            float32 if x is in half precision.
+        gammas: weights (d,) of the LayerNorms of the stage, in order, at most two; without any, M is the
+            identity. The dtype of x, or float32 if x is in half precision.
         backend: "auto" or a backend's name.
 
     Returns:
@@ -28,7 +28,8 @@ def mapped_square(x: Tensor, gammas: Sequence[Tensor], *, backend: str = "auto")
     Raises:
         ValueError, TypeError: shapes or dtypes that don't fit, or a backend that can't run.
 
-    Source: Modarressi et al., 2022, eq. 6 to 10, applied to the residual alone, without the standard deviations of the rows.
+    Source: Modarressi et al., 2022, eq. 6 to 10, applied to the residual alone, without the standard
+    deviations of the rows.
     """
     op, sizes = "mapped_square", {}
     named = {f"gammas[{index}]": gamma for index, gamma in enumerate(gammas)}

@@ -13,21 +13,28 @@ BACKENDS = ("cpu", "reference")
 
 
 def norm_terms(
-    v: Tensor, weight: Tensor, x: Tensor | None = None, gammas: Sequence[Tensor] = (), *, backend: str = "auto"
+    v: Tensor,
+    weight: Tensor,
+    x: Tensor | None = None,
+    gammas: Sequence[Tensor] = (),
+    *,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gram matrix over heads of each token's transformed vectors, their products with the residual, and the residual's squared norm.
+    """Gram matrix over heads of each token's transformed vectors, their products with the residual, and the
+    residual's squared norm.
 
         G[j][h, h'] = <f[h, j] M, f[h', j] M>        c[i][h] = <f[h, i] M, x[i] M>        |x[i] M|^2
 
-    with f[h, j] = v[h, j] W_O[h] and M = (C diag(gamma_1)) (C diag(gamma_2)), C the centering matrix. The result is that of `head_gram`
-    and `mapped_square`, without a matrix that depends on the weights alone: n*d^2 + n*d*H^2/2 multiply-adds.
+    with f[h, j] = v[h, j] W_O[h] and M = (C diag(gamma_1)) (C diag(gamma_2)), C the centering matrix. The
+    result is that of `head_gram` and `mapped_square`, without a matrix that depends on the weights alone:
+    n*d^2 + n*d*H^2/2 multiply-adds.
 
     Args:
         v: values with their bias, (B, Hkv, n, dh), any float dtype.
         weight: W_O by head, (H, dh, d); the dtype of v, or float32 where that is half precision.
         x: residual input of the layer, (B, n, d), the dtype of v, or None for a stage without it.
-        gammas: weights (d,) of the LayerNorms that the stage passes, in order, two at most; without any M is the identity. The dtype of
-            weight.
+        gammas: weights (d,) of the LayerNorms that the stage passes, in order, two at most; without any M is
+            the identity. The dtype of weight.
         backend: "auto" or a backend's name.
 
     Returns:
@@ -65,7 +72,9 @@ def _(v, weight, gammas, backend):
 
 
 @register("norm_terms_residual")
-def _norm_terms_residual(v: Tensor, weight: Tensor, x: Tensor, gammas: list[Tensor], backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _norm_terms_residual(
+    v: Tensor, weight: Tensor, x: Tensor, gammas: list[Tensor], backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     return run("norm_terms", backend, BACKENDS, v, weight, x, gammas)
 
 
@@ -73,4 +82,8 @@ def _norm_terms_residual(v: Tensor, weight: Tensor, x: Tensor, gammas: list[Tens
 def _(v, weight, x, gammas, backend):
     batch, _, n, _ = v.shape
     heads = weight.shape[0]
-    return weight.new_empty(batch, n, heads, heads), weight.new_empty(batch, n, heads), weight.new_empty(batch, n)
+    return (
+        weight.new_empty(batch, n, heads, heads),
+        weight.new_empty(batch, n, heads),
+        weight.new_empty(batch, n),
+    )

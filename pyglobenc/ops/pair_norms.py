@@ -27,12 +27,15 @@ def pair_norms(
     score_mod: ScoreMod | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Compute the norms of one stage's decomposed vectors, from quadratic forms in the attention probabilities.
+    """Compute the norms of one stage's decomposed vectors, from quadratic forms in the attention
+    probabilities.
 
-        norm[i, j]^2 = rstd[i]^2 * (a^T G[j] a + (i == j) (2 a . c[i] + residual_sq[i])),   a[h] = alpha[h, i, j]
+        norm[i, j]^2 = rstd[i]^2 * (a^T G[j] a + (i == j) (2 a . c[i] + residual_sq[i])),   a[h] = alpha[h, i,
+        j]
 
     Args:
-        q, k, lse, gram, cross, residual_sq, rstd, key_mask, window, score_mod: as `pyglobenc.backends.inputs.PairInputs` has them.
+        q, k, lse, gram, cross, residual_sq, rstd, key_mask, window, score_mod: as
+        `pyglobenc.backends.inputs.PairInputs` has them.
         rows: queries to compute, (B, T) int64, or None for all n.
         scaling: factor of q . k, default dh ** -0.5.
         backend: "auto" or a backend's name.

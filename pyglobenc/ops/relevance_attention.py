@@ -2,17 +2,17 @@
 
 For each example and head, with s = R_o / safe(o) and D = q k^T (unscaled):
 
-    alpha[i,j] = exp(scaling D[i,j] - lse[i])                       0 where the key is masked or outside the window
-    R_alpha[i,j] = alpha[i,j] <s[i], v[j]> / 2                       R_v[j] = v[j] sum_i alpha[i,j] s[i] / 2
-    R'[i,j] = R_alpha[i,j]                                           without additive_mask
+    alpha[i,j] = exp(scaling D[i,j] - lse[i])                       0 where the key is masked or outside the
+    window R_alpha[i,j] = alpha[i,j] <s[i], v[j]> / 2                       R_v[j] = v[j] sum_i alpha[i,j]
+    s[i] / 2 R'[i,j] = R_alpha[i,j]                                           without additive_mask
     R'[i,j] = c t R_alpha[i,j] / safe(t), t = scaling D[i,j]         with it
     U[i,j] = R'[i,j] / safe(D[i,j])
     R_q[i] = q[i] sum_j U[i,j] k[j] / 2                              R_k[j] = k[j] sum_i U[i,j] q[i] / 2
 
 over all heads of an example:
 
-    c = quotient(quotient(|K|, |K|) * P, K),  P = sum R_alpha,  K = sum t R_alpha / safe(t),  quotient(a, b) = a / safe(b)
-    A[i,j] = mean_h max(<grad_o[i], v[j]> R_alpha[i,j], 0)           row_sums[i] = sum_j A[i,j]
+    c = quotient(quotient(|K|, |K|) * P, K),  P = sum R_alpha,  K = sum t R_alpha / safe(t),  quotient(a, b) =
+    a / safe(b) A[i,j] = mean_h max(<grad_o[i], v[j]> R_alpha[i,j], 0)           row_sums[i] = sum_j A[i,j]
     r_out = w (I + A),  w[i] = r[i], or r[i] / (1 + row_sums[i]) with normalize
 
 safe(b) = b + 1e-9, 1e-9 where that is 0; a quotient is 0 where b is 0.
@@ -52,8 +52,10 @@ def relevance_attention(
     This module's docstring gives the rules. No (n, n) array is stored.
 
     Args:
-        q, k, v, lse, grad_o, s, key_mask, scaling, window, additive_mask, normalize, stabilizer, rescale, cu_seqlens: as
-            `pyglobenc.backends.inputs.RelevanceInputs` has them; lse in any float dtype, scaling None for dh ** -0.5.
+        q, k, v, lse, grad_o, s, key_mask, scaling, window, additive_mask, normalize, stabilizer, rescale,
+        cu_seqlens: as
+            `pyglobenc.backends.inputs.RelevanceInputs` has them; lse in any float dtype, scaling None for dh
+            ** -0.5.
         r: rows of the rollout of the layers above, (B, T, n), or None.
         backend: "auto" or a backend's name.
 
@@ -66,8 +68,21 @@ def relevance_attention(
     Source: Chefer et al., 2021, eq. 7 to 14; the matmul, add and rollout of the published code.
     """
     op = "relevance_attention"
-    layer = dict(q=q, k=k, v=v, lse=lse, grad_o=grad_o, s=s, key_mask=key_mask, scaling=scaling, window=window, cu_seqlens=cu_seqlens)
-    rules = dict(additive_mask=additive_mask, normalize=normalize, stabilizer=float(stabilizer), rescale=rescale)
+    layer = dict(
+        q=q,
+        k=k,
+        v=v,
+        lse=lse,
+        grad_o=grad_o,
+        s=s,
+        key_mask=key_mask,
+        scaling=scaling,
+        window=window,
+        cu_seqlens=cu_seqlens,
+    )
+    rules = dict(
+        additive_mask=additive_mask, normalize=normalize, stabilizer=float(stabilizer), rescale=rescale
+    )
     inputs = relevance_inputs(op, **layer, **rules)
     if r is None:
         return *_relevance_attention(inputs, backend), None
@@ -83,10 +98,19 @@ def _relevance_attention(inputs: RelevanceInputs, backend: str) -> tuple[Tensor,
 @_relevance_attention.register_fake
 def _(inputs, backend):
     q = inputs.q
-    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2])
+    return (
+        q.new_empty(q.shape),
+        q.new_empty(q.shape),
+        q.new_empty(q.shape),
+        q.new_empty(q.shape[0], q.shape[2]),
+    )
 
 
-@register("relevance_attention_step", "Tensor r, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", RelevanceInputs)
+@register(
+    "relevance_attention_step",
+    "Tensor r, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    RelevanceInputs,
+)
 def _relevance_attention_step(inputs: RelevanceInputs, r: Tensor, backend: str) -> tuple[Tensor, ...]:
     return run("relevance_attention", backend, BACKENDS, inputs, r)
 

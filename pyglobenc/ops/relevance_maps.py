@@ -24,12 +24,13 @@ def relevance_maps(
     window: tuple[int, int] = (-1, -1),
     backend: str = "auto",
 ) -> Tensor:
-    """Compute and store A[i,j] = mean_h max(<grad_o[i], v[j]> R_alpha[i,j], 0), as `relevance_attention` defines it.
+    """Compute and store A[i,j] = mean_h max(<grad_o[i], v[j]> R_alpha[i,j], 0), as `relevance_attention`
+    defines it.
 
     Args:
         rows: queries to compute, (B, T) int64, or None for all n.
-        q, k, v, lse, grad_o, s, key_mask, scaling, window, backend: as for `relevance_attention`. Without grad_o, A is the mean of
-            max(R_alpha, 0).
+        q, k, v, lse, grad_o, s, key_mask, scaling, window, backend: as for `relevance_attention`. Without
+            grad_o, A is the mean of max(R_alpha, 0).
 
     Returns:
         A (B, n, n), one row a query; (B, T, n) with rows. The dtype of q.

@@ -32,20 +32,22 @@ def rollout_step(
 ) -> tuple[Tensor, Tensor]:
     """Multiply rows of the rollout by the norms of a layer, r @ norms, without storing the norms.
 
-    Each row is scaled to maximum 1, and log_scale keeps the scale. The row sums of the norms are about 50 for BERT-base, so that the
-    plain product over 24 layers would overflow float32.
+    Each row is scaled to maximum 1, and log_scale keeps the scale. The row sums of the norms are about 50 for
+    BERT-base, so that the plain product over 24 layers would overflow float32.
 
     Args:
         r: rows of the rollout of the layers above, (B, T, n), non-negative, the dtype of gram.
         log_scale: natural logarithm of the scale of each row, (B, T).
-        q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, window, score_mod, backend: as for `pair_norms`.
-        cu_seqlens: (S + 1,) int32 on the CPU, for S sequences packed into one. Sequence s is tokens cu_seqlens[s] to cu_seqlens[s + 1] of N. Then
-            B is 1, r (1, T, N) holds T rows of each sequence at its own tokens, and log_scale is (S, T). None: not packed.
+        q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, window, score_mod, backend: as for
+        `pair_norms`.
+        cu_seqlens: (S + 1,) int32 on the CPU, for S sequences packed into one. Sequence s is tokens
+            cu_seqlens[s] to cu_seqlens[s + 1] of N. Then B is 1, r (1, T, N) holds T rows of each sequence at
+            its own tokens, and log_scale is (S, T). None: not packed.
 
     Returns:
         r_out (B, T, n), r @ norms with each row scaled to maximum 1, and log_scale_out (B, T), such that
-        r_out * exp(log_scale_out) = (r @ norms) * exp(log_scale). Rows of zeros stay zero. With cu_seqlens (1, T, N) and (S, T), for each
-        sequence alone.
+        r_out * exp(log_scale_out) = (r @ norms) * exp(log_scale). Rows of zeros stay zero. With cu_seqlens
+        (1, T, N) and (S, T), for each sequence alone.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that don't fit, or a backend that can't run.
@@ -53,12 +55,18 @@ def rollout_step(
     Source: Modarressi et al., 2022, section 3.3 (rollout, Abnar and Zuidema, 2020).
     """
     op = "rollout_step"
-    layer = dict(q=q, k=k, lse=lse, gram=gram, cross=cross, residual_sq=residual_sq, rstd=rstd, key_mask=key_mask)
-    inputs = pair_inputs(op, **layer, scaling=scaling, window=window, cu_seqlens=cu_seqlens, score_mod=score_mod)
+    layer = dict(
+        q=q, k=k, lse=lse, gram=gram, cross=cross, residual_sq=residual_sq, rstd=rstd, key_mask=key_mask
+    )
+    inputs = pair_inputs(
+        op, **layer, scaling=scaling, window=window, cu_seqlens=cu_seqlens, score_mod=score_mod
+    )
     check_rollout(op, r, gram, inputs, log_scale)
     # A log_scale of another dtype, such as float64, keeps that dtype.
     own = log_scale.dtype == r.dtype
-    out, scale = _rollout_step(inputs, r, log_scale if own else torch.zeros_like(log_scale, dtype=r.dtype), backend)
+    out, scale = _rollout_step(
+        inputs, r, log_scale if own else torch.zeros_like(log_scale, dtype=r.dtype), backend
+    )
     return out, scale if own else log_scale + scale
 
 

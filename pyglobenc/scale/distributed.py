@@ -1,9 +1,10 @@
 """Row mode of one long sequence over the ranks of torch.distributed: every rank holds a share of the tokens.
 
-Each rank runs the stock model on its own tokens; an attention layer gathers the keys and values of all, so that the forward pass is
-split as evenly as the rollout. Down the layers a rank takes the rows of the norms of its own queries, against the gathered keys and Gram
-matrices, and one all-reduce of a (T, n) array a layer adds the ranks' shares of r @ norms. What a rank keeps of a layer is its own
-tokens' share; only one layer's keys and Gram matrices are whole at a time.
+Each rank runs the stock model on its own tokens; an attention layer gathers the keys and values of all, so
+that the forward pass is split as evenly as the rollout. Down the layers a rank takes the rows of the norms of
+its own queries, against the gathered keys and Gram matrices, and one all-reduce of a (T, n) array a layer
+adds the ranks' shares of r @ norms. What a rank keeps of a layer is its own tokens' share; only one layer's
+keys and Gram matrices are whole at a time.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,25 +47,41 @@ _SHARES: dict[nn.Module, Shares] = {}
 
 
 def sharded_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Own queries (1, H, m, dh) against the keys and values of all ranks, for transformers' attention interface."""
+    """Own queries (1, H, m, dh) against the keys and values of all ranks, for transformers' attention
+    interface.
+    """
     changes = [name for name in ("position_bias", "s_aux", "softcap") if kwargs.get(name) is not None]
     if changes:
-        raise ValueError(f"ShardedGlobEnc: {type(module).__name__} uses {changes[0]}, which is not supported over ranks")
+        raise ValueError(
+            f"ShardedGlobEnc: {type(module).__name__} uses {changes[0]}, which is not supported over ranks"
+        )
     shares, window = _SHARES[module], window_of(module, kwargs)
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
-    k, v = (shares.gather(t, 2).repeat_interleave(query.shape[1] // key.shape[1], dim=1) for t in (key, value))
+    k, v = (
+        shares.gather(t, 2).repeat_interleave(query.shape[1] // key.shape[1], dim=1) for t in (key, value)
+    )
     sizes = [chunk.stop - chunk.start for chunk in shares.own]
     parts = [
-        attend(q, k, v, chunk, window, scaling) for q, chunk in zip(query.split(sizes, dim=2), shares.own, strict=True) if q.shape[2]
+        attend(q, k, v, chunk, window, scaling)
+        for q, chunk in zip(query.split(sizes, dim=2), shares.own, strict=True)
+        if q.shape[2]
     ]
     o, lse = (torch.cat(found, 2) for found in zip(*parts, strict=True))
     RECORDERS[module](q=query, k=key, v=value, o=o, lse=lse, scaling=scaling, window=window)
     return o.transpose(1, 2).contiguous(), None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, rows: slice, window: tuple[int, int], scaling: float) -> tuple[Tensor, Tensor]:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, rows: slice, window: tuple[int, int], scaling: float
+) -> tuple[Tensor, Tensor]:
     """Attention of some of n queries by torch's own kernels, without a mask as long as the keys.
 
     Args:
@@ -111,7 +128,9 @@ AttentionMaskInterface.register(NAME, _no_mask)
 
 @dataclass
 class ShardedMatrix:
-    """One layer's norms, rows of the rank's own queries; what `roll_out_rows` asks of a matrix. Fields of `local` hold own tokens."""
+    """One layer's norms, rows of the rank's own queries; what `roll_out_rows` asks of a matrix. Fields of
+    `local` hold own tokens.
+    """
 
     local: NormMatrix
     shares: Shares
@@ -119,13 +138,16 @@ class ShardedMatrix:
     def __post_init__(self):
         own, shares = self.local.inputs, self.shares
         self._tensors = {
-            name: (shares.gather if name in ("k", "gram") else shares.place)(t, own.AXES[name]) for name, t in own.of_tokens().items()
+            name: (shares.gather if name in ("k", "gram") else shares.place)(t, own.AXES[name])
+            for name, t in own.of_tokens().items()
         }
         self._settings = dict(scaling=own.scaling, window=own.window, backend=self.local.backend)
 
     def rows(self, targets: Tensor) -> Tensor:
         """Rows `targets` (1, T) of the matrix, (1, T, n), on every rank."""
-        mine = sum(((targets[0] >= chunk.start) & (targets[0] < chunk.stop)).long() for chunk in self.shares.own).bool()
+        mine = sum(
+            ((targets[0] >= chunk.start) & (targets[0] < chunk.stop)).long() for chunk in self.shares.own
+        ).bool()
         out = self.local.inputs.gram.new_zeros(1, targets.shape[1], self.shares.n)
         if mine.any():
             out[:, mine] = pair_norms(**self._tensors, **self._settings, rows=targets[:, mine])
@@ -133,13 +155,18 @@ class ShardedMatrix:
         return out
 
     def step(self, r: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-        """r (1, T, n) times the matrix, each row scaled to maximum 1, and the new log_scale (1, T), on every rank."""
+        """r (1, T, n) times the matrix, each row scaled to maximum 1, and the new log_scale (1, T), on every
+        rank.
+        """
         out, axes = torch.zeros_like(r), self.local.inputs.AXES
         for chunk in self.shares.own:
             for start in range(chunk.start, chunk.stop, BLOCK):
                 rows = slice(start, min(chunk.stop, start + BLOCK))
                 cols = visible_keys(rows, self.shares.n, self.local.inputs.window)
-                seen = {name: t.narrow(axes[name], cols.start, cols.stop - cols.start) for name, t in self._tensors.items()}
+                seen = {
+                    name: t.narrow(axes[name], cols.start, cols.stop - cols.start)
+                    for name, t in self._tensors.items()
+                }
                 index = torch.arange(rows.start - cols.start, rows.stop - cols.start, device=r.device)[None]
                 out[:, :, cols] += r[:, :, rows] @ pair_norms(**seen, **self._settings, rows=index)
         dist.all_reduce(out, group=self.shares.group)
@@ -162,12 +189,16 @@ class ShardedGlobEnc:
     @known_arguments
     def __init__(self, model: PreTrainedModel, backend: str = "auto", group: Any = None):
         if not dist.is_initialized():
-            raise RuntimeError("ShardedGlobEnc: torch.distributed isn't initialised; call init_process_group first")
+            raise RuntimeError(
+                "ShardedGlobEnc: torch.distributed isn't initialised; call init_process_group first"
+            )
         check_model("ShardedGlobEnc", model, backend, None)
         model = stock_model(model)
         if model.config.model_type not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
-            raise ValueError(f"ShardedGlobEnc: architecture must be one of {known}, got {model.config.model_type!r}")
+            raise ValueError(
+                f"ShardedGlobEnc: architecture must be one of {known}, got {model.config.model_type!r}"
+            )
         self.model, self.group = model, group
         self.ops = StageOps(backend)
 
@@ -183,7 +214,8 @@ class ShardedGlobEnc:
         stage: str | None = None,
         layers: bool = False,
     ) -> RolloutResult:
-        """Attribute target tokens of one sequence to all its tokens; every rank calls it with the same arguments.
+        """Attribute target tokens of one sequence to all its tokens; every rank calls it with the same
+        arguments.
 
         Args:
             input_ids: (1, n), the whole sequence without padding, n at least the number of ranks.
@@ -192,14 +224,19 @@ class ShardedGlobEnc:
             stage, layers: as for `GlobEnc`.
 
         Returns:
-            RolloutResult, the same on every rank, without the model's output. The arithmetic is the model's, float32 at least.
+            RolloutResult, the same on every rank, without the model's output. The arithmetic is the model's,
+            float32 at least.
 
         Raises:
-            TypeError, ValueError: an unknown argument, unknown stage, ids, shapes or targets that don't fit, input longer than the model
-                takes, a result that isn't finite.
+            TypeError, ValueError: an unknown argument, unknown stage, ids, shapes or targets that don't fit,
+                input longer than the model takes, a result that isn't finite.
         """
         shares = self._shares(input_ids, targets, stage)
-        batch = {"input_ids": input_ids} if token_type_ids is None else {"input_ids": input_ids, "token_type_ids": token_type_ids}
+        batch = (
+            {"input_ids": input_ids}
+            if token_type_ids is None
+            else {"input_ids": input_ids, "token_type_ids": token_type_ids}
+        )
         batch = model_inputs("ShardedGlobEnc", self.model, batch, ShardedGlobEnc.__call__)
         check_batch("ShardedGlobEnc", self.model, batch)
         batch["position_ids"] = self._positions(input_ids)
@@ -217,12 +254,17 @@ class ShardedGlobEnc:
         if stage not in (None, *STAGES):
             raise ValueError(f"ShardedGlobEnc: stage must be one of {', '.join(STAGES)}, got {stage!r}")
         if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < world:
-            raise ValueError(f"ShardedGlobEnc: input_ids must be (1, n) with n at least {world}, the ranks, got {tuple(input_ids.shape)}")
+            raise ValueError(
+                f"ShardedGlobEnc: input_ids must be (1, n) with n at least {world}, the ranks, got "
+                f"{tuple(input_ids.shape)}"
+            )
         n, limit = input_ids.shape[1], max_tokens(self.model)
         if limit is not None and n > limit:
             raise ValueError(f"ShardedGlobEnc: the input has {n} tokens and the model takes {limit}")
         if targets is not None and (not targets or min(targets) < 0 or max(targets) >= n):
-            raise ValueError(f"ShardedGlobEnc: targets must lie in [0, {n}), at least one of them, got {list(targets)}")
+            raise ValueError(
+                f"ShardedGlobEnc: targets must lie in [0, {n}), at least one of them, got {list(targets)}"
+            )
         return Shares(n, rank, world, self.group)
 
     def _positions(self, input_ids: Tensor) -> Tensor:
@@ -230,7 +272,11 @@ class ShardedGlobEnc:
 
     def _run(self, own: Mapping[str, Tensor], shares: Shares) -> list[LayerTrace]:
         # a module is in one capture at a time, so its shares are this call's
-        with capture(self.model, attention=NAME) as trace, _sharded(find_layers(self.model), shares), callers_autocast():
+        with (
+            capture(self.model, attention=NAME) as trace,
+            _sharded(find_layers(self.model), shares),
+            callers_autocast(),
+        ):
             # a head's logits are of no use here, and a vocabulary's are wider than all states
             self.model.base_model(**own, **output_settings(self.model.base_model))
             return trace.layers

@@ -1,7 +1,7 @@
 """How the tokens of one sequence lie on the ranks of torch.distributed.
 
-They are cut into two chunks a rank, and rank r takes chunk r and chunk 2W - 1 - r: of a causal model the first token sees one key and the
-last one all, and every such pair of chunks sees as many.
+They are cut into two chunks a rank, and rank r takes chunk r and chunk 2W - 1 - r: of a causal model the
+first token sees one key and the last one all, and every such pair of chunks sees as many.
 """
 
 from dataclasses import dataclass

@@ -7,7 +7,8 @@ from pyglobenc.viz.units import Scored, Unit
 
 RGB = tuple[int, int, int]
 
-# orange for and blue against, which every common colour blindness tells apart; both darken evenly, so they survive grey print
+# orange for and blue against, which every common colour blindness tells apart; both darken evenly, so they
+# survive grey print
 RAMPS: dict[bool, tuple[RGB, ...]] = {
     True: ((255, 255, 255), (254, 232, 200), (253, 190, 120), (241, 134, 51), (166, 72, 5)),
     False: ((255, 255, 255), (214, 230, 244), (146, 195, 223), (66, 139, 196), (8, 72, 140)),
@@ -39,7 +40,9 @@ def contrast(a: RGB, b: RGB) -> float:
 
 
 def scale_of(units: Sequence[Unit]) -> float:
-    """Largest absolute score of text, which gets the full colour; special tokens, which often top it, count only if there is no other."""
+    """Largest absolute score of text, which gets the full colour; special tokens, which often top it, count
+    only if there is no other.
+    """
     scores = [abs(unit.score) for unit in units if not unit.special] or [abs(unit.score) for unit in units]
     return max(scores, default=0.0) or 1.0
 
@@ -69,7 +72,11 @@ def _predicted(attribution: Scored) -> str:
 def caption(attribution: Scored) -> list[tuple[str, str]]:
     """What a reader must know beside the colours, as names and values."""
     kind = "target class" if attribution.target_kind == "class" else "target"
-    name = attribution.target_name if attribution.target_kind == "mean" else f"{attribution.target_name} ({attribution.target})"
+    name = (
+        attribution.target_name
+        if attribution.target_kind == "mean"
+        else f"{attribution.target_name} ({attribution.target})"
+    )
     out = [("method", attribution.method), (kind, name), ("model", attribution.model)]
     if attribution.predictions is not None:
         out.append(("predicted", _predicted(attribution) or "no label above 50%"))
@@ -79,6 +86,10 @@ def caption(attribution: Scored) -> list[tuple[str, str]]:
     if attribution.windows:
         out.append(("windows", f"{len(attribution.windows)} overlapping, scores joined"))
     if attribution.cut:
-        where = "last {} tokens of the text" if attribution.text_pair is None else "last tokens of both texts, {} in all"
+        where = (
+            "last {} tokens of the text"
+            if attribution.text_pair is None
+            else "last tokens of both texts, {} in all"
+        )
         out.append(("left out", f"the {where.format(attribution.cut)}"))
     return [(name, printable(value)) for name, value in out]

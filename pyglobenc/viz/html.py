@@ -10,8 +10,8 @@ from pyglobenc.viz.units import Scored, Unit
 TOP = 10
 
 STYLE = """
-.globenc { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 60rem; margin: 0 auto; padding: 1rem;
-  overflow-wrap: anywhere; }
+.globenc { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 60rem; margin: 0 auto;
+  padding: 1rem; overflow-wrap: anywhere; }
 .globenc h1 { font-size: 1.25rem; margin: .5rem 0 1rem; }
 .globenc section { border: 1px solid #ddd; border-radius: .5rem; padding: 1rem 1.25rem; margin: 0 0 1.25rem; }
 .globenc dl { display: flex; flex-wrap: wrap; gap: .1rem 1.5rem; margin: 0 0 1rem; font-size: .875rem; }
@@ -23,13 +23,15 @@ STYLE = """
 .globenc .text .special { font-size: .8em; border: 1px dashed #777; }
 .globenc .text .target { outline: 2px solid #222; outline-offset: 1px; }
 .globenc .text .cut { color: #666; text-decoration: line-through; }
-.globenc .legend { display: flex; flex-wrap: wrap; align-items: center; gap: .3rem .6rem; font-size: .8rem; color: #555; margin: 0 0 1rem; }
+.globenc .legend { display: flex; flex-wrap: wrap; align-items: center; gap: .3rem .6rem;
+  font-size: .8rem; color: #555; margin: 0 0 1rem; }
 .globenc .legend i { display: inline-block; width: 9rem; height: .9rem; border: 1px solid #ddd; }
 .globenc table { border-collapse: collapse; font-size: .875rem; width: 100%; }
 .globenc th { text-align: left; color: #666; font-weight: 400; }
 .globenc td, .globenc th { padding: .1rem .75rem .1rem 0; }
 .globenc .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; width: 5rem; }
-.globenc td b { display: block; height: .7rem; min-width: 1px; border: 1px solid #b0611c; box-sizing: border-box; }
+.globenc td b { display: block; height: .7rem; min-width: 1px;
+  border: 1px solid #b0611c; box-sizing: border-box; }
 .globenc td b.against { border-color: #08488c; }
 .globenc summary { cursor: pointer; font-size: .875rem; color: #555; margin: .75rem 0 .25rem; }
 """
@@ -39,7 +41,8 @@ def page(attributions: Sequence[Scored], merge_words: bool | None = None) -> str
     """A whole page of one or more attributions; merge_words as in `Attribution.units`."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>Token attribution</title>\n</head>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>Token '
+        f"attribution</title>\n</head>\n"
         f"<body>\n{fragment(attributions, merge_words, '<h1>Token attribution</h1>')}</body>\n</html>\n"
     )
 
@@ -52,12 +55,19 @@ def fragment(attributions: Sequence[Scored], merge_words: bool | None = None, he
 
 def _section(attribution: Scored, units: Sequence[Unit]) -> str:
     scale = scale_of(units)
-    parts = (_caption(attribution), _text(attribution, units, scale), _legend(units, scale), _tables(attribution, units, scale))
+    parts = (
+        _caption(attribution),
+        _text(attribution, units, scale),
+        _legend(units, scale),
+        _tables(attribution, units, scale),
+    )
     return f"<section>\n{''.join(parts)}</section>\n"
 
 
 def _caption(attribution: Scored) -> str:
-    pairs = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in caption(attribution))
+    pairs = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in caption(attribution)
+    )
     return f"<dl>{pairs}</dl>\n"
 
 
@@ -72,10 +82,17 @@ def _text(attribution: Scored, units: Sequence[Unit], scale: float) -> str:
         names = ["special"] * unit.special + ["target"] * _is_target(attribution, unit)
         kind = f' class="{" ".join(names)}"' if names else ""
         style = f"background:{_hex(background)};color:{_hex(ink(background))}"
-        span = f'<span{kind} style="{style}" title="{escape(_tooltip(attribution, unit))}">{escape(printable(unit.text))}</span>'
+        span = (
+            f'<span{kind} style="{style}" '
+            f'title="{escape(_tooltip(attribution, unit))}">{escape(printable(unit.text))}</span>'
+        )
         spans.append(escape(printable(unit.before, newlines=True)) + span)
     rest = remainder(attribution)
-    cut = f'<span class="cut" title="left out by truncation">{escape(printable(rest, newlines=True))}</span>' if rest else ""
+    cut = (
+        f'<span class="cut" title="left out by truncation">{escape(printable(rest, newlines=True))}</span>'
+        if rest
+        else ""
+    )
     return f'<p class="text" dir="auto">{"".join(spans)}{cut}</p>\n'
 
 
@@ -85,7 +102,9 @@ def _is_target(attribution: Scored, unit: Unit) -> bool:
 
 def _tooltip(attribution: Scored, unit: Unit) -> str:
     """Score, and every token by name, position and score."""
-    pieces = [f"{printable(attribution.tokens[i])} at {i}: {attribution.scores[i]:.6g}" for i in unit.positions]
+    pieces = [
+        f"{printable(attribution.tokens[i])} at {i}: {attribution.scores[i]:.6g}" for i in unit.positions
+    ]
     head = "special token" if unit.special else "word" if len(pieces) > 1 else "token"
     first = f"{head} {printable(unit.text)}: {unit.score:.6g}"
     return "\n".join([first, *pieces]) + ("\nthe target" if _is_target(attribution, unit) else "")
@@ -96,17 +115,24 @@ def _legend(units: Sequence[Unit], scale: float) -> str:
     steps = [color((low + (scale - low) * k / 8) / scale) for k in range(9)]
     bar = f'<i style="background:linear-gradient(to right,{",".join(map(_hex, steps))})"></i>'
     marks = "framed: the target; dashed: special tokens, which may pass the end of the scale"
-    return f'<p class="legend"><span>{low:.4g}</span>{bar}<span>{scale:.4g}, the largest score of the text</span><span>{marks}</span></p>\n'
+    return (
+        f'<p class="legend"><span>{low:.4g}</span>{bar}<span>{scale:.4g}, the largest score of the '
+        f"text</span><span>{marks}</span></p>\n"
+    )
 
 
 def _tables(attribution: Scored, units: Sequence[Unit], scale: float) -> str:
     top = "".join(_bar_row(unit, scale) for unit in top_units(units, TOP))
     rows = "".join(
-        f'<tr><td class="number">{i}</td><td>{escape(printable(token))}</td><td class="number">{score:.6g}</td></tr>\n'
+        f'<tr><td class="number">{i}</td><td>{escape(printable(token))}</td><td '
+        f'class="number">{score:.6g}</td></tr>\n'
         for i, (token, score) in enumerate(zip(attribution.tokens, attribution.scores.tolist(), strict=True))
     )
     head = '<tr><th class="number">position</th><th>token</th><th class="number">score</th></tr>\n'
-    return f"<table>{top}</table>\n<details><summary>All {len(attribution)} tokens</summary><table>{head}{rows}</table></details>\n"
+    return (
+        f"<table>{top}</table>\n<details><summary>All {len(attribution)} "
+        f"tokens</summary><table>{head}{rows}</table></details>\n"
+    )
 
 
 def _bar_row(unit: Unit, scale: float) -> str:

@@ -1,4 +1,6 @@
-"""Scores of patches or pixels laid over the image, as the published notebooks show them: bilinear, jet colours, added to the image."""
+"""Scores of patches or pixels laid over the image, as the published notebooks show them: bilinear, jet
+colours, added to the image.
+"""
 
 from collections.abc import Sequence
 from io import BytesIO
@@ -17,7 +19,9 @@ TALLEST = 30_000
 
 
 def upscale(scores: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Scores on a grid (rows, columns) at every pixel, (height, width), bilinear between the centres of the cells, flat beyond them."""
+    """Scores on a grid (rows, columns) at every pixel, (height, width), bilinear between the centres of the
+    cells, flat beyond them.
+    """
     rows, columns = (_places(count, size) for count, size in zip(scores.shape, (height, width), strict=True))
     return rows @ scores @ columns.T
 
@@ -54,12 +58,19 @@ def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
 
 
 def to_png(rows: Sequence[tuple[np.ndarray, Sequence[tuple[str, np.ndarray]]]]) -> bytes:
-    """Draw rows of pictures as a PNG file: an image, and the overlay of each heat (height, width) in [0, 1] under its name."""
-    pictures = [[("input", image), *((printable(name), overlay(image, heat)) for name, heat in heats)] for image, heats in rows]
+    """Draw rows of pictures as a PNG file: an image, and the overlay of each heat (height, width) in [0, 1]
+    under its name.
+    """
+    pictures = [
+        [("input", image), *((printable(name), overlay(image, heat)) for name, heat in heats)]
+        for image, heats in rows
+    ]
     columns = max(map(len, pictures))
     height = (INCHES + 0.3) * len(pictures)
     if height * DPI > TALLEST:
-        raise ValueError(f"png: {len(pictures)} images need a picture more than {TALLEST} pixels high; write one for each")
+        raise ValueError(
+            f"png: {len(pictures)} images need a picture more than {TALLEST} pixels high; write one for each"
+        )
     figure = Figure(figsize=(INCHES * columns, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(pictures), columns, squeeze=False)

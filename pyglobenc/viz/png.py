@@ -33,7 +33,15 @@ ROOM = WIDTH - 2 * MARGIN
 # Unicode categories of characters that are drawn over others or not at all
 NARROW = ("Mn", "Me", "Cf")
 # tried in turn for what the first one lacks
-FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Noto Sans", "Noto Emoji", "Symbola")
+FONTS = (
+    "DejaVu Sans",
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "WenQuanYi Zen Hei",
+    "Noto Sans",
+    "Noto Emoji",
+    "Symbola",
+)
 GREY = (110, 110, 110)
 
 
@@ -121,7 +129,9 @@ def _check_height(y: float) -> None:
 
 
 def _split(text: str, size: int) -> Iterator[str]:
-    """Split a text into parts that fit a line each, in time linear in its length: lines are filled by the widths of characters."""
+    """Split a text into parts that fit a line each, in time linear in its length: lines are filled by the
+    widths of characters.
+    """
     room, start, used = ROOM - 2 * PAD, 0, 0.0
     for stop, char in enumerate(text):
         used += _advance(char, size)
@@ -181,9 +191,14 @@ def _width(text: str, size: int) -> float:
 
 def _warn_of_missing(texts: Iterable[str]) -> None:
     fonts = [font_manager.get_font(font_manager.findfont(name)) for name in _fonts()]
-    missing = {char for text in texts for char in text if not any(font.get_char_index(ord(char)) for font in fonts)}
+    missing = {
+        char for text in texts for char in text if not any(font.get_char_index(ord(char)) for font in fonts)
+    }
     if missing:
-        log.warning("png: no font here has %s; they are drawn as boxes (install a Noto font, or write HTML)", "".join(sorted(missing))[:20])
+        log.warning(
+            "png: no font here has %s; they are drawn as boxes (install a Noto font, or write HTML)",
+            "".join(sorted(missing))[:20],
+        )
 
 
 def _draw(pieces: Sequence[Piece], legends: Sequence[tuple[float, float, float]], height: int) -> bytes:
@@ -204,10 +219,16 @@ def _unit(rgb: RGB) -> tuple[float, ...]:
 
 
 def _box(figure: Figure, piece: Piece, height: int) -> None:
-    edge, line, style = {"none": ("none", 0, "-"), "target": ("black", 1.5, "-"), "special": ("#777777", 0.8, "--")}[piece.edge]
+    edge, line, style = {
+        "none": ("none", 0, "-"),
+        "target": ("black", 1.5, "-"),
+        "special": ("#777777", 0.8, "--"),
+    }[piece.edge]
     corner = (piece.x + 1, height - piece.y - DESCENT * piece.size)
     size = (max(piece.width - 2, 1), (ASCENT + DESCENT) * piece.size)
-    patch = FancyBboxPatch(corner, *size, boxstyle="round,pad=0,rounding_size=5", facecolor=_unit(piece.fill), edgecolor=edge)
+    patch = FancyBboxPatch(
+        corner, *size, boxstyle="round,pad=0,rounding_size=5", facecolor=_unit(piece.fill), edgecolor=edge
+    )
     figure.add_artist(patch).set(linewidth=line, linestyle=style, transform=IdentityTransform())
 
 
@@ -235,5 +256,7 @@ def _legend(figure: Figure, y: float, low: float, high: float, height: int) -> N
     for index in range(LEGEND_STEPS):
         value = (low + (high - low) * index / (LEGEND_STEPS - 1)) / high
         corner = (start + index * step, height - y - DESCENT * SMALL)
-        patch = Rectangle(corner, step, (ASCENT + DESCENT) * SMALL, facecolor=_unit(color(value)), linewidth=0)
+        patch = Rectangle(
+            corner, step, (ASCENT + DESCENT) * SMALL, facecolor=_unit(color(value)), linewidth=0
+        )
         figure.add_artist(patch).set(transform=IdentityTransform(), antialiased=False)

@@ -15,8 +15,11 @@ BAR = 24
 LEGEND_STEPS = 9
 
 
-def show(attributions: Sequence[Scored], merge_words: bool | None = None, console: Console | None = None) -> None:
-    """Print every attribution: its caption, coloured text, and the tokens or words that count most, with numbers.
+def show(
+    attributions: Sequence[Scored], merge_words: bool | None = None, console: Console | None = None
+) -> None:
+    """Print every attribution: its caption, coloured text, and the tokens or words that count most, with
+    numbers.
 
     Args:
         attributions: of one or more texts.
@@ -35,10 +38,18 @@ def show(attributions: Sequence[Scored], merge_words: bool | None = None, consol
 
 
 def picture(attribution: Scored, merge_words: bool | None = None, ascii_only: bool = False) -> RenderableType:
-    """The picture of one attribution; merge_words as in `Attribution.units`, ascii_only for terminals without Unicode."""
+    """The picture of one attribution; merge_words as in `Attribution.units`, ascii_only for terminals without
+    Unicode.
+    """
     units = attribution.units(merge_words)
     scale = scale_of(units)
-    return Group(_heading(attribution), Text(), _colored(attribution, units, scale), Text(), *_top(units, scale, ascii_only))
+    return Group(
+        _heading(attribution),
+        Text(),
+        _colored(attribution, units, scale),
+        Text(),
+        *_top(units, scale, ascii_only),
+    )
 
 
 def _hex(rgb: RGB) -> str:
@@ -62,7 +73,10 @@ def _colored(attribution: Scored, units: Sequence[Unit], scale: float) -> Text:
     for unit in units:
         is_target = attribution.target_kind == "token" and attribution.target in unit.positions
         out.append(printable(unit.before, newlines=True))
-        out.append(printable(unit.text), style=_style(color(unit.score / scale), italic=unit.special, underline=is_target))
+        out.append(
+            printable(unit.text),
+            style=_style(color(unit.score / scale), italic=unit.special, underline=is_target),
+        )
     return out.append(printable(remainder(attribution), newlines=True), style="dim strike")
 
 

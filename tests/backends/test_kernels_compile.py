@@ -1,4 +1,6 @@
-"""What each Triton kernel compiles to for GPUs that need not be there: no spills, shared memory within the card's limit."""
+"""What each Triton kernel compiles to for GPUs that need not be there: no spills, shared memory within the
+card's limit.
+"""
 
 import csv
 import json
@@ -40,8 +42,9 @@ HEADS = [(12, 12, 64, "float32", 1), (16, 16, 80, "float32", 24), (4, 4, 256, "f
 
 
 def cases() -> list[dict]:
-    """Every optional argument on, padding and packed sequences by turns where they exclude each other; tf32, which a caller may ask for,
-    no packed sequences, and all off for one shape."""
+    """Every optional argument on, padding and packed sequences by turns where they exclude each other; tf32,
+    which a caller may ask for, no packed sequences, and all off for one shape.
+    """
     out = []
     for capability in CAPABILITIES:
 
@@ -81,7 +84,9 @@ def cases() -> list[dict]:
 @pytest.fixture(scope="module")
 def resources():
     """Rows of the table, compiled in two processes that don't interpret Triton."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
+        "OMP_NUM_THREADS": "1"
+    }
     command = [sys.executable, Path(__file__).parents[1] / "support" / "kernel_resources.py"]
     todo = cases()
     halves = [todo[::2], todo[1::2]]
@@ -140,18 +145,35 @@ def variant(kernel, args: tuple, kwargs: dict) -> tuple:
     # where a kernel is interpreted, its options lie apart
     loosely = getattr(kernel, "kwargs", vars(kernel))["do_not_specialize"] or ()
     constant = {name for name, parameter in parameters.items() if parameter.annotation is tl.constexpr}
-    return tuple(given[name] if name in constant else specialised(given[name], name not in loosely) for name in parameters)
+    return tuple(
+        given[name] if name in constant else specialised(given[name], name not in loosely)
+        for name in parameters
+    )
 
 
 @pytest.mark.parametrize(
-    "op", ["rollout_step", "pair_norms", "head_gram", "head_norms", "mapped_square", "relevance_attention", "relevance_maps"]
+    "op",
+    [
+        "rollout_step",
+        "pair_norms",
+        "head_gram",
+        "head_norms",
+        "mapped_square",
+        "relevance_attention",
+        "relevance_maps",
+    ],
 )
 def test_a_corpus_compiles_a_kernel_a_few_times(op):
-    case, found = dict(op=op, heads=12, kv_heads=12, head_dim=64, dtype="float32", rows=1, full=True, packed=False), defaultdict(set)
+    case, found = (
+        dict(op=op, heads=12, kv_heads=12, head_dim=64, dtype="float32", rows=1, full=True, packed=False),
+        defaultdict(set),
+    )
     with pretend(90, "tf32x3"):
         for n in (2, 3, 4, 7, 16, 17, 31, 32, 63, 100, 128, 256, 402, 511, 512):
             for batch in (1, 2, 3, 16, 48):
-                args = (with_batch(t, batch) if isinstance(t, torch.Tensor) else t for t in arguments(case, n))
+                args = (
+                    with_batch(t, batch) if isinstance(t, torch.Tensor) else t for t in arguments(case, n)
+                )
                 for kernel, *launch in record(op, tuple(args)):
                     found[kernel].add(variant(kernel, *launch))
     assert max(map(len, found.values())) <= 3

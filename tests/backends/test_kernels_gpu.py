@@ -1,4 +1,6 @@
-"""What only a GPU shows: whole models, half precision at full size, tf32, memory, graph capture, cu_seqlens past 2^31 bytes."""
+"""What only a GPU shows: whole models, half precision at full size, tf32, memory, graph capture, cu_seqlens
+past 2^31 bytes.
+"""
 
 import pytest
 import torch
@@ -43,7 +45,10 @@ def test_globenc_of_a_model(backend):
     model = build("bert").float().cuda()
     ids = torch.randint(5, 97, (3, 33), device="cuda")
     mask = torch.arange(33, device="cuda") < torch.tensor([[33], [20], [7]], device="cuda")
-    out, expected = (GlobEnc(model, backend=b)(input_ids=ids, attention_mask=mask.long(), maps=("N_Enc",)) for b in (backend, "reference"))
+    out, expected = (
+        GlobEnc(model, backend=b)(input_ids=ids, attention_mask=mask.long(), maps=("N_Enc",))
+        for b in (backend, "reference")
+    )
     # 3 layers of float32 on either side: a few thousand roundings of 2^-24 at most
     torch.testing.assert_close(out.scores, expected.scores, rtol=2.0**-12, atol=2.0**-16)
     torch.testing.assert_close(out.log_scale, expected.log_scale, rtol=2.0**-12, atol=2.0**-12)
@@ -53,7 +58,9 @@ def test_globenc_of_a_model(backend):
 def test_transformer_attribution_of_a_model(backend):
     model = build("bert-classifier").float().cuda()
     ids = torch.randint(5, 97, (2, 19), device="cuda")
-    out, expected = (TransformerAttribution(model, backend=b)(input_ids=ids, start_layer=2) for b in (backend, "reference"))
+    out, expected = (
+        TransformerAttribution(model, backend=b)(input_ids=ids, start_layer=2) for b in (backend, "reference")
+    )
     # the last layer alone: what comes below divides by scores near 0, and float32 results differ at will
     torch.testing.assert_close(out.scores, expected.scores, rtol=1e-3, atol=1e-6)
 
@@ -73,11 +80,15 @@ def test_tf32_where_the_caller_allows_it(tf32, backend):
 
 def long_layer(n: int) -> dict:
     heads, dh = 12, 64
-    q, k = (torch.randn(1, n, heads, dh, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
+    q, k = (
+        torch.randn(1, n, heads, dh, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(2)
+    )
     lse = torch.full((1, heads, n), 12.0, device="cuda")
     f = torch.randn(1, n, heads, 16, device="cuda")
     residual_sq, rstd = torch.rand(2, 1, n, device="cuda")
-    own = dict(gram=f @ f.mT, cross=torch.randn(1, n, heads, device="cuda"), residual_sq=residual_sq, rstd=rstd)
+    own = dict(
+        gram=f @ f.mT, cross=torch.randn(1, n, heads, device="cuda"), residual_sq=residual_sq, rstd=rstd
+    )
     return dict(q=q, k=k, lse=lse, **own, key_mask=None, scaling=dh**-0.5, window=(-1, -1))
 
 
@@ -116,7 +127,12 @@ def test_graph_capture(backend):
 def test_whole_attribution_as_a_graph(name, dtype):
     globenc = GlobEnc(build(name).to(dtype).cuda())
     mask = torch.arange(24, device="cuda") < torch.tensor([[24], [15]], device="cuda")
-    inputs = [dict(input_ids=torch.randint(5, 97, (2, 24), device="cuda"), attention_mask=mask.long(), targets=[0, 3]) for _ in range(3)]
+    inputs = [
+        dict(
+            input_ids=torch.randint(5, 97, (2, 24), device="cuda"), attention_mask=mask.long(), targets=[0, 3]
+        )
+        for _ in range(3)
+    ]
     fast = graphed(globenc, **inputs[0])
     for batch in inputs:
         expected, found = globenc(**batch), fast(**batch)
@@ -133,7 +149,9 @@ def test_transformer_attribution_as_a_graph():
     for batch, target in zip(ids, (0, 1, [1, 0]), strict=True):
         expected = attribute(input_ids=batch, target=target, **options)
         # the last layer alone, as above
-        torch.testing.assert_close(fast(input_ids=batch, target=target).scores, expected.scores, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(
+            fast(input_ids=batch, target=target).scores, expected.scores, rtol=1e-3, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "llama"])

@@ -1,4 +1,5 @@
-"""`pair_norms` and `rollout_step` of the GPU backends against the reference: on the GPU where there is one, else Triton's interpreter.
+"""`pair_norms` and `rollout_step` of the GPU backends against the reference: on the GPU where there is one,
+else Triton's interpreter.
 
 The CUDA backend takes these tests over in cuda/test_pairs.py.
 """
@@ -13,7 +14,7 @@ from pyglobenc.backends.shared.packing import sequence_of
 from pyglobenc.backends.shared.rows import rescale_rows
 from pyglobenc.kernels import _pairs
 from pyglobenc.kernels.rollout_step import MAX_ROWS
-from pyglobenc.ops import rollout_step, pair_norms
+from pyglobenc.ops import pair_norms, rollout_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -42,7 +43,9 @@ def backend():
 
 
 def factor(backend):
-    """Of the error rule. A tensor core's sum is cut off, up to an ulp, where float32's is rounded, up to half: twice torch's own error."""
+    """Of the error rule. A tensor core's sum is cut off, up to an ulp, where float32's is rounded, up to
+    half: twice torch's own error.
+    """
     return 4.0 if backend == "cuda" or DEVICE == "cuda" else 2.0
 
 
@@ -60,7 +63,10 @@ def rows_of(case, count):
 def check_norms(backend, args, compare):
     """The error rule for norms and their squares; compare: of `pooled`."""
     out = pair_norms(**args, backend=backend)
-    exact, torch_out = pair_norms(**doubled(args), backend="reference"), pair_norms(**args, backend="reference")
+    exact, torch_out = (
+        pair_norms(**doubled(args), backend="reference"),
+        pair_norms(**args, backend="reference"),
+    )
     compare(out.square(), exact.square(), torch_out.square())
     compare(out, exact, torch_out)
 
@@ -68,7 +74,9 @@ def check_norms(backend, args, compare):
 def check_step(backend, r, args, compare, cu_seqlens=None):
     """The error rule for the product of rows r (B, T, n) with the norms; compare: of `pooled`."""
     exact = product(r.double(), doubled(args), "reference", cu_seqlens)
-    out, torch_out = (product(r, args, name, cu_seqlens, float(exact.amax())) for name in (backend, "reference"))
+    out, torch_out = (
+        product(r, args, name, cu_seqlens, float(exact.amax())) for name in (backend, "reference")
+    )
     compare(out, exact, torch_out)
 
 
@@ -82,7 +90,10 @@ def test_pair_norms(backend):
 def test_rows_are_those_of_the_full_matrix(case, backend):
     args, rows = moved(pair_args(case)), torch.randint(0, case.n, (case.B, 3), device=DEVICE)
     every = pair_norms(**args, backend=backend)
-    assert torch.equal(pair_norms(**args, rows=rows, backend=backend), every.gather(1, rows[..., None].expand(-1, -1, case.n)))
+    assert torch.equal(
+        pair_norms(**args, rows=rows, backend=backend),
+        every.gather(1, rows[..., None].expand(-1, -1, case.n)),
+    )
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -127,7 +138,9 @@ def test_no_multiprocessor_idles_for_long(n, keys, queries, places, start):
 
 
 def powers_of_two(B, n, window=(-1, -1), mask=None, cu_seqlens=None):
-    """Arguments whose probabilities are 1 and whose norms are powers of two, and the norms in float64: no order of sums rounds anything."""
+    """Arguments whose probabilities are 1 and whose norms are powers of two, and the norms in float64: no
+    order of sums rounds anything.
+    """
     zeros, sizes = torch.zeros(B, 1, n, 8), 2.0 ** torch.randint(-2, 3, (B, n))
     left, right = (n if side < 0 else side for side in window)
     ahead = torch.arange(n) - torch.arange(n)[:, None]
@@ -137,7 +150,15 @@ def powers_of_two(B, n, window=(-1, -1), mask=None, cu_seqlens=None):
     if cu_seqlens is not None:
         sequence = sequence_of(cu_seqlens, cu_seqlens.device)
         seen = seen & (sequence == sequence[:, None])
-    args = dict(q=zeros, k=zeros, lse=zeros[..., 0], gram=sizes.square()[..., None, None], key_mask=mask, scaling=1.0, window=window)
+    args = dict(
+        q=zeros,
+        k=zeros,
+        lse=zeros[..., 0],
+        gram=sizes.square()[..., None, None],
+        key_mask=mask,
+        scaling=1.0,
+        window=window,
+    )
     return moved(args), (seen * sizes[:, None]).double().to(DEVICE)
 
 
@@ -157,7 +178,10 @@ def test_rows_are_scaled_as_by_the_reference(case, monkeypatch, backend):
     cu_seqlens = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     mask = None if B == 1 else torch.arange(n) < torch.tensor([[n], [n // 2]])
     args, norms = powers_of_two(B, n, window, mask, cu_seqlens)
-    r, log_scale = torch.randint(4, (B, T, n)).float().to(DEVICE), torch.randn(B if cu_seqlens is None else len(lengths), T).to(DEVICE)
+    r, log_scale = (
+        torch.randint(4, (B, T, n)).float().to(DEVICE),
+        torch.randn(B if cu_seqlens is None else len(lengths), T).to(DEVICE),
+    )
     r[:, 1:2] = 0
     cut_in(case["shares"], monkeypatch)
     out, scale = rollout_step(r, log_scale, **args, cu_seqlens=cu_seqlens, backend=backend)
@@ -176,7 +200,9 @@ def test_rows_that_are_not_finite(backend):
     # NaN, infinity, the products with one key beyond float32, and as they should be
     r[0, 0, 5], r[0, 1, 5], r[0, 2] = torch.nan, torch.inf, 2.0**70
     expected = rescale_rows((r.double() @ norms).float(), log_scale)
-    torch.testing.assert_close(rollout_step(r, log_scale, **args, backend=backend), expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(
+        rollout_step(r, log_scale, **args, backend=backend), expected, rtol=0, atol=0, equal_nan=True
+    )
 
 
 def test_a_row_with_a_nan_is_not_scaled(backend):
@@ -212,13 +238,18 @@ def test_every_tile(dtype, monkeypatch, backend):
 
 def test_strided_inputs_and_expanded_gram(backend):
     args = moved(pair_args(Case(n=37, mask="holes")))
-    strided = {name: torch.stack([t, t], -1)[..., 0] if isinstance(t, torch.Tensor) else t for name, t in args.items()}
+    strided = {
+        name: torch.stack([t, t], -1)[..., 0] if isinstance(t, torch.Tensor) else t
+        for name, t in args.items()
+    }
     assert strided["q"].stride(-1) == 2
     assert torch.equal(pair_norms(**strided, backend=backend), pair_norms(**args, backend=backend))
     r, log_scale = rows_of(Case(n=37), 2)
     out = rollout_step(r.mT.contiguous().mT, log_scale, **strided, backend=backend)
     assert torch.equal(out[0], rollout_step(r, log_scale, **args, backend=backend)[0])
-    averaged = args | dict(gram=torch.full((), 1 / 16, device=DEVICE).expand_as(args["gram"]), cross=None, residual_sq=None)
+    averaged = args | dict(
+        gram=torch.full((), 1 / 16, device=DEVICE).expand_as(args["gram"]), cross=None, residual_sq=None
+    )
     with pooled(factor(backend)) as compare:
         check_norms(backend, averaged, compare)
 
@@ -248,7 +279,9 @@ def test_empty(B, T, n, backend):
 
 def test_refuses_with_reasons(backend):
     args = moved(pair_args(Case(n=6)))
-    with pytest.raises(ValueError, match="needs gram in float32 and q in float16, bfloat16 or float32, got torch.float64"):
+    with pytest.raises(
+        ValueError, match="needs gram in float32 and q in float16, bfloat16 or float32, got torch.float64"
+    ):
         pair_norms(**doubled(args), backend=backend)
     wide = torch.zeros(1, 65, 2, 8, device=DEVICE)
     with pytest.raises(ValueError, match="takes up to 64 heads of up to 256, got 65 of 8"):
@@ -264,7 +297,9 @@ def test_auto_never_interprets(monkeypatch):
 
 
 def emulated_tf32x3(a, b):
-    """a @ b of float32 in three tf32 products as `_pairs.product`; the tensor cores cut what is left to tf32."""
+    """a @ b of float32 in three tf32 products as `_pairs.product`; the tensor cores cut what is left to
+    tf32.
+    """
 
     def cut(t, half=0):
         return ((t.contiguous().view(torch.int32) + half) & -8192).view(torch.float32)
@@ -277,7 +312,9 @@ def test_three_tf32_products_keep_float32():
     case = Case(B=2, n=60, H=12, Hkv=12, dh=64, d=768)
     args = pair_args(case)
     q, k, lse, gram = (args[name] for name in ("q", "k", "lse", "gram"))
-    alpha = (emulated_tf32x3(q, k.transpose(2, 3)) * args["scaling"] - lse[..., None]).exp().permute(0, 3, 2, 1)
+    alpha = (
+        (emulated_tf32x3(q, k.transpose(2, 3)) * args["scaling"] - lse[..., None]).exp().permute(0, 3, 2, 1)
+    )
     sq = (emulated_tf32x3(alpha, gram) * alpha).sum(-1).transpose(1, 2)
     plain = args | dict(cross=None, residual_sq=None, rstd=None)
     exact = pair_norms(**doubled(plain), backend="reference").square()

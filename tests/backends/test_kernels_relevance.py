@@ -1,4 +1,5 @@
-"""Relevance through attention of the GPU backends against the reference: on the GPU where there is one, else in Triton's interpreter.
+"""Relevance through attention of the GPU backends against the reference: on the GPU where there is one, else
+in Triton's interpreter.
 
 The CUDA backend takes these tests over in cuda/test_relevance.py.
 """
@@ -66,8 +67,9 @@ def backend():
 def layer(case: Case) -> tuple[dict, torch.Tensor]:
     """Arguments that the three ops share, and rows of the rollout.
 
-    Queries and keys are halves of small integers, so that scores are exact, many of them 0: the division by a score that nearly cancels
-    amplifies rounding without bound, in torch as in the kernel, and two draws of such errors don't compare.
+    Queries and keys are halves of small integers, so that scores are exact, many of them 0: the division by a
+    score that nearly cancels amplifies rounding without bound, in torch as in the kernel, and two draws of
+    such errors don't compare.
     """
     n = sum(case.lengths) or case.n
     shape = (case.B, n, case.H, case.dh)
@@ -76,7 +78,8 @@ def layer(case: Case) -> tuple[dict, torch.Tensor]:
     mask = key_mask(case.mask, case.B, n)
     seen = dict(key_mask=mask if mask is None else mask.to(DEVICE), scaling=case.dh**-0.5, window=case.window)
     if case.lengths:
-        # nothing cancels: in a short sequence few pairs make the additive mask's factor, and its largest error
+        # nothing cancels: in a short sequence few pairs make the additive mask's factor, and its largest
+        # error
         q, k, v, s = q.abs() + 0.5, k.abs() + 0.5, v.abs(), s.abs()
         q[:, :, ::3] = 0  # scores of 0 are what the factor makes up for
         seen["cu_seqlens"] = torch.tensor([0, *case.lengths]).cumsum(0).to(torch.int32)
@@ -88,7 +91,11 @@ def layer(case: Case) -> tuple[dict, torch.Tensor]:
 def compared(compare, backend, op, args: dict, tensors: dict, **options):
     """The error rule for every result of an op; compare: of `pooled`."""
     results = []
-    for name, given in ((backend, tensors | args), ("reference", doubled(tensors | args)), ("reference", tensors | args)):
+    for name, given in (
+        (backend, tensors | args),
+        ("reference", doubled(tensors | args)),
+        ("reference", tensors | args),
+    ):
         out = op(**given, **options, backend=name)
         results.append((out,) if isinstance(out, torch.Tensor) else out)
     for out, exact, torch_out in zip(*results, strict=True):
@@ -119,21 +126,30 @@ def test_rows_are_those_of_the_map(case, backend):
     args, _ = layer(case)
     rows = torch.randint(0, case.n, (case.B, 20), device=DEVICE)
     every = relevance_maps(**args, backend=backend)
-    assert torch.equal(relevance_maps(**args, rows=rows, backend=backend), every.gather(1, rows[..., None].expand(-1, -1, case.n)))
+    assert torch.equal(
+        relevance_maps(**args, rows=rows, backend=backend),
+        every.gather(1, rows[..., None].expand(-1, -1, case.n)),
+    )
 
 
 def test_one_packed_sequence(backend):
     args, r = layer(Case(B=1, lengths=(1,)))
     packed = relevance_attention(**args, r=r, backend=backend)
     del args["cu_seqlens"]
-    assert all(torch.equal(*pair) for pair in zip(packed, relevance_attention(**args, r=r, backend=backend), strict=True))
+    assert all(
+        torch.equal(*pair)
+        for pair in zip(packed, relevance_attention(**args, r=r, backend=backend), strict=True)
+    )
 
 
 def test_without_a_rollout(backend):
     args, r = layer(Case())
     out = relevance_attention(**args, backend=backend)
     assert out[4] is None
-    assert all(torch.equal(*pair) for pair in zip(out[:4], relevance_attention(**args, r=r, backend=backend)[:4], strict=True))
+    assert all(
+        torch.equal(*pair)
+        for pair in zip(out[:4], relevance_attention(**args, r=r, backend=backend)[:4], strict=True)
+    )
 
 
 def test_more_rows_than_a_pass_takes(backend):
@@ -145,7 +161,10 @@ def test_more_rows_than_a_pass_takes(backend):
 
 def test_strided(backend):
     args, r = layer(Case(mask="holes"))
-    strided = {name: torch.stack([t, t], -1)[..., 0] if isinstance(t, torch.Tensor) else t for name, t in args.items()}
+    strided = {
+        name: torch.stack([t, t], -1)[..., 0] if isinstance(t, torch.Tensor) else t
+        for name, t in args.items()
+    }
     out = relevance_attention(**strided, r=r.mT.contiguous().mT, backend=backend)
     for mine, expected in zip(out, relevance_attention(**args, r=r, backend=backend), strict=True):
         assert torch.equal(mine, expected)
@@ -159,7 +178,9 @@ def far_memory() -> torch.Tensor:
             pytest.skip("needs 10 GB of free GPU memory")
         return torch.empty(count, device=DEVICE)
     # 0x4000: Linux's MAP_NORESERVE, which Python names from 3.12 on
-    return torch.frombuffer(mmap.mmap(-1, 4 * count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000), dtype=torch.float32)
+    return torch.frombuffer(
+        mmap.mmap(-1, 4 * count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000), dtype=torch.float32
+    )
 
 
 def far_apart(tensors: dict, axis: int) -> dict:
@@ -188,7 +209,10 @@ def test_offsets_beyond_32_bits(axis, backend):
 
 def test_packed_offsets_beyond_32_bits(backend):
     args, r = layer(Case(B=1, lengths=(4, 4, 1), T=2))
-    out, plain = (relevance_attention(**given, backend=backend) for given in (far_apart(args | dict(r=r), 2), args | dict(r=r)))
+    out, plain = (
+        relevance_attention(**given, backend=backend)
+        for given in (far_apart(args | dict(r=r), 2), args | dict(r=r))
+    )
     assert all(torch.equal(*pair) for pair in zip(out, plain, strict=True))
 
 

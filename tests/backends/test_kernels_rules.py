@@ -1,4 +1,5 @@
-"""Elementwise relevance rules of the GPU backends against the reference: on the GPU where there is one, else Triton's interpreter.
+"""Elementwise relevance rules of the GPU backends against the reference: on the GPU where there is one, else
+Triton's interpreter.
 
 The CUDA backend takes these tests over in cuda/test_rules.py.
 """
@@ -27,14 +28,22 @@ def random(*shape):
 
 
 def check(backend, op, draw, **options):
-    """The error rule for every result of an op that takes by name the float32 tensors that draw() returns; the last results."""
+    """The error rule for every result of an op that takes by name the float32 tensors that draw() returns;
+    the last results.
+    """
     for compare in until_enough():
         tensors = draw()
-        doubled = {name: [p.double() for p in t] if isinstance(t, list) else t.double() for name, t in tensors.items()}
+        doubled = {
+            name: [p.double() for p in t] if isinstance(t, list) else t.double()
+            for name, t in tensors.items()
+        }
         out, exact, torch_out = (
-            op(**given, **options, backend=name) for given, name in ((tensors, backend), (doubled, "reference"), (tensors, "reference"))
+            op(**given, **options, backend=name)
+            for given, name in ((tensors, backend), (doubled, "reference"), (tensors, "reference"))
         )
-        for results in zip(*((t,) if isinstance(t, torch.Tensor) else t for t in (out, exact, torch_out)), strict=True):
+        for results in zip(
+            *((t,) if isinstance(t, torch.Tensor) else t for t in (out, exact, torch_out)), strict=True
+        ):
             compare(*results)
     return out
 
@@ -42,7 +51,9 @@ def check(backend, op, draw, **options):
 @pytest.mark.parametrize("shape", [(1000, 1, 1), (12, 7, 13), (3, 11, 768)], ids=str)
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_clone(count, shape, backend):
-    check(backend, clone_relevance, lambda: dict(parts=[random(*shape) for _ in range(count)], x=random(*shape)))
+    check(
+        backend, clone_relevance, lambda: dict(parts=[random(*shape) for _ in range(count)], x=random(*shape))
+    )
 
 
 def test_clone_guard(backend):
@@ -54,7 +65,8 @@ def test_clone_guard(backend):
 @pytest.mark.parametrize("options", [{}, dict(rescale=False), dict(stabilizer=1e-3)], ids=str)
 @pytest.mark.parametrize("shape", [(200, 1, 1), (12, 7, 13), (3, 11, 768)], ids=str)
 def test_add(shape, options, backend):
-    # sums and quotients whose terms don't cancel: with random signs both errors are those of a few pairs near 0
+    # sums and quotients whose terms don't cancel: with random signs both errors are those of a few pairs near
+    # 0
     check(backend, add_relevance, lambda: {name: random(*shape).abs() + 0.1 for name in "rab"}, **options)
 
 
@@ -65,7 +77,8 @@ def test_add_of_both_signs_is_the_reference(backend):
     for out, expected in zip(
         add_relevance(r, a, b, backend=backend), add_relevance(r, a, b, backend="reference"), strict=True
     ):
-        # the same operations on the same float32 numbers: only the float64 sums run in another order, and they cancel about 1e4 fold
+        # the same operations on the same float32 numbers: only the float64 sums run in another order, and
+        # they cancel about 1e4 fold
         torch.testing.assert_close(out, expected, rtol=4 * 2.0**-24, atol=0)
         assert not out[0, :5].any()
 
@@ -77,6 +90,7 @@ def test_add_of_more_blocks_than_a_glance(backend):
         shape, most = (1, 5, BLOCK - 3), 2
     else:
         shape, most = (1, MAX_BLOCKS + 7, 2 * BLOCK - 3), MAX_BLOCKS
+
     def draw():
         return {name: random(*shape).abs() + 0.1 for name in "rab"}
 
@@ -87,10 +101,14 @@ def test_add_of_more_blocks_than_a_glance(backend):
 
 
 @pytest.mark.parametrize("options", [{}, dict(rescale=False), dict(stabilizer=1e-3)], ids=str)
-@pytest.mark.parametrize("lengths, d", [((1, 1, 2, 1), 260), ((7, 7, 33, 5, 5, 5, 18), 70), ((400, 1), 1)], ids=str)
+@pytest.mark.parametrize(
+    "lengths, d", [((1, 1, 2, 1), 260), ((7, 7, 33, 5, 5, 5, 18), 70), ((400, 1), 1)], ids=str
+)
 def test_add_packed(lengths, d, options, backend):
-    # sums of R_a and R_b of two signs, or they would need no rescaling; each sequence's by a factor of its own
+    # sums of R_a and R_b of two signs, or they would need no rescaling; each sequence's by a factor of its
+    # own
     part = torch.linspace(0.1, 0.9, len(lengths)).repeat_interleave(torch.tensor(lengths))[:, None].to(DEVICE)
+
     def draw():
         r, a, b = (random(1, sum(lengths), d).abs() + 0.1 for _ in range(3))
         return dict(r=r, a=a + b, b=-part * b)
@@ -113,7 +131,9 @@ def test_linear(shape, given, backend):
             args["x"], args["weight"] = args["x"].abs(), args["weight"].abs()
         if given:
             bias = random(shape[3])
-            args |= dict(abs_weight=args["weight"].abs(), bias=bias, output=args["x"] @ args["weight"].T + bias)
+            args |= dict(
+                abs_weight=args["weight"].abs(), bias=bias, output=args["x"] @ args["weight"].T + bias
+            )
         return args
 
     check(backend, linear_relevance, draw)
@@ -141,14 +161,18 @@ def test_linear_with_nearly_dead_outputs(part, backend):
 
 @pytest.mark.parametrize("form", ["plain", "turned", "half"])
 def test_linear_with_outputs_dead_for_one_token(form, backend):
-    """Among more columns than a program or warp takes; the other tokens have none, and nothing else of that one is."""
+    """Among more columns than a program or warp takes; the other tokens have none, and nothing else of that
+    one is.
+    """
     args = linear(2, 2, 270, 515)
     dead = torch.tensor([3, 127, 128, 300, 514], device=DEVICE)
     args["x"][0, 1] = args["x"][0, 1].abs() + 0.1
     args["weight"][dead] = -args["weight"][dead].abs() - 0.01
     args["weight"][dead, 0] = args["weight"][dead, -1] = 1e-3
     args["r"][0, 1, 300] = 0
-    args["weight"] = {"turned": lambda t: t.T.contiguous().T, "half": torch.Tensor.bfloat16}.get(form, torch.clone)(args["weight"])
+    args["weight"] = {"turned": lambda t: t.T.contiguous().T, "half": torch.Tensor.bfloat16}.get(
+        form, torch.clone
+    )(args["weight"])
     check(backend, linear_relevance, lambda: args)
 
 
@@ -164,7 +188,9 @@ def test_empty(shape, backend):
 def test_strided(backend):
     r, a, b = (random(2, 9, 14, 2)[..., 0] for _ in range(3))
     assert not a.is_contiguous()
-    assert torch.equal(clone_relevance([r, a], b, backend=backend), clone_relevance([r, a], b, backend="reference"))
+    assert torch.equal(
+        clone_relevance([r, a], b, backend=backend), clone_relevance([r, a], b, backend="reference")
+    )
     plain = add_relevance(r.contiguous(), a.contiguous(), b.contiguous(), backend=backend)
     assert all(torch.equal(x, y) for x, y in zip(add_relevance(r, a, b, backend=backend), plain, strict=True))
 
@@ -176,7 +202,9 @@ def test_refuses_with_reasons(backend):
     with pytest.raises(ValueError, match="computes in float32, got r torch.float64"):
         add_relevance(t.double(), t.double(), t.double(), backend=backend)
     # not by the op: torch would only compute its shape
-    (reason,) = reasons("linear_relevance", backend, (t, t, random(3, 3), None, t, torch.zeros(3, device="meta")))
+    (reason,) = reasons(
+        "linear_relevance", backend, (t, t, random(3, 3), None, t, torch.zeros(3, device="meta"))
+    )
     assert reason.startswith("tensors are on several devices: x ") and reason.endswith("bias meta")
 
 

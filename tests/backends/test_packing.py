@@ -10,7 +10,8 @@ from pyglobenc.backends.shared.score_mods import SoftCap
 from pyglobenc.ops import add_relevance, attention, relevance_attention, relevance_rollout_step, rollout_step
 
 AXES = {"q": 2, "k": 2, "v": 2, "lse": 2, "gram": 1, "cross": 1, "residual_sq": 1, "rstd": 1}
-# lengths of the sequences: alone, of one token, of one length side by side, longer than a block of keys and of queries
+# lengths of the sequences: alone, of one token, of one length side by side, longer than a block of keys and
+# of queries
 CASES = [
     (Case(H=3, Hkv=3, dh=5), (1,), 50),
     (Case(), (1, 1, 1, 2, 1), 20),
@@ -64,7 +65,12 @@ def test_a_row_of_zeros_keeps_its_scale():
     _, packed, cu_seqlens = pack(Case(), (4, 6), 2)
     packed["r"][:, 1, 4:] = 0
     out, scale = step(packed, torch.ones(2, 2), "reference", cu_seqlens)
-    assert not out[0, 1, 4:].any() and scale[1, 1] == 1 and out[0, 1, :4].amax() == 1 and out[0, 0, 4:].amax() == 1
+    assert (
+        not out[0, 1, 4:].any()
+        and scale[1, 1] == 1
+        and out[0, 1, :4].amax() == 1
+        and out[0, 0, 4:].amax() == 1
+    )
 
 
 @pytest.mark.parametrize("score_mod", [None, SoftCap(2.0)], ids=["plain", "softcap"])
@@ -76,7 +82,10 @@ def test_attention_is_each_sequence_alone(case, lengths, count, score_mod):
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     settings = dict(scaling=t["scaling"], window=case.window, score_mod=score_mod)
     o, lse = attention(q, k, v, **settings, cu_seqlens=cu_seqlens)
-    parts = [attention(*(x[:, :, a:b] for x in (q, k, v)), **settings) for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
+    parts = [
+        attention(*(x[:, :, a:b] for x in (q, k, v)), **settings)
+        for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False)
+    ]
     torch.testing.assert_close(o, torch.cat([part[0] for part in parts], 2), rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(lse, torch.cat([part[1] for part in parts], 2), rtol=1e-12, atol=1e-13)
     weights = torch.randn_like(o)
@@ -89,7 +98,11 @@ def test_cu_seqlens_are_checked():
     _, packed, cu_seqlens = pack(Case(), (4, 6), 1)
     log_scale = torch.zeros(2, 1)
     for wrong, message in (
-        (cu_seqlens.long(), r"cu_seqlens must be \(S \+ 1,\) int32 on the CPU with S at least 1, got \(3,\) torch.int64 on cpu"),
+        (
+            cu_seqlens.long(),
+            r"cu_seqlens must be \(S \+ 1,\) int32 on the CPU with S at least 1, got \(3,\) torch.int64 on "
+            "cpu",
+        ),
         (cu_seqlens[:1], r"got \(1,\) torch.int32 on cpu"),
         (cu_seqlens[:2], "must increase from 0 to n = 10, got"),
         (cu_seqlens[[0, 1, 1, 2]], "must increase from 0 to n = 10, got"),
@@ -130,7 +143,9 @@ def check_kernel(kernel, draw):
         r = args.pop("r")
         exact = product(r.double(), doubled(args), "reference", cu_seqlens)
         with running(kernel) as backend:
-            out, torch_out = (product(r, args, name, cu_seqlens, float(exact.amax())) for name in (backend, "reference"))
+            out, torch_out = (
+                product(r, args, name, cu_seqlens, float(exact.amax())) for name in (backend, "reference")
+            )
         compare(out, exact, torch_out)
 
 
@@ -138,7 +153,9 @@ def test_opcheck():
     _, packed, cu_seqlens = pack(Case(), (4, 6), 2)
     r = packed.pop("r")
     inputs = PairInputs(**packed, cu_seqlens=cu_seqlens)
-    torch.library.opcheck(torch.ops.pyglobenc.rollout_step.default, (*inputs.flat(), r, torch.randn(2, 2), "auto"))
+    torch.library.opcheck(
+        torch.ops.pyglobenc.rollout_step.default, (*inputs.flat(), r, torch.randn(2, 2), "auto")
+    )
 
 
 # lengths side by side, one of a token, more than a block of queries
@@ -149,7 +166,8 @@ AXES_OF = {relevance_attention: (2, 2, 2, 1, 2), relevance_rollout_step: (2,), a
 def relevance_args(lengths, count, heads=2, dh=16):
     """Arguments of `relevance_attention` of each sequence alone, the same packed, and cu_seqlens.
 
-    All but the gradients are positive: where sums cancel, the largest errors are those of a few numbers near 0, and a matter of luck.
+    All but the gradients are positive: where sums cancel, the largest errors are those of a few numbers near
+    0, and a matter of luck.
     """
     alone = []
     for n in lengths:
@@ -170,7 +188,9 @@ def of_sequences(op, alone, axes, **options):
     for convert in (doubled, dict):
         each = [op(**convert(one), **options, backend="reference") for one in alone]
         each = [out if isinstance(out, tuple) else (out,) for out in each]
-        outs.append([torch.cat(parts, axis) for parts, axis in zip(zip(*each, strict=True), axes, strict=True)])
+        outs.append(
+            [torch.cat(parts, axis) for parts, axis in zip(zip(*each, strict=True), axes, strict=True)]
+        )
     return outs
 
 
@@ -193,7 +213,9 @@ def check(op, backend, draw, **options):
             compare(*values)
 
 
-@pytest.mark.parametrize("options", [{}, dict(additive_mask=True, normalize=True), dict(window=(6, 3), stabilizer=1e-3)], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, dict(additive_mask=True, normalize=True), dict(window=(6, 3), stabilizer=1e-3)], ids=str
+)
 @pytest.mark.parametrize("lengths, count", RELEVANCE, ids=str)
 @pytest.mark.parametrize("backend", ["reference", *KERNELS])
 def test_relevance_is_each_sequence_alone(backend, lengths, count, options):
@@ -201,7 +223,12 @@ def test_relevance_is_each_sequence_alone(backend, lengths, count, options):
         return relevance_args(lengths, count)[0]
 
     check(relevance_attention, backend, draw, **options)
-    check(relevance_rollout_step, backend, draw, **{name: options[name] for name in ("normalize", "window") if name in options})
+    check(
+        relevance_rollout_step,
+        backend,
+        draw,
+        **{name: options[name] for name in ("normalize", "window") if name in options},
+    )
 
 
 @pytest.mark.parametrize("options", [{}, dict(stabilizer=1e-3), dict(rescale=False)], ids=str)
@@ -209,13 +236,22 @@ def test_relevance_is_each_sequence_alone(backend, lengths, count, options):
 @pytest.mark.parametrize("backend", ["reference", *KERNELS])
 def test_sums_of_a_sequence_are_its_own(backend, lengths, options):
     # terms that don't cancel: with random signs both errors are those of a few pairs near 0
-    check(add_relevance, backend, lambda: [{name: torch.rand(1, n, 70) + 0.1 for name in "rab"} for n in lengths], **options)
+    check(
+        add_relevance,
+        backend,
+        lambda: [{name: torch.rand(1, n, 70) + 0.1 for name in "rab"} for n in lengths],
+        **options,
+    )
 
 
 @pytest.mark.parametrize("lengths", [(1,), (1, 1, 2, 1)], ids=str)
 @pytest.mark.parametrize("op", AXES_OF)
 def test_sequences_of_a_token_or_two(op, lengths):
-    alone = [{name: torch.randn(1, n, 5) for name in "rab"} for n in lengths] if op is add_relevance else relevance_args(lengths, 2)[0]
+    alone = (
+        [{name: torch.randn(1, n, 5) for name in "rab"} for n in lengths]
+        if op is add_relevance
+        else relevance_args(lengths, 2)[0]
+    )
     alone = [doubled(one) for one in alone]
     exact = of_sequences(op, alone, AXES_OF[op])[0]
     for out, expected in zip(run_packed(op, "reference", alone), exact, strict=True):
@@ -229,7 +265,9 @@ def test_relevance_without_a_rollout():
     out = relevance_attention(**packed, grad_o=None, cu_seqlens=cu_seqlens, backend="reference")
     expected = [relevance_attention(**one, grad_o=None, backend="reference") for one in alone]
     assert out[4] is None
-    for got, wanted, axis in zip(out[:4], zip(*(one[:4] for one in expected), strict=True), (2, 2, 2, 1), strict=True):
+    for got, wanted, axis in zip(
+        out[:4], zip(*(one[:4] for one in expected), strict=True), (2, 2, 2, 1), strict=True
+    ):
         torch.testing.assert_close(got, torch.cat(wanted, axis))
 
 
@@ -237,7 +275,9 @@ def test_relevance_refuses_wrong_cu_seqlens():
     _, packed, cu_seqlens = relevance_args((4, 9), 1)
     with pytest.raises(ValueError, match="relevance_attention: cu_seqlens must increase from 0 to n = 13"):
         relevance_attention(**packed, cu_seqlens=cu_seqlens[:2])
-    with pytest.raises(ValueError, match="relevance_rollout_step: packed sequences are a batch of 1 without key_mask"):
+    with pytest.raises(
+        ValueError, match="relevance_rollout_step: packed sequences are a batch of 1 without key_mask"
+    ):
         relevance_rollout_step(**packed, key_mask=torch.ones(1, 13, dtype=torch.bool), cu_seqlens=cu_seqlens)
     with pytest.raises(ValueError, match="add_relevance: packed sequences are a batch of 1"):
         add_relevance(*torch.zeros(3, 2, 13, 4), cu_seqlens=cu_seqlens)

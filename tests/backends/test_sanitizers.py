@@ -14,13 +14,16 @@ PAIRS = ("pair_norms", "rollout_step", "head_gram", "norm_terms", "exp")
 OPS = (*PAIRS, "clone_relevance", "add_relevance", "linear_relevance", "relevance_attention")
 FILES = [f"test_{op}.py" for op in OPS]
 
-# every branch of the kernels, few pairs: blocks and a block + 1, one token, masks, windows, strides, nothing at all
+# every branch of the kernels, few pairs: blocks and a block + 1, one token, masks, windows, strides, nothing
+# at all
 SELECTED = "(strided or padd or rows or empty or n1- or n13- or n65- or 17.9)"
 
 
 def library(compiler: str, name: str) -> str | None:
     """Path of a sanitizer's runtime."""
-    path = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+    path = subprocess.run(
+        [compiler, f"-print-file-name={name}"], capture_output=True, text=True
+    ).stdout.strip()
     return path if os.path.isabs(path) else None
 
 
@@ -32,9 +35,24 @@ def test_no_sanitizer_complains(tmp_path):
     if None in runtimes:
         pytest.skip("needs g++ with its sanitizers")
     best = KERNELS[0].values[0].partition("-")[2]
-    flags = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -fexpensive-optimizations"  # those give fused multiply-adds
-    environment = os.environ | {"PYGLOBENC_SETS": best, "PYGLOBENC_CXX_FLAGS": flags, "CXX": compiler, "PYGLOBENC_NO_CUDA": "1"}
-    build = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path), "--build-lib", str(tmp_path / "lib")]
+    # those give fused multiply-adds
+    flags = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -fexpensive-optimizations"
+    environment = os.environ | {
+        "PYGLOBENC_SETS": best,
+        "PYGLOBENC_CXX_FLAGS": flags,
+        "CXX": compiler,
+        "PYGLOBENC_NO_CUDA": "1",
+    }
+    build = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build",
+        "--build-base",
+        str(tmp_path),
+        "--build-lib",
+        str(tmp_path / "lib"),
+    ]
     done = subprocess.run(build, cwd=ROOT, env=environment, capture_output=True, text=True)
     built = list((tmp_path / "lib" / "pyglobenc").glob("_cpu*"))
     assert built, done.stdout + done.stderr
@@ -44,9 +62,25 @@ def test_no_sanitizer_complains(tmp_path):
         "ASAN_OPTIONS": "detect_leaks=0",
         "OMP_NUM_THREADS": "2",
     }
-    script = f"import sys, pytest, pyglobenc._cpu as m; assert m.__file__ == {str(built[0])!r}; sys.exit(pytest.main(sys.argv[1:]))"
+    script = (
+        f"import sys, pytest, pyglobenc._cpu as m; assert m.__file__ == {str(built[0])!r}; "
+        f"sys.exit(pytest.main(sys.argv[1:]))"
+    )
     tests = [str(ROOT / "tests" / name) for name in FILES]
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-k", f"cpu-{best} and not cpu-{best}bf16 and {SELECTED}"]
-    done = subprocess.run([sys.executable, "-c", script, *tests, *options], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    options = [
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        f"cpu-{best} and not cpu-{best}bf16 and {SELECTED}",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *tests, *options],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout

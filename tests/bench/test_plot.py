@@ -1,4 +1,6 @@
-"""benchmarks/plot.py: lines, floors and files from CSVs as the benchmarks and `pyglobenc bench` write them."""
+"""benchmarks/plot.py: lines, floors and files from CSVs as the benchmarks and `pyglobenc bench` write
+them.
+"""
 
 import csv
 
@@ -7,11 +9,24 @@ import pytest
 
 HERE = {"threads": "2", "device": "a processor, 2 cores", "torch": "2.13"}
 MACHINE = HERE | {"op": "head_gram", "backend": "cpu", "n": "512", "dtype": "float32", "median_s": "1"}
-MACHINE |= {"flops": "50", "bytes": "100", "exps": "0", "gemm_flops": "100", "exp_rate": "10", "copy_bytes": "1000"}
+MACHINE |= {
+    "flops": "50",
+    "bytes": "100",
+    "exps": "0",
+    "gemm_flops": "100",
+    "exp_rate": "10",
+    "copy_bytes": "1000",
+}
 
 
 def row(n, backend, median, **more):
-    common = {"benchmark": "head_gram", "n": str(n), "backend": backend, "median_s": str(median), "rounds": "15"}
+    common = {
+        "benchmark": "head_gram",
+        "n": str(n),
+        "backend": backend,
+        "median_s": str(median),
+        "rounds": "15",
+    }
     return common | {"q1_s": str(0.9 * median), "q3_s": str(1.2 * median)} | HERE | more
 
 
@@ -51,11 +66,15 @@ def test_time_with_its_floor():
 
 @pytest.mark.parametrize("change", [{"device": "another"}, {"threads": "1"}])
 def test_no_floor_from_other_machines(change):
-    assert "floor by operations and bytes" not in drawn(plot.picture(ROWS, "median_s", "s", [MACHINE | change], "title"))
+    assert "floor by operations and bytes" not in drawn(
+        plot.picture(ROWS, "median_s", "s", [MACHINE | change], "title")
+    )
 
 
 def test_panels_and_floors_of_an_op_suite():
-    """A panel a dtype and batch; the ceilings of the row itself; the floor is the op's, not that of the attention beside it."""
+    """A panel a dtype and batch; the ceilings of the row itself; the floor is the op's, not that of the
+    attention beside it.
+    """
     reached = {"gemm_flops": "10", "exp_rate": "10", "copy_bytes": "1000", "exps": "0", "bytes": "1"}
     rows = [
         row(128, "cpu", 9.0, dtype="float32", batch="1", flops="20", **reached),
@@ -71,7 +90,9 @@ def test_panels_and_floors_of_an_op_suite():
 
 def test_every_length_has_a_tick():
     """In every panel, whatever the last one has; nothing between."""
-    rows = [row(n, "cpu", 1.0, dtype="float32", batch=batch) for n, batch in ((128, "1"), (512, "1"), (128, "8"))]
+    rows = [
+        row(n, "cpu", 1.0, dtype="float32", batch=batch) for n, batch in ((128, "1"), (512, "1"), (128, "8"))
+    ]
     for axes in plot.picture(rows, "median_s", "s", [], "title").axes:
         assert list(axes.get_xticks()) == [128, 512] and list(axes.get_xticks(minor=True)) == []
 
@@ -83,11 +104,22 @@ def test_memory():
 
 def test_files(tmp_path, capsys):
     path = write(tmp_path / "head_gram.csv", ROWS)
-    machine = write(tmp_path / "machine.csv", [MACHINE, MACHINE | {"op": "pair_norms", "backend": "reference"}])
-    suite = write(tmp_path / "suite.csv", [MACHINE | row(n, "cpu", n / 64, dtype="float32", batch="1") for n in (128, 512)])
+    machine = write(
+        tmp_path / "machine.csv", [MACHINE, MACHINE | {"op": "pair_norms", "backend": "reference"}]
+    )
+    suite = write(
+        tmp_path / "suite.csv",
+        [MACHINE | row(n, "cpu", n / 64, dtype="float32", batch="1") for n in (128, 512)],
+    )
     assert plot.main([*map(str, (path, machine, suite)), "--output", str(tmp_path / "out")]) == 0
     made = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
-    assert made.keys() == {"head_gram-time.png", "head_gram-memory.png", "machine-roofline.png", "suite-time.png", "suite-roofline.png"}
+    assert made.keys() == {
+        "head_gram-time.png",
+        "head_gram-memory.png",
+        "machine-roofline.png",
+        "suite-time.png",
+        "suite-roofline.png",
+    }
     printed = capsys.readouterr().out
     assert all(data.startswith(b"\x89PNG") and name in printed for name, data in made.items())
 
@@ -102,7 +134,9 @@ def test_roofline_marks_every_op_under_the_roof():
 
 def test_roofline_of_an_op_suite_has_a_roof_for_each_dtype():
     half = {"op": "", "dtype": "bfloat16", "gemm_flops": "200", "flops": "80"}
-    (axes,) = plot.roofline([MACHINE, MACHINE | half, MACHINE | {"op": "add_relevance", "flops": "0"}], "here").axes
+    (axes,) = plot.roofline(
+        [MACHINE, MACHINE | half, MACHINE | {"op": "add_relevance", "flops": "0"}], "here"
+    ).axes
     texts = [text.get_text() for text in axes.texts]
     assert "n=512" in texts and "add_relevance" not in texts
     assert [max(line.get_ydata()) for line in axes.get_lines()[:4]] == [100, 200, 50, 80]

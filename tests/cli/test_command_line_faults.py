@@ -1,6 +1,7 @@
 """Commands given nonsense: every one ends with a status and a line that says why, never with a traceback.
 
-Cases are fixed. The long sweeps over options and files take minutes and are marked slow; a sample of them runs always.
+Cases are fixed. The long sweeps over options and files take minutes and are marked slow; a sample of them
+runs always.
 """
 
 import json
@@ -19,9 +20,56 @@ from pyglobenc.cli.main import _parser, main
 
 HUGE = "1" + "0" * 30
 VALUES = [
-    *("", " ", "-", "--", "0", "-1", "1", "3", "1.5", "1e3", "nan", "inf", "-inf", "1e999", HUGE, f"-{HUGE}", "9" * 5000, "30000000"),
-    *("0x10", "\u0663", "None", "true", "cpu", "cuda:99", "meta", "\x1b[31m", "[red]a[/red]", "\udcff", "a\nb", "\u202eabc", "%s{0}$HOME"),
-    *("/", ".", "..", "/dev/null", "/nowhere/a.json", "~", "a" * 300, "texts.txt", "a.json", "a.safetensors", "a.png", "model", "\x00"),
+    *(
+        "",
+        " ",
+        "-",
+        "--",
+        "0",
+        "-1",
+        "1",
+        "3",
+        "1.5",
+        "1e3",
+        "nan",
+        "inf",
+        "-inf",
+        "1e999",
+        HUGE,
+        f"-{HUGE}",
+        "9" * 5000,
+        "30000000",
+    ),
+    *(
+        "0x10",
+        "\u0663",
+        "None",
+        "true",
+        "cpu",
+        "cuda:99",
+        "meta",
+        "\x1b[31m",
+        "[red]a[/red]",
+        "\udcff",
+        "a\nb",
+        "\u202eabc",
+        "%s{0}$HOME",
+    ),
+    *(
+        "/",
+        ".",
+        "..",
+        "/dev/null",
+        "/nowhere/a.json",
+        "~",
+        "a" * 300,
+        "texts.txt",
+        "a.json",
+        "a.safetensors",
+        "a.png",
+        "model",
+        "\x00",
+    ),
 ]
 # of the 1,700 cases those that are run always, and those that a slow run adds
 SAMPLE, LONG = 30, 630
@@ -71,7 +119,11 @@ def quick(monkeypatch):
 def options_of(command):
     """The option strings of a command, and whether each takes a value."""
     parser = next(iter(_parser()._subparsers._group_actions)).choices[command]
-    return [(action.option_strings[0], action.nargs != 0) for action in parser._actions if action.option_strings and action.dest != "help"]
+    return [
+        (action.option_strings[0], action.nargs != 0)
+        for action in parser._actions
+        if action.option_strings and action.dest != "help"
+    ]
 
 
 def command_with(command, option, value, model):
@@ -120,12 +172,20 @@ def test_many_options_with_many_values(run, quick, model, part):
         (["bench", "--seconds", "inf"], 2, "must be seconds above 0, at most 3600, got 'inf'"),
         (["bench", "--seconds", "nan"], 2, "must be seconds above 0"),
         (["bench", "--seconds", "-1"], 2, "must be seconds above 0"),
-        (["bench", "--threads", "1000000"], 2, f"must be at most {os.cpu_count()}, the processors of this machine, got 1000000"),
+        (
+            ["bench", "--threads", "1000000"],
+            2,
+            f"must be at most {os.cpu_count()}, the processors of this machine, got 1000000",
+        ),
         (["bench", "--n", HUGE], 2, "must lie in [-2147483647, 2147483647]"),
         (["bench", "--n", "2000000"], 2, "--n: needs about"),
         (["explain", "a", "--target", HUGE], 2, "must lie in [-2147483647, 2147483647]"),
         (["explain", "a", "--target", "30000000"], 1, "target must lie in [0, 3)"),
-        (["explain", "a", "--method", "lrp", "--target", "30000000"], 1, "target must be a class in [0, 2), got 30000000"),
+        (
+            ["explain", "a", "--method", "lrp", "--target", "30000000"],
+            1,
+            "target must be a class in [0, 2), got 30000000",
+        ),
         (["explain", "a", "--device", "meta"], 1, "holds no numbers"),
         (["explain", "film" * 20000], 1, "text has 80000 characters and at most"),
         (["explain", "--file", "/dev/zero"], 1, "/dev/zero: holds more than 64 MiB"),
@@ -140,26 +200,48 @@ def test_named_faults(run, model, args, status, message):
     assert found == status and message in err, err
 
 
-@pytest.mark.parametrize("name, value", [("RANK", ""), ("RANK", "a\x1b"), ("RANK", "-1"), ("WORLD_SIZE", ""), ("WORLD_SIZE", "0")])
+@pytest.mark.parametrize(
+    "name, value", [("RANK", ""), ("RANK", "a\x1b"), ("RANK", "-1"), ("WORLD_SIZE", ""), ("WORLD_SIZE", "0")]
+)
 def test_environment_that_is_no_number(run, model, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
-    status, _, err = run("attribute", "--input", "texts.txt", "--output", "out", "--model", str(model), "--quiet")
+    status, _, err = run(
+        "attribute", "--input", "texts.txt", "--output", "out", "--model", str(model), "--quiet"
+    )
     assert status == 1 and name in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("labels", [{"0": "\x1b[31m[red]", "5": "x"}, {"0": 0, "1": 1}, {"1": None}, {}, {"0": ["a"], "1": {"b": 2}}])
+@pytest.mark.parametrize(
+    "labels",
+    [{"0": "\x1b[31m[red]", "5": "x"}, {"0": 0, "1": 1}, {"1": None}, {}, {"0": ["a"], "1": {"b": 2}}],
+)
 @pytest.mark.parametrize("method", ["globenc", "lrp"])
 def test_labels_of_any_kind(run, model, tmp_path, labels, method):
     shutil.copytree(model, tmp_path / "model")
     path = tmp_path / "model" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": labels}))
-    status, out, _ = run("explain", "a film", "--model", "model", "--method", method, "--html", "a.html", "--png", "a.png")
+    status, out, _ = run(
+        "explain", "a film", "--model", "model", "--method", method, "--html", "a.html", "--png", "a.png"
+    )
     # transformers takes the number of labels for the number of classes
     assert (status == 0 and "predicted" in out) or len(labels) != 2
     assert status or "\x1b" not in (tmp_path / "a.html").read_text()
 
 
-BROKEN = [b"", b"\x00", b"{", b"[]", b"null", b"1", b'"a"', b"{}", b'{"a": NaN}', b"\xff\xfe{}", b"[" * 100_000, b'{"model_type": []}']
+BROKEN = [
+    b"",
+    b"\x00",
+    b"{",
+    b"[]",
+    b"null",
+    b"1",
+    b'"a"',
+    b"{}",
+    b'{"a": NaN}',
+    b"\xff\xfe{}",
+    b"[" * 100_000,
+    b'{"model_type": []}',
+]
 
 
 def files_of(model):
@@ -197,7 +279,9 @@ SETTINGS = [None, -1, 0, 1, 3.5, "x", [], {}, True, [1, 2], 10**30, "\x1b[31m"]
 def tampered(model):
     """(file, contents): config.json with one field changed."""
     config = json.loads((model / "config.json").read_text())
-    cases = [("config.json", json.dumps(config | {key: value}).encode()) for key in config for value in SETTINGS]
+    cases = [
+        ("config.json", json.dumps(config | {key: value}).encode()) for key in config for value in SETTINGS
+    ]
     random.Random(2).shuffle(cases)
     return cases
 
@@ -219,7 +303,8 @@ def test_damaged_models(run, model, tmp_path, part):
         check_model(run, model, tmp_path, name, data)
 
 
-# redirections of a shell, the command and its status; --json - loses what it prints where there is no standard output
+# redirections of a shell, the command and its status; --json - loses what it prints where there is no
+# standard output
 STREAMS = [
     ("--help >&-", 0),
     (f"--help >{FULL}", 0),
@@ -238,7 +323,11 @@ def test_standard_streams_that_are_closed(model, tmp_path, line, status):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = f"{sys.executable} -m pyglobenc {line.replace('MODEL', str(model))}"
     done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == status and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    assert (
+        done.returncode == status
+        and "Traceback" not in done.stderr
+        and "Exception ignored" not in done.stderr
+    )
     if "a.json" in line:
         # what is meant for a closed stream doesn't end up in a file
         assert json.loads((tmp_path / "a.json").read_text())["attributions"]

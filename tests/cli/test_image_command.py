@@ -10,7 +10,14 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from pyglobenc.cli.main import main
 from pyglobenc.inputs.images import FORMATS, explain_image
 
-SETTINGS = dict(image_size=24, patch_size=6, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80)
+SETTINGS = dict(
+    image_size=24,
+    patch_size=6,
+    hidden_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=80,
+)
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +25,9 @@ def folder(tmp_path_factory):
     """A small ViT classifier with its image processor."""
     path = tmp_path_factory.mktemp("vit")
     torch.manual_seed(0)
-    ViTForImageClassification(ViTConfig(**SETTINGS, id2label={0: "cat", 1: "dog", 2: "owl"})).save_pretrained(path)
+    ViTForImageClassification(ViTConfig(**SETTINGS, id2label={0: "cat", 1: "dog", 2: "owl"})).save_pretrained(
+        path
+    )
     ViTImageProcessor(size={"height": 24, "width": 24}).save_pretrained(path)
     return str(path)
 
@@ -33,7 +42,18 @@ def cat(tmp_path):
 @pytest.mark.parametrize("extra, label", [([], ""), (["--target", "2", "--dtype", "float64"], "owl (")])
 def test_image_in_overlay_out(folder, cat, tmp_path, capsys, extra, label):
     out = tmp_path / "out.png"
-    command = ["explain", "--image", cat, "--model", folder, "--method", "transformer-attribution", "--png", str(out), *extra]
+    command = [
+        "explain",
+        "--image",
+        cat,
+        "--model",
+        folder,
+        "--method",
+        "transformer-attribution",
+        "--png",
+        str(out),
+        *extra,
+    ]
     assert main(command) == 0
     assert Image.open(out).width > Image.open(out).height
     printed = capsys.readouterr().out
@@ -42,9 +62,21 @@ def test_image_in_overlay_out(folder, cat, tmp_path, capsys, extra, label):
 
 def test_refusals(folder, cat, tmp_path, capsys):
     assert main(["explain", "--image", str(tmp_path / "none.png"), "--model", folder]) == 1
-    assert main(["explain", "--image", cat, "--model", folder, "--target", "3", "--png", str(tmp_path / "a.png")]) == 1
+    assert (
+        main(
+            ["explain", "--image", cat, "--model", folder, "--target", "3", "--png", str(tmp_path / "a.png")]
+        )
+        == 1
+    )
     assert "target must lie in [0, 3)" in capsys.readouterr().err
-    wrongs = (["a text"], ["--method", "norms"], ["--html", "a.html"], ["--merge-words"], ["--long", "windows"], ["--png", cat])
+    wrongs = (
+        ["a text"],
+        ["--method", "norms"],
+        ["--html", "a.html"],
+        ["--merge-words"],
+        ["--long", "windows"],
+        ["--png", cat],
+    )
     for wrong in wrongs:
         with pytest.raises(SystemExit):
             main(["explain", "--image", cat, "--model", folder, *wrong])
@@ -56,7 +88,15 @@ def test_refusals(folder, cat, tmp_path, capsys):
 def test_a_checkpoint_without_a_head_has_no_classes(folder, cat, tmp_path, capsys):
     ViTForImageClassification.from_pretrained(folder).base_model.save_pretrained(tmp_path / "vit")
     ViTImageProcessor.from_pretrained(folder).save_pretrained(tmp_path / "vit")
-    command = ["explain", "--image", cat, "--model", str(tmp_path / "vit"), "--png", str(tmp_path / "out.png")]
+    command = [
+        "explain",
+        "--image",
+        cat,
+        "--model",
+        str(tmp_path / "vit"),
+        "--png",
+        str(tmp_path / "out.png"),
+    ]
     assert main([*command, "--method", "transformer-attribution"]) == 1
     assert "the checkpoint lacks classifier.bias, classifier.weight" in capsys.readouterr().err
     for method in ([], ["--method", "globenc"]):
@@ -66,7 +106,10 @@ def test_a_checkpoint_without_a_head_has_no_classes(folder, cat, tmp_path, capsy
 
 def test_images_that_cannot_be_read(folder, cat, tmp_path, monkeypatch, capsys):
     def fails(path, message):
-        assert main(["explain", "--image", str(path), "--model", folder, "--png", str(tmp_path / "out.png")]) == 1
+        assert (
+            main(["explain", "--image", str(path), "--model", folder, "--png", str(tmp_path / "out.png")])
+            == 1
+        )
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1 and not (tmp_path / "out.png").exists()
 
@@ -112,7 +155,11 @@ def test_large_images_are_refused_before_they_are_decoded(folder, cat, tmp_path,
         assert main(["explain", "--image", cat, "--model", folder, "--max-pixels", "1000"]) == 1
         assert "it has 30 x 40 pixels, and at most 1000" in capsys.readouterr().err
         with pytest.raises(ValueError, match="it has 9000 x 9000 pixels"):
-            explain_image(ViTForImageClassification.from_pretrained(folder), ViTImageProcessor(), Image.open(tmp_path / "large.png"))
+            explain_image(
+                ViTForImageClassification.from_pretrained(folder),
+                ViTImageProcessor(),
+                Image.open(tmp_path / "large.png"),
+            )
 
 
 def test_several_images(folder, cat, tmp_path, monkeypatch, capsys):
@@ -137,7 +184,17 @@ def test_labels_do_not_steer_a_terminal(cat, tmp_path, capsys):
     ViTImageProcessor(size={"height": 24, "width": 24}).save_pretrained(tmp_path / "model")
     capsys.readouterr()
     for target, name in (("0", "0: \ufffd[31m[red]a$  ("), ("1", "1: 7 (")):
-        command = ["explain", "--image", cat, "--model", str(tmp_path / "model"), "--target", target, "--png", str(tmp_path / "a.png")]
+        command = [
+            "explain",
+            "--image",
+            cat,
+            "--model",
+            str(tmp_path / "model"),
+            "--target",
+            target,
+            "--png",
+            str(tmp_path / "a.png"),
+        ]
         assert main(command) == 0
         out, err = capsys.readouterr()
         assert out.startswith(name) and "\x1b" not in out and not err
@@ -149,5 +206,19 @@ def test_photographs_are_turned_as_they_say(folder, cat, tmp_path, capsys):
     upright.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "turned.png", exif=exif)
     for name in ("cat", "turned"):
         out = str(tmp_path / f"{name}.out.png")
-        assert main(["explain", "--image", str(tmp_path / f"{name}.png"), "--model", folder, "--png", out, "--quiet"]) == 0
+        assert (
+            main(
+                [
+                    "explain",
+                    "--image",
+                    str(tmp_path / f"{name}.png"),
+                    "--model",
+                    folder,
+                    "--png",
+                    out,
+                    "--quiet",
+                ]
+            )
+            == 0
+        )
     assert (tmp_path / "cat.out.png").read_bytes() == (tmp_path / "turned.out.png").read_bytes()

@@ -42,7 +42,9 @@ WAYS = {
     "dots": lambda folder, name: folder / "inner" / ".." / name,
     "relative": lambda folder, name: os.path.relpath(folder / name),
     "folder link": lambda folder, name: linked(folder, folder.parent / "link") / name,
-    "file link": lambda folder, name: linked(folder / name, folder.parent / f"link{os.path.splitext(name)[1]}"),
+    "file link": lambda folder, name: linked(
+        folder / name, folder.parent / f"link{os.path.splitext(name)[1]}"
+    ),
     "dangling link": lambda folder, name: linked(folder / "none.json", folder.parent / "dangling.json"),
 }
 
@@ -59,7 +61,10 @@ def hard(target, link):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("option, name", [("--save", WEIGHTS), ("--json", "config.json"), ("--html", "new.html"), ("--png", "inner/a.png")])
+@pytest.mark.parametrize(
+    "option, name",
+    [("--save", WEIGHTS), ("--json", "config.json"), ("--html", "new.html"), ("--png", "inner/a.png")],
+)
 def test_explain_leaves_the_model_alone(tmp_path, model, never_loaded, capsys, way, option, name):
     before = contents(tmp_path)
     path = str(WAYS[way](model, name))
@@ -71,8 +76,14 @@ def test_explain_leaves_the_model_alone(tmp_path, model, never_loaded, capsys, w
 
 def test_explain_leaves_hard_links_and_inputs_alone(tmp_path, model, never_loaded, capsys):
     before = contents(tmp_path)
-    weights, text = hard(model / WEIGHTS, tmp_path / "other.safetensors"), hard(tmp_path / "corpus.txt", tmp_path / "same.html")
-    for options in (("a", "--save", str(weights)), ("--file", str(tmp_path / "corpus.txt"), "--html", str(text))):
+    weights, text = (
+        hard(model / WEIGHTS, tmp_path / "other.safetensors"),
+        hard(tmp_path / "corpus.txt", tmp_path / "same.html"),
+    )
+    for options in (
+        ("a", "--save", str(weights)),
+        ("--file", str(tmp_path / "corpus.txt"), "--html", str(text)),
+    ):
         assert main(["explain", *options, "--model", str(model)]) != 0
         assert "which is read" in capsys.readouterr().err
     assert contents(tmp_path).items() >= before.items()
@@ -82,7 +93,9 @@ def test_explain_leaves_the_weights_alone_that_a_model_links_to(tmp_path, model,
     (model / WEIGHTS).rename(tmp_path / "blob.safetensors")
     (model / WEIGHTS).symlink_to(tmp_path / "blob.safetensors")
     assert main(["explain", "a", "--model", str(model), "--save", str(tmp_path / "blob.safetensors")]) != 0
-    assert "is a file of" in capsys.readouterr().err and (tmp_path / "blob.safetensors").read_text() == WEIGHTS
+    assert (
+        "is a file of" in capsys.readouterr().err and (tmp_path / "blob.safetensors").read_text() == WEIGHTS
+    )
 
 
 def test_explain_leaves_the_base_model_of_an_adapter_alone(tmp_path, model, never_loaded, capsys):
@@ -111,7 +124,9 @@ def test_outputs_elsewhere_are_fine(tmp_path, model):
 
 
 def attribute(source, output, model):
-    return main(["attribute", "--input", str(source), "--output", str(output), "--model", str(model), "--quiet"])
+    return main(
+        ["attribute", "--input", str(source), "--output", str(output), "--model", str(model), "--quiet"]
+    )
 
 
 def test_a_corpus_job_leaves_the_model_and_the_input_alone(tmp_path, model, never_loaded, capsys):
@@ -125,7 +140,12 @@ def test_a_corpus_job_leaves_the_model_and_the_input_alone(tmp_path, model, neve
     before = contents(tmp_path)
     ways = [WAYS[way] for way in ("plain", "dots", "relative", "folder link")]
     refused = [(corpus, way(model, name)) for way in ways for name in ("inner", "new", WEIGHTS)]
-    refused += [(corpus, model), (corpus, corpus), (corpus, tmp_path), (corpus, tmp_path / "beside" / "corpus.txt")]
+    refused += [
+        (corpus, model),
+        (corpus, corpus),
+        (corpus, tmp_path),
+        (corpus, tmp_path / "beside" / "corpus.txt"),
+    ]
     refused += [(tables, tables), (tables, tables / "new"), (tables / "part-000000.parquet", tables)]
     refused += [(tables, linked(tables, tmp_path / "tables link"))]
     for source, output in refused:
@@ -143,4 +163,8 @@ def test_a_corpus_job_from_python_leaves_its_input_alone(tmp_path):
     (tmp_path / "part-000000.parquet.txt").write_text("a film\n")
     source = open_source(tmp_path / "part-000000.parquet.txt")
     with pytest.raises(ValueError, match="which is read"):
-        run_job(make_runner(tiny.classifier(), tiny.tokenizer()), Plan(source, source.path, 4, 64, {}), lambda count: None)
+        run_job(
+            make_runner(tiny.classifier(), tiny.tokenizer()),
+            Plan(source, source.path, 4, 64, {}),
+            lambda count: None,
+        )

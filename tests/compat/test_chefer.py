@@ -42,7 +42,9 @@ def test_generator():
         for name in BERT:
             out = getattr(generator, name)(**batch, index=target)
             assert out.shape == published[name].shape and relative(out, published[name]) <= 1e-9, name
-        torch.testing.assert_close(generator.forward(**batch).logits, published["logits"], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            generator.forward(**batch).logits, published["logits"], rtol=1e-9, atol=1e-9
+        )
 
 
 def test_generator_takes_what_argmax_returns():
@@ -51,7 +53,9 @@ def test_generator_takes_what_argmax_returns():
     generator = Generator(model)
     out = generator.generate_LRP(**batch, index=np.array([explained]), start_layer=0)
     assert torch.equal(out, generator.generate_LRP(**batch, index=explained, start_layer=0))
-    assert torch.equal(out, generator.generate_LRP(**batch, index=explained - model.config.num_labels, start_layer=0))
+    assert torch.equal(
+        out, generator.generate_LRP(**batch, index=explained - model.config.num_labels, start_layer=0)
+    )
     with pytest.raises(TypeError, match="target must be integers"):
         generator.generate_LRP(**batch, index=1.0, start_layer=0)
     with pytest.raises(ValueError, match="one integer or one for each of 1 examples"):
@@ -129,7 +133,9 @@ def test_several_images():
     together = LRP(model).generate_LRP(images, method="last_layer")
     assert together.shape == (2, 9)
     for image, row in zip(images, together, strict=True):
-        torch.testing.assert_close(LRP(model).generate_LRP(image[None], method="last_layer"), row, rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(
+            LRP(model).generate_LRP(image[None], method="last_layer"), row, rtol=1e-8, atol=1e-12
+        )
     assert Baselines(model).generate_cam_attn(images).shape == (2, 3, 3)
 
 
@@ -145,7 +151,9 @@ def test_bert_cells():
     expl *= -1
     exact = published["generate_LRP_start0"][0]
     exact = (exact.min() - exact) / (exact.max() - exact.min())
-    np.testing.assert_allclose([expl[i].item() for i in range(len(input_ids.flatten()))], exact, rtol=0, atol=1e-8)
+    np.testing.assert_allclose(
+        [expl[i].item() for i in range(len(input_ids.flatten()))], exact, rtol=0, atol=1e-8
+    )
 
 
 def vision_golden():
@@ -154,7 +162,9 @@ def vision_golden():
 
 
 def test_vit_cells():
-    """Logits of images given alone have the published LayerNorms' eps; maps become pictures as in the cells."""
+    """Logits of images given alone have the published LayerNorms' eps; maps become pictures as in the
+    cells.
+    """
     model, cases = vision_golden()
     attribution_generator = LRP(model)
     for batch, target, _, published in cases:
@@ -164,13 +174,19 @@ def test_vit_cells():
         assert predictions.data.topk(5, dim=1)[1][0].tolist()[0] == int(published["logits"].argmax())
         images = original_image.unsqueeze(0).requires_grad_()
         index = None if target is None else torch.tensor([target])
-        out = attribution_generator.generate_LRP(images, method="transformer_attribution", index=index).detach()
+        out = attribution_generator.generate_LRP(
+            images, method="transformer_attribution", index=index
+        ).detach()
         out, exact = (
-            torch.nn.functional.interpolate(t.reshape(1, 1, 4, 4), scale_factor=8, mode="bilinear").reshape(32, 32)
+            torch.nn.functional.interpolate(t.reshape(1, 1, 4, 4), scale_factor=8, mode="bilinear").reshape(
+                32, 32
+            )
             for t in (out, published["transformer_attribution"].double())
         )
         out = ((out - out.min()) / (out.max() - out.min())).data.cpu().numpy()
-        np.testing.assert_allclose(out, (exact - exact.min()) / (exact.max() - exact.min()), rtol=0, atol=1e-8)
+        np.testing.assert_allclose(
+            out, (exact - exact.min()) / (exact.max() - exact.min()), rtol=0, atol=1e-8
+        )
         assert images.grad is None
 
 
@@ -194,10 +210,18 @@ def test_published_vits(monkeypatch):
     with torch.device("meta"):
         models = [build() for build in (base, large, deit, new, orig)]
         assert base(num_classes=3).classifier.out_features == 3
-    assert [sum(p.numel() for p in model.parameters()) for model in models[:3]] == [86_567_656, 304_326_632, 86_567_656]
+    assert [sum(p.numel() for p in model.parameters()) for model in models[:3]] == [
+        86_567_656,
+        304_326_632,
+        86_567_656,
+    ]
     assert [model.vit.layernorm.eps for model in models] == [1e-5, 1e-5, 1e-5, 1e-6, 1e-5]
     assert not any(model.training for model in models)
-    monkeypatch.setattr(VisionTransformer, "from_pretrained", classmethod(lambda cls, name, **options: (cls, name, options["num_labels"])))
+    monkeypatch.setattr(
+        VisionTransformer,
+        "from_pretrained",
+        classmethod(lambda cls, name, **options: (cls, name, options["num_labels"])),
+    )
     assert base(pretrained=True) == (VisionTransformer, "google/vit-base-patch16-224", 1000)
     assert large(pretrained=True) == (VisionTransformer, "google/vit-large-patch16-224", 1000)
     assert deit(pretrained=True, num_classes=3) == (VisionTransformer, "facebook/deit-base-patch16-224", 3)
@@ -207,8 +231,15 @@ def test_published_vits(monkeypatch):
 
 def test_weights_under_published_names():
     model, cases = vision_golden()
-    names = {"patch_embed.proj": patch_projection(model.vit), "norm": model.vit.layernorm, "head": model.classifier}
-    published = {"cls_token": model.vit.embeddings.cls_token, "pos_embed": model.vit.embeddings.position_embeddings}
+    names = {
+        "patch_embed.proj": patch_projection(model.vit),
+        "norm": model.vit.layernorm,
+        "head": model.classifier,
+    }
+    published = {
+        "cls_token": model.vit.embeddings.cls_token,
+        "pos_embed": model.vit.embeddings.position_embeddings,
+    }
     for index, m in enumerate(find_layers(model)):
         block = {
             "norm1": m.attention_norm,
@@ -219,8 +250,14 @@ def test_weights_under_published_names():
         }
         names |= {f"blocks.{index}.{name}": module for name, module in block.items()}
         for kind in ("weight", "bias"):
-            published[f"blocks.{index}.attn.qkv.{kind}"] = torch.cat([getattr(part, kind) for part in (m.query, m.key, m.value)])
-    published |= {f"{name}.{kind}": getattr(module, kind) for name, module in names.items() for kind in ("weight", "bias")}
+            published[f"blocks.{index}.attn.qkv.{kind}"] = torch.cat(
+                [getattr(part, kind) for part in (m.query, m.key, m.value)]
+            )
+    published |= {
+        f"{name}.{kind}": getattr(module, kind)
+        for name, module in names.items()
+        for kind in ("weight", "bias")
+    }
     loaded = VisionTransformer(model.config).double().eval()
     loaded.load_state_dict(published)
     assert same(loaded(cases[0][0]["pixel_values"]), cases[0][3]["logits"])

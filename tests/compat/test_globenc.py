@@ -23,10 +23,18 @@ CASES = ["globenc_bert", "globenc_bert_padded", "globenc_bert_h12", "globenc_ele
 
 def compat_golden(name):
     stock, published = golden(name)
-    cls = globenc.ElectraForSequenceClassification if "electra" in name else globenc.BertForSequenceClassification
+    cls = (
+        globenc.ElectraForSequenceClassification
+        if "electra" in name
+        else globenc.BertForSequenceClassification
+    )
     model = cls(stock.config).double().eval()
     model.load_state_dict(stock.state_dict())
-    return model, published, {key: published[key] for key in ("input_ids", "attention_mask", "token_type_ids")}
+    return (
+        model,
+        published,
+        {key: published[key] for key in ("input_ids", "attention_mask", "token_type_ids")},
+    )
 
 
 def close(out, exact, rows, tolerance=1e-9):
@@ -63,7 +71,13 @@ def test_order_of_tuples():
         "attentions": dict(output_attentions=True),
         "norms": dict(output_norms=True),
         "globenc": dict(output_globenc=True),
-        "all": dict(output_attentions=True, output_norms=True, output_globenc=True, output_hidden_states=True, labels=labels),
+        "all": dict(
+            output_attentions=True,
+            output_norms=True,
+            output_globenc=True,
+            output_hidden_states=True,
+            labels=labels,
+        ),
     }.items():
         sizes[name] = model(**batch, **options, return_dict=False)
     assert [len(sizes[name]) for name in sizes] == [1, 2, 2, 2, 6]
@@ -73,7 +87,9 @@ def test_order_of_tuples():
     assert torch.equal(sizes["norms"][1][0][4], norms[0][4])
     torch.testing.assert_close(sizes["attentions"][1][0], attentions[0])
     # as published: without output_norms the place of attentions holds N_Enc
-    assert torch.equal(model(**batch, output_attentions=True, output_globenc=True, return_dict=False)[1][0], norms[0][4])
+    assert torch.equal(
+        model(**batch, output_attentions=True, output_globenc=True, return_dict=False)[1][0], norms[0][4]
+    )
     as_dict = model(**batch, output_norms=True, output_globenc=True)
     assert torch.equal(as_dict.globenc, rollout) and torch.equal(as_dict.norms[1][8], norms[1][8])
     assert torch.equal(as_dict.logits, logits)
@@ -90,7 +106,9 @@ def test_saved_and_loaded(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = globenc.BertForSequenceClassification.from_pretrained(tmp_path)
     exact = model(**batch, output_globenc=True, return_dict=False)[1]
-    torch.testing.assert_close(loaded(**batch, output_globenc=True, return_dict=False)[1], exact, rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        loaded(**batch, output_globenc=True, return_dict=False)[1], exact, rtol=1e-9, atol=0
+    )
 
 
 def test_head_mask_is_refused():
@@ -113,10 +131,15 @@ def test_notebook_pipeline(tmp_path):
     encode = encoder(model, 3, lengths)
     raw, norms = globenc.extract_attentions(model, encode, 3)
     assert [a.shape for a in raw] == [(3, n, n) for n in lengths]
-    assert [[a.shape for a in kind] for kind in norms[:2]] == [[(3, 4, n, n) for n in lengths], [(3, n, n) for n in lengths]]
+    assert [[a.shape for a in kind] for kind in norms[:2]] == [
+        [(3, 4, n, n) for n in lengths],
+        [(3, n, n) for n in lengths],
+    ]
     assert norms[8][1].shape == (3, 9)
     shorter, shorter_norms = globenc.extract_attentions(model, encode, 1, delete_sep=True)
-    assert np.array_equal(shorter[0], raw[0][:, :6, :6]) and np.array_equal(shorter_norms[4][0], norms[4][0][:, :6, :6])
+    assert np.array_equal(shorter[0], raw[0][:, :6, :6]) and np.array_equal(
+        shorter_norms[4][0], norms[4][0][:, :6, :6]
+    )
 
     mixed = globenc.build_ratio_residual_attentions(raw, norms)
     assert list(mixed) == ["W-FixedRes", "W-Res", "N-FixedRes"]
@@ -130,18 +153,28 @@ def test_notebook_pipeline(tmp_path):
             half = norms[1][index][1, i] / norms[1][index][1, i].sum() / 2
             half[i] += 0.5
             np.testing.assert_allclose(mixed["N-FixedRes"][index][1, i], half, rtol=1e-12)
-        np.testing.assert_allclose(mixed["W-FixedRes"][index], raw[index] / 2 + np.eye(lengths[index]) / 2, rtol=1e-12)
+        np.testing.assert_allclose(
+            mixed["W-FixedRes"][index], raw[index] / 2 + np.eye(lengths[index]) / 2, rtol=1e-12
+        )
 
-    flows = globenc.AttentionRollout().compute_flows(norms[4], desc="N-Enc", output_hidden_states=True, num_cpus=4)
+    flows = globenc.AttentionRollout().compute_flows(
+        norms[4], desc="N-Enc", output_hidden_states=True, num_cpus=4
+    )
     last = globenc.AttentionRollout().compute_flows(norms[4], disable_tqdm=True)
     for matrices, flow, top in zip(norms[4], flows, last, strict=True):
         np.testing.assert_allclose(flow[2], matrices[2] @ matrices[1] @ matrices[0], rtol=1e-12)
-        assert top.shape == (1, *flow.shape[1:]) and np.array_equal(top[0], flow[2]) and np.array_equal(flow[0], matrices[0])
+        assert (
+            top.shape == (1, *flow.shape[1:])
+            and np.array_equal(top[0], flow[2])
+            and np.array_equal(flow[0], matrices[0])
+        )
 
     saliency = np.random.default_rng(0).random((3, 16))
     np.save(tmp_path / "saliency.npy", saliency)
     for aggregation in ("CLS", "SUM"):
-        found = globenc.compute_spearman_correlation(flows, str(tmp_path / "saliency.npy"), aggregation=aggregation, max_length=8)
+        found = globenc.compute_spearman_correlation(
+            flows, str(tmp_path / "saliency.npy"), aggregation=aggregation, max_length=8
+        )
         row = flows[1][2][0] if aggregation == "CLS" else flows[1][2].sum(0)
         assert found[1].shape == (3,)
         assert found[1][2] == pytest.approx(spearmanr(row[:8], saliency[1][:8]).correlation)
@@ -180,7 +213,14 @@ def test_published_module_names():
     assert BertForSequenceClassification is globenc.BertForSequenceClassification
     assert ElectraForSequenceClassification is globenc.ElectraForSequenceClassification
     # imported as src, the package has the modules that the cells reload
-    names = ("model_attentions", "metrics", "task_loaders", "attention_flow_abstract", "attention_rollout", "attention_max_flow")
+    names = (
+        "model_attentions",
+        "metrics",
+        "task_loaders",
+        "attention_flow_abstract",
+        "attention_rollout",
+        "attention_max_flow",
+    )
     for name in (*names, "modeling.modeling_bert", "modeling.modeling_electra"):
         assert attrgetter(name)(globenc) is sys.modules[f"{globenc.__name__}.{name}"]
 
@@ -192,7 +232,11 @@ def test_demo_cells(tmp_path, name):
     stock.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    cls = globenc.ElectraForSequenceClassification if "electra" in name else globenc.BertForSequenceClassification
+    cls = (
+        globenc.ElectraForSequenceClassification
+        if "electra" in name
+        else globenc.BertForSequenceClassification
+    )
     model = cls.from_pretrained(tmp_path)
     encoded = tokenizer.encode_plus("A deep film.", return_tensors="pt")
     with torch.no_grad():
@@ -221,16 +265,24 @@ def test_what_the_config_asks_for(tmp_path):
 
 
 def test_residuals_of_float32_are_float64():
-    raw, norms = [np.float32(np.random.default_rng(0).random((2, 3, 3)))], [[np.full((2, 3, 3), 1 / 3, np.float32)]] * 9
+    raw, norms = (
+        [np.float32(np.random.default_rng(0).random((2, 3, 3)))],
+        [[np.full((2, 3, 3), 1 / 3, np.float32)]] * 9,
+    )
     norms[8] = [np.full((2, 3), 0.25, np.float32)]
-    assert {m.dtype for matrices in globenc.build_ratio_residual_attentions(raw, norms).values() for m in matrices} == {np.dtype("float64")}
+    assert {
+        m.dtype for matrices in globenc.build_ratio_residual_attentions(raw, norms).values() for m in matrices
+    } == {np.dtype("float64")}
 
 
 def test_encode_plus(monkeypatch):
     tokenizer = tiny_tokenizer()
     options = dict(return_tensors="pt", max_length=6, truncation=True)
     for texts in (["a deep film"], ["a deep film", "good"]):
-        assert tokenizer.encode_plus(*texts, **options).input_ids.tolist() == tokenizer(*texts, **options).input_ids.tolist()
+        assert (
+            tokenizer.encode_plus(*texts, **options).input_ids.tolist()
+            == tokenizer(*texts, **options).input_ids.tolist()
+        )
     padded = tokenizer.encode_plus("good", max_length=6, pad_to_max_length=True, truncation=True)
     assert padded["input_ids"][-1] == tokenizer.pad_token_id and len(padded["input_ids"]) == 6
     there = object()
@@ -247,7 +299,11 @@ class Rows(list):
 def test_task_loader(monkeypatch):
     asked = []
     votes = {"annotators": {"label": [2, 0, 2]}, "post_tokens": ["deep", "film"]}
-    rows = {"mnli": {"premise": "deep", "hypothesis": "good film"}, "sst2": {"sentence": "the film"}, None: votes}
+    rows = {
+        "mnli": {"premise": "deep", "hypothesis": "good film"},
+        "sst2": {"sentence": "the film"},
+        None: votes,
+    }
 
     def load_dataset(path, name, split):
         asked.append((path, name, split))
@@ -279,5 +335,7 @@ def test_subclass_changes_the_matrices():
             return att_mat / 2
 
     matrices = np.random.default_rng(0).random((2, 3, 3))
-    np.testing.assert_allclose(Halved().compute_flows([matrices])[0][0], matrices[1] @ matrices[0] / 4, rtol=1e-12)
+    np.testing.assert_allclose(
+        Halved().compute_flows([matrices])[0][0], matrices[1] @ matrices[0] / 4, rtol=1e-12
+    )
     assert isinstance(globenc.AttentionMaxFlow(), globenc.AttentionFlow)

@@ -13,7 +13,9 @@ def emulated_module(tmp_path_factory):
 
 @pytest.fixture
 def emulated(emulated_module, monkeypatch):
-    """backend="cuda" runs emulated, on CPU tensors; machine() sets the order of threads and the device's limits."""
+    """backend="cuda" runs emulated, on CPU tensors; machine() sets the order of threads and the device's
+    limits.
+    """
     change = emulated_module.machine
 
     def machine(**settings):

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pyglobenc import GlobEnc
 
 # torch's operations that launch nothing
-FREE = {"detach", "view", "_unsafe_view", "transpose", "t", "unsqueeze", "squeeze", "select", "slice", "expand", "permute", "empty",
+FREE = {"detach", "view", "_unsafe_view", "transpose", "t", "unsqueeze", "squeeze", "select", "slice",
+"expand", "permute", "empty",
         "empty_like", "new_empty"}  # fmt: skip
 
 

@@ -16,7 +16,10 @@ without_driver = pytest.mark.skipif(torch.cuda.is_available(), reason="there is 
 def test_import_touches_no_driver():
     # the module alone, found beside the package: importing that would take torch's seconds
     path = _extension.kernels.__file__
-    code = f"import importlib.util as u; s = u.spec_from_file_location('_cuda', {path!r}); s.loader.exec_module(u.module_from_spec(s))"
+    code = (
+        f"import importlib.util as u; s = u.spec_from_file_location('_cuda', {path!r}); "
+        f"s.loader.exec_module(u.module_from_spec(s))"
+    )
     libraries = "print(open('/proc/self/maps').read())"
     done = subprocess.run([sys.executable, "-c", f"{code}; {libraries}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -38,7 +41,9 @@ def test_every_use_is_an_error_that_says_why():
 @without_driver
 def test_reasons_on_the_cpu():
     (reason,) = _extension.device_reasons({"q": torch.zeros(1), "k": None})
-    assert reason.startswith("needs tensors on a GPU, got cpu (" if _extension.kernels else "the compiled module pyglobenc._cuda")
+    assert reason.startswith(
+        "needs tensors on a GPU, got cpu (" if _extension.kernels else "the compiled module pyglobenc._cuda"
+    )
 
 
 def test_reason_without_the_module(monkeypatch):

@@ -20,7 +20,9 @@ def kernels(emulated):
 
 def run(op, args, cu_seqlens=None, **options):
     """What the kernels give, as a list."""
-    out = op(**{name: t.to(DEVICE) for name, t in args.items()}, **options, cu_seqlens=cu_seqlens, backend="cuda")
+    out = op(
+        **{name: t.to(DEVICE) for name, t in args.items()}, **options, cu_seqlens=cu_seqlens, backend="cuda"
+    )
     return [t.cpu() for t in (out if isinstance(out, tuple) else (out,))]
 
 
@@ -30,7 +32,9 @@ def run_packed(op, alone, lengths, **options):
 
 
 def assert_the_same(op, alone, lengths, **options):
-    """No sequence changes another: each has every bit that the kernels give of it alone, where they are held to the reference."""
+    """No sequence changes another: each has every bit that the kernels give of it alone, where they are held
+    to the reference.
+    """
     each = zip(*(run(op, one, **options) for one in alone), strict=True)
     for out, parts, axis in zip(run_packed(op, alone, lengths, **options), each, AXES_OF[op], strict=True):
         assert torch.equal(out, torch.cat(parts, axis))
@@ -68,7 +72,9 @@ def test_wide_heads():
     assert_the_same(relevance_attention, relevance_args((9, 1, 20), 1, dh=136)[0], (9, 1, 20))
 
 
-@pytest.mark.parametrize("options", [{}, dict(additive_mask=True, normalize=True), dict(window=(6, 3), stabilizer=1e-3)], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, dict(additive_mask=True, normalize=True), dict(window=(6, 3), stabilizer=1e-3)], ids=str
+)
 def test_relevance_is_as_good_as_torch(options):
     assert_as_good(relevance_attention, lambda: relevance_args((64, 65, 3), 8)[0], (64, 65, 3), **options)
 
@@ -76,20 +82,27 @@ def test_relevance_is_as_good_as_torch(options):
 @pytest.mark.parametrize("options", [{}, dict(stabilizer=1e-3), dict(rescale=False)], ids=str)
 @pytest.mark.parametrize("lengths", [lengths for lengths, _ in LENGTHS], ids=str)
 def test_sums_of_a_sequence_are_its_own(lengths, options):
-    assert_the_same(add_relevance, [{name: torch.randn(1, n, 70) for name in "rab"} for n in lengths], lengths, **options)
+    assert_the_same(
+        add_relevance, [{name: torch.randn(1, n, 70) for name in "rab"} for n in lengths], lengths, **options
+    )
 
 
 # the second of more tiles than blocks
 @pytest.mark.parametrize("lengths, d", [((33, 1, 64), 70), ((3, 258, 2), 1024)], ids=str)
 def test_add_is_as_good_as_torch(lengths, d):
     # sums whose terms don't cancel: with random signs both errors are those of a few pairs near 0
-    assert_as_good(add_relevance, lambda: [{name: torch.rand(1, n, d) + 0.1 for name in "rab"} for n in lengths], lengths)
+    assert_as_good(
+        add_relevance, lambda: [{name: torch.rand(1, n, d) + 0.1 for name in "rab"} for n in lengths], lengths
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts the emulated launches")
 @pytest.mark.parametrize("lengths", [(19,), (5, 9, 1, 4)], ids=str)
 def test_launches_do_not_grow_with_the_sequences(lengths, kernels):
-    alone, sums = relevance_args(lengths, 1)[0], [{name: torch.randn(1, n, 8) for name in "rab"} for n in lengths]
+    alone, sums = (
+        relevance_args(lengths, 1)[0],
+        [{name: torch.randn(1, n, 8) for name in "rab"} for n in lengths],
+    )
     kernels.launches()
     for op, each, options in (
         (relevance_attention, alone, dict(additive_mask=True)),

@@ -16,6 +16,7 @@ from test_kernels_pairs import (  # noqa: F401
     test_a_row_with_a_nan_is_not_scaled,
     test_empty,
     test_padding_may_hold_anything,
+    test_pair_norms,
     test_refuses_with_reasons,
     test_rollout_step,
     test_rows_are_scaled_as_by_the_reference,
@@ -23,7 +24,6 @@ from test_kernels_pairs import (  # noqa: F401
     test_rows_that_are_not_finite,
     test_shares_of_the_queries_add_up,
     test_strided_inputs_and_expanded_gram,
-    test_pair_norms,
 )
 from test_kernels_relevance import far_memory
 
@@ -43,7 +43,8 @@ def backend():
     return "cuda"
 
 
-# what the Triton tests' cases leave out: forms of 16 heads and in blocks, long heads in half precision, keys that don't fit
+# what the Triton tests' cases leave out: forms of 16 heads and in blocks, long heads in half precision, keys
+# that don't fit
 SHAPES = [
     Case(B=1, n=90, H=16, Hkv=8, dh=80, d=96, dtype=torch.bfloat16),
     Case(B=1, n=70, H=16, Hkv=16, dh=64, d=96, mask="right"),
@@ -77,7 +78,9 @@ def test_offsets_beyond_32_bits(axis, backend):
     memory, used = far_memory(), 0
 
     def far(t):
-        """t with its first and last entry along the axis 2^31 floats apart, along its last where it has fewer."""
+        """t with its first and last entry along the axis 2^31 floats apart, along its last where it has
+        fewer.
+        """
         nonlocal used
         if not isinstance(t, torch.Tensor):
             return t
@@ -96,13 +99,19 @@ def test_offsets_beyond_32_bits(axis, backend):
 
 
 @emulated_only
-@pytest.mark.parametrize("case", [Case(n=70, mask="holes", window=(40, 20)), Case(B=1, n=50, H=24, Hkv=8, dtype=torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [Case(n=70, mask="holes", window=(40, 20)), Case(B=1, n=50, H=24, Hkv=8, dtype=torch.bfloat16)],
+    ids=str,
+)
 def test_order_of_threads_is_nothing(case, emulated):
     args = pair_args(case)
     r, _ = rows_of(case, 2)
     forward = product(r, args, "cuda"), pair_norms(**args, backend="cuda")
     emulated.machine(reversed=True)
-    assert torch.equal(forward[0], product(r, args, "cuda")) and torch.equal(forward[1], pair_norms(**args, backend="cuda"))
+    assert torch.equal(forward[0], product(r, args, "cuda")) and torch.equal(
+        forward[1], pair_norms(**args, backend="cuda")
+    )
 
 
 @emulated_only
@@ -135,7 +144,9 @@ def test_tf32_where_the_caller_allows_it(monkeypatch):
     monkeypatch.setattr("pyglobenc.backends.cuda._extension.allows_tf32", lambda: True)
     args = pair_args(Case(B=2, n=60, H=12, Hkv=12, dh=64, d=768))
     # tensor cores read the first 19 bits
-    cut = args | {name: (args[name].contiguous().view(torch.int32) & -8192).view(torch.float32) for name in ("q", "k")}
+    cut = args | {
+        name: (args[name].contiguous().view(torch.int32) & -8192).view(torch.float32) for name in ("q", "k")
+    }
     exact = pair_norms(**doubled(args), backend="reference")
     assert_as_good_as_torch(pair_norms(**args, backend="cuda"), exact, pair_norms(**cut, backend="reference"))
 
@@ -144,7 +155,10 @@ def test_globenc_of_a_model():
     model = build("bert").float().to(DEVICE)
     ids = torch.randint(5, 97, (3, 33), device=DEVICE)
     mask = torch.arange(33, device=DEVICE) < torch.tensor([[33], [20], [7]], device=DEVICE)
-    out, expected = (GlobEnc(model, backend=name)(input_ids=ids, attention_mask=mask.long()) for name in ("cuda", "reference"))
+    out, expected = (
+        GlobEnc(model, backend=name)(input_ids=ids, attention_mask=mask.long())
+        for name in ("cuda", "reference")
+    )
     # 3 layers of float32 on either side: a few thousand roundings of 2^-24 at most
     torch.testing.assert_close(out.scores, expected.scores, rtol=2.0**-12, atol=2.0**-16)
     torch.testing.assert_close(out.log_scale, expected.log_scale, rtol=2.0**-12, atol=2.0**-12)

@@ -1,4 +1,5 @@
-"""The primitives that the kernels are written in: where lanes hold what, by the tables of the PTX ISA, and what the emulator finds.
+"""The primitives that the kernels are written in: where lanes hold what, by the tables of the PTX ISA, and
+what the emulator finds.
 
 On a GPU the same kernels run there.
 """
@@ -33,13 +34,17 @@ def library(tmp_path_factory):
 def call(function, *args) -> str:
     """Run it on tensors and integers; what went wrong."""
     error = ctypes.create_string_buffer(200)
-    function(error, *(ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_int(a) for a in args))
+    function(
+        error,
+        *(ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_int(a) for a in args),
+    )
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     return error.value.decode()
 
 
-# PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type"; groupID is lane / 4, threadID_in_group lane % 4
+# PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type"; groupID is lane / 4,
+# threadID_in_group lane % 4
 def a_16(lane, i):
     row = lane // 4 if 0 <= i < 2 or 4 <= i < 6 else lane // 4 + 8
     return row, lane % 4 * 2 + (i & 1) + (0 if i < 4 else 8)
@@ -68,13 +73,24 @@ def held(matrix, entry, count):
     return matrix[rows, columns].to(DEVICE)
 
 
-@pytest.mark.parametrize("kind, dtype", [(0, torch.bfloat16), (1, torch.float16), (2, torch.float32)], ids=["bf16", "f16", "tf32"])
+@pytest.mark.parametrize(
+    "kind, dtype", [(0, torch.bfloat16), (1, torch.float16), (2, torch.float32)], ids=["bf16", "f16", "tf32"]
+)
 def test_mma_multiplies_what_the_tables_say(library, kind, dtype):
     a, b, depth = (a_8, b_8, 8) if dtype == torch.float32 else (a_16, b_16, 16)
     # small integers: every order of the sum is exact
     left, right, start = (torch.randint(-9, 10, shape) for shape in ((16, depth), (depth, 8), (16, 8)))
     sums = held(start.float(), c_16, 4)
-    assert call(library.run_mma, kind, held(left.to(dtype), a, depth // 2), held(right.to(dtype), b, depth // 4), sums) == ""
+    assert (
+        call(
+            library.run_mma,
+            kind,
+            held(left.to(dtype), a, depth // 2),
+            held(right.to(dtype), b, depth // 4),
+            sums,
+        )
+        == ""
+    )
     assert torch.equal(sums, held((left @ right + start).float(), c_16, 4))
 
 

@@ -38,8 +38,8 @@ def backend():
     return "cuda"
 
 
-# heads of odd sizes and of each way through the sums, blocks of queries and keys and one more, queries that see no key, windows that end
-# on the first row of a tile
+# heads of odd sizes and of each way through the sums, blocks of queries and keys and one more, queries that
+# see no key, windows that end on the first row of a tile
 MORE = [
     Case(B=1, H=1, n=129, dh=64, T=2),
     Case(B=1, n=65, dh=80, mask="holes", additive=True, normalize=True),
@@ -56,8 +56,14 @@ def test_more_shapes(backend):
 
 def test_padding_is_never_read(backend):
     args, r = layer(Case(n=40, mask="holes"))
-    dirty = args | {name: args[name].masked_fill(~args["key_mask"][:, None, :, None], torch.nan) for name in "kv"}
-    for op, given in ((relevance_attention, dict(r=r)), (relevance_rollout_step, dict(r=r)), (relevance_maps, {})):
+    dirty = args | {
+        name: args[name].masked_fill(~args["key_mask"][:, None, :, None], torch.nan) for name in "kv"
+    }
+    for op, given in (
+        (relevance_attention, dict(r=r)),
+        (relevance_rollout_step, dict(r=r)),
+        (relevance_maps, {}),
+    ):
         clean, out = (op(**some, **given, backend=backend) for some in (args, dirty))
         if op is relevance_attention:
             assert all(torch.equal(*pair) for pair in zip(clean, out, strict=True))
@@ -72,11 +78,15 @@ def test_nothing_around_the_tensors_is_read(margin, backend):
     def framed(t):
         if not isinstance(t, torch.Tensor):
             return t
-        out = torch.full([size + 2 * margin for size in t.shape], torch.nan, device=DEVICE)[(slice(margin, -margin),) * t.dim()]
+        out = torch.full([size + 2 * margin for size in t.shape], torch.nan, device=DEVICE)[
+            (slice(margin, -margin),) * t.dim()
+        ]
         return out.copy_(t)
 
     plain = relevance_attention(**args, r=r, backend=backend)
-    framed_out = relevance_attention(**{name: framed(t) for name, t in args.items()}, r=framed(r), backend=backend)
+    framed_out = relevance_attention(
+        **{name: framed(t) for name, t in args.items()}, r=framed(r), backend=backend
+    )
     assert all(torch.equal(*pair) for pair in zip(plain, framed_out, strict=True))
 
 
@@ -85,7 +95,8 @@ def test_transformer_attribution_of_a_model(backend):
     ids = torch.randint(5, 97, (2, 19), device=DEVICE)
     mask = (torch.arange(19, device=DEVICE) < torch.tensor([[19], [11]], device=DEVICE)).long()
     out, expected = (
-        TransformerAttribution(model, backend=name)(input_ids=ids, attention_mask=mask, start_layer=2) for name in (backend, "reference")
+        TransformerAttribution(model, backend=name)(input_ids=ids, attention_mask=mask, start_layer=2)
+        for name in (backend, "reference")
     )
     # the last layer alone: what comes below divides by scores near 0, and float32 results differ at will
     torch.testing.assert_close(out.scores, expected.scores, rtol=1e-3, atol=1e-6)
@@ -111,7 +122,11 @@ class TestMachine:
     def test_refuses_heads_that_do_not_fit(self, kernels, backend):
         args, _ = layer(Case(n=5, dh=256))
         kernels.machine(shared_limit=99 * 1024)
-        with pytest.raises(ValueError, match=f"heads of 256 take {kernels.relevance_shared(256)} bytes of shared memory, a block here has"):
+        with pytest.raises(
+            ValueError,
+            match=f"heads of 256 take {kernels.relevance_shared(256)} bytes of shared memory, a block here "
+            f"has",
+        ):
             relevance_maps(**args, backend=backend)
 
     @pytest.mark.parametrize("dh", [64, 256])

@@ -53,7 +53,9 @@ def test_linear_of_more_strips_than_lanes_and_warps(backend):
 def test_linear_reads_nothing(monkeypatch):
     # meta tensors have no values to read
     r, x, weight = (torch.empty(*shape, device="meta") for shape in ((2, 5, 4), (2, 5, 3), (4, 3)))
-    idle = SimpleNamespace(LINEAR_STRIP=128, linear_quotient=lambda *args: None, linear_product=lambda *args: None)
+    idle = SimpleNamespace(
+        LINEAR_STRIP=128, linear_quotient=lambda *args: None, linear_product=lambda *args: None
+    )
     monkeypatch.setattr(_extension, "kernels", idle)
     assert launch(r, x, weight).shape == x.shape
 
@@ -73,4 +75,7 @@ def test_any_alignment(shape, backend):
         yield from add_relevance(r, a, b, backend=backend)
         yield linear_relevance(y, a, weight, output=y, bias=bias, backend=backend)
 
-    assert all(torch.equal(*pair) for pair in zip(results(r, a, b, y), results(*map(shifted, (r, a, b, y))), strict=True))
+    assert all(
+        torch.equal(*pair)
+        for pair in zip(results(r, a, b, y), results(*map(shifted, (r, a, b, y))), strict=True)
+    )

@@ -54,7 +54,9 @@ def test_layers_hold_what_the_model_computed(name, attention):
         norm = layer.modules.output_norm
         following_x = (exact.hidden_states[index + 1] - norm.bias) / norm.weight
         # the LayerNorm's output has mean 0 and its rstd times the input's spread is 1
-        torch.testing.assert_close(following_x[real].mean(-1), torch.zeros(int(real.sum()), dtype=torch.float64), rtol=0, atol=1e-9)
+        torch.testing.assert_close(
+            following_x[real].mean(-1), torch.zeros(int(real.sum()), dtype=torch.float64), rtol=0, atol=1e-9
+        )
         assert following.rstd.shape == following.mean.shape == (2, 9)
 
 
@@ -73,7 +75,10 @@ def test_model_computes_the_same_while_captured(name):
         assert_untouched(model, implementation, hooks)
         for layer in trace.layers:
             merged = layer.o.transpose(1, 2).flatten(2)
-            assert merged.shape[:2] == layer.x.shape[:2] and layer.output_weight.flatten(0, 1).shape == (merged.shape[2], layer.x.shape[2])
+            assert merged.shape[:2] == layer.x.shape[:2] and layer.output_weight.flatten(0, 1).shape == (
+                merged.shape[2],
+                layer.x.shape[2],
+            )
             assert (layer.window[1] == 0) == (name in CAUSAL)
     real = batch["attention_mask"].bool() if "attention_mask" in batch and output.dim() == 3 else slice(None)
     torch.testing.assert_close(output[real], exact[real], rtol=1e-9, atol=1e-11)
@@ -84,7 +89,11 @@ def test_windows(name):
     model = build(name)
     with torch.no_grad(), capture(model) as trace:
         model(**random_batch(model, batch=2, n=12, pads=[0, 4]))
-    windows = {"gpt2": [(-1, 0)] * 3, "gemma3": [(3, 0), (-1, 0), (3, 0)], "modernbert": [(-1, -1), (3, 3), (-1, -1)]}
+    windows = {
+        "gpt2": [(-1, 0)] * 3,
+        "gemma3": [(3, 0), (-1, 0), (3, 0)],
+        "modernbert": [(-1, -1), (3, 3), (-1, -1)],
+    }
     assert [layer.window for layer in trace.layers] == windows[name]
 
 
@@ -139,15 +148,29 @@ def test_refused_models(model):
         pass
     with pytest.raises(TypeError, match="PreTrainedModel"), capture(torch.nn.Linear(2, 2)):
         pass
-    small = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+    small = dict(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50
+    )
     other = transformers.DebertaModel(transformers.DebertaConfig(**small)).eval()
-    with pytest.raises(ValueError, match="ignores transformers' attention interface.*known architectures: bert"), capture(other):
+    with (
+        pytest.raises(
+            ValueError, match="ignores transformers' attention interface.*known architectures: bert"
+        ),
+        capture(other),
+    ):
         pass
     other = transformers.DebertaV2Model(transformers.DebertaV2Config(**small, conv_kernel_size=3)).eval()
     with pytest.raises(ValueError, match="convolution beside its first layer"), capture(other):
         pass
-    other = transformers.T5EncoderModel(transformers.T5Config(d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)).eval()
-    with pytest.raises(ValueError, match="unknown architecture 't5'.*known architectures: bert.*add_an_architecture.md"), capture(other):
+    other = transformers.T5EncoderModel(
+        transformers.T5Config(d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
+    ).eval()
+    with (
+        pytest.raises(
+            ValueError, match="unknown architecture 't5'.*known architectures: bert.*add_an_architecture.md"
+        ),
+        capture(other),
+    ):
         pass
     assert_untouched(model)
 

@@ -1,4 +1,6 @@
-"""Models that differ from the stock one in any module: the result is that of a direct computation, or an error names the module."""
+"""Models that differ from the stock one in any module: the result is that of a direct computation, or an
+error names the module.
+"""
 
 import copy
 from contextlib import nullcontext
@@ -16,7 +18,18 @@ from pyglobenc.hf import find_layers
 from pyglobenc.methods.rollout.baselines import METHODS, Rollout
 
 # one of each binding, and those of the same modules, which are left to the sweep
-EACH = ["bert-classifier", "distilbert", "albert", "albert-groups", "mpnet", "deberta-v3", "modernbert", "gpt2", "mistral", "gemma3"]
+EACH = [
+    "bert-classifier",
+    "distilbert",
+    "albert",
+    "albert-groups",
+    "mpnet",
+    "deberta-v3",
+    "modernbert",
+    "gpt2",
+    "mistral",
+    "gemma3",
+]
 EACH += ["vit", "dinov2", "beit"]
 
 
@@ -26,7 +39,17 @@ def all_of(names):
 
 EVERY = all_of([*ARCHITECTURES, *PRE_NORM, *IMAGES])
 POST_NORM = all_of(ARCHITECTURES)
-CHUNKING = ("bert", "bert-classifier", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "albert", "albert-groups")
+CHUNKING = (
+    "bert",
+    "bert-classifier",
+    "roberta",
+    "xlm-roberta",
+    "camembert",
+    "electra",
+    "distilbert",
+    "albert",
+    "albert-groups",
+)
 
 
 class Adapter(nn.Module):
@@ -48,7 +71,9 @@ class Doubled(nn.Linear):
 
 
 class OwnNorm(nn.Module):
-    """A layer norm written down by hand, its parameters under names of their own; wrong: its bias comes before the division."""
+    """A layer norm written down by hand, its parameters under names of their own; wrong: its bias comes
+    before the division.
+    """
 
     def __init__(self, norm, wrong=False):
         super().__init__()
@@ -88,7 +113,9 @@ def plain_linear(module):
 
 
 def hook(change):
-    return lambda module, args, output: (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+    return lambda module, args, output: (
+        (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+    )
 
 
 # each changes a layer's modules; where something is to be refused it returns the module that the error names
@@ -116,7 +143,9 @@ def one_feature_of_one_token(model, m):
 
 
 def heads_masked(model, m):
-    m.output.register_forward_pre_hook(lambda module, args: (args[0] * torch.arange(args[0].shape[-1]).lt(12), *args[1:]))
+    m.output.register_forward_pre_hook(
+        lambda module, args: (args[0] * torch.arange(args[0].shape[-1]).lt(12), *args[1:])
+    )
     return m.output
 
 
@@ -135,7 +164,9 @@ def attention_twice(model, m):
 
 def block_twice(model, m):
     other = next(layer.block for layer in find_layers(model) if layer.block is not m.block)
-    other.register_forward_hook(lambda module, args, kwargs, output: (m.block(*args, **kwargs), None)[1], with_kwargs=True)
+    other.register_forward_hook(
+        lambda module, args, kwargs, output: (m.block(*args, **kwargs), None)[1], with_kwargs=True
+    )
     return m.block
 
 
@@ -214,12 +245,17 @@ def test_changed_layers_are_refused_by_name(name, change):
         rows(GlobEnc(model), batch)
 
 
-@pytest.mark.parametrize("name", all_of(name for name in (ARCHITECTURES | PRE_NORM | IMAGES) if name != "albert"))
+@pytest.mark.parametrize(
+    "name", all_of(name for name in (ARCHITECTURES | PRE_NORM | IMAGES) if name != "albert")
+)
 def test_a_block_called_twice_is_refused(name):
     model = build(name)
     batch = random_batch(model, batch=1, n=7)
     blamed = block_twice(model, find_layers(model)[1])
-    with pytest.raises(ValueError, match=path(model, blamed).replace(".", r"\.") + r".* was called 2 times|shows a query its keys"):
+    with pytest.raises(
+        ValueError,
+        match=path(model, blamed).replace(".", r"\.") + r".* was called 2 times|shows a query its keys",
+    ):
         rows(GlobEnc(model), batch)
 
 
@@ -275,7 +311,11 @@ def test_layers_of_another_model(name):
 @pytest.mark.parametrize("name", POST_NORM)
 def test_norms_of_other_classes(name, kind):
     model, reference = build(name), build(name)
-    for norm, same in ((m, r) for layer, own in zip(find_layers(model), find_layers(reference), strict=True) for m, r in norms(layer, own)):
+    for norm, same in (
+        (m, r)
+        for layer, own in zip(find_layers(model), find_layers(reference), strict=True)
+        for m, r in norms(layer, own)
+    ):
         if kind in ("own", "stranger"):
             new = OwnNorm(norm, wrong=kind == "stranger" and norm is find_layers(model)[0].output_norm)
             replace(model, norm, new)
@@ -298,7 +338,9 @@ def test_norms_over_several_tokens_are_refused():
     model = build("bert")
     norm = find_layers(model)[1].output_norm
     replace(model, norm, nn.LayerNorm((7, 48), eps=norm.eps).double())
-    with pytest.raises(ValueError, match=r"layer\.1\.output\.LayerNorm .*(statistics of shape|normalises over)"):
+    with pytest.raises(
+        ValueError, match=r"layer\.1\.output\.LayerNorm .*(statistics of shape|normalises over)"
+    ):
         rows(GlobEnc(model.eval()), random_batch(model, batch=2, n=7))
 
 
@@ -350,13 +392,20 @@ class Siamese(nn.Module):
 @pytest.mark.parametrize("twice", [True, False])
 def test_encoder_called_twice_in_one_pass(twice):
     model, (one, other) = Siamese(twice).eval(), torch.randint(5, 97, (2, 1, 6))
-    refused = pytest.raises(ValueError, match=r"encoder\.encoder\.layer\.0 \(BertLayer\) was called 2 times") if twice else nullcontext()
+    refused = (
+        pytest.raises(ValueError, match=r"encoder\.encoder\.layer\.0 \(BertLayer\) was called 2 times")
+        if twice
+        else nullcontext()
+    )
     with torch.no_grad(), capture(model) as trace, refused:
         for _ in range(2):
             model(one, other)
         assert len(trace.layers) == 3
     model.encoder.encoder.layer[2].output.dropout.train()
-    with pytest.raises(ValueError, match=r"encoder\.encoder\.layer\.2\.output\.dropout .*p=0\.1"), capture(model):
+    with (
+        pytest.raises(ValueError, match=r"encoder\.encoder\.layer\.2\.output\.dropout .*p=0\.1"),
+        capture(model),
+    ):
         pass
 
 
@@ -373,7 +422,10 @@ def test_relevance_goes_through_the_modules_that_ran(name, where):
     module.register_forward_pre_hook(lambda module, args: (args[0] * 1.01,))
     if where == "mlp_output":
         # an activation of another kind: the rules pass relevance on through any
-        names = {"bert-classifier": ["classifier", "bert.pooler.dense"], "distilbert": ["classifier", "pre_classifier"]}
+        names = {
+            "bert-classifier": ["classifier", "bert.pooler.dense"],
+            "distilbert": ["classifier", "pre_classifier"],
+        }
         head = [model.get_submodule(one) for one in names.get(name, ["classifier"])]
         row = (head[0], head[0].weight[1].detach()[None])
         scores, _ = direct(model, batch, lambda out: out.logits[0, 1], [row, *head[1:]])
@@ -397,7 +449,11 @@ def test_rounding_is_not_refused(dtype):
                     norm.weight.data[::17] *= 30
             m.output.weight.data[..., 3] *= 50
         model = model if dtype == "autocast" else model.to(dtype)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"), capture(model) as trace:
+        with (
+            torch.no_grad(),
+            torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"),
+            capture(model) as trace,
+        ):
             model(**random_batch(model, batch=3, n=17, pads=[0, 4, 9]))
         assert len(trace.layers) >= 3
 

@@ -21,7 +21,10 @@ def test_explained_from_a_folder(name, tmp_path):
     model.save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
     out = tmp_path / "a.json"
-    assert main(["explain", "--model", str(tmp_path / "model"), "deep good film", "--json", str(out), "--quiet"]) == 0
+    assert (
+        main(["explain", "--model", str(tmp_path / "model"), "deep good film", "--json", str(out), "--quiet"])
+        == 0
+    )
     found = pyglobenc.load(out)
     # what a checkpoint's tokenizer is depends on its architecture too
     ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path / "model")("deep good film").input_ids])
@@ -50,7 +53,15 @@ def test_image_explained_from_a_folder(name, tmp_path, capsys):
     pixels = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     out = tmp_path / "map.png"
-    arguments = ["explain", "--image", str(tmp_path / "a.png"), "--model", str(tmp_path / "model"), "--png", str(out)]
+    arguments = [
+        "explain",
+        "--image",
+        str(tmp_path / "a.png"),
+        "--model",
+        str(tmp_path / "model"),
+        "--png",
+        str(out),
+    ]
     assert main([*arguments, "--method", "globenc", "--target", "0"]) == 0
     assert "0: [CLS]" in capsys.readouterr().out
     assert out.read_bytes().startswith(b"\x89PNG")

@@ -40,11 +40,17 @@ def test_problem_types():
     found = predict(config("multi_label_classification", names), LOGITS)
     assert found == ("c", chances[2], [("c", chances[2]), ("a", chances[0])])
     assert predict(config("multi_label_classification", names), -LOGITS.abs()) == (None, None, [])
-    assert predict(config("regression", names), LOGITS) == (None, None, list(zip("abc", LOGITS.tolist(), strict=True)))
+    assert predict(config("regression", names), LOGITS) == (
+        None,
+        None,
+        list(zip("abc", LOGITS.tolist(), strict=True)),
+    )
     for kind in (None, "single_label_classification", "regression"):
         assert predict(config(kind), LOGITS[:1]) == (None, None, [("0", 0.5)])
     assert predict(config("multi_label_classification"), LOGITS[:1]).label == "0"
-    with pytest.raises(ValueError, match="problem_type must be one of single_label_classification, .*, got 'ranking'"):
+    with pytest.raises(
+        ValueError, match="problem_type must be one of single_label_classification, .*, got 'ranking'"
+    ):
         predict(config("ranking"), LOGITS)
 
 

@@ -20,7 +20,14 @@ from pyglobenc.cli.main import main
 from pyglobenc.models import checksums, pretrained
 from pyglobenc.models.pretrained import load_pretrained
 
-HEADS = ("TokenClassification", "QuestionAnswering", "MaskedLM", "MultipleChoice", "SequenceClassification", "NextSentencePrediction")
+HEADS = (
+    "TokenClassification",
+    "QuestionAnswering",
+    "MaskedLM",
+    "MultipleChoice",
+    "SequenceClassification",
+    "NextSentencePrediction",
+)
 
 
 def saved(model, folder):
@@ -53,7 +60,9 @@ def test_a_checkpoint_keeps_its_head(head, tmp_path, capsys):
 
 
 def test_a_language_model_keeps_its_head(tmp_path):
-    model = randomize(GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=48, n_layer=2, n_head=4, n_positions=40))).eval()
+    model = randomize(
+        GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=48, n_layer=2, n_head=4, n_positions=40))
+    ).eval()
     found, _ = load_pretrained(saved(model, tmp_path))
     ids = torch.randint(5, 97, (1, 7))
     assert torch.equal(found(ids).logits, model(ids).logits)
@@ -65,12 +74,16 @@ def adapted(base, folder, **settings):
     model = peft.get_peft_model(base, config)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.2
+            parameter.data = (
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.2
+            )
     model.eval().save_pretrained(folder)
     return model
 
 
-@pytest.mark.parametrize("head, task, classes", [("SequenceClassification", "SEQ_CLS", 3), ("TokenClassification", "TOKEN_CLS", 4)])
+@pytest.mark.parametrize(
+    "head, task, classes", [("SequenceClassification", "SEQ_CLS", 3), ("TokenClassification", "TOKEN_CLS", 4)]
+)
 def test_an_adapter_is_loaded_with_its_base_model(head, task, classes, tmp_path, capsys):
     base = bert(head).base_model
     saved(base, tmp_path / "base")
@@ -82,7 +95,10 @@ def test_an_adapter_is_loaded_with_its_base_model(head, task, classes, tmp_path,
     assert main(["explain", "deep good film", "--model", str(tmp_path / "adapter")]) == 0
     # what its weights are not made for is not its base model
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    save_file({name: value for name, value in weights.items() if "layer.1" not in name}, tmp_path / "adapter" / "adapter_model.safetensors")
+    save_file(
+        {name: value for name, value in weights.items() if "layer.1" not in name},
+        tmp_path / "adapter" / "adapter_model.safetensors",
+    )
     capsys.readouterr()
     assert main(["explain", "a", "--model", str(tmp_path / "adapter")]) == 1
     assert "doesn't fit its base model" in capsys.readouterr().err
@@ -98,9 +114,14 @@ def test_an_adapter_without_a_head_of_its_own_needs_one_in_its_base_model(tmp_pa
     adapted(start, tmp_path / "adapter", task_type="FEATURE_EXTRACTION")
     path = tmp_path / "adapter" / "adapter_config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"task_type": "SEQ_CLS", "base_model_name_or_path": str(tmp_path / "base")}))
+    path.write_text(
+        json.dumps(config | {"task_type": "SEQ_CLS", "base_model_name_or_path": str(tmp_path / "base")})
+    )
     assert main(["explain", "a", "--model", str(tmp_path / "adapter")]) == 1
-    assert "the checkpoint lacks bert.pooler.dense.bias, bert.pooler.dense.weight, classifier.bias" in capsys.readouterr().err
+    assert (
+        "the checkpoint lacks bert.pooler.dense.bias, bert.pooler.dense.weight, classifier.bias"
+        in capsys.readouterr().err
+    )
 
 
 def test_an_adapter_without_peft_says_how_to_install_it(tmp_path, monkeypatch, capsys):
@@ -120,23 +141,38 @@ class {name}({base}):
 
 
 def folder_with_code(folder, marker, known):
-    """A model folder whose every part has code of its own, which leaves a file behind where it runs; known to transformers, or not."""
+    """A model folder whose every part has code of its own, which leaves a file behind where it runs; known to
+    transformers, or not.
+    """
     saved(classifier(), folder)
-    for file, name, base in (("own_config", "OwnConfig", "BertConfig"), ("own_model", "OwnModel", "BertModel")):
+    for file, name, base in (
+        ("own_config", "OwnConfig", "BertConfig"),
+        ("own_model", "OwnModel", "BertModel"),
+    ):
         (folder / f"{file}.py").write_text(CODE.format(marker=str(marker), names=base, name=name, base=base))
     (folder / "own_tokenizer.py").write_text(
         CODE.format(marker=str(marker), names="BertTokenizer", name="OwnTokenizer", base="BertTokenizer")
     )
-    models = {f"AutoModel{kind}": "own_model.OwnModel" for kind in ("", "ForSequenceClassification", "ForImageClassification")}
-    config = json.loads((folder / "config.json").read_text()) | {"auto_map": {"AutoConfig": "own_config.OwnConfig"} | models}
+    models = {
+        f"AutoModel{kind}": "own_model.OwnModel"
+        for kind in ("", "ForSequenceClassification", "ForImageClassification")
+    }
+    config = json.loads((folder / "config.json").read_text()) | {
+        "auto_map": {"AutoConfig": "own_config.OwnConfig"} | models
+    }
     if not known:
         config |= {"model_type": "own"}
     (folder / "config.json").write_text(json.dumps(config))
     path = folder / "tokenizer_config.json"
-    own = {"auto_map": {"AutoTokenizer": ["own_tokenizer.OwnTokenizer", None]}, "tokenizer_class": "OwnTokenizer"}
+    own = {
+        "auto_map": {"AutoTokenizer": ["own_tokenizer.OwnTokenizer", None]},
+        "tokenizer_class": "OwnTokenizer",
+    }
     path.write_text(json.dumps(json.loads(path.read_text()) | own))
     (folder / "preprocessor_config.json").write_text(
-        json.dumps({"auto_map": {"AutoImageProcessor": "own_model.OwnModel"}, "image_processor_type": "OwnProcessor"})
+        json.dumps(
+            {"auto_map": {"AutoImageProcessor": "own_model.OwnModel"}, "image_processor_type": "OwnProcessor"}
+        )
     )
 
 
@@ -180,7 +216,11 @@ def test_demonstration_models_are_those_that_were_published(tmp_path, monkeypatc
         for model in ("minilm", "minilm-sst2"):
             assert main(["explain", "a", "--model", model]) == 1
             err = capsys.readouterr().err
-            assert f"{name}: not the file that was published" in err and "pip install" in err and err.count("\n") == 1
+            assert (
+                f"{name}: not the file that was published" in err
+                and "pip install" in err
+                and err.count("\n") == 1
+            )
         (folder / name).write_bytes(data)
     monkeypatch.setattr(checksums, "HEAD", tmp_path / "head.safetensors")
     (tmp_path / "head.safetensors").write_bytes(b"")

@@ -1,4 +1,6 @@
-"""The memory contract for causal and local attention, for scores with a bias or a cap, and for padding on the left."""
+"""The memory contract for causal and local attention, for scores with a bias or a cap, and for padding on the
+left.
+"""
 
 import pytest
 import torch
@@ -18,7 +20,9 @@ def used(name, n):
     globenc, batch = GlobEnc(model), random_batch(model, batch=1, n=n, pads=[N_PADS], side="left")
     globenc(**batch, targets=[N_PADS])
     with torch.no_grad():
-        return measure_allocations(lambda: globenc(**batch, targets=[N_PADS])), measure_allocations(lambda: model(**batch))
+        return measure_allocations(lambda: globenc(**batch, targets=[N_PADS])), measure_allocations(
+            lambda: model(**batch)
+        )
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "gemma3", "gemma2", "modernbert"])

@@ -1,4 +1,6 @@
-"""Captures in several threads at once: each gets the result that it gets alone, and plain calls of the same models theirs."""
+"""Captures in several threads at once: each gets the result that it gets alone, and plain calls of the same
+models theirs.
+"""
 
 import copy
 import pickle
@@ -31,8 +33,13 @@ def at_once(*tasks):
 
 def untouched(*models):
     for model in models:
-        assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) or m in RECORDERS for m in model.modules())
-        assert type(model.config).__module__.startswith("transformers") and model.config._attn_implementation in ("sdpa", "eager")
+        assert not any(
+            m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) or m in RECORDERS
+            for m in model.modules()
+        )
+        assert type(model.config).__module__.startswith(
+            "transformers"
+        ) and model.config._attn_implementation in ("sdpa", "eager")
         assert type(model.config) is type(copy.deepcopy(model.config))
     assert eval_frame._stance.stance == "default"
 
@@ -49,14 +56,18 @@ def test_plain_calls_of_a_captured_model(name):
     globenc = GlobEnc(model)
     plain = torch.no_grad()(lambda: model(**other)[0])
     scores, output = globenc(**batch).scores, plain()
-    attributed, *called = at_once(repeated(lambda: globenc(**batch).scores), *[repeated(plain, 2 * CALLS)] * 2)
+    attributed, *called = at_once(
+        repeated(lambda: globenc(**batch).scores), *[repeated(plain, 2 * CALLS)] * 2
+    )
     assert all(torch.equal(one, scores) for one in attributed)
     assert all(torch.equal(one, output) for one in (*called[0], *called[1]))
     untouched(model)
 
 
 def test_a_thread_that_comes_while_another_captures():
-    """Whatever the implementation, it runs with its own masks, and packed and widened passes are for the thread that asked."""
+    """Whatever the implementation, it runs with its own masks, and packed and widened passes are for the
+    thread that asked.
+    """
     for name, attention in (("bert-classifier", "eager"), ("bert-classifier", "sdpa"), ("gpt2", "eager")):
         model = build(name, attention=attention)
         batch = random_batch(model, 2, 9, pads=[0, 3])
@@ -66,8 +77,13 @@ def test_a_thread_that_comes_while_another_captures():
                 model(**batch)
                 seen = [layer.q for layer in trace.layers]
                 with ThreadPoolExecutor(1) as pool:
-                    found = pool.submit(torch.no_grad()(lambda m=model, b=batch: (m(**b)[0], m.config._attn_implementation))).result()
-                    assert pool.submit(lambda m=model: pickle.loads(pickle.dumps(m.config))).result().to_dict() == model.config.to_dict()
+                    found = pool.submit(
+                        torch.no_grad()(lambda m=model, b=batch: (m(**b)[0], m.config._attn_implementation))
+                    ).result()
+                    assert (
+                        pool.submit(lambda m=model: pickle.loads(pickle.dumps(m.config))).result().to_dict()
+                        == model.config.to_dict()
+                    )
                 assert torch.equal(found[0], exact) and found[1] == attention
                 assert all(layer.q is q for layer, q in zip(trace.layers, seen, strict=True))
         untouched(model)

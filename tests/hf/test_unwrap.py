@@ -23,7 +23,9 @@ def test_a_wrapped_model_is_attributed_as_the_model_inside(wrap):
     given = {
         "data_parallel": lambda: nn.DataParallel(classifier()),
         "twice": lambda: nn.DataParallel(lora(False)),
-        "pipeline": lambda: pipeline("text-classification", model=classifier(), tokenizer=tokenizer(), device="cpu"),
+        "pipeline": lambda: pipeline(
+            "text-classification", model=classifier(), tokenizer=tokenizer(), device="cpu"
+        ),
         "peft": lambda: lora(False),
         "peft_mixed": lambda: lora(True),
     }[wrap]()
@@ -35,13 +37,20 @@ def test_a_wrapped_model_is_attributed_as_the_model_inside(wrap):
     if "peft" in wrap or wrap == "twice":
         plain = build("bert-classifier")
         assert not torch.equal(inner(**batch).logits, plain(**batch).logits)
-        torch.testing.assert_close(inner(**batch).logits, given(**batch).logits if wrap != "twice" else given.module(**batch).logits)
-    alone, wrapped = (explain(model, tokenizer(), "the good film", progress=False) for model in (inner, given))
+        torch.testing.assert_close(
+            inner(**batch).logits, given(**batch).logits if wrap != "twice" else given.module(**batch).logits
+        )
+    alone, wrapped = (
+        explain(model, tokenizer(), "the good film", progress=False) for model in (inner, given)
+    )
     assert (alone.scores == wrapped.scores).all() and alone.label == wrapped.label
 
 
 def test_what_holds_no_model_or_several_is_refused():
-    for module, message in ((nn.DataParallel(nn.Linear(2, 2)), "must be a transformers PreTrainedModel"), (nn.Linear(2, 2), "must be")):
+    for module, message in (
+        (nn.DataParallel(nn.Linear(2, 2)), "must be a transformers PreTrainedModel"),
+        (nn.Linear(2, 2), "must be"),
+    ):
         with pytest.raises(TypeError, match=message):
             GlobEnc(module)
     with pytest.raises(TypeError, match="holds 2 transformers models"):

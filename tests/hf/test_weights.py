@@ -16,7 +16,9 @@ STRICT = dict(rtol=1e-9, atol=1e-12)
 
 
 def library(name):
-    """The library, or a skip; looked for first, since importing one that isn't there whole may fail in other ways."""
+    """The library, or a skip; looked for first, since importing one that isn't there whole may fail in other
+    ways.
+    """
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed")
     return pytest.importorskip(name)
@@ -53,7 +55,9 @@ def test_adapters_equal_merged_weights(kind):
 
 def test_other_adapters_are_read_off():
     peft = library("peft")
-    config = peft.IA3Config(target_modules=["key", "attention.output.dense"], feedforward_modules=[], init_ia3_weights=False)
+    config = peft.IA3Config(
+        target_modules=["key", "attention.output.dense"], feedforward_modules=[], init_ia3_weights=False
+    )
     model = peft.get_peft_model(build("bert"), config).double().eval()
     batch = random_batch(build("bert"), 1, 9)
     merged = copy.deepcopy(model).merge_and_unload()
@@ -62,7 +66,9 @@ def test_other_adapters_are_read_off():
 
 def test_virtual_tokens_are_refused():
     peft = library("peft")
-    model = peft.get_peft_model(build("bert-classifier"), peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)).eval()
+    model = peft.get_peft_model(
+        build("bert-classifier"), peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
+    ).eval()
     with pytest.raises(ValueError, match="adds virtual tokens outside the model"):
         GlobEnc(model)
 
@@ -105,7 +111,12 @@ def test_layers_on_devices_of_their_own():
     accelerate = library("accelerate")
     model, plain = build("bert-classifier"), build("bert-classifier")
     batch = random_batch(plain, 2, 9, pads=[0, 3])
-    places = {"bert.embeddings": "cpu:1", "bert.encoder.layer.0": "cpu:1", "bert.encoder.layer.1": "cpu:2", "bert.encoder.layer.2": "cpu:1"}
+    places = {
+        "bert.embeddings": "cpu:1",
+        "bert.encoder.layer.0": "cpu:1",
+        "bert.encoder.layer.1": "cpu:2",
+        "bert.encoder.layer.2": "cpu:1",
+    }
     places |= dict.fromkeys(("bert.pooler", "dropout", "classifier"), "cpu:2")
     with Devices().apart():
         places = {name: torch.device(place) for name, place in places.items()}
@@ -113,7 +124,9 @@ def test_layers_on_devices_of_their_own():
         assert len({parameter.device for parameter in model.parameters()}) == 2
         norms, relevance = GlobEnc(model)(**batch), TransformerAttribution(model)(**batch)
     torch.testing.assert_close(norms.scores, GlobEnc(plain)(**batch).scores, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(relevance.scores, TransformerAttribution(plain)(**batch).scores, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        relevance.scores, TransformerAttribution(plain)(**batch).scores, rtol=1e-12, atol=1e-12
+    )
 
 
 def test_relevance_refuses_offloaded_weights():
@@ -131,7 +144,9 @@ def test_quantised_weights(bits):
         old = layer.attention.output.dense
         if bits == 8:
             new = bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
-            new.weight = bnb.nn.Int8Params(old.weight.data.half(), requires_grad=False, has_fp16_weights=False)
+            new.weight = bnb.nn.Int8Params(
+                old.weight.data.half(), requires_grad=False, has_fp16_weights=False
+            )
         else:
             new = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4")
             new.weight = bnb.nn.Params4bit(old.weight.data, requires_grad=False, quant_type="nf4")
@@ -139,7 +154,9 @@ def test_quantised_weights(bits):
         layer.attention.output.dense = new.to("cpu").eval()
         before = dense_weight(layer.attention.output.dense)
         # rounded to a scale a row or a block, of which half a step is at most this
-        assert (before - old.weight.T).abs().max() <= {8: 0.5 / 127, 4: 0.5 * 0.31}[bits] * old.weight.abs().max() * 1.01
+        assert (before - old.weight.T).abs().max() <= {8: 0.5 / 127, 4: 0.5 * 0.31}[
+            bits
+        ] * old.weight.abs().max() * 1.01
         layer.attention.output.dense(torch.randn(1, 64))
         weight = dense_weight(layer.attention.output.dense)
         # the 4-bit CPU kernel multiplies in bfloat16

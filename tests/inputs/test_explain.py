@@ -31,13 +31,22 @@ def alone(model, ids, target=0, method="globenc"):
 
 def test_real_model():
     model, tok = minilm()
-    a = explain(model, tok, "A deep and meaningful film, though its tokenization felt rushed.", merge_words=True)
+    a = explain(
+        model, tok, "A deep and meaningful film, though its tokenization felt rushed.", merge_words=True
+    )
     scores, log_scale = alone(model, a.token_ids)
     assert np.array_equal(a.scores, scores) and a.log_scale == log_scale and a.scores.max() == 1
     assert a.tokens[:3] == ["[CLS]", "a", "deep"] and a.special == [True] + [False] * (len(a) - 2) + [True]
     words = {unit.text: unit for unit in a.units()}
-    assert words["tokenization"].positions == (9, 10) and words["tokenization"].score == pytest.approx(float(a.scores[9:11].sum()))
-    assert a.method == "globenc" and a.target_name == "[CLS]" and a.label is None and a.version == pyglobenc.__version__
+    assert words["tokenization"].positions == (9, 10) and words["tokenization"].score == pytest.approx(
+        float(a.scores[9:11].sum())
+    )
+    assert (
+        a.method == "globenc"
+        and a.target_name == "[CLS]"
+        and a.label is None
+        and a.version == pyglobenc.__version__
+    )
     assert a.settings["model_dtype"] == "float32" and a.settings["torch"] == torch.__version__
 
 
@@ -50,7 +59,10 @@ def test_real_tokenizer_does_not_cut():
 
 def test_real_text_in_any_script_is_kept_whole():
     model, tok = minilm()
-    text = "Na\u00efve \U0001f389 \u4e2d\u6587\u3000\u0645\u0631\u062d\u0628\u0627\n<b>e\u0301\u00ad</b> \x07 end"
+    text = (
+        "Na\u00efve \U0001f389 \u4e2d\u6587\u3000\u0645\u0631\u062d\u0628\u0627\n<b>e\u0301\u00ad</b> "
+        "\x07 end"
+    )
     a = explain(model, tok, text)
     shown = "".join(unit.before + unit.text for unit in a.units() if not unit.special)
     assert a.text == text and shown.strip() == text
@@ -66,7 +78,9 @@ def test_every_method_is_explained_as_it_computes(method):
     assert METHODS[method].summary and METHODS[method].name == method
 
 
-@pytest.mark.parametrize("name", ["roberta", "albert", "mpnet", "deberta-v2", "modernbert", "gpt2", "llama", "gemma3-encoder"])
+@pytest.mark.parametrize(
+    "name", ["roberta", "albert", "mpnet", "deberta-v2", "modernbert", "gpt2", "llama", "gemma3-encoder"]
+)
 def test_every_architecture_has_the_target_of_its_method(name):
     model = build(name, attention="eager" if name in EAGER_ALONE else "sdpa")
     a, again = explain(model, tokenizer(), [TEXT, TEXT + " deep"], batch_size=1, progress=False)
@@ -80,7 +94,9 @@ def test_wrapped_models_are_the_models_inside():
     inner = torch.nn.Module()
     inner.auto_model = build("bert")
     wrapped = torch.nn.Sequential(inner)
-    assert np.array_equal(explain(wrapped, tokenizer(), TEXT).scores, explain(build("bert"), tokenizer(), TEXT).scores)
+    assert np.array_equal(
+        explain(wrapped, tokenizer(), TEXT).scores, explain(build("bert"), tokenizer(), TEXT).scores
+    )
 
 
 @pytest.mark.parametrize("target", [None, 0, 1])
@@ -89,8 +105,14 @@ def test_every_variant_is_explained_as_it_computes(method, target):
     a = explain(classifier(), tokenizer(), TEXT, method=method, target=target)
     attribute = TransformerAttribution(classifier())
     expected = attribute(input_ids=torch.tensor([a.token_ids]), target=target, variant=RELEVANCE[method][0])
-    assert np.array_equal(a.scores, expected.scores[0].numpy()) and a.log_scale == 0 and a.target_kind == "class"
-    assert a.target == int(expected.target) and a.target_name == ["BAD", "GOOD"][a.target] and a.label is not None
+    assert (
+        np.array_equal(a.scores, expected.scores[0].numpy()) and a.log_scale == 0 and a.target_kind == "class"
+    )
+    assert (
+        a.target == int(expected.target)
+        and a.target_name == ["BAD", "GOOD"][a.target]
+        and a.label is not None
+    )
     assert a.target_name == a.label or target is not None
 
 
@@ -114,7 +136,9 @@ def test_classifiers_tell_what_they_predict():
     a = explain(classifier(), tokenizer(), TEXT)
     with torch.no_grad():
         chances = classifier()(input_ids=torch.tensor([a.token_ids])).logits[0].softmax(0)
-    assert a.label == ["BAD", "GOOD"][int(chances.argmax())] and a.probability == pytest.approx(float(chances.max()), rel=1e-12)
+    assert a.label == ["BAD", "GOOD"][int(chances.argmax())] and a.probability == pytest.approx(
+        float(chances.max()), rel=1e-12
+    )
     assert a.predictions == [(a.label, a.probability)]
 
 
@@ -125,8 +149,13 @@ def test_the_problem_type_decides_what_is_predicted():
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([a.token_ids])).logits[0]
     chances = dict(zip(["RED", "ROUND", "TALL"], logits.sigmoid().tolist(), strict=True))
-    assert dict(a.predictions) == pytest.approx({name: chance for name, chance in chances.items() if chance > 0.5}, rel=1e-12)
-    assert (a.label, a.probability) == (max(chances, key=chances.get), pytest.approx(max(chances.values()), rel=1e-12))
+    assert dict(a.predictions) == pytest.approx(
+        {name: chance for name, chance in chances.items() if chance > 0.5}, rel=1e-12
+    )
+    assert (a.label, a.probability) == (
+        max(chances, key=chances.get),
+        pytest.approx(max(chances.values()), rel=1e-12),
+    )
     model.config.problem_type = "regression"
     b = explain(model, tokenizer(), TEXT)
     assert b.label is None and b.probability is None
@@ -152,7 +181,9 @@ def test_classes_without_a_name_are_called_by_their_number(names):
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_several_texts_equal_each_alone(side, batch_size):
     texts = [TEXT, "good", LONG[:60], "a b"]
-    several = explain(classifier(), tokenizer(padding_side=side), texts, batch_size=batch_size, target=-1, progress=False)
+    several = explain(
+        classifier(), tokenizer(padding_side=side), texts, batch_size=batch_size, target=-1, progress=False
+    )
     assert [a.text for a in several] == texts
     for a, text in zip(several, texts, strict=True):
         one = explain(classifier(), tokenizer(), text, target=-1)
@@ -166,12 +197,18 @@ def test_precision():
     single = build("bert", torch.float32)
     assert explain(single, tokenizer(), TEXT).scores.dtype == np.float32
     a = explain(single, tokenizer(), TEXT, dtype=torch.float64, backend="reference")
-    assert a.scores.dtype == np.float64 and a.settings["dtype"] == "float64" and a.settings["backend"] == "reference"
+    assert (
+        a.scores.dtype == np.float64
+        and a.settings["dtype"] == "float64"
+        and a.settings["backend"] == "reference"
+    )
 
 
 def test_too_long_a_text_is_refused_with_the_way_out():
     with pytest.raises(
-        ValueError, match="text has 72 tokens and at most 40 fit; choose long=truncate to leave out the last 32, or long=windows"
+        ValueError,
+        match="text has 72 tokens and at most 40 fit; choose long=truncate to leave out the last 32, or "
+        "long=windows",
     ):
         explain(classifier(), tokenizer(), LONG)
     with pytest.raises(ValueError, match="text 2 has 72 tokens"):
@@ -252,7 +289,9 @@ def test_windows_of_many_texts_go_to_the_right_one():
 
 def test_join_keeps_silent_windows_and_single_ones():
     assert join(2, [[0, 1]], [np.array([3.0, 5.0])], [2.0])[1] == 2.0
-    scores, log_scale = join(3, [[0, 1], [1, 2]], [np.zeros(2, np.float32), np.zeros(2, np.float32)], [0.0, 0.0])
+    scores, log_scale = join(
+        3, [[0, 1], [1, 2]], [np.zeros(2, np.float32), np.zeros(2, np.float32)], [0.0, 0.0]
+    )
     assert not scores.any() and log_scale == 0 and scores.dtype == np.float32
     scores, log_scale = join(3, [[0, 1], [1, 2]], [np.array([1.0, -3.0]), np.array([1.0, 1.0])], [0.0, 7.0])
     assert scores * np.exp(log_scale) == pytest.approx([0.25, (-0.75 + 0.5) / 2, 0.5])
@@ -311,13 +350,21 @@ def test_texts_that_are_none(texts, error, message):
     [
         (dict(method="magic"), ValueError, "method must be one of raw-attention, .*, got 'magic'"),
         (dict(long="cut"), ValueError, "long must be one of error, truncate, windows, got 'cut'"),
-        (dict(target=99), ValueError, r"target must lie in \[0, 12\), the tokens of text, or \[-12, -1\] from the end, got 99"),
+        (
+            dict(target=99),
+            ValueError,
+            r"target must lie in \[0, 12\), the tokens of text, or \[-12, -1\] from the end, got 99",
+        ),
         (dict(target=-13), ValueError, "got -13"),
         (dict(target=1.0), TypeError, "target must be an integer, got 1.0"),
         (dict(target=True), TypeError, "target must be an integer, got True"),
         (dict(batch_size=0), ValueError, "batch_size must be at least 1, got 0"),
         (dict(max_length=41), ValueError, "max_length must be at most 40, which the model takes, got 41"),
-        (dict(max_length=2), ValueError, "max_length must be above the 2 special tokens that the tokenizer adds, got 2"),
+        (
+            dict(max_length=2),
+            ValueError,
+            "max_length must be above the 2 special tokens that the tokenizer adds, got 2",
+        ),
         (dict(stride=0), ValueError, r"stride must lie in \[1, 38\]"),
         (dict(stride=39, long="windows"), ValueError, r"stride must lie in \[1, 38\]"),
         (dict(backend="gpu"), ValueError, "backend must be one of"),
@@ -330,7 +377,9 @@ def test_options_that_make_no_sense(options, error, message):
 
 
 def test_models_and_tokenizers_that_do_not_fit():
-    with pytest.raises(ValueError, match="the tokenizer isn't the model's: token id 65, and the model has 60 embeddings"):
+    with pytest.raises(
+        ValueError, match="the tokenizer isn't the model's: token id 65, and the model has 60 embeddings"
+    ):
         explain(build("bert", vocab_size=60), tokenizer(), "film")
     with pytest.raises(TypeError, match="tokenizer must be a transformers tokenizer, got str"):
         explain(classifier(), "bert-base-uncased", TEXT)
@@ -345,7 +394,12 @@ def test_models_and_tokenizers_that_do_not_fit():
 def test_slow_tokenizers_lack_only_words():
     model, tok = build("bert", vocab_size=400), ByT5Tokenizer()
     a = explain(model, tok, "abc")
-    assert a.tokens == ["a", "b", "c", "</s>"] and a.special == [False] * 3 + [True] and a.word_ids is None and a.offsets is None
+    assert (
+        a.tokens == ["a", "b", "c", "</s>"]
+        and a.special == [False] * 3 + [True]
+        and a.word_ids is None
+        and a.offsets is None
+    )
     with pytest.raises(ValueError, match="merge_words needs a fast tokenizer"):
         explain(model, tok, "abc", merge_words=True)
     long = explain(model, tok, "abc" * 20, long="windows", max_length=10, target=-1)
@@ -357,7 +411,9 @@ def test_bytes_of_one_character_merge_into_its_word():
     inner = Tokenizer(BPE({token: index for index, token in enumerate(alphabet)}, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 1))
-    tok = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    tok = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
     a = explain(build("bert", vocab_size=300), tok, "Hi \U0001f389 na\u00efve, yo", merge_words=True)
     assert [unit.text for unit in a.units()] == ["<s>", "Hi", "\U0001f389", "na\u00efve", ",", "yo", "</s>"]
     assert "".join(unit.before + unit.text for unit in a.units()[1:-1]).strip() == a.text
@@ -405,7 +461,12 @@ def test_progress_is_shown_for_several_texts(capsys):
 def test_import_leaves_the_heavy_packages_alone():
     heavy = ("torch", "transformers", "matplotlib", "scipy", "triton")
     code = f"import sys, pyglobenc, pyglobenc.cli.main; print([m for m in {heavy} if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 def test_public_names():

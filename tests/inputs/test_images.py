@@ -17,7 +17,8 @@ from pyglobenc.viz.image import overlay, to_unit, upscale
 
 @pytest.fixture(scope="module")
 def digits():
-    """A ViT with 4 x 4 patches of 2 x 2 pixels, trained for some seconds, and 300 digits that it didn't see, (300, 1, 8, 8).
+    """A ViT with 4 x 4 patches of 2 x 2 pixels, trained for some seconds, and 300 digits that it didn't see,
+    (300, 1, 8, 8).
 
     Ink is 1 and paper -1, as image processors have it.
     """
@@ -71,7 +72,12 @@ def test_deleting_the_patches_it_names_hurts_most(digits):
     top = result.scores.topk(count, dim=1).indices
     whole = logit(model, images, labels)
     drop = whole - logit(model, without(images, top), labels)
-    random = torch.stack([whole - logit(model, without(images, torch.rand(50, 16).topk(count, 1).indices), labels) for _ in range(10)])
+    random = torch.stack(
+        [
+            whole - logit(model, without(images, torch.rand(50, 16).topk(count, 1).indices), labels)
+            for _ in range(10)
+        ]
+    )
     assert (drop > random.mean(0)).float().mean() >= 0.8
     assert drop.mean() > 2 * random.mean()
     # on the strokes: the patches named hold more ink than the others
@@ -82,7 +88,10 @@ def test_deleting_the_patches_it_names_hurts_most(digits):
 def test_maps_differ_by_class(digits):
     model, images, _ = digits
     a = explain_image(model, None, images[0], targets=[0, 7])
-    assert list(a.scores) == [0, 7] and [label.split(" (")[0] for label in a.labels.values()] == ["LABEL_0", "LABEL_7"]
+    assert list(a.scores) == [0, 7] and [label.split(" (")[0] for label in a.labels.values()] == [
+        "LABEL_0",
+        "LABEL_7",
+    ]
     assert not np.allclose(a.scores[0], a.scores[7], rtol=0.1)
     alone = explain_image(model, None, images[0], targets=[7])
     assert np.allclose(alone.scores[7], a.scores[7], rtol=1e-3)
@@ -101,10 +110,14 @@ def test_picture(digits, tmp_path):
     assert full.scores[full.predicted].shape == (8, 8)
 
 
-@pytest.mark.parametrize("shape, size", [((4, 4), (8, 8)), ((14, 14), (224, 224)), ((3, 5), (10, 7)), ((1, 1), (4, 4))])
+@pytest.mark.parametrize(
+    "shape, size", [((4, 4), (8, 8)), ((14, 14), (224, 224)), ((3, 5), (10, 7)), ((1, 1), (4, 4))]
+)
 def test_upscale_is_bilinear_as_torch_has_it(shape, size):
     scores = np.random.default_rng(0).random(shape)
-    exact = torch.nn.functional.interpolate(torch.tensor(scores)[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
+    exact = torch.nn.functional.interpolate(
+        torch.tensor(scores)[None, None], size=size, mode="bilinear", align_corners=False
+    )[0, 0]
     assert np.abs(upscale(scores, *size) - exact.numpy()).max() <= 1e-12
 
 
@@ -117,7 +130,11 @@ def test_overlay_adds_heat_to_the_image():
 
 
 def same(one, other):
-    assert one.labels == other.labels and one.predicted == other.predicted and one.scores.keys() == other.scores.keys()
+    assert (
+        one.labels == other.labels
+        and one.predicted == other.predicted
+        and one.scores.keys() == other.scores.keys()
+    )
     assert np.array_equal(one.image, other.image)
     for target, scores in one.scores.items():
         exact = other.scores[target]
@@ -127,17 +144,25 @@ def same(one, other):
 @pytest.mark.parametrize("name, method", [*((name, None) for name in IMAGES), ("vit", "attention-rollout")])
 def test_a_list_of_images_is_a_batch(name, method):
     model, processor = build(name), ViTImageProcessor(size={"height": 12, "width": 12})
-    images = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (9 + i, 20, 3), dtype=np.uint8)) for i in range(3)]
+    images = [
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (9 + i, 20, 3), dtype=np.uint8))
+        for i in range(3)
+    ]
     found = explain_image(model, processor, images, method=method)
     assert isinstance(found, list) and len(found) == 3
     alone = [explain_image(model, processor, image, method=method) for image in images]
     for one, other in zip(found, alone, strict=True):
         same(one, other)
-    assert not np.allclose(alone[0].scores[next(iter(alone[0].scores))], alone[1].scores.get(next(iter(alone[0].scores)), 0))
+    assert not np.allclose(
+        alone[0].scores[next(iter(alone[0].scores))], alone[1].scores.get(next(iter(alone[0].scores)), 0)
+    )
     # as the model takes them, and as an array
     pixels = torch.cat([processor(images=image, return_tensors="pt")["pixel_values"] for image in images])
     arrays = np.stack([np.asarray(image.resize((12, 12))) for image in images])
-    several = [explain_image(model, None, pixels, method=method), explain_image(model, None, list(pixels), method=method)]
+    several = [
+        explain_image(model, None, pixels, method=method),
+        explain_image(model, None, list(pixels), method=method),
+    ]
     for given in several:
         for one, other in zip(given, found, strict=True):
             same(one, other)
@@ -169,16 +194,25 @@ def test_labels_are_by_problem_type(kind):
     pixels = torch.randn(3, 12, 12, dtype=torch.float64)
     logits = model(pixels[None]).logits[0].detach()
     a = explain_image(model, None, pixels, targets=[0, 1, 2])
-    chances = {"single_label_classification": logits.softmax(-1), "multi_label_classification": logits.sigmoid()}.get(kind)
+    chances = {
+        "single_label_classification": logits.softmax(-1),
+        "multi_label_classification": logits.sigmoid(),
+    }.get(kind)
     numbers = [f"{x:.4g}" for x in logits] if chances is None else [f"{x:.1%}" for x in chances]
-    assert list(a.labels.values()) == [f"{name} ({number})" for name, number in zip(("cat", "1", "7"), numbers, strict=True)]
+    assert list(a.labels.values()) == [
+        f"{name} ({number})" for name, number in zip(("cat", "1", "7"), numbers, strict=True)
+    ]
     assert a.predicted == int(logits.argmax())
     if chances is None:
         assert a.probabilities is None
-        torch.testing.assert_close(torch.tensor([value for _, value in a.predictions], dtype=torch.float64), logits)
+        torch.testing.assert_close(
+            torch.tensor([value for _, value in a.predictions], dtype=torch.float64), logits
+        )
     else:
         torch.testing.assert_close(torch.tensor(a.probabilities), chances)
-    assert len(a.predictions) == {"single_label_classification": 1, "regression": 3}.get(kind, int((logits > 0).sum()))
+    assert len(a.predictions) == {"single_label_classification": 1, "regression": 3}.get(
+        kind, int((logits > 0).sum())
+    )
 
 
 @pytest.mark.parametrize("name", ["vit-headless", *(name for name in IMAGES if name != "vit")])

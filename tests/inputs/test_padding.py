@@ -1,4 +1,6 @@
-"""Labels, probabilities and scores of texts in batches, packed, or cut into windows are those of each text alone."""
+"""Labels, probabilities and scores of texts in batches, packed, or cut into windows are those of each text
+alone.
+"""
 
 from functools import cache
 
@@ -17,7 +19,10 @@ from pyglobenc.scale.corpus.job import make_runner
 TEXTS = ["a", "# the [SEP] film [PAD] good", "deep # [PAD]", "the [PAD] [SEP] #"]
 LONG = ["the deep good film a b c # " * 3 + "[PAD] [PAD]", "a [PAD] b", "deep [SEP] # " * 5]
 PADDING = {"[PAD]": 0, "#": 1, "[SEP]": 3}
-KINDS = {config.removesuffix("Config"): (config, settings) for config, _, settings in (ARCHITECTURES | PRE_NORM).values()}
+KINDS = {
+    config.removesuffix("Config"): (config, settings)
+    for config, _, settings in (ARCHITECTURES | PRE_NORM).values()
+}
 # eager attention of a float64 model, which they have alone, rounds probabilities to float32
 ROUNDED = {"Gemma2": dict(rtol=1e-4, atol=1e-4)}
 UNPACKED = ("MPNet", "DebertaV2")
@@ -70,7 +75,10 @@ def test_windows(kind):
     for a, text in zip(explain(model, tok(), LONG, batch_size=5, **options), LONG, strict=True):
         one = encode(tok(), text, "text", 9, "windows", 4)
         with torch.no_grad():
-            logits = [model(input_ids=torch.tensor([[one.inputs["input_ids"][i] for i in w]])).logits[0] for w in one.windows]
+            logits = [
+                model(input_ids=torch.tensor([[one.inputs["input_ids"][i] for i in w]])).logits[0]
+                for w in one.windows
+            ]
             if len(one.windows) > 1:
                 # those that hold the target alone
                 logits = [row for row, window in zip(logits, one.windows, strict=True) if a.target in window]
@@ -89,7 +97,12 @@ def test_without_a_padding_id_texts_go_one_by_one(kind, padding):
     else:
         model = classifier(kind, None)
     try:
-        check([vars(a) for a in explain(model, tok(), TEXTS, batch_size=4, progress=False)], TEXTS, model, ROUNDED.get(kind, {}))
+        check(
+            [vars(a) for a in explain(model, tok(), TEXTS, batch_size=4, progress=False)],
+            TEXTS,
+            model,
+            ROUNDED.get(kind, {}),
+        )
     finally:
         classifier.cache_clear()
 
@@ -98,7 +111,10 @@ def test_without_a_padding_id_texts_go_one_by_one(kind, padding):
 def test_padding_that_the_head_would_read_is_refused(kind):
     model, ids = classifier(kind, 0), torch.tensor([[5, 6, 7], [8, 9, 3]])
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
-    with pytest.raises(ValueError, match=f"{kind}ForSequenceClassification pads with the token 0, so its head would read padding here"):
+    with pytest.raises(
+        ValueError,
+        match=f"{kind}ForSequenceClassification pads with the token 0, so its head would read padding here",
+    ):
         GlobEnc(model)(input_ids=ids, attention_mask=mask)
     with pytest.raises(ValueError, match="would read padding"):
         GlobEnc(model)(inputs_embeds=model.get_input_embeddings()(ids), attention_mask=mask)

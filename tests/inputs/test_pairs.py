@@ -1,4 +1,6 @@
-"""Sentence pairs: the tokenizer's own encoding with token types, and what shows which text a token is from."""
+"""Sentence pairs: the tokenizer's own encoding with token types, and what shows which text a token is
+from.
+"""
 
 import json
 
@@ -26,7 +28,9 @@ def tok(**changes):
     return tokenizer(model_input_names=NAMES, **changes)
 
 
-@pytest.mark.parametrize("name", ["bert-classifier", "electra", "albert", "roberta", "deberta-v3", "distilbert", "modernbert"])
+@pytest.mark.parametrize(
+    "name", ["bert-classifier", "electra", "albert", "roberta", "deberta-v3", "distilbert", "modernbert"]
+)
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_pair_is_what_the_model_sees(name, batch_size):
     model, pairs = build(name), [PAIR, ("a", "b"), "the film", ("film a b c", "good film deep, b")]
@@ -56,18 +60,36 @@ def test_parts_and_pictures():
     assert (a.text, a.text_pair) == PAIR
     assert a.parts == [None] + [0] * (first - 1) + [None] + [1] * (len(a) - first - 2) + [None]
     units = a.units()
-    assert [unit.text for unit in units] == ["[CLS]", "the", "good", "film", ",", "deep", "[SEP]", "deep", "film", "[SEP]"]
+    assert [unit.text for unit in units] == [
+        "[CLS]",
+        "the",
+        "good",
+        "film",
+        ",",
+        "deep",
+        "[SEP]",
+        "deep",
+        "film",
+        "[SEP]",
+    ]
     assert sum(unit.score for unit in units) == pytest.approx(a.scores.sum())
     assert "deep" in a.to_html() and a.to_png()
     assert explain(build("bert-classifier"), tok(), PAIR[0]).parts is None
 
 
 def test_words_of_texts_without_a_token_between_are_not_merged():
-    inner = Tokenizer(BPE({piece: index for index, piece in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    inner = Tokenizer(
+        BPE({piece: index for index, piece in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
+    )
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     plain = PreTrainedTokenizerFast(tokenizer_object=inner)
     a = explain(build("gpt2", vocab_size=300), plain, ("ab", "ac"), merge_words=True)
-    assert [(unit.text, unit.before) for unit in a.units()] == [("ab", ""), ("ac", " ")] and a.parts == [0, 0, 1, 1]
+    assert [(unit.text, unit.before) for unit in a.units()] == [("ab", ""), ("ac", " ")] and a.parts == [
+        0,
+        0,
+        1,
+        1,
+    ]
 
 
 def test_slow_tokenizers_know_parts():
@@ -80,15 +102,24 @@ def test_slow_tokenizers_know_parts():
 
 def test_long_pairs():
     model = build("bert-classifier")
-    with pytest.raises(ValueError, match="text has 50 tokens and at most 40 fit; choose long=truncate, which shortens the longer text"):
+    with pytest.raises(
+        ValueError,
+        match="text has 50 tokens and at most 40 fit; choose long=truncate, which shortens the longer text",
+    ):
         explain(model, tok(), LONG)
-    with pytest.raises(ValueError, match="text 2 is a pair of 50 tokens and at most 40 fit; windows of two texts"):
+    with pytest.raises(
+        ValueError, match="text 2 is a pair of 50 tokens and at most 40 fit; windows of two texts"
+    ):
         explain(model, tok(), ["a", LONG], long="windows")
-    with pytest.raises(ValueError, match="max_length must leave room for a token of each text beside 3 special ones, got 4"):
+    with pytest.raises(
+        ValueError, match="max_length must leave room for a token of each text beside 3 special ones, got 4"
+    ):
         explain(model, tok(), LONG, long="truncate", max_length=4)
     a = explain(model, tok(), LONG, long="truncate", max_length=16)
     batch = tok()(*LONG, truncation="longest_first", max_length=16, return_tensors="pt")
-    assert a.token_ids == batch["input_ids"][0].tolist() and len(a) == 16 and a.cut == 34 and a.windows is None
+    assert (
+        a.token_ids == batch["input_ids"][0].tolist() and len(a) == 16 and a.cut == 34 and a.windows is None
+    )
     torch.testing.assert_close(torch.tensor(a.scores), GlobEnc(model)(**batch).scores[0, 0])
     assert "the last tokens of both texts, 34 in all" in a.to_html()
     # the tokenizer's own truncation isn't left behind
@@ -105,7 +136,11 @@ def test_saved_pairs(tmp_path, suffix):
 @pytest.mark.parametrize(
     "texts, error, message",
     [
-        (("a", "b", "c"), TypeError, "text is a tuple of 3; a tuple is a pair of texts, and several texts are a list"),
+        (
+            ("a", "b", "c"),
+            TypeError,
+            "text is a tuple of 3; a tuple is a pair of texts, and several texts are a list",
+        ),
         (("a",), TypeError, "text is a tuple of 1"),
         (("a", None), TypeError, "text must be a string in both its parts, got NoneType"),
         (["a", ("a", "")], ValueError, "a part of text 2 is empty"),
@@ -137,7 +172,11 @@ def test_command_line(tmp_path, capsys):
     file.write_text("a\tb\na\n")
     assert main(["explain", "--pair", "--file", str(file)]) == 1
     assert "pair 2 must be two texts with a tab between, got 1 columns" in capsys.readouterr().err
-    for wrong, message in ((["a", "b", "c"], "two by two, got 3"), (["--whole"], "--whole one text"), (["--image", "x.png"], "--pair")):
+    for wrong, message in (
+        (["a", "b", "c"], "two by two, got 3"),
+        (["--whole"], "--whole one text"),
+        (["--image", "x.png"], "--pair"),
+    ):
         with pytest.raises(SystemExit):
             main(["explain", "--pair", *wrong, "--model", "m"])
         assert message in capsys.readouterr().err

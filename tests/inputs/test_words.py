@@ -10,7 +10,16 @@ from pyglobenc import Attribution
 from pyglobenc.inputs.windows import encode
 
 LETTERS = [*"abcdefghijklmnopqrstuvwxyzAB.,!?'-\n", *"中文我爱"]
-PAIRS = [("▁", "d"), ("▁d", "e"), ("▁de", "e"), ("▁dee", "p"), ("f", "i"), ("fi", "l"), ("fil", "m"), ("▁", "▁")]
+PAIRS = [
+    ("▁", "d"),
+    ("▁d", "e"),
+    ("▁de", "e"),
+    ("▁dee", "p"),
+    ("f", "i"),
+    ("fi", "l"),
+    ("fil", "m"),
+    ("▁", "▁"),
+]
 WHOLE = [a + b for a, b in PAIRS]
 
 
@@ -39,7 +48,9 @@ def legacy_llama():
 
 
 def unigram():
-    inner = Tokenizer(Unigram([(piece, -1.0 - len(piece)) for piece in pieces(["<unk>"])], 0, byte_fallback=True))
+    inner = Tokenizer(
+        Unigram([(piece, -1.0 - len(piece)) for piece in pieces(["<unk>"])], 0, byte_fallback=True)
+    )
     inner.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
     return fast(inner)
 
@@ -65,7 +76,14 @@ def characters():
     return fast(inner)
 
 
-UNSPLIT = dict(llama=llama, gemma=gemma, legacy=legacy_llama, unigram=unigram, bytes=lambda: byte_level(False), wordpiece=characters)
+UNSPLIT = dict(
+    llama=llama,
+    gemma=gemma,
+    legacy=legacy_llama,
+    unigram=unigram,
+    bytes=lambda: byte_level(False),
+    wordpiece=characters,
+)
 ALL = UNSPLIT | dict(metaspace=metaspace, gpt2=lambda: byte_level(True))
 
 
@@ -74,7 +92,9 @@ def words(tokenizer, text):
     one = encode(tokenizer, text, "text", None)
     scores = np.arange(1.0, len(one.tokens) + 1)
     columns = dict(word_ids=one.word_ids, offsets=one.offsets, merge_words=True)
-    a = Attribution(text, one.tokens, one.inputs["input_ids"], one.special, scores, "globenc", "m", 0, "t", **columns)
+    a = Attribution(
+        text, one.tokens, one.inputs["input_ids"], one.special, scores, "globenc", "m", 0, "t", **columns
+    )
     units = a.units()
     assert [i for unit in units for i in unit.positions] == list(range(len(a)))
     for unit in units:
@@ -84,7 +104,15 @@ def words(tokenizer, text):
 
 @pytest.mark.parametrize("name", UNSPLIT)
 @pytest.mark.parametrize(
-    "text", ["a deep film, didn't it.", "film", "  a  deep\nfilm !  ", "deep-film. A", "a b c d e f", "deep \U0001f389 na\u00efve film"]
+    "text",
+    [
+        "a deep film, didn't it.",
+        "film",
+        "  a  deep\nfilm !  ",
+        "deep-film. A",
+        "a b c d e f",
+        "deep \U0001f389 na\u00efve film",
+    ],
 )
 def test_white_space_makes_words(name, text):
     units = words(ALL[name](), text)

@@ -67,17 +67,31 @@ def test_arguments_that_change_the_output(name):
     model, batch = build(name), inputs()
     plain = GlobEnc(model)(**batch)
     assert plain.output.get("attentions") is None and plain.output.get("hidden_states") is None
-    for neutral in (dict(return_dict=True, output_attentions=False, use_cache=False), dict(labels=None, past_key_values=None)):
+    for neutral in (
+        dict(return_dict=True, output_attentions=False, use_cache=False),
+        dict(labels=None, past_key_values=None),
+    ):
         assert torch.equal(GlobEnc(model)(**batch, **neutral).scores, plain.scores)
-    refused = dict(return_dict=False, output_attentions=True, use_cache=True, past_key_values=(), cache=(), cache_position=torch.arange(5))
+    refused = dict(
+        return_dict=False,
+        output_attentions=True,
+        use_cache=True,
+        past_key_values=(),
+        cache=(),
+        cache_position=torch.arange(5),
+    )
     for argument, value in (refused | dict(labels=torch.zeros(2, dtype=torch.long))).items():
         with pytest.raises(ValueError, match=f"GlobEnc: {argument} can't be honoured: "):
             GlobEnc(model)(**batch, **{argument: value})
-    honoured = dict(output_hidden_states=True) | (dict(logits_to_keep=2) if name in PRE_NORM and "LM" in type(model).__name__ else {})
+    honoured = dict(output_hidden_states=True) | (
+        dict(logits_to_keep=2) if name in PRE_NORM and "LM" in type(model).__name__ else {}
+    )
     with torch.no_grad():
         expected = model(**batch, **honoured)
     found = GlobEnc(model)(**batch, **honoured)
-    assert torch.equal(found.scores, plain.scores) and len(found.output.hidden_states) == len(expected.hidden_states)
+    assert torch.equal(found.scores, plain.scores) and len(found.output.hidden_states) == len(
+        expected.hidden_states
+    )
     # eager attention of a float64 model rounds its probabilities to float32
     close = dict(rtol=1e-5, atol=1e-5) if name == "gemma2" else {}
     for own, one in zip(found.output.hidden_states, expected.hidden_states, strict=True):
@@ -91,7 +105,12 @@ def test_arguments_that_change_the_output(name):
 def test_the_config_s_flags_change_no_result(name):
     batch = inputs()
     expected = GlobEnc(build(name))(**batch)
-    for flag in (dict(output_attentions=True), dict(return_dict=False), dict(use_cache=True), dict(output_hidden_states=True)):
+    for flag in (
+        dict(output_attentions=True),
+        dict(return_dict=False),
+        dict(use_cache=True),
+        dict(output_hidden_states=True),
+    ):
         model = build(name, attention="eager")
         for key, value in flag.items():
             setattr(model.config, key, value)
@@ -121,9 +140,13 @@ def test_token_types(name):
         if name != "deberta-v3":
             with pytest.raises(ValueError, match="token_type_ids must lie in"):
                 globenc(**batch, token_type_ids=ones * 200)
-    elif "token_type_ids" not in type(model).forward.__code__.co_varnames and not hasattr(model.config, "type_vocab_size"):
+    elif "token_type_ids" not in type(model).forward.__code__.co_varnames and not hasattr(
+        model.config, "type_vocab_size"
+    ):
         assert torch.equal(globenc(**batch, token_type_ids=zeros).scores, globenc(**batch).scores)
-        with pytest.raises(TypeError, match=f"takes no token_type_ids: {type(model).__name__} has no token types"):
+        with pytest.raises(
+            TypeError, match=f"takes no token_type_ids: {type(model).__name__} has no token types"
+        ):
             globenc(**batch, token_type_ids=ones)
 
 
@@ -133,9 +156,14 @@ def test_positions_of_a_batch_are_the_caller_s(name):
     positions = torch.tensor([[4, 2, 9, 3, 7]])
     with torch.no_grad():
         expected = model(**batch, position_ids=positions, attention_mask=torch.ones_like(batch["input_ids"]))
-    found = GlobEnc(model)(**batch, position_ids=positions, attention_mask=torch.ones_like(batch["input_ids"]))
+    found = GlobEnc(model)(
+        **batch, position_ids=positions, attention_mask=torch.ones_like(batch["input_ids"])
+    )
     torch.testing.assert_close(found.output[0], expected[0])
-    for wrong, message in ((positions + 90, "position_ids must lie in"), (positions[:, 1:], "position_ids must be .B, n.")):
+    for wrong, message in (
+        (positions + 90, "position_ids must lie in"),
+        (positions[:, 1:], "position_ids must be .B, n."),
+    ):
         with pytest.raises(ValueError, match=message):
             GlobEnc(model)(**batch, position_ids=wrong)
     with pytest.raises(TypeError, match="position_ids must be a tensor of int64"):
@@ -150,7 +178,9 @@ class Around(torch.nn.Module):
         me.encoder, me.head = build("bert"), torch.nn.Linear(48, 3).double()
 
     def forward(me, input_ids, attention_mask=None, extra=None):
-        return me.head(me.encoder(input_ids, attention_mask=attention_mask)[0][:, 0]) * (1 if extra is None else extra)
+        return me.head(me.encoder(input_ids, attention_mask=attention_mask)[0][:, 0]) * (
+            1 if extra is None else extra
+        )
 
 
 def test_a_user_s_module_takes_what_it_names():
@@ -176,7 +206,10 @@ def test_image_models(name):
     with pytest.raises(ValueError, match="bool_masked_pos can't be honoured"):
         globenc(**batch, bool_masked_pos=torch.ones(2, 9, dtype=torch.bool))
     if name in ("vit", "deit"):
-        larger = {"pixel_values": torch.randn(1, 3, 16, 20, dtype=torch.float64), "interpolate_pos_encoding": True}
+        larger = {
+            "pixel_values": torch.randn(1, 3, 16, 20, dtype=torch.float64),
+            "interpolate_pos_encoding": True,
+        }
         with torch.no_grad():
             expected = model(**larger)
         torch.testing.assert_close(globenc(**larger).output[0], expected[0])

@@ -37,7 +37,10 @@ def limited(most, calls):
     def run(batch):
         calls.append(len(batch))
         if len(batch) > most:
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to "
+                "allocate 1 bytes."
+            )
         return [job * 10 for job in batch]
 
     return run
@@ -76,7 +79,9 @@ def test_torch_says_so():
     ):
         assert out_of_memory(RuntimeError(message))
     assert not out_of_memory(ValueError("q must be (B, H, n, dh)"))
-    assert not out_of_memory(RuntimeError("out of resource: shared memory, Required: 300000, Hardware limit: 232448."))
+    assert not out_of_memory(
+        RuntimeError("out of resource: shared memory, Required: 300000, Hardware limit: 232448.")
+    )
 
 
 def test_explain_goes_on_with_smaller_batches(caplog):
@@ -98,7 +103,9 @@ def test_explain_goes_on_with_smaller_batches(caplog):
     assert sizes == [5, 3, 2, 2, 2, 1]
     assert len(caplog.records) == 2
     for out, plain in zip(found, exact, strict=True):
-        torch.testing.assert_close(torch.as_tensor(out["scores"]), torch.as_tensor(plain["scores"]), rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            torch.as_tensor(out["scores"]), torch.as_tensor(plain["scores"]), rtol=1e-12, atol=0
+        )
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

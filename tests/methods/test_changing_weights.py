@@ -1,4 +1,6 @@
-"""Weights are those of this call, however they were changed since the last one. Those that aren't numbers are refused where they count."""
+"""Weights are those of this call, however they were changed since the last one. Those that aren't numbers are
+refused where they count.
+"""
 
 import copy
 import importlib.util
@@ -32,7 +34,9 @@ def equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
 
 def own_parameters(module: nn.Module):
     """Each parameter inside a module with the module that holds it, and its name there."""
-    return [(holder, name, p) for holder in module.modules() for name, p in holder.named_parameters(recurse=False)]
+    return [
+        (holder, name, p) for holder in module.modules() for name, p in holder.named_parameters(recurse=False)
+    ]
 
 
 def noise_like(t: torch.Tensor) -> torch.Tensor:
@@ -67,7 +71,9 @@ def new_parameters(block):
 
 
 def loaded(block):
-    block.load_state_dict({name: noise_like(t) if t.is_floating_point() else t for name, t in block.state_dict().items()})
+    block.load_state_dict(
+        {name: noise_like(t) if t.is_floating_point() else t for name, t in block.state_dict().items()}
+    )
 
 
 def loaded_by_assignment(block):
@@ -89,11 +95,23 @@ def new_modules(block):
                 other.weight.data.normal_(std=0.1)
 
 
-CHANGES = [in_place, assigned, averaged, through_numpy, new_parameters, loaded, loaded_by_assignment, randomised, new_modules]
+CHANGES = [
+    in_place,
+    assigned,
+    averaged,
+    through_numpy,
+    new_parameters,
+    loaded,
+    loaded_by_assignment,
+    randomised,
+    new_modules,
+]
 
 
 def check_changes(model, makers, batch):
-    """Every kind of change, of one layer after the other: a method gives what a fresh one gives, and not what it gave before."""
+    """Every kind of change, of one layer after the other: a method gives what a fresh one gives, and not what
+    it gave before.
+    """
     blocks = list({layer.block: None for layer in find_layers(model)})
     for make in makers:
         method = make(model)
@@ -101,7 +119,9 @@ def check_changes(model, makers, batch):
         for index, change in enumerate(CHANGES):
             change(blocks[-1 - index % len(blocks)])
             now = attribute(method, batch)
-            assert equal(now, attribute(make(model), batch)), f"{change.__name__}: not the result of the weights as they are"
+            assert equal(now, attribute(make(model), batch)), (
+                f"{change.__name__}: not the result of the weights as they are"
+            )
             assert not equal(now, last), f"{change.__name__} changed nothing"
             last = now
 
@@ -109,7 +129,11 @@ def check_changes(model, makers, batch):
 @pytest.mark.parametrize("name", EVERY)
 def test_rollouts_see_every_change(name):
     model = build(name, torch.float32)
-    norms = (lambda m: Rollout(m, "n-fixedres"), lambda m: Rollout(m, "w-res")) if name in ("bert", "llama", "vit") else ()
+    norms = (
+        (lambda m: Rollout(m, "n-fixedres"), lambda m: Rollout(m, "w-res"))
+        if name in ("bert", "llama", "vit")
+        else ()
+    )
     check_changes(model, (GlobEnc, *norms), random_batch(model, 1, 7))
 
 
@@ -130,7 +154,9 @@ def test_constants_are_of_this_call_too(backend):
     for layer in find_layers(model):
         layer.output.weight.data = noise_like(layer.output.weight)
         now = method(**batch, stage="N").scores
-        assert torch.equal(now, GlobEnc(model, backend=backend)(**batch, stage="N").scores) and not torch.equal(now, last)
+        assert torch.equal(
+            now, GlobEnc(model, backend=backend)(**batch, stage="N").scores
+        ) and not torch.equal(now, last)
         last = now
 
 
@@ -138,7 +164,9 @@ def test_adapters_merged_and_changed():
     if importlib.util.find_spec("peft") is None:
         pytest.skip("peft is not installed")
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=["query", "value", "dense"])
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, init_lora_weights=False, target_modules=["query", "value", "dense"]
+    )
     model = peft.get_peft_model(build("bert-classifier", torch.float32), config).eval()
     globenc, batch = GlobEnc(model), random_batch(build("bert-classifier"), 1, 7)
 
@@ -171,7 +199,8 @@ def check_not_finite(model, makers, batch):
         clean = attribute(method, batch)
         for index, (name, p) in enumerate(outer_parameters(model)):
             before = p.data.clone()
-            # a query whose scores are all -inf sees no key, in torch's attention and so in the model's own forward pass
+            # a query whose scores are all -inf sees no key, in torch's attention and so in the model's own
+            # forward pass
             scores = any(part in name for part in ("key", "query", "q_", "k_", "c_attn", "Wqkv"))
             p.data.flatten()[p.numel() // 2] = float("nan") if scores or index % 2 else float("inf")
             try:
@@ -188,7 +217,11 @@ def check_not_finite(model, makers, batch):
 @pytest.mark.parametrize("name", EVERY)
 def test_rollouts_refuse_what_is_no_number(name):
     model = build(name, torch.float32)
-    others = [lambda m, kind=kind: Rollout(m, kind) for kind in ("n-fixedres", "w-res", "attention-flow")] if name == "bert" else []
+    others = (
+        [lambda m, kind=kind: Rollout(m, kind) for kind in ("n-fixedres", "w-res", "attention-flow")]
+        if name == "bert"
+        else []
+    )
     check_not_finite(model, (GlobEnc, *others), random_batch(model, 1, 7))
 
 

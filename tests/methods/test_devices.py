@@ -1,4 +1,6 @@
-"""Models whose layers lie on several devices: nothing meets that lies apart, and the results are those of one device."""
+"""Models whose layers lie on several devices: nothing meets that lies apart, and the results are those of one
+device.
+"""
 
 import pytest
 import torch
@@ -33,14 +35,29 @@ def test_tensors_that_lie_apart_do_not_meet():
     with devices.apart():
         host = torch.randn(3, 3, requires_grad=True)
         one, two = host.to("cpu:1"), torch.ones(3, 3, device="cpu:2")
-        assert [t.device for t in (host, one, two, two[1:], one @ one, one + torch.tensor(1.0))] == [HOST, ONE, TWO, TWO, ONE, ONE]
-        assert [t.device for t in (torch.zeros_like(two), torch.arange(3, device=one.device), one.to(two), two.cpu())] == [
+        assert [t.device for t in (host, one, two, two[1:], one @ one, one + torch.tensor(1.0))] == [
+            HOST,
+            ONE,
+            TWO,
+            TWO,
+            ONE,
+            ONE,
+        ]
+        assert [
+            t.device
+            for t in (torch.zeros_like(two), torch.arange(3, device=one.device), one.to(two), two.cpu())
+        ] == [
             TWO,
             ONE,
             TWO,
             HOST,
         ]
-        for apart in (lambda: one + two, lambda: host @ one, lambda: torch.cat([one, host]), lambda: host[two[0].long()]):
+        for apart in (
+            lambda: one + two,
+            lambda: host @ one,
+            lambda: torch.cat([one, host]),
+            lambda: host[two[0].long()],
+        ):
             with pytest.raises(RuntimeError, match="tensors on cpu"):
                 apart()
         (one.to(two) * two).sum().backward()
@@ -49,7 +66,8 @@ def test_tensors_that_lie_apart_do_not_meet():
 
 
 @pytest.mark.parametrize(
-    "name, rest, given", EVERYWHERE + [(name, *LAYOUTS[0]) for name in ("mpnet", "deberta-v3", "modernbert", "gemma2", "beit")]
+    "name, rest, given",
+    EVERYWHERE + [(name, *LAYOUTS[0]) for name in ("mpnet", "deberta-v3", "modernbert", "gemma2", "beit")],
 )
 def test_globenc(name, rest, given):
     devices, model = scattered(name, rest)
@@ -92,7 +110,13 @@ def test_packed_sequences():
 @pytest.mark.parametrize("rest", [HOST, ONE, TWO], ids=str)
 def test_packed_relevance(rest, variant):
     devices, model = scattered("bert-classifier", rest)
-    options = dict(input_ids=[[5, 6, 7], [8, 9], [7, 9]], variant=variant, layers=True, reliability="measured", target=[0, 1, 1])
+    options = dict(
+        input_ids=[[5, 6, 7], [8, 9], [7, 9]],
+        variant=variant,
+        layers=True,
+        reliability="measured",
+        target=[0, 1, 1],
+    )
     exact = TransformerAttribution(build("bert-classifier")).packed(**options)
     with devices.apart():
         out = TransformerAttribution(model).packed(**options)
@@ -114,7 +138,9 @@ def test_transformer_attribution(name, rest, given, variant):
     options = dict(variant=variant, layers=True, maps=["map", "R_in"], target=[0, 1], contrast=[1, 0])
     exact = TransformerAttribution(plain)(**batch, **options)
     with devices.apart():
-        out = TransformerAttribution(model)(**{key: value.to(given) for key, value in batch.items()}, **options)
+        out = TransformerAttribution(model)(
+            **{key: value.to(given) for key, value in batch.items()}, **options
+        )
     equal(out.scores, exact.scores)
     equal(out.relevance, exact.relevance)
     for kind in exact.maps:

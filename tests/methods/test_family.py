@@ -78,7 +78,10 @@ def test_attention_flow_equals_networkx():
         for (index, i, j), capacity in np.ndenumerate(layers[b, :, :n, :n].numpy()):
             graph.add_edge((index + 1, i), (index, j), capacity=capacity)
         for depth in (1, 2):
-            flow = torch.tensor([networkx.maximum_flow_value(graph, (depth, 1), (0, j)) for j in range(n)], dtype=torch.float64)
+            flow = torch.tensor(
+                [networkx.maximum_flow_value(graph, (depth, 1), (0, j)) for j in range(n)],
+                dtype=torch.float64,
+            )
             row = result.layer_scores[b, depth - 1, 0] * result.layer_log_scale[b, depth - 1, 0].exp()
             # capacities are integers in steps of 1e-7
             torch.testing.assert_close(row[:n], flow / flow.sum(), rtol=0, atol=1e-6)
@@ -88,7 +91,9 @@ def test_attention_flow_equals_networkx():
 @pytest.mark.parametrize("method", ["w-res", "n-fixedres", "attention-rollout", "raw-attention"])
 def test_one_token_keeps_all(method):
     result = Rollout(build("bert"), method)(input_ids=torch.tensor([[7]]))
-    torch.testing.assert_close(result.scores[0] * result.log_scale.exp(), torch.ones(1, 1, dtype=torch.float64))
+    torch.testing.assert_close(
+        result.scores[0] * result.log_scale.exp(), torch.ones(1, 1, dtype=torch.float64)
+    )
 
 
 def test_stages_of_other_layers_are_refused():
@@ -99,7 +104,10 @@ def test_stages_of_other_layers_are_refused():
 @pytest.mark.parametrize("name", ["mpnet", "gemma2"])
 def test_compiled_backends_refuse_scores_with_a_bias_or_a_cap(name):
     for method in ("attention-rollout", "n-res", "w-res"):
-        with pytest.raises(ValueError, match="backend 'triton' (has no kernel for scores with a bias or a soft cap|can't run)"):
+        with pytest.raises(
+            ValueError,
+            match="backend 'triton' (has no kernel for scores with a bias or a soft cap|can't run)",
+        ):
             Rollout(build(name, torch.float32), method, backend="triton")(input_ids=torch.full((1, 5), 7))
 
 

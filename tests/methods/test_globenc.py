@@ -30,7 +30,11 @@ def test_equals_published_outputs(name, dtype, tolerance):
     depth = model.config.num_hidden_layers
     result = GlobEnc(model.to(dtype))(**inputs(published), targets=[0, 3], layers=True, maps=MAPS)
     for kind in MAPS:
-        exact = published["globenc"] if kind == "rollout" else torch.stack([published[f"{kind}.{i}"] for i in range(depth)], dim=1)
+        exact = (
+            published["globenc"]
+            if kind == "rollout"
+            else torch.stack([published[f"{kind}.{i}"] for i in range(depth)], dim=1)
+        )
         out = real_rows(kind, result.maps[kind], published["attention_mask"])
         exact = real_rows(kind, exact, published["attention_mask"])
         assert (out - exact).abs().max() <= tolerance * exact.abs().max(), kind
@@ -89,11 +93,15 @@ def test_row_mode_agrees_with_full_mode(stage):
     model = build("bert")
     batch = random_batch(model, batch=2, n=9, pads=[0, 3])
     rows = GlobEnc(model)(**batch, stage=stage, targets=torch.tensor([[0, 8], [5, 2]]), layers=True)
-    full = GlobEnc(model)(**batch, stage=stage, targets=torch.tensor([[0, 8], [5, 2]]), layers=True, maps=["rollout", stage])
+    full = GlobEnc(model)(
+        **batch, stage=stage, targets=torch.tensor([[0, 8], [5, 2]]), layers=True, maps=["rollout", stage]
+    )
     torch.testing.assert_close(rows.layer_scores, full.layer_scores, rtol=1e-11, atol=0)
     exact = full.maps["rollout"].gather(1, torch.tensor([[0, 8], [5, 2]])[..., None].expand(-1, -1, 9))
     torch.testing.assert_close(rows.scores * rows.log_scale.exp()[..., None], exact, rtol=1e-11, atol=0)
-    torch.testing.assert_close(published_rollout(full.maps[stage])[:, -1], full.maps["rollout"], rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        published_rollout(full.maps[stage])[:, -1], full.maps["rollout"], rtol=1e-12, atol=0
+    )
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -112,8 +120,12 @@ def test_padded_batch_equals_each_example_alone(name, side):
     for b, count in enumerate(pads):
         real = slice(first[b], first[b] + 12 - count)
         alone = GlobEnc(model)(input_ids=batch["input_ids"][b : b + 1, real], layers=True)
-        torch.testing.assert_close(together.layer_scores[b : b + 1, ..., real], alone.layer_scores, rtol=1e-9, atol=0)
-        torch.testing.assert_close(together.layer_log_scale[b : b + 1], alone.layer_log_scale, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            together.layer_scores[b : b + 1, ..., real], alone.layer_scores, rtol=1e-9, atol=0
+        )
+        torch.testing.assert_close(
+            together.layer_log_scale[b : b + 1], alone.layer_log_scale, rtol=1e-9, atol=1e-12
+        )
         padding = batch["attention_mask"][b] == 0
         assert not together.layer_scores[b, ..., padding].any()
 
@@ -140,7 +152,9 @@ def test_one_token():
     result = GlobEnc(model)(**batch, maps=MAPS)
     assert result.scores.item() == 1
     assert result.maps["mix_N_Enc"].abs().max() < 1e-14
-    torch.testing.assert_close(result.maps["N_Enc"], published_maps(model, batch)["N_Enc"], rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        result.maps["N_Enc"], published_maps(model, batch)["N_Enc"], rtol=1e-10, atol=0
+    )
 
 
 def test_changed_weights_are_seen():
@@ -177,7 +191,10 @@ def test_float64_arithmetic_on_a_float32_model():
 
 class TestBadInput:
     model = build("bert")
-    batch = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 0]]), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
+    batch = {
+        "input_ids": torch.tensor([[5, 6, 7], [8, 9, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
+    }
 
     def fails(self, message, error=ValueError, model=None, batch=None, init=None, **call):
         with pytest.raises(error, match=message):
@@ -200,18 +217,29 @@ class TestBadInput:
 
     def test_inputs(self):
         self.fails("neither input_ids nor inputs_embeds", batch={})
-        self.fails("at least one example and one token", batch={"input_ids": torch.zeros(1, 0, dtype=torch.long)})
+        self.fails(
+            "at least one example and one token", batch={"input_ids": torch.zeros(1, 0, dtype=torch.long)}
+        )
         self.fails("must be a tensor", TypeError, batch={"input_ids": [[1, 2]]})
-        self.fails("41 tokens and the model takes 40", batch={"input_ids": torch.ones(1, 41, dtype=torch.long)})
+        self.fails(
+            "41 tokens and the model takes 40", batch={"input_ids": torch.ones(1, 41, dtype=torch.long)}
+        )
         self.fails("attention_mask must be", batch=self.batch | {"attention_mask": torch.ones(2, 4)})
-        self.fails("no real token", batch=self.batch | {"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])})
+        self.fails(
+            "no real token", batch=self.batch | {"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}
+        )
         # the mask that is added to scores, 0 where this one is 1
-        self.fails("must hold 0 and 1 alone", batch=self.batch | {"attention_mask": torch.tensor([[0, 0, -1e9], [0, -1e9, 0]])})
+        self.fails(
+            "must hold 0 and 1 alone",
+            batch=self.batch | {"attention_mask": torch.tensor([[0, 0, -1e9], [0, -1e9, 0]])},
+        )
         self.fails("got list", batch=self.batch | {"attention_mask": [[1, 1, 1], [1, 1, 0]]})
         self.fails(r"input_ids must be \(B, n\)", batch={"input_ids": torch.ones(1, 2, 3, dtype=torch.long)})
         self.fails(r"inputs_embeds must be \(B, n, d\)", batch={"inputs_embeds": torch.ones(2, 48)})
         self.fails("int64 or int32, got torch.float32", TypeError, batch={"input_ids": torch.ones(1, 3)})
-        self.fails(r"input_ids must lie in \[0, 97\), got 5 to 97", batch={"input_ids": torch.tensor([[5, 97]])})
+        self.fails(
+            r"input_ids must lie in \[0, 97\), got 5 to 97", batch={"input_ids": torch.tensor([[5, 97]])}
+        )
         self.fails("takes no start_layer or target", TypeError, target=1, start_layer=0)
 
     def test_a_model_that_returns_tuples(self):
@@ -226,7 +254,9 @@ class TestBadInput:
     def test_roberta_positions_start_after_padding(self):
         model = build("roberta")
         GlobEnc(model)(input_ids=torch.full((1, 38), 7))
-        self.fails("39 tokens and the model takes 38", model=model, batch={"input_ids": torch.full((1, 39), 7)})
+        self.fails(
+            "39 tokens and the model takes 38", model=model, batch={"input_ids": torch.full((1, 39), 7)}
+        )
 
     def test_training_mode(self):
         self.fails("training mode", model=build("bert").train())

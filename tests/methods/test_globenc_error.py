@@ -13,7 +13,9 @@ from pyglobenc.methods.precision.reliability import PrecisionWarning
 
 
 def extreme(seed):
-    """A model in bfloat16 with large scores, of every other one the LayerNorms' gammas are small beside a few features' beta."""
+    """A model in bfloat16 with large scores, of every other one the LayerNorms' gammas are small beside a few
+    features' beta.
+    """
     torch.manual_seed(seed)
     model = BertModel(BertConfig(**SMALL, initializer_range=0.1)).eval()
     with torch.no_grad():

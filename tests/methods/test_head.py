@@ -1,4 +1,6 @@
-"""What a head reads is found by following the logit: every kind of head on every architecture is right, or refused by name."""
+"""What a head reads is found by following the logit: every kind of head on every architecture is right, or
+refused by name.
+"""
 
 import pytest
 import torch
@@ -104,12 +106,22 @@ def alone(batch, b):
 
 
 def check_relevance(model, batch, head, read, select):
-    """Scores of a batch against the rules on each example alone; read: what the head reads, positions (B,) or shares."""
-    results = [TransformerAttribution(model)(**batch, target=1, reliability=how) for how in ("off", "measured")]
+    """Scores of a batch against the rules on each example alone; read: what the head reads, positions (B,) or
+    shares.
+    """
+    results = [
+        TransformerAttribution(model)(**batch, target=1, reliability=how) for how in ("off", "measured")
+    ]
     for b in range(len(results[0].scores)):
         one = alone(batch, b)
         where = {"weights": read(b)} if torch.is_tensor(read(b)) else {"position": read(b)}
-        scores, _ = direct(model, one, lambda out: select(out)[0, 1], [(head[0], head[0].weight[1].detach()[None]), *head[1:]], **where)
+        scores, _ = direct(
+            model,
+            one,
+            lambda out: select(out)[0, 1],
+            [(head[0], head[0].weight[1].detach()[None]), *head[1:]],
+            **where,
+        )
         for result in results:
             n = result.scores.shape[1]
             # images without [CLS]
@@ -128,13 +140,19 @@ def check_rows(model, batch, read):
         one = alone(batch, b)
         maps = published_maps(stock.base_model, one)
         rollout = published_rollout(maps.get("N_Enc", maps["N_Res"]))[0]
-        share = read(b) if torch.is_tensor(read(b)) else torch.eye(rollout.shape[-1], dtype=torch.float64)[read(b)]
+        share = (
+            read(b)
+            if torch.is_tensor(read(b))
+            else torch.eye(rollout.shape[-1], dtype=torch.float64)[read(b)]
+        )
         exact = share @ rollout
         for result in rows:
             n = rollout.shape[-1]
             assert relative(result.scores[b, 0, :n] * result.log_scale[b, 0].exp(), exact[-1]) <= 1e-9
             assert not result.scores[b, 0, n:].any()
-            assert result.targets is None if torch.is_tensor(read(b)) else int(result.targets[b, 0]) == read(b)
+            assert (
+                result.targets is None if torch.is_tensor(read(b)) else int(result.targets[b, 0]) == read(b)
+            )
         layers = rows[1].layer_scores[b, :, 0, :n] * rows[1].layer_log_scale[b, :, 0, None].exp()
         assert relative(layers, exact) <= 1e-9
 
@@ -151,13 +169,24 @@ def reading(pool, batch, b, n):
     return share
 
 
-POOLS = {"first": first, "last": last, "mean": mean, "sum": total, "filled": filled, "without-ends": without_ends}
+POOLS = {
+    "first": first,
+    "last": last,
+    "mean": mean,
+    "sum": total,
+    "filled": filled,
+    "without-ends": without_ends,
+}
 
 
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("name", ENCODERS)
 def test_a_module_around_an_encoder(name, pool):
-    settings = {"first": dict(returns="tuple"), "last": dict(depth=1), "mean": dict(returns="dict", act=nn.ReLU(inplace=True))}
+    settings = {
+        "first": dict(returns="tuple"),
+        "last": dict(depth=1),
+        "mean": dict(returns="dict", act=nn.ReLU(inplace=True)),
+    }
     model = Wrapped(name, POOLS[pool], **settings.get(pool, {}))
     batch = random_batch(model.encoder, batch=2, n=11, pads=[0, 4])
 
@@ -189,7 +218,9 @@ class Refused(Wrapped):
 
     def forward(self, input_ids, attention_mask=None):
         if self.kind == "siamese":
-            one, two = (self.encoder(input_ids=ids).last_hidden_state[:, 0] for ids in (input_ids, input_ids.flip(1)))
+            one, two = (
+                self.encoder(input_ids=ids).last_hidden_state[:, 0] for ids in (input_ids, input_ids.flip(1))
+            )
             return self.top((one - two).abs())
         out = self.encoder(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
         h, states = out.last_hidden_state, out.hidden_states
@@ -280,7 +311,10 @@ REFUSALS = {
     "joined_tokens": ("joins or reshapes", SHARES),
     "joined_layers": ("earlier layers' outputs", "earlier layers' outputs"),
     "summed_layers": ("earlier layers' outputs", "earlier layers' outputs"),
-    "an_earlier_layer": ("can't be followed to the last layer's output", "can't be followed to the last layer's output"),
+    "an_earlier_layer": (
+        "can't be followed to the last layer's output",
+        "can't be followed to the last layer's output",
+    ),
     "attention": ("reads several tokens in another way", SHARES),
     "maximum": ("reads several tokens in another way", SHARES),
     "weighted": ("reads several tokens in another way", SHARES),
@@ -352,8 +386,13 @@ def test_explain_gives_a_module_the_inputs_that_it_takes():
     texts = ["the good film is deep, filming.", "a film"]
     expected = pyglobenc.explain(Wrapped("bert", mean), tokenizer(), texts, progress=False)
     for kind in (Alone, Masked):
-        for one, other in zip(pyglobenc.explain(kind("bert", mean), tokenizer(), texts, progress=False), expected, strict=True):
-            assert relative(torch.tensor(one.scores), torch.tensor(other.scores)) <= TOLERANCE and one.target_kind == "mean"
+        for one, other in zip(
+            pyglobenc.explain(kind("bert", mean), tokenizer(), texts, progress=False), expected, strict=True
+        ):
+            assert (
+                relative(torch.tensor(one.scores), torch.tensor(other.scores)) <= TOLERANCE
+                and one.target_kind == "mean"
+            )
 
 
 @pytest.mark.parametrize("family, padding", [("GPT2", 0), ("Llama", 0), ("Llama", 3)])
@@ -378,19 +417,29 @@ SUMMARIES = {"first": 0, "last": 10, "mean": None}
 
 @pytest.mark.parametrize("kind", SUMMARIES)
 def test_a_stock_head_with_another_summary(kind):
-    config = transformers.ElectraConfig(**SMALL, embedding_size=32, summary_type=kind, summary_use_proj=True, summary_activation="gelu")
+    config = transformers.ElectraConfig(
+        **SMALL, embedding_size=32, summary_type=kind, summary_use_proj=True, summary_activation="gelu"
+    )
     model = randomize(transformers.ElectraForMultipleChoice(config)).double().eval()
     batch = {name: t.unflatten(0, (2, 3)) for name, t in random_batch(model, batch=6, n=11).items()}
     result = TransformerAttribution(model)(**batch, target=[2, 0])
     head = [model.classifier, model.sequence_summary.summary]
-    read = {"weights": torch.full((11,), 1 / 11, dtype=torch.float64)} if kind == "mean" else {"position": SUMMARIES[kind]}
+    read = (
+        {"weights": torch.full((11,), 1 / 11, dtype=torch.float64)}
+        if kind == "mean"
+        else {"position": SUMMARIES[kind]}
+    )
     for b, choice in enumerate([2, 0]):
         one = {key: value[b : b + 1, choice : choice + 1] for key, value in batch.items()}
-        scores, _ = direct(model, one, lambda out: out.logits[0, 0], [(head[0], head[0].weight.detach()), head[1]], **read)
+        scores, _ = direct(
+            model, one, lambda out: out.logits[0, 0], [(head[0], head[0].weight.detach()), head[1]], **read
+        )
         assert relative(result.scores[b], scores) <= TOLERANCE
 
 
-@pytest.mark.parametrize("variant", ["rollout", "last_layer", "last_layer_ablation", "second_layer", "full", "last_layer_attn"])
+@pytest.mark.parametrize(
+    "variant", ["rollout", "last_layer", "last_layer_ablation", "second_layer", "full", "last_layer_attn"]
+)
 def test_variants_of_a_head_that_reads_the_mean(variant):
     """Padding changes nothing, and rows of the maps have equal shares."""
     model = Wrapped("bert", mean)
@@ -400,7 +449,9 @@ def test_variants_of_a_head_that_reads_the_mean(variant):
     if "_" in variant:
         maps = ta(**alone(batch, 1), target=1, maps=["map", "alpha", "R_alpha"]).maps
         layer = 1 if variant.startswith("second") else -1
-        matrix = {"last_layer_attn": maps["alpha"], "last_layer_ablation": None}.get(variant, maps["R_alpha"].clamp(min=0))
+        matrix = {"last_layer_attn": maps["alpha"], "last_layer_ablation": None}.get(
+            variant, maps["R_alpha"].clamp(min=0)
+        )
         matrix = maps["map"][0, layer] if matrix is None else matrix[0, layer].mean(0)
         assert relative(together[1, :7], matrix.mean(0)) <= TOLERANCE
 
@@ -441,7 +492,10 @@ def test_the_head_costs_nothing_that_stays():
 
     model = Frozen("bert", mean)
     batch = random_batch(model.encoder, batch=2, n=11, pads=[0, 4])
-    expected = [GlobEnc(Wrapped("bert", mean))(**batch).scores, TransformerAttribution(Wrapped("bert", mean))(**batch).scores]
+    expected = [
+        GlobEnc(Wrapped("bert", mean))(**batch).scores,
+        TransformerAttribution(Wrapped("bert", mean))(**batch).scores,
+    ]
     for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
         with mode():
             given = {name: t.clone() for name, t in batch.items()}
@@ -461,7 +515,11 @@ def test_images_of_modules_around_an_encoder(pool, method):
     pixels = torch.randn(2, 3, 12, 12, dtype=torch.float64)
     found = pyglobenc.explain_image(model, None, pixels, method=method)
     # the rollout family's map of an image is that of [CLS], and says so
-    result = TransformerAttribution(model)(pixel_values=pixels) if method is None else GlobEnc(model)(pixel_values=pixels, targets=[0])
+    result = (
+        TransformerAttribution(model)(pixel_values=pixels)
+        if method is None
+        else GlobEnc(model)(pixel_values=pixels, targets=[0])
+    )
     for b, one in enumerate(found):
         ((target, scores),) = one.scores.items()
         row = result.scores[b] if method is None else result.scores[b, 0, -9:]
@@ -471,7 +529,9 @@ def test_images_of_modules_around_an_encoder(pool, method):
 
 
 def test_transformers_own_heads_that_read_something_else_keep_the_documented_target():
-    """BEiT's reads the mean of the patches, DINOv2's joins [CLS] and that mean; of a user's module each is followed or refused."""
+    """BEiT's reads the mean of the patches, DINOv2's joins [CLS] and that mean; of a user's module each is
+    followed or refused.
+    """
 
     class Around(nn.Module):
         def __init__(self, model):
@@ -486,7 +546,9 @@ def test_transformers_own_heads_that_read_something_else_keep_the_documented_tar
         config = getattr(transformers, f"{name}Config")(**IMAGE, **settings)
         model = randomize(getattr(transformers, f"{name}ForImageClassification")(config)).double().eval()
         result = GlobEnc(model)(pixel_values=pixels)
-        assert not result.targets.any() and torch.equal(result.scores, GlobEnc(model)(pixel_values=pixels, targets=[0]).scores)
+        assert not result.targets.any() and torch.equal(
+            result.scores, GlobEnc(model)(pixel_values=pixels, targets=[0]).scores
+        )
         around = GlobEnc(Around(model).eval())
         if name == "Dinov2":
             with pytest.raises(ValueError, match=SHARES):
@@ -494,7 +556,9 @@ def test_transformers_own_heads_that_read_something_else_keep_the_documented_tar
             continue
         result, rows = around(pixel_values=pixels), around(pixel_values=pixels, targets=range(1, 10))
         exact = (rows.scores * rows.log_scale.exp()[..., None]).mean(1)
-        assert result.targets is None and relative(result.scores[:, 0] * result.log_scale.exp(), exact) <= 1e-9
+        assert (
+            result.targets is None and relative(result.scores[:, 0] * result.log_scale.exp(), exact) <= 1e-9
+        )
 
 
 def test_a_head_whose_gradient_vanishes():
@@ -522,7 +586,11 @@ def test_rows_of_other_architectures(name, pool):
             self.encoder, self.top = model.base_model, nn.Linear(48, CLASSES).double()
 
         def forward(self, input_ids, attention_mask):
-            return self.top(POOLS[pool](self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0], attention_mask))
+            return self.top(
+                POOLS[pool](
+                    self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0], attention_mask
+                )
+            )
 
     model = Around().eval()
     batch = random_batch(model.encoder, batch=2, n=9, pads=[0, 4])

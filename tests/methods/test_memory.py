@@ -18,7 +18,9 @@ def used(run, n, pads=None, **call):
     batch = random_batch(model, batch=1, n=n, pads=pads)
     method(**batch, **call)
     with torch.no_grad():
-        return measure_allocations(lambda: method(**batch, **call)), measure_allocations(lambda: model(**batch))
+        return measure_allocations(lambda: method(**batch, **call)), measure_allocations(
+            lambda: model(**batch)
+        )
 
 
 def assert_linear(run, pads=None, **call):
@@ -32,7 +34,9 @@ def assert_linear(run, pads=None, **call):
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize("pads", [None, [37]])
 def test_row_mode_is_linear(backend, pads):
-    peak, forward = assert_linear(lambda model: GlobEnc(model, backend=backend), pads, targets=[0, 5], layers=True)
+    peak, forward = assert_linear(
+        lambda model: GlobEnc(model, backend=backend), pads, targets=[0, 5], layers=True
+    )
     # x, q, k, v, o and lse of every layer are kept
     kept = 2 * N * DEPTH * (5 * D + HEADS) * FLOAT
     assert peak <= 1.2 * forward + kept

@@ -35,7 +35,11 @@ def check(found, ids, alone, rtol=1e-6):
     "name, variant",
     [
         *(("bert-classifier", name) for name, variant in VARIANTS.items() if variant.kind in FOLLOWED),
-        *((name, variant) for name in ("roberta", "electra", "distilbert") for variant in ("transformer_attribution", "lrp")),
+        *(
+            (name, variant)
+            for name in ("roberta", "electra", "distilbert")
+            for variant in ("transformer_attribution", "lrp")
+        ),
     ],
 )
 def test_equals_each_alone(name, variant):
@@ -44,15 +48,24 @@ def test_equals_each_alone(name, variant):
     check(ta.packed(input_ids=ids, **options), ids, lambda row: ta(input_ids=row, **options))
 
 
-@pytest.mark.parametrize("options", [dict(target=1), dict(target=0, contrast=1), dict(start_layer=2)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(target=1), dict(target=0, contrast=1), dict(start_layer=2)], ids=str
+)
 def test_options(options):
     ta, ids = TransformerAttribution(build("bert-classifier"), stabilizer=1e-6), sequences()
     types = [[int(i > 1) for i in range(n)] for n in LENGTHS]
     found = ta.packed(input_ids=ids, token_type_ids=types, **options)
-    assert all(one.error is None and one.relevance is None for one in found), "no error of float64, which would be estimated"
+    assert all(one.error is None and one.relevance is None for one in found), (
+        "no error of float64, which would be estimated"
+    )
 
     def alone(row):
-        return ta(input_ids=row, token_type_ids=(torch.arange(row.shape[1]) > 1).long()[None], reliability="off", **options)
+        return ta(
+            input_ids=row,
+            token_type_ids=(torch.arange(row.shape[1]) > 1).long()[None],
+            reliability="off",
+            **options,
+        )
 
     check(found, ids, alone)
 
@@ -97,10 +110,26 @@ def test_nothing_is_left_behind():
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        ("bert-classifier", dict(variant="attn_gradcam"), "attn_gradcam reads attention alone, and no packed sequences"),
-        ("bert-classifier", dict(reliability="estimated"), "the error of packed sequences can be 'measured', or 'off'"),
-        ("bert-classifier", dict(target=[0, 1, 0]), "target must be one integer or one for each of 2 examples"),
-        ("bert-classifier", dict(attention_mask=[[1, 0], [1, 1]]), "TransformerAttribution: attention_mask has zeros"),
+        (
+            "bert-classifier",
+            dict(variant="attn_gradcam"),
+            "attn_gradcam reads attention alone, and no packed sequences",
+        ),
+        (
+            "bert-classifier",
+            dict(reliability="estimated"),
+            "the error of packed sequences can be 'measured', or 'off'",
+        ),
+        (
+            "bert-classifier",
+            dict(target=[0, 1, 0]),
+            "target must be one integer or one for each of 2 examples",
+        ),
+        (
+            "bert-classifier",
+            dict(attention_mask=[[1, 0], [1, 1]]),
+            "TransformerAttribution: attention_mask has zeros",
+        ),
         ("vit", {}, "ViTForImageClassification takes pixel_values, which can't be packed"),
     ],
 )

@@ -13,7 +13,17 @@ from pyglobenc.methods.rollout.baselines import METHODS, Rollout
 
 # unsorted, two of one length, one of one token
 LENGTHS = (7, 3, 12, 3, 1, 20)
-ARCHITECTURES = ("bert", "roberta", "electra", "albert-groups", "modernbert", "gpt2", "llama", "qwen2", "gemma2")
+ARCHITECTURES = (
+    "bert",
+    "roberta",
+    "electra",
+    "albert-groups",
+    "modernbert",
+    "gpt2",
+    "llama",
+    "qwen2",
+    "gemma2",
+)
 GPT2 = PRE_NORM["gpt2"][2]
 CLASSIFIERS = ("bert-classifier", "roberta", "electra", "distilbert", "albert", "modernbert")
 
@@ -22,7 +32,9 @@ def sequences():
     """Token ids of every sequence, and the same as a padded batch."""
     ids = [torch.randint(5, 97, (n,)) for n in LENGTHS]
     mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
-    return [row.tolist() for row in ids], dict(input_ids=pad_sequence(ids, batch_first=True), attention_mask=mask)
+    return [row.tolist() for row in ids], dict(
+        input_ids=pad_sequence(ids, batch_first=True), attention_mask=mask
+    )
 
 
 def check(found, batch):
@@ -31,7 +43,9 @@ def check(found, batch):
         torch.testing.assert_close(one.scores[0], batch.scores[s, :, :n], rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(one.log_scale[0], batch.log_scale[s], rtol=1e-9, atol=1e-9)
         if batch.layer_scores is not None:
-            torch.testing.assert_close(one.layer_scores[0], batch.layer_scores[s, :, :, :n], rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(
+                one.layer_scores[0], batch.layer_scores[s, :, :, :n], rtol=1e-9, atol=1e-12
+            )
             torch.testing.assert_close(one.layer_log_scale[0], batch.layer_log_scale[s], rtol=1e-9, atol=1e-9)
 
 
@@ -41,7 +55,10 @@ def test_equals_the_padded_batch(name):
     ids, padded = sequences()
     check(globenc.packed(input_ids=ids), globenc(**padded))
     targets = torch.stack([torch.randint(0, n, (2,)) for n in LENGTHS])
-    check(globenc.packed(input_ids=ids, targets=targets, layers=True), globenc(**padded, targets=targets, layers=True))
+    check(
+        globenc.packed(input_ids=ids, targets=targets, layers=True),
+        globenc(**padded, targets=targets, layers=True),
+    )
 
 
 def check_output(found, batch):
@@ -63,7 +80,9 @@ def test_a_classifier_s_head_reads_every_sequence(name):
 
 @pytest.mark.parametrize("name, padding", [("GPT2", 0), ("Llama", 0), ("Llama", 11)])
 def test_a_decoder_s_head_reads_the_last_token(name, padding):
-    config = getattr(transformers, f"{name}Config")(**{"gpt2": GPT2, "llama": DECODER}[name.lower()] | dict(pad_token_id=padding))
+    config = getattr(transformers, f"{name}Config")(
+        **{"gpt2": GPT2, "llama": DECODER}[name.lower()] | dict(pad_token_id=padding)
+    )
     model = randomize(getattr(transformers, f"{name}ForSequenceClassification")(config)).double().eval()
     ids, _ = sequences()
     # a text may end with the token that pads, which the model passes over
@@ -87,7 +106,10 @@ def test_a_head_reads_the_mean_of_every_sequence():
     check(found, batch)
     check_output(found, batch)
     check(found, globenc(**padded, targets="mean"))
-    check(globenc.packed(input_ids=ids, targets="mean", layers=True), globenc(**padded, targets="mean", layers=True))
+    check(
+        globenc.packed(input_ids=ids, targets="mean", layers=True),
+        globenc(**padded, targets="mean", layers=True),
+    )
     assert batch.targets is None and all(one.targets is None for one in found)
 
 
@@ -107,7 +129,10 @@ def test_float32_is_as_good_as_the_padded_batch(name):
         real = padded["attention_mask"].bool()[:, None]
         expected = with_scale(batch.scores, batch.log_scale, exact.log_scale)[real]
         scales = exact.log_scale.split(1)
-        scores = [with_scale(one.scores, one.log_scale, scale).flatten() for one, scale in zip(found, scales, strict=True)]
+        scores = [
+            with_scale(one.scores, one.log_scale, scale).flatten()
+            for one, scale in zip(found, scales, strict=True)
+        ]
         compare(torch.cat(scores), exact.scores[real], expected)
 
 
@@ -117,8 +142,13 @@ def test_segments_and_masks_of_a_tokenizer():
     types = [[int(i > 1) for i in range(n)] for n in LENGTHS]
     ones = [[1] * n for n in LENGTHS]
     padded["token_type_ids"] = pad_sequence([torch.tensor(row) for row in types], batch_first=True)
-    check(globenc.packed(input_ids=ids, token_type_ids=types, attention_mask=ones, targets=[0]), globenc(**padded, targets=[0]))
-    check(globenc.packed(input_ids=[torch.tensor(row) for row in ids], token_type_ids=types), globenc(**padded))
+    check(
+        globenc.packed(input_ids=ids, token_type_ids=types, attention_mask=ones, targets=[0]),
+        globenc(**padded, targets=[0]),
+    )
+    check(
+        globenc.packed(input_ids=[torch.tensor(row) for row in ids], token_type_ids=types), globenc(**padded)
+    )
 
 
 @pytest.mark.parametrize(
@@ -126,7 +156,11 @@ def test_segments_and_masks_of_a_tokenizer():
     [
         ("vit", "takes pixel_values, which can't be packed"),
         ("mpnet", "MPNetModel computes attention itself and can't keep packed sequences apart"),
-        ("deberta-v3", "DebertaV2ForSequenceClassification computes attention itself and can't keep packed sequences apart"),
+        (
+            "deberta-v3",
+            "DebertaV2ForSequenceClassification computes attention itself and can't keep packed sequences "
+            "apart",
+        ),
     ],
 )
 def test_models_that_cannot(name, message):
@@ -138,7 +172,11 @@ def test_models_that_cannot(name, message):
 def test_a_model_without_positions(monkeypatch):
     model = build("distilbert")
     forward = type(model.base_model).forward
-    monkeypatch.setattr(type(model.base_model), "forward", lambda self, input_ids, **kwargs: forward(self, input_ids, **kwargs))
+    monkeypatch.setattr(
+        type(model.base_model),
+        "forward",
+        lambda self, input_ids, **kwargs: forward(self, input_ids, **kwargs),
+    )
     with pytest.raises(ValueError, match="DistilBertModel takes no position_ids"):
         GlobEnc(model).packed(input_ids=[[5, 6], [7]])
 
@@ -146,14 +184,23 @@ def test_a_model_without_positions(monkeypatch):
 def test_wrong_input():
     globenc = GlobEnc(build("bert"))
     ids = [[5, 6, 7], [8]]
-    for batch in (dict(), dict(input_ids=torch.tensor([[5, 6]])), dict(input_ids=[5, 6]), dict(input_ids=[[5], []]), dict(input_ids=[])):
+    for batch in (
+        dict(),
+        dict(input_ids=torch.tensor([[5, 6]])),
+        dict(input_ids=[5, 6]),
+        dict(input_ids=[[5], []]),
+        dict(input_ids=[]),
+    ):
         with pytest.raises(TypeError, match="GlobEnc: input_ids must be a list of lists of token ids"):
             globenc.packed(**batch)
     for options, message in (
         (dict(attention_mask=[[1, 1, 0], [1]]), "attention_mask has zeros"),
         (dict(token_type_ids=[[0, 0], [0]]), "token_type_ids must be as long as input_ids"),
         (dict(token_type_ids=[[0, 0, 0], [9]]), r"token_type_ids must lie in \[0, 2\), got 0 to 9"),
-        (dict(position_ids=[[1, 2, 3], [1]]), "position_ids can't be honoured: packed sequences get the positions"),
+        (
+            dict(position_ids=[[1, 2, 3], [1]]),
+            "position_ids can't be honoured: packed sequences get the positions",
+        ),
         (dict(output_hidden_states=True), "output_hidden_states can't be honoured"),
         (dict(targets=[1]), "targets must lie in .0, n., n the tokens of their sequence, the shortest 1"),
         (dict(targets=[[0], [0], [0]]), "T positions or .B, T. with B=2"),
@@ -183,4 +230,8 @@ def test_nothing_is_left_behind():
     assert not table._forward_pre_hooks
     layers = [layer.attention.self for layer in model.bert.encoder.layer]
     assert not any(layer in RECORDERS for layer in layers)
-    assert model.config._attn_implementation == "sdpa" and not model._forward_pre_hooks and "forward" not in vars(model.bert)
+    assert (
+        model.config._attn_implementation == "sdpa"
+        and not model._forward_pre_hooks
+        and "forward" not in vars(model.bert)
+    )

@@ -34,5 +34,7 @@ def test_weights_that_rules_would_misread():
     model = build("bert-classifier")
     layer = model.bert.encoder.layer[1]
     layer.output.dense = Doubled(80, 48).double()
-    with pytest.raises(ValueError, match="mlp_output of a layer is a .*Doubled whose weights aren't a plain matrix"):
+    with pytest.raises(
+        ValueError, match="mlp_output of a layer is a .*Doubled whose weights aren't a plain matrix"
+    ):
         TransformerAttribution(model)(**random_batch(model, batch=1, n=6))

@@ -29,7 +29,8 @@ VIT_VARIANTS = (
     "second_layer_ablation",
 )
 
-# float64: rounding amplified by the ill-conditioned divisions; float32: what the published code's own float32 reaches, within a factor 3
+# float64: rounding amplified by the ill-conditioned divisions; float32: what the published code's own float32
+# reaches, within a factor 3
 MODES = [(torch.float64, None, 1e-10), (torch.float32, torch.float64, 1e-10), (torch.float32, None, 1e-2)]
 
 
@@ -54,7 +55,10 @@ def test_bert_equals_published_outputs(model_dtype, dtype, tolerance):
         scores = ta(**batch, target=target, start_layer=1).scores
         assert relative(overwritten(scores, "min"), published["generate_LRP_start1"]) <= tolerance
         for name, internal in INTERNALS.items():
-            assert relative(result.maps[name][0], published[f"internals.{internal}"]) <= tolerance, (index, name)
+            assert relative(result.maps[name][0], published[f"internals.{internal}"]) <= tolerance, (
+                index,
+                name,
+            )
         assert relative(result.relevance[0], published["internals.R_in_token_sums"]) <= tolerance
         assert result.diagnostics["conservation"].max() <= 1e-6
 
@@ -72,7 +76,10 @@ def test_vit_equals_published_outputs(model_dtype, dtype, tolerance):
         scores = ta(**batch, target=target, start_layer=1).scores
         assert relative(scores, published["transformer_attribution_start1"]) <= tolerance
         for name, internal in INTERNALS.items():
-            assert relative(result.maps[name][0], published[f"internals.{internal}"]) <= tolerance, (index, name)
+            assert relative(result.maps[name][0], published[f"internals.{internal}"]) <= tolerance, (
+                index,
+                name,
+            )
         assert relative(result.relevance[0], published["internals.R_in_token_sums"]) <= tolerance
         assert result.diagnostics["conservation"].max() <= 1e-6
 
@@ -90,6 +97,8 @@ def test_float32_rules_on_shared_activations(name):
         for layer in widened.layers:
             for part in ("x", "q", "k", "v", "o", "lse"):
                 setattr(layer, part, getattr(layer, part).double())
-        exact, r_exact = RelevancePropagation(widened, Rules("auto"), True, name == "chefer_bert").roll_out(0, 0)
+        exact, r_exact = RelevancePropagation(widened, Rules("auto"), True, name == "chefer_bert").roll_out(
+            0, 0
+        )
         assert relative(row, exact) <= 1e-5
         assert relative(r, r_exact) <= 1e-5

@@ -9,7 +9,13 @@ from allocations import measure_allocations
 from chefer import chefer_golden, relative
 from models import IMAGE, SMALL, build, random_batch
 from scipy.stats import spearmanr
-from transformers import BertConfig, BertForSequenceClassification, BertModel, DeiTConfig, DeiTForImageClassificationWithTeacher
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
+)
 
 from pyglobenc import TransformerAttribution
 from pyglobenc.methods.precision import reliability
@@ -63,7 +69,10 @@ def used(n, **call):
 
 
 @pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.PrecisionWarning")
-@pytest.mark.parametrize("variant", ["transformer_attribution", "rollout", "last_layer_ablation", "attention_rollout", "attn_gradcam"])
+@pytest.mark.parametrize(
+    "variant",
+    ["transformer_attribution", "rollout", "last_layer_ablation", "attention_rollout", "attn_gradcam"],
+)
 def test_row_mode_is_linear(variant):
     small, large = (used(n, variant=variant, reliability="estimated") for n in (800, 1600))
     assert large.largest < 1600**2 * 4 / 4, "an n*n array of float32 would be larger"
@@ -96,7 +105,9 @@ def random_case(seed):
 
     std = float(torch.exp(torch.empty(()).uniform_(-3.9, -1.2, generator=generator)))
     torch.manual_seed(seed)
-    settings = SMALL | dict(num_hidden_layers=pick(2, 3, 4, 8), num_attention_heads=pick(2, 4, 8), initializer_range=std)
+    settings = SMALL | dict(
+        num_hidden_layers=pick(2, 3, 4, 8), num_attention_heads=pick(2, 4, 8), initializer_range=std
+    )
     model = BertForSequenceClassification(BertConfig(**settings)).eval()
     return model, {"input_ids": torch.randint(5, 97, (1, pick(6, 10, 16, 24, 32)), generator=generator)}
 
@@ -109,7 +120,9 @@ def test_reliability_tells_good_from_bad(monkeypatch, method, below):
     for seed in range(100):
         model, batch = random_case(seed)
         result = TransformerAttribution(model)(**batch)
-        exact = TransformerAttribution(model, dtype=torch.float64)(**batch, target=result.target, reliability="off").scores
+        exact = TransformerAttribution(model, dtype=torch.float64)(
+            **batch, target=result.target, reliability="off"
+        ).scores
         assert result.error_method == method
         said.append(float(result.error))
         true.append(relative(result.scores[:, 1:], exact[:, 1:]))
@@ -119,7 +132,9 @@ def test_reliability_tells_good_from_bad(monkeypatch, method, below):
 
 
 def outliers(seed, dtype):
-    """A random case whose LayerNorms have a few features with a huge beta, or with gammas of 0 or nearly 0, as trained models have."""
+    """A random case whose LayerNorms have a few features with a huge beta, or with gammas of 0 or nearly 0,
+    as trained models have.
+    """
     model, batch = random_case(seed)
     generator, kind = torch.Generator().manual_seed(seed), seed % 4
     with torch.no_grad():
@@ -141,11 +156,15 @@ def outliers(seed, dtype):
 @pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.PrecisionWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_error_of_any_precision(dtype):
-    """The median of true over said lies within a factor of 4, and at most a tenth of errors above four times the limit aren't said."""
+    """The median of true over said lies within a factor of 4, and at most a tenth of errors above four times
+    the limit aren't said.
+    """
     said, true = {"measured": [], "estimated": []}, []
     for seed in range(20):
         model, batch = outliers(seed, dtype)
-        exact = TransformerAttribution(model, dtype=torch.float64)(**batch, target=0, reliability="off").scores
+        exact = TransformerAttribution(model, dtype=torch.float64)(
+            **batch, target=0, reliability="off"
+        ).scores
         for method, errors in said.items():
             result = TransformerAttribution(model)(**batch, target=0, reliability=method)
             errors.append(float(result.error))
@@ -160,7 +179,9 @@ def test_error_of_any_precision(dtype):
 def test_autocast_is_the_precision_of_the_forward_pass():
     model, batch = random_case(3)
     with torch.autocast("cpu", torch.bfloat16), pytest.warns(PrecisionWarning):
-        measured, estimated = (TransformerAttribution(model)(**batch, reliability=how).error for how in ("measured", "estimated"))
+        measured, estimated = (
+            TransformerAttribution(model)(**batch, reliability=how).error for how in ("measured", "estimated")
+        )
     assert measured > 1e-3 and estimated > 1e-3
 
 
@@ -178,7 +199,9 @@ def test_an_unknown_error_warns():
 
 
 @pytest.mark.parametrize("method", ["measured", "estimated", "off"])
-@pytest.mark.parametrize("variant", [name for name, variant in VARIANTS.items() if variant.kind in ("rollout", "layer", "input")])
+@pytest.mark.parametrize(
+    "variant", [name for name, variant in VARIANTS.items() if variant.kind in ("rollout", "layer", "input")]
+)
 def test_no_relevance_says_so(variant, method):
     model = build("bert-classifier", torch.float32)
     batch = random_batch(model, batch=3, n=9, pads=[0, 3, 8])
@@ -194,7 +217,10 @@ def test_no_relevance_says_so(variant, method):
         assert result.nothing.tolist() == [True, False, True]
         assert not result.scores[[0, 2]].any() and result.scores[1].any()
         assert method == "off" or result.error.isnan().tolist() == [True, False, True]
-    ids = [row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    ids = [
+        row[mask.bool()].tolist()
+        for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
     with pytest.warns(NoRelevanceWarning):
         packed = ta.packed(input_ids=ids, target=[1, 0, 1], variant=variant, reliability="off")
     assert [bool(one.nothing) for one in packed] == result.nothing.tolist()
@@ -215,7 +241,9 @@ def test_estimate_is_an_example_s_own(name):
     model = build(name, torch.float32)
     batch = random_batch(model, batch=2, n=30, pads=[0, 11])
     alone = {key: value[1:, :19] for key, value in batch.items()}
-    both, one = (TransformerAttribution(model)(**b, target=0, reliability="estimated").error for b in (batch, alone))
+    both, one = (
+        TransformerAttribution(model)(**b, target=0, reliability="estimated").error for b in (batch, alone)
+    )
     assert torch.allclose(both[1:], one, rtol=1e-2)
 
 
@@ -227,7 +255,12 @@ def test_estimate_where_divisors_are_0(variant):
         for part in (first.attention.self.query, second.attention.self.value):
             part.weight[:12], part.bias[:12] = 0, 0
         # features 0 to 4 of the second layer's residual sums
-        for part in (first.output.LayerNorm, second.attention.output.dense, second.attention.output.LayerNorm, second.output.dense):
+        for part in (
+            first.output.LayerNorm,
+            second.attention.output.dense,
+            second.attention.output.LayerNorm,
+            second.output.dense,
+        ):
             part.weight[:5], part.bias[:5] = 0, 0
     ta = TransformerAttribution(model, dtype=torch.float64)
     batch = random_batch(model, batch=2, n=30, pads=[0, 11])
@@ -249,12 +282,18 @@ def test_a_lost_result_warns_and_float64_steadies_it():
 
 def test_stabilizer_steadies_float32():
     torch.manual_seed(0)
-    model = BertForSequenceClassification(BertConfig(**(SMALL | dict(num_hidden_layers=6, initializer_range=0.2)))).eval()
+    model = BertForSequenceClassification(
+        BertConfig(**(SMALL | dict(num_hidden_layers=6, initializer_range=0.2)))
+    ).eval()
     batch = random_batch(model, batch=8, n=24)
 
     def error(stabilizer):
-        out = TransformerAttribution(model, stabilizer=stabilizer)(**batch, target=0, reliability="off").scores
-        exact = TransformerAttribution(model, dtype=torch.float64, stabilizer=stabilizer)(**batch, target=0).scores
+        out = TransformerAttribution(model, stabilizer=stabilizer)(
+            **batch, target=0, reliability="off"
+        ).scores
+        exact = TransformerAttribution(model, dtype=torch.float64, stabilizer=stabilizer)(
+            **batch, target=0
+        ).scores
         return relative(out[:, 1:], exact[:, 1:])
 
     assert error(0.1) < 0.1 * error(0.0)

@@ -1,4 +1,6 @@
-"""Transformer attribution on random models of every known architecture and head, against the rules on materialised arrays."""
+"""Transformer attribution on random models of every known architecture and head, against the rules on
+materialised arrays.
+"""
 
 import pytest
 import torch
@@ -9,8 +11,19 @@ from models import DISTILBERT, SMALL, build, random_batch, randomize
 from pyglobenc import TransformerAttribution
 
 BERT = SMALL | dict(num_labels=4)
-VIT = dict(image_size=24, patch_size=6, hidden_size=48, num_hidden_layers=4, num_attention_heads=12, intermediate_size=80, num_labels=6)
-VITS = {"vit": ("ViTConfig", "ViTForImageClassification"), "deit": ("DeiTConfig", "DeiTForImageClassification")}
+VIT = dict(
+    image_size=24,
+    patch_size=6,
+    hidden_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=12,
+    intermediate_size=80,
+    num_labels=6,
+)
+VITS = {
+    "vit": ("ViTConfig", "ViTForImageClassification"),
+    "deit": ("DeiTConfig", "DeiTForImageClassification"),
+}
 
 # relative L2 in float64: rounding, amplified up to 1e6 times on random weights
 TOLERANCE = 1e-8
@@ -34,7 +47,12 @@ CLASSIFIERS = {
         BERT | dict(num_attention_heads=12, num_hidden_layers=5),
         ("classifier", "bert.pooler.dense"),
     ),
-    "roberta": ("RobertaConfig", "RobertaForSequenceClassification", BERT, ("classifier.out_proj", "classifier.dense")),
+    "roberta": (
+        "RobertaConfig",
+        "RobertaForSequenceClassification",
+        BERT,
+        ("classifier.out_proj", "classifier.dense"),
+    ),
     "electra": (
         "ElectraConfig",
         "ElectraForSequenceClassification",
@@ -60,10 +78,15 @@ def test_padded_batch_equals_direct_rules_alone(name, attention):
     for start in (0, 1):
         result = TransformerAttribution(model)(**batch, target=targets, start_layer=start, layers=True)
         for b, (count, target) in enumerate(zip(pads, targets, strict=True)):
-            alone = {"input_ids": batch["input_ids"][b : b + 1, : n - count], "attention_mask": torch.ones(1, n - count).long()}
+            alone = {
+                "input_ids": batch["input_ids"][b : b + 1, : n - count],
+                "attention_mask": torch.ones(1, n - count).long(),
+            }
             head = linears(model, *paths)
             row = (head[0], head[0].weight[target].detach()[None])
-            scores, r = direct(model, alone, lambda out, t=target: out.logits[0, t], [row, *head[1:]], start_layer=start)
+            scores, r = direct(
+                model, alone, lambda out, t=target: out.logits[0, t], [row, *head[1:]], start_layer=start
+            )
             assert relative(result.scores[b, : n - count], scores) <= TOLERANCE
             assert not result.scores[b, n - count :].any()
             assert relative(result.relevance[b, 0, : n - count], r.sum(-1)) <= TOLERANCE
@@ -80,7 +103,13 @@ def test_images_equal_direct_rules(name):
     assert result.scores.shape == (3, 16)
     for b, target in enumerate([1, 5, 0]):
         row = (model.classifier, model.classifier.weight[target].detach()[None])
-        scores, r = direct(model, {"pixel_values": pixels[b : b + 1]}, lambda out, t=target: out.logits[0, t], [row], start_layer=1)
+        scores, r = direct(
+            model,
+            {"pixel_values": pixels[b : b + 1]},
+            lambda out, t=target: out.logits[0, t],
+            [row],
+            start_layer=1,
+        )
         assert relative(result.scores[b], scores[prefix:]) <= TOLERANCE
         assert relative(result.relevance[b, 0], r.sum(-1)) <= TOLERANCE
 
@@ -91,7 +120,12 @@ def test_contrast_explains_the_difference_of_two_logits():
     result = TransformerAttribution(model)(**batch, target=3, contrast=1)
     head = linears(model, "classifier", "bert.pooler.dense")
     weight = model.classifier.weight.detach()
-    scores, _ = direct(model, batch, lambda out: out.logits[0, 3] - out.logits[0, 1], [(head[0], (weight[3] - weight[1])[None]), head[1]])
+    scores, _ = direct(
+        model,
+        batch,
+        lambda out: out.logits[0, 3] - out.logits[0, 1],
+        [(head[0], (weight[3] - weight[1])[None]), head[1]],
+    )
     assert relative(result.scores[0], scores) <= TOLERANCE
     assert result.logit == result.output.logits[0, 3] - result.output.logits[0, 1]
     with pytest.raises(ValueError, match="another class"):
@@ -100,9 +134,19 @@ def test_contrast_explains_the_difference_of_two_logits():
 
 TOKEN_HEADS = {
     "token": ("BertConfig", "BertForTokenClassification", BERT, ("classifier",)),
-    "masked": ("BertConfig", "BertForMaskedLM", SMALL, ("cls.predictions.decoder", "cls.predictions.transform.dense")),
+    "masked": (
+        "BertConfig",
+        "BertForMaskedLM",
+        SMALL,
+        ("cls.predictions.decoder", "cls.predictions.transform.dense"),
+    ),
     "masked-roberta": ("RobertaConfig", "RobertaForMaskedLM", SMALL, ("lm_head.decoder", "lm_head.dense")),
-    "masked-distilbert": ("DistilBertConfig", "DistilBertForMaskedLM", DISTILBERT, ("vocab_projector", "vocab_transform")),
+    "masked-distilbert": (
+        "DistilBertConfig",
+        "DistilBertForMaskedLM",
+        DISTILBERT,
+        ("vocab_projector", "vocab_transform"),
+    ),
 }
 
 
@@ -116,7 +160,9 @@ def test_a_token_s_logit(name):
         head = linears(model, *paths)
         row = (head[0], head[0].weight[2].detach()[None])
         alone = {key: value[b : b + 1] for key, value in batch.items()}
-        scores, _ = direct(model, alone, lambda out, p=position: out.logits[0, p, 2], [row, *head[1:]], position=position)
+        scores, _ = direct(
+            model, alone, lambda out, p=position: out.logits[0, p, 2], [row, *head[1:]], position=position
+        )
         assert relative(result.scores[b], scores) <= TOLERANCE
     assert (result.target == 2).all() and result.position.tolist() == [4, 6]
     with pytest.raises(ValueError, match="name the token"):
@@ -134,7 +180,9 @@ def test_a_span_s_logit(which):
     row = (head, head.weight[["start", "end"].index(which)].detach()[None])
     position = int(result.position[0])
     alone = {key: value[:1] for key, value in batch.items()}
-    scores, _ = direct(model, alone, lambda out: out[f"{which}_logits"][0, position], [row], position=position)
+    scores, _ = direct(
+        model, alone, lambda out: out[f"{which}_logits"][0, position], [row], position=position
+    )
     assert relative(result.scores[0], scores) <= TOLERANCE
     at = TransformerAttribution(model)(**batch, target=which, position=5).position
     assert at.tolist() == [5, 5]
@@ -184,4 +232,7 @@ def test_lrp_baseline_equals_its_rules():
     head = linears(model, "classifier", "bert.pooler.dense")
     row = (head[0], head[0].weight[1].detach()[None])
     _, r = direct(model, batch, lambda out: out.logits[0, 1], [row, head[1]], rules=LRP)
-    assert relative(TransformerAttribution(model)(**batch, target=1, variant="lrp").scores[0], r.sum(-1)) <= TOLERANCE
+    assert (
+        relative(TransformerAttribution(model)(**batch, target=1, variant="lrp").scores[0], r.sum(-1))
+        <= TOLERANCE
+    )

@@ -23,7 +23,10 @@ def test_reference_is_the_rule(rescale):
         if rescale:
             sums = [branch.sum() for branch in branches]
             shares = [abs(own) / (abs(sums[0]) + abs(sums[1]) + 1e-9) for own in sums]
-            branches = [t * share * r[example].sum() / (own + 1e-9) for t, share, own in zip(branches, shares, sums, strict=True)]
+            branches = [
+                t * share * r[example].sum() / (own + 1e-9)
+                for t, share, own in zip(branches, shares, sums, strict=True)
+            ]
         for out, expected in zip(outs, branches, strict=True):
             torch.testing.assert_close(out[example], expected)
 

@@ -49,7 +49,9 @@ def test_equals_dense(size, window, kind):
     torch.testing.assert_close(o, exact_o, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(lse, exact_lse, rtol=1e-12, atol=1e-13)
     probabilities = attention_probabilities(q, k, mask, 0.3, window)
-    torch.testing.assert_close(o, probabilities @ v.repeat_interleave(size[1] // size[2], dim=1), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        o, probabilities @ v.repeat_interleave(size[1] // size[2], dim=1), rtol=1e-12, atol=1e-13
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -73,7 +75,9 @@ def test_gradients(window):
     q, k, v = (t.requires_grad_() for t in tensors(2, 2, 2, 20, 8))
     mask = key_mask("left", 2, 20)
     weights = torch.randn(2, 2, 20, 8, dtype=torch.float64)
-    found = torch.autograd.grad((attention(q, k, v, key_mask=mask, window=window)[0] * weights).sum(), (q, k, v))
+    found = torch.autograd.grad(
+        (attention(q, k, v, key_mask=mask, window=window)[0] * weights).sum(), (q, k, v)
+    )
     real = (dense(q, k, v, mask, 8**-0.5, window)[1] != torch.inf)[..., None]
     reference = reference_attention(q, k, v, mask, 8**-0.5, window)[0].masked_fill(~real, 0)
     for out, exact in zip(found, torch.autograd.grad((reference * weights).sum(), (q, k, v)), strict=True):
@@ -96,7 +100,11 @@ def biased(name, B, H, n, dh):
 
     def bias(q, k):
         out = 0.2 * torch.einsum("bhid,hijd->bhij", q, keys[:, buckets[ahead]])
-        return out + 0.2 * torch.einsum("bhjd,hijd->bhij", k, queries[:, buckets[ahead]]) if name == "both" else out
+        return (
+            out + 0.2 * torch.einsum("bhjd,hijd->bhij", k, queries[:, buckets[ahead]])
+            if name == "both"
+            else out
+        )
 
     return mod, bias
 
@@ -113,7 +121,9 @@ def test_biases(name, kind):
     torch.testing.assert_close(lse, exact_lse, rtol=1e-12, atol=1e-13)
     scores = q @ k.transpose(2, 3) * 0.3
     own = mod.diagonal(torch.diagonal(scores, dim1=2, dim2=3), q, k)
-    torch.testing.assert_close(own, torch.diagonal(scores + bias(q, k), dim1=2, dim2=3), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        own, torch.diagonal(scores + bias(q, k), dim1=2, dim2=3), rtol=1e-12, atol=1e-13
+    )
 
 
 def test_soft_cap():
@@ -124,7 +134,9 @@ def test_soft_cap():
     torch.testing.assert_close(lse, exact_lse, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("options", [dict(window=(-1, 0)), dict(window=(16, 16)), dict(score_mod=SoftCap(3.0))])
+@pytest.mark.parametrize(
+    "options", [dict(window=(-1, 0)), dict(window=(16, 16)), dict(score_mod=SoftCap(3.0))]
+)
 def test_nothing_of_size_n_n(options):
     n = 1600
     q, k, v = tensors(1, 2, 2, n, 8, torch.float32)
@@ -153,7 +165,13 @@ def stand_ins(request, monkeypatch):
     """In the place of torch's kernels of a GPU; they refuse what those do."""
 
     def flash(q, k, v, dropout, causal, *, scale):
-        assert request.param and q.dtype != torch.float32 and q.shape[3] % 8 == 0 and q.shape[3] <= 256 and not dropout
+        assert (
+            request.param
+            and q.dtype != torch.float32
+            and q.shape[3] % 8 == 0
+            and q.shape[3] <= 256
+            and not dropout
+        )
         return on_a_cpu(q, k, v, None, causal, scale, 1)
 
     def efficient(q, k, v, bias, with_lse, dropout, causal, *, scale):
@@ -162,14 +180,19 @@ def stand_ins(request, monkeypatch):
             assert bias.dtype == q.dtype and bias.shape == (*q.shape[:3], k.shape[2]) and not unlike(bias, 8)
         return on_a_cpu(q, k, v, bias, causal, scale, 32)
 
-    kernels = dict(_scaled_dot_product_flash_attention=flash, _scaled_dot_product_efficient_attention=efficient)
+    kernels = dict(
+        _scaled_dot_product_flash_attention=flash, _scaled_dot_product_efficient_attention=efficient
+    )
     module = import_module("pyglobenc.ops.attention")
     monkeypatch.setattr(module, "aten", SimpleNamespace(**kernels))
     monkeypatch.setattr(module, "since_ampere", lambda device: request.param)
     monkeypatch.setattr(module, "fused_call", module.gpu_call)
 
 
-@pytest.mark.parametrize("kind, window", [("none", (-1, -1)), ("none", (-1, 0)), ("left", (-1, 0)), ("holes", (-1, -1)), ("none", (6, 3))])
+@pytest.mark.parametrize(
+    "kind, window",
+    [("none", (-1, -1)), ("none", (-1, 0)), ("left", (-1, 0)), ("holes", (-1, -1)), ("none", (6, 3))],
+)
 @pytest.mark.parametrize("dh", [6, 12, 64, 264])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_calls_of_a_gpu(dtype, dh, kind, window, stand_ins):
@@ -182,7 +205,10 @@ def test_calls_of_a_gpu(dtype, dh, kind, window, stand_ins):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind, window", [("none", (-1, -1)), ("none", (-1, 0)), ("left", (-1, 0)), ("holes", (-1, -1)), ("none", (6, 3))])
+@pytest.mark.parametrize(
+    "kind, window",
+    [("none", (-1, -1)), ("none", (-1, 0)), ("left", (-1, 0)), ("holes", (-1, -1)), ("none", (6, 3))],
+)
 @pytest.mark.parametrize("dh", [12, 64, 136, 264])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_on_a_gpu(dtype, dh, kind, window):
@@ -196,7 +222,8 @@ def test_on_a_gpu(dtype, dh, kind, window):
     plain, plain_lse = reference_attention(q.float(), k.float(), v.float(), mask, dh**-0.5, window)
     seen = torch.isfinite(exact_lse)
     assert torch.equal(torch.isfinite(lse), seen)
-    # tensor cores cut their sums off, up to an ulp where float32's are rounded, up to half; probabilities are rounded to half precision
+    # tensor cores cut their sums off, up to an ulp where float32's are rounded, up to half; probabilities are
+    # rounded to half precision
     assert_as_good_as_torch(o[seen], exact[seen], plain[seen].to(dtype), 4.0)
     assert_as_good_as_torch(lse[seen], exact_lse[seen], plain_lse[seen], 4.0)
 

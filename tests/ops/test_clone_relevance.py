@@ -21,7 +21,9 @@ def test_reference_is_the_rule(parts):
     for index in torch.cartesian_prod(*(torch.arange(size) for size in x.shape)).tolist():
         value, total = float(x[tuple(index)]), sum(float(part[tuple(index)]) for part in r)
         guarded = value + 1e-9 or 1e-9
-        assert float(out[tuple(index)]) == pytest.approx(0.0 if value == 0 else total / guarded * value, rel=1e-12)
+        assert float(out[tuple(index)]) == pytest.approx(
+            0.0 if value == 0 else total / guarded * value, rel=1e-12
+        )
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -33,7 +35,10 @@ def test_kernel_gives_the_bits_of_torch(parts, shape, kernel):
     with running(kernel) as backend:
         assert torch.equal(clone_relevance(r, x, backend=backend), clone_relevance(r, x, backend="reference"))
         turned = [part.mT.contiguous().mT for part in r]
-        assert torch.equal(clone_relevance(turned, x.mT.contiguous().mT, backend=backend), clone_relevance(r, x, backend="reference"))
+        assert torch.equal(
+            clone_relevance(turned, x.mT.contiguous().mT, backend=backend),
+            clone_relevance(r, x, backend="reference"),
+        )
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -44,7 +44,9 @@ def check(kernel, case, dtype=torch.float32):
         assert torch.equal(alone, gram) and nothing is None and torch.equal(gram, gram.mT)
 
 
-@pytest.mark.parametrize("case", [Case(n=5, norms=0), Case(n=6, norms=1, H=6, Hkv=2), Case(n=7, norms=2)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(n=5, norms=0), Case(n=6, norms=1, H=6, Hkv=2), Case(n=7, norms=2)], ids=str
+)
 def test_reference_is_the_definition(case):
     t, args = arguments(case)
     v = t["v"].repeat_interleave(case.H // case.Hkv, dim=1)
@@ -75,7 +77,9 @@ def test_strided_inputs(dtype, kernel):
     args = rounded(arguments(Case(n=37))[1], dtype)
     strided = tuple(torch.stack([a, a], -1)[..., 0] for a in args)
     with running(kernel) as backend:
-        for first, second in zip(head_gram(*args, backend=backend), head_gram(*strided, backend=backend), strict=True):
+        for first, second in zip(
+            head_gram(*args, backend=backend), head_gram(*strided, backend=backend), strict=True
+        ):
             assert torch.equal(first, second)
 
 
@@ -128,7 +132,9 @@ def test_arguments_are_checked():
     ids=str,
 )
 def test_other_mixtures_are_refused(v, kernel, x, cross_kernel):
-    args = [a.to(dtype) for a, dtype in zip(arguments(Case(n=6))[1], (v, kernel, x, cross_kernel), strict=True)]
+    args = [
+        a.to(dtype) for a, dtype in zip(arguments(Case(n=6))[1], (v, kernel, x, cross_kernel), strict=True)
+    ]
     with pytest.raises(TypeError, match="one dtype"):
         head_gram(*args)
 

@@ -18,11 +18,15 @@ def test_reference_is_the_definition(case):
     single = head_norms(t["v"].float(), t["weight"].float())
     assert single.dtype == torch.float32
     rounded = torch.einsum("bhjc,hcd->bjhd", v.float().double(), t["weight"].float().double()).norm(dim=-1)
-    assert_as_good_as_torch(single, rounded, torch.einsum("bhjc,hcd->bjhd", v.float(), t["weight"].float()).norm(dim=-1))
+    assert_as_good_as_torch(
+        single, rounded, torch.einsum("bhjc,hcd->bjhd", v.float(), t["weight"].float()).norm(dim=-1)
+    )
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("case", [*CASES, Case(n=65, H=3, Hkv=1, dh=33), Case(B=1, n=130, H=12, Hkv=12, dh=64, d=768)], ids=str)
+@pytest.mark.parametrize(
+    "case", [*CASES, Case(n=65, H=3, Hkv=1, dh=33), Case(B=1, n=130, H=12, Hkv=12, dh=64, d=768)], ids=str
+)
 def test_kernel_is_as_good_as_torch(case, kernel):
     for compare in until_enough(factor(kernel)):
         t = layer(case)
@@ -30,7 +34,10 @@ def test_kernel_is_as_good_as_torch(case, kernel):
         with running(kernel) as backend:
             out = head_norms(*args, backend=backend)
             strided = head_norms(*(torch.stack([a, a], -1)[..., 0] for a in args), backend=backend)
-        exact, torch_out = head_norms(*(a.double() for a in args), backend="reference"), head_norms(*args, backend="reference")
+        exact, torch_out = (
+            head_norms(*(a.double() for a in args), backend="reference"),
+            head_norms(*args, backend="reference"),
+        )
         compare(out, exact, torch_out)
         compare(out.square(), exact.square(), torch_out.square())
         # torch's product of the weights may be summed in another order
@@ -38,7 +45,9 @@ def test_kernel_is_as_good_as_torch(case, kernel):
 
 
 def small_vectors(v, weight, part):
-    """v (B, Hkv, n, dh) such that v W_O is smaller than v and W_O let expect: only its components of small singular values are kept."""
+    """v (B, Hkv, n, dh) such that v W_O is smaller than v and W_O let expect: only its components of small
+    singular values are kept.
+    """
     basis = torch.linalg.svd(weight.double(), full_matrices=False)[0][:, :, -part:]
     return (v.double() @ basis @ basis.mT).float()
 
@@ -52,7 +61,10 @@ def test_scale_is_nothing(of, power, kernel):
         t = layer(Case(n=60))
         v, weight = t["v"].float(), t["weight"].float()
         v[0, 0, 3] = 0
-        exact, torch_out = head_norms(v.double(), weight.double(), backend="reference"), head_norms(v, weight, backend="reference")
+        exact, torch_out = (
+            head_norms(v.double(), weight.double(), backend="reference"),
+            head_norms(v, weight, backend="reference"),
+        )
         scales = {"v": (power, 0), "weight": (0, power), "both": (power, -power)}[of]
         with running(kernel) as backend:
             out = head_norms(*(s * 2.0**p for s, p in zip((v, weight), scales, strict=True)), backend=backend)
@@ -72,7 +84,12 @@ def test_vectors_near_the_null_space(scale, kernel):
         with running(kernel) as backend:
             out = head_norms(v, weight, backend=backend)
         # every norm relative to itself
-        compare(*(norms / exact for norms in (out.double(), exact, head_norms(v, weight, backend="reference").double())))
+        compare(
+            *(
+                norms / exact
+                for norms in (out.double(), exact, head_norms(v, weight, backend="reference").double())
+            )
+        )
 
 
 @pytest.mark.parametrize("kernel", ["reference", *KERNELS])

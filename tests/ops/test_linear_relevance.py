@@ -25,7 +25,14 @@ def clamped(r, x, weight):
     return plus(x) * (s @ plus(weight)) + minus(x) * (s @ minus(weight))
 
 
-CASES = [(500, 1, 1, 0.0), (100, 5, 7, 0.0), (17, 33, 65, 0.0), (40, 96, 200, 0.0), (40, 96, 200, 0.005), (40, 96, 200, 0.5)]
+CASES = [
+    (500, 1, 1, 0.0),
+    (100, 5, 7, 0.0),
+    (17, 33, 65, 0.0),
+    (40, 96, 200, 0.0),
+    (40, 96, 200, 0.005),
+    (40, 96, 200, 0.5),
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -33,9 +40,13 @@ def test_reference_is_the_clamped_rule(case):
     r, x, weight, bias = (t.double() for t in inputs(*case))
     expected = clamped(r, x, weight)
     scale = float(expected.abs().max())
-    torch.testing.assert_close(linear_relevance(r, x, weight, backend="reference"), expected, rtol=1e-7, atol=1e-9 * scale)
+    torch.testing.assert_close(
+        linear_relevance(r, x, weight, backend="reference"), expected, rtol=1e-7, atol=1e-9 * scale
+    )
     output = x @ weight.T + bias
-    out = linear_relevance(r, x, weight, abs_weight=weight.abs(), output=output, bias=bias, backend="reference")
+    out = linear_relevance(
+        r, x, weight, abs_weight=weight.abs(), output=output, bias=bias, backend="reference"
+    )
     torch.testing.assert_close(out, expected, rtol=1e-7, atol=1e-9 * scale)
 
 
@@ -59,5 +70,7 @@ def test_kernel_is_as_good_as_torch(case, known, kernel):
 @pytest.mark.parametrize("rows, d_in, d_out", [(0, 3, 4), (2, 3, 0)])
 def test_empty(rows, d_in, d_out, kernel):
     with running(kernel) as backend:
-        out = linear_relevance(torch.zeros(2, rows, d_out), torch.zeros(2, rows, d_in), torch.zeros(d_out, d_in), backend=backend)
+        out = linear_relevance(
+            torch.zeros(2, rows, d_out), torch.zeros(2, rows, d_in), torch.zeros(d_out, d_in), backend=backend
+        )
     assert out.shape == (2, rows, d_in) and not out.any()

@@ -40,8 +40,8 @@ def test_kernel_is_as_good_as_torch(shape, norms, dtype, kernel):
     exact = mapped_square(x.double(), [gamma.double() for gamma in gammas], backend="reference")
     assert out.dtype == strided.dtype == torch.float32
     for found in (out, strided):
-        # twice torch's: dividing by the squared product of the scales adds 5 roundings, each of up to 2^-24 of a whole row's result, where
-        # those of torch's sums average out
+        # twice torch's: dividing by the squared product of the scales adds 5 roundings, each of up to 2^-24
+        # of a whole row's result, where those of torch's sums average out
         assert_as_good_as_torch(found, exact, mapped_square(x, gammas, backend="reference"), 4.0)
 
 
@@ -49,7 +49,10 @@ def test_kernel_is_as_good_as_torch(shape, norms, dtype, kernel):
 def test_constant_rows_vanish(kernel):
     x, gamma = torch.full((1, 3, 8), 2.0), torch.rand(8) + 0.5
     with running(kernel) as backend:
-        assert not mapped_square(x, [gamma], backend=backend).any() and not mapped_square(x, [gamma, gamma], backend=backend).any()
+        assert (
+            not mapped_square(x, [gamma], backend=backend).any()
+            and not mapped_square(x, [gamma, gamma], backend=backend).any()
+        )
 
 
 @pytest.mark.parametrize("kernel", KERNELS[:1])
@@ -64,7 +67,10 @@ def test_empty(shape, kernel):
 def test_double_precision_is_the_reference(norms, kernel):
     x, gammas = arguments(1, 2, 6, norms=norms)
     assert torch.equal(mapped_square(x, gammas), mapped_square(x, gammas, backend="reference"))
-    with running(kernel) as backend, pytest.raises(ValueError, match="computes in float32, got torch.float64"):
+    with (
+        running(kernel) as backend,
+        pytest.raises(ValueError, match="computes in float32, got torch.float64"),
+    ):
         mapped_square(x, gammas, backend=backend)
 
 
@@ -87,4 +93,6 @@ def test_arguments_are_checked():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(dtype, norms):
     x, gammas = arguments(2, 3, 6, norms=norms)
-    torch.library.opcheck(torch.ops.pyglobenc.mapped_square.default, (x.to(dtype), [gamma.float() for gamma in gammas], "auto"))
+    torch.library.opcheck(
+        torch.ops.pyglobenc.mapped_square.default, (x.to(dtype), [gamma.float() for gamma in gammas], "auto")
+    )

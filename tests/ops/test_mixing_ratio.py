@@ -28,7 +28,8 @@ def arguments(case, t, dtype):
 def definition(case, t, dtype, arithmetic=torch.float64):
     """The ratio from every decomposed vector, on inputs rounded to dtype."""
     q, k, v, x, weight, *gammas = (
-        one.to(dtype).to(arithmetic) for one in (*(t[name] for name in ("q", "k", "v", "x", "weight")), *t["gammas"])
+        one.to(dtype).to(arithmetic)
+        for one in (*(t[name] for name in ("q", "k", "v", "x", "weight")), *t["gammas"])
     )
     alpha = attention_probabilities(q, k, t["key_mask"], q.shape[3] ** -0.5, case.window)
     v = v.repeat_interleave(case.H // case.Hkv, dim=1)
@@ -54,7 +55,11 @@ def test_float32():
     case = Case(B=25, n=40, d=32)
     t = layer(case)
     exact = definition(case, t, torch.float32)
-    assert_as_good_as_torch(mixing_ratio(*arguments(case, t, torch.float32)), exact, definition(case, t, torch.float32, torch.float32))
+    assert_as_good_as_torch(
+        mixing_ratio(*arguments(case, t, torch.float32)),
+        exact,
+        definition(case, t, torch.float32, torch.float32),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

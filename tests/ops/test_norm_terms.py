@@ -7,7 +7,8 @@ from pair_cases import KERNELS, Case, factor, layer, running
 from pyglobenc.ops import gram_weights, head_gram, mapped_square, norm_terms
 
 HALF = (torch.bfloat16, torch.float16)
-# one number, odd sizes, groups, a block of every instruction set and one more, blocks that are split by features and those that aren't
+# one number, odd sizes, groups, a block of every instruction set and one more, blocks that are split by
+# features and those that aren't
 CASES = [
     Case(B=1000, n=1, H=1, Hkv=1, dh=1, d=3, norms=0),
     Case(B=3, n=13, H=5, Hkv=1, dh=7, d=35),
@@ -54,7 +55,9 @@ def check(kernel, case, dtype):
         assert kernel == "reference" or torch.equal(out[0], out[0].mT)
 
 
-@pytest.mark.parametrize("case", [Case(n=5, norms=0), Case(n=6, norms=1, H=6, Hkv=2), Case(n=7, norms=2)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(n=5, norms=0), Case(n=6, norms=1, H=6, Hkv=2), Case(n=7, norms=2)], ids=str
+)
 def test_reference_is_the_definition(case):
     args = v, weight, x, gammas = arguments(case)
     stage = stage_matrix(case.d, gammas)
@@ -77,7 +80,10 @@ def test_reference_in_tiles(monkeypatch):
 def test_equals_the_form_with_constants(case):
     v, weight, x, gammas = args = arguments(case)
     kernel, cross_kernel = gram_weights(weight, gammas)
-    expected = (*head_gram(v, kernel, x, cross_kernel, backend="reference"), mapped_square(x, gammas, backend="reference"))
+    expected = (
+        *head_gram(v, kernel, x, cross_kernel, backend="reference"),
+        mapped_square(x, gammas, backend="reference"),
+    )
     for out, other in zip(norm_terms(*args, backend="reference"), expected, strict=True):
         torch.testing.assert_close(out, other)
 
@@ -91,10 +97,15 @@ def test_kernel_is_as_good_as_torch(case, kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("rank", [1, 3])
 def test_vectors_that_cancel(rank, kernel):
-    """Heads whose vectors lie in a few dimensions and nearly add up to nothing: squares a^T G a near 0 beside their terms."""
+    """Heads whose vectors lie in a few dimensions and nearly add up to nothing: squares a^T G a near 0 beside
+    their terms.
+    """
     case = Case(B=1, n=1100, H=6, Hkv=6, dh=8, d=48)
     v, weight, x, gammas = arguments(case)
-    weight = torch.randn(1, case.dh, rank, dtype=weight.dtype) @ torch.randn(1, rank, case.d, dtype=weight.dtype) + 1e-4 * weight
+    weight = (
+        torch.randn(1, case.dh, rank, dtype=weight.dtype) @ torch.randn(1, rank, case.d, dtype=weight.dtype)
+        + 1e-4 * weight
+    )
     v = torch.cat([v[:, :-1], -v[:, :-1].sum(1, keepdim=True)], 1)
     args = rounded((v, weight, x, gammas), torch.float32)
 
@@ -103,7 +114,10 @@ def test_vectors_that_cancel(rank, kernel):
 
     with running(kernel) as backend:
         out = square(norm_terms(*args, backend=backend))
-    exact, torch_out = square(norm_terms(*doubled(args), backend="reference")), square(norm_terms(*args, backend="reference"))
+    exact, torch_out = (
+        square(norm_terms(*doubled(args), backend="reference")),
+        square(norm_terms(*args, backend="reference")),
+    )
     for values in zip(out, exact, torch_out, strict=True):
         assert_as_good_as_torch(*values, factor(kernel))
 
@@ -124,7 +138,9 @@ def test_strided_inputs(dtype, kernel):
     with running(kernel) as backend:
         expected = norm_terms(v, weight, x, gammas, backend=backend)
         for layout in layouts:
-            for first, second in zip(norm_terms(spread[0], layout, spread[2], spread[3:], backend=backend), expected, strict=True):
+            for first, second in zip(
+                norm_terms(spread[0], layout, spread[2], spread[3:], backend=backend), expected, strict=True
+            ):
                 assert torch.equal(first, second)
 
 
@@ -133,7 +149,11 @@ def test_strided_inputs(dtype, kernel):
 def test_empty(B, n, dh, kernel):
     with running(kernel) as backend:
         gram, cross, square = norm_terms(
-            torch.zeros(B, 2, n, dh), torch.zeros(4, dh, 5), torch.zeros(B, n, 5), [torch.ones(5)] * 2, backend=backend
+            torch.zeros(B, 2, n, dh),
+            torch.zeros(4, dh, 5),
+            torch.zeros(B, n, 5),
+            [torch.ones(5)] * 2,
+            backend=backend,
         )
     assert gram.shape == (B, n, 4, 4) and cross.shape == (B, n, 4) and square.shape == (B, n)
     assert not gram.any() and not cross.any() and not square.any()
@@ -173,7 +193,9 @@ def test_arguments_are_checked():
         (torch.float32, torch.float32, torch.float32, torch.float64),
     ]:
         with pytest.raises(TypeError, match="one dtype"):
-            norm_terms(v.to(v_type), weight.to(weight_type), x.to(x_type), [gamma.to(gamma_type) for gamma in gammas])
+            norm_terms(
+                v.to(v_type), weight.to(weight_type), x.to(x_type), [gamma.to(gamma_type) for gamma in gammas]
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

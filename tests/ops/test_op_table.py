@@ -26,8 +26,16 @@ def test_the_table_lists_the_ops_that_have_backends():
 @pytest.mark.parametrize("op", op_names())
 def test_an_op_has_all_that_belongs_to_it(op):
     named = import_module(f"pyglobenc.ops.{op}").BACKENDS
-    missing = [str(folder / f"{op}.py") for name, folder in FOLDERS.items() if name in named and not (folder / f"{op}.py").exists()]
-    missing += [name for name in (f"tests/ops/test_{op}.py", f"benchmarks/bench_{op}.py") if not (ROOT / name).exists()]
+    missing = [
+        str(folder / f"{op}.py")
+        for name, folder in FOLDERS.items()
+        if name in named and not (folder / f"{op}.py").exists()
+    ]
+    missing += [
+        name
+        for name in (f"tests/ops/test_{op}.py", f"benchmarks/bench_{op}.py")
+        if not (ROOT / name).exists()
+    ]
     missing += [] if op in ops.__all__ else [f"{op} in pyglobenc.ops.__all__"]
     assert not missing
     assert set(named) <= set(ROOMS) and named[-1] == "reference"

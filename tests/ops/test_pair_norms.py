@@ -45,9 +45,9 @@ CASES = [
 def check(kernel, draw):
     """The error rule, for the norms' squares and for the norms, of arguments that draw() makes.
 
-    Where the heads' vectors cancel, the root amplifies rounding, and the largest error is that of a few such pairs. There torch's
-    G a cancels before it is multiplied by a; kernels that fold G add 2 G[g, h] a[h] once, and the rounding of terms twice as large
-    stays: factor 2 on top of the rule's 2.
+    Where the heads' vectors cancel, the root amplifies rounding, and the largest error is that of a few such
+    pairs. There torch's G a cancels before it is multiplied by a; kernels that fold G add 2 G[g, h] a[h]
+    once, and the rounding of terms twice as large stays: factor 2 on top of the rule's 2.
     """
     for compare in until_enough(factor(kernel)):
         args = draw()
@@ -62,8 +62,12 @@ def check(kernel, draw):
 @pytest.mark.parametrize("case", DIRECT, ids=str)
 def test_reference_is_the_papers_definition(case):
     t = layer(case)
-    alpha = attention_probabilities(t["q"].double(), t["k"].double(), t["key_mask"], t["scaling"], case.window)
-    vectors = decomposed_vectors(alpha, t["v"], t["weight"], t["x"] if case.residual else None, t["gammas"], t["rstd"])
+    alpha = attention_probabilities(
+        t["q"].double(), t["k"].double(), t["key_mask"], t["scaling"], case.window
+    )
+    vectors = decomposed_vectors(
+        alpha, t["v"], t["weight"], t["x"] if case.residual else None, t["gammas"], t["rstd"]
+    )
     expected = vectors.norm(dim=-1)
     if t["key_mask"] is not None:
         real = t["key_mask"]
@@ -84,7 +88,9 @@ def test_kernel_is_as_good_as_torch(case, kernel):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("case", [Case(n=77), Case(n=77, mask="holes"), Case(n=77, window=(-1, 0)), Case(B=70, n=1)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(n=77), Case(n=77, mask="holes"), Case(n=77, window=(-1, 0)), Case(B=70, n=1)], ids=str
+)
 def test_rows_are_those_of_the_full_matrix(case, kernel):
     args = pair_args(case)
     with running(kernel) as backend:
@@ -93,18 +99,30 @@ def test_rows_are_those_of_the_full_matrix(case, kernel):
             rows = torch.randint(0, case.n, (case.B, count))
             out = pair_norms(**args, rows=rows, backend=backend)
             assert torch.equal(out, full.gather(1, rows[:, :, None].expand(-1, -1, case.n)))
-        assert pair_norms(**args, rows=torch.zeros(case.B, 0, dtype=torch.int64), backend=backend).shape == (case.B, 0, case.n)
+        assert pair_norms(**args, rows=torch.zeros(case.B, 0, dtype=torch.int64), backend=backend).shape == (
+            case.B,
+            0,
+            case.n,
+        )
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strided_inputs(kernel, dtype):
     args = pair_args(Case(n=37, dh=7, mask="holes", dtype=dtype))
-    strided = {name: torch.stack([t, t], -1)[..., 0] if isinstance(t, torch.Tensor) else t for name, t in args.items()}
+    strided = {
+        name: torch.stack([t, t], -1)[..., 0] if isinstance(t, torch.Tensor) else t
+        for name, t in args.items()
+    }
     assert not strided["gram"].is_contiguous() and strided["q"].stride(-1) == 2
     with running(kernel) as backend:
         assert torch.equal(pair_norms(**strided, backend=backend), pair_norms(**args, backend=backend))
-    check(kernel, lambda: args | dict(gram=torch.full((), 1 / 16).expand_as(args["gram"]), cross=None, residual_sq=None))
+    check(
+        kernel,
+        lambda: (
+            args | dict(gram=torch.full((), 1 / 16).expand_as(args["gram"]), cross=None, residual_sq=None)
+        ),
+    )
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -196,7 +214,10 @@ def test_arguments_are_checked():
 @pytest.mark.parametrize("kernel", KERNELS[:1])
 def test_named_backend_refuses_with_reasons(kernel):
     args = doubled(pair_args(Case(n=6)))
-    with running(kernel) as backend, pytest.raises(ValueError, match="computes in float32, got torch.float64"):
+    with (
+        running(kernel) as backend,
+        pytest.raises(ValueError, match="computes in float32, got torch.float64"),
+    ):
         pair_norms(**args, backend=backend)
     assert pair_norms(**args).dtype == torch.float64
 

@@ -1,4 +1,6 @@
-"""What looks at ops from outside (torch.compile, fake tensors, autograd) sees them, though plain calls go past the dispatcher."""
+"""What looks at ops from outside (torch.compile, fake tensors, autograd) sees them, though plain calls go
+past the dispatcher.
+"""
 
 import pytest
 import torch

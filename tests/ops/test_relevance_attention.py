@@ -23,7 +23,9 @@ CASES = [
 
 
 def inputs(case):
-    """Arguments shared by the three ops, in float32, dots kept away from 0: R / safe(q . k) amplifies their rounding without bound."""
+    """Arguments shared by the three ops, in float32, dots kept away from 0: R / safe(q . k) amplifies their
+    rounding without bound.
+    """
     B, H, n, dh = case.B, case.H, case.n, case.dh
     q, k, v, grad_o, s = (torch.randn(B, n, H, dh).transpose(1, 2) for _ in range(5))
     q, k = q.abs() + 0.1, k.abs() + 0.1
@@ -46,7 +48,14 @@ def map_of(args):
 @pytest.mark.parametrize("additive_mask", [True, False])
 def test_reference_is_the_definition(additive_mask, gradient, case):
     args = doubled(inputs(case))
-    _, args["lse"] = attention(args["q"], args["k"], args["v"], key_mask=args["key_mask"], scaling=args["scaling"], window=case.window)
+    _, args["lse"] = attention(
+        args["q"],
+        args["k"],
+        args["v"],
+        key_mask=args["key_mask"],
+        scaling=args["scaling"],
+        window=case.window,
+    )
     if not gradient:
         args["grad_o"] = None
     alpha, relevance, weighted = map_of(args)
@@ -75,7 +84,9 @@ def test_reference_is_the_definition(additive_mask, gradient, case):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("options", [{}, dict(additive_mask=True, normalize=True), dict(stabilizer=1e-3)], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, dict(additive_mask=True, normalize=True), dict(stabilizer=1e-3)], ids=str
+)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel_is_as_good_as_torch(case, options, kernel):
     for compare in until_enough(factor(kernel)):
@@ -104,7 +115,10 @@ def test_maps_and_rollout_step(case, kernel):
             maps = relevance_maps(**args, backend=backend)
             some = relevance_maps(**args, rows=rows, backend=backend)
             step = relevance_rollout_step(r, **args, normalize=True, backend=backend)
-        exact, torch_out = relevance_maps(**wide, backend="reference"), relevance_maps(**args, backend="reference")
+        exact, torch_out = (
+            relevance_maps(**wide, backend="reference"),
+            relevance_maps(**args, backend="reference"),
+        )
         compare(maps, exact, torch_out)
         index = rows[:, :, None].expand(-1, -1, case.n)
         compare(some, exact.gather(1, index), relevance_maps(**args, rows=rows, backend="reference"))
@@ -126,7 +140,9 @@ def test_padding_may_hold_anything_in_the_scores(kernel):
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e-38, 1e-42])
 @pytest.mark.parametrize("peak", [1, 100, 600])
 def test_additive_mask_of_peaked_scores_and_small_relevance(peak, scale, kernel):
-    """Scores of some hundreds, whose lse is as large and whose probabilities underflow, and relevance down to the subnormal numbers."""
+    """Scores of some hundreds, whose lse is as large and whose probabilities underflow, and relevance down to
+    the subnormal numbers.
+    """
     args = inputs(Case(n=13))
     args["q"] *= -peak
     _, lse = attention(args["q"].double(), args["k"].double(), args["v"].double(), scaling=args["scaling"])
@@ -134,8 +150,9 @@ def test_additive_mask_of_peaked_scores_and_small_relevance(peak, scale, kernel)
     exact = relevance_attention(**doubled(args), additive_mask=True, backend="reference")
     with running(kernel) as backend:
         out = relevance_attention(**args, additive_mask=True, backend=backend)
-    # 8 products and their sum, the scaling and lse round a score 18 times by 2^-24 of the largest. alpha is off by as much, and c,
-    # a quotient of sums of it, by as much once more. Below the normal numbers a result of 13 terms has 13 roundings of 2^-149.
+    # 8 products and their sum, the scaling and lse round a score 18 times by 2^-24 of the largest. alpha is
+    # off by as much, and c, a quotient of sums of it, by as much once more. Below the normal numbers a result
+    # of 13 terms has 13 roundings of 2^-149.
     top = float((args["q"].double() @ args["k"].double().mT).abs().max() * args["scaling"])
     for got, wanted in zip(out[:4], exact[:4], strict=True):
         bound = 2 * 18 * 2.0**-24 * max(1.0, top) * wanted.abs().max() + 13 * 2.0**-149

@@ -19,12 +19,17 @@ def test_maps(n, pads, gradient):
     assert (out - exact).abs().max() <= 1e-12 * exact.abs().max()
     rows = torch.randint(n, (2, 2))
     some = relevance_maps(**t, key_mask=mask, rows=rows, backend="reference")
-    assert (some - exact.gather(1, rows[..., None].expand(-1, -1, n))).abs().max() <= 1e-12 * exact.abs().max()
+    assert (
+        some - exact.gather(1, rows[..., None].expand(-1, -1, n))
+    ).abs().max() <= 1e-12 * exact.abs().max()
 
 
 def test_strided_input():
     t, _ = inputs(9)
-    strided = {name: value.transpose(1, 2).contiguous().transpose(1, 2) if value.dim() == 4 else value for name, value in t.items()}
+    strided = {
+        name: value.transpose(1, 2).contiguous().transpose(1, 2) if value.dim() == 4 else value
+        for name, value in t.items()
+    }
     exact = exact_map(t, None)
     assert (relevance_maps(**strided) - exact).abs().max() <= 1e-12 * exact.abs().max()
 
@@ -32,7 +37,11 @@ def test_strided_input():
 def test_fake_tensors_have_the_result_s_shape():
     t, _ = inputs(9)
     with FakeTensorMode() as mode:
-        assert relevance_maps(**{name: mode.from_tensor(value) for name, value in t.items()}).shape == (2, 9, 9)
+        assert relevance_maps(**{name: mode.from_tensor(value) for name, value in t.items()}).shape == (
+            2,
+            9,
+            9,
+        )
 
 
 def test_refusals():

@@ -19,7 +19,9 @@ def test_rollout_step(n, pads, normalize):
     r = torch.rand(2, 3, n, dtype=torch.float64)
     out = relevance_rollout_step(r, **t, key_mask=mask, normalize=normalize, backend="reference")
     assert (out - r @ matrix).abs().max() <= 1e-12 * (r @ matrix).abs().max()
-    *_, row_sums, rolled = relevance_attention(**t, r=r, key_mask=mask, normalize=normalize, backend="reference")
+    *_, row_sums, rolled = relevance_attention(
+        **t, r=r, key_mask=mask, normalize=normalize, backend="reference"
+    )
     assert torch.equal(rolled, out)
     sums = exact_map(t, mask).sum(-1)
     assert (row_sums - sums).abs().max() <= 1e-12 * sums.abs().max()

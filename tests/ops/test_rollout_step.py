@@ -7,7 +7,7 @@ from numerics import until_enough
 from pair_cases import KERNELS, Case, doubled, factor, layer, pair_args, running
 
 from pyglobenc.backends.inputs import PairInputs
-from pyglobenc.ops import rollout_step, pair_norms
+from pyglobenc.ops import pair_norms, rollout_step
 
 CASES = [
     (Case(B=150, n=1), 1),
@@ -43,7 +43,9 @@ def rows_of(case, count):
 @pytest.mark.parametrize("case", [Case(n=9, mask="holes"), Case(n=8, H=6, Hkv=2, window=(-1, 0))], ids=str)
 def test_reference_is_the_papers_definition(case):
     t = layer(case)
-    alpha = attention_probabilities(t["q"].double(), t["k"].double(), t["key_mask"], t["scaling"], case.window)
+    alpha = attention_probabilities(
+        t["q"].double(), t["k"].double(), t["key_mask"], t["scaling"], case.window
+    )
     norms = decomposed_vectors(alpha, t["v"], t["weight"], t["x"], t["gammas"], t["rstd"]).norm(dim=-1)
     r, log_scale = (s.double() for s in rows_of(case, 3))
     if t["key_mask"] is not None:
@@ -63,10 +65,13 @@ def test_kernel_is_as_good_as_torch(case, count, kernel):
         r, log_scale = rows_of(case, count)
         with running(kernel) as backend:
             out, out_scale = rollout_step(r, log_scale, **args, backend=backend)
-        exact, exact_scale = rollout_step(r.double(), log_scale.double(), **doubled(args), backend="reference")
+        exact, exact_scale = rollout_step(
+            r.double(), log_scale.double(), **doubled(args), backend="reference"
+        )
         torch_out, torch_scale = rollout_step(r, log_scale, **args, backend="reference")
         assert torch.equal(exact_scale.isfinite(), out_scale.isfinite())
-        # compared before the rescaling, which divides by the largest entry; that it is 1 holds the scales to the same rule
+        # compared before the rescaling, which divides by the largest entry; that it is 1 holds the scales to
+        # the same rule
         assert torch.equal(out.amax(-1), exact.amax(-1).float())
         results = ((out, out_scale), (exact, exact_scale), (torch_out, torch_scale))
         unscaled = [scale.double().exp()[..., None] * rows.double() for rows, scale in results]
@@ -83,7 +88,10 @@ def test_is_the_product_with_the_norms(kernel):
         product = r.double() @ pair_norms(**args, backend=backend).double()
     # n terms, none negative, summed in float32
     torch.testing.assert_close(
-        (out_scale - log_scale).double().exp()[..., None] * out.double(), product, rtol=case.n * 2.0**-24, atol=0
+        (out_scale - log_scale).double().exp()[..., None] * out.double(),
+        product,
+        rtol=case.n * 2.0**-24,
+        atol=0,
     )
 
 
@@ -114,7 +122,10 @@ def test_strided_and_padded(kernel):
     case = Case(B=5, n=90, mask="right")
     args = pair_args(case)
     r, log_scale = rows_of(case, 2)
-    strided = {name: torch.stack([t, t], -1)[..., 0] if isinstance(t, torch.Tensor) else t for name, t in args.items()}
+    strided = {
+        name: torch.stack([t, t], -1)[..., 0] if isinstance(t, torch.Tensor) else t
+        for name, t in args.items()
+    }
     dirty = r.masked_fill(~args["key_mask"][:, None], torch.nan)
     with running(kernel) as backend:
         out, out_scale = rollout_step(r, log_scale, **args, backend=backend)
@@ -127,7 +138,9 @@ def test_strided_and_padded(kernel):
                 axis = 2 if name in ("q", "k", "lse") else 1
                 alone[name] = t[b : b + 1].narrow(axis, 0, count) if isinstance(t, torch.Tensor) else t
             alone["key_mask"] = None
-            single, single_scale = rollout_step(r[b : b + 1, :, :count], log_scale[b : b + 1], **alone, backend=backend)
+            single, single_scale = rollout_step(
+                r[b : b + 1, :, :count], log_scale[b : b + 1], **alone, backend=backend
+            )
             assert torch.equal(single[0], out[b, :, :count]) and torch.equal(single_scale[0], out_scale[b])
             assert not out[b, :, count:].any()
 
@@ -137,7 +150,9 @@ def test_strided_and_padded(kernel):
 def test_empty(B, T, n, kernel):
     q, gram = torch.zeros(B, 4, n, 8), torch.zeros(B, n, 4, 4)
     with running(kernel) as backend:
-        out, scale = rollout_step(torch.zeros(B, T, n), torch.zeros(B, T), q, q, torch.zeros(B, 4, n), gram, backend=backend)
+        out, scale = rollout_step(
+            torch.zeros(B, T, n), torch.zeros(B, T), q, q, torch.zeros(B, 4, n), gram, backend=backend
+        )
     assert out.shape == (B, T, n) and scale.shape == (B, T)
 
 

@@ -27,14 +27,27 @@ from pyglobenc.scale.corpus.records import Record, open_source
 
 FAULTS = Path(__file__).parents[1] / "support" / "corpus_faults.py"
 KILLS = Path(__file__).parents[2] / "benchmarks" / "corpus_kills.py"
-TEXTS = ["a good film", "the deep", "good good good film film the deep", "", "deep " * 60, "a", "the film, good!", "b c", "no\ud800", "x"]
+TEXTS = [
+    "a good film",
+    "the deep",
+    "good good good film film the deep",
+    "",
+    "deep " * 60,
+    "a",
+    "the film, good!",
+    "b c",
+    "no\ud800",
+    "x",
+]
 BAD = {3: "empty text", 4: "tokens and at most 40 fit", 8: "not UTF-8"}
 
 
 @pytest.fixture
 def minilm_is_tiny(monkeypatch):
     """The command line loads the small classifier."""
-    monkeypatch.setattr("pyglobenc.models.pretrained.load_pretrained", lambda *args: (tiny.classifier(), tiny.tokenizer()))
+    monkeypatch.setattr(
+        "pyglobenc.models.pretrained.load_pretrained", lambda *args: (tiny.classifier(), tiny.tokenizer())
+    )
 
 
 @pytest.fixture
@@ -45,7 +58,19 @@ def corpus(tmp_path):
 
 
 def run(corpus, output, *options):
-    return main(["attribute", "--input", str(corpus), "--output", str(output), "--quiet", "--shard-size", "4", *options])
+    return main(
+        [
+            "attribute",
+            "--input",
+            str(corpus),
+            "--output",
+            str(output),
+            "--quiet",
+            "--shard-size",
+            "4",
+            *options,
+        ]
+    )
 
 
 def contents(folder):
@@ -57,14 +82,18 @@ def rows(folder):
 
 
 def rejected(folder):
-    lines = [line for path in sorted(folder.glob("_rejected-*.jsonl")) for line in path.read_text().splitlines()]
+    lines = [
+        line for path in sorted(folder.glob("_rejected-*.jsonl")) for line in path.read_text().splitlines()
+    ]
     return {entry["index"]: entry["reason"] for entry in map(json.loads, lines)}
 
 
 def test_every_record_is_attributed_or_reported(corpus, tmp_path, minilm_is_tiny):
     assert run(corpus, tmp_path / "out") == 0
     found, left_out = rows(tmp_path / "out"), rejected(tmp_path / "out")
-    assert [row["index"] for row in found] == [i for i in range(len(TEXTS)) if i not in BAD], "in input order, none twice"
+    assert [row["index"] for row in found] == [i for i in range(len(TEXTS)) if i not in BAD], (
+        "in input order, none twice"
+    )
     assert left_out.keys() == BAD.keys() and all(BAD[index] in reason for index, reason in left_out.items())
     for row in found:
         alone = pyglobenc.explain(tiny.classifier(), tiny.tokenizer(), TEXTS[row["index"]])
@@ -80,9 +109,13 @@ def test_every_record_is_attributed_or_reported(corpus, tmp_path, minilm_is_tiny
 def test_other_methods_explain_a_class(corpus, tmp_path, minilm_is_tiny):
     assert run(corpus, tmp_path / "out", "--method", "transformer-attribution", "--target", "1") == 0
     for row in rows(tmp_path / "out"):
-        alone = pyglobenc.explain(tiny.classifier(), tiny.tokenizer(), row["text"], method="transformer-attribution", target=1)
+        alone = pyglobenc.explain(
+            tiny.classifier(), tiny.tokenizer(), row["text"], method="transformer-attribution", target=1
+        )
         assert (row["target"], row["target_name"], row["target_kind"]) == (1, "GOOD", "class")
-        np.testing.assert_allclose(row["scores"], alone.scores, rtol=1e-6, atol=1e-6 * np.abs(alone.scores).max())
+        np.testing.assert_allclose(
+            row["scores"], alone.scores, rtol=1e-6, atol=1e-6 * np.abs(alone.scores).max()
+        )
 
 
 def test_number_of_ranks_does_not_matter(corpus, tmp_path, minilm_is_tiny, monkeypatch):
@@ -99,14 +132,18 @@ def test_windows_and_batches(tmp_path, minilm_is_tiny):
     options = ["--long", "windows", "--max-length", "20"]
     assert run(tmp_path / "long.txt", tmp_path / "out", *options, "--batch-tokens", "40") == 0
     for row in rows(tmp_path / "out"):
-        alone = pyglobenc.explain(tiny.classifier(), tiny.tokenizer(), row["text"], long="windows", max_length=20)
+        alone = pyglobenc.explain(
+            tiny.classifier(), tiny.tokenizer(), row["text"], long="windows", max_length=20
+        )
         np.testing.assert_allclose(row["scores"], alone.scores, rtol=1e-10)
 
 
 @pytest.mark.parametrize("kind", ["regression", "multi_label_classification", None])
 def test_what_a_classifier_predicts_is_kept(tmp_path, monkeypatch, kind):
     model = build("bert-classifier", num_labels=3, problem_type=kind)
-    monkeypatch.setattr("pyglobenc.models.pretrained.load_pretrained", lambda *args: (model, tiny.tokenizer()))
+    monkeypatch.setattr(
+        "pyglobenc.models.pretrained.load_pretrained", lambda *args: (model, tiny.tokenizer())
+    )
     (tmp_path / "corpus.txt").write_text("good film\ndeep\n")
     assert run(tmp_path / "corpus.txt", tmp_path / "out") == 0
     for row in rows(tmp_path / "out"):
@@ -118,25 +155,35 @@ def test_what_a_classifier_predicts_is_kept(tmp_path, monkeypatch, kind):
 @pytest.mark.parametrize("model", [lambda: build("bert"), tiny.classifier], ids=["encoder", "classifier"])
 def test_packed_and_padded_batches_agree(tmp_path, monkeypatch, model):
     # in double arithmetic
-    monkeypatch.setattr("pyglobenc.models.pretrained.load_pretrained", lambda *args: (model(), tiny.tokenizer()))
+    monkeypatch.setattr(
+        "pyglobenc.models.pretrained.load_pretrained", lambda *args: (model(), tiny.tokenizer())
+    )
     (tmp_path / "corpus.txt").write_text("\n".join(text for text in TEXTS if "\ud800" not in text))
     options = ("--long", "windows", "--max-length", "9", "--batch-tokens", "64")
     for name, flags in (("packed", ()), ("padded", ("--no-packed",))):
         assert run(tmp_path / "corpus.txt", tmp_path / name, *options, *flags) == 0
-        assert json.loads((tmp_path / name / "_manifest.json").read_text())["settings"]["packed"] == (name == "packed")
+        assert json.loads((tmp_path / name / "_manifest.json").read_text())["settings"]["packed"] == (
+            name == "packed"
+        )
     found, expected = rows(tmp_path / "packed"), rows(tmp_path / "padded")
     assert [row["index"] for row in found] == [row["index"] for row in expected] and len(found) > 5
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one["scores"], other["scores"], rtol=1e-9, atol=1e-12)
-        assert one["log_scale"] == pytest.approx(other["log_scale"], rel=1e-9) and one["target_name"] == "[CLS]"
-        assert one["label"] == other["label"] and one["probability"] == (other["probability"] and pytest.approx(other["probability"]))
+        assert (
+            one["log_scale"] == pytest.approx(other["log_scale"], rel=1e-9) and one["target_name"] == "[CLS]"
+        )
+        assert one["label"] == other["label"] and one["probability"] == (
+            other["probability"] and pytest.approx(other["probability"])
+        )
 
 
 @pytest.mark.parametrize("method", ["transformer-attribution", "partial-lrp"])
 def test_relevance_is_packed_when_asked_for(corpus, tmp_path, minilm_is_tiny, method):
     for name, flags in (("packed", ("--packed",)), ("padded", ())):
         assert run(corpus, tmp_path / name, "--method", method, *flags) == 0
-        assert json.loads((tmp_path / name / "_manifest.json").read_text())["settings"]["packed"] == (name == "packed")
+        assert json.loads((tmp_path / name / "_manifest.json").read_text())["settings"]["packed"] == (
+            name == "packed"
+        )
     for one, other in zip(rows(tmp_path / "packed"), rows(tmp_path / "padded"), strict=True):
         largest = max(map(abs, other["scores"]))
         np.testing.assert_allclose(one["scores"], other["scores"], rtol=1e-6, atol=1e-6 * largest)
@@ -174,7 +221,9 @@ def test_a_text_that_breaks_its_batch_is_left_out_alone():
             return super().run(texts)
 
     runner = Fussy(tiny.classifier(), tiny.tokenizer(), job.Options())
-    found, left_out = job.attribute_records(runner, [Record(i, text) for i, text in enumerate(["a b", "a film", "b c"])], 4096)
+    found, left_out = job.attribute_records(
+        runner, [Record(i, text) for i, text in enumerate(["a b", "a film", "b c"])], 4096
+    )
     assert [row["index"] for row in found] == [0, 2] and left_out == [{"index": 1, "reason": "not this one"}]
 
 
@@ -205,7 +254,10 @@ def write_datasets(folder, texts):
     for number, part in enumerate((texts[:2], texts[2:])):
         names.append({"filename": f"data-{number:05d}-of-00002.arrow"})
         table = pa.table({"label": [0] * len(part), "sentence": part})
-        with pa.OSFile(str(folder / names[-1]["filename"]), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
+        with (
+            pa.OSFile(str(folder / names[-1]["filename"]), "wb") as sink,
+            pa.ipc.new_stream(sink, table.schema) as stream,
+        ):
             stream.write_table(table)
     (folder / "state.json").write_text(json.dumps({"_data_files": names}))
     return folder
@@ -241,7 +293,11 @@ def test_formats(suffix, tmp_path):
     "name, data, reasons",
     [
         ("a.txt", b"good\n\xff\xfe bad\n\nlast", [None, "not UTF-8", "empty", None]),
-        ("a.jsonl", b'{"text": "a"}\n{"text"\n\n[1]\n{"text": 3}\n"b"\n', [None, "JSON", "no text", "key", "str", None]),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text"\n\n[1]\n{"text": 3}\n"b"\n',
+            [None, "JSON", "no text", "key", "str", None],
+        ),
         ("a.csv", b'id,text\n1,a\n2\n3,"b\nc"\n4,\xe9\n', [None, "1 columns", None, "not UTF-8"]),
         # a quote that is never closed takes the rest with it, and says so
         ("a.csv", b'text\na\n"b\nc\n', [None, "not CSV: unexpected end of data (lines 3 to 4)"]),
@@ -264,7 +320,10 @@ def test_null_in_parquet(tmp_path):
 def test_every_parquet_file_must_hold_texts(tmp_path):
     pq.write_table(pa.table({"text": pa.array(["a", "b"]).dictionary_encode()}), tmp_path / "1.parquet")
     assert [record.text for record in open_source(tmp_path).records()] == ["a", "b"]
-    for wrong, message in (({"text": [b"a"]}, "2.parquet: the column 'text' must hold strings, it holds binary"), ({"x": [""]}, "has x")):
+    for wrong, message in (
+        ({"text": [b"a"]}, "2.parquet: the column 'text' must hold strings, it holds binary"),
+        ({"x": [""]}, "has x"),
+    ):
         pq.write_table(pa.table(wrong), tmp_path / "2.parquet")
         with pytest.raises(ValueError, match=message):
             list(open_source(tmp_path).records())
@@ -306,7 +365,11 @@ def test_unusable_input(name, data, options, message, tmp_path):
 def test_folders_that_are_no_corpus(tmp_path):
     with pytest.raises(ValueError, match="no state.json"):
         open_source(tmp_path)
-    for state, message in (("{}", "doesn't list"), ('{"_data_files": [3]}', "doesn't list"), ('{"_data_files": []}', "no record")):
+    for state, message in (
+        ("{}", "doesn't list"),
+        ('{"_data_files": [3]}', "doesn't list"),
+        ('{"_data_files": []}', "no record"),
+    ):
         (tmp_path / "state.json").write_text(state)
         with pytest.raises(ValueError, match=message):
             open_source(tmp_path)
@@ -369,7 +432,9 @@ def test_full_disk_leaves_a_job_that_goes_on(corpus, tmp_path, minilm_is_tiny, m
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_a_shard_that_another_process_computes_is_waited_for(corpus, tmp_path, minilm_is_tiny, monkeypatch, capsys):
+def test_a_shard_that_another_process_computes_is_waited_for(
+    corpus, tmp_path, minilm_is_tiny, monkeypatch, capsys
+):
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert run(corpus, whole) == 0
     assert run(corpus, out) == 0
@@ -390,7 +455,9 @@ def test_a_shard_that_another_process_computes_is_waited_for(corpus, tmp_path, m
             return lock(handle, wait)
 
         handle_of_other = next(
-            int(name) for name in os.listdir("/proc/self/fd") if os.path.realpath(f"/proc/self/fd/{name}") == str(out / ".lock-000001")
+            int(name)
+            for name in os.listdir("/proc/self/fd")
+            if os.path.realpath(f"/proc/self/fd/{name}") == str(out / ".lock-000001")
         )
         monkeypatch.setattr(shards, "_lock", locking)
         assert main(["attribute", "--input", str(corpus), "--output", str(out), "--shard-size", "4"]) == 0
@@ -415,7 +482,10 @@ def test_locks_stay_and_are_the_same_for_any_number_of_ranks(corpus, tmp_path, m
 def test_dry_run_changes_nothing(corpus, tmp_path, minilm_is_tiny, capsys):
     assert run(corpus, tmp_path / "out", "--dry-run") == 0
     printed = capsys.readouterr().out
-    assert "10 records in 3 shards, 0 of them done" in printed and f"{len(BAD)} records would be left out; 3 batches" in printed
+    assert (
+        "10 records in 3 shards, 0 of them done" in printed
+        and f"{len(BAD)} records would be left out; 3 batches" in printed
+    )
     estimate = estimate_memory(tiny.classifier(), batch=3, n=9)
     assert f"memory: {estimate} at the largest batch, 3 x 9 tokens" in printed
     assert not (tmp_path / "out").exists()
@@ -426,7 +496,9 @@ def test_killed_at_random_moments(tmp_path):
     """Real SIGKILLs of whole processes; tests/support/corpus_faults.py has those at every write."""
     tiny.classifier().save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "corpus.txt").write_text("".join(f"the film {'good ' * (i % 20)}\n" for i in range(400)) + "\n")
+    (tmp_path / "corpus.txt").write_text(
+        "".join(f"the film {'good ' * (i % 20)}\n" for i in range(400)) + "\n"
+    )
     command = [sys.executable, str(KILLS), "--kills", "10", "--model", str(tmp_path / "model")]
     command += ["--input", str(tmp_path / "corpus.txt"), "--shard-size", "20"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
@@ -437,7 +509,9 @@ def test_killed_at_random_moments(tmp_path):
 def faults(tmp_path, *options):
     paths = os.pathsep.join([str(FAULTS.parent), *filter(None, sys.path)])
     command = [sys.executable, str(FAULTS), str(tmp_path), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ | {"PYTHONPATH": paths})
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, env=os.environ | {"PYTHONPATH": paths}
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -485,16 +559,24 @@ DAMAGE = {
     "emptied": lambda path, whole: path.write_bytes(b""),
     "without rows": with_rows(lambda table: table.slice(0, 0)),
     "short of a row": with_rows(lambda table: table.slice(0, table.num_rows - 1)),
-    "with a row twice": with_rows(lambda table: pa.concat_tables([table.slice(0, 1), table.slice(0, table.num_rows - 1)])),
-    "with other rows": with_rows(lambda table: table.set_column(0, "index", pa.array([8, 9, 10][: table.num_rows]))),
+    "with a row twice": with_rows(
+        lambda table: pa.concat_tables([table.slice(0, 1), table.slice(0, table.num_rows - 1)])
+    ),
+    "with other rows": with_rows(
+        lambda table: table.set_column(0, "index", pa.array([8, 9, 10][: table.num_rows]))
+    ),
     "without a column": with_rows(lambda table: table.drop_columns(["cut"])),
     "of nobody": with_rows(lambda table: table.replace_schema_metadata({})),
     "swapped": swapped,
     "a link": linked,
     "of another job": lambda path, whole: path.write_bytes((whole.parent / "other" / path.name).read_bytes()),
     "without its side file": lambda path, whole: path.with_name(SIDE).unlink(),
-    "with another side file": lambda path, whole: path.with_name(SIDE).write_text('{"index": 4, "reason": "none"}\n'),
-    "with a side file too many": lambda path, whole: path.with_name("_rejected-000000.jsonl").write_text("{}\n" * 2),
+    "with another side file": lambda path, whole: path.with_name(SIDE).write_text(
+        '{"index": 4, "reason": "none"}\n'
+    ),
+    "with a side file too many": lambda path, whole: path.with_name("_rejected-000000.jsonl").write_text(
+        "{}\n" * 2
+    ),
 }
 
 
@@ -505,13 +587,17 @@ def finished(tmp_path_factory):
     corpus = folder / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pyglobenc.models.pretrained.load_pretrained", lambda *args: (tiny.classifier(), tiny.tokenizer()))
+        patch.setattr(
+            "pyglobenc.models.pretrained.load_pretrained", lambda *args: (tiny.classifier(), tiny.tokenizer())
+        )
         assert run(corpus, folder / "whole") == 0 and run(corpus, folder / "other", "--method", "n") == 0
     return folder
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_shard_that_is_not_what_it_was_is_computed_again(finished, tmp_path, minilm_is_tiny, caplog, damage):
+def test_a_shard_that_is_not_what_it_was_is_computed_again(
+    finished, tmp_path, minilm_is_tiny, caplog, damage
+):
     out = tmp_path / "out"
     shutil.copytree(finished / "whole", out)
     DAMAGE[damage](out / "part-000001.parquet", finished / "whole")
@@ -561,7 +647,9 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("shard", [0, 2])
-def test_an_input_that_changes_is_noticed(finished, tmp_path, minilm_is_tiny, monkeypatch, capsys, change, shard):
+def test_an_input_that_changes_is_noticed(
+    finished, tmp_path, minilm_is_tiny, monkeypatch, capsys, change, shard
+):
     corpus, out = tmp_path / "corpus.jsonl", tmp_path / "out"
     shutil.copy(finished / "corpus.jsonl", corpus)
     write = job.write_shard
@@ -621,7 +709,9 @@ def shards_of(folder):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("writes", [1, 2, 3, 5])
-def test_a_stopped_job_leaves_nothing_half_written(finished, tmp_path, minilm_is_tiny, monkeypatch, capsys, number, writes):
+def test_a_stopped_job_leaves_nothing_half_written(
+    finished, tmp_path, minilm_is_tiny, monkeypatch, capsys, number, writes
+):
     before, left, sync = signal.getsignal(signal.SIGTERM), [writes], os.fsync
 
     def stopping(handle):
@@ -643,7 +733,13 @@ def test_a_stopped_job_leaves_nothing_half_written(finished, tmp_path, minilm_is
 
 def test_links_in_the_output_lead_nowhere(finished, tmp_path, minilm_is_tiny, capsys):
     corpus = finished / "corpus.jsonl"
-    for name in ("part-000001.parquet", "_rejected-000000.jsonl", manifest.NAME, ".lock-000001", ".lock-manifest"):
+    for name in (
+        "part-000001.parquet",
+        "_rejected-000000.jsonl",
+        manifest.NAME,
+        ".lock-000001",
+        ".lock-manifest",
+    ):
         for target in ("victim", "none"):
             out = tmp_path / f"{name}-{target}"
             out.mkdir()
@@ -652,7 +748,10 @@ def test_links_in_the_output_lead_nowhere(finished, tmp_path, minilm_is_tiny, ca
             status, error = run(corpus, out), capsys.readouterr().err
             assert (tmp_path / "victim").read_text() == "untouched" and not (tmp_path / "none").exists()
             if name.endswith((".parquet", ".jsonl")):
-                assert status == (1 if name.endswith(".parquet") and target == "victim" else 0) or "no _manifest.json" in error
+                assert (
+                    status == (1 if name.endswith(".parquet") and target == "victim" else 0)
+                    or "no _manifest.json" in error
+                )
             else:
                 assert status == 1 and "is a symbolic link" in error, name
 
@@ -661,7 +760,11 @@ def test_what_killed_writers_left_is_removed(finished, tmp_path, minilm_is_tiny)
     out = tmp_path / "out"
     shutil.copytree(finished / "whole", out)
     (out / "part-000001.parquet").unlink()
-    for name in (".part-000001.parquet.0123.tmp", "._rejected-000001.jsonl.0123.tmp", f".{manifest.NAME}.0123.tmp"):
+    for name in (
+        ".part-000001.parquet.0123.tmp",
+        "._rejected-000001.jsonl.0123.tmp",
+        f".{manifest.NAME}.0123.tmp",
+    ):
         (out / name).write_text("half")
     assert run(finished / "corpus.jsonl", out) == 0 and contents(out) == contents(finished / "whole")
 
@@ -685,7 +788,9 @@ def of_bytes(kind, *texts):
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), "dictionary", "datasets"])
 def test_a_string_that_is_not_utf8_is_left_out_alone(kind, tmp_path):
-    column = of_bytes(pa.string() if isinstance(kind, str) else kind, b"a", b"bad \xff", None, "\u00e9".encode())
+    column = of_bytes(
+        pa.string() if isinstance(kind, str) else kind, b"a", b"bad \xff", None, "\u00e9".encode()
+    )
     table = pa.table({"text": column.dictionary_encode() if kind == "dictionary" else column})
     path = tmp_path / "a.parquet"
     if kind == "datasets":
@@ -722,13 +827,20 @@ def test_a_text_of_too_many_characters_is_left_out(tmp_path, minilm_is_tiny):
     assert run(tmp_path / "a.txt", tmp_path / "out") == 0
     assert [row["index"] for row in rows(tmp_path / "out")] == [0]
     reasons = rejected(tmp_path / "out")
-    assert reasons[1] == "the text has 5121 characters and at most 5120 are tokenized" and "at most 40 fit" in reasons[2]
+    assert (
+        reasons[1] == "the text has 5121 characters and at most 5120 are tokenized"
+        and "at most 40 fit" in reasons[2]
+    )
 
 
 def test_long_texts_are_tokenized_in_portions(finished, tmp_path, minilm_is_tiny, monkeypatch):
     seen, encode = [], job.encode_records
     monkeypatch.setattr(job, "MAX_CHARACTERS", 30)
-    monkeypatch.setattr(job, "encode_records", lambda runner, some: seen.append([one.index for one in some]) or encode(runner, some))
+    monkeypatch.setattr(
+        job,
+        "encode_records",
+        lambda runner, some: seen.append([one.index for one in some]) or encode(runner, some),
+    )
     assert run(finished / "corpus.jsonl", tmp_path / "out") == 0
     assert [index for some in seen for index in some] == list(range(len(TEXTS))) and max(map(len, seen)) < 4
     found, expected = rows(tmp_path / "out"), rows(finished / "whole")

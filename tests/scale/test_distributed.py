@@ -69,7 +69,9 @@ class Counted:
         monkeypatch.setattr(dist, "all_reduce", counted_reduce)
 
 
-def bytes_received(*, n: int, keys: int, heads: int, layers: int, targets: int, world: int, size: int = 4) -> dict[str, float]:
+def bytes_received(
+    *, n: int, keys: int, heads: int, layers: int, targets: int, world: int, size: int = 4
+) -> dict[str, float]:
     """Bytes that one rank receives in a call, by collective; ring algorithms are assumed.
 
     Args:
@@ -98,11 +100,17 @@ def worker(rank, folder):
             continue
         for number, case in enumerate(CASES):
             model, arguments = call(case)
-            with pytest.MonkeyPatch.context() as patch, Float64Throughout() if case[1] == torch.float64 else nullcontext():
+            with (
+                pytest.MonkeyPatch.context() as patch,
+                Float64Throughout() if case[1] == torch.float64 else nullcontext(),
+            ):
                 counted = Counted(patch, world)
                 result = ShardedGlobEnc(model, group=group)(**arguments)
             found = {name: getattr(result, name) for name in RESULTS}
-            torch.save(found | {"reduced": counted.calls, "bytes": counted.bytes}, f"{folder}/{number}-{rank}-{world}.pt")
+            torch.save(
+                found | {"reduced": counted.calls, "bytes": counted.bytes},
+                f"{folder}/{number}-{rank}-{world}.pt",
+            )
             assert model.config._attn_implementation == "sdpa"
         with pytest.raises(ValueError, match="at least"):
             ShardedGlobEnc(model, group=group)(input_ids=arguments["input_ids"][:, : world - 1])
@@ -115,7 +123,12 @@ def every_output(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     mp.spawn(worker, (str(folder),), nprocs=max(WORLDS))
     cases = range(len(CASES))
-    return {world: [[torch.load(folder / f"{number}-{rank}-{world}.pt") for rank in range(world)] for number in cases] for world in WORLDS}
+    return {
+        world: [
+            [torch.load(folder / f"{number}-{rank}-{world}.pt") for rank in range(world)] for number in cases
+        ]
+        for world in WORLDS
+    }
 
 
 @pytest.fixture(params=WORLDS)
@@ -123,30 +136,39 @@ def outputs(request, every_output):
     return every_output[request.param]
 
 
-@pytest.mark.parametrize("number", range(len(CASES)), ids=[f"{name}-{dtype}-{stage}" for name, dtype, stage in CASES])
+@pytest.mark.parametrize(
+    "number", range(len(CASES)), ids=[f"{name}-{dtype}-{stage}" for name, dtype, stage in CASES]
+)
 def test_ranks_agree_with_one_process(outputs, number):
     model, arguments = call(CASES[number])
     alone = GlobEnc(model)(**arguments)
     with Float64Throughout():
         exact = GlobEnc(model.double())(**arguments)
     for rank in outputs[number]:
-        assert all(torch.equal(rank[name], outputs[number][0][name]) for name in RESULTS), "every rank has the same result"
+        assert all(torch.equal(rank[name], outputs[number][0][name]) for name in RESULTS), (
+            "every rank has the same result"
+        )
     ours = outputs[number][0]
     if ours["scores"].dtype == torch.float32:
         for scores, scale in (("scores", "log_scale"), ("layer_scores", "layer_log_scale")):
             exact_scale = getattr(exact, scale)
             torch_out = with_scale(getattr(alone, scores), getattr(alone, scale), exact_scale)
-            assert_as_good_as_torch(with_scale(ours[scores], ours[scale], exact_scale), getattr(exact, scores), torch_out)
+            assert_as_good_as_torch(
+                with_scale(ours[scores], ours[scale], exact_scale), getattr(exact, scores), torch_out
+            )
         return
     for name in RESULTS:
         best = getattr(exact, name)
         # sums of N non-negative terms in another order, one in each layer
-        assert (ours[name] - best).abs().max() <= DEPTH * N * torch.finfo(torch.float64).eps * best.abs().max()
+        assert (ours[name] - best).abs().max() <= DEPTH * N * torch.finfo(
+            torch.float64
+        ).eps * best.abs().max()
 
 
 def test_communication_is_as_counted(outputs):
     world, received, targets = len(outputs[0]), outputs[1][0], len(targets_of(CASES[1][1]))
-    # one all-reduce a layer; the rows that enter at each layer, which layers=True asks for, take one more in all but the last
+    # one all-reduce a layer; the rows that enter at each layer, which layers=True asks for, take one more in
+    # all but the last
     shapes = received["reduced"]
     assert shapes[0] == (1, targets, N) and len(shapes) == 2 * DEPTH - 1
     assert all(shape[0] == 1 and shape[2] == N for shape in shapes)
@@ -159,7 +181,10 @@ def test_communication_is_as_counted(outputs):
 
 @pytest.mark.parametrize("n, world", [(5, 4), (8, 4), (4, 4), (1, 1), (37, 2), (1000, 4)])
 def test_shares_cover_every_token_once_and_weigh_the_same(n, world):
-    shares = [[i for chunk in Shares(n, 0, world).chunks(rank) for i in range(chunk.start, chunk.stop)] for rank in range(world)]
+    shares = [
+        [i for chunk in Shares(n, 0, world).chunks(rank) for i in range(chunk.start, chunk.stop)]
+        for rank in range(world)
+    ]
     assert sorted(i for share in shares for i in share) == list(range(n))
     sizes = [len(share) for share in shares]
     assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 1

@@ -1,4 +1,6 @@
-"""Attribution as a CUDA graph: nothing in it waits for the device, which a CPU can show, and replays give what the method gives."""
+"""Attribution as a CUDA graph: nothing in it waits for the device, which a CPU can show, and replays give
+what the method gives.
+"""
 
 import pytest
 import torch
@@ -13,7 +15,14 @@ from pyglobenc.common.deferred import checks_put_off, look, require
 from pyglobenc.methods.rollout.baselines import METHODS, Rollout
 from pyglobenc.ops import linear_relevance
 
-WAITS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::_unique2")
+WAITS = (
+    "aten::_local_scalar_dense",
+    "aten::is_nonzero",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::equal",
+    "aten::_unique2",
+)
 
 
 class NothingIsRead(TorchDispatchMode):
@@ -23,14 +32,20 @@ class NothingIsRead(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         # a boolean index asks for the number of its true entries
-        masks = [t for t in args[1] if t is not None and t.dtype == torch.bool] if func._schema.name == "aten::index" else []
+        masks = (
+            [t for t in args[1] if t is not None and t.dtype == torch.bool]
+            if func._schema.name == "aten::index"
+            else []
+        )
         assert self.reading or (func._schema.name not in WAITS and not masks), f"{func} waits for the device"
         return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
 def nothing_is_read(monkeypatch):
-    """Mode of the recorded region; what dispatch doesn't show, the ways to the host without an op, raises too."""
+    """Mode of the recorded region; what dispatch doesn't show, the ways to the host without an op, raises
+    too.
+    """
     mode, window = NothingIsRead(), pyglobenc.hf.trace.attention._window
 
     def on_the_cpu(visible, batch, n):
@@ -57,7 +72,9 @@ def batch(n=9, pads=3):
     """Two examples, the second padded."""
     mask = torch.ones(2, n, dtype=torch.long)
     mask[1, n - pads :] = 0
-    return dict(input_ids=torch.randint(5, 97, (2, n)), attention_mask=mask, targets=torch.tensor([[0, 2], [1, 0]]))
+    return dict(
+        input_ids=torch.randint(5, 97, (2, n)), attention_mask=mask, targets=torch.tensor([[0, 2], [1, 0]])
+    )
 
 
 def check_nothing_is_read(mode, method, **options):
@@ -69,7 +86,10 @@ def check_nothing_is_read(mode, method, **options):
     assert torch.equal(found.scores, expected.scores) and torch.equal(found.log_scale, expected.log_scale)
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "albert", "modernbert", "gpt2", "mistral", "gemma2", "gemma3", "mpnet", "deberta-v3"])
+@pytest.mark.parametrize(
+    "name",
+    ["bert", "roberta", "albert", "modernbert", "gpt2", "mistral", "gemma2", "gemma3", "mpnet", "deberta-v3"],
+)
 def test_nothing_is_read(name, nothing_is_read):
     check_nothing_is_read(nothing_is_read, GlobEnc(build(name).float()))
 
@@ -135,7 +155,9 @@ def test_linear_relevance_without_kernels_reads_nothing():
     torch.testing.assert_close(clamped, linear_relevance(r, x, weight), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("read", [bool, int, lambda t: t.tolist(), lambda t: t.cpu(), lambda t: t[t > 0], torch.nonzero])
+@pytest.mark.parametrize(
+    "read", [bool, int, lambda t: t.tolist(), lambda t: t.cpu(), lambda t: t[t > 0], torch.nonzero]
+)
 def test_reads_are_seen(read, nothing_is_read):
     with pytest.raises(AssertionError), nothing_is_read:
         read(torch.ones(1))
@@ -190,7 +212,10 @@ def test_replays_are_what_the_method_gives(recorded_on_the_cpu):
 
 def test_replays_of_transformer_attribution(recorded_on_the_cpu):
     attribute = TransformerAttribution(build("bert-classifier"))
-    inputs = [batch(pads=pads) | dict(target=target) for pads, target in ((2, [0, 1]), (0, 1), (5, torch.tensor([1, 0])))]
+    inputs = [
+        batch(pads=pads) | dict(target=target)
+        for pads, target in ((2, [0, 1]), (0, 1), (5, torch.tensor([1, 0])))
+    ]
     for given in inputs:
         del given["targets"]
     fast = graphed(attribute, **inputs[0], start_layer=1)
@@ -212,7 +237,10 @@ def test_what_a_replay_refuses(recorded_on_the_cpu):
         (given | dict(targets=[[8, 0], [8, 0]]), "a target is a padding token"),
         (given | dict(attention_mask=torch.zeros(2, 9, dtype=torch.long)), "an example has no real token"),
         (given | dict(layers=True), "recorded with input_ids, attention_mask, targets, got"),
-        (dict(input_ids=given["input_ids"]), "recorded with input_ids, attention_mask, targets, got input_ids"),
+        (
+            dict(input_ids=given["input_ids"]),
+            "recorded with input_ids, attention_mask, targets, got input_ids",
+        ),
         (dict(), "recorded with input_ids, attention_mask, targets, got"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -230,14 +258,20 @@ def test_what_cannot_be_recorded():
     with pytest.raises(ValueError, match="records scores, no maps"):
         graphed(globenc, **batch(), maps=("N",))
     for method in (globenc.model, Rollout(globenc.model, "attention-flow")):
-        with pytest.raises(TypeError, match="method must be GlobEnc, a Rollout but for the flow, or TransformerAttribution"):
+        with pytest.raises(
+            TypeError, match="method must be GlobEnc, a Rollout but for the flow, or TransformerAttribution"
+        ):
             graphed(method, **batch())
 
 
 def test_weights_are_read_where_they_lay(recorded_on_the_cpu):
     model = build("bert").float()
     globenc = GlobEnc(model)
-    fast, given, dense = graphed(globenc, **batch(pads=1)), batch(), model.encoder.layer[1].attention.output.dense
+    fast, given, dense = (
+        graphed(globenc, **batch(pads=1)),
+        batch(),
+        model.encoder.layer[1].attention.output.dense,
+    )
     before = fast(**given).scores
     dense.weight.data.mul_(3)
     torch.testing.assert_close(fast(**given).scores, globenc(**given).scores, rtol=1e-5, atol=1e-6)

@@ -13,7 +13,14 @@ from pyglobenc.methods.memory import ESTIMATED, estimate_memory
 from pyglobenc.methods.registry import METHODS
 
 WITHIN = 0.2
-BERT = dict(vocab_size=100, max_position_embeddings=2048, num_hidden_layers=3, num_attention_heads=4, hidden_size=64, intermediate_size=256)
+BERT = dict(
+    vocab_size=100,
+    max_position_embeddings=2048,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    hidden_size=64,
+    intermediate_size=256,
+)
 WIDE = BERT | dict(num_attention_heads=12, hidden_size=192, intermediate_size=768, num_hidden_layers=2)
 DEEP = BERT | dict(num_hidden_layers=8)
 DISTILBERT = dict(vocab_size=100, max_position_embeddings=2048, n_layers=3, n_heads=4, dim=64, hidden_dim=256)
@@ -26,7 +33,10 @@ def make(settings, kind="Bert", dtype=torch.float32, head="Model"):
 
 def measured(call, model, batch, n, pads=0, **arguments):
     """Peak of the second call, weights included: what a long job settles at."""
-    inputs = {"input_ids": torch.randint(5, 90, (batch, n)), "attention_mask": torch.ones(batch, n, dtype=torch.long)}
+    inputs = {
+        "input_ids": torch.randint(5, 90, (batch, n)),
+        "attention_mask": torch.ones(batch, n, dtype=torch.long),
+    }
     inputs["attention_mask"][0, n - pads :] = 0
     call(**inputs, **arguments)
     after = measure_allocations(lambda: call(**inputs, **arguments))
@@ -39,7 +49,9 @@ def check(estimate, weights, peak):
     assert abs(estimate.peak / true - 1) < WITHIN, f"estimated {estimate}, measured {true / 2**20:.1f} MiB"
     # the weights, which are known, mustn't hide an error in the rest
     ours, theirs = estimate.peak - estimate.weights, true - weights
-    assert abs(ours / theirs - 1) < WITHIN, f"without weights {ours / 2**20:.2f} MiB, measured {theirs / 2**20:.2f} MiB"
+    assert abs(ours / theirs - 1) < WITHIN, (
+        f"without weights {ours / 2**20:.2f} MiB, measured {theirs / 2**20:.2f} MiB"
+    )
 
 
 @pytest.mark.parametrize(
@@ -56,19 +68,29 @@ def check(estimate, weights, peak):
 )
 def test_globenc(settings, batch, n, backend):
     model = make(settings)
-    check(estimate_memory(model, batch=batch, n=n), *measured(GlobEnc(model, backend=backend), model, batch, n))
+    check(
+        estimate_memory(model, batch=batch, n=n), *measured(GlobEnc(model, backend=backend), model, batch, n)
+    )
 
 
-@pytest.mark.parametrize("method", ["raw-attention", "attention-rollout", "w-res", "n-fixedres", "n", "n-res", "n-resln"])
+@pytest.mark.parametrize(
+    "method", ["raw-attention", "attention-rollout", "w-res", "n-fixedres", "n", "n-res", "n-resln"]
+)
 def test_family(method):
     model = make(BERT)
-    check(estimate_memory(model, batch=2, n=200, method=method), *measured(Rollout(model, method), model, 2, 200))
+    check(
+        estimate_memory(model, batch=2, n=200, method=method),
+        *measured(Rollout(model, method), model, 2, 200),
+    )
 
 
 @pytest.mark.parametrize("name, expected", [("float64", torch.float64), ("double states", torch.float32)])
 def test_precision(name, expected):
     model, dtype = make(BERT, dtype=expected), torch.float64 if name == "double states" else None
-    check(estimate_memory(model, batch=2, n=200, dtype=dtype), *measured(GlobEnc(model, dtype=dtype), model, 2, 200))
+    check(
+        estimate_memory(model, batch=2, n=200, dtype=dtype),
+        *measured(GlobEnc(model, dtype=dtype), model, 2, 200),
+    )
 
 
 def test_half_precision_weights():
@@ -105,7 +127,8 @@ def test_transformer_attribution(settings, batch, n, dtype):
 @pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.PrecisionWarning")
 @pytest.mark.parametrize("method", ["lrp", "partial-lrp", "attention-gradcam"])
 @pytest.mark.parametrize(
-    "settings, batch, n, dtype", [(BERT, 1, 512, torch.float32), (WIDE, 2, 256, torch.float32), (BERT, 2, 200, torch.bfloat16)]
+    "settings, batch, n, dtype",
+    [(BERT, 1, 512, torch.float32), (WIDE, 2, 256, torch.float32), (BERT, 2, 200, torch.bfloat16)],
 )
 def test_other_methods_of_a_class(method, settings, batch, n, dtype):
     model = make(settings, "Bert", dtype, "ForSequenceClassification")
@@ -115,7 +138,9 @@ def test_other_methods_of_a_class(method, settings, batch, n, dtype):
 
 
 def test_flow():
-    """numpy's memory is Python's to count: both peaks, which come at different moments, bound that of their sum."""
+    """numpy's memory is Python's to count: both peaks, which come at different moments, bound that of their
+    sum.
+    """
     model, n = make(BERT | dict(num_hidden_layers=2)), 96
     _, ours = measured(Rollout(model, "attention-flow"), model, 1, n)
     tracemalloc.start()

@@ -1,4 +1,6 @@
-"""What a call allocates, read from torch's allocator itself: inside custom ops and torch's own kernels too."""
+"""What a call allocates, read from torch's allocator itself: inside custom ops and torch's own kernels
+too.
+"""
 
 import json
 import tempfile
@@ -23,7 +25,9 @@ def measure_allocations(function) -> Allocations:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         recorded.export_chrome_trace(str(path))
-        events = [e["args"] for e in json.loads(path.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+        events = [
+            e["args"] for e in json.loads(path.read_text())["traceEvents"] if e.get("name") == "[memory]"
+        ]
     assert events, "the profiler recorded no allocation"
     start = events[0]["Total Allocated"] - events[0]["Bytes"]
     return Allocations(max(e["Bytes"] for e in events), max(e["Total Allocated"] for e in events) - start)

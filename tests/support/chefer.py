@@ -1,4 +1,6 @@
-"""The published implementation's cases of transformer attribution, and its rules on materialised arrays for any small model."""
+"""The published implementation's cases of transformer attribution, and its rules on materialised arrays for
+any small model.
+"""
 
 import json
 
@@ -21,7 +23,11 @@ BERT_NAMES = dict(
     maxpos="max_position_embeddings",
 )
 VIT_NAMES = dict(
-    img_size="image_size", embed_dim="hidden_size", depth="num_hidden_layers", num_heads="num_attention_heads", num_classes="num_labels"
+    img_size="image_size",
+    embed_dim="hidden_size",
+    depth="num_hidden_layers",
+    num_heads="num_attention_heads",
+    num_classes="num_labels",
 )
 
 
@@ -30,7 +36,9 @@ def chefer_golden(name, dtype=torch.float64):
     settings = json.loads((GOLDEN / f"{name}.config.json").read_text())
     config = dict(settings["config"])
     if name == "chefer_bert":
-        model = BertForSequenceClassification(BertConfig(**{BERT_NAMES.get(k, k): v for k, v in config.items()}))
+        model = BertForSequenceClassification(
+            BertConfig(**{BERT_NAMES.get(k, k): v for k, v in config.items()})
+        )
         inputs = ("input_ids", "attention_mask")
     else:
         eps = config.pop("final_layernorm_eps")
@@ -44,7 +52,9 @@ def chefer_golden(name, dtype=torch.float64):
     cases = []
     for index, case in enumerate(settings["cases"]):
         start = f"case{index}."
-        published = {key.removeprefix(start): value for key, value in outputs.items() if key.startswith(start)}
+        published = {
+            key.removeprefix(start): value for key, value in outputs.items() if key.startswith(start)
+        }
         batch = {key: published[key] for key in inputs}
         batch = {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
         cases.append((batch, case["index_arg"], case["index"], published))
@@ -109,20 +119,31 @@ def clone(x, *parts):
 
 
 def direct(model, batch, select, head, position=0, start_layer=0, rules=OURS, weights=None):
-    """Rollout row, (n,), and relevance of the first layer's input, (n, d), of one unpadded example, everything materialised.
+    """Rollout row, (n,), and relevance of the first layer's input, (n, d), of one unpadded example,
+    everything materialised.
 
-    select: the explained logit of the model's output. head: the head's Linear modules, top down; the first row is given as its weight.
-    position: the token that the head reads; weights (n,): of a head that reads a sum over tokens, all Linear modules above the sum, and
-    at most a norm of each token below it.
+    select: the explained logit of the model's output. head: the head's Linear modules, top down; the first
+    row is given as its weight. position: the token that the head reads; weights (n,): of a head that reads a
+    sum over tokens, all Linear modules above the sum, and at most a norm of each token below it.
     """
     (row, *rest) = head
     found, last = [], []
     stock = stock_model(model)
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    io, handles = {}, [m.register_forward_hook(lambda m, args, out: io.__setitem__(m, (args[0].detach(), out.detach()))) for m in linears]
+    io, handles = (
+        {},
+        [
+            m.register_forward_hook(lambda m, args, out: io.__setitem__(m, (args[0].detach(), out.detach())))
+            for m in linears
+        ],
+    )
     # what is pooled: the last layer's output, through ViT's last norm
     top = getattr(stock.base_model, "layernorm", None) or find_layers(stock)[-1].block
-    handles.append(top.register_forward_hook(lambda m, args, out: last.append((out[0] if isinstance(out, tuple) else out).detach())))
+    handles.append(
+        top.register_forward_hook(
+            lambda m, args, out: last.append((out[0] if isinstance(out, tuple) else out).detach())
+        )
+    )
     with capture(stock) as trace:
         output = model(**batch)
         grads = torch.autograd.grad(select(output), [layer.o for layer in trace.layers])
@@ -165,12 +186,21 @@ def through_layer(layer, io, grad, r, rules):
     attended, mlp = io[m.output][1], io[m.mlp_output][1]
     y = x + attended if m.pre_norm else io[m.intermediate][0]
     r_mlp, r_y = add(r, mlp, y)
-    r_mlp = linear(linear(r_mlp, io[m.mlp_output][0], m.mlp_output.weight.detach()), io[m.intermediate][0], m.intermediate.weight.detach())
+    r_mlp = linear(
+        linear(r_mlp, io[m.mlp_output][0], m.mlp_output.weight.detach()),
+        io[m.intermediate][0],
+        m.intermediate.weight.detach(),
+    )
     r_attended, r_x = add(clone(y, r_mlp, r_y), attended, x)
     r_o = linear(r_attended, io[m.output][0], m.output.weight.detach())
     dots = q @ k.transpose(2, 3)
     scores = dots * layer.scaling
-    r_alpha, r_v = (t / 2 for t in product(r_o.unflatten(2, (q.shape[1], -1)).transpose(1, 2), "bhij,bhjd->bhid", scores.softmax(-1), v))
+    r_alpha, r_v = (
+        t / 2
+        for t in product(
+            r_o.unflatten(2, (q.shape[1], -1)).transpose(1, 2), "bhij,bhjd->bhid", scores.softmax(-1), v
+        )
+    )
     a = (grad @ v.transpose(2, 3) * r_alpha).clamp(min=0).mean(1)[0]
     passed = r_alpha if m.pre_norm else add(r_alpha, scores, torch.zeros_like(scores))[0]
     r_q, r_k = (t / 2 for t in product(passed, "bhid,bhjd->bhij", q, k))

@@ -1,4 +1,5 @@
-"""Corpus jobs killed at every write, two at once, and without room on the disk; each is compared with an undisturbed one.
+"""Corpus jobs killed at every write, two at once, and without room on the disk; each is compared with an
+undisturbed one.
 
     PYTHONPATH=tests/support python tests/support/corpus_faults.py FOLDER
 
@@ -54,7 +55,9 @@ def contents(folder):
 
 
 def kill_at(count, step):
-    """Make the process kill itself at a call of os.fsync, with a temporary file written, or os.replace, before or after it."""
+    """Make the process kill itself at a call of os.fsync, with a temporary file written, or os.replace,
+    before or after it.
+    """
 
     def prepare():
         name, left = step.split()[-1], [count]
@@ -94,7 +97,16 @@ def main():
     corpus.write_text("\n".join(TEXTS) + "\n")
 
     def job(output):
-        return ["attribute", "--input", str(corpus), "--output", str(output), "--quiet", "--shard-size", str(SHARD)]
+        return [
+            "attribute",
+            "--input",
+            str(corpus),
+            "--output",
+            str(output),
+            "--quiet",
+            "--shard-size",
+            str(SHARD),
+        ]
 
     assert wait(start(job(whole))) == 0
     written = 0
@@ -119,7 +131,9 @@ def main():
     print(f"jobs at once: {options.pairs}")
     out = options.folder / "full"
     assert wait(start(job(out), no_room)) == 1
-    assert not [path for path in out.iterdir() if path.name.endswith((".tmp", ".parquet"))], sorted(contents(out))
+    assert not [path for path in out.iterdir() if path.name.endswith((".tmp", ".parquet"))], sorted(
+        contents(out)
+    )
     assert wait(start(job(out))) == 0
     check(out.name, out, whole)
     print("no room, and then some")

@@ -1,6 +1,8 @@
-"""Several devices on one CPU: every tensor lies somewhere, and an operation on tensors that lie apart raises, as it does between GPUs.
+"""Several devices on one CPU: every tensor lies somewhere, and an operation on tensors that lie apart raises,
+as it does between GPUs.
 
-Tensors are the CPU's own, so kernels, autograd and values are real; where each lies is kept beside it, by its storage.
+Tensors are the CPU's own, so kernels, autograd and values are real; where each lies is kept beside it, by its
+storage.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +24,9 @@ INDEXING = (ATEN.index.Tensor, ATEN.index_put.default, ATEN.index_put_.default, 
 
 
 class Devices:
-    """Where tensors lie: on "cpu", the host, or on "cpu:1", "cpu:2"... which are apart inside `with devices.apart():`."""
+    """Where tensors lie: on "cpu", the host, or on "cpu:1", "cpu:2"... which are apart inside `with
+    devices.apart():`.
+    """
 
     def __init__(self):
         self._places: dict[int, tuple[StorageWeakRef, torch.device]] = {}
@@ -49,10 +53,20 @@ class Devices:
         """t where it lies already, or a copy."""
         return t if self.of(t) == device else _Move.apply(t, self, device)
 
-    def spread(self, model: nn.Module, blocks: Sequence[nn.Module], rest: torch.device, places: Sequence[torch.device]) -> None:
-        """Put blocks in turn on places, what is left of the model on rest; modules fetch what they are given, as by accelerate."""
+    def spread(
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        rest: torch.device,
+        places: Sequence[torch.device],
+    ) -> None:
+        """Put blocks in turn on places, what is left of the model on rest; modules fetch what they are given,
+        as by accelerate.
+        """
         where = {module: rest for module in model.modules()}
-        where |= {module: places[i % len(places)] for i, block in enumerate(blocks) for module in block.modules()}
+        where |= {
+            module: places[i % len(places)] for i, block in enumerate(blocks) for module in block.modules()
+        }
         for module, device in where.items():
             for t in (*module._parameters.values(), *module._buffers.values()):
                 if t is not None:
@@ -78,7 +92,9 @@ class _Arguments(TorchFunctionMode):
         super().__init__()
         self.devices = devices
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         if func == Tensor.device.__get__:
             return self.devices.of(args[0])
         kwargs = dict(kwargs or {})
@@ -105,7 +121,9 @@ class _Arguments(TorchFunctionMode):
 
 
 class _Operations(TorchDispatchMode):
-    """Lets an operation have tensors of one device and single numbers of the host; what it returns lies there too."""
+    """Lets an operation have tensors of one device and single numbers of the host; what it returns lies there
+    too.
+    """
 
     def __init__(self, devices: Devices):
         super().__init__()
@@ -117,7 +135,9 @@ class _Operations(TorchDispatchMode):
         if func.namespace == "pyglobenc":
             # cu_seqlens of packed sequences are the host's by contract
             free = {id(t) for t in tensors if t.dtype == torch.int32}
-        places = {place for t in tensors if (place := self.devices.of(t)) != HOST or (t.dim() and id(t) not in free)}
+        places = {
+            place for t in tensors if (place := self.devices.of(t)) != HOST or (t.dim() and id(t) not in free)
+        }
         if len(places) > 1 and func is not ATEN.copy_.default:
             raise RuntimeError(f"{func}: tensors on {' and '.join(sorted(map(str, places)))}")
         out = func(*args, **(kwargs or {}))
@@ -129,7 +149,9 @@ class _Operations(TorchDispatchMode):
 
 
 def _fetching(forward: Callable, device: torch.device, back: bool) -> Callable:
-    """A module's forward pass on what it is given, moved to its device; back: what it returns is moved to where that was."""
+    """A module's forward pass on what it is given, moved to its device; back: what it returns is moved to
+    where that was.
+    """
 
     def moved(tree: Any, device: torch.device) -> Any:
         return tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, tree)

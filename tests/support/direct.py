@@ -1,11 +1,17 @@
-"""The papers' definitions, word for word: every decomposed vector of every (query, key) pair is formed. Small cases only."""
+"""The papers' definitions, word for word: every decomposed vector of every (query, key) pair is formed. Small
+cases only.
+"""
 
 import torch
 from torch import Tensor
 
 
-def attention_probabilities(q: Tensor, k: Tensor, key_mask: Tensor | None, scaling: float, window: tuple[int, int]) -> Tensor:
-    """Softmax over the keys that each query sees: q (B, H, n, dh), k (B, Hkv, n, dh) -> (B, H, n, n); rows of padding too."""
+def attention_probabilities(
+    q: Tensor, k: Tensor, key_mask: Tensor | None, scaling: float, window: tuple[int, int]
+) -> Tensor:
+    """Softmax over the keys that each query sees: q (B, H, n, dh), k (B, Hkv, n, dh) -> (B, H, n, n); rows of
+    padding too.
+    """
     n = q.shape[2]
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = q @ k.transpose(2, 3) * scaling
@@ -28,8 +34,12 @@ def stage_matrix(d: int, gammas: list[Tensor]) -> Tensor:
     return out
 
 
-def decomposed_vectors(alpha: Tensor, v: Tensor, weight: Tensor, x: Tensor | None, gammas: list[Tensor], rstd: Tensor | None) -> Tensor:
-    """Vectors of one stage, (B, n, n, d): alpha (B, H, n, n), v (B, Hkv, n, dh), weight (H, dh, d), x (B, n, d) or None, rstd (B, n)."""
+def decomposed_vectors(
+    alpha: Tensor, v: Tensor, weight: Tensor, x: Tensor | None, gammas: list[Tensor], rstd: Tensor | None
+) -> Tensor:
+    """Vectors of one stage, (B, n, n, d): alpha (B, H, n, n), v (B, Hkv, n, dh), weight (H, dh, d), x (B, n,
+    d) or None, rstd (B, n).
+    """
     v = v.repeat_interleave(weight.shape[0] // v.shape[1], dim=1)
     vectors = torch.einsum("bhij,bhjc,hcd->bijd", alpha, v, weight)
     if x is not None:

@@ -13,7 +13,15 @@ import pytest
 
 COMMON, CUDA = (Path(__file__).parents[2] / "csrc" / name for name in ("common", "cuda"))
 # longjmp between stacks is not an unwinding, as fortified builds take it to be
-FLAGS = ["-std=c++17", "-fPIC", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DPYGLOBENC_EMULATED"]
+FLAGS = [
+    "-std=c++17",
+    "-fPIC",
+    "-U_FORTIFY_SOURCE",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-DPYGLOBENC_EMULATED",
+]
 # kernels tell of every access to memory: csrc/common/races.h
 KINDS = {".cu": ["-O1", "-fsanitize=thread"], ".cpp": ["-O0"], "races.cpp": ["-O2"]}
 
@@ -32,7 +40,17 @@ def link(sources: list[Path], folder: Path) -> Path:
 
     def compile_source(source: Path) -> Path:
         output = folder / f"{source.stem}.o"
-        run(*FLAGS, *KINDS.get(source.name, KINDS[source.suffix]), *includes, "-x", "c++", "-c", source, "-o", output)
+        run(
+            *FLAGS,
+            *KINDS.get(source.name, KINDS[source.suffix]),
+            *includes,
+            "-x",
+            "c++",
+            "-c",
+            source,
+            "-o",
+            output,
+        )
         return output
 
     with ThreadPoolExecutor(2) as pool:

@@ -1,7 +1,8 @@
-"""Compiles the Triton kernels for GPUs that aren't there and reads registers, spills and shared memory; run as a script, prints JSON.
+"""Compiles the Triton kernels for GPUs that aren't there and reads registers, spills and shared memory; run
+as a script, prints JSON.
 
-Launchers are called on meta tensors with their kernels replaced by a recorder, so what is compiled is what they would launch.
-Never in a process that interprets Triton.
+Launchers are called on meta tensors with their kernels replaced by a recorder, so what is compiled is what
+they would launch. Never in a process that interprets Triton.
 """
 
 import contextlib
@@ -62,7 +63,9 @@ def record(op: str, args: tuple) -> list[tuple]:
 
 
 def specialised(value, closely: bool = True) -> tuple[str, bool]:
-    """Triton's type of an argument, and whether it is known to be a multiple of 16, which only a look at an integer's value tells."""
+    """Triton's type of an argument, and whether it is known to be a multiple of 16, which only a look at an
+    integer's value tells.
+    """
     if isinstance(value, torch.Tensor):
         return POINTERS[value.dtype], True
     if isinstance(value, float):
@@ -73,13 +76,21 @@ def specialised(value, closely: bool = True) -> tuple[str, bool]:
 
 
 def compile_launch(kernel, args: tuple, kwargs: dict, capability: int | str) -> dict:
-    """Compile one recorded launch: registers, spilled bytes, shared memory in bytes, tensor-core instructions."""
+    """Compile one recorded launch: registers, spilled bytes, shared memory in bytes, tensor-core
+    instructions.
+    """
     options = {name: kwargs[name] for name in OPTIONS if name in kwargs}
-    given = dict(zip(kernel.arg_names, args, strict=False)) | {name: value for name, value in kwargs.items() if name not in OPTIONS}
+    given = dict(zip(kernel.arg_names, args, strict=False)) | {
+        name: value for name, value in kwargs.items() if name not in OPTIONS
+    }
     signature, constants, attrs = {}, {}, {}
     for position, parameter in enumerate(kernel.params):
         value = given[parameter.name]
-        kind, aligned = ("constexpr", False) if parameter.is_constexpr else specialised(value, not parameter.do_not_specialize)
+        kind, aligned = (
+            ("constexpr", False)
+            if parameter.is_constexpr
+            else specialised(value, not parameter.do_not_specialize)
+        )
         signature[parameter.name] = kind
         if kind == "constexpr":
             constants[parameter.name] = value
@@ -89,9 +100,17 @@ def compile_launch(kernel, args: tuple, kwargs: dict, capability: int | str) -> 
     if capability == AMD:
         options.pop("maxnreg", None)
         compiled = triton.compile(source, target=GPUTarget("hip", AMD, 64), options=options)
-        return dict(**amd_resources(compiled.asm["amdgcn"]), shared=compiled.metadata.shared, warps=compiled.metadata.num_warps)
+        return dict(
+            **amd_resources(compiled.asm["amdgcn"]),
+            shared=compiled.metadata.shared,
+            warps=compiled.metadata.num_warps,
+        )
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return dict(**nvidia_resources(compiled.asm["ptx"], capability), shared=compiled.metadata.shared, warps=compiled.metadata.num_warps)
+    return dict(
+        **nvidia_resources(compiled.asm["ptx"], capability),
+        shared=compiled.metadata.shared,
+        warps=compiled.metadata.num_warps,
+    )
 
 
 def nvidia_resources(ptx: str, capability: int) -> dict:
@@ -141,7 +160,12 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def pair_arguments(case: dict, cu_seqlens: torch.Tensor | None, n: int = 1024) -> PairInputs:
     """The layer of a case."""
-    heads, kv_heads, head_dim, dtype = case["heads"], case["kv_heads"], case["head_dim"], getattr(torch, case["dtype"])
+    heads, kv_heads, head_dim, dtype = (
+        case["heads"],
+        case["kv_heads"],
+        case["head_dim"],
+        getattr(torch, case["dtype"]),
+    )
     every = (meta(2, n, heads), meta(2, n), meta(2, n), meta(2, n, dtype=torch.bool))
     q, k = meta(2, heads, n, head_dim, dtype=dtype), meta(2, kv_heads, n, head_dim, dtype=dtype)
     tensors = (q, k, meta(2, heads, n), meta(2, n, heads, heads), *(every if case["full"] else (None,) * 4))
@@ -154,7 +178,9 @@ def relevance_arguments(case: dict, cu_seqlens: torch.Tensor | None, n: int = 10
     mask = meta(2, n, dtype=torch.bool) if case["full"] and not case["packed"] else None
     window = (128, 0) if case["full"] else (-1, -1)
     tensors, full = (t, t, t, t[..., 0], t if case["full"] else None, t), case["full"]
-    return RelevanceInputs(*tensors, mask, case["head_dim"] ** -0.5, window, full, full, 0.0, True, cu_seqlens)
+    return RelevanceInputs(
+        *tensors, mask, case["head_dim"] ** -0.5, window, full, full, 0.0, True, cu_seqlens
+    )
 
 
 def arguments(case: dict, n: int = 1024) -> tuple:
@@ -177,7 +203,11 @@ def arguments(case: dict, n: int = 1024) -> tuple:
         dtype, width = getattr(torch, case["dtype"]), heads * head_dim
         v = meta(2, case["kv_heads"], n, head_dim, dtype=dtype)
         cross = (meta(2, n, width, dtype=dtype), meta(heads, head_dim, width)) if full else (None, None)
-        return (v, meta(heads, head_dim, width)) if op == "head_norms" else (v, meta(heads, head_dim, heads, head_dim), *cross)
+        return (
+            (v, meta(heads, head_dim, width))
+            if op == "head_norms"
+            else (v, meta(heads, head_dim, heads, head_dim), *cross)
+        )
     if op.startswith("relevance"):
         inputs = relevance_arguments(case, cu_seqlens, n)
         return inputs, None if op == "relevance_maps" else meta(len(inputs.q), case["rows"], n)
@@ -188,14 +218,23 @@ def arguments(case: dict, n: int = 1024) -> tuple:
 
 
 def measure(case: dict) -> list[dict]:
-    """Resources of every launch of a case: {op, capability, precision, heads, kv_heads, head_dim, dtype, rows, full}."""
+    """Resources of every launch of a case: {op, capability, precision, heads, kv_heads, head_dim, dtype,
+    rows, full}.
+    """
     importlib.import_module(f"pyglobenc.kernels.{case['op']}")
     with pretend(case["capability"], case["precision"]):
         launches = record(case["op"], arguments(case))
     rows = []
     for kernel, args, kwargs in launches:
         tiles = {name: value for name, value in kwargs.items() if name.startswith("BLOCK_") or name == "HELD"}
-        rows.append({**case, "kernel": kernel.__name__, **tiles, **compile_launch(kernel, args, kwargs, case["capability"])})
+        rows.append(
+            {
+                **case,
+                "kernel": kernel.__name__,
+                **tiles,
+                **compile_launch(kernel, args, kwargs, case["capability"]),
+            }
+        )
     return rows
 
 

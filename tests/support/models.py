@@ -19,8 +19,17 @@ SMALL = dict(
     max_position_embeddings=40,
 )
 DISTILBERT = dict(vocab_size=97, dim=48, n_layers=3, n_heads=4, hidden_dim=80, max_position_embeddings=40)
-DEBERTA = SMALL | dict(relative_attention=True, position_biased_input=False, norm_rel_ebd="layer_norm", pad_token_id=0)
-IMAGE = dict(hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=80, image_size=12, patch_size=4)
+DEBERTA = SMALL | dict(
+    relative_attention=True, position_biased_input=False, norm_rel_ebd="layer_norm", pad_token_id=0
+)
+IMAGE = dict(
+    hidden_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=80,
+    image_size=12,
+    patch_size=4,
+)
 DECODER = SMALL | dict(num_key_value_heads=2, head_dim=12, pad_token_id=0)
 ALTERNATING = dict(layer_types=["sliding_attention", "full_attention", "sliding_attention"], sliding_window=4)
 ARCHITECTURES = {
@@ -32,7 +41,11 @@ ARCHITECTURES = {
     "electra": ("ElectraConfig", "ElectraForSequenceClassification", SMALL | dict(embedding_size=32)),
     "distilbert": ("DistilBertConfig", "DistilBertForSequenceClassification", DISTILBERT),
     "albert": ("AlbertConfig", "AlbertForSequenceClassification", SMALL | dict(embedding_size=32)),
-    "albert-groups": ("AlbertConfig", "AlbertModel", SMALL | dict(embedding_size=32, num_hidden_groups=2, inner_group_num=2)),
+    "albert-groups": (
+        "AlbertConfig",
+        "AlbertModel",
+        SMALL | dict(embedding_size=32, num_hidden_groups=2, inner_group_num=2),
+    ),
     "mpnet": ("MPNetConfig", "MPNetModel", SMALL),
     "nomic-bert": ("NomicBertConfig", "NomicBertForSequenceClassification", SMALL),
 }
@@ -43,7 +56,11 @@ DEBERTAS = {
         "DebertaV2ForSequenceClassification",
         DEBERTA | dict(pos_att_type=["p2c", "c2p"], position_buckets=4, share_att_key=True),
     ),
-    "deberta-c2p": ("DebertaV2Config", "DebertaV2Model", DEBERTA | dict(pos_att_type=["c2p"], position_buckets=4)),
+    "deberta-c2p": (
+        "DebertaV2Config",
+        "DebertaV2Model",
+        DEBERTA | dict(pos_att_type=["c2p"], position_buckets=4),
+    ),
 }
 ARCHITECTURES |= DEBERTAS
 PRE_NORM = {
@@ -54,7 +71,11 @@ PRE_NORM = {
         | dict(local_attention=6, global_attn_every_n_layers=2)
         | dict(pad_token_id=0, cls_token_id=1, sep_token_id=2, bos_token_id=1, eos_token_id=2),
     ),
-    "gpt2": ("GPT2Config", "GPT2LMHeadModel", dict(vocab_size=97, n_embd=48, n_layer=3, n_head=4, n_positions=40, pad_token_id=0)),
+    "gpt2": (
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        dict(vocab_size=97, n_embd=48, n_layer=3, n_head=4, n_positions=40, pad_token_id=0),
+    ),
     "llama": ("LlamaConfig", "LlamaForCausalLM", DECODER),
     "mistral": ("MistralConfig", "MistralForCausalLM", DECODER | dict(sliding_window=5)),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", DECODER | ALTERNATING | dict(use_sliding_window=True)),
@@ -66,9 +87,21 @@ PRE_NORM = {
     ),
     "phi3": ("Phi3Config", "Phi3ForCausalLM", DECODER | dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)),
     "gemma": ("GemmaConfig", "GemmaModel", DECODER),
-    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", DECODER | ALTERNATING | dict(query_pre_attn_scalar=12, attn_logit_softcapping=2.0)),
-    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", DECODER | ALTERNATING | dict(query_pre_attn_scalar=12)),
-    "gemma3-encoder": ("Gemma3TextConfig", "Gemma3TextModel", DECODER | ALTERNATING | dict(use_bidirectional_attention=True)),
+    "gemma2": (
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        DECODER | ALTERNATING | dict(query_pre_attn_scalar=12, attn_logit_softcapping=2.0),
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        DECODER | ALTERNATING | dict(query_pre_attn_scalar=12),
+    ),
+    "gemma3-encoder": (
+        "Gemma3TextConfig",
+        "Gemma3TextModel",
+        DECODER | ALTERNATING | dict(use_bidirectional_attention=True),
+    ),
 }
 IMAGES = {
     "vit": ("ViTConfig", "ViTForImageClassification", IMAGE),
@@ -76,7 +109,11 @@ IMAGES = {
     "dinov2": ("Dinov2Config", "Dinov2Model", IMAGE | dict(mlp_ratio=2)),
     "dinov2-swiglu": ("Dinov2Config", "Dinov2Model", IMAGE | dict(mlp_ratio=2, use_swiglu_ffn=True)),
     "beit": ("BeitConfig", "BeitModel", IMAGE | dict(use_relative_position_bias=True)),
-    "beit-shared": ("BeitConfig", "BeitModel", IMAGE | dict(use_shared_relative_position_bias=True, layer_scale_init_value=0.0)),
+    "beit-shared": (
+        "BeitConfig",
+        "BeitModel",
+        IMAGE | dict(use_shared_relative_position_bias=True, layer_scale_init_value=0.0),
+    ),
 }
 # transformers has no sdpa for them
 EAGER_ALONE = ("gemma2", "mpnet", *DEBERTAS)
@@ -85,7 +122,9 @@ CAUSAL = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "qwen3-moe", "phi3", "ge
 
 
 def build(name: str, dtype: torch.dtype = torch.float64, attention: str = "sdpa", **changes):
-    """Random model of an architecture, weights large enough that attention is peaked and the LayerNorms matter."""
+    """Random model of an architecture, weights large enough that attention is peaked and the LayerNorms
+    matter.
+    """
     config_class, model_class, settings = (ARCHITECTURES | PRE_NORM | IMAGES)[name]
     config = getattr(transformers, config_class)(**(settings | changes))
     config._attn_implementation = "eager" if name in EAGER_ALONE else attention
@@ -104,7 +143,9 @@ def randomize(model, std: float = 0.12):
     return model
 
 
-def random_batch(model, batch: int, n: int, pads: list[int] | None = None, side: str = "right") -> dict[str, torch.Tensor]:
+def random_batch(
+    model, batch: int, n: int, pads: list[int] | None = None, side: str = "right"
+) -> dict[str, torch.Tensor]:
     """Random token ids above the special ones; pads[b] padding tokens in example b, on one side."""
     if model.main_input_name == "pixel_values":
         size = model.config.image_size
@@ -122,6 +163,8 @@ def golden(name: str):
     settings = json.loads((GOLDEN / f"{name}.config.json").read_text())
     settings.pop("torch_dtype")
     kind = "Electra" if "electra" in name else "Bert"
-    model = getattr(transformers, f"{kind}ForSequenceClassification")(getattr(transformers, f"{kind}Config")(**settings))
+    model = getattr(transformers, f"{kind}ForSequenceClassification")(
+        getattr(transformers, f"{kind}Config")(**settings)
+    )
     model.load_state_dict(load_file(GOLDEN / f"{name}.weights.safetensors"))
     return model.double().eval(), load_file(GOLDEN / f"{name}.outputs.safetensors")

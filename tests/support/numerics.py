@@ -12,19 +12,22 @@ from torch import Tensor
 # Seed of every test. Running the tests with another seed shows that none of them passes by luck.
 SEED = int(os.environ.get("PYGLOBENC_TEST_SEED", 0))
 
-# The root mean square of fewer errors is a matter of luck, since results share inputs and so their errors are not independent.
+# The root mean square of fewer errors is a matter of luck, since results share inputs and so their errors are
+# not independent.
 ENOUGH = 1000
-# Errors that may lie above `factor` times torch's largest. The largest error is luck too, however many there are: where errors have heavy
-# tails, one of ours lies above twice torch's largest about once in three times. That 11 independent ones do has a chance below 1e-5.
+# Errors that may lie above `factor` times torch's largest. The largest error is luck too, however many there
+# are: where errors have heavy tails, one of ours lies above twice torch's largest about once in three times.
+# That 11 independent ones do has a chance below 1e-5.
 MAX_ABOVE = 10
 
 
 def assert_as_good_as_torch(out: Tensor, exact: Tensor, torch_out: Tensor, factor: float = 2.0) -> None:
-    """Asserts the error rule for one result of at least 1,000 numbers. `until_enough` and `pooled` are for tests of fewer.
+    """Asserts the error rule for one result of at least 1,000 numbers. `until_enough` and `pooled` are for
+    tests of fewer.
 
-    The root mean square of the errors of `out` is at most `factor` times that of plain torch, plus half an ulp of the largest
-    number. At most 10 errors exceed `factor` times torch's largest by more than that. A single wrong number among N fails
-    unless its error is below sqrt(N) times the allowed root mean square.
+    The root mean square of the errors of `out` is at most `factor` times that of plain torch, plus half an
+    ulp of the largest number. At most 10 errors exceed `factor` times torch's largest by more than that. A
+    single wrong number among N fails unless its error is below sqrt(N) times the allowed root mean square.
 
     Args:
         out: result under test.
@@ -53,7 +56,9 @@ class Pool:
     def add(self, out: Tensor, exact: Tensor, torch_out: Tensor) -> None:
         """Arguments as for `assert_as_good_as_torch`."""
         assert out.shape == exact.shape, f"shape {tuple(out.shape)}, expected {tuple(exact.shape)}"
-        assert torch.isfinite(out).all(), f"{(~torch.isfinite(out)).sum()} of {out.numel()} entries are not finite"
+        assert torch.isfinite(out).all(), (
+            f"{(~torch.isfinite(out)).sum()} of {out.numel()} entries are not finite"
+        )
         if not exact.numel():
             return
         # where all numbers are 0, an error is infinite
@@ -66,29 +71,43 @@ class Pool:
         """Asserts the error rule for all errors together."""
         if not self.ours:
             return
-        assert self.size >= ENOUGH, f"the error rule needs {ENOUGH} numbers, got {self.size}: draw more, or derive a bound"
+        assert self.size >= ENOUGH, (
+            f"the error rule needs {ENOUGH} numbers, got {self.size}: draw more, or derive a bound"
+        )
         ours, torchs = torch.cat(self.ours), torch.cat(self.torchs)
         rms, allowed = (t.square().mean().sqrt() for t in (ours, torchs))
         of = f"relative to the largest number; half an ulp {self.half_ulp:.1e}, factor {self.factor}"
-        assert rms <= self.factor * allowed + self.half_ulp, f"RMS error {rms:.3e}, torch's own {allowed:.3e}, {of}"
+        assert rms <= self.factor * allowed + self.half_ulp, (
+            f"RMS error {rms:.3e}, torch's own {allowed:.3e}, {of}"
+        )
         above = int((ours > self.factor * torchs.max() + self.half_ulp).sum())
-        assert above <= MAX_ABOVE, f"{above} errors up to {ours.max():.3e} above torch's largest {torchs.max():.3e}, {of}"
+        assert above <= MAX_ABOVE, (
+            f"{above} errors up to {ours.max():.3e} above torch's largest {torchs.max():.3e}, {of}"
+        )
 
 
 def until_enough(factor: float = 2.0) -> Iterator[Callable[..., None]]:
-    """Repeats the body of a loop, which draws its inputs anew, until the error rule can judge all that it compares.
+    """Repeats the body of a loop, which draws its inputs anew, until the error rule can judge all that it
+    compares.
 
         for compare in until_enough():
             args = draw()
             compare(op(args), exact(args), torch_out(args))
 
-    Each call of compare in the body, in order, has a pool of its own. Its arguments are those of `assert_as_good_as_torch`.
+    Each call of compare in the body, in order, has a pool of its own. Its arguments are those of
+    `assert_as_good_as_torch`.
     """
     pools: list[Pool] = []
     while not pools or any(0 < pool.size < ENOUGH for pool in pools):
         position = count()
 
-        def compare(out: Tensor, exact: Tensor, torch_out: Tensor, factor: float = factor, position: Iterator[int] = position) -> None:
+        def compare(
+            out: Tensor,
+            exact: Tensor,
+            torch_out: Tensor,
+            factor: float = factor,
+            position: Iterator[int] = position,
+        ) -> None:
             at = next(position)
             if at == len(pools):
                 pools.append(Pool(factor))
@@ -102,7 +121,8 @@ def until_enough(factor: float = 2.0) -> Iterator[Callable[..., None]]:
 
 @contextmanager
 def pooled(factor: float = 2.0) -> Iterator[Callable[[Tensor, Tensor, Tensor], None]]:
-    """Gives a function compare() of the arguments of `assert_as_good_as_torch`, for many results of one block.
+    """Gives a function compare() of the arguments of `assert_as_good_as_torch`, for many results of one
+    block.
 
     A result of at least 1,000 numbers is judged by itself, and the smaller ones together when the block ends.
     """
@@ -119,5 +139,7 @@ def pooled(factor: float = 2.0) -> Iterator[Callable[[Tensor, Tensor, Tensor], N
 
 
 def with_scale(scores: Tensor, log_scale: Tensor, exact_log_scale: Tensor) -> Tensor:
-    """Scores (..., n), times what their scale (...) is of the exact one: one result for the error rule, wrong where either is wrong."""
+    """Scores (..., n), times what their scale (...) is of the exact one: one result for the error rule, wrong
+    where either is wrong.
+    """
     return (scores.double() * (log_scale.double() - exact_log_scale).exp()[..., None]).to(scores.dtype)

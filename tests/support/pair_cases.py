@@ -17,14 +17,18 @@ SETS = ("avx512bf16", "avx512", "avx2", "portable")
 
 
 def cpu_params():
-    """One parameter for each instruction set, fastest first, those that can't run skipped; or one with the reason that nothing loads."""
+    """One parameter for each instruction set, fastest first, those that can't run skipped; or one with the
+    reason that nothing loads.
+    """
     module, reason = load("pair_norms", "cpu")
     if module is None:
         return [pytest.param("cpu", marks=pytest.mark.skip(reason=reason))]
     here = module.kernels.instruction_sets()
     missing = [name for name in SETS if name not in here]
     skip = [pytest.mark.skip(reason="not built, or not an instruction set of this machine")]
-    return [pytest.param(f"cpu-{name}") for name in here] + [pytest.param(f"cpu-{name}", marks=skip) for name in missing]
+    return [pytest.param(f"cpu-{name}") for name in here] + [
+        pytest.param(f"cpu-{name}", marks=skip) for name in missing
+    ]
 
 
 KERNELS = cpu_params()
@@ -47,7 +51,9 @@ def running(kernel: str):
 
 
 def factor(kernel: str) -> float:
-    """Of the error rule: 2, or 4 for the portable build, which has no fused multiply-add and so rounds every step twice."""
+    """Of the error rule: 2, or 4 for the portable build, which has no fused multiply-add and so rounds every
+    step twice.
+    """
     return 4.0 if kernel == "cpu-portable" else 2.0
 
 
@@ -69,8 +75,8 @@ class Case:
     peak: float = 1.0  # factor of the scores
 
     def __str__(self):
-        text = f"B{self.B}-H{self.H}.{self.Hkv}-n{self.n}-dh{self.dh}-{self.mask}-{self.window[0]}.{self.window[1]}"
-        text += f"-{'res' if self.residual else 'plain'}{self.norms}-{str(self.dtype)[6:]}"
+        text = f"B{self.B}-H{self.H}.{self.Hkv}-n{self.n}-dh{self.dh}-{self.mask}"
+        text += f"-{self.window[0]}.{self.window[1]}-{'res' if self.residual else 'plain'}{self.norms}-{str(self.dtype)[6:]}"
         return text if self.peak == 1.0 else f"{text}-peak{self.peak:g}"
 
 
@@ -101,11 +107,15 @@ def layer(case: Case) -> dict:
     weight = torch.randn(H, dh, d, **make) / d**0.5
     rstd = torch.rand(B, n, **make) + 0.5 if case.norms else None
     seen = dict(key_mask=key_mask(case.mask, B, n), scaling=dh**-0.5, window=case.window)
-    return dict(q=q, k=k, v=v, x=torch.randn(B, n, d, **make), weight=weight, gammas=gammas, rstd=rstd, **seen)
+    return dict(
+        q=q, k=k, v=v, x=torch.randn(B, n, d, **make), weight=weight, gammas=gammas, rstd=rstd, **seen
+    )
 
 
 def pair_args(case: Case, made: dict | None = None) -> dict:
-    """Keyword arguments of `pair_norms`, rounded to float32 (q and k to the case's dtype), for a random layer or the one given."""
+    """Keyword arguments of `pair_norms`, rounded to float32 (q and k to the case's dtype), for a random layer
+    or the one given.
+    """
     t = layer(case) if made is None else made
     seen = {name: t[name] for name in ("key_mask", "scaling", "window")}
     _, lse = attention(t["q"].double(), t["k"].double(), t["v"], **seen)
@@ -115,21 +125,30 @@ def pair_args(case: Case, made: dict | None = None) -> dict:
     single = dict(lse=lse, gram=gram, rstd=t["rstd"])
     if case.residual:
         single |= dict(cross=cross, residual_sq=residual_sq)
-    return dict(q=t["q"], k=t["k"], **{name: s if s is None else s.float() for name, s in single.items()}, **seen)
+    return dict(
+        q=t["q"], k=t["k"], **{name: s if s is None else s.float() for name, s in single.items()}, **seen
+    )
 
 
 def doubled(args: dict) -> dict:
     """The same arguments with every floating-point tensor in float64."""
-    return {name: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for name, t in args.items()}
+    return {
+        name: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+        for name, t in args.items()
+    }
 
 
-def product(r: torch.Tensor, args: dict, backend: str, cu_seqlens: torch.Tensor | None = None, top: float = 1.0) -> torch.Tensor:
+def product(
+    r: torch.Tensor, args: dict, backend: str, cu_seqlens: torch.Tensor | None = None, top: float = 1.0
+) -> torch.Tensor:
     """r @ norms from the rows of `rollout_step` and their scales, in the dtype of r.
 
     top: its largest entry, about; a logarithm near 0 is rounded less than what it is the logarithm of.
     """
     unit = 2.0 ** -math.frexp(top)[1]
     size = len(r) if cu_seqlens is None else len(cu_seqlens) - 1
-    out, scale = rollout_step(r * unit, r.new_zeros(size, r.shape[1]), **args, cu_seqlens=cu_seqlens, backend=backend)
+    out, scale = rollout_step(
+        r * unit, r.new_zeros(size, r.shape[1]), **args, cu_seqlens=cu_seqlens, backend=backend
+    )
     back = scale.double().exp() / unit
     return (out * (back[..., None] if cu_seqlens is None else per_token(back, cu_seqlens))).to(r.dtype)

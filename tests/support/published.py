@@ -1,4 +1,6 @@
-"""GlobEnc as published: every n*n*d decomposed vector formed, from the model's own eager attention and hidden states."""
+"""GlobEnc as published: every n*n*d decomposed vector formed, from the model's own eager attention and hidden
+states.
+"""
 
 from collections import defaultdict
 from contextlib import contextmanager
@@ -12,17 +14,25 @@ from pyglobenc.hf import find_layers
 
 
 class Float64Throughout(TorchFunctionMode):
-    """Inside, what models compute in float32 whatever their dtype (softmax, RMSNorm, rotation) is computed in float64."""
+    """Inside, what models compute in float32 whatever their dtype (softmax, RMSNorm, rotation) is computed in
+    float64.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         dtype = args[0].dtype if args and isinstance(args[0], Tensor) else None
-        narrows = func is Tensor.float or (func is Tensor.to and torch.float32 in (*args[1:], *kwargs.values()))
+        narrows = func is Tensor.float or (
+            func is Tensor.to and torch.float32 in (*args[1:], *kwargs.values())
+        )
         # positions are integers that become angles
         if narrows and dtype in (torch.float64, torch.int64):
             return args[0].double()
         wide = dtype == torch.float64
-        if wide and func in (nn.functional.softmax, torch.softmax, Tensor.softmax) and kwargs.get("dtype") == torch.float32:
+        if (
+            wide
+            and func in (nn.functional.softmax, torch.softmax, Tensor.softmax)
+            and kwargs.get("dtype") == torch.float32
+        ):
             kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)
 
@@ -39,7 +49,9 @@ def _eager(model):
 
 @torch.no_grad()
 def published_maps(model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All maps (B, L, ...) of a float64 model, the attention probabilities among them; rows of padding are 0."""
+    """All maps (B, L, ...) of a float64 model, the attention probabilities among them; rows of padding are
+    0.
+    """
     seen = defaultdict(list)
     modules = find_layers(model)
     hooks = []
@@ -62,17 +74,27 @@ def published_maps(model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     for m, alpha in zip(modules, output.attentions, strict=True):
         call = calls[m.block]
         calls[m.block] += 1
-        sums = {norm: seen["z", norm][call] for norm in (m.attention_norm, m.output_norm, m.added_norm) if ("z", norm) in seen}
+        sums = {
+            norm: seen["z", norm][call]
+            for norm in (m.attention_norm, m.output_norm, m.added_norm)
+            if ("z", norm) in seen
+        }
         layers.append(_layer(m, alpha, seen["x", m.block][call], seen["v", _value(m)][call], sums))
     maps = {name: torch.stack([layer[name] for layer in layers], dim=1) for name in layers[0]}
     return {name: _without_padding(t, name, batch.get("attention_mask")) for name, t in maps.items()}
 
 
 def _value(m) -> nn.Module:
-    """The module whose output ends with the values: that of the values, or the one of queries, keys and values together."""
+    """The module whose output ends with the values: that of the values, or the one of queries, keys and
+    values together.
+    """
     if m.value is not None:
         return m.value
-    (fused,) = (module for module in m.attention.children() if isinstance(module, nn.Linear | Conv1D) and module is not m.output)
+    (fused,) = (
+        module
+        for module in m.attention.children()
+        if isinstance(module, nn.Linear | Conv1D) and module is not m.output
+    )
     return fused
 
 
@@ -103,7 +125,10 @@ def _layer(m, alpha: Tensor, x: Tensor, value: Tensor, sums: dict) -> dict[str, 
         rms = (z.square().mean(-1) + m.added_norm.eps).sqrt()
         per_head = per_head / rms[:, None, :, None, None] * (1 + m.added_norm.weight)
     vectors = {"N": per_head.sum(1)}
-    vectors["N_Res"] = vectors["N"] + torch.eye(x.shape[1], dtype=x.dtype, device=x.device)[None, :, :, None] * x[:, :, None, :]
+    vectors["N_Res"] = (
+        vectors["N"]
+        + torch.eye(x.shape[1], dtype=x.dtype, device=x.device)[None, :, :, None] * x[:, :, None, :]
+    )
     if not m.pre_norm:
         vectors["N_ResLN"] = _normalize(vectors["N_Res"], sums[m.attention_norm], m.attention_norm)
         vectors["N_Enc"] = _normalize(vectors["N_ResLN"], sums[m.output_norm], m.output_norm)

@@ -1,4 +1,6 @@
-"""A tokenizer and models small enough to explain many texts a second, and the real model that comes as a package."""
+"""A tokenizer and models small enough to explain many texts a second, and the real model that comes as a
+package.
+"""
 
 from functools import cache
 
@@ -12,17 +14,35 @@ from pyglobenc.models.pretrained import load_pretrained, model_folder
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-VOCABULARY = [*SPECIAL, *LETTERS, *(f"##{letter}" for letter in LETTERS), *".,!?$<>&", "film", "deep", "good", "##ing", "the"]
+VOCABULARY = [
+    *SPECIAL,
+    *LETTERS,
+    *(f"##{letter}" for letter in LETTERS),
+    *".,!?$<>&",
+    "film",
+    "deep",
+    "good",
+    "##ing",
+    "the",
+]
 
 
 def tokenizer(**changes) -> PreTrainedTokenizerFast:
-    """WordPiece over letters and a few words, which cuts at the end of 8 tokens unless told not to, as some published ones do."""
+    """WordPiece over letters and a few words, which cuts at the end of 8 tokens unless told not to, as some
+    published ones do.
+    """
     inner = Tokenizer(WordPiece({token: index for index, token in enumerate(VOCABULARY)}, unk_token="[UNK]"))
     inner.normalizer = normalizers.BertNormalizer(lowercase=True)
     inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     inner.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     inner.enable_truncation(8)
-    names = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    names = {
+        "unk_token": "[UNK]",
+        "pad_token": "[PAD]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+    }
     return PreTrainedTokenizerFast(tokenizer_object=inner, **(names | changes))
 
 

@@ -38,7 +38,14 @@ def attribution(words, scores=None, **changes):
 
 
 def in_color(attributions, **changes):
-    console = Console(file=io.StringIO(), force_terminal=True, color_system="truecolor", width=80, highlight=False, legacy_windows=False)
+    console = Console(
+        file=io.StringIO(),
+        force_terminal=True,
+        color_system="truecolor",
+        width=80,
+        highlight=False,
+        legacy_windows=False,
+    )
     terminal.show(attributions, console=console, **changes)
     return console.file.getvalue()
 
@@ -82,7 +89,11 @@ def test_colors_darken_evenly_and_their_ink_is_readable():
         assert all(a > b for a, b in zip(luminance, luminance[1:], strict=False))
         # what WCAG 2.2 asks for, level AA
         assert min(contrast(ink(color(sign * value)), color(sign * value)) for value in values) >= 4.5
-    assert color(0.0) == (255, 255, 255) and color(7.0) == color(1.0) == RAMPS[True][-1] and color(-7.0) == RAMPS[False][-1]
+    assert (
+        color(0.0) == (255, 255, 255)
+        and color(7.0) == color(1.0) == RAMPS[True][-1]
+        and color(-7.0) == RAMPS[False][-1]
+    )
 
 
 def test_colors_for_and_against_differ_for_colour_blind_eyes():
@@ -103,13 +114,23 @@ def test_scale_leaves_special_tokens_out():
 
 
 def test_printable_keeps_scripts_and_drops_what_steers():
-    assert printable("a\u00e9\u4e2d\U0001f469\u200d\U0001f467 \u0644\u200c") == "a\u00e9\u4e2d\U0001f469\u200d\U0001f467 \u0644\u200c"
+    assert (
+        printable("a\u00e9\u4e2d\U0001f469\u200d\U0001f467 \u0644\u200c")
+        == "a\u00e9\u4e2d\U0001f469\u200d\U0001f467 \u0644\u200c"
+    )
     assert printable("a\tb\u00a0c\nd") == "a b c d" and printable("a\nb", newlines=True) == "a\nb"
     assert printable(ESCAPES) == "\ufffd[31m \ufffd \ufffd \ufffd"
 
 
 def test_html_shows_the_text_and_nothing_in_it_is_markup():
-    words = ["<script>alert(1)</script>", '"quoted"', "&amp;", "\u4e2d\u6587", "\U0001f389", "\u0645\u0631\u062d\u0628\u0627"]
+    words = [
+        "<script>alert(1)</script>",
+        '"quoted"',
+        "&amp;",
+        "\u4e2d\u6587",
+        "\U0001f389",
+        "\u0645\u0631\u062d\u0628\u0627",
+    ]
     page = attribution(words, label="<b>", probability=0.25, model="a<b").to_html()
     parsed = Page(page)
     assert parsed.words["text"] == "[CLS] " + " ".join(words) and not parsed.stack
@@ -129,12 +150,22 @@ def test_html_numbers_colors_and_marks():
     assert "background:#a64805" in spans["top"][1]["style"] and "color:#ffffff" in spans["top"][1]["style"]
     assert "background:#ffffff" in spans["low"][1]["style"] and "color:#000000" in spans["low"][1]["style"]
     assert spans["[CLS]"][0] == "special" and spans["mid"][0] == "target" and spans["top"][0] == ""
-    assert "0.8" in spans["top"][1]["title"] and "-0.2" in spans["minus"][1]["title"] and "the target" in spans["mid"][1]["title"]
+    assert (
+        "0.8" in spans["top"][1]["title"]
+        and "-0.2" in spans["minus"][1]["title"]
+        and "the target" in spans["mid"][1]["title"]
+    )
     assert "-0.8" in a.to_html(), "the legend reaches to minus the largest score"
 
 
 def test_html_of_words_lists_their_pieces():
-    a = attribution(["token", "##ize"], [0, 1.0, 0.5], text="tokenize", cu_seqlens=[(0, 0), (0, 5), (5, 8)], word_ids=[None, 0, 0])
+    a = attribution(
+        ["token", "##ize"],
+        [0, 1.0, 0.5],
+        text="tokenize",
+        cu_seqlens=[(0, 0), (0, 5), (5, 8)],
+        word_ids=[None, 0, 0],
+    )
     spans = {text: attrs for text, _, attrs in Page(a.to_html(merge_words=True)).spans}
     assert spans["tokenize"]["title"] == "word tokenize: 1.5\ntoken at 1: 1\n##ize at 2: 0.5"
     assert "token" in {text for text, _, _ in Page(a.to_html()).spans}
@@ -142,7 +173,9 @@ def test_html_of_words_lists_their_pieces():
 
 @pytest.mark.parametrize("kind, expected", [("token", "target"), ("class", "target class")])
 def test_captions_say_what_was_done(kind, expected):
-    a = attribution(["a", "b"], target_kind=kind, target_name="GOOD", target=1, windows=[(1, 2), (2, 3)], method="n-res")
+    a = attribution(
+        ["a", "b"], target_kind=kind, target_name="GOOD", target=1, windows=[(1, 2), (2, 3)], method="n-res"
+    )
     for picture in (a.to_html(), plain([a])):
         for words in (expected, "GOOD (1)", "n-res", "tiny", "2 overlapping"):
             assert words in picture
@@ -152,7 +185,11 @@ def test_captions_say_what_was_done(kind, expected):
 def test_what_truncation_left_out_is_shown_as_left_out():
     a = attribution(["a", "b"], text="a b and the rest", cut=3)
     assert '<span class="cut" title="left out by truncation"> and the rest</span>' in a.to_html()
-    assert "the last 3 tokens" in a.to_html() and "and the rest" in plain([a]) and "the last 3 tokens" in plain([a])
+    assert (
+        "the last 3 tokens" in a.to_html()
+        and "and the rest" in plain([a])
+        and "the last 3 tokens" in plain([a])
+    )
     assert a.to_png() != attribution(["a", "b"]).to_png()
 
 
@@ -172,7 +209,9 @@ def test_terminal_without_colors_has_the_numbers():
     out = plain([attribution(["low", "top"], [0, 0.25, 2.0]), attribution(["other"])])
     assert "\x1b" not in out and "[CLS] low top" in out and "other" in out
     assert re.search(r"2\.0000 \u2588{24} top\n +0\.2500 \u2588{3} +low", out)
-    assert "\u2588" not in plain([attribution(["a"])], "ascii") and "#" in plain([attribution(["a"])], "ascii")
+    assert "\u2588" not in plain([attribution(["a"])], "ascii") and "#" in plain(
+        [attribution(["a"])], "ascii"
+    )
 
 
 def test_a_terminal_that_says_nothing_of_its_width(monkeypatch, capsys):
@@ -236,7 +275,9 @@ def test_png_says_which_characters_no_font_has(caplog, monkeypatch):
 
 def test_png_refuses_more_than_can_be_drawn(monkeypatch):
     monkeypatch.setattr(png, "TALLEST", 300)
-    with pytest.raises(ValueError, match="png: the text needs a picture more than 300 pixels high; write HTML instead"):
+    with pytest.raises(
+        ValueError, match="png: the text needs a picture more than 300 pixels high; write HTML instead"
+    ):
         attribution(["word"] * 100).to_png()
 
 

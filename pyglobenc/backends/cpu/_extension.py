@@ -8,7 +8,9 @@ from pyglobenc.backends.inputs import NO_LRP, NO_SCORE_MOD, PairInputs, Relevanc
 try:
     from pyglobenc import _cpu as kernels
 except ImportError as error:
-    raise ImportError(f"the compiled module pyglobenc._cpu doesn't load ({error}); reinstall with a C++17 compiler on PATH") from error
+    raise ImportError(
+        f"the compiled module pyglobenc._cpu doesn't load ({error}); reinstall with a C++17 compiler on PATH"
+    ) from error
 
 __all__ = ["kernels", "limits", "pair_limits", "relevance_limits", "single"]
 
@@ -18,7 +20,8 @@ INPUTS = (torch.float32, torch.float16, torch.bfloat16)
 def limits(arithmetic: Tensor, *inputs: Tensor) -> list[str]:
     """Return why the kernels can't run.
 
-    arithmetic: a tensor with the dtype of the result. inputs: tensors that the kernels convert to it when they load them.
+    arithmetic: a tensor with the dtype of the result. inputs: tensors that the kernels convert to it when
+    they load them.
     """
     reasons = []
     devices = {t.device.type for t in (arithmetic, *inputs)}

@@ -1,4 +1,6 @@
-"""Tiles that the relevance ops of attention share: torch's GEMMs, and one pass of C++ for what lies between."""
+"""Tiles that the relevance ops of attention share: torch's GEMMs, and one pass of C++ for what lies
+between.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,13 +23,16 @@ class Tile:
     weighted: Tensor  # A, (B, I, n)
 
 
-def query_tiles(inputs: RelevanceInputs, positions: Tensor | None = None, sums: Tensor | None = None) -> Iterator[Tile]:
+def query_tiles(
+    inputs: RelevanceInputs, positions: Tensor | None = None, sums: Tensor | None = None
+) -> Iterator[Tile]:
     """Blocks of queries against all keys.
 
     Args:
         inputs: tensors of the layer.
         positions: the queries, (B, m) int64; None: all.
-        sums: (B, 2) float64, to which the sums of R_alpha and of t R_alpha / safe(t) are added; None: alpha and U are not computed.
+        sums: (B, 2) float64, to which the sums of R_alpha and of t R_alpha / safe(t) are added; None: alpha
+            and U are not computed.
 
     Yields:
         Tiles of I queries with all keys. The next tile overwrites alpha and u.
@@ -40,7 +45,9 @@ def query_tiles(inputs: RelevanceInputs, positions: Tensor | None = None, sums: 
     memory = [q.new_empty(batch * heads * block * n) for _ in range(2 if grad_o is None else 3)]
 
     def product(slot: int, a: Tensor, b: Tensor) -> Tensor:
-        return torch.matmul(a, b, out=memory[slot][: batch * heads * a.shape[2] * n].view(batch, heads, a.shape[2], n))
+        return torch.matmul(
+            a, b, out=memory[slot][: batch * heads * a.shape[2] * n].view(batch, heads, a.shape[2], n)
+        )
 
     for start in range(0, m, max(1, block)):
         part = slice(start, min(m, start + block))

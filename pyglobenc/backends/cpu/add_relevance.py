@@ -8,14 +8,24 @@ from pyglobenc.backends.shared.packing import by_runs
 
 
 def why_not(
-    r: Tensor, a: Tensor, b: Tensor, stabilizer: float = 0.0, rescale: bool = True, cu_seqlens: Tensor | None = None
+    r: Tensor,
+    a: Tensor,
+    b: Tensor,
+    stabilizer: float = 0.0,
+    rescale: bool = True,
+    cu_seqlens: Tensor | None = None,
 ) -> list[str]:
     """Return why these arguments of `pyglobenc.ops.add_relevance` can't run here."""
     return single(r, a, b)
 
 
 def run(
-    r: Tensor, a: Tensor, b: Tensor, stabilizer: float = 0.0, rescale: bool = True, cu_seqlens: Tensor | None = None
+    r: Tensor,
+    a: Tensor,
+    b: Tensor,
+    stabilizer: float = 0.0,
+    rescale: bool = True,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `pyglobenc.ops.add_relevance`: -> R_a, R_b (B, n, d)."""
     if cu_seqlens is not None and rescale:

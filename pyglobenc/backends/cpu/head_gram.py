@@ -1,6 +1,7 @@
 """Gram matrices of the heads' transformed vectors and their cross terms in C++: csrc/cpu/head_gram.cpp.
 
-Both are summed in registers; torch's GEMMs would write and read n*d*H/2 products for G and n*d for c, and pack the weights anew each call.
+Both are summed in registers; torch's GEMMs would write and read n*d*H/2 products for G and n*d for c, and
+pack the weights anew each call.
 """
 
 import torch
@@ -14,7 +15,9 @@ def why_not(v, kernel, x=None, cross_kernel=None) -> list[str]:
     return limits(kernel, v)
 
 
-def run(v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def run(
+    v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """See `pyglobenc.ops.head_gram`: -> G (B, n, H, H), c (B, n, H) or None."""
     B, _, n, dh = v.shape
     heads = kernel.shape[0]
@@ -22,6 +25,8 @@ def run(v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: Tensor
     gram, cross = v.new_zeros(B, n, heads, heads), None if x is None else v.new_zeros(B, n, heads)
     if gram.numel():
         # rows of both kernels are read as they lie
-        kernel, cross_kernel = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (kernel, cross_kernel))
+        kernel, cross_kernel = (
+            t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (kernel, cross_kernel)
+        )
         kernels.head_gram(v, kernel, x, cross_kernel, gram, cross, torch.get_num_threads())
     return gram, cross

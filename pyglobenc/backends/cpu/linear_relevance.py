@@ -1,4 +1,5 @@
-"""Relevance through a Linear layer: torch's GEMMs, and csrc/cpu/linear_relevance.cpp for the passes around them.
+"""Relevance through a Linear layer: torch's GEMMs, and csrc/cpu/linear_relevance.cpp for the passes around
+them.
 
 Nearly dead outputs are left out of the GEMMs and computed as in the reference.
 """
@@ -17,7 +18,12 @@ def why_not(r, x, weight, abs_weight=None, output=None, bias=None) -> list[str]:
 
 
 def run(
-    r: Tensor, x: Tensor, weight: Tensor, abs_weight: Tensor | None = None, output: Tensor | None = None, bias: Tensor | None = None
+    r: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    abs_weight: Tensor | None = None,
+    output: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """See `pyglobenc.ops.linear_relevance`: -> (B, n, d_in)."""
     r, x, weight = r.contiguous(), x.contiguous(), weight.to(x.dtype)

@@ -1,6 +1,7 @@
 """Squared norms of rows mapped by a stage, computed with torch's LayerNorm kernel.
 
-The kernel also divides by the standard deviation, which is multiplied back afterwards. This takes a fifth of the reference's time.
+The kernel also divides by the standard deviation, which is multiplied back afterwards. This takes a fifth of
+the reference's time.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from pyglobenc.backends.reference.mapped_square import result_dtype
 
-# Small beside any variance. It keeps the scale of a constant row finite; such a row is all zeros after centering.
+# Small beside any variance. It keeps the scale of a constant row finite; such a row is all zeros after
+# centering.
 EPS = 1e-12
 
 

@@ -1,6 +1,7 @@
 """What the squared norms of a stage are made of, in C++: csrc/cpu/norm_terms.cpp.
 
-The transformed vectors stay in the first-level cache, a few features at a time; torch's GEMMs would write and read n*H*d of them.
+The transformed vectors stay in the first-level cache, a few features at a time; torch's GEMMs would write and
+read n*H*d of them.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,9 @@ def run(
     """See `pyglobenc.ops.norm_terms`: -> G (B, n, H, H), c (B, n, H) and |x M|^2 (B, n), or None for both."""
     (batch, _, n, dh), heads = v.shape, weight.shape[0]
     gram = weight.new_empty(batch, n, heads, heads)
-    cross, residual = (None, None) if x is None else (weight.new_empty(batch, n, heads), weight.new_empty(batch, n))
+    cross, residual = (
+        (None, None) if x is None else (weight.new_empty(batch, n, heads), weight.new_empty(batch, n))
+    )
     out = (gram, cross, residual)
     if gram.numel() == 0 or dh == 0 or weight.shape[2] == 0:
         return tuple(t if t is None else t.zero_() for t in out)

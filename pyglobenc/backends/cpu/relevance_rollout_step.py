@@ -1,4 +1,6 @@
-"""One layer of the rollout of relevance maps, a block of queries at a time: csrc/cpu/relevance_attention.cpp."""
+"""One layer of the rollout of relevance maps, a block of queries at a time:
+csrc/cpu/relevance_attention.cpp.
+"""
 
 from torch import Tensor
 

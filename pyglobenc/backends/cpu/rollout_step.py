@@ -14,7 +14,9 @@ def why_not(inputs: PairInputs, r: Tensor, log_scale: Tensor) -> list[str]:
 
 
 def run(inputs: PairInputs, r: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """See `pyglobenc.ops.rollout_step`: -> r @ norms (B, T, n), each row scaled to maximum 1, and log_scale (B, T)."""
+    """See `pyglobenc.ops.rollout_step`: -> r @ norms (B, T, n), each row scaled to maximum 1, and log_scale
+    (B, T).
+    """
     out = r.new_zeros(r.shape)
     if out.numel():
         kernels.rollout_step(kernel_arguments(inputs), r, out, torch.get_num_threads())
@@ -24,5 +26,13 @@ def run(inputs: PairInputs, r: Tensor, log_scale: Tensor) -> tuple[Tensor, Tenso
 def kernel_arguments(inputs: PairInputs, rows: Tensor | None = None) -> tuple:
     """Return a layer's pairs as csrc/cpu takes them; rows (B, T): the queries wanted, None for all."""
     ends = None if inputs.cu_seqlens is None else inputs.cu_seqlens.long()
-    matrix = (inputs.q, inputs.k, inputs.lse.float(), inputs.gram, inputs.cross, inputs.residual_sq, inputs.rstd)
+    matrix = (
+        inputs.q,
+        inputs.k,
+        inputs.lse.float(),
+        inputs.gram,
+        inputs.cross,
+        inputs.residual_sq,
+        inputs.rstd,
+    )
     return (*matrix, inputs.key_mask, rows, ends, inputs.scaling, inputs.window)

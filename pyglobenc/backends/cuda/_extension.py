@@ -12,7 +12,10 @@ try:
     from pyglobenc import _cuda as kernels
 except ImportError as error:
     # Not an error here, since the tests replace the module by an emulated one.
-    kernels, missing = None, f"the compiled module pyglobenc._cuda doesn't load ({error}); reinstall with nvcc on PATH"
+    kernels, missing = (
+        None,
+        f"the compiled module pyglobenc._cuda doesn't load ({error}); reinstall with nvcc on PATH",
+    )
 
 OLDEST = (8, 0)
 
@@ -23,7 +26,10 @@ def device_reasons(tensors: dict[str, Tensor | None]) -> list[str]:
         return [missing]
     devices = {t.device for t in tensors.values() if t is not None}
     if len(devices) > 1:
-        return ["tensors are on several devices: " + ", ".join(f"{name} {t.device}" for name, t in tensors.items() if t is not None)]
+        return [
+            "tensors are on several devices: "
+            + ", ".join(f"{name} {t.device}" for name, t in tensors.items() if t is not None)
+        ]
     device = devices.pop()
     if kernels.emulated:
         return [] if device.type == "cpu" else [f"the kernels are emulated, on CPU tensors, got {device}"]

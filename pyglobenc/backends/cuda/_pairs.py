@@ -1,4 +1,6 @@
-"""What the launchers of the kernels over (query, key) pairs share; the kernels' tiles: csrc/cuda/pair_tile.h."""
+"""What the launchers of the kernels over (query, key) pairs share; the kernels' tiles:
+csrc/cuda/pair_tile.h.
+"""
 
 import math
 from functools import cache
@@ -26,7 +28,9 @@ def pair_reasons(inputs: PairInputs, **others: Tensor | None) -> list[str]:
     q, k, gram = inputs.q, inputs.k, inputs.gram
     (_, heads, _, head_dim), kernels = q.shape, _extension.kernels
     if gram.dtype != torch.float32 or q.dtype not in DTYPES:
-        reasons.append(f"needs gram in float32 and q in float16, bfloat16 or float32, got {gram.dtype} and {q.dtype}")
+        reasons.append(
+            f"needs gram in float32 and q in float16, bfloat16 or float32, got {gram.dtype} and {q.dtype}"
+        )
     if reasons:
         return reasons
     if heads > kernels.MAX_HEADS or head_dim > MAX_HEAD_DIM:
@@ -38,7 +42,9 @@ def pair_reasons(inputs: PairInputs, **others: Tensor | None) -> list[str]:
 
 @cache
 def pair_tile(device: torch.device, heads: int, kv_heads: int, head_dim: int, size: int) -> tuple[int, int]:
-    """Return a block's keys and a tile's queries, for entries of `size` bytes; (0, 0) if no tile fits the device."""
+    """Return a block's keys and a tile's queries, for entries of `size` bytes; (0, 0) if no tile fits the
+    device.
+    """
     with _extension.launching(device):
         return _extension.kernels.pair_tile(heads, kv_heads, head_dim, size)
 
@@ -51,15 +57,23 @@ def processors(device: torch.device) -> int:
 
 
 def in_pieces(t: Tensor, unit: int = PIECE) -> Tensor:
-    """Return t if each row is a whole number of `unit` bytes and aligned to PIECE bytes, else a padded copy."""
+    """Return t if each row is a whole number of `unit` bytes and aligned to PIECE bytes, else a padded
+    copy.
+    """
     size, (*steps, last) = t.element_size(), t.stride()
-    if last == 1 and math.gcd(t.data_ptr(), size * math.gcd(*steps)) % PIECE == 0 and t.shape[-1] * size % unit == 0:
+    if (
+        last == 1
+        and math.gcd(t.data_ptr(), size * math.gcd(*steps)) % PIECE == 0
+        and t.shape[-1] * size % unit == 0
+    ):
         return t
     return F.pad(t, (0, -t.shape[-1] % (unit // size))).contiguous()
 
 
 def near(t: Tensor) -> Tensor:
-    """Return t, copied if its heads lie 2 GiB or more apart: the kernels use 32-bit cu_seqlens within a head."""
+    """Return t, copied if its heads lie 2 GiB or more apart: the kernels use 32-bit offsets within a
+    head.
+    """
     return t if t.stride(1) * t.element_size() < 2**31 else t.contiguous()
 
 
@@ -82,7 +96,9 @@ def run_pairs(
     keys, queries = pair_tile(q.device, heads, k.shape[1], head_dim, q.element_size())
     blocks = -(-n // keys) * batch * max(1, -(-n_rows // kernels.MAX_ROWS))
     shares = query_shares(blocks, -(-longest // queries), processors(q.device), START)
-    room = outs[0].new_empty(kernels.pair_room(batch, heads, n, n_queries, n_rows, shares, cu_seqlens is not None))
+    room = outs[0].new_empty(
+        kernels.pair_room(batch, heads, n, n_queries, n_rows, shares, cu_seqlens is not None)
+    )
     tensors = (q, k, lse, *others, *outs, room)
     exact = q.dtype == torch.float32 and not _extension.allows_tf32()
     with _extension.launching(q.device) as stream:

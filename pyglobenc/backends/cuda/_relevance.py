@@ -28,5 +28,7 @@ def relevance_reasons(inputs: RelevanceInputs, other: Tensor | None) -> list[str
         with _extension.launching(inputs.device):
             limit, needed = _extension.kernels.shared_limit(), _extension.kernels.relevance_shared(head_dim)
         if needed > limit:
-            reasons.append(f"heads of {head_dim} take {needed} bytes of shared memory, a block here has {limit}")
+            reasons.append(
+                f"heads of {head_dim} take {needed} bytes of shared memory, a block here has {limit}"
+            )
     return reasons

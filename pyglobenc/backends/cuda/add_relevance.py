@@ -9,14 +9,24 @@ from pyglobenc.backends.shared.packing import on_device
 
 
 def why_not(
-    r: Tensor, a: Tensor, b: Tensor, stabilizer: float = 0.0, rescale: bool = True, cu_seqlens: Tensor | None = None
+    r: Tensor,
+    a: Tensor,
+    b: Tensor,
+    stabilizer: float = 0.0,
+    rescale: bool = True,
+    cu_seqlens: Tensor | None = None,
 ) -> list[str]:
     """Return why the kernel can't run on these arguments; empty if it can."""
     return float32_reasons(r=r, a=a, b=b)
 
 
 def run(
-    r: Tensor, a: Tensor, b: Tensor, stabilizer: float = 0.0, rescale: bool = True, cu_seqlens: Tensor | None = None
+    r: Tensor,
+    a: Tensor,
+    b: Tensor,
+    stabilizer: float = 0.0,
+    rescale: bool = True,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `pyglobenc.ops.add_relevance`: -> R_a, R_b (B, n, d)."""
     r_a, r_b = new_like(r), new_like(r)
@@ -27,7 +37,9 @@ def run(
         else:
             examples, width = len(cu_seqlens) - 1, r.shape[2]
             ends, longest = on_device(cu_seqlens, r.device)
-        sums = torch.empty(_extension.kernels.add_relevance_parts(size, examples), 3, dtype=torch.float64, device=r.device)
+        sums = torch.empty(
+            _extension.kernels.add_relevance_parts(size, examples), 3, dtype=torch.float64, device=r.device
+        )
         with _extension.launching(r.device) as stream:
             tensors = (r.contiguous(), a.contiguous(), b.contiguous(), ends, sums, r_a, r_b)
             _extension.kernels.add_relevance(tensors, examples, width, longest, stabilizer, rescale, stream)

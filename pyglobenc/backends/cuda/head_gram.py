@@ -8,12 +8,16 @@ from pyglobenc.backends.cuda._pairs import in_pieces
 from pyglobenc.backends.cuda._relevance import float32_reasons
 
 
-def why_not(v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: Tensor | None = None) -> list[str]:
+def why_not(
+    v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: Tensor | None = None
+) -> list[str]:
     """Return why the kernel can't run on these arguments; empty if it can."""
     return float32_reasons({"v": v, "x": x}, kernel=kernel, cross_kernel=cross_kernel)
 
 
-def run(v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def run(
+    v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """See `pyglobenc.ops.head_gram`: -> G (B, n, H, H), c (B, n, H) or None."""
     (batch, _, n, head_dim), heads = v.shape, kernel.shape[0]
     gram = torch.empty(batch, n, heads, heads, device=v.device)

@@ -9,7 +9,12 @@ from pyglobenc.backends.shared.dead_outputs import DEAD, around_gemms
 
 
 def why_not(
-    r: Tensor, x: Tensor, weight: Tensor, abs_weight: Tensor | None = None, output: Tensor | None = None, bias: Tensor | None = None
+    r: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    abs_weight: Tensor | None = None,
+    output: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> list[str]:
     """Return why the kernel can't run on these arguments; empty if it can."""
     # The weights may have any floating-point dtype.
@@ -18,7 +23,12 @@ def why_not(
 
 
 def run(
-    r: Tensor, x: Tensor, weight: Tensor, abs_weight: Tensor | None = None, output: Tensor | None = None, bias: Tensor | None = None
+    r: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    abs_weight: Tensor | None = None,
+    output: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """See `pyglobenc.ops.linear_relevance`: -> (B, n, d_in)."""
     kernels = _extension.kernels

@@ -21,5 +21,7 @@ def run(x: Tensor, gammas: Sequence[Tensor]) -> Tensor:
     if out.numel() == 0 or x.shape[2] == 0:
         return out.zero_()
     with _extension.launching(x.device) as stream:
-        _extension.kernels.mapped_square(in_pieces(x), [in_pieces(gamma) for gamma in gammas], x.shape[2], out, stream)
+        _extension.kernels.mapped_square(
+            in_pieces(x), [in_pieces(gamma) for gamma in gammas], x.shape[2], out, stream
+        )
     return out

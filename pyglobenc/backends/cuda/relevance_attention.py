@@ -23,13 +23,18 @@ class CudaPasses(Passes):
     def launch_rows(self, r_q: Tensor | None, sums: Tensor) -> None:
         self.launch("relevance_rows", r_q=r_q, sums=sums)
 
-    def launch_columns(self, w: Tensor | None, r_k: Tensor | None, r_v: Tensor | None, step: Tensor | None) -> None:
+    def launch_columns(
+        self, w: Tensor | None, r_k: Tensor | None, r_v: Tensor | None, step: Tensor | None
+    ) -> None:
         self.launch("relevance_columns", w=w, r_k=r_k, r_v=r_v, step=step)
 
-    def launch(self, kernel: str, rows: Tensor | None = None, w: Tensor | None = None, **outputs: Tensor | None) -> None:
+    def launch(
+        self, kernel: str, rows: Tensor | None = None, w: Tensor | None = None, **outputs: Tensor | None
+    ) -> None:
         """Run a kernel.
 
-        rows: (B, m), the queries; None: all. w: rows of the rollout, (B, T, n). outputs: by their names in OUTPUTS.
+        rows: (B, m), the queries; None: all. w: rows of the rollout, (B, T, n). outputs: by their names in
+        OUTPUTS.
         """
         given = self.inputs
         by_head = (given.q, given.k, given.v, given.s, given.grad_o)
@@ -37,11 +42,19 @@ class CudaPasses(Passes):
         cu_seqlens, _, longest = self.examples
         tensors = (*by_head, given.lse, given.key_mask, rows, w, cu_seqlens)
         out = tuple(outputs.get(name) for name in OUTPUTS)
-        options = (given.scaling, given.stabilizer, *sides(given.window, given.q.shape[2]), given.additive_mask, longest)
+        options = (
+            given.scaling,
+            given.stabilizer,
+            *sides(given.window, given.q.shape[2]),
+            given.additive_mask,
+            longest,
+        )
         with _extension.launching(given.device) as stream:
             getattr(_extension.kernels, kernel)(tensors, out, *options, stream)
 
 
 def run(inputs: RelevanceInputs, r: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """See `pyglobenc.ops.relevance_attention`: -> R_q, R_k, R_v (B, H, n, dh), row_sums (B, n), r_out (B, T, n) or None."""
+    """See `pyglobenc.ops.relevance_attention`: -> R_q, R_k, R_v (B, H, n, dh), row_sums (B, n), r_out (B, T,
+    n) or None.
+    """
     return CudaPasses(inputs).relevance(r)

@@ -14,10 +14,16 @@ def why_not(inputs: PairInputs, r: Tensor, log_scale: Tensor) -> list[str]:
 
 
 def run(inputs: PairInputs, r: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """See `pyglobenc.ops.rollout_step`: -> r @ norms (B, T, n), each row scaled to maximum 1, and log_scale (B, T)."""
+    """See `pyglobenc.ops.rollout_step`: -> r @ norms (B, T, n), each row scaled to maximum 1, and log_scale
+    (B, T).
+    """
     out, out_scale = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (r, log_scale))
     if out.numel() == 0:
         return out, log_scale.clone()
-    cu_seqlens, longest = (None, r.shape[2]) if inputs.cu_seqlens is None else on_device(inputs.cu_seqlens, r.device)
-    run_pairs("rollout_step", inputs, (None, r, cu_seqlens, log_scale.contiguous()), (out, out_scale), longest)
+    cu_seqlens, longest = (
+        (None, r.shape[2]) if inputs.cu_seqlens is None else on_device(inputs.cu_seqlens, r.device)
+    )
+    run_pairs(
+        "rollout_step", inputs, (None, r, cu_seqlens, log_scale.contiguous()), (out, out_scale), longest
+    )
     return out, out_scale

@@ -2,8 +2,8 @@
 
     S = R / safe(a + b),   R_a = a S,   R_b = b S
 
-Then each branch is rescaled, per example, to its share |sum R_a| / (|sum R_a| + |sum R_b|) of the total sum R. The sums run in
-float64, because their terms have both signs and are up to 1e6 times as large as the sum.
+Then each branch is rescaled, per example, to its share |sum R_a| / (|sum R_a| + |sum R_b|) of the total sum
+R. The sums run in float64, because their terms have both signs and are up to 1e6 times as large as the sum.
 """
 
 import torch
@@ -14,11 +14,18 @@ from pyglobenc.backends.shared.safe_division import safe_divide
 
 
 def run(
-    r: Tensor, a: Tensor, b: Tensor, stabilizer: float = 0.0, rescale: bool = True, cu_seqlens: Tensor | None = None
+    r: Tensor,
+    a: Tensor,
+    b: Tensor,
+    stabilizer: float = 0.0,
+    rescale: bool = True,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `pyglobenc.ops.add_relevance`: -> R_a, R_b (B, n, d)."""
     if cu_seqlens is not None:
-        return tuple(by_runs(lambda *each: run(*each, stabilizer, rescale), (r, a, b), (1, 1, 1), (1, 1), cu_seqlens))
+        return tuple(
+            by_runs(lambda *each: run(*each, stabilizer, rescale), (r, a, b), (1, 1, 1), (1, 1), cu_seqlens)
+        )
     s = safe_divide(r, a + b, stabilizer)
     r_a, r_b = a * s, b * s
     if not rescale:

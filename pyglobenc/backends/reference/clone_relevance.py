@@ -1,4 +1,6 @@
-"""Relevance of a tensor that several branches read: R = x * sum_k R_k / safe(x) (the published code's Clone)."""
+"""Relevance of a tensor that several branches read: R = x * sum_k R_k / safe(x) (the published code's
+Clone).
+"""
 
 from collections.abc import Sequence
 

@@ -1,9 +1,11 @@
-"""Gram matrices of the heads' transformed vectors, from the values and a matrix that depends on weights alone.
+"""Gram matrices of the heads' transformed vectors, from the values and a matrix that depends on weights
+alone.
 
     G[j][h, h'] = v[h, j] K[h, h'] v[h', j]^T,   K[h, h'] = (W_O[h] M) (W_O[h'] M)^T
     c[i][h]     = v[h, i] P[h] x[i]^T,           P[h]     = W_O[h] M M^T
 
-so no transformed vector is formed. G is symmetric: n*d^2/2 multiply-adds, the cross terms n*d^2, n*d floats at a time.
+so no transformed vector is formed. G is symmetric: n*d^2/2 multiply-adds, the cross terms n*d^2, n*d floats
+at a time.
 """
 
 from torch import Tensor
@@ -27,10 +29,14 @@ def gram_weights(weight: Tensor, gammas: list[Tensor]) -> tuple[Tensor, Tensor]:
     return kernel, stage_map_transposed(mapped, gammas).contiguous()
 
 
-def run(v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def run(
+    v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """See `pyglobenc.ops.head_gram`: -> G (B, n, H, H), c (B, n, H) or None."""
     n_heads, dh = kernel.shape[:2]
-    v = v.to(kernel.dtype).repeat_interleave(n_heads // v.shape[1], dim=1).transpose(1, 2).contiguous()  # (B, n, H, dh)
+    v = (
+        v.to(kernel.dtype).repeat_interleave(n_heads // v.shape[1], dim=1).transpose(1, 2).contiguous()
+    )  # (B, n, H, dh)
     gram = v.new_empty(*v.shape[:3], n_heads)
     for h in range(n_heads):
         mixed = v[:, :, h] @ kernel[h, :, h:].reshape(dh, -1)

@@ -1,13 +1,16 @@
-"""Relevance through a Linear layer, alpha = 1 and beta = 0, bias ignored (Chefer et al., 2021, eq. 5; the published code's Linear).
+"""Relevance through a Linear layer, alpha = 1 and beta = 0, bias ignored (Chefer et al., 2021, eq. 5; the
+published code's Linear).
 
     Z = x+ W+^T + x- W-^T,   S = R / safe(Z),   R_in = x+ (S W+) + x- (S W-)
 
 With absolute values the rule needs plain GEMMs and no clamped copies: Z = (x W^T + |x| |W|^T) / 2 and
-R_in = (x (S W) + |x| (S |W|)) / 2. Since x W^T is known from the forward pass, that takes 3 n d_in d_out multiply-adds.
+R_in = (x (S W) + |x| (S |W|)) / 2. Since x W^T is known from the forward pass, that takes 3 n d_in d_out
+multiply-adds.
 
-Where nearly all contributions to an output are negative, the two terms of Z cancel and lose digits. The clamped sum has only positive
-terms and keeps them, so such outputs are computed in the clamped form. If many outputs are of this kind, or if their number must not
-be read because a CUDA graph is being recorded, all outputs are computed in the clamped form, with four GEMMs.
+Where nearly all contributions to an output are negative, the two terms of Z cancel and lose digits. The
+clamped sum has only positive terms and keeps them, so such outputs are computed in the clamped form. If many
+outputs are of this kind, or if their number must not be read because a CUDA graph is being recorded, all
+outputs are computed in the clamped form, with four GEMMs.
 """
 
 import torch
@@ -19,7 +22,12 @@ from pyglobenc.common.deferred import may_look
 
 
 def run(
-    r: Tensor, x: Tensor, weight: Tensor, abs_weight: Tensor | None = None, output: Tensor | None = None, bias: Tensor | None = None
+    r: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    abs_weight: Tensor | None = None,
+    output: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """See `pyglobenc.ops.linear_relevance`: -> (B, n, d_in)."""
     weight = weight.to(x.dtype)

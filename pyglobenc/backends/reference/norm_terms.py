@@ -1,8 +1,10 @@
 """What the squared norms of a stage are made of, from the heads' transformed vectors themselves.
 
-    f[h, j] = v[h, j] W_O[h] M,   G[j][h, h'] = <f[h, j], f[h', j]>,   c[i][h] = <f[h, i], x[i] M>,   |x[i] M|^2
+    f[h, j] = v[h, j] W_O[h] M,   G[j][h, h'] = <f[h, j], f[h', j]>,   c[i][h] = <f[h, i], x[i] M>,   |x[i]
+    M|^2
 
-n*d^2 multiply-adds for f, n*d*H^2/2 for G, n*d*H for c, and nothing of the weights alone but the d^2 entries of W_O M.
+n*d^2 multiply-adds for f, n*d*H^2/2 for G, n*d*H for c, and nothing of the weights alone but the d^2 entries
+of W_O M.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,11 @@
 """Norms of the decomposed vectors of every (query, key) pair, by the head-Gram identity.
 
-    norm[i, j]^2 = rstd[i]^2 * (a^T G[j] a + (i == j) (2 a . c[i] + residual_sq[i])),   a = alpha[:, i, j] in R^H
+    norm[i, j]^2 = rstd[i]^2 * (a^T G[j] a + (i == j) (2 a . c[i] + residual_sq[i])),   a = alpha[:, i, j] in
+    R^H
 
-(Modarressi et al., 2022, eq. 6 to 10, with the square expanded over heads.) A pair takes H*(dh + H) multiply-adds and H exponentials.
-The work is tiled over keys so that a tile of probabilities holds about as many numbers as the hidden states.
+(Modarressi et al., 2022, eq. 6 to 10, with the square expanded over heads.) A pair takes H*(dh + H)
+multiply-adds and H exponentials. The work is tiled over keys so that a tile of probabilities holds about as
+many numbers as the hidden states.
 """
 
 from collections.abc import Iterator
@@ -42,15 +44,25 @@ def widened(inputs: PairInputs) -> PairInputs:
 
 
 def diagonal_sq(inputs: PairInputs) -> Tensor:
-    """Return the squared norm of each token's own vector, with the residual and without the row scale, (B, n)."""
-    a = own_attention(inputs.q, inputs.k, inputs.lse, inputs.scaling, inputs.score_mod).transpose(1, 2)  # (B, n, H)
-    return (a * (torch.einsum("bnhg,bng->bnh", inputs.gram, a) + 2 * inputs.cross)).sum(-1) + inputs.residual_sq
+    """Return the squared norm of each token's own vector, with the residual and without the row scale, (B,
+    n).
+    """
+    a = own_attention(inputs.q, inputs.k, inputs.lse, inputs.scaling, inputs.score_mod).transpose(
+        1, 2
+    )  # (B, n, H)
+    return (a * (torch.einsum("bnhg,bng->bnh", inputs.gram, a) + 2 * inputs.cross)).sum(
+        -1
+    ) + inputs.residual_sq
 
 
-def key_tiles(inputs: PairInputs, diagonal: Tensor | None, rows: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
-    """Yield the first key and the squared norms (B, J, m) of J keys for m queries, without row scale and padding.
+def key_tiles(
+    inputs: PairInputs, diagonal: Tensor | None, rows: Tensor | None = None
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield the first key and the squared norms (B, J, m) of J keys for m queries, without row scale and
+    padding.
 
-    diagonal: (B, n), replaces each query's norm with its own key, or None. rows: (B, m), the queries; None: all.
+    diagonal: (B, n), replaces each query's norm with its own key, or None. rows: (B, m), the queries; None:
+    all.
     """
     q, k, lse, score_mod = inputs.q, inputs.k, inputs.lse, inputs.score_mod
     if rows is not None:
@@ -66,7 +78,9 @@ def key_tiles(inputs: PairInputs, diagonal: Tensor | None, rows: Tensor | None =
         if modify is not None:
             alpha = modify(alpha.transpose(2, 3), slice(0, m), i, slice(start, stop)).transpose(2, 3)
         alpha.sub_(lse[:, :, None, :])
-        hidden = outside_window(torch.arange(start, stop, device=q.device)[None, :, None] - i[:, None, :], inputs.window)
+        hidden = outside_window(
+            torch.arange(start, stop, device=q.device)[None, :, None] - i[:, None, :], inputs.window
+        )
         if hidden is not None:
             alpha.masked_fill_(hidden[:, None], float("-inf"))
         alpha = alpha.exp_().transpose(1, 2)  # (B, J, H, m)
@@ -80,5 +94,7 @@ def key_tiles(inputs: PairInputs, diagonal: Tensor | None, rows: Tensor | None =
 
 
 def block_of_keys(n: int, m: int, dh: int) -> int:
-    """Return the keys of a tile, such that its H*J*m probabilities are at most as many as the values, H*n*dh."""
+    """Return the keys of a tile, such that its H*J*m probabilities are at most as many as the values,
+    H*n*dh.
+    """
     return max(1, min(n, n * dh // max(m, 1), 64))

@@ -1,13 +1,14 @@
 """Relevance through softmax attention, with the map that the rollout uses, a block of queries at a time.
 
     alpha[i,j] = exp(scaling q[i].k[j] - lse[i])
-    R_alpha[i,j] = alpha[i,j] <s[i], v[j]> / 2             R_v[j] = v[j] sum_i alpha[i,j] s[i] / 2,      s = R_o / safe(o)
-    U = R'[i,j] / safe(q[i].k[j])                          R_q = q (U k) / 2,   R_k = k (U^T q) / 2
-    A[i,j] = mean_h max(<grad_o[i], v[j]> R_alpha[i,j], 0)
+    R_alpha[i,j] = alpha[i,j] <s[i], v[j]> / 2             R_v[j] = v[j] sum_i alpha[i,j] s[i] / 2,      s =
+    R_o / safe(o) U = R'[i,j] / safe(q[i].k[j])                          R_q = q (U k) / 2,   R_k = k (U^T q)
+    / 2 A[i,j] = mean_h max(<grad_o[i], v[j]> R_alpha[i,j], 0)
 
-(Chefer et al., 2021, eq. 7, 13 and the published code's matmul rules). R' is R_alpha, or, after BERT's additive mask,
-c R_alpha t / safe(t) with t = scaling q.k and c the add rule's factor for the example. c multiplies R_q and R_k, so it is applied at
-the end and one pass over the pairs does everything: 9 n^2 d multiply-adds, tiles of n*d floats, no n*n array.
+(Chefer et al., 2021, eq. 7, 13 and the published code's matmul rules). R' is R_alpha, or, after BERT's
+additive mask, c R_alpha t / safe(t) with t = scaling q.k and c the add rule's factor for the example. c
+multiplies R_q and R_k, so it is applied at the end and one pass over the pairs does everything: 9 n^2 d
+multiply-adds, tiles of n*d floats, no n*n array.
 """
 
 from collections.abc import Iterator
@@ -34,7 +35,9 @@ class Tile:
 
 
 def run(inputs: RelevanceInputs, r: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """See `pyglobenc.ops.relevance_attention`: -> R_q, R_k, R_v (B, H, n, dh), row_sums (B, n), r_out (B, T, n) or None."""
+    """See `pyglobenc.ops.relevance_attention`: -> R_q, R_k, R_v (B, H, n, dh), row_sums (B, n), r_out (B, T,
+    n) or None.
+    """
     if inputs.cu_seqlens is not None:
         return tuple(each_run(run, inputs, (r,), (2,), (2, 2, 2, 1, 2)))
     q, k, v = inputs.q, inputs.k, inputs.v
@@ -68,7 +71,13 @@ def query_tiles(inputs: RelevanceInputs, positions: Tensor | None = None) -> Ite
     """Yield tiles over blocks of the queries at positions (B, m); None: of all queries."""
     q, lse, s, grad_o = of_queries(inputs, positions)
     values = inputs.v.transpose(2, 3)
-    for rows, dots, alpha in probability_tiles(q, inputs.k, lse, inputs.key_mask, inputs.scaling, inputs.window, positions):
+    for rows, dots, alpha in probability_tiles(
+        q, inputs.k, lse, inputs.key_mask, inputs.scaling, inputs.window, positions
+    ):
         relevance = (s[:, :, rows] @ values).mul_(alpha).mul_(0.5)
-        weighted = relevance.clamp(min=0) if grad_o is None else (grad_o[:, :, rows] @ values).mul_(relevance).clamp_(min=0)
+        weighted = (
+            relevance.clamp(min=0)
+            if grad_o is None
+            else (grad_o[:, :, rows] @ values).mul_(relevance).clamp_(min=0)
+        )
         yield Tile(rows, dots, alpha, relevance, weighted.mean(1))

@@ -1,8 +1,8 @@
 """The linear map M that a stage of the encoder layer applies to every decomposed vector.
 
-Once the LayerNorm statistics of a row are fixed, the layer is linear in the decomposed vectors (Modarressi et al., 2022, eq. 6 to 10):
-M = (C diag(gamma_1)) (C diag(gamma_2)) ..., with C the centering matrix. The inverse standard deviations scale the rows and are kept
-apart.
+Once the LayerNorm statistics of a row are fixed, the layer is linear in the decomposed vectors (Modarressi et
+al., 2022, eq. 6 to 10): M = (C diag(gamma_1)) (C diag(gamma_2)) ..., with C the centering matrix. The inverse
+standard deviations scale the rows and are kept apart.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,8 @@
-"""Relevance through a Linear layer: the steps around torch's GEMMs, and the outputs that need the clamped form.
+"""Relevance through a Linear layer: the steps around torch's GEMMs, and the outputs that need the clamped
+form.
 
-Z = (x W^T + |x| |W|^T) / 2 loses its digits where nearly all contributions to an output are negative. Such an output is called nearly
-dead here, and its sum is computed from its positive terms alone.
+Z = (x W^T + |x| |W|^T) / 2 loses its digits where nearly all contributions to an output are negative. Such an
+output is called nearly dead here, and its sum is computed from its positive terms alone.
 """
 
 from collections.abc import Callable
@@ -12,10 +13,12 @@ from torch.nn.functional import linear
 
 from pyglobenc.backends.shared.safe_division import safe_divide
 
-# An output is nearly dead if Z is below this fraction of |x| |W|^T + |bias|. Above it, at most log2(1 / fraction) bits are lost.
+# An output is nearly dead if Z is below this fraction of |x| |W|^T + |bias|. Above it, at most log2(1 /
+# fraction) bits are lost.
 DEAD = {torch.float32: 2.0**-6, torch.float64: 2.0**-20}
 
-# If more than this fraction of the outputs are nearly dead, four clamped GEMMs cost less than computing them one by one.
+# If more than this fraction of the outputs are nearly dead, four clamped GEMMs cost less than computing them
+# one by one.
 MAX_DEAD = 1 / 64
 
 PAIR_FLOATS = 1 << 20
@@ -37,11 +40,13 @@ def around_gemms(
     Args:
         r, x, weight, abs_weight, output, bias: as `pyglobenc.ops.linear_relevance` takes them.
         strip: number of a token's outputs that share a flag.
-        quotient: called with (x, weight, bound, flags) and (r, y, bias, s), where bound = |x| |W|^T, y = x W^T + bias and s are
-            (B, n, d_out), bias is (d_out,) or None, and flags is (B n, strips) int32. It fills s with S, and with 0 at nearly dead
-            outputs. It sets the flag of each strip that holds such outputs; there it overwrites bound with R / safe(Z), Z the clamped
-            sum, and with 0 at the other outputs.
-        product: called with the same (x, weight, bound, flags) and with (S W, S |W|), (B, n, d_in) each. It turns S W into R_in.
+        quotient: called with (x, weight, bound, flags) and (r, y, bias, s), where bound = |x| |W|^T, y = x
+            W^T + bias and s are (B, n, d_out), bias is (d_out,) or None, and flags is (B n, strips) int32. It
+            fills s with S, and with 0 at nearly dead outputs. It sets the flag of each strip that holds such
+            outputs; there it overwrites bound with R / safe(Z), Z the clamped sum, and with 0 at the other
+            outputs.
+        product: called with the same (x, weight, bound, flags) and with (S W, S |W|), (B, n, d_in) each. It
+            turns S W into R_in.
 
     Returns:
         R_in (B, n, d_in).
@@ -53,7 +58,10 @@ def around_gemms(
     bound = linear(x.abs(), abs_weight)
     y = linear(x, weight) if output is None else output.contiguous()
     bias = None if output is None or bias is None else _cast(bias, x.dtype).contiguous()
-    s, flags = torch.empty_like(r), torch.empty(batch * n, -(-d_out // strip), dtype=torch.int32, device=r.device)
+    s, flags = (
+        torch.empty_like(r),
+        torch.empty(batch * n, -(-d_out // strip), dtype=torch.int32, device=r.device),
+    )
     common = (x, weight, bound, flags)
     quotient(common, (r, y, bias, s))
     out = s @ weight
@@ -77,7 +85,9 @@ def clamped_relevance(r: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def add_single_outputs(out: Tensor, dead: Tensor, r: Tensor, x: Tensor, weight: Tensor) -> None:
-    """Add the relevance of the outputs marked in dead (B, n, d_out) to out (B, n, d_in), by their clamped sums."""
+    """Add the relevance of the outputs marked in dead (B, n, d_out) to out (B, n, d_in), by their clamped
+    sums.
+    """
     flat_out, flat_x, flat_r = out.flatten(0, 1), x.flatten(0, 1), r.flatten(0, 1)
     index = dead.flatten(0, 1).nonzero()
     for rows, outputs in (chunk.unbind(1) for chunk in index.split(max(1, PAIR_FLOATS // x.shape[-1]))):

@@ -31,16 +31,22 @@ def float32_reasons(
         tensors: the others. Integer tensors and None pass.
     """
     given = {**(widened or {}), **tensors}
-    others = {name: t for name, t in given.items() if t is not None and t.dtype != torch.float32 and t.is_floating_point()}
+    others = {
+        name: t
+        for name, t in given.items()
+        if t is not None and t.dtype != torch.float32 and t.is_floating_point()
+    }
     wrong = [f"{name} {t.dtype}" for name, t in others.items() if t.dtype not in HALF or name in tensors]
     return device_reasons(given) + (["computes in float32, got " + ", ".join(wrong)] if wrong else [])
 
 
 @lru_cache(maxsize=4096)
 def query_shares(blocks: int, tiles: int, places: int, start: int) -> int:
-    """Return into how many parts, up to MAX_SHARES, the queries are divided so that the last block finishes soonest.
+    """Return into how many parts, up to MAX_SHARES, the queries are divided so that the last block finishes
+    soonest.
 
-    For BERT-base, one sequence of 512 tokens gives only 8 blocks of keys, and a GPU has over a hundred multiprocessors.
+    For BERT-base, one sequence of 512 tokens gives only 8 blocks of keys, and a GPU has over a hundred
+    multiprocessors.
 
     Args:
         blocks: number of blocks if the queries are not divided.
@@ -48,4 +54,7 @@ def query_shares(blocks: int, tiles: int, places: int, start: int) -> int:
         places: number of blocks that run at the same time.
         start: cost of a block before its first tile, in tiles.
     """
-    return min(range(1, min(tiles, MAX_SHARES) + 1), key=lambda shares: -(-blocks * shares // places) * (-(-tiles // shares) + start))
+    return min(
+        range(1, min(tiles, MAX_SHARES) + 1),
+        key=lambda shares: -(-blocks * shares // places) * (-(-tiles // shares) + start),
+    )

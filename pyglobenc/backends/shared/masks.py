@@ -29,11 +29,18 @@ def outside_window(ahead: Tensor, window: tuple[int, int]) -> Tensor | None:
     return ahead < -left if right < 0 else (ahead < -left) | (ahead > right)
 
 
-def hidden_keys(rows: slice, cols: slice, window: tuple[int, int], key_mask: Tensor | None, device: torch.device) -> Tensor | None:
-    """Return which pairs are hidden by the window or by padding, bool (1 or B, 1, m, J); None if there are none."""
+def hidden_keys(
+    rows: slice, cols: slice, window: tuple[int, int], key_mask: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """Return which pairs are hidden by the window or by padding, bool (1 or B, 1, m, J); None if there are
+    none.
+    """
     hidden = None
     if max(window) >= 0:
-        ahead = torch.arange(cols.start, cols.stop, device=device) - torch.arange(rows.start, rows.stop, device=device)[:, None]
+        ahead = (
+            torch.arange(cols.start, cols.stop, device=device)
+            - torch.arange(rows.start, rows.stop, device=device)[:, None]
+        )
         hidden = outside_window(ahead, window)[None, None]
     if key_mask is not None:
         padded = ~key_mask[:, None, None, cols]

@@ -1,7 +1,7 @@
 """Sequences of different lengths packed end to end into a batch of 1, without padding.
 
-The N tokens of all sequences lie side by side. cu_seqlens, (S + 1,) int32 on the CPU, says where each begins: sequence s is tokens
-cu_seqlens[s] to cu_seqlens[s + 1].
+The N tokens of all sequences lie side by side. cu_seqlens, (S + 1,) int32 on the CPU, says where each begins:
+sequence s is tokens cu_seqlens[s] to cu_seqlens[s + 1].
 """
 
 from collections.abc import Callable, Sequence
@@ -19,13 +19,17 @@ def slices(cu_seqlens: Tensor) -> list[slice]:
 
 
 def on_device(cu_seqlens: Tensor, device: torch.device) -> tuple[Tensor, int]:
-    """Return the cu_seqlens on a device, and the length of the longest sequence, without waiting for the device."""
+    """Return the cu_seqlens on a device, and the length of the longest sequence, without waiting for the
+    device.
+    """
     return cu_seqlens.contiguous().to(device, non_blocking=True), int(cu_seqlens.diff().max())
 
 
 def sequence_of(cu_seqlens: Tensor, device: torch.device) -> Tensor:
     """Return the number of the sequence that each token belongs to, (N,) int64."""
-    return torch.repeat_interleave(torch.arange(len(cu_seqlens) - 1, device=cu_seqlens.device), cu_seqlens.diff()).to(device, non_blocking=True)
+    return torch.repeat_interleave(
+        torch.arange(len(cu_seqlens) - 1, device=cu_seqlens.device), cu_seqlens.diff()
+    ).to(device, non_blocking=True)
 
 
 def position_of(cu_seqlens: Tensor, device: torch.device) -> Tensor:
@@ -73,8 +77,8 @@ def by_runs(
     """Call a function on sequences of equal length that lie side by side, as one batch, and pack the results.
 
     Args:
-        function: takes views (S, ..., n, ...) of the tensors. It returns tensors with S as the first axis and n along the axis of
-            tokens; an entry may be None.
+        function: takes views (S, ..., n, ...) of the tensors. It returns tensors with S as the first axis and
+            n along the axis of tokens; an entry may be None.
         tensors: (1, ..., N, ...), or None.
         axes, out_axes: axis of the tokens in each of the tensors, and in each result.
         cu_seqlens: as in this module's docstring.
@@ -83,15 +87,31 @@ def by_runs(
     for _, run in groupby(slices(cu_seqlens), lambda tokens: tokens.stop - tokens.start):
         run = list(run)
         tokens = slice(run[0].start, run[-1].stop)
-        outs.append(function(*(_unpacked(t, axis, len(run)) for t, axis in zip(take(tensors, axes, tokens), axes, strict=True))))
+        outs.append(
+            function(
+                *(
+                    _unpacked(t, axis, len(run))
+                    for t, axis in zip(take(tensors, axes, tokens), axes, strict=True)
+                )
+            )
+        )
     columns = zip(zip(*outs, strict=True), out_axes, strict=True)
-    return [None if parts[0] is None else torch.cat([_packed(part, axis) for part in parts], axis) for parts, axis in columns]
+    return [
+        None if parts[0] is None else torch.cat([_packed(part, axis) for part in parts], axis)
+        for parts, axis in columns
+    ]
 
 
 def each_run(
-    function: Callable[..., Sequence[Any]], inputs: Any, others: Sequence[Tensor | None], other_axes: Sequence[int], out_axes: Sequence[int]
+    function: Callable[..., Sequence[Any]],
+    inputs: Any,
+    others: Sequence[Tensor | None],
+    other_axes: Sequence[int],
+    out_axes: Sequence[int],
 ) -> list[Tensor | None]:
-    """Call `by_runs` with function(inputs, *others), inputs of `pyglobenc.backends.inputs`, without their cu_seqlens."""
+    """Call `by_runs` with function(inputs, *others), inputs of `pyglobenc.backends.inputs`, without their
+    cu_seqlens.
+    """
     given = inputs.of_tokens()
     axes = [inputs.AXES[name] for name in given]
 
@@ -115,4 +135,6 @@ def _packed(t: Tensor, axis: int) -> Tensor:
 def take(tensors: Sequence[Tensor | None], axes: Sequence[int], tokens: slice) -> list[Tensor | None]:
     """Return the part of every tensor that belongs to one sequence, along its axis of tokens."""
     narrowed = zip(tensors, axes, strict=True)
-    return [t if t is None else t.narrow(axis, tokens.start, tokens.stop - tokens.start) for t, axis in narrowed]
+    return [
+        t if t is None else t.narrow(axis, tokens.start, tokens.stop - tokens.start) for t, axis in narrowed
+    ]

@@ -1,7 +1,8 @@
 """Relevance through attention on a GPU: two passes of a kernel, and what the host does around them.
 
-The pass over rows computes R_q, the row sums of A, and with an additive mask the sums that its factor needs. The pass over columns
-computes R_k, R_v and each head's part of the rollout step. `pyglobenc.ops.relevance_attention` gives the formulas.
+The pass over rows computes R_q, the row sums of A, and with an additive mask the sums that its factor needs.
+The pass over columns computes R_k, R_v and each head's part of the rollout step.
+`pyglobenc.ops.relevance_attention` gives the formulas.
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,9 @@ class Passes:
 
     @cached_property
     def examples(self) -> tuple[Tensor | None, int, int]:
-        """Offsets on the device or None, the number of examples or packed sequences, and the longest one's tokens."""
+        """Offsets on the device or None, the number of examples or packed sequences, and the longest one's
+        tokens.
+        """
         if self.inputs.cu_seqlens is None:
             return None, self.inputs.q.shape[0], self.inputs.q.shape[2]
         ends, longest = on_device(self.inputs.cu_seqlens, self.inputs.q.device)
@@ -36,24 +39,36 @@ class Passes:
     def launch_rows(self, r_q: Tensor | None, sums: Tensor) -> None:
         """Fill r_q (B, H, n, dh), if given, and sums.
 
-        r_q becomes R_q without the factor of the additive mask. sums, float64, is (1, B, H, n): the row sums of A_h. With an additive
-        mask it is (3, B, H, n), and also holds the row sums of R_alpha and of R'.
+        r_q becomes R_q without the factor of the additive mask. sums, float64, is (1, B, H, n): the row sums
+        of A_h. With an additive mask it is (3, B, H, n), and also holds the row sums of R_alpha and of R'.
         """
         raise NotImplementedError
 
-    def launch_columns(self, w: Tensor | None, r_k: Tensor | None, r_v: Tensor | None, step: Tensor | None) -> None:
+    def launch_columns(
+        self, w: Tensor | None, r_k: Tensor | None, r_v: Tensor | None, step: Tensor | None
+    ) -> None:
         """Fill r_k, r_v and step; each may be None.
 
-        r_k, without the factor of the additive mask, and r_v are (B, H, n, dh). step (B, H, T, n) is w (B, T, n) times each A_h.
+        r_k, without the factor of the additive mask, and r_v are (B, H, n, dh). step (B, H, T, n) is w (B, T,
+        n) times each A_h.
         """
         raise NotImplementedError
 
     def relevance(self, r: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Return R_q, R_k, R_v (B, H, n, dh), row_sums (B, n), and r_out (B, T, n) or None without r."""
-        r_q, r_k, r_v = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (self.inputs.q, self.inputs.k, self.inputs.v))
+        r_q, r_k, r_v = (
+            torch.empty_like(t, memory_format=torch.contiguous_format)
+            for t in (self.inputs.q, self.inputs.k, self.inputs.v)
+        )
         if self.inputs.q.numel() == 0:
             row_sums = self.inputs.q.new_zeros(self.inputs.q.shape[0], self.inputs.q.shape[2])
-            return r_q, r_k, r_v, row_sums, None if r is None else r.clone(memory_format=torch.contiguous_format)
+            return (
+                r_q,
+                r_k,
+                r_v,
+                row_sums,
+                None if r is None else r.clone(memory_format=torch.contiguous_format),
+            )
         row_sums, totals = self._rows(r_q)
         r_out = self._columns(r, row_sums if self.inputs.normalize else None, r_k, r_v)
         if self.inputs.additive_mask:
@@ -79,13 +94,21 @@ class Passes:
         return self._columns(r, self._rows()[0] if self.inputs.normalize else None)
 
     def _rows(self, r_q: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the row sums of A, (B, n), and with an additive mask those of R_alpha and R', (2, B, H, n) float64."""
-        sums = self.inputs.q.new_empty(3 if self.inputs.additive_mask else 1, *self.inputs.q.shape[:3], dtype=torch.float64)
+        """Return the row sums of A, (B, n), and with an additive mask those of R_alpha and R', (2, B, H, n)
+        float64.
+        """
+        sums = self.inputs.q.new_empty(
+            3 if self.inputs.additive_mask else 1, *self.inputs.q.shape[:3], dtype=torch.float64
+        )
         self.launch_rows(r_q, sums)
         return sums[0].mean(1).to(self.inputs.q.dtype), sums[1:]
 
-    def _columns(self, r: Tensor | None, row_sums: Tensor | None, r_k: Tensor | None = None, r_v: Tensor | None = None) -> Tensor | None:
-        """Return w (I + A), (B, T, n), with w = r or, given row_sums, r / (1 + row_sums); fill r_k and r_v if given."""
+    def _columns(
+        self, r: Tensor | None, row_sums: Tensor | None, r_k: Tensor | None = None, r_v: Tensor | None = None
+    ) -> Tensor | None:
+        """Return w (I + A), (B, T, n), with w = r or, given row_sums, r / (1 + row_sums); fill r_k and r_v if
+        given.
+        """
         if r is None:
             self.launch_columns(None, r_k, r_v, None)
             return None

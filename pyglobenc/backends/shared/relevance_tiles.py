@@ -15,11 +15,12 @@ from pyglobenc.backends.shared.safe_division import safe_divide
 TILE_FLOATS = 1 << 18
 MIN_QUERIES = 16
 
+
 def rescale_scores(r_q: Tensor, r_k: Tensor, total: Tensor, kept: Tensor) -> None:
     """Multiply R_q and R_k (B, H, n, dh) by the factor c of the additive mask, in place.
 
-    This is the add rule with the mask as second branch. The mask's relevance is 0, since masked keys have alpha = 0. total and kept,
-    (B,) float64, are the sums of R_alpha before and after the rule.
+    This is the add rule with the mask as second branch. The mask's relevance is 0, since masked keys have
+    alpha = 0. total and kept, (B,) float64, are the sums of R_alpha before and after the rule.
     """
     factor = safe_divide(safe_divide(kept.abs(), kept.abs()) * total, kept).to(r_q.dtype).view(-1, 1, 1, 1)
     r_q *= factor
@@ -27,7 +28,9 @@ def rescale_scores(r_q: Tensor, r_k: Tensor, total: Tensor, kept: Tensor) -> Non
 
 
 def roll_rows(r_out: Tensor, r: Tensor, tile: Any, row_sums: Tensor, normalize: bool) -> None:
-    """Add a tile's share of r (I + A) to r_out (B, T, n); with normalize each row of I + A is divided by its sum."""
+    """Add a tile's share of r (I + A) to r_out (B, T, n); with normalize each row of I + A is divided by its
+    sum.
+    """
     weights = r[:, :, tile.rows]
     if normalize:
         weights = weights / (1 + row_sums)[:, None]
@@ -35,10 +38,16 @@ def roll_rows(r_out: Tensor, r: Tensor, tile: Any, row_sums: Tensor, normalize: 
     r_out[:, :, tile.rows] += weights
 
 
-def of_queries(inputs: RelevanceInputs, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def of_queries(
+    inputs: RelevanceInputs, positions: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return q, lse, s and grad_o of the queries at positions (B, m); None: of all queries."""
     given = (inputs.q, inputs.lse, inputs.s, inputs.grad_o)
-    return given if positions is None else tuple(None if t is None else take_queries(t, positions) for t in given)
+    return (
+        given
+        if positions is None
+        else tuple(None if t is None else take_queries(t, positions) for t in given)
+    )
 
 
 def probability_tiles(
@@ -64,7 +73,11 @@ def probability_tiles(
         dots = q[:, :, rows] @ keys
         alpha = torch.mul(dots, scaling).sub_(lse[:, :, rows, None])
         if max(window) >= 0:
-            i = torch.arange(rows.start, rows.stop, device=q.device)[None] if positions is None else positions[:, rows]
+            i = (
+                torch.arange(rows.start, rows.stop, device=q.device)[None]
+                if positions is None
+                else positions[:, rows]
+            )
             ahead = torch.arange(n, device=q.device) - i[..., None]
             alpha.masked_fill_(outside_window(ahead, window)[:, None], float("-inf"))
         alpha.exp_()

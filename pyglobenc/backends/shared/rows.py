@@ -15,7 +15,9 @@ def take_queries(t: Tensor, rows: Tensor) -> Tensor:
     return t.gather(2, index[..., None].expand(-1, -1, -1, t.shape[-1]))
 
 
-def own_attention(q: Tensor, k: Tensor, lse: Tensor, scaling: float, score_mod: ScoreMod | None = None) -> Tensor:
+def own_attention(
+    q: Tensor, k: Tensor, lse: Tensor, scaling: float, score_mod: ScoreMod | None = None
+) -> Tensor:
     """Return alpha[h, i, i], each token's attention to itself, (B, H, n)."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = (q * k).sum(-1) * scaling
@@ -25,9 +27,11 @@ def own_attention(q: Tensor, k: Tensor, lse: Tensor, scaling: float, score_mod: 
 
 
 def rescale_rows(r: Tensor, log_scale: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Scale each row of r (B, T, n) to maximum 1 and add its scale to log_scale (B, T); rows of zeros stay zero.
+    """Scale each row of r (B, T, n) to maximum 1 and add its scale to log_scale (B, T); rows of zeros stay
+    zero.
 
-    With cu_seqlens (S + 1,), each packed sequence's part of a row has its own scale: r is (1, T, N), log_scale (S, T).
+    With cu_seqlens (S + 1,), each packed sequence's part of a row has its own scale: r is (1, T, N),
+    log_scale (S, T).
     """
     top = r.amax(-1) if cu_seqlens is None else per_sequence(r, cu_seqlens)
     top = torch.where(top > 0, top, 1)

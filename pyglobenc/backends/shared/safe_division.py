@@ -9,8 +9,8 @@ GUARD = 1e-9
 def safe_divide(a: Tensor, b: Tensor, stabilizer: float = 0.0) -> Tensor:
     """Return a / safe(b), elementwise, and 0 where b is 0.
 
-    The published guard ignores the sign: safe(b) = b + 1e-9, and 1e-9 where that sum is 0. It is kept exactly, because on random
-    weights a sign-aware guard of the same size changes the results.
+    The published guard ignores the sign: safe(b) = b + 1e-9, and 1e-9 where that sum is 0. It is kept
+    exactly, because on random weights a sign-aware guard of the same size changes the results.
 
     Args:
         a, b: tensors that broadcast.

@@ -1,7 +1,7 @@
 """Changes that some architectures make to the scaled scores before the softmax.
 
-A score mod is bound once to a layer's queries and keys. It then maps any tile of (query, key) pairs, so that attention probabilities
-can be rebuilt without an (n, n) array.
+A score mod is bound once to a layer's queries and keys. It then maps any tile of (query, key) pairs, so that
+attention probabilities can be rebuilt without an (n, n) array.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-# Maps scaled scores (B, H, m, J) to new ones, given the rows of the bound queries, the positions (1 or B, m) of these queries, and the
-# range of keys.
+# Maps scaled scores (B, H, m, J) to new ones, given the rows of the bound queries, the positions (1 or B, m)
+# of these queries, and the range of keys.
 Tile = Callable[[Tensor, slice, Tensor, slice], Tensor]
 Mod = TypeVar("Mod", bound="ScoreMod")
 
@@ -21,16 +21,27 @@ class ScoreMod(Protocol):
     """A change of the scaled scores before the softmax."""
 
     def bind(self, q: Tensor, k: Tensor) -> Tile:
-        """Return the function that maps tiles, for queries q (B, H, m, dh) and keys k (B, H, n, dh), both unscaled."""
+        """Return the function that maps tiles, for queries q (B, H, m, dh) and keys k (B, H, n, dh), both
+        unscaled.
+        """
 
     def diagonal(self, scores: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        """Return the new scores (B, H, n) of each query with its own key, from scores (B, H, n), q and k (B, H, n, dh)."""
+        """Return the new scores (B, H, n) of each query with its own key, from scores (B, H, n), q and k (B,
+        H, n, dh).
+        """
 
 
 def to_dtype(mod: Mod, dtype: torch.dtype) -> Mod:
     """Return the score mod with its floating-point tensors detached and in another dtype."""
     tensors = {f.name: getattr(mod, f.name) for f in fields(mod)}
-    return replace(mod, **{n: t.detach().to(dtype) for n, t in tensors.items() if isinstance(t, Tensor) and t.is_floating_point()})
+    return replace(
+        mod,
+        **{
+            n: t.detach().to(dtype)
+            for n, t in tensors.items()
+            if isinstance(t, Tensor) and t.is_floating_point()
+        },
+    )
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,8 @@ class DisentangledBias:
         score += scaling * (q[i] . position_keys[bucket] + k[j] . position_queries[bucket])
 
     Attributes:
-        position_keys, position_queries: (H, P, dh) for P buckets; None for a term that the model does not have.
+        position_keys, position_queries: (H, P, dh) for P buckets; None for a term that the model does not
+            have.
         buckets: (2n - 1) int64, bucket of the distance j - i at entry n - 1 + j - i.
         scaling: factor of both terms.
     """

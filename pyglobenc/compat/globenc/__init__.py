@@ -1,4 +1,6 @@
-"""The published GlobEnc repository's names (Modarressi et al., NAACL 2022), its modules under the names they have there."""
+"""The published GlobEnc repository's names (Modarressi et al., NAACL 2022), its modules under the names they
+have there.
+"""
 
 from pyglobenc.compat.globenc.attention_flow_abstract import AttentionFlow
 from pyglobenc.compat.globenc.attention_max_flow import AttentionMaxFlow

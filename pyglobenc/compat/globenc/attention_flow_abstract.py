@@ -11,7 +11,11 @@ class AttentionFlow(abc.ABC):
 
     @abc.abstractmethod
     def compute_flows(
-        self, attentions_list: Sequence[np.ndarray], desc: str = "", output_hidden_states: bool = False, num_cpus: int = 4
+        self,
+        attentions_list: Sequence[np.ndarray],
+        desc: str = "",
+        output_hidden_states: bool = False,
+        num_cpus: int = 4,
     ) -> list[np.ndarray]:
         """Flow of every example's matrices (L, n, n): arrays (L, n, n), or (1, n, n) of the last layer."""
 

@@ -14,9 +14,14 @@ class AttentionMaxFlow(AttentionFlow):
     """Maximum flow from every token of a layer down to every input token (Abnar and Zuidema, 2020)."""
 
     def compute_flows(
-        self, attentions_list: Sequence[np.ndarray], desc: str = "", output_hidden_states: bool = False, num_cpus: int = 4
+        self,
+        attentions_list: Sequence[np.ndarray],
+        desc: str = "",
+        output_hidden_states: bool = False,
+        num_cpus: int = 4,
     ) -> list[np.ndarray]:
-        """Flow of every example, rows summing to 1. The published code takes models of 12 layers; here any number is right.
+        """Flow of every example, rows summing to 1. The published code takes models of 12 layers; here any
+        number is right.
 
         Args:
             attentions_list: matrices (L, n, n) of each example, first layer first.
@@ -27,7 +32,10 @@ class AttentionMaxFlow(AttentionFlow):
         Returns:
             float64 arrays (L, n, n), or (1, n, n) of the last layer.
         """
-        return [_flow(np.asarray(self.pre_process(matrices)), output_hidden_states) for matrices in tqdm(attentions_list, desc=desc)]
+        return [
+            _flow(np.asarray(self.pre_process(matrices)), output_hidden_states)
+            for matrices in tqdm(attentions_list, desc=desc)
+        ]
 
 
 def _flow(matrices: np.ndarray, layers: bool) -> np.ndarray:

@@ -32,7 +32,9 @@ class AttentionRollout(AttentionFlow):
             float64 arrays (L, n, n), or (1, n, n) of the last layer.
         """
         bar = tqdm(attentions_list, desc=desc, disable=disable_tqdm)
-        return [self.compute_joint_attention(matrices)[0 if output_hidden_states else -1 :] for matrices in bar]
+        return [
+            self.compute_joint_attention(matrices)[0 if output_hidden_states else -1 :] for matrices in bar
+        ]
 
     def compute_joint_attention(self, att_mat: np.ndarray) -> np.ndarray:
         """Rollout up to every layer of matrices (L, n, n): the same shape, float64."""

@@ -8,7 +8,11 @@ from tqdm.auto import tqdm
 
 
 def compute_spearman_correlation(
-    attentions_list: Sequence[np.ndarray], saliency_file_address: str, desc: str = "", aggregation: str = "CLS", max_length: int = 512
+    attentions_list: Sequence[np.ndarray],
+    saliency_file_address: str,
+    desc: str = "",
+    aggregation: str = "CLS",
+    max_length: int = 512,
 ) -> list[np.ndarray]:
     """Spearman correlation of every layer's attribution with an example's saliency.
 
@@ -32,7 +36,9 @@ def compute_spearman_correlation(
     for index, layers in enumerate(tqdm(_with_layers(attentions_list), desc=desc)):
         length = min(layers.shape[1], max_length)
         rows = layers[:, 0] if aggregation == "CLS" else layers.sum(axis=1)
-        out.append(np.array([spearmanr(row[:length], saliencies[index][:length]).correlation for row in rows]))
+        out.append(
+            np.array([spearmanr(row[:length], saliencies[index][:length]).correlation for row in rows])
+        )
     return out
 
 
@@ -55,7 +61,9 @@ def compute_spearman_correlation_hta(
         length = min(layers.shape[1], max_length)
         exact = hta[: len(layers), index, :length, :length]
         pairs = zip(layers[:, :length, :length], exact, strict=True)
-        out.append(np.array([[spearmanr(a, b).correlation for a, b in zip(*layer, strict=True)] for layer in pairs]))
+        out.append(
+            np.array([[spearmanr(a, b).correlation for a, b in zip(*layer, strict=True)] for layer in pairs])
+        )
     return out
 
 

@@ -28,7 +28,8 @@ class TaskLoader:
         self.max_length = max_length
 
     def load_task(self, task: str) -> tuple[Sequence[dict[str, Any]], Callable[[int], BatchEncoding]]:
-        """Data set, downloaded by the `datasets` library, and the function from an example's number to its tokens, a batch of 1.
+        """Data set, downloaded by the `datasets` library, and the function from an example's number to its
+        tokens, a batch of 1.
 
         Args:
             task: "mnli", "sst2" or "hatexplain".

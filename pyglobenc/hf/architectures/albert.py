@@ -14,7 +14,10 @@ def layers(base: nn.Module) -> list[LayerModules]:
     """
     config = base.config
     groups = base.encoder.albert_layer_groups
-    order = [groups[i * config.num_hidden_groups // config.num_hidden_layers] for i in range(config.num_hidden_layers)]
+    order = [
+        groups[i * config.num_hidden_groups // config.num_hidden_layers]
+        for i in range(config.num_hidden_layers)
+    ]
     return [
         LayerModules(
             block=layer,

@@ -1,4 +1,6 @@
-"""BEiT image encoders (pre-norm, a factor on the attention's output, and a bias of the scores by relative position)."""
+"""BEiT image encoders (pre-norm, a factor on the attention's output, and a bias of the scores by relative
+position).
+"""
 
 from torch import nn
 

@@ -9,7 +9,10 @@ MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 
 def layers(base: nn.Module) -> list[LayerModules]:
     """Return the modules of every layer, first to last; base is the model without its head."""
-    return [_layer(layer, layer.attention.self, layer.attention.output, layer.output) for layer in base.encoder.layer]
+    return [
+        _layer(layer, layer.attention.self, layer.attention.output, layer.output)
+        for layer in base.encoder.layer
+    ]
 
 
 def _layer(layer: nn.Module, attention: nn.Module, attended: nn.Module, output: nn.Module) -> LayerModules:

@@ -17,7 +17,8 @@ def layers(base: nn.Module) -> list[LayerModules]:
     """Return the modules of every layer, first to last; base is the model without its head."""
     if base.encoder.conv is not None:
         raise ValueError(
-            "capture: this DeBERTa-v2 has a convolution beside its first layer (conv_kernel_size), which mixes tokens outside attention, "
+            "capture: this DeBERTa-v2 has a convolution beside its first layer (conv_kernel_size), which "
+            "mixes tokens outside attention, "
             "so norms of attention's decomposed vectors don't follow the tokens"
         )
     return [
@@ -41,7 +42,9 @@ def layers(base: nn.Module) -> list[LayerModules]:
 def own_scores(module: nn.Module, arguments: dict[str, Any]) -> OwnScores:
     """Arguments: attention_mask (B, 1, n, n), relative_pos (1, n, n), rel_embeddings (P, d)."""
     if arguments.get("query_states") is not None:
-        raise ValueError("capture: DeBERTa-v2 with query states of its own (the enhanced mask decoder) is not supported")
+        raise ValueError(
+            "capture: DeBERTa-v2 with query states of its own (the enhanced mask decoder) is not supported"
+        )
     terms = [name for name in ("c2p", "p2c") if name in module.pos_att_type]
     # the module takes the root in float32, whatever its dtype
     scaling = 1 / float(np.sqrt(np.float32(module.attention_head_size * (1 + len(terms)))))

@@ -33,7 +33,9 @@ def layers(base: nn.Module) -> list[LayerModules]:
 
 
 def own_scores(module: nn.Module, arguments: dict[str, Any]) -> OwnScores:
-    """Arguments: position_bias (B, H, n, n), first row and column of which hold every distance; attention_mask (B, 1, 1, n), 0 if real."""
+    """Arguments: position_bias (B, H, n, n), first row and column of which hold every distance;
+    attention_mask (B, 1, 1, n), 0 if real.
+    """
     bias, mask = arguments["position_bias"], arguments["attention_mask"]
     table = None if bias is None else torch.cat([bias[0, :, :, 0].flip(1), bias[0, :, 0, 1:]], dim=1)
     real = None if mask is None or (may_look() and not mask.any()) else mask[:, 0, 0] == 0

@@ -55,9 +55,17 @@ RECORDERS: "WeakKeyDictionary[nn.Module, Recorder]" = WeakKeyDictionary()
 
 
 def attention_function(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None = None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention with its log-sum-exp; query (B, H, n, dh), key and value (B, Hkv, n, dh), attention_mask from `mask_function`."""
+    """Attention with its log-sum-exp; query (B, H, n, dh), key and value (B, Hkv, n, dh), attention_mask from
+    `mask_function`.
+    """
     name = type(module).__name__
     for option in ("position_bias", "s_aux"):
         if kwargs.get(option) is not None:
@@ -66,7 +74,8 @@ def attention_function(
         raise ValueError(f"capture: {name} applies dropout of {kwargs['dropout']}; call model.eval() first")
     if query.shape[2] != key.shape[2]:
         raise ValueError(
-            f"capture: {name} attends to {key.shape[2]} keys from {query.shape[2]} queries; cached or cross attention is not supported"
+            f"capture: {name} attends to {key.shape[2]} keys from {query.shape[2]} queries; cached or cross "
+            f"attention is not supported"
         )
     window = window_of(module, kwargs)
     key_mask, bias = _read_mask(name, attention_mask, window, query.shape[2])
@@ -74,9 +83,13 @@ def attention_function(
     recorder = RECORDERS.get(module)
     cu_seqlens = None if recorder is None or recorder.thread != get_ident() else recorder.cu_seqlens
     if cu_seqlens is not None and bias is not None:
-        raise ValueError(f"capture: {name} adds a bias for each pair of positions, which packed sequences don't have")
+        raise ValueError(
+            f"capture: {name} adds a bias for each pair of positions, which packed sequences don't have"
+        )
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
-    settings = dict(key_mask=key_mask, scaling=scaling, window=window, score_mod=score_mod, cu_seqlens=cu_seqlens)
+    settings = dict(
+        key_mask=key_mask, scaling=scaling, window=window, score_mod=score_mod, cu_seqlens=cu_seqlens
+    )
     o, lse = attention(query, key, value, **settings)
     if recorder is not None:
         recorder(q=query, k=key, v=value, o=o, lse=lse, **settings)
@@ -85,12 +98,16 @@ def attention_function(
 
 def window_of(module: nn.Module, options: dict[str, Any]) -> tuple[int, int]:
     """Window that transformers asks of an attention function by its options."""
-    causal = options["is_causal"] if options.get("is_causal") is not None else getattr(module, "is_causal", False)
+    causal = (
+        options["is_causal"] if options.get("is_causal") is not None else getattr(module, "is_causal", False)
+    )
     reach = -1 if options.get("sliding_window") is None else options["sliding_window"] - 1
     return reach, 0 if causal else reach
 
 
-def _read_mask(name: str, mask: Any, window: tuple[int, int], n: int) -> tuple[Tensor | None, ScoreMod | None]:
+def _read_mask(
+    name: str, mask: Any, window: tuple[int, int], n: int
+) -> tuple[Tensor | None, ScoreMod | None]:
     """Padding (B, n) or None, and a bias of the scores or None."""
     if mask is None:
         return None, None
@@ -98,7 +115,10 @@ def _read_mask(name: str, mask: Any, window: tuple[int, int], n: int) -> tuple[T
         came = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"capture: {name}: attention_mask must be (B, n) of 0 and 1, got {came}")
     if mask.window != window and _within(mask.window, n) != _within(window, n):
-        raise ValueError(f"capture: {name}: the model's mask shows a query its keys in {mask.window}, its attention those in {window}")
+        raise ValueError(
+            f"capture: {name}: the model's mask shows a query its keys in {mask.window}, its attention "
+            f"those in {window}"
+        )
     return mask.padding, None if mask.bias is None else StoredBias(mask.bias)
 
 
@@ -108,18 +128,32 @@ def _within(window: tuple[int, int], n: int) -> tuple[int, ...]:
 
 
 def mask_function(
-    *, mask_function: Callable, batch_size: int, q_length: int, attention_mask: Tensor | None = None, q_offset: int = 0, **kwargs: Any
+    *,
+    mask_function: Callable,
+    batch_size: int,
+    q_length: int,
+    attention_mask: Tensor | None = None,
+    q_offset: int = 0,
+    **kwargs: Any,
 ) -> Mask:
-    """The padding mask and the window of a mask that transformers describes by a function, so that no (n, n) mask is made."""
+    """The padding mask and the window of a mask that transformers describes by a function, so that no (n, n)
+    mask is made.
+    """
     if q_offset or kwargs.get("kv_length", q_length) != q_length:
         raise ValueError("capture: cached attention is not supported; pass use_cache=False")
     window = _window(mask_function, batch_size, q_length)
-    padding = None if attention_mask is None or (may_look() and bool(attention_mask.all())) else attention_mask.bool()
+    padding = (
+        None
+        if attention_mask is None or (may_look() and bool(attention_mask.all()))
+        else attention_mask.bool()
+    )
     return Mask(padding, window)
 
 
 def _window(visible: Callable, batch: int, n: int) -> tuple[int, int]:
-    """Window that a mask function describes, read off the first and the last query and checked for all along the window's edges."""
+    """Window that a mask function describes, read off the first and the last query and checked for all along
+    the window's edges.
+    """
     if visible in PLAIN:
         return PLAIN[visible]
     # on the CPU, whatever the model's device: the results are looked at
@@ -130,11 +164,22 @@ def _window(visible: Callable, batch: int, n: int) -> tuple[int, int]:
 
     left = int(seen(torch.full_like(i, n - 1), i)[0].sum()) - 1
     right = int(seen(torch.zeros_like(i), i)[0].sum()) - 1
-    edges = ((0, True), (-1, left > 0), (-left, True), (-left - 1, False), (1, right > 0), (right, True), (right + 1, False))
+    edges = (
+        (0, True),
+        (-1, left > 0),
+        (-left, True),
+        (-left - 1, False),
+        (1, right > 0),
+        (right, True),
+        (right + 1, False),
+    )
     for distance, expected in edges:
         q = i[:, max(0, -distance) : n - max(0, distance)]
         if not bool((seen(q, q + distance) == expected).all()):
-            raise ValueError("capture: only bidirectional, causal and sliding window attention are supported, got another mask")
+            raise ValueError(
+                "capture: only bidirectional, causal and sliding window attention are supported, got "
+                "another mask"
+            )
     return (-1 if left == n - 1 else left, -1 if right == n - 1 else right)
 
 

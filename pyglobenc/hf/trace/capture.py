@@ -49,7 +49,9 @@ class Trace:
         self._checked = False
 
     def start_layer(self, block: nn.Module) -> LayerTrace:
-        """Layer that this call of a block belongs to: the k-th that has it, at its k-th call, since layers may share modules."""
+        """Layer that this call of a block belongs to: the k-th that has it, at its k-th call, since layers
+        may share modules.
+        """
         indices = self._order["block", block]
         self._running = indices[self._blocks[block] % len(indices)]
         self._blocks[block] += 1
@@ -76,9 +78,13 @@ class Trace:
 
     @property
     def io(self) -> dict[nn.Module, tuple[Tensor, Tensor]]:
-        """Input and output of the extra modules' last calls; of all calls where a layer's MLP takes the tokens in pieces."""
+        """Input and output of the extra modules' last calls; of all calls where a layer's MLP takes the
+        tokens in pieces.
+        """
         return {
-            module: pieces[0] if len(pieces) == 1 else tuple(torch.cat(t, 1) for t in zip(*pieces, strict=True))
+            module: pieces[0]
+            if len(pieces) == 1
+            else tuple(torch.cat(t, 1) for t in zip(*pieces, strict=True))
             for module, pieces in self._io.items()
         }
 
@@ -92,7 +98,8 @@ class Trace:
         """Every layer's tensors, first to last.
 
         Raises:
-            RuntimeError: no forward pass ran yet, or one that didn't go through the attention function of every layer.
+            RuntimeError: no forward pass ran yet, or one that didn't go through the attention function of
+                every layer.
             ValueError: a layer computed something else than what is decomposed, see `check_layers`.
         """
         if not any(layer.calls for layer in self._layers):
@@ -100,7 +107,8 @@ class Trace:
         missing = [index for index, layer in enumerate(self._layers) if layer.q is None]
         if missing:
             raise RuntimeError(
-                f"capture: layers {missing} never called the attention function; the model ignores transformers' attention interface"
+                f"capture: layers {missing} never called the attention function; the model ignores "
+                f"transformers' attention interface"
             )
         if not self._checked:
             check_layers(self.called, self._layers, self.io)
@@ -111,7 +119,10 @@ class Trace:
 @known_arguments
 @contextmanager
 def capture(
-    model: PreTrainedModel, modules: Iterable[nn.Module] = (), cu_seqlens: Tensor | None = None, attention: str = NAME
+    model: PreTrainedModel,
+    modules: Iterable[nn.Module] = (),
+    cu_seqlens: Tensor | None = None,
+    attention: str = NAME,
 ) -> Iterator[Trace]:
     """Capture the forward passes of a stock transformers model.
 
@@ -119,31 +130,37 @@ def capture(
             output = model(**batch)
         trace.layers[0].q  # (B, H, n, dh)
 
-    The model runs torch's fused attention, whatever attention implementation it is set to. On exit, also after an exception, every
-    hook is removed. Meanwhile other threads get the plain model. Tensors stay in the autograd graph when the forward pass records one.
+    The model runs torch's fused attention, whatever attention implementation it is set to. On exit, also
+    after an exception, every hook is removed. Meanwhile other threads get the plain model. Tensors stay in
+    the autograd graph when the forward pass records one.
 
     Args:
         model: a known architecture, in evaluation mode; or a module around one, as `called_module` takes it.
         modules: further modules whose input and output are kept, in `trace.io`.
-        cu_seqlens: of S sequences packed into one, (S + 1,) int32, on the CPU: tokens cu_seqlens[s] to cu_seqlens[s + 1] attend to one another
-            alone. The model must be given position_ids that start anew for each and an attention_mask of ones, without which some
-            architectures make masks of their own. What it does after its layers, such as pooling, sees one sequence.
-        attention: name under which transformers knows the attention function; it records each call by its module in RECORDERS.
+        cu_seqlens: of S sequences packed into one, (S + 1,) int32, on the CPU: tokens cu_seqlens[s] to
+            cu_seqlens[s + 1] attend to one another alone. The model must be given position_ids that start
+            anew for each and an attention_mask of ones, without which some architectures make masks of their
+            own. What it does after its layers, such as pooling, sees one sequence.
+        attention: name under which transformers knows the attention function; it records each call by its
+            module in RECORDERS.
 
     Yields:
         Trace, filled by each forward pass; the next pass replaces what the last one left.
 
     Raises:
         TypeError: model is not a transformers model.
-        ValueError: unknown architecture, dropout is at work, a norm after a residual sum isn't a layer norm, or the model computes
-            attention itself and can't keep packed sequences apart.
-        RuntimeError: the model, or one that shares layers with it, is being captured already, by another thread too.
+        ValueError: unknown architecture, dropout is at work, a norm after a residual sum isn't a layer norm,
+            or the model computes attention itself and can't keep packed sequences apart.
+        RuntimeError: the model, or one that shares layers with it, is being captured already, by another
+            thread too.
     """
     called, model = called_module(model), stock_model(model)
     found = find_layers(model)
     check_still(called)
     if cu_seqlens is not None and any(layer.own_scores is not None for layer in found):
-        raise ValueError(f"capture: {type(model).__name__} computes attention itself and can't keep packed sequences apart")
+        raise ValueError(
+            f"capture: {type(model).__name__} computes attention itself and can't keep packed sequences apart"
+        )
     trace = Trace(called, found)
     with ExitStack() as stack:
         # before anything of the model is changed, and given back last: another thread may want the same one
@@ -161,7 +178,9 @@ def capture(
 
 
 @contextmanager
-def _hooked(called: nn.Module, trace: Trace, found: list[LayerModules], extra: Iterable[nn.Module]) -> Iterator[None]:
+def _hooked(
+    called: nn.Module, trace: Trace, found: list[LayerModules], extra: Iterable[nn.Module]
+) -> Iterator[None]:
     handles, replaced = [], []
     try:
         handles += _hooks(called, trace, found, extra)
@@ -171,7 +190,9 @@ def _hooked(called: nn.Module, trace: Trace, found: list[LayerModules], extra: I
                 vars(module)["forward"] = _with_stats(trace, part, module)
                 replaced.append(module)
             else:
-                handles.append(module.register_forward_hook(in_this_thread(_norm_hook(trace, part)), with_kwargs=True))
+                handles.append(
+                    module.register_forward_hook(in_this_thread(_norm_hook(trace, part)), with_kwargs=True)
+                )
         yield
     finally:
         for handle in handles:
@@ -180,7 +201,9 @@ def _hooked(called: nn.Module, trace: Trace, found: list[LayerModules], extra: I
             del vars(module)["forward"]
 
 
-def _hooks(called: nn.Module, trace: Trace, found: list[LayerModules], extra: Iterable[nn.Module]) -> Iterator[Any]:
+def _hooks(
+    called: nn.Module, trace: Trace, found: list[LayerModules], extra: Iterable[nn.Module]
+) -> Iterator[Any]:
     def keep_input(module: nn.Module, args: tuple, kwargs: dict) -> None:
         trace.start_layer(module).x = args[0] if args else kwargs["hidden_states"]
 
@@ -206,7 +229,11 @@ def _hooks(called: nn.Module, trace: Trace, found: list[LayerModules], extra: It
         for module in {layer.mlp_output for layer in found}:
             yield module.register_forward_hook(in_this_thread(keep_mlp))
     # of any other module the matrix that stands for it is applied, see `checks`
-    for module in [module for module in {layer.output for layer in found if layer.own_scores is None} if runs_as_torchs(module)]:
+    for module in [
+        module
+        for module in {layer.output for layer in found if layer.own_scores is None}
+        if runs_as_torchs(module)
+    ]:
         yield module.register_forward_hook(in_this_thread(keep_attended))
     yield from own_attention_hooks(found, RECORDERS)
     for module in extra:
@@ -217,25 +244,35 @@ def _norms(found: list[LayerModules]) -> Iterator[tuple[str, nn.Module]]:
     """Norms whose input is looked at, each once, and the part they play."""
     for part in NORMS:
         for module in {getattr(layer, part): layer for layer in found if getattr(layer, part) is not None}:
-            # the norm before a pre-norm layer's attention changes no attribution; the error estimate reads LayerNorm's statistics
+            # the norm before a pre-norm layer's attention changes no attribution; the error estimate reads
+            # LayerNorm's statistics
             if part != "attention_norm" or not found[0].pre_norm or isinstance(module, nn.LayerNorm):
                 yield part, module
 
 
 def _with_stats(trace: Trace, part: str, module: nn.LayerNorm):
-    """The module's forward pass, which also keeps the statistics that its kernel returns: a second kernel would read all of z again."""
+    """The module's forward pass, which also keeps the statistics that its kernel returns: a second kernel
+    would read all of z again.
+    """
     thread = get_ident()
 
     def forward(input: Tensor) -> Tensor:
         if get_ident() != thread:
             return nn.LayerNorm.forward(module, input)
         weight, device = module.weight, input.device.type
-        # on a CPU statistics of half precision are of half precision too; what autocast or a mode widens is theirs to widen
+        # on a CPU statistics of half precision are of half precision too; what autocast or a mode widens is
+        # theirs to widen
         full = input.dtype in FULL or device == "cuda"
-        if not full or (weight is not None and weight.dtype != input.dtype) or torch.is_autocast_enabled(device):
+        if (
+            not full
+            or (weight is not None and weight.dtype != input.dtype)
+            or torch.is_autocast_enabled(device)
+        ):
             out, stats = nn.LayerNorm.forward(module, input), layer_norm_stats(input, module.eps)
         else:
-            out, *stats = torch.native_layer_norm(input, module.normalized_shape, weight, module.bias, module.eps)
+            out, *stats = torch.native_layer_norm(
+                input, module.normalized_shape, weight, module.bias, module.eps
+            )
         _keep_norm(trace.layer_of(part, module), part, input, out, NormStats(*stats))
         return out
 
@@ -255,7 +292,9 @@ def _norm_hook(trace: Trace, part: str):
                 parts = layer.parts[part] = norm_parts(module, z.shape[-1])
             except ValueError as error:
                 name = describe(trace.called, module)
-                raise ValueError(f"capture: {name} doesn't compute a layer norm, which GlobEnc and LRP assume: {error}") from None
+                raise ValueError(
+                    f"capture: {name} doesn't compute a layer norm, which GlobEnc and LRP assume: {error}"
+                ) from None
             _keep_norm(layer, part, z, output, NormStats(*layer_norm_stats(z, parts.eps)))
             layer.keep(f"{part} weighted", z, weight=parts.weight)
         elif isinstance(module, nn.LayerNorm):
@@ -288,6 +327,16 @@ def _record(trace: Trace, module: nn.Module):
 
 
 def _configs(model: PreTrainedModel, found: list[LayerModules]) -> list[PreTrainedConfig]:
-    """Configs by which the model's parts choose their masks and attention: layers may come from another model, with their own."""
-    models = [module for module in outside(model, {layer.block for layer in found}) if isinstance(module, PreTrainedModel)]
-    return [module.config for module in (*models, *(layer.attention for layer in found)) if hasattr(module, "config")]
+    """Configs by which the model's parts choose their masks and attention: layers may come from another
+    model, with their own.
+    """
+    models = [
+        module
+        for module in outside(model, {layer.block for layer in found})
+        if isinstance(module, PreTrainedModel)
+    ]
+    return [
+        module.config
+        for module in (*models, *(layer.attention for layer in found))
+        if hasattr(module, "config")
+    ]

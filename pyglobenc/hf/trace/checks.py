@@ -1,24 +1,29 @@
 """Checks, on every call, that the layers computed what is decomposed.
 
-An architecture is known by its name, but a user's model may differ from it anywhere: adapters, hooks, replaced modules. So each tensor
-that the model computed is compared with what the decomposition takes it for, all projected on one fixed random direction u:
+An architecture is known by its name, but a user's model may differ from it anywhere: adapters, hooks,
+replaced modules. So each tensor that the model computed is compared with what the decomposition takes it for,
+all projected on one fixed random direction u:
 
     the residual sum            z . u       with  x . u + (o W_O + b) . u
-    the sum after the MLP       z2 . u      with  y . u + mlp . u             of a post-norm layer, whose N_Enc goes through it
-    the layer's output          x' . u      with  that of its last norm       of a post-norm layer
-    a norm of another class     y . u       with  that of weight * (z - mean) * rstd + bias
+    the sum after the MLP       z2 . u      with  y . u + mlp . u             of a post-norm layer, whose
+    N_Enc goes through it the layer's output          x' . u      with  that of its last norm       of a
+    post-norm layer a norm of another class     y . u       with  that of weight * (z - mean) * rstd + bias
 
-Relevance goes through each Linear module by itself, and so each is compared too, with what it is given by the module before:
+Relevance goes through each Linear module by itself, and so each is compared too, with what it is given by the
+module before:
 
     a Linear module             W x + b,  as it returned it
-    what it is given            x, or the norm of it, for q, k and v; the attention output; y, or the norm of z, for the MLP
-    what it gives               q, k and v of the attention; the MLP's part of the layer's output
+    what it is given            x, or the norm of it, for q, k and v; the attention output; y, or the norm of
+    z, for the MLP what it gives               q, k and v of the attention; the MLP's part of the layer's
+    output
 
-What W_O adds is taken from the module where it is torch's own, given the attention output o and run without hooks: reading the matrix
-again would cost a short text a tenth of its forward pass. Of any other module the matrix is applied, o . (W_O u) + b . u.
+What W_O adds is taken from the module where it is torch's own, given the attention output o and run without
+hooks: reading the matrix again would cost a short text a tenth of its forward pass. Of any other module the
+matrix is applied, o . (W_O u) + b . u.
 
-A vector that differs by more than rounding differs along u, but for a chance of measure zero. A tensor is projected while the layer runs,
-so that none is kept longer for it; the comparisons of all layers are made at once, with one wait for the device.
+A vector that differs by more than rounding differs along u, but for a chance of measure zero. A tensor is
+projected while the layer runs, so that none is kept longer for it; the comparisons of all layers are made at
+once, with one wait for the device.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,23 +47,34 @@ MARGIN = 4
 
 
 def check_still(called: nn.Module) -> None:
-    """Raise ValueError if a module acts at random: the model or any part of it is in training mode with dropout."""
+    """Raise ValueError if a module acts at random: the model or any part of it is in training mode with
+    dropout.
+    """
     if called.training:
-        raise ValueError("capture: the model is in training mode, where dropout changes the result; call model.eval() first")
+        raise ValueError(
+            "capture: the model is in training mode, where dropout changes the result; call model.eval() "
+            "first"
+        )
     modules = [called]
     for module in modules:
         modules.extend(inner for inner in module._modules.values() if inner is not None)
         if module.training and (rate := _drop_rate(module)):
             raise ValueError(
-                f"capture: {describe(called, module)} is in training mode, where its {rate} changes the result at random; "
+                f"capture: {describe(called, module)} is in training mode, where its {rate} changes the "
+                f"result at random; "
                 "call model.eval() first"
             )
 
 
 def _drop_rate(module: nn.Module) -> str | None:
-    """Name and value of a module's dropout rate above 0: p of torch's own, drop_prob and the like of others."""
+    """Name and value of a module's dropout rate above 0: p of torch's own, drop_prob and the like of
+    others.
+    """
     rates = {name: value for name, value in vars(module).items() if name == "p" or "drop" in name}
-    return next((f"{name}={value}" for name, value in rates.items() if isinstance(value, int | float) and value > 0), None)
+    return next(
+        (f"{name}={value}" for name, value in rates.items() if isinstance(value, int | float) and value > 0),
+        None,
+    )
 
 
 def describe(called: nn.Module, module: nn.Module) -> str:
@@ -73,14 +89,17 @@ def check_layers(called: nn.Module, layers: Sequence[LayerTrace], io: InputsOutp
     Args:
         called: the module whose forward pass it was, for the modules' names.
         layers: captured, first to last.
-        io: inputs and outputs of further modules. If every Linear module of the layers is among them, each is checked by itself.
+        io: inputs and outputs of further modules. If every Linear module of the layers is among them, each is
+            checked by itself.
     """
     _check_calls(called, layers)
     with torch.no_grad():
         compared = list(_comparisons(called, layers))
         if all(getattr(layer.modules, part) in io for layer in layers for part in LINEAR):
             compared += _module_comparisons(layers, io)
-        holds = torch.stack([~(difference.abs() > allowed) for difference, allowed, _ in compared])  # (C, L, B, n)
+        holds = torch.stack(
+            [~(difference.abs() > allowed) for difference, allowed, _ in compared]
+        )  # (C, L, B, n)
         real = layers[0].key_mask
         if real is not None:
             # a row of padding may hold anything
@@ -98,22 +117,26 @@ def _check_calls(called: nn.Module, layers: Sequence[LayerTrace]) -> None:
         for part in ("block", "attention"):
             if layer.calls[part] != 1:
                 raise ValueError(
-                    f"capture: {describe(called, getattr(layer.modules, part))} was called {layer.calls[part]} times for one layer in one "
-                    "forward pass; call the encoder once, and for several texts one after the other or as a batch"
+                    f"capture: {describe(called, getattr(layer.modules, part))} was called "
+                    f"{layer.calls[part]} times for one layer in one "
+                    "forward pass; call the encoder once, and for several texts one after the other or as a "
+                    f"batch"
                 )
         tokens = tuple(layer.x.shape[:2])
         for name, projection in layer.projections.items():
             if tuple(projection.product.shape) != tokens:
                 module = getattr(layer.modules, name.split()[0])
                 raise ValueError(
-                    f"capture: {describe(called, module)} was applied to {tuple(projection.product.shape)} tokens in one forward pass, and "
+                    f"capture: {describe(called, module)} was applied to {tuple(projection.product.shape)} "
+                    f"tokens in one forward pass, and "
                     f"its layer has {tokens}"
                 )
         for part, stats in layer.norms.items():
             if tuple(stats.rstd.shape) != tokens:
                 module = getattr(layer.modules, part)
                 raise ValueError(
-                    f"capture: {describe(called, module)} has statistics of shape {tuple(stats.rstd.shape)}, and not one for each of "
+                    f"capture: {describe(called, module)} has statistics of shape "
+                    f"{tuple(stats.rstd.shape)}, and not one for each of "
                     f"{tokens} tokens"
                 )
 
@@ -134,13 +157,17 @@ def _comparisons(called: nn.Module, layers: Sequence[LayerTrace]) -> Iterator[Co
         mean, rstd = (stack([getattr(layer.norms[name], of) for layer in layers]) for of in ("mean", "rstd"))
         return (mean.square() + rstd.pow(-2)).sqrt() * d**0.5
 
-    x, after = [layer.project(layer.x, length=True) for layer in layers], "attention_norm" if post else "output_norm"
+    x, after = (
+        [layer.project(layer.x, length=True) for layer in layers],
+        "attention_norm" if post else "output_norm",
+    )
     eps = _eps(layers, x)
     inputs, sizes = stack([one.product for one in x]), stack([one.length for one in x])
     attended = stack([_attended(called, layer) for layer in layers])
     allowed = eps * (sizes + lengths(after))
     if layers[0].modules.own_scores is not None:
-        # such a module's attention is computed a second time, and a softmax of scores s is off by s rounding units
+        # such a module's attention is computed a second time, and a softmax of scores s is off by s rounding
+        # units
         allowed = allowed * (1 + stack([layer.lse.abs().amax(1).nan_to_num(posinf=0.0) for layer in layers]))
     yield products(after) - inputs - attended, allowed, _not_the_sum
     differences, sizes_given = zip(*map(_given_difference, layers), strict=True)
@@ -149,14 +176,24 @@ def _comparisons(called: nn.Module, layers: Sequence[LayerTrace]) -> Iterator[Co
         return
     returned = stack([layer.projections["attention_norm returned"].length for layer in layers])
     expected = products("attention_norm returned") + products("mlp_output")
-    yield products("output_norm") - expected, eps * (returned + lengths("output_norm")), _not_the_sum_after_the_mlp
+    yield (
+        products("output_norm") - expected,
+        eps * (returned + lengths("output_norm")),
+        _not_the_sum_after_the_mlp,
+    )
     last = layers[-1].projections["block"]
-    above, above_sizes = (torch.cat([t[1:], new.to(home)[None]]) for t, new in ((inputs, last.product), (sizes, last.length)))
+    above, above_sizes = (
+        torch.cat([t[1:], new.to(home)[None]]) for t, new in ((inputs, last.product), (sizes, last.length))
+    )
     yield above - products("output_norm returned"), eps * above_sizes, _not_the_output
     for part in ("attention_norm", "output_norm"):
         if any(part in layer.parts for layer in layers):
             differences, allowed = zip(*(_norm_difference(layer, part) for layer in layers), strict=True)
-            yield stack(differences), eps * stack(allowed), lambda called, layer, part=part: _not_a_layer_norm(called, layer, part)
+            yield (
+                stack(differences),
+                eps * stack(allowed),
+                lambda called, layer, part=part: _not_a_layer_norm(called, layer, part),
+            )
 
 
 def _module_comparisons(layers: Sequence[LayerTrace], io: InputsOutputs) -> Iterator[Comparison]:
@@ -171,9 +208,17 @@ def _module_comparisons(layers: Sequence[LayerTrace], io: InputsOutputs) -> Iter
     for part in LINEAR:
         yield compare("return W x + b", part, (_linear_difference(layer, part, io) for layer in layers))
         if part != "mlp_output":
-            yield compare("get what the module before it returns", part, (_input_difference(layer, part, io) for layer in layers))
+            yield compare(
+                "get what the module before it returns",
+                part,
+                (_input_difference(layer, part, io) for layer in layers),
+            )
         if part in ("query", "key", "value"):
-            yield compare("give the attention what it returns", part, (_head_difference(layer, part, io) for layer in layers))
+            yield compare(
+                "give the attention what it returns",
+                part,
+                (_head_difference(layer, part, io) for layer in layers),
+            )
     if layers[0].modules.pre_norm:
         yield compare("give its layer what it returns", "mlp_output", _output_differences(layers, io))
 
@@ -210,7 +255,9 @@ def _input_difference(layer: LayerTrace, part: str, io: InputsOutputs) -> tuple[
     if part != "intermediate":
         return _distance(given, layer.x, layer)
     given = layer.project(given, length=True)
-    return given.product - layer.projections["attention_norm returned"].product.to(given.product.device), given.length
+    return given.product - layer.projections["attention_norm returned"].product.to(
+        given.product.device
+    ), given.length
 
 
 def _head_difference(layer: LayerTrace, part: str, io: InputsOutputs) -> tuple[Tensor, Tensor]:
@@ -228,24 +275,45 @@ def _output_differences(layers: Sequence[LayerTrace], io: InputsOutputs) -> Iter
 
 
 def _eps(layers: Sequence[LayerTrace], x: Sequence[Projection]) -> float:
-    """What a comparison may differ by, relative to its terms: rounding of the tensors, of the products, and of sums over d numbers."""
-    stored = max(projection.eps for layer, one in zip(layers, x, strict=True) for projection in (one, *layer.projections.values()))
-    stored = max(stored, *(torch.finfo(layer.o.dtype).eps for layer in layers), *(_matrix_eps(layer) for layer in layers))
-    summed = max(torch.finfo(layer.q.dtype if layer.q.dtype == torch.float64 else torch.float32).eps for layer in layers)
+    """What a comparison may differ by, relative to its terms: rounding of the tensors, of the products, and
+    of sums over d numbers.
+    """
+    stored = max(
+        projection.eps
+        for layer, one in zip(layers, x, strict=True)
+        for projection in (one, *layer.projections.values())
+    )
+    stored = max(
+        stored,
+        *(torch.finfo(layer.o.dtype).eps for layer in layers),
+        *(_matrix_eps(layer) for layer in layers),
+    )
+    summed = max(
+        torch.finfo(layer.q.dtype if layer.q.dtype == torch.float64 else torch.float32).eps
+        for layer in layers
+    )
     return MARGIN * (stored + layers[0].x.shape[2] ** 0.5 * summed)
 
 
 def _matrix_eps(layer: LayerTrace) -> float:
-    """Rounding within the product with W_O: of quantised weights, and of float32 that the user lets torch multiply in fewer bits."""
+    """Rounding within the product with W_O: of quantised weights, and of float32 that the user lets torch
+    multiply in fewer bits.
+    """
     backends = torch.backends.cuda.matmul if layer.o.device.type == "cuda" else torch.backends.mkldnn.matmul
-    fewer = {"tf32": 2.0**-10, "bf16": 2.0**-7}.get(backends.fp32_precision, 0.0) if layer.o.dtype == torch.float32 else 0.0
+    fewer = (
+        {"tf32": 2.0**-10, "bf16": 2.0**-7}.get(backends.fp32_precision, 0.0)
+        if layer.o.dtype == torch.float32
+        else 0.0
+    )
     # an RMSNorm computes in float32 whatever the model's dtype
     added = 0.0 if layer.modules.added_norm is None else torch.finfo(torch.float32).eps
     return max(fewer, added, rounding_of(layer.modules.output))
 
 
 def attended_weight(m: LayerModules) -> Tensor | None:
-    """What the attention's output is multiplied by before it is added to the residual, (d,), beside an added norm's statistics."""
+    """What the attention's output is multiplied by before it is added to the residual, (d,), beside an added
+    norm's statistics.
+    """
     if m.added_norm is not None:
         return parameter(m.added_norm, "weight") + m.unit_offset
     return None if m.scale is None else parameter(*m.scale)
@@ -272,16 +340,22 @@ def _applied(called: nn.Module, layer: LayerTrace) -> Tensor:
 
 
 def _given_difference(layer: LayerTrace) -> tuple[Tensor, Tensor]:
-    """What W_O was given less the attention's output, along the direction, and its length; zeros where it's known by `_applied`."""
+    """What W_O was given less the attention's output, along the direction, and its length; zeros where it's
+    known by `_applied`.
+    """
     given = layer.projections.get("output given")
     if given is None:
         zeros = torch.zeros_like(layer.o[:, 0, :, 0], dtype=torch.float32)
         return zeros, zeros
-    return given.product - layer.project(layer.o.transpose(1, 2).flatten(2)).product.to(given.product.device), given.length
+    return given.product - layer.project(layer.o.transpose(1, 2).flatten(2)).product.to(
+        given.product.device
+    ), given.length
 
 
 def _norm_difference(layer: LayerTrace, part: str) -> tuple[Tensor, Tensor]:
-    """What a norm of another class returned less what a layer norm of its parts does, along u, and the length of its terms."""
+    """What a norm of another class returned less what a layer norm of its parts does, along u, and the length
+    of its terms.
+    """
     returned = layer.projections[f"{part} returned"].product
     if part not in layer.parts:
         return torch.zeros_like(returned), torch.ones_like(returned)
@@ -290,14 +364,18 @@ def _norm_difference(layer: LayerTrace, part: str) -> tuple[Tensor, Tensor]:
 
 
 def _layer_norm(layer: LayerTrace, part: str, z: Tensor) -> tuple[Tensor, Tensor]:
-    """A layer norm along the direction, from its input z along weight times the direction, and the length of its terms, (B, n) each."""
+    """A layer norm along the direction, from its input z along weight times the direction, and the length of
+    its terms, (B, n) each.
+    """
     parts, stats = layer.norm_parts(part), layer.norms[part]
     u = layer.directions[layer.x.shape[2], z.dtype, z.device]
     weight = torch.ones_like(u) if parts.weight is None else parts.weight.to(u.dtype)
     bias = torch.zeros_like(u) if parts.bias is None else parts.bias.to(u.dtype)
     expected = stats.rstd * (z - stats.mean * (weight @ u)) + bias @ u
     # the deviation from the mean, and the mean where it is large beside it, in the size of what is returned
-    size = (1 + (stats.mean * stats.rstd).abs()) * torch.linalg.vector_norm(weight) + torch.linalg.vector_norm(bias)
+    size = (1 + (stats.mean * stats.rstd).abs()) * torch.linalg.vector_norm(
+        weight
+    ) + torch.linalg.vector_norm(bias)
     return expected, size
 
 
@@ -305,7 +383,8 @@ def _not_the_sum(called: nn.Module, layer: LayerTrace) -> str:
     m = layer.modules
     norm = describe(called, m.output_norm if m.pre_norm else m.attention_norm)
     return (
-        f"the input of {norm} is not the residual sum that is decomposed, x + o W_O + b with W_O of {describe(called, m.output)}: "
+        f"the input of {norm} is not the residual sum that is decomposed, x + o W_O + b with W_O of "
+        f"{describe(called, m.output)}: "
         f"{_changed(called, m.block)}"
     )
 
@@ -313,7 +392,8 @@ def _not_the_sum(called: nn.Module, layer: LayerTrace) -> str:
 def _not_the_sum_after_the_mlp(called: nn.Module, layer: LayerTrace) -> str:
     m = layer.modules
     return (
-        f"the input of {describe(called, m.output_norm)} is not the sum of what {describe(called, m.attention_norm)} and "
+        f"the input of {describe(called, m.output_norm)} is not the sum of what "
+        f"{describe(called, m.attention_norm)} and "
         f"{describe(called, m.mlp_output)} return: {_changed(called, m.block)}"
     )
 
@@ -321,21 +401,30 @@ def _not_the_sum_after_the_mlp(called: nn.Module, layer: LayerTrace) -> str:
 def _not_the_output(called: nn.Module, layer: LayerTrace) -> str:
     m = layer.modules
     return (
-        f"what {describe(called, m.block)} passes on is not what its {describe(called, m.output_norm)} returns: "
+        f"what {describe(called, m.block)} passes on is not what its {describe(called, m.output_norm)} "
+        f"returns: "
         f"{_changed(called, m.block)}"
     )
 
 
 def _not_a_layer_norm(called: nn.Module, layer: LayerTrace, part: str) -> str:
-    return f"{describe(called, getattr(layer.modules, part))} doesn't compute a layer norm, which the decomposition goes through"
+    return (
+        f"{describe(called, getattr(layer.modules, part))} doesn't compute a layer norm, which the "
+        f"decomposition goes through"
+    )
 
 
 def _not_the_module(called: nn.Module, layer: LayerTrace, part: str, text: str) -> str:
-    return f"{describe(called, getattr(layer.modules, part))} doesn't {text}: {_changed(called, layer.modules.block)}"
+    return (
+        f"{describe(called, getattr(layer.modules, part))} doesn't {text}: "
+        f"{_changed(called, layer.modules.block)}"
+    )
 
 
 def _changed(called: nn.Module, block: nn.Module) -> str:
-    """Where a block may have been changed: modules with hooks or a forward pass of their own, or of a class that is not a stock one."""
+    """Where a block may have been changed: modules with hooks or a forward pass of their own, or of a class
+    that is not a stock one.
+    """
     suspects = [
         describe(called, module)
         for module in block.modules()

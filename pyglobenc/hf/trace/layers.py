@@ -24,7 +24,9 @@ class OwnScores:
 
 
 class LayerModules(NamedTuple):
-    """Modules of one transformer layer, by the part they play; None for a part that the architecture has in another shape."""
+    """Modules of one transformer layer, by the part they play; None for a part that the architecture has in
+    another shape.
+    """
 
     block: nn.Module  # called with the layer's input x
     attention: nn.Module  # the module that transformers hands to the attention function
@@ -37,7 +39,9 @@ class LayerModules(NamedTuple):
     mlp_output: nn.Module
     output_norm: nn.Module  # post-norm: after the MLP's residual sum; pre-norm: before the MLP
     pre_norm: bool = False
-    scale: tuple[nn.Module, str] | None = None  # module and name of a factor (d,) of the attention's output before the residual sum
+    scale: tuple[nn.Module, str] | None = (
+        None  # module and name of a factor (d,) of the attention's output before the residual sum
+    )
     added_norm: nn.Module | None = None  # RMSNorm of the attention's output before the residual sum
     unit_offset: bool = False  # added_norm multiplies by 1 + its weight
     # for attention that ignores transformers' interface: reads its arguments by name
@@ -45,7 +49,9 @@ class LayerModules(NamedTuple):
 
 
 class NormStats:
-    """Statistics of one norm in the forward pass, each (B, n); rstd includes eps; mean is None for an RMSNorm."""
+    """Statistics of one norm in the forward pass, each (B, n); rstd includes eps; mean is None for an
+    RMSNorm.
+    """
 
     def __init__(self, mean: Tensor | None, rstd: Tensor):
         """As norms return them, (B, n, 1)."""
@@ -92,7 +98,9 @@ class LayerTrace:
     # what `pyglobenc.hf.trace.checks` compares, and the directions that all layers share
     projections: dict[str, Projection] = field(default_factory=dict)
     directions: Directions = field(default_factory=Directions)
-    calls: Counter[str] = field(default_factory=Counter)  # of the modules, by the field's name in LayerModules
+    calls: Counter[str] = field(
+        default_factory=Counter
+    )  # of the modules, by the field's name in LayerModules
 
     def add_stats(self, part: str, stats: NormStats) -> None:
         """Keep a norm's statistics, after those of the tokens before."""
@@ -100,7 +108,9 @@ class LayerTrace:
         self.norms[part] = stats if before is None else before.followed_by(stats)
 
     def project(self, t: Tensor, **options: Any) -> Projection:
-        """A tensor (B, n, d) along the direction that all are compared in; options of `projections.project`."""
+        """A tensor (B, n, d) along the direction that all are compared in; options of
+        `projections.project`.
+        """
         return project(t, self.directions, **options)
 
     def keep(self, name: str, t: Tensor, **options: Any) -> None:
@@ -126,7 +136,9 @@ class LayerTrace:
 
 
 def outside(model: nn.Module, blocks: Container[nn.Module]) -> list[nn.Module]:
-    """The model and every module in it but the blocks and what is in them; modules() would walk those for most of its time."""
+    """The model and every module in it but the blocks and what is in them; modules() would walk those for
+    most of its time.
+    """
     found = [model]
     for module in found:
         found.extend(inner for inner in module._modules.values() if inner is not None and inner not in blocks)

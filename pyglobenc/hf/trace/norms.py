@@ -1,4 +1,6 @@
-"""What a norm computes: its weight, bias and eps, read off the stock modules, and of any other from what it returns."""
+"""What a norm computes: its weight, bias and eps, read off the stock modules, and of any other from what it
+returns.
+"""
 
 from typing import NamedTuple
 
@@ -28,16 +30,24 @@ def is_stock(norm: nn.Module) -> bool:
 def norm_parts(norm: nn.Module, d: int) -> NormParts:
     """Read the parts of a layer norm over d features.
 
-    A norm of another class (adapters around a norm, a fused norm, a user's own) is applied to four tokens. If it computes a layer norm,
-    these tell its weight, bias and eps. Whether it does is checked on the tokens of every call, in `pyglobenc.hf.trace.checks`.
+    A norm of another class (adapters around a norm, a fused norm, a user's own) is applied to four tokens. If
+    it computes a layer norm, these tell its weight, bias and eps. Whether it does is checked on the tokens of
+    every call, in `pyglobenc.hf.trace.checks`.
 
     Raises:
-        ValueError: the norm does not take single tokens of d features, or torch's own norm averages over more than the features.
+        ValueError: the norm does not take single tokens of d features, or torch's own norm averages over more
+            than the features.
     """
     if is_stock(norm):
         if tuple(norm.normalized_shape) != (d,):
-            raise ValueError(f"it normalises over {tuple(norm.normalized_shape)}, and not over the {d} features of single tokens")
-        read = {name: None if getattr(norm, name) is None else parameter(norm, name) for name in ("weight", "bias")}
+            raise ValueError(
+                f"it normalises over {tuple(norm.normalized_shape)}, and not over the {d} features of "
+                f"single tokens"
+            )
+        read = {
+            name: None if getattr(norm, name) is None else parameter(norm, name)
+            for name in ("weight", "bias")
+        }
         return NormParts(eps=norm.eps, **read)
     try:
         return _probed(norm, d)
@@ -47,7 +57,9 @@ def norm_parts(norm: nn.Module, d: int) -> NormParts:
 
 @torch.no_grad()
 def _probed(norm: nn.Module, d: int) -> NormParts:
-    """Parts of a layer norm from what it returns for a pattern of mean 0, large and small, and for its negative."""
+    """Parts of a layer norm from what it returns for a pattern of mean 0, large and small, and for its
+    negative.
+    """
     like = next((p for p in norm.parameters() if p.is_floating_point()), torch.empty(()))
     pattern = torch.ones(d, device=like.device)
     pattern[1::2] = -1

@@ -42,8 +42,12 @@ def wide(t: Tensor) -> Tensor:
     return t.float() if t.dtype in HALF else t
 
 
-def project(t: Tensor, directions: Directions, length: bool = False, weight: Tensor | None = None) -> Projection:
-    """Project t (B, n, d) on the direction, or on the direction times weight (d,); with the tokens' lengths where asked for."""
+def project(
+    t: Tensor, directions: Directions, length: bool = False, weight: Tensor | None = None
+) -> Projection:
+    """Project t (B, n, d) on the direction, or on the direction times weight (d,); with the tokens' lengths
+    where asked for.
+    """
     eps, t = torch.finfo(t.dtype).eps, wide(t)
     u = directions.of(t)
     product = t @ (u if weight is None else u * weight.to(t.dtype))

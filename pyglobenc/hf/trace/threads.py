@@ -1,7 +1,8 @@
 """A capture acts in the thread that made it. At the same time every other thread runs the plain model.
 
-What a capture changes is seen by all threads: hooks, a config's attention implementation, the compiler's stance. So hooks ask which
-thread calls them, a config answers each thread with its own attention implementation, and captures that overlap share one stance.
+What a capture changes is seen by all threads: hooks, a config's attention implementation, the compiler's
+stance. So hooks ask which thread calls them, a config answers each thread with its own attention
+implementation, and captures that overlap share one stance.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +24,8 @@ _STANCE: list[Any] = [None, 0]
 def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a module's hook so that it does nothing in other threads than this one.
 
-    Another thread that is calling the module's hooks may find the hook but not the note that it takes keyword arguments.
+    Another thread that is calling the module's hooks may find the hook but not the note that it takes keyword
+    arguments.
     """
     thread = get_ident()
 
@@ -35,7 +37,9 @@ def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def attention_in_this_thread(configs: Iterable[PreTrainedConfig], name: str) -> Iterator[None]:
-    """Context within which configs name an attention implementation to this thread, and what they named before to all others."""
+    """Context within which configs name an attention implementation to this thread, and what they named
+    before to all others.
+    """
     # a set would ask the configs for a hash
     configs, thread = list({id(config): config for config in configs}.values()), get_ident()
     with _LOCK:
@@ -76,7 +80,11 @@ def _by_thread(kind: type) -> type:
             # a copy, or what is loaded from a file, is of the plain class
             return _new, (kind,), *super().__reduce_ex__(protocol)[2:]
 
-    ByThread.__name__, ByThread.__qualname__, ByThread.__module__ = kind.__name__, kind.__qualname__, kind.__module__
+    ByThread.__name__, ByThread.__qualname__, ByThread.__module__ = (
+        kind.__name__,
+        kind.__qualname__,
+        kind.__module__,
+    )
     return ByThread
 
 

@@ -1,7 +1,7 @@
 """Run a model's forward pass in float64 without a float64 copy of the model.
 
-Parameters are widened one at a time, where a function of torch.nn.functional reads them. The autograd graph keeps the narrow weights
-and widens them again for the gradient, so memory holds one widened weight.
+Parameters are widened one at a time, where a function of torch.nn.functional reads them. The autograd graph
+keeps the narrow weights and widens them again for the gradient, so memory holds one widened weight.
 """
 
 from collections.abc import Callable
@@ -28,13 +28,17 @@ class WideLinear(torch.autograd.Function):
 
 
 class WideParameters(TorchFunctionMode):
-    """Inside, linear, layer_norm, embedding and conv2d compute in `dtype`, whatever their parameters' dtype."""
+    """Inside, linear, layer_norm, embedding and conv2d compute in `dtype`, whatever their parameters'
+    dtype.
+    """
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
         self.dtype = dtype
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is F.linear:
             return WideLinear.apply(*_linear_args(self.dtype, *args, **kwargs))
@@ -49,5 +53,7 @@ class WideParameters(TorchFunctionMode):
         return value.to(self.dtype) if isinstance(value, Tensor) else value
 
 
-def _linear_args(dtype: torch.dtype, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _linear_args(
+    dtype: torch.dtype, input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     return input.to(dtype), weight, bias

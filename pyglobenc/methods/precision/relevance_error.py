@@ -1,19 +1,21 @@
 """Expected rounding error of relevance, from one pass: an observer of the relevance rules.
 
-Squared errors, in units of the squared rounding unit of the forward pass, as if errors were independent. Up through the forward pass
-(`forward_errors`) every operation adds the square of what it returns and passes on the error of what it reads: a Linear by the mean norm
-of its rows, a LayerNorm by gamma / std, an activation where it is positive, attention by
+Squared errors, in units of the squared rounding unit of the forward pass, as if errors were independent. Up
+through the forward pass (`forward_errors`) every operation adds the square of what it returns and passes on
+the error of what it reads: a Linear by the mean norm of its rows, a LayerNorm by gamma / std, an activation
+where it is positive, attention by
 
     o = sum_j alpha_j v_j:    sum_j alpha_j^2 (var v_j + scaling^2 var(q . k_j) (v_j - o)^2)
 
 Down again, `ObservedRules` carries the squared relative error e of every token's relevance R:
 
-    division by b                     adds  var b / b^2, at most 1 in absolute units: a divisor that may be 0 loses its quotient, no more
-    shares w of a residual sum        e  ->  (1 - 2 w) e + sum w^2 e        a term that dominates the total is divided by itself
-    sum of relevances R = sum R_k     sum R_k^2 e_k / R^2
+    division by b                     adds  var b / b^2, at most 1 in absolute units: a divisor that may be 0
+    loses its quotient, no more shares w of a residual sum        e  ->  (1 - 2 w) e + sum w^2 e        a term
+    that dominates the total is divided by itself sum of relevances R = sum R_k     sum R_k^2 e_k / R^2
     Linear rule                       the token's mean, weighted with R^2
 
-A step of the rollout moves the scores by that part of what it adds to them. The error of s = R_o / o stands for the map's rows.
+A step of the rollout moves the scores by that part of what it adds to them. The error of s = R_o / o stands
+for the map's rows.
 """
 
 from collections.abc import Iterator
@@ -33,7 +35,8 @@ from pyglobenc.methods.relevance.states import States
 TINY = 1e-30
 # queries of an example that stand for all of them
 SAMPLED = 16
-# every so many rows of a weight give the mean norm of its rows to a few percent, for a share of the time that all would take
+# every so many rows of a weight give the mean norm of its rows to a few percent, for a share of the time that
+# all would take
 ROWS = 8
 # of a query's |R_alpha| one pair of which q . k is small takes about this share: fitted to random models
 SHARE = 1 / 8
@@ -65,10 +68,14 @@ def forward_errors(states: States) -> list[LayerError]:
         merged, attended = states.input_output(m.output)
         read = _after_norm(x, layer, "attention_norm", states.input_output(m.query)[0]) if m.pre_norm else x
         o, qk = _attention_error(layer, read.mean(-1, keepdim=True))
-        at_sum, attended_error = _after_sum(attended, layer.x, x, o.mean((1, 3))[..., None] + _mean_square(merged), m.output)
+        at_sum, attended_error = _after_sum(
+            attended, layer.x, x, o.mean((1, 3))[..., None] + _mean_square(merged), m.output
+        )
         at_y = _after_norm(at_sum, layer, "output_norm" if m.pre_norm else "attention_norm", y)
         active = (hidden > 0).mean(-1, keepdim=True, dtype=y.dtype)
-        within = active * at_y.mean(-1, keepdim=True) * _row_norm(m.intermediate, y) + 2 * _mean_square(hidden)
+        within = active * at_y.mean(-1, keepdim=True) * _row_norm(m.intermediate, y) + 2 * _mean_square(
+            hidden
+        )
         residual, error = (layer.x + attended, at_sum) if m.pre_norm else (y, at_y)
         x, returned_error = _after_sum(mlp, residual, error, within, m.mlp_output)
         errors.append(LayerError(returned_error, attended_error, o, qk))
@@ -78,19 +85,25 @@ def forward_errors(states: States) -> list[LayerError]:
 
 
 def _attention_error(layer: LayerTrace, read: Tensor) -> tuple[Tensor, Tensor]:
-    """o and qk of `LayerError`; read (B, n, 1): squared error of what queries, keys and values are projected from."""
+    """o and qk of `LayerError`; read (B, n, 1): squared error of what queries, keys and values are projected
+    from.
+    """
     m, read = layer.modules, read[:, None]
     at_q, at_k, at_v = (read * _row_norm(module, read) for module in (m.query, m.key, m.value))
     rows, hidden, share = _sample(layer)
     index = rows[:, None, :, None]
     q, o = (take_queries(t, rows) for t in (layer.q, layer.o))
     scores = (q @ layer.k.transpose(2, 3)).mul_(layer.scaling)
-    alpha_sq = (scores if hidden is None else scores.masked_fill_(hidden, float("-inf"))).softmax(-1).square_()
+    alpha_sq = (
+        (scores if hidden is None else scores.masked_fill_(hidden, float("-inf"))).softmax(-1).square_()
+    )
     # a part common to all scores changes nothing
     k_sq = (layer.k - share @ layer.k).square_()
     moved = (q.square() @ k_sq.transpose(2, 3)).mul_(3)
     moved.addcmul_(at_q.gather(2, index), k_sq.sum(-1)[:, :, None])
-    moved.addcmul_(q.square().sum(-1, keepdim=True), at_k.transpose(2, 3)).mul_(alpha_sq).mul_(layer.scaling**2)
+    moved.addcmul_(q.square().sum(-1, keepdim=True), at_k.transpose(2, 3)).mul_(alpha_sq).mul_(
+        layer.scaling**2
+    )
     v_sq = layer.v.square()
     # moved (v - o)^2
     spread = moved @ v_sq + moved.sum(-1, keepdim=True) * o.square() - 2 * o * (moved @ layer.v)
@@ -102,8 +115,9 @@ def _attention_error(layer: LayerTrace, read: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sample(layer: LayerTrace) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Rows (B, SAMPLED) spread evenly over the real tokens, which keys are padding, (B, 1, 1, n) or None, and 1 / the number of real
-    tokens at each of them, (B, 1, 1, n)."""
+    """Rows (B, SAMPLED) spread evenly over the real tokens, which keys are padding, (B, 1, 1, n) or None, and
+    1 / the number of real tokens at each of them, (B, 1, 1, n).
+    """
     x, mask = layer.x, layer.key_mask
     steps = torch.arange(SAMPLED, device=x.device)
     if mask is None:
@@ -111,18 +125,27 @@ def _sample(layer: LayerTrace) -> tuple[Tensor, Tensor | None, Tensor]:
         return (steps * n // SAMPLED).expand(batch, -1), None, x.new_full((batch, 1, 1, n), 1 / n)
     count = mask.sum(1, keepdim=True)
     real = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-    return real.gather(1, steps * count // SAMPLED), ~mask[:, None, None], (mask / count).to(x.dtype)[:, None, None]
+    return (
+        real.gather(1, steps * count // SAMPLED),
+        ~mask[:, None, None],
+        (mask / count).to(x.dtype)[:, None, None],
+    )
 
 
 def _after_sum(a: Tensor, b: Tensor, at_b: Tensor, read: Tensor, module: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Error of a + b, (B, n, d), and relative of a division by it; a: returned by a module that read the error `read` (B, n, 1)."""
+    """Error of a + b, (B, n, d), and relative of a division by it; a: returned by a module that read the
+    error `read` (B, n, 1).
+    """
     square = (a + b).square_().add_(GUARD**2)
     error = (square + at_b).addcmul_(a, a).add_(read * _row_norm(module, a))
     return error, error / square
 
 
 def _after_norm(error: Tensor, layer: LayerTrace, norm: str, returned: Tensor) -> Tensor:
-    scale = layer.norm_weight(norm).to(error.dtype).square() * layer.norms[norm].rstd.to(error.dtype).square()[..., None]
+    scale = (
+        layer.norm_weight(norm).to(error.dtype).square()
+        * layer.norms[norm].rstd.to(error.dtype).square()[..., None]
+    )
     return returned.square().addcmul_(error, scale)
 
 
@@ -158,7 +181,9 @@ class ObservedRules:
         errors = forward_errors(states)
         self._of_layer = {id(layer): error for layer, error in zip(states.layers, errors, strict=True)}
         # the sums' errors in the order in which relevance comes to them
-        self._sums: Iterator[Tensor] = (e for error in reversed(errors) for e in (error.returned, error.attended))
+        self._sums: Iterator[Tensor] = (
+            e for error in reversed(errors) for e in (error.returned, error.attended)
+        )
         # squared relative error (B, n, 1) of tensors of relevance; that of a head is a rounding
         self._errors = WeakIdKeyDictionary()
         self._row: tuple[Tensor, Tensor] | None = None  # of the rollout, (B, n), and its squared error
@@ -217,14 +242,17 @@ class ObservedRules:
             self._keep(part, error)
         return parts, rolled
 
-    def roll(self, layer: LayerTrace, grad_o: Tensor | None, s: Tensor, roll: Tensor, normalize: bool) -> Tensor:
+    def roll(
+        self, layer: LayerTrace, grad_o: Tensor | None, s: Tensor, roll: Tensor, normalize: bool
+    ) -> Tensor:
         rolled = self.rules.roll(layer, grad_o, s, roll, normalize)
         self._step(s, roll, rolled)
         return rolled
 
     def estimated_error(self) -> Tensor:
-        """Expected relative L2 error (B,) of what relevance was last followed to: the rollout's row, or a layer's, without the entry of
-        the token that the head reads, or the input's relevance."""
+        """Expected relative L2 error (B,) of what relevance was last followed to: the rollout's row, or a
+        layer's, without the entry of the token that the head reads, or the input's relevance.
+        """
         last, own = self._last, self._states.own(self._last.device)
         if self._row is not None:
             row, moved = (t if own is None else t.scatter(1, own.to(t.device), 0) for t in self._row)
@@ -233,14 +261,20 @@ class ObservedRules:
             squared = self._error(last).expand(-1, last.shape[2], 1)[..., 0]
             squared = squared.mean(1) if own is None else squared.gather(1, own)[:, 0]
         else:
-            squared = (self._error(last) * _size(last)).sum((1, 2)) / last.sum(-1).square().sum(1).clamp_(min=TINY)
+            squared = (self._error(last) * _size(last)).sum((1, 2)) / last.sum(-1).square().sum(1).clamp_(
+                min=TINY
+            )
         return squared.sqrt().double() * self._unit
 
     def _step(self, s: Tensor, before: Tensor, after: Tensor) -> None:
-        """Add to the row's error what a layer's map brought to it, before and after (B, 1, n): the error of the queries that it is from."""
+        """Add to the row's error what a layer's map brought to it, before and after (B, 1, n): the error of
+        the queries that it is from.
+        """
         before, after = before[:, 0], after[:, 0]
         weight = before.square() * _of_heads(s)[..., 0]
-        error = (weight * self._error(s)[..., 0]).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_(min=TINY)
+        error = (weight * self._error(s)[..., 0]).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_(
+            min=TINY
+        )
         moved = (after - before).square() * error
         self._row = after, moved if self._row is None else moved + self._row[1].to(moved.device)
 

@@ -1,7 +1,9 @@
-"""The head of transformer attribution: a chain of Linear modules from one logit down to the last layer's output, verified.
+"""The head of transformer attribution: a chain of Linear modules from one logit down to the last layer's
+output, verified.
 
-The published rules cover Linear modules, functions of each entry alone (activations, dropout), layer norms, and reading one token. A
-sum or mean over tokens is a Linear function with equal positive weights. Any other head has no rule and is refused.
+The published rules cover Linear modules, functions of each entry alone (activations, dropout), layer norms,
+and reading one token. A sum or mean over tokens is a Linear function with equal positive weights. Any other
+head has no rule and is refused.
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +24,9 @@ SELECTED = "the head reads several tokens, which a graph isn't recorded for"
 
 @dataclass
 class LinearStep:
-    """A Linear module with what it read and returned, each (B, 1, d) at the token read; below a sum over tokens (B, n, d)."""
+    """A Linear module with what it read and returned, each (B, 1, d) at the token read; below a sum over
+    tokens (B, n, d).
+    """
 
     module: nn.Linear
     given: Tensor
@@ -65,7 +69,9 @@ class Head:
 
 
 class _Point(NamedTuple):
-    """A tensor that carries the whole logit: its place in the graph, and the call that read or returned it; the last layer's: None."""
+    """A tensor that carries the whole logit: its place in the graph, and the call that read or returned it;
+    the last layer's: None.
+    """
 
     t: Tensor
     edge: GradientEdge
@@ -73,7 +79,9 @@ class _Point(NamedTuple):
     returned: bool
 
 
-def follow_head(called: nn.Module, record: HeadRecord, logit: Tensor, contrast: bool, real: Tensor | None) -> Head:
+def follow_head(
+    called: nn.Module, record: HeadRecord, logit: Tensor, contrast: bool, real: Tensor | None
+) -> Head:
     """Find the chain from the explained logit down, and check that it is the whole head.
 
     Args:
@@ -98,7 +106,14 @@ class _Chain:
 
     def follow(self, contrast: bool, real: Tensor | None) -> Head:
         points = self._points()
-        first = next((i for i, p in enumerate(points) if p.call and p.returned and isinstance(p.call.module, nn.Linear)), None)
+        first = next(
+            (
+                i
+                for i, p in enumerate(points)
+                if p.call and p.returned and isinstance(p.call.module, nn.Linear)
+            ),
+            None,
+        )
         if first is None:
             raise _refusal(self._why_no_linear())
         upper = points[first]
@@ -131,10 +146,14 @@ class _Chain:
             shares = (weights > 0).to(top.dtype)
             shares /= shares.sum(1, keepdim=True)
             above = next(i for i, step in enumerate(steps) if isinstance(step, SumStep))
-            steps[:above] = [LinearStep(s.module, _at(s.given, None), _at(s.returned, None)) for s in steps[:above]]
+            steps[:above] = [
+                LinearStep(s.module, _at(s.given, None), _at(s.returned, None)) for s in steps[:above]
+            ]
         if real is not None:
             inside = ~((shares > 0) & ~real.to(shares.device)).any()
-            self.checks.append((inside, "it reads padding tokens; give texts of one length, or one at a time"))
+            self.checks.append(
+                (inside, "it reads padding tokens; give texts of one length, or one at a time")
+            )
         head = Head(steps, index, other, shares, position if weights is None else None)
         self._replay(head)
         self._require()
@@ -148,20 +167,29 @@ class _Chain:
             raise _refusal(why)
         points = []
         for call in reversed(record.calls):
-            for t, edge, returned in ((call.returned, call.returned_edge, True), (call.given, call.given_edge, False)):
+            for t, edge, returned in (
+                (call.returned, call.returned_edge, True),
+                (call.given, call.given_edge, False),
+            ):
                 if self._shape(t) is not None and record.carries(logit, edge):
                     points.append(_Point(t, edge, call, returned))
         return [*points, _Point(record.top, get_gradient_edge(record.top), None, True)]
 
     def _why_no_linear(self) -> str:
-        beside = [call for call in self.record.calls if isinstance(call.module, nn.Linear) and self.record.leads_to(self.logit, call)]
+        beside = [
+            call
+            for call in self.record.calls
+            if isinstance(call.module, nn.Linear) and self.record.leads_to(self.logit, call)
+        ]
         if len(beside) > 1:
             names = " and ".join(dict.fromkeys(self.names.get(call.module, "a Linear") for call in beside))
             return f"the logit is computed on several ways side by side, through {names}"
         return "no Linear module returns the logit"
 
     def _top(self, point: _Point, contrast: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Which output of the first Linear module the logit is, (B,), which is subtracted, and the token of a head on every token."""
+        """Which output of the first Linear module the logit is, (B,), which is subtracted, and the token of a
+        head on every token.
+        """
         name, size = self._name(point), len(self.logit)
         (row,) = torch.autograd.grad(self.logit.sum(), point.edge, retain_graph=True)
         out, row, position = point.t.detach()[:size], row[:size], None
@@ -177,14 +205,21 @@ class _Chain:
             expected.scatter_(1, other[:, None], -1)
         value, scale = (out * row).sum(1), (out * row).abs().sum(1)
         near = (value - self.logit.detach().to(out.device)).abs() <= rounding(out) * scale
-        self.checks.append(((row == expected).all() & near.all(), f"the logit isn't an output of {name}; is it scaled, or a probability?"))
+        self.checks.append(
+            (
+                (row == expected).all() & near.all(),
+                f"the logit isn't an output of {name}; is it scaled, or a probability?",
+            )
+        )
         repeat = len(self.record.top) // size
         return tuple(None if t is None else t.repeat(repeat) for t in (index, other, position))
 
     def _linear(self, call: Call) -> LinearStep:
         module = call.module
         if not is_plain(module.weight):
-            raise _refusal(f"the weights of {self.names[module]} aren't a plain matrix; load the model unquantised")
+            raise _refusal(
+                f"the weights of {self.names[module]} aren't a plain matrix; load the model unquantised"
+            )
         if call.given._version != call.versions[0]:
             raise _refusal(f"the input of {self.names[module]} is changed in place afterwards")
         # accelerate may fetch it inside the call
@@ -207,23 +242,33 @@ class _Chain:
             self.checks.append((error <= bound, f"{self.names[norm]} is no layer norm"))
 
     def _check_entries(self, upper: _Point, lower: _Point, where: str) -> None:
-        """Check that each entry of upper is a function of one entry of lower: the same two products with the Jacobian, scaled."""
+        """Check that each entry of upper is a function of one entry of lower: the same two products with the
+        Jacobian, scaled.
+        """
         if upper.t.numel() != lower.t.numel():
             raise _refusal(f"{where} joins or reshapes tensors")
         seeds = [direction(upper.t, seed) for seed in (1, 2)]
-        products = [torch.autograd.grad([upper.edge], [lower.edge], [seed], retain_graph=True)[0] for seed in seeds]
-        one, two = (product * seed.to(product.device).view_as(product) for product, seed in zip(products, reversed(seeds), strict=True))
+        products = [
+            torch.autograd.grad([upper.edge], [lower.edge], [seed], retain_graph=True)[0] for seed in seeds
+        ]
+        one, two = (
+            product * seed.to(product.device).view_as(product)
+            for product, seed in zip(products, reversed(seeds), strict=True)
+        )
         what = f"{where} mixes features or tokens by something other than a Linear module or nn.LayerNorm"
         self._equal(one, two, rounding(upper.t, lower.t), what)
 
     def _pooled(self, upper: _Point, lower: _Point, where: str) -> tuple[Tensor | None, Tensor | None]:
-        """The token (B,) whose entries upper is a function of; or, of a sum over tokens, None and the tokens' weights, (B, n)."""
+        """The token (B,) whose entries upper is a function of; or, of a sum over tokens, None and the tokens'
+        weights, (B, n).
+        """
         batch, _, d = lower.t.shape
         if upper.t.numel() != batch * d:
             raise _refusal(f"{where} joins or reshapes tensors")
         seeds = [direction(upper.t, seed).view(batch, 1, d) for seed in (1, 2)]
         products = [
-            torch.autograd.grad([upper.edge], [lower.edge], [seed.view(upper.t.shape)], retain_graph=True)[0] for seed in seeds
+            torch.autograd.grad([upper.edge], [lower.edge], [seed.view(upper.t.shape)], retain_graph=True)[0]
+            for seed in seeds
         ]
         read = (products[0] != 0).any(-1)
         count = read.sum(1)
@@ -262,12 +307,17 @@ class _Chain:
                 rows = head.index.to(weight.device)
                 returned = returned.reshape(len(rows), -1).gather(1, rows[:, None].to(returned.device))
                 terms, bias = x.reshape(len(rows), -1) * weight[rows].to(dtype), bias[rows].to(dtype)[:, None]
-                expected, scale = terms.sum(1, keepdim=True) + bias, terms.abs().sum(1, keepdim=True) + bias.abs()
+                expected, scale = (
+                    terms.sum(1, keepdim=True) + bias,
+                    terms.abs().sum(1, keepdim=True) + bias.abs(),
+                )
             else:
                 weight, bias = weight.to(dtype), bias.to(dtype)
                 expected, scale = F.linear(x, weight, bias), F.linear(x.abs(), weight.abs(), bias.abs())
             near = (expected - returned).abs() <= rounding(returned, step.given) * scale
-            self.checks.append((near.all(), f"{self.names[module]} doesn't return its input times its weight"))
+            self.checks.append(
+                (near.all(), f"{self.names[module]} doesn't return its input times its weight")
+            )
 
     def _equal(self, one: Tensor, two: Tensor, relative: float, message: str) -> None:
         """Both are one product of a few factors: they differ by roundings of the larger entries."""
@@ -282,7 +332,13 @@ class _Chain:
         def error() -> ValueError:
             if not bool(torch.isfinite(self.logit).all()):
                 return not_finite("TransformerAttribution", self.called)
-            return _refusal(next(message for (_, message), fine in zip(self.checks, holds.tolist(), strict=True) if not fine))
+            return _refusal(
+                next(
+                    message
+                    for (_, message), fine in zip(self.checks, holds.tolist(), strict=True)
+                    if not fine
+                )
+            )
 
         require(holds.all(), error)
 
@@ -291,10 +347,16 @@ class _Chain:
         top = self.record.top
         if self.record.of_tokens(t):
             return "tokens"
-        return "pooled" if t.dim() > 1 and len(t) == len(top) and t.numel() == len(top) * t.shape[-1] else None
+        return (
+            "pooled" if t.dim() > 1 and len(t) == len(top) and t.numel() == len(top) * t.shape[-1] else None
+        )
 
     def _name(self, point: _Point) -> str:
-        return "the last layer" if point.call is None else self.names.get(point.call.module, type(point.call.module).__name__)
+        return (
+            "the last layer"
+            if point.call is None
+            else self.names.get(point.call.module, type(point.call.module).__name__)
+        )
 
 
 def _refusal(reason: str) -> ValueError:
@@ -302,7 +364,9 @@ def _refusal(reason: str) -> ValueError:
 
 
 def _at(t: Tensor, position: Tensor | None) -> Tensor:
-    """The token `position` (B,) of t (B, n, d), (B, 1, d); a t of one vector for each example holds it already."""
+    """The token `position` (B,) of t (B, n, d), (B, 1, d); a t of one vector for each example holds it
+    already.
+    """
     if t.dim() == 2 or t.shape[1] == 1:
         return t.reshape(len(t), 1, -1)
     return t[torch.arange(len(t), device=t.device), position.to(t.device)][:, None]

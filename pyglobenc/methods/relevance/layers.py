@@ -26,7 +26,9 @@ class Residual:
 
 
 def head_relevance(states: States, rules: Rules) -> Tensor:
-    """Relevance of the last layer's output, (B, n, d): 1 at the explained logit, down the head, at the tokens that the head reads."""
+    """Relevance of the last layer's output, (B, n, d): 1 at the explained logit, down the head, at the tokens
+    that the head reads.
+    """
     head, top = states.head, states.head.steps[0]
     weight = top.module.weight.detach()
     row = weight[head.index.to(weight.device)].to(states.dtype)
@@ -69,14 +71,19 @@ def down_to_attention(states: States, index: int, r: Tensor, rules: Rules) -> tu
 def below_attention(states: States, residual: Residual, parts: Sequence[Tensor], rules: Rules) -> Tensor:
     """From the relevance of q, k and v, (B, n, d) each, to that of the layer's input, (B, n, d)."""
     m = residual.layer.modules
-    inputs = [rules.linear(part, module, *states.input_output(module)) for part, module in zip(parts, (m.query, m.key, m.value), strict=True)]
+    inputs = [
+        rules.linear(part, module, *states.input_output(module))
+        for part, module in zip(parts, (m.query, m.key, m.value), strict=True)
+    ]
     # before ViT's norm the published code has one Linear for all three, whose relevances add
     r = rules.total(inputs) if m.pre_norm else rules.clone(inputs, residual.x)
     return rules.clone([r, residual.r], residual.x)
 
 
 def pixel_relevance(model: PreTrainedModel, states: States, r: Tensor, rules: Rules) -> Tensor:
-    """Relevance of every pixel, summed over channels, (B, height, width), from that of the first layer's input, (B, n, d)."""
+    """Relevance of every pixel, summed over channels, (B, height, width), from that of the first layer's
+    input, (B, n, d).
+    """
     base = model.base_model
     convolution = patch_projection(base)
     pixels, patches = states.input_output(convolution)
@@ -84,14 +91,18 @@ def pixel_relevance(model: PreTrainedModel, states: States, r: Tensor, rules: Ru
     tokens = torch.cat([*prefix, patches.flatten(2).transpose(1, 2)], dim=1)
     positions = position_embeddings(base).detach().to(pixels.dtype)
     if positions.shape[1] != tokens.shape[1]:
-        raise ValueError("TransformerAttribution: relevance of pixels needs the image size that the model was trained for")
+        raise ValueError(
+            "TransformerAttribution: relevance of pixels needs the image size that the model was trained for"
+        )
     r, _ = rules.add(r, tokens, positions.expand_as(tokens))
     r = r[:, len(prefix) :].transpose(1, 2).reshape_as(patches)
     return _convolution(r, pixels, convolution).sum(1)
 
 
 def _convolution(r: Tensor, x: Tensor, module: torch.nn.Conv2d) -> Tensor:
-    """Relevance of images x (B, C, height, width): between the image's extremes for 3 channels, else the rule of a Linear layer."""
+    """Relevance of images x (B, C, height, width): between the image's extremes for 3 channels, else the rule
+    of a Linear layer.
+    """
     weight = module.weight.detach().to(r.dtype)
     options = {"stride": module.stride, "padding": module.padding}
     positive, negative = weight.clamp(min=0), weight.clamp(max=0)

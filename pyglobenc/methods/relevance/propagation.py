@@ -28,8 +28,8 @@ class RelevancePropagation:
         normalize: divide the rows of I + A by their sums, as the published BERT code does.
 
     Attributes:
-        token_sums: by layer, (B, n): relevance of the layer's input summed over the hidden size; by the number of layers, that of the
-            last layer's output.
+        token_sums: by layer, (B, n): relevance of the layer's input summed over the hidden size; by the
+            number of layers, that of the last layer's output.
         maps: by name and layer; see `RelevancePropagation.keep`.
     """
 
@@ -45,11 +45,14 @@ class RelevancePropagation:
         """The row that a rollout starts from, (B, 1, n): each token's share in what the head reads."""
         return self.states.packed(self.states.head.shares)[:, None].to(self.states.layers[-1].x.device)
 
-    def roll_out(self, start_layer: int, lowest: int, names: tuple[str, ...] = ()) -> tuple[Tensor, Tensor | None]:
-        """Row of the rollout from the top layer to start_layer, (B, n), and the relevance of the input, (B, n, d).
+    def roll_out(
+        self, start_layer: int, lowest: int, names: tuple[str, ...] = ()
+    ) -> tuple[Tensor, Tensor | None]:
+        """Row of the rollout from the top layer to start_layer, (B, n), and the relevance of the input, (B,
+        n, d).
 
-        Relevance goes down to the input of layer `lowest`; with lowest = start_layer + 1 the last layer only takes part in the rollout
-        and the relevance is None. names: maps to keep, of MAPS.
+        Relevance goes down to the input of layer `lowest`; with lowest = start_layer + 1 the last layer only
+        takes part in the rollout and the relevance is None. names: maps to keep, of MAPS.
         """
         states, rules, depth = self.states, self.rules, len(self.states.layers)
         roll, r = self.start_row(), head_relevance(states, rules)
@@ -89,16 +92,22 @@ class RelevancePropagation:
         return torch.cat(rows, 2)
 
     def _share(self, tensors: Sequence[Tensor | None], options: dict[str, Any], start: Tensor) -> Tensor:
-        """Row `start` (B, 1, n) of tokens' shares times the map of one layer, (B, 1, n), a block of the map's rows at a time."""
+        """Row `start` (B, 1, n) of tokens' shares times the map of one layer, (B, 1, n), a block of the map's
+        rows at a time.
+        """
         if self.states.head.position is not None:
             return relevance_maps(*tensors, rows=start[:, 0].argmax(1, keepdim=True), **options)
         blocks = torch.arange(start.shape[2], device=start.device).expand(len(start), -1).split(ROW_BLOCK, 1)
-        return sum(start.gather(2, rows[:, None]) @ relevance_maps(*tensors, rows=rows, **options) for rows in blocks)
+        return sum(
+            start.gather(2, rows[:, None]) @ relevance_maps(*tensors, rows=rows, **options) for rows in blocks
+        )
 
     def _map_arguments(self, index: int, s: Tensor) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
         """Tensors and options of `relevance_maps`."""
         layer, grad = self.states.layers[index], self.states.grads[index] if self.gradient else None
-        options = dict(key_mask=layer.key_mask, scaling=layer.scaling, window=layer.window, backend=self.rules.backend)
+        options = dict(
+            key_mask=layer.key_mask, scaling=layer.scaling, window=layer.window, backend=self.rules.backend
+        )
         return (layer.q, layer.k, layer.v, layer.lse, grad, s), options
 
     def _keep(self, names: tuple[str, ...], index: int, s: Tensor) -> None:
@@ -117,4 +126,8 @@ class RelevancePropagation:
         if layer.key_mask is not None:
             alpha.masked_fill_(~layer.key_mask[:, None, None, :], 0)
         values = layer.v.transpose(2, 3)
-        return {"alpha": alpha, "R_alpha": alpha * (s @ values) / 2, "grad_alpha": self.states.grads[index] @ values}
+        return {
+            "alpha": alpha,
+            "R_alpha": alpha * (s @ values) / 2,
+            "grad_alpha": self.states.grads[index] @ values,
+        }

@@ -1,4 +1,6 @@
-"""One forward pass with gradients: everything that the relevance rules read, for layers that the rules cover."""
+"""One forward pass with gradients: everything that the relevance rules read, for layers that the rules
+cover.
+"""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -28,14 +30,16 @@ from pyglobenc.methods.relevance.target import Index, Target, find_target
 
 @dataclass
 class States:
-    """Tensors of one forward pass; n includes padding. B counts every example twice where it ran a second time beside the first. Packed
-    sequences are one example of all their tokens, but S of the target and the output.
+    """Tensors of one forward pass; n includes padding. B counts every example twice where it ran a second
+    time beside the first. Packed sequences are one example of all their tokens, but S of the target and the
+    output.
 
     Attributes:
         layers: captured layers, first to last, detached.
-        grads: gradient of the explained logit with respect to each layer's attention output, (B, H, n, dh); None below the lowest
-            layer asked for.
-        io: input and output of every Linear module of the layers, and of ViT's convolution, detached; see `input_output`.
+        grads: gradient of the explained logit with respect to each layer's attention output, (B, H, n, dh);
+            None below the lowest layer asked for.
+        io: input and output of every Linear module of the layers, and of ViT's convolution, detached; see
+            `input_output`.
         head: the way from the logit down to the last layer's output.
         target: the logit explained.
         output: what the model returned, for the examples as they are.
@@ -72,8 +76,12 @@ class States:
         """Which tokens are all that their example has, (B, n) or (1, N) bool."""
         layer = self.layers[0]
         if layer.cu_seqlens is not None:
-            return per_token((layer.cu_seqlens.diff() == 1)[:, None].to(layer.x.device), layer.cu_seqlens)[:, 0]
-        mask = torch.ones_like(layer.x[..., 0], dtype=torch.bool) if layer.key_mask is None else layer.key_mask
+            return per_token((layer.cu_seqlens.diff() == 1)[:, None].to(layer.x.device), layer.cu_seqlens)[
+                :, 0
+            ]
+        mask = (
+            torch.ones_like(layer.x[..., 0], dtype=torch.bool) if layer.key_mask is None else layer.key_mask
+        )
         return mask & (mask.sum(1, keepdim=True) == 1)
 
     @property
@@ -86,14 +94,18 @@ class States:
         return tuple(t.chunk(2, 0 if self.layers[0].cu_seqlens is None else 1)) if self.twice else (t, None)
 
     def pooled_index(self, device: torch.device) -> Tensor | None:
-        """Index of the tokens read along the axis of tokens, (B, 1), of packed sequences (1, S); None where the head reads several."""
+        """Index of the tokens read along the axis of tokens, (B, 1), of packed sequences (1, S); None where
+        the head reads several.
+        """
         if self.head.position is None:
             return None
         position, cu_seqlens = self.head.position.to(device), self.layers[0].cu_seqlens
         return position[:, None] if cu_seqlens is None else (position + cu_seqlens[:-1].to(device))[None]
 
     def packed(self, t: Tensor) -> Tensor:
-        """t (B, n, ...), of packed sequences padded (S, n, ...), along the axis of tokens: the same, or (1, N, ...)."""
+        """t (B, n, ...), of packed sequences padded (S, n, ...), along the axis of tokens: the same, or (1,
+        N, ...).
+        """
         cu_seqlens = self.layers[0].cu_seqlens
         return t if cu_seqlens is None else t[real_tokens(cu_seqlens).to(t.device)][None]
 
@@ -116,8 +128,8 @@ def run_forward(
         target: target, contrast and position of the call.
         dtype: float32, float64 or None; float64 on a narrower model widens the forward pass too.
         lowest: first layer whose gradient is wanted; the number of layers for none.
-        twice: after the examples all of them again, moved by a rounding unit in every layer, with the target and the
-            gradients of the first.
+        twice: after the examples all of them again, moved by a rounding unit in every layer, with the target
+            and the gradients of the first.
 
     Raises:
         ValueError: layers or a head that the relevance rules don't cover.
@@ -131,7 +143,10 @@ def run_forward(
         packed = isinstance(batch, Packed)
         if not packed:
             # a tensor made in inference mode can't enter a graph
-            batch = {name: value.clone() if isinstance(value, Tensor) and value.is_inference() else value for name, value in batch.items()}
+            batch = {
+                name: value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+                for name, value in batch.items()
+            }
         if twice:
             batch = batch.twice() if packed else _doubled(stock, batch)
         trace, record, output = _captured(model, found, batch, arithmetic, twice)
@@ -150,7 +165,16 @@ def run_forward(
         grads = [None if g is None else torch.cat([g.chunk(2, axis)[0]] * 2, axis) for g in grads]
         chosen = Target(*(None if t is None else t.repeat(2) for t in vars(chosen).values()))
     grads = [None if g is None else g.to(arithmetic) for g in grads]
-    return States(trace.layers, grads, _detach(trace, arithmetic), head.to(arithmetic), chosen, output, arithmetic, twice)
+    return States(
+        trace.layers,
+        grads,
+        _detach(trace, arithmetic),
+        head.to(arithmetic),
+        chosen,
+        output,
+        arithmetic,
+        twice,
+    )
 
 
 def _doubled(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,21 +182,33 @@ def _doubled(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     main = batch.get(model.main_input_name)
     size = len(batch["inputs_embeds"] if main is None else main)
     return {
-        name: torch.cat([value, value]) if isinstance(value, Tensor) and value.dim() and len(value) == size else value
+        name: torch.cat([value, value])
+        if isinstance(value, Tensor) and value.dim() and len(value) == size
+        else value
         for name, value in batch.items()
     }
 
 
 def _captured(
-    model: nn.Module, found: list[LayerModules], batch: Mapping[str, Any] | Packed, dtype: torch.dtype, twice: bool
+    model: nn.Module,
+    found: list[LayerModules],
+    batch: Mapping[str, Any] | Packed,
+    dtype: torch.dtype,
+    twice: bool,
 ) -> tuple[Trace, HeadRecord, Any]:
     """Run the model from a leaf of the graph, the first layer's input, in float64 if dtype is.
 
     twice: the second half is moved in every layer."""
     stock = stock_model(model)
-    within = [getattr(m, part) for m in found for part in ("query", "key", "value", "output", "intermediate", "mlp_output")]
+    within = [
+        getattr(m, part)
+        for m in found
+        for part in ("query", "key", "value", "output", "intermediate", "mlp_output")
+    ]
     # the convolution that embeds patches
-    within += [module for module in outside(stock, {layer.block for layer in found}) if isinstance(module, nn.Conv2d)]
+    within += [
+        module for module in outside(stock, {layer.block for layer in found}) if isinstance(module, nn.Conv2d)
+    ]
     cu_seqlens = batch.cu_seqlens if isinstance(batch, Packed) else None
 
     def moved(x: Tensor, place: int) -> Tensor:
@@ -184,7 +220,10 @@ def _captured(
 
     def change(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if torch.is_inference_mode_enabled():
-            raise ValueError("TransformerAttribution: the model runs in torch.inference_mode, which has no gradients; use torch.no_grad")
+            raise ValueError(
+                "TransformerAttribution: the model runs in torch.inference_mode, which has no gradients; "
+                "use torch.no_grad"
+            )
         # a user's module may run its encoder without gradients
         torch.set_grad_enabled(True)
         x = args[0] if args else kwargs["hidden_states"]
@@ -192,12 +231,14 @@ def _captured(
         x = moved(x, place) if place else moved(x.detach(), place).requires_grad_()
         return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
 
-
     def change_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         return moved(output, places[module])
 
     # the first layer is also where the graph starts; places are the layers' inputs and what is added to them
-    blocks, added = [m.block for m in found[: len(found) if twice else 1]], [t for m in found for t in (m.output, m.mlp_output)]
+    blocks, added = (
+        [m.block for m in found[: len(found) if twice else 1]],
+        [t for m in found for t in (m.output, m.mlp_output)],
+    )
     places = {module: place for place, module in enumerate([*blocks, *added])}
     with ExitStack() as stack:
         trace = stack.enter_context(capture(stock, modules=within, cu_seqlens=cu_seqlens))
@@ -215,7 +256,9 @@ def _captured(
 
 
 def _detach(trace: Trace, dtype: torch.dtype) -> dict[nn.Module, tuple[Tensor, Tensor]]:
-    """Take a trace's tensors out of the graph: the layers' in place, in the dtype of the arithmetic; the modules' are returned."""
+    """Take a trace's tensors out of the graph: the layers' in place, in the dtype of the arithmetic; the
+    modules' are returned.
+    """
     for layer in trace.layers:
         layer.x, layer.q, layer.k, layer.v, layer.o, layer.lse = (
             t.detach().to(dtype) for t in (layer.x, layer.q, layer.k, layer.v, layer.o, layer.lse)
@@ -224,14 +267,17 @@ def _detach(trace: Trace, dtype: torch.dtype) -> dict[nn.Module, tuple[Tensor, T
 
 
 def _attention_gradients(logit: Tensor, layers: list[LayerTrace], lowest: int) -> list[Tensor | None]:
-    """Gradient of the summed logits for each layer's attention output: examples don't mix, so each row is its own logit's."""
+    """Gradient of the summed logits for each layer's attention output: examples don't mix, so each row is its
+    own logit's.
+    """
     wanted = [layer.o for layer in layers[lowest:]]
     grads = torch.autograd.grad(logit.sum(), wanted) if wanted else ()
     return [None] * min(lowest, len(layers)) + list(grads)
 
 
 def check_layers(found: Sequence[LayerModules], captured: Sequence[LayerTrace] = ()) -> None:
-    """Raise ValueError, with the reason, unless the layers are those of BERT or ViT: other shapes would be computed wrongly.
+    """Raise ValueError, with the reason, unless the layers are those of BERT or ViT: other shapes would be
+    computed wrongly.
 
     Args:
         found: modules of every layer.
@@ -247,10 +293,13 @@ def check_layers(found: Sequence[LayerModules], captured: Sequence[LayerTrace] =
             module = getattr(m, part)
             if type(module) is not nn.Linear or not is_plain(module.weight):
                 _refuse(
-                    f"{part} of a layer is a {type(module).__module__}.{type(module).__name__} whose weights aren't a plain matrix here; "
+                    f"{part} of a layer is a {type(module).__module__}.{type(module).__name__} whose "
+                    f"weights aren't a plain matrix here; "
                     "merge adapters (merge_and_unload), load it unquantised, and don't offload its weights"
                 )
-        if m.pre_norm and not all(isinstance(norm, nn.LayerNorm) for norm in (m.attention_norm, m.output_norm)):
+        if m.pre_norm and not all(
+            isinstance(norm, nn.LayerNorm) for norm in (m.attention_norm, m.output_norm)
+        ):
             _refuse("a norm before its attention or MLP is not a torch.nn.LayerNorm")
         if m.scale is not None or m.added_norm is not None:
             _refuse("its layers scale or normalise the attention's output before the residual sum")

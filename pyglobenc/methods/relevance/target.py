@@ -30,7 +30,9 @@ class Target:
     logit: Tensor
 
 
-def find_target(output: Any, target: Any, contrast: Index, position: Index, key_mask: Tensor | None) -> Target:
+def find_target(
+    output: Any, target: Any, contrast: Index, position: Index, key_mask: Tensor | None
+) -> Target:
     """Resolve the arguments of a call against the model's output; see `TransformerAttribution.__call__`.
 
     Args:
@@ -46,36 +48,50 @@ def find_target(output: Any, target: Any, contrast: Index, position: Index, key_
     logits = find_logits(output)
     if logits is None:
         raise ValueError(
-            "TransformerAttribution: the model has no head to explain; it must return logits (B, C) or (B, n, C), alone or as 'logits', "
+            "TransformerAttribution: the model has no head to explain; it must return logits (B, C) or (B, "
+            "n, C), alone or as 'logits', "
             "or start_logits and end_logits"
         )
     batch, device = logits.shape[0], logits.device
     if logits.dim() == 3:
         if position is None:
             raise ValueError(
-                "TransformerAttribution: this model has logits for every token; name the token: position=i, or one for each example"
+                "TransformerAttribution: this model has logits for every token; name the token: position=i, "
+                "or one for each example"
             )
         at = _indices("position", position, batch, logits.shape[1], device)
         _check_real(at, key_mask)
         logits = logits.gather(1, at[:, None, None].expand(-1, 1, logits.shape[2]))[:, 0]
     elif position is not None:
-        raise ValueError("TransformerAttribution: position names a token's logit; this model has one set of logits for an example")
+        raise ValueError(
+            "TransformerAttribution: position names a token's logit; this model has one set of logits for "
+            "an example"
+        )
     if isinstance(target, str):
         raise TypeError(f"TransformerAttribution: target must be a class index, got {target!r}")
-    index = logits.argmax(-1) if target is None else _indices("target", target, batch, logits.shape[-1], device)
+    index = (
+        logits.argmax(-1) if target is None else _indices("target", target, batch, logits.shape[-1], device)
+    )
     logit = logits.gather(1, index[:, None])[:, 0]
     if contrast is None:
         return Target(index, None, logit)
     other = _indices("contrast", contrast, batch, logits.shape[-1], device)
-    require((other != index).all(), lambda: ValueError("TransformerAttribution: contrast must be another class than target"))
+    require(
+        (other != index).all(),
+        lambda: ValueError("TransformerAttribution: contrast must be another class than target"),
+    )
     return Target(index, other, logit - logits.gather(1, other[:, None])[:, 0])
 
 
 def _span(output: Any, target: Any, contrast: Index, position: Index, key_mask: Tensor | None) -> Target:
-    """A start or end logit of a question answerer, by default the start's, at the token where it is largest."""
+    """A start or end logit of a question answerer, by default the start's, at the token where it is
+    largest.
+    """
     which = SPANS[0] if target is None else target
     if which not in SPANS:
-        raise ValueError(f"TransformerAttribution: target must be 'start' or 'end' for question answering, got {target!r}")
+        raise ValueError(
+            f"TransformerAttribution: target must be 'start' or 'end' for question answering, got {target!r}"
+        )
     if contrast is not None:
         raise ValueError("TransformerAttribution: contrast needs classes; question answering has none")
     logits = output.start_logits if which == "start" else output.end_logits
@@ -97,7 +113,10 @@ def _indices(name: str, value: Any, batch: int, size: int, device: torch.device)
         index = index.expand(batch)
     if tuple(index.shape) != (batch,):
         shape = tuple(index.shape)
-        raise ValueError(f"TransformerAttribution: {name} must be one integer or one for each of {batch} examples, got shape {shape}")
+        raise ValueError(
+            f"TransformerAttribution: {name} must be one integer or one for each of {batch} examples, got "
+            f"shape {shape}"
+        )
     check_range("TransformerAttribution", name, index, size)
     return index.long()
 

@@ -22,7 +22,9 @@ def attention_row(layer: LayerTrace, row: Tensor) -> Tensor:
 
 
 def roll_out_attention(layers: Sequence[LayerTrace], row: Tensor) -> Tensor:
-    """Rollout of head-averaged attention, rows of I + A divided by their sum: row (B, 1, n) of a unit vector -> (B, n)."""
+    """Rollout of head-averaged attention, rows of I + A divided by their sum: row (B, 1, n) of a unit vector
+    -> (B, n).
+    """
     for layer in reversed(layers):
         row = row.to(layer.q.device)
         out = torch.zeros_like(row)
@@ -36,11 +38,11 @@ def roll_out_attention(layers: Sequence[LayerTrace], row: Tensor) -> Tensor:
 
 
 def grad_cam(layer: LayerTrace, grad_o: Tensor, row: Tensor) -> Tensor:
-    """Grad-CAM on attention as published for BERT: tokens' shares `row` (B, 1, n) times the map scaled to [0, 1] over all its entries,
-    (B, n).
+    """Grad-CAM on attention as published for BERT: tokens' shares `row` (B, 1, n) times the map scaled to [0,
+    1] over all its entries, (B, n).
 
-    The mean gradient of a head has a closed form, <sum_i grad_o[i], sum_j v[j]> / n^2. Padding is left out of the mean and of the
-    extremes, so that a padded example gets the values it has alone.
+    The mean gradient of a head has a closed form, <sum_i grad_o[i], sum_j v[j]> / n^2. Padding is left out of
+    the mean and of the extremes, so that a padded example gets the values it has alone.
     """
     mask, row = layer.key_mask, row.to(layer.q.device)
     v = layer.v if mask is None else layer.v * mask[:, None, :, None]
@@ -49,7 +51,11 @@ def grad_cam(layer: LayerTrace, grad_o: Tensor, row: Tensor) -> Tensor:
     low = high = read = None
     for rows, _, alpha in _tiles(layer):
         cam = (alpha * weights[:, :, None, None]).mean(1).clamp_(min=0)
-        hidden = torch.zeros_like(cam, dtype=torch.bool) if mask is None else ~(mask[:, rows, None] & mask[:, None])
+        hidden = (
+            torch.zeros_like(cam, dtype=torch.bool)
+            if mask is None
+            else ~(mask[:, rows, None] & mask[:, None])
+        )
         least = cam.masked_fill(hidden, float("inf")).amin((1, 2))
         most = cam.masked_fill(hidden, 0).amax((1, 2))
         low = least if low is None else torch.minimum(low, least)
@@ -60,7 +66,9 @@ def grad_cam(layer: LayerTrace, grad_o: Tensor, row: Tensor) -> Tensor:
 
 
 def grad_cam_patches(layer: LayerTrace, grad_o: Tensor, prefix: int) -> Tensor:
-    """Grad-CAM on attention as published for ViT: the [CLS] row over the patches, its mean gradient theirs, (B, patches)."""
+    """Grad-CAM on attention as published for ViT: the [CLS] row over the patches, its mean gradient theirs,
+    (B, patches).
+    """
     position = torch.zeros(layer.q.shape[0], dtype=torch.long, device=layer.q.device)
     weights = (grad_o[:, :, 0] * layer.v[:, :, prefix:].mean(2)).sum(-1)
     q, lse = take_queries(layer.q, position[:, None]), take_queries(layer.lse, position[:, None])
@@ -81,7 +89,9 @@ def _scale(t: Tensor, low: Tensor, high: Tensor, mask: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Variant:
-    """What a variant reads: "rollout" of relevance maps, one "layer" of them, the "input", or attention alone."""
+    """What a variant reads: "rollout" of relevance maps, one "layer" of them, the "input", or attention
+    alone.
+    """
 
     kind: str
     gradient: bool = False
@@ -97,8 +107,9 @@ class Variant:
         return depth - 1 if self.layer is None else self.layer % depth
 
 
-# rollout: of the relevance alone; last_layer, second_layer: the pooled token's row of that layer's map, _ablation: with the gradient;
-# full: relevance of the input tokens, or pixels; lrp: the same by the LRP baseline's rules; the last three read attention alone
+# rollout: of the relevance alone; last_layer, second_layer: the pooled token's row of that layer's map,
+# _ablation: with the gradient; full: relevance of the input tokens, or pixels; lrp: the same by the LRP
+# baseline's rules; the last three read attention alone
 VARIANTS = {
     "transformer_attribution": Variant("rollout", gradient=True),
     "rollout": Variant("rollout"),
@@ -130,11 +141,17 @@ PUBLISHED = {
 
 
 def variant_scores(
-    model: PreTrainedModel, chosen: Variant, propagation: RelevancePropagation, start_layer: int, prefix: int | None
+    model: PreTrainedModel,
+    chosen: Variant,
+    propagation: RelevancePropagation,
+    start_layer: int,
+    prefix: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Scores of a variant: (B, n) tokens; for images, whose first `prefix` tokens aren't patches, (B, patches) or (B, height, width).
+    """Scores of a variant: (B, n) tokens; for images, whose first `prefix` tokens aren't patches, (B,
+    patches) or (B, height, width).
 
-    And (B,) bool, of packed sequences (S,), where there is nothing in them: no relevance reaches any token, and the scores are made 0.
+    And (B,) bool, of packed sequences (S,), where there is nothing in them: no relevance reaches any token,
+    and the scores are made 0.
     """
     scores, states = _scores(model, chosen, propagation, start_layer, prefix), propagation.states
     brought = scores != 0
@@ -143,7 +160,10 @@ def variant_scores(
         brought = scores != propagation.start_row()[:, 0, prefix:].to(scores.device)
         if prefix is None and propagation.normalize:
             # but a row of one token is its own whatever it gets
-            lone, given = (t.to(scores.device) for t in (states.lone_tokens(), propagation.token_sums[len(states.layers)]))
+            lone, given = (
+                t.to(scores.device)
+                for t in (states.lone_tokens(), propagation.token_sums[len(states.layers)])
+            )
             brought |= lone & (given != 0)
     cu_seqlens = states.layers[0].cu_seqlens
     if cu_seqlens is None:
@@ -153,7 +173,13 @@ def variant_scores(
     return scores.masked_fill(per_token(nothing[:, None], cu_seqlens)[:, 0], 0), nothing
 
 
-def _scores(model: PreTrainedModel, chosen: Variant, propagation: RelevancePropagation, start_layer: int, prefix: int | None) -> Tensor:
+def _scores(
+    model: PreTrainedModel,
+    chosen: Variant,
+    propagation: RelevancePropagation,
+    start_layer: int,
+    prefix: int | None,
+) -> Tensor:
     states = propagation.states
     depth, last, images = len(states.layers), states.layers[-1], prefix is not None
     if chosen.kind == "input":
@@ -161,7 +187,9 @@ def _scores(model: PreTrainedModel, chosen: Variant, propagation: RelevancePropa
         return pixel_relevance(model, states, r, propagation.rules) if images else r.sum(-1)
     if chosen.kind == "grad_cam" and images:
         if states.head.position is None or bool((states.head.position != 0).any()):
-            raise ValueError("TransformerAttribution: Grad-CAM of images is published for heads that read [CLS]")
+            raise ValueError(
+                "TransformerAttribution: Grad-CAM of images is published for heads that read [CLS]"
+            )
         return grad_cam_patches(last, states.grads[-1], prefix)
     if chosen.kind == "rollout":
         row, _ = propagation.roll_out(start_layer, start_layer + 1)

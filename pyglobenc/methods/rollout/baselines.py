@@ -1,6 +1,7 @@
 """The relatives that GlobEnc is compared with, on the same capture and the same kernels.
 
-Averaging attention over heads is a norm too, with 1/H^2 for the Gram matrix, so every method but the flow runs in row mode.
+Averaging attention over heads is a norm too, with 1/H^2 for the Gram matrix, so every method but the flow
+runs in row mode.
 """
 
 from collections.abc import Sequence
@@ -18,19 +19,29 @@ from pyglobenc.methods.inputs import check_model, require_finite, run_captured, 
 from pyglobenc.methods.packing import attribute_packed
 from pyglobenc.methods.rollout.flow import attention_flow
 from pyglobenc.methods.rollout.layer_matrix import LayerMatrix, ResidualMatrix
-from pyglobenc.methods.rollout.rows import RolloutResult, roll_out, roll_out_rows, rollout_result, stack_layers
+from pyglobenc.methods.rollout.rows import (
+    RolloutResult,
+    roll_out,
+    roll_out_rows,
+    rollout_result,
+    stack_layers,
+)
 from pyglobenc.methods.rollout.stages import STAGES, StageOps, check_stage, deepest_stage
 
 METHODS = {
     "raw-attention": "attention of the last layer, averaged over heads",
-    "attention-rollout": "rollout of attention with a fixed residual of one half (W-FixedRes; Abnar and Zuidema, 2020)",
-    "w-res": "rollout of attention with the measured mixing ratio as residual (W-Res; Modarressi et al., 2022)",
+    "attention-rollout": "rollout of attention with a fixed residual of one half (W-FixedRes; Abnar and "
+    "Zuidema, 2020)",
+    "w-res": "rollout of attention with the measured mixing ratio as residual (W-Res; Modarressi et al., "
+    "2022)",
     "n-fixedres": "rollout of the norms N, rows summing to 1, with a fixed residual of one half (N-FixedRes)",
     "n": "rollout of the norms N: attention and value vectors (Kobayashi et al., 2020)",
     "n-res": "rollout of the norms N_Res: with the residual",
-    "n-resln": "rollout of the norms N_ResLN: with the residual and the first LayerNorm (Kobayashi et al., 2021)",
+    "n-resln": "rollout of the norms N_ResLN: with the residual and the first LayerNorm (Kobayashi et al., "
+    "2021)",
     "globenc": "rollout of the norms N_Enc: the whole encoder layer (Modarressi et al., 2022)",
-    "attention-flow": "maximum flow through attention with a fixed residual of one half (Abnar and Zuidema, 2020)",
+    "attention-flow": "maximum flow through attention with a fixed residual of one half (Abnar and Zuidema, "
+    "2020)",
 }
 OF_STAGE = {name.lower().replace("_", "-"): name for name in STAGES} | {"globenc": "N_Enc"}
 MAPS = ("layers", "rollout")
@@ -40,7 +51,8 @@ class Rollout:
     """A method of the rollout family on a stock transformers model.
 
     Args:
-        model: a known architecture, or a module with a head of its own around one, in evaluation mode; left as it is.
+        model: a known architecture, or a module with a head of its own around one, in evaluation mode; left
+            as it is.
         method: a name in METHODS.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
         dtype: of the attribution arithmetic; None is float32, or float64 for a float64 model.
@@ -51,7 +63,11 @@ class Rollout:
 
     @known_arguments
     def __init__(
-        self, model: nn.Module, method: str = "attention-rollout", backend: str = "auto", dtype: torch.dtype | None = None
+        self,
+        model: nn.Module,
+        method: str = "attention-rollout",
+        backend: str = "auto",
+        dtype: torch.dtype | None = None,
     ):
         if method not in METHODS:
             raise ValueError(f"Rollout: method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -62,17 +78,25 @@ class Rollout:
     @outside_autocast
     @torch.no_grad()
     def __call__(
-        self, *, targets: Sequence[int] | Tensor | str | None = None, layers: bool = False, maps: Sequence[str] = (), **batch: Any
+        self,
+        *,
+        targets: Sequence[int] | Tensor | str | None = None,
+        layers: bool = False,
+        maps: Sequence[str] = (),
+        **batch: Any,
     ) -> RolloutResult:
         """Attribute target tokens of a batch to the input tokens.
 
         Args:
-            targets: token positions, T for every example or (B, T); 0 is [CLS]. "mean": the mean of all real tokens' rows, T = 1.
-                None: what the logits of a model with one set of them an example are computed from, a token or the mean of some. Of
-                other models, and of transformers' own heads that read neither one token nor the mean of all, the first real token,
-                of causal models the last; other heads of that kind are refused.
+            targets: token positions, T for every example or (B, T); 0 is [CLS]. "mean": the mean of all real
+                tokens' rows, T = 1.
+                None: what the logits of a model with one set of them an example are computed from, a token or
+                    the mean of some. Of
+                other models, and of transformers' own heads that read neither one token nor the mean of all,
+                the first real token, of causal models the last; other heads of that kind are refused.
             layers: also return the result up to every layer; for raw attention, every layer's own.
-            maps: "layers", every layer's matrix (B, L, n, n), and "rollout", their product (B, n, n), float64.
+            maps: "layers", every layer's matrix (B, L, n, n), and "rollout", their product (B, n, n),
+                float64.
             batch: the model's inputs, as `GlobEnc` takes them.
 
         Returns:
@@ -83,7 +107,9 @@ class Rollout:
         """
         batch = model_inputs("Rollout", self.model, batch, Rollout.__call__)
         if isinstance(maps, str) or any(name not in MAPS for name in maps):
-            raise ValueError(f"Rollout: maps must be a sequence of names among {', '.join(MAPS)}, got {maps!r}")
+            raise ValueError(
+                f"Rollout: maps must be a sequence of names among {', '.join(MAPS)}, got {maps!r}"
+            )
         captured, output, read = run_captured("Rollout", self.model, batch, self.dtype, targets)
         rows = target_rows("Rollout", targets, captured[-1], read)
         result = rollout_result("Rollout", self.model, *self._rows(captured, rows, layers), layers)
@@ -98,7 +124,9 @@ class Rollout:
 
     @outside_autocast
     @torch.no_grad()
-    def packed(self, *, targets: Sequence[int] | Tensor | str | None = None, layers: bool = False, **batch: Any) -> list[RolloutResult]:
+    def packed(
+        self, *, targets: Sequence[int] | Tensor | str | None = None, layers: bool = False, **batch: Any
+    ) -> list[RolloutResult]:
         """Attribute target tokens of sequences of any lengths, packed into one; the flow can't.
 
         Args:
@@ -112,7 +140,9 @@ class Rollout:
         """
         batch = packed_inputs("Rollout", batch, Rollout.packed)
         if self.method == "attention-flow":
-            raise ValueError("Rollout: attention-flow reads whole matrices of attention, which packed sequences don't have")
+            raise ValueError(
+                "Rollout: attention-flow reads whole matrices of attention, which packed sequences don't have"
+            )
 
         def rows(captured: list[LayerTrace], positions: Tensor) -> tuple[Tensor, Tensor]:
             return self._rows(captured, positions, layers)
@@ -124,12 +154,22 @@ class Rollout:
         if self.method in OF_STAGE and self.method != "globenc":
             check_stage("Rollout", captured[-1], OF_STAGE[self.method])
         if self.method == "attention-flow" and rows.is_floating_point():
-            raise ValueError("Rollout: attention-flow starts from tokens, not from a mean of them; name the tokens: targets=[0]")
+            raise ValueError(
+                "Rollout: attention-flow starts from tokens, not from a mean of them; name the tokens: "
+                "targets=[0]"
+            )
         if self.method == "raw-attention":
-            own = [roll_out_rows([self._matrix(layer)], rows, cu_seqlens=cu_seqlens) for layer in (captured if layers else captured[-1:])]
-            return stack_layers([scores[:, 0] for scores, _ in own]), stack_layers([log_scale[:, 0] for _, log_scale in own])
+            own = [
+                roll_out_rows([self._matrix(layer)], rows, cu_seqlens=cu_seqlens)
+                for layer in (captured if layers else captured[-1:])
+            ]
+            return stack_layers([scores[:, 0] for scores, _ in own]), stack_layers(
+                [log_scale[:, 0] for _, log_scale in own]
+            )
         if self.method != "attention-flow":
-            return roll_out_rows((self._matrix(layer) for layer in reversed(captured)), rows, layers, cu_seqlens)
+            return roll_out_rows(
+                (self._matrix(layer) for layer in reversed(captured)), rows, layers, cu_seqlens
+            )
         full = stack_layers([self._matrix(layer).full() for layer in captured])
         # the solver's integers would hide NaN
         require_finite("Rollout", self.model, (full,))
@@ -138,7 +178,9 @@ class Rollout:
 
     def _matrix(self, layer: LayerTrace) -> LayerMatrix:
         if self.method in OF_STAGE:
-            return self.ops.norm_matrix(layer, deepest_stage(layer) if self.method == "globenc" else OF_STAGE[self.method])
+            return self.ops.norm_matrix(
+                layer, deepest_stage(layer) if self.method == "globenc" else OF_STAGE[self.method]
+            )
         if self.method == "n-fixedres":
             norms = self.ops.norm_matrix(layer, "N")
             sums = norms.row_sums()
@@ -159,9 +201,13 @@ class Rollout:
 
     def _measured(self, layer: LayerTrace, attention: LayerMatrix) -> ResidualMatrix:
         ratio = self.ops.mixing_ratio(layer, deepest_stage(layer))
-        q, k, lse = (t.to(ratio.dtype) for t in (attention.inputs.q, attention.inputs.k, attention.inputs.lse))
+        q, k, lse = (
+            t.to(ratio.dtype) for t in (attention.inputs.q, attention.inputs.k, attention.inputs.lse)
+        )
         own = own_attention(q, k, lse, layer.scaling, attention.inputs.score_mod).mean(1)
         others = 1 - own
         weight = torch.where(others > 0, ratio / others, torch.zeros_like(ratio))
         kept = 1 - ratio
-        return ResidualMatrix(attention, weight, own, kept if layer.key_mask is None else kept * layer.key_mask)
+        return ResidualMatrix(
+            attention, weight, own, kept if layer.key_mask is None else kept * layer.key_mask
+        )

@@ -1,4 +1,6 @@
-"""Attention flow: the maximum flow from a token to each input token through the layers (Abnar and Zuidema, 2020)."""
+"""Attention flow: the maximum flow from a token to each input token through the layers (Abnar and Zuidema,
+2020).
+"""
 
 import numpy as np
 import torch
@@ -10,7 +12,9 @@ from torch import Tensor
 CAPACITY = 10_000_000
 
 
-def attention_flow(matrices: Tensor, targets: Tensor, key_mask: Tensor | None, layers: bool = False) -> Tensor:
+def attention_flow(
+    matrices: Tensor, targets: Tensor, key_mask: Tensor | None, layers: bool = False
+) -> Tensor:
     """Maximum flow from target tokens of a layer down to every input token, each row divided by its sum.
 
     Args:

@@ -1,4 +1,6 @@
-"""GlobEnc: norms of decomposed vectors through the whole encoder layer, rolled out (Modarressi et al., NAACL 2022)."""
+"""GlobEnc: norms of decomposed vectors through the whole encoder layer, rolled out (Modarressi et al., NAACL
+2022).
+"""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,7 +16,13 @@ from pyglobenc.methods.inputs import check_model, require_finite, run_captured, 
 from pyglobenc.methods.packing import attribute_packed
 from pyglobenc.methods.precision.reliability import distance, nudged, warn_of_precision
 from pyglobenc.methods.rollout.layer_matrix import LayerMatrix, StoredMatrix
-from pyglobenc.methods.rollout.rows import RolloutResult, roll_out, roll_out_rows, rollout_result, stack_layers
+from pyglobenc.methods.rollout.rows import (
+    RolloutResult,
+    roll_out,
+    roll_out_rows,
+    rollout_result,
+    stack_layers,
+)
 from pyglobenc.methods.rollout.stages import STAGES, StageOps, check_stage, deepest_stage
 
 MIXING = {f"mix_{name}": name for name in STAGES}
@@ -25,8 +33,8 @@ class GlobEnc:
     """GlobEnc attribution of a stock transformers model.
 
     Args:
-        model: a known architecture, in evaluation mode; left as it is. It may be wrapped by torch.compile, PEFT or
-            sentence-transformers, or stand in a module with a head of its own.
+        model: a known architecture, in evaluation mode; left as it is. It may be wrapped by torch.compile,
+            PEFT or sentence-transformers, or stand in a module with a head of its own.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
         dtype: of the attribution arithmetic; None is float32, or float64 for a float64 model.
 
@@ -54,38 +62,46 @@ class GlobEnc:
     ) -> RolloutResult:
         """Attribute target tokens of a batch to the input tokens.
 
-        Row mode, the default, stores no (n, n) array: memory is O(L*n*d + T*n). Each name in maps costs its own size.
+        Row mode, the default, stores no (n, n) array: memory is O(L*n*d + T*n). Each name in maps costs its
+        own size.
 
         Args:
-            targets: token positions, T for every example or (B, T); 0 is [CLS]. "mean": the mean of all real tokens' rows, T = 1.
-                None: what the logits of a model with one set of them an example are computed from, a token or the mean of some. Of
-                other models, and of transformers' own heads that read neither one token nor the mean of all, the first real token,
-                of causal models the last; other heads of that kind are refused.
-            stage: "N", "N_Res", "N_ResLN" or "N_Enc", whose norms are rolled out. None: N_Enc, or N_Res for a pre-norm model, which
-                has no others but N: that extends the paper.
+            targets: token positions, T for every example or (B, T); 0 is [CLS]. "mean": the mean of all real
+                tokens' rows, T = 1.
+                None: what the logits of a model with one set of them an example are computed from, a token or
+                    the mean of some. Of
+                other models, and of transformers' own heads that read neither one token nor the mean of all,
+                the first real token, of causal models the last; other heads of that kind are refused.
+            stage: "N", "N_Res", "N_ResLN" or "N_Enc", whose norms are rolled out. None: N_Enc, or N_Res for a
+                pre-norm model, which has no others but N: that extends the paper.
             layers: also return the rollout up to every layer.
-            maps: any of "head_N" (B, L, H, n, n); "N", "N_Res", "N_ResLN", "N_Enc" (B, L, n, n); "mix_" and a stage's name (B, L, n);
-                "rollout" (B, n, n), unnormalised, float64. Rows of padding are 0.
-            reliability: "off", or "measured": the model runs once more with every layer's input and what is added to it moved by a
-                rounding unit, and `error` says how far the scores moved. A PrecisionWarning is given above 1e-2, as half models with
-                large scores have, and where it is unknown (NaN).
-            batch: the model's inputs, as its tokenizer returns them: input_ids or inputs_embeds, attention_mask, token_type_ids,
-                position_ids, pixel_values, interpolate_pos_encoding; output_hidden_states and logits_to_keep, for output.
+            maps: any of "head_N" (B, L, H, n, n); "N", "N_Res", "N_ResLN", "N_Enc" (B, L, n, n); "mix_" and a
+                stage's name (B, L, n); "rollout" (B, n, n), unnormalised, float64. Rows of padding are 0.
+            reliability: "off", or "measured": the model runs once more with every layer's input and what is
+                added to it moved by a rounding unit, and `error` says how far the scores moved. A
+                PrecisionWarning is given above 1e-2, as half models with large scores have, and where it is
+                unknown (NaN).
+            batch: the model's inputs, as its tokenizer returns them: input_ids or inputs_embeds,
+                attention_mask, token_type_ids, position_ids, pixel_values, interpolate_pos_encoding;
+                output_hidden_states and logits_to_keep, for output.
 
         Returns:
             RolloutResult.
 
         Raises:
-            TypeError, ValueError: an unknown argument, one of transformers' that can't be honoured, unknown stage or map, targets out
-                of range or padding, input longer than the model takes, an example without a real token, a result that isn't finite
-                (the error names the parameter that holds NaN or infinity).
+            TypeError, ValueError: an unknown argument, one of transformers' that can't be honoured, unknown
+                stage or map, targets out of range or padding, input longer than the model takes, an example
+                without a real token, a result that isn't finite (the error names the parameter that holds NaN
+                or infinity).
         """
         batch = model_inputs("GlobEnc", self.model, batch, GlobEnc.__call__)
         if stage is not None and stage not in STAGES:
             raise ValueError(f"GlobEnc: stage must be one of {', '.join(STAGES)}, got {stage!r}")
         unknown = [name for name in maps if name not in MAPS]
         if isinstance(maps, str) or unknown:
-            raise ValueError(f"GlobEnc: maps must be a sequence of names among {', '.join(MAPS)}, got {maps!r}")
+            raise ValueError(
+                f"GlobEnc: maps must be a sequence of names among {', '.join(MAPS)}, got {maps!r}"
+            )
         if reliability not in ("off", "measured"):
             raise ValueError(f"GlobEnc: reliability must be 'off' or 'measured', got {reliability!r}")
         captured, output, read = run_captured("GlobEnc", self.model, batch, self.dtype, targets)
@@ -95,7 +111,9 @@ class GlobEnc:
         rows = target_rows("GlobEnc", targets, captured[-1], read)
         full = self._full(captured, stage) if stage in maps or "rollout" in maps else None
         if full is None:
-            matrices: Iterable[LayerMatrix] = (self.ops.norm_matrix(layer, stage) for layer in reversed(captured))
+            matrices: Iterable[LayerMatrix] = (
+                self.ops.norm_matrix(layer, stage) for layer in reversed(captured)
+            )
         else:
             matrices = [StoredMatrix(matrix) for matrix in reversed(full)]
         result = rollout_result("GlobEnc", self.model, *roll_out_rows(matrices, rows, layers), layers)
@@ -115,21 +133,30 @@ class GlobEnc:
     @outside_autocast
     @torch.no_grad()
     def packed(
-        self, *, targets: Sequence[int] | Tensor | str | None = None, stage: str | None = None, layers: bool = False, **batch: Any
+        self,
+        *,
+        targets: Sequence[int] | Tensor | str | None = None,
+        stage: str | None = None,
+        layers: bool = False,
+        **batch: Any,
     ) -> list[RolloutResult]:
-        """Attribute target tokens of sequences of any lengths, packed into one so that nothing is spent on padding.
+        """Attribute target tokens of sequences of any lengths, packed into one so that nothing is spent on
+        padding.
 
         Args:
             targets: token positions, T for every sequence or (S, T); "mean" or None as for a batch.
             stage, layers: as for a batch.
-            batch: the inputs of S sequences, a list of each one's, as the model's tokenizer returns them unasked for padding or tensors.
+            batch: the inputs of S sequences, a list of each one's, as the model's tokenizer returns them
+                unasked for padding or tensors.
 
         Returns:
-            What each sequence gives alone: S results of batch size 1, in order. Their output is None unless the model has one set of
+            What each sequence gives alone: S results of batch size 1, in order. Their output is None unless
+                the model has one set of
             logits for a sequence.
 
         Raises:
-            TypeError, ValueError: as for a batch, or a model that can't be given the positions of packed sequences.
+            TypeError, ValueError: as for a batch, or a model that can't be given the positions of packed
+                sequences.
         """
         batch = packed_inputs("GlobEnc", batch, GlobEnc.packed)
         if stage is not None and stage not in STAGES:
@@ -144,7 +171,9 @@ class GlobEnc:
         return attribute_packed("GlobEnc", self.model, batch, targets, self.dtype, layers, rows)
 
     def _measured_error(self, batch: dict[str, Any], stage: str, rows: Tensor, scores: Tensor) -> Tensor:
-        """Relative L2 distance (B,) of scores (B, T, n) from those of a second run, whose rounding is another."""
+        """Relative L2 distance (B,) of scores (B, T, n) from those of a second run, whose rounding is
+        another.
+        """
         with nudged(find_layers(self.model)):
             captured, _, _ = run_captured("GlobEnc", self.model, batch, self.dtype)
         moved, _ = roll_out_rows((self.ops.norm_matrix(layer, stage) for layer in reversed(captured)), rows)

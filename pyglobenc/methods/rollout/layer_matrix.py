@@ -13,19 +13,23 @@ from torch import Tensor
 from pyglobenc.backends.inputs import PairInputs
 from pyglobenc.backends.shared.packing import per_token, slices, take
 from pyglobenc.backends.shared.rows import rescale_rows
-from pyglobenc.ops import rollout_step, pair_norms
+from pyglobenc.ops import pair_norms, rollout_step
 
 ROW_BLOCK = 64
 
 
 class LayerMatrix(Protocol):
-    """One layer's (B, n, n) matrix of a rollout; of S packed sequences the blocks of a block-diagonal one, (1, N, N)."""
+    """One layer's (B, n, n) matrix of a rollout; of S packed sequences the blocks of a block-diagonal one,
+    (1, N, N).
+    """
 
     def rows(self, targets: Tensor) -> Tensor:
         """Rows `targets` (B, T) of the matrix: (B, T, n)."""
 
     def step(self, r: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-        """r (B, T, n) times the matrix, each row scaled to maximum 1, and the new log_scale (B, T), of packed sequences (S, T)."""
+        """r (B, T, n) times the matrix, each row scaled to maximum 1, and the new log_scale (B, T), of packed
+        sequences (S, T).
+        """
 
     def full(self) -> Tensor:
         """The matrix, (B, n, n)."""
@@ -80,7 +84,9 @@ class StoredMatrix:
     matrix: Tensor
 
     def rows(self, targets: Tensor) -> Tensor:
-        return self.matrix.gather(1, targets.to(self.matrix.device)[..., None].expand(-1, -1, self.matrix.shape[2]))
+        return self.matrix.gather(
+            1, targets.to(self.matrix.device)[..., None].expand(-1, -1, self.matrix.shape[2])
+        )
 
     def step(self, r: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
         r, log_scale = r.to(self.matrix), log_scale.to(self.matrix)
@@ -92,7 +98,9 @@ class StoredMatrix:
 
 @dataclass
 class ResidualMatrix:
-    """diag(weight) (A - diag(own)) + diag(kept): a layer's matrix A beside an explicit residual connection, each vector (B, n)."""
+    """diag(weight) (A - diag(own)) + diag(kept): a layer's matrix A beside an explicit residual connection,
+    each vector (B, n).
+    """
 
     inner: NormMatrix
     weight: Tensor
@@ -110,7 +118,9 @@ class ResidualMatrix:
         r, log_scale, cu_seqlens = r.to(self.kept), log_scale.to(self.kept), self.inner.inputs.cu_seqlens
         weighted = r * self.weight[:, None]
         mixed, mixed_log = self.inner.step(weighted, torch.zeros_like(log_scale))
-        mixed = mixed * (mixed_log.exp()[..., None] if cu_seqlens is None else per_token(mixed_log.exp(), cu_seqlens))
+        mixed = mixed * (
+            mixed_log.exp()[..., None] if cu_seqlens is None else per_token(mixed_log.exp(), cu_seqlens)
+        )
         if self.own is not None:
             mixed = (mixed - weighted * self.own[:, None]).clamp_(min=0)
         return rescale_rows(mixed + r * self.kept[:, None], log_scale, cu_seqlens)

@@ -1,4 +1,6 @@
-"""Rollout: the layers' matrices multiplied from the top down for chosen rows, or in full (Abnar and Zuidema, 2020)."""
+"""Rollout: the layers' matrices multiplied from the top down for chosen rows, or in full (Abnar and Zuidema,
+2020).
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,14 +20,17 @@ def roll_out_rows(
     """Rows of N_L ... N_2 N_1, without a matrix: O(T*n) memory beside the layers' own.
 
     Args:
-        matrices: one a layer, last layer first; taken one at a time, so that a generator holds one layer's at once.
+        matrices: one a layer, last layer first; taken one at a time, so that a generator holds one layer's at
+            once.
         targets: rows wanted, (B, T) int64; or what rows are multiplied with, (B, T, n) floating point.
         layers: also the rollout up to every layer.
-        cu_seqlens: (S + 1,) of the sequences that the matrices pack; targets are then (S, T), positions among all N tokens, or (1, T, N).
+        cu_seqlens: (S + 1,) of the sequences that the matrices pack; targets are then (S, T), positions among
+            all N tokens, or (1, T, N).
 
     Returns:
-        scores (B, L, T, n), each row's largest entry 1, and log_scale (B, L, T); L is 1, the whole rollout, without layers. Of packed
-        sequences scores (1, L, T, N), each sequence's at its own tokens, and log_scale (S, L, T).
+        scores (B, L, T, n), each row's largest entry 1, and log_scale (B, L, T); L is 1, the whole rollout,
+        without layers. Of packed sequences scores (1, L, T, N), each sequence's at its own tokens, and
+        log_scale (S, L, T).
     """
     count = targets.shape[1]
     r = log_scale = None
@@ -42,7 +47,10 @@ def roll_out_rows(
 def _first_rows(matrix: LayerMatrix, targets: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rows of one matrix, scaled to maximum 1, and their log_scale."""
     if targets.is_floating_point():
-        return matrix.step(targets, targets.new_zeros(len(targets) if cu_seqlens is None else len(cu_seqlens) - 1, targets.shape[1]))
+        return matrix.step(
+            targets,
+            targets.new_zeros(len(targets) if cu_seqlens is None else len(cu_seqlens) - 1, targets.shape[1]),
+        )
     if cu_seqlens is None:
         rows = matrix.rows(targets)
         return rescale_rows(rows, torch.zeros_like(rows[..., 0]))
@@ -57,7 +65,9 @@ def stack_layers(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def roll_out(matrices: Sequence[Tensor]) -> Tensor:
-    """N_L ... N_2 N_1 of matrices (B, n, n), unnormalised, in float64 so that deep models don't overflow: (B, n, n)."""
+    """N_L ... N_2 N_1 of matrices (B, n, n), unnormalised, in float64 so that deep models don't overflow: (B,
+    n, n).
+    """
     out = None
     for matrix in matrices:
         out = matrix.double() if out is None else matrix.double() @ out.to(matrix.device)
@@ -75,7 +85,8 @@ class RolloutResult:
         layer_log_scale: (B, L, T), or None.
         maps: the maps asked for, by name.
         output: what the model returned.
-        error: (B,), how far rounding moves the scores, relative L2 distance, NaN where it is unknown; None unless it was measured.
+        error: (B,), how far rounding moves the scores, relative L2 distance, NaN where it is unknown; None
+            unless it was measured.
         targets: (B, T) int64, positions of the targets; None for a mean over tokens, T = 1.
     """
 
@@ -89,8 +100,12 @@ class RolloutResult:
     error: Tensor | None = None
 
 
-def rollout_result(who: str, model: nn.Module, scores: Tensor, log_scale: Tensor, layers: bool) -> RolloutResult:
-    """Result from what `roll_out_rows` returned for (B, L, T, n); ValueError as `require_finite` when it isn't finite."""
+def rollout_result(
+    who: str, model: nn.Module, scores: Tensor, log_scale: Tensor, layers: bool
+) -> RolloutResult:
+    """Result from what `roll_out_rows` returned for (B, L, T, n); ValueError as `require_finite` when it
+    isn't finite.
+    """
     require_finite(who, model, (scores, log_scale))
     if not layers:
         return RolloutResult(scores[:, -1], log_scale[:, -1])

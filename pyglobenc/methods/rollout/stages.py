@@ -1,8 +1,9 @@
 """The stages of GlobEnc on a captured layer: their constants, norms, maps and mixing ratios.
 
-A post-norm layer has the paper's four. In a pre-norm layer no LayerNorm follows the residual sum, so N and N_Res alone are defined, which
-extends the paper: the transformed vectors come from the normalised input, are followed to what the attention adds to the residual stream
-(through a layer scale or an added norm, whose statistic is a row's scale), and the residual is the raw input.
+A post-norm layer has the paper's four. In a pre-norm layer no LayerNorm follows the residual sum, so N and
+N_Res alone are defined, which extends the paper: the transformed vectors come from the normalised input, are
+followed to what the attention adds to the residual stream (through a layer scale or an added norm, whose
+statistic is a row's scale), and the residual is the raw input.
 """
 
 from dataclasses import dataclass
@@ -50,13 +51,16 @@ def check_stage(who: str, layer: LayerTrace, name: str) -> None:
     """Raise ValueError, naming who, if a layer of this kind has no such stage."""
     if name not in stages_of(layer):
         raise ValueError(
-            f"{who}: stage {name} follows vectors through a LayerNorm after the residual sum, and this model normalises before it; "
+            f"{who}: stage {name} follows vectors through a LayerNorm after the residual sum, and this "
+            f"model normalises before it; "
             f"its stages are {', '.join(stages_of(layer))}"
         )
 
 
 class StageOps:
-    """Builds a layer's norms and ratios of any stage. Nothing that depends on the weights outlives a call, since they may change."""
+    """Builds a layer's norms and ratios of any stage. Nothing that depends on the weights outlives a call,
+    since they may change.
+    """
 
     def __init__(self, backend: str):
         self.backend = backend
@@ -70,7 +74,9 @@ class StageOps:
         return [layer.norm_weight(name).to(self.dtype_of(layer)) for name in stage.norms]
 
     def _weight(self, layer: LayerTrace) -> Tensor:
-        """W_O by head, (H, dh, d), with what the layer multiplies the attention's output by before the residual sum."""
+        """W_O by head, (H, dh, d), with what the layer multiplies the attention's output by before the
+        residual sum.
+        """
         m, dtype = layer.modules, self.dtype_of(layer)
         weight = layer.output_weight.to(dtype)
         if m.scale is not None:
@@ -80,7 +86,9 @@ class StageOps:
         return weight
 
     def _residual(self, layer: LayerTrace) -> Tensor:
-        """The residual x, (B, n, d), as it is, or over the rows' scale where the scale is of the attention's output alone."""
+        """The residual x, (B, n, d), as it is, or over the rows' scale where the scale is of the attention's
+        output alone.
+        """
         x = layer.x.detach()
         if layer.modules.added_norm is None:
             return x
@@ -103,10 +111,12 @@ class StageOps:
         return gram, cross, mapped_square(x, gammas, backend=self.backend)
 
     def _constants_pay(self, v: Tensor, weight: Tensor, x: Tensor | None) -> bool:
-        """Whether `head_gram`, with constants made for this call, takes fewer multiply-adds than `norm_terms`.
+        """Whether `head_gram`, with constants made for this call, takes fewer multiply-adds than
+        `norm_terms`.
 
-        Both run at the same rate on a CPU: without a residual they take the same time at 500 tokens in MiniLM's shape, where the counts
-        are equal at 560, and at 1,400 in BERT-base's, for 1,290. With a residual `norm_terms` takes fewer at any length in both shapes.
+        Both run at the same rate on a CPU: without a residual they take the same time at 500 tokens in
+        MiniLM's shape, where the counts are equal at 560, and at 1,400 in BERT-base's, for 1,290. With a
+        residual `norm_terms` takes fewer at any length in both shapes.
         """
         if self.backend in ("triton", "cuda") or (self.backend == "auto" and v.device.type != "cpu"):
             # they have no kernel for norm_terms
@@ -134,7 +144,9 @@ class StageOps:
     def attention_matrix(self, layer: LayerTrace) -> NormMatrix:
         """Attention averaged over heads: the norm whose Gram matrix is 1/H^2 everywhere."""
         batch, heads, n, _ = layer.q.shape
-        gram = torch.full((), heads**-2, dtype=self.dtype_of(layer), device=layer.q.device).expand(batch, n, heads, heads)
+        gram = torch.full((), heads**-2, dtype=self.dtype_of(layer), device=layer.q.device).expand(
+            batch, n, heads, heads
+        )
         return self._matrix(layer, gram, None, None, None)
 
     def _matrix(self, layer: LayerTrace, gram, cross, residual_sq, rstd) -> NormMatrix:
@@ -146,7 +158,9 @@ class StageOps:
     def head_maps(self, layer: LayerTrace) -> Tensor:
         """head_N: norm of every head's own weighted vector, (B, H, n, n)."""
         dtype = self.dtype_of(layer)
-        norms = head_norms(layer.v.detach().to(dtype), self._weight(layer), backend=self.backend).transpose(1, 2)
+        norms = head_norms(layer.v.detach().to(dtype), self._weight(layer), backend=self.backend).transpose(
+            1, 2
+        )
         maps = self.attention_maps(layer).mul_(norms[:, :, None, :])
         if layer.modules.added_norm is not None:
             maps.mul_(self.rstd(layer, STAGES["N"])[:, None, :, None])
@@ -162,7 +176,9 @@ class StageOps:
         scores = torch.matmul(q * layer.scaling, k.transpose(2, 3))
         if layer.score_mod is not None:
             everything = slice(0, q.shape[2])
-            scores = layer.score_mod.bind(q, k)(scores, everything, torch.arange(q.shape[2], device=q.device)[None], everything)
+            scores = layer.score_mod.bind(q, k)(
+                scores, everything, torch.arange(q.shape[2], device=q.device)[None], everything
+            )
         scores -= layer.lse.detach().to(dtype)[..., None]
         everything = slice(0, q.shape[2])
         hidden = hidden_keys(everything, everything, layer.window, layer.key_mask, q.device)

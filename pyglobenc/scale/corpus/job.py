@@ -1,7 +1,7 @@
 """A job over a corpus: its shards, in length-bucketed batches, whichever of them are still to be done.
 
-Shard s holds records s*size to (s+1)*size - 1 and is computed as if it were alone, so that neither the number of ranks nor a stop in
-between changes what is in it.
+Shard s holds records s*size to (s+1)*size - 1 and is computed as if it were alone, so that neither the number
+of ranks nor a stop in between changes what is in it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,16 @@ from pyglobenc.inputs.batches import Runner, check_target, longest
 from pyglobenc.inputs.options import Options
 from pyglobenc.inputs.windows import MAX_CHARACTERS, Encoded, encode, most_characters
 from pyglobenc.scale.corpus.records import Record, Source, digest
-from pyglobenc.scale.corpus.shards import MISSING, Part, locked, look_at_shard, rejected_path, remove_temporary, shard_path, write_shard
+from pyglobenc.scale.corpus.shards import (
+    MISSING,
+    Part,
+    locked,
+    look_at_shard,
+    rejected_path,
+    remove_temporary,
+    shard_path,
+    write_shard,
+)
 
 log = logging.getLogger("pyglobenc")
 
@@ -73,7 +82,9 @@ class Plan:
 
 @dataclass
 class Summary:
-    """Records of this run: attributed, left out, and found done before, of which some were left out; and seconds."""
+    """Records of this run: attributed, left out, and found done before, of which some were left out; and
+    seconds.
+    """
 
     attributed: int = 0
     rejected: int = 0
@@ -86,18 +97,25 @@ class InputChanged(ValueError):
     """The input isn't what it was when the job began."""
 
     def __init__(self, source: Source):
-        super().__init__(f"{source.path}: changed while the job ran, so nothing is complete; start again when it stays as it is")
+        super().__init__(
+            f"{source.path}: changed while the job ran, so nothing is complete; start again when it stays "
+            f"as it is"
+        )
 
 
 def survey_source(source: Source, shard_size: int) -> Survey:
     """Read a corpus once, to know its shards and to notice later on if it changes."""
     sha256 = source.sha256()
-    parts = [Part(number, records[0].index, len(records), digest(records)) for number, records in _shards(source, shard_size)]
+    parts = [
+        Part(number, records[0].index, len(records), digest(records))
+        for number, records in _shards(source, shard_size)
+    ]
     return Survey(sha256, tuple(parts))
 
 
 def run_job(runner: Runner, plan: Plan, progress: Callable[[int], None]) -> Summary:
-    """Do this rank's shards that aren't there yet; progress is called with the number of records that were dealt with.
+    """Do this rank's shards that aren't there yet; progress is called with the number of records that were
+    dealt with.
 
     A shard that another process computes is passed over at first and waited for at the end.
 
@@ -107,7 +125,11 @@ def run_job(runner: Runner, plan: Plan, progress: Callable[[int], None]) -> Summ
         OSError: a shard can't be written.
     """
     model = runner.model.name_or_path
-    kept = [plan.source.path, *plan.source.files, *([model] if os.path.isfile(os.path.join(model, "config.json")) else [])]
+    kept = [
+        plan.source.path,
+        *plan.source.files,
+        *([model] if os.path.isfile(os.path.join(model, "config.json")) else []),
+    ]
     check_apart(plan.folder, kept)
     summary, start = Summary(), time.perf_counter()
     survey = plan.survey or survey_source(plan.source, plan.shard_size)
@@ -122,8 +144,17 @@ def run_job(runner: Runner, plan: Plan, progress: Callable[[int], None]) -> Summ
     return summary
 
 
-def _do(runner: Runner, plan: Plan, numbers: set[int], wait: bool, summary: Summary, progress: Callable[[int], None]) -> set[int]:
-    """Do some shards; returns the numbers of those that other processes are at work on, unless they are waited for."""
+def _do(
+    runner: Runner,
+    plan: Plan,
+    numbers: set[int],
+    wait: bool,
+    summary: Summary,
+    progress: Callable[[int], None],
+) -> set[int]:
+    """Do some shards; returns the numbers of those that other processes are at work on, unless they are
+    waited for.
+    """
     busy, seen = set(), 0
     for number, records in _shards(plan.source, plan.shard_size):
         seen += 1
@@ -149,8 +180,12 @@ def _do(runner: Runner, plan: Plan, numbers: set[int], wait: bool, summary: Summ
     return busy
 
 
-def _is_done(plan: Plan, part: Part, summary: Summary, progress: Callable[[int], None], tell: bool = False) -> bool:
-    """Whether a shard is there and complete, counted if it is; tell: say why one that is there will be computed again."""
+def _is_done(
+    plan: Plan, part: Part, summary: Summary, progress: Callable[[int], None], tell: bool = False
+) -> bool:
+    """Whether a shard is there and complete, counted if it is; tell: say why one that is there will be
+    computed again.
+    """
     found = look_at_shard(plan.folder, part, plan.common)
     if found.lacks is None:
         summary.before += part.records
@@ -188,9 +223,14 @@ def try_settings(runner: Runner) -> None:
 
 
 def attribute_records(
-    runner: Runner, records: list[Record], batch_tokens: int, progress: Callable[[int], None] = lambda count: None
+    runner: Runner,
+    records: list[Record],
+    batch_tokens: int,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Attributions of some records and what was left out, both in input order, as `write_shard` takes them."""
+    """Attributions of some records and what was left out, both in input order, as `write_shard` takes
+    them.
+    """
     rows, rejected = [], []
     for portion in _portions(records):
         texts, refused = encode_records(runner, portion)
@@ -201,13 +241,17 @@ def attribute_records(
                 if isinstance(fields, ValueError):
                     rejected.append({"index": index, "reason": " ".join(str(fields).split())})
                 else:
-                    rows.append({"index": index, "text": text.text, "tokens": text.tokens, "cut": text.cut} | fields)
+                    rows.append(
+                        {"index": index, "text": text.text, "tokens": text.tokens, "cut": text.cut} | fields
+                    )
             progress(len(bucket))
     return sorted(rows, key=lambda row: row["index"]), sorted(rejected, key=lambda entry: entry["index"])
 
 
 def _portions(records: list[Record]) -> Iterator[list[Record]]:
-    """Records in portions of no more characters than one text may have, since only so many are tokenized at a time."""
+    """Records in portions of no more characters than one text may have, since only so many are tokenized at a
+    time.
+    """
     portion: list[Record] = []
     size = 0
     for record in records:
@@ -221,7 +265,9 @@ def _portions(records: list[Record]) -> Iterator[list[Record]]:
         yield portion
 
 
-def encode_records(runner: Runner, records: list[Record]) -> tuple[list[tuple[int, Encoded]], list[dict[str, Any]]]:
+def encode_records(
+    runner: Runner, records: list[Record]
+) -> tuple[list[tuple[int, Encoded]], list[dict[str, Any]]]:
     """Tokens of the records that have some, with their numbers, and what was left out."""
     options, texts, rejected = runner.options, [], []
     limit = longest(runner.model, runner.tokenizer, options.max_length)
@@ -238,7 +284,9 @@ def encode_records(runner: Runner, records: list[Record]) -> tuple[list[tuple[in
 
 
 def buckets(texts: list[tuple[int, Encoded]], batch_tokens: int) -> Iterator[list[tuple[int, Encoded]]]:
-    """Texts of like length together: at most batch_tokens tokens with the padding, unless one text has more."""
+    """Texts of like length together: at most batch_tokens tokens with the padding, unless one text has
+    more.
+    """
     bucket: list[tuple[int, Encoded]] = []
     windows = 0
     for item in sorted(texts, key=lambda item: (len(item[1].windows[0]), item[0])):
@@ -252,27 +300,38 @@ def buckets(texts: list[tuple[int, Encoded]], batch_tokens: int) -> Iterator[lis
         yield bucket
 
 
-def batch_shapes(runner: Runner, source: Source, shard_size: int, batch_tokens: int) -> Iterator[tuple[int, int, int]]:
-    """Of every batch of a job its size B, its tokens n and the texts whose windows it holds; (0, 0, count) for records left out."""
+def batch_shapes(
+    runner: Runner, source: Source, shard_size: int, batch_tokens: int
+) -> Iterator[tuple[int, int, int]]:
+    """Of every batch of a job its size B, its tokens n and the texts whose windows it holds; (0, 0, count)
+    for records left out.
+    """
     for portion in (portion for _, records in _shards(source, shard_size) for portion in _portions(records)):
         texts, rejected = encode_records(runner, portion)
         yield 0, 0, len(rejected)
         for bucket in buckets(texts, batch_tokens):
-            width, windows = max(len(text.windows[0]) for _, text in bucket), sum(len(text.windows) for _, text in bucket)
+            width, windows = (
+                max(len(text.windows[0]) for _, text in bucket),
+                sum(len(text.windows) for _, text in bucket),
+            )
             yield min(windows, max(1, batch_tokens // width)), width, len(bucket)
 
 
 def _attribute(
     runner: Runner, bucket: list[tuple[int, Encoded]], batch_tokens: int
 ) -> Iterator[tuple[int, Encoded, dict[str, Any] | ValueError]]:
-    """Fields of each text; where the method refuses a batch, its texts are tried alone and the culprits' errors returned."""
+    """Fields of each text; where the method refuses a batch, its texts are tried alone and the culprits'
+    errors returned.
+    """
     width = max(len(window) for _, text in bucket for window in text.windows)
     runner.options = replace(runner.options, batch_size=max(1, batch_tokens // width))
     try:
         done: list[Any] = list(runner.run([text for _, text in bucket]))
     except ValueError as error:
         alone = [] if len(bucket) == 1 else bucket
-        done = [fields for item in alone for _, _, fields in _attribute(runner, [item], batch_tokens)] or [error]
+        done = [fields for item in alone for _, _, fields in _attribute(runner, [item], batch_tokens)] or [
+            error
+        ]
     for (index, text), fields in zip(bucket, done, strict=True):
         yield index, text, fields
 

@@ -35,13 +35,22 @@ def model_fingerprint(model: PreTrainedModel) -> str:
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of a tokenizer's class, vocabulary, special tokens, rules and limits."""
-    told = [type(tokenizer).__name__, tokenizer.special_tokens_map, tokenizer.model_max_length, tokenizer.model_input_names]
+    told = [
+        type(tokenizer).__name__,
+        tokenizer.special_tokens_map,
+        tokenizer.model_max_length,
+        tokenizer.model_input_names,
+    ]
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
         # of the call before, not of the tokenizer
         told.append({name: value for name, value in rules.items() if name not in ("truncation", "padding")})
     else:
-        settings = {name: value for name, value in tokenizer.init_kwargs.items() if isinstance(value, bool | int | float)}
+        settings = {
+            name: value
+            for name, value in tokenizer.init_kwargs.items()
+            if isinstance(value, bool | int | float)
+        }
         file = getattr(tokenizer, "vocab_file", None)
         told += [tokenizer.get_vocab(), settings, Path(file).read_bytes().hex() if file else None]
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
@@ -67,14 +76,22 @@ def check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
             raise ValueError(f"{path}: is a symbolic link, which isn't followed; choose another --output")
         if not path.exists():
             if any(folder.glob("*.parquet")):
-                raise ValueError(f"{folder}: holds Parquet files but no {NAME}, so it isn't known what they are; choose another --output")
+                raise ValueError(
+                    f"{folder}: holds Parquet files but no {NAME}, so it isn't known what they are; choose "
+                    f"another --output"
+                )
             _write(path, manifest, complete=False)
             return
         old, new = _flat(_read(path)), _flat(_header(manifest))
-        changed = [f"{name} {old.get(name)!r}, now {new.get(name)!r}" for name in sorted(old | new) if old.get(name) != new.get(name)]
+        changed = [
+            f"{name} {old.get(name)!r}, now {new.get(name)!r}"
+            for name in sorted(old | new)
+            if old.get(name) != new.get(name)
+        ]
         if changed:
             raise ValueError(
-                f"{folder}: another job was started here ({'; '.join(changed)}); go on with its settings or choose another --output"
+                f"{folder}: another job was started here ({'; '.join(changed)}); go on with its settings or "
+                f"choose another --output"
             )
 
 
@@ -115,5 +132,9 @@ def _flat(manifest: dict[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, value in manifest.items():
         if name not in FREE:
-            out |= {f"{name}.{key}": entry for key, entry in value.items()} if isinstance(value, dict) else {name: value}
+            out |= (
+                {f"{name}.{key}": entry for key, entry in value.items()}
+                if isinstance(value, dict)
+                else {name: value}
+            )
     return out

@@ -100,12 +100,13 @@ def _reason(text: Any, most: int) -> str | None:
 
 
 def open_source(path: str | Path, column: str | None = None, header: bool = True) -> Source:
-    """A corpus by its file's suffix: .txt, .csv, .tsv, .jsonl, .parquet, or a folder of Parquet files or of `datasets`' save_to_disk.
+    """A corpus by its file's suffix: .txt, .csv, .tsv, .jsonl, .parquet, or a folder of Parquet files or of
+    `datasets`' save_to_disk.
 
     Args:
         path: file or folder.
-        column: which column or key holds the text; None for "text", "sentence" or the only one (of JSON, the first object's). A number
-            without a header.
+        column: which column or key holds the text; None for "text", "sentence" or the only one (of JSON, the
+            first object's). A number without a header.
         header: the first line of a .csv or .tsv names its columns.
 
     Raises:
@@ -134,7 +135,10 @@ def open_source(path: str | Path, column: str | None = None, header: bool = True
         return Source(path, key, (path,), lambda: (_json_text(line, key) for line in _lines(path)))
     if suffix in (".csv", ".tsv"):
         return _csv(path, column, header)
-    raise ValueError(f"{path}: unknown format {suffix!r}; known: .txt, .csv, .tsv, .jsonl, .parquet, a folder that datasets saved")
+    raise ValueError(
+        f"{path}: unknown format {suffix!r}; known: .txt, .csv, .tsv, .jsonl, .parquet, a folder that "
+        f"datasets saved"
+    )
 
 
 def _lines(path: Path) -> Iterator[str | Exception]:
@@ -149,7 +153,9 @@ def _lines(path: Path) -> Iterator[str | Exception]:
 
 
 def _bounded(file: Any, ends: tuple[Any, ...]) -> Iterator[Any]:
-    """Lines of a file, with their ends, which are one of some; None for a line above LONGEST, of which no more than that is kept."""
+    """Lines of a file, with their ends, which are one of some; None for a line above LONGEST, of which no
+    more than that is kept.
+    """
     while line := file.readline(LONGEST):
         if len(line) < LONGEST or line.endswith(ends):
             yield line
@@ -165,7 +171,9 @@ def _json_key(path: Path) -> str:
         if isinstance(line, Exception):
             continue
         if number == 0 and line.lstrip().startswith("["):
-            raise ValueError(f"{path}: begins with a JSON array; what is read is an object, or a string, a line")
+            raise ValueError(
+                f"{path}: begins with a JSON array; what is read is an object, or a string, a line"
+            )
         value = _json(line)
         if isinstance(value, dict):
             return _likely(list(value)) or COLUMNS[0]
@@ -187,7 +195,9 @@ def _json_text(line: str | Exception, key: str) -> Any:
     if value is None or isinstance(value, str | Exception):
         return value
     if not isinstance(value, dict):
-        return ValueError(f"a line must hold an object with the key {key!r}, or a string, got {type(value).__name__}")
+        return ValueError(
+            f"a line must hold an object with the key {key!r}, or a string, got {type(value).__name__}"
+        )
     if key not in value:
         return ValueError(f"no key {key!r}")
     return value[key]
@@ -209,7 +219,9 @@ def _csv(path: Path, column: str | None, header: bool) -> Source:
     else:
         column = column or "0"
         if not column.isdecimal() or int(column) >= len(names):
-            raise ValueError(f"{path}: without a header the column is a number below {len(names)}, got {column!r}")
+            raise ValueError(
+                f"{path}: without a header the column is a number below {len(names)}, got {column!r}"
+            )
         position = int(column)
 
     def read() -> Iterator[Any]:
@@ -225,7 +237,9 @@ def _csv(path: Path, column: str | None, header: bool) -> Source:
 def _dialect(path: Path) -> dict[str, Any]:
     # tab-separated files have no quoting: a lone quote in a text must not swallow the lines after it
     # elsewhere one that is never closed would swallow them too: strict reports it
-    return {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix.lower() == ".tsv" else {"strict": True}
+    return (
+        {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix.lower() == ".tsv" else {"strict": True}
+    )
 
 
 def _rows(path: Path) -> Iterator[list[str] | Exception]:
@@ -269,13 +283,17 @@ def _likely(names: list[str]) -> str | None:
 
 
 def load_arrow() -> Any:
-    """Pyarrow, with the modules used here; ImportError, with the command that installs it, where it isn't there."""
+    """Pyarrow, with the modules used here; ImportError, with the command that installs it, where it isn't
+    there.
+    """
     try:
         import pyarrow
         import pyarrow.ipc
         import pyarrow.parquet
     except ImportError as error:
-        raise ImportError(f"corpora need pyarrow, which is not installed: pip install pyarrow ({error})") from error
+        raise ImportError(
+            f"corpora need pyarrow, which is not installed: pip install pyarrow ({error})"
+        ) from error
     return pyarrow
 
 
@@ -290,7 +308,9 @@ def _folder(path: Path, column: str | None) -> Source:
 
     files = listing()
     if not files:
-        raise ValueError(f"{path}: neither a folder that datasets saved (no state.json) nor one of Parquet files")
+        raise ValueError(
+            f"{path}: neither a folder that datasets saved (no state.json) nor one of Parquet files"
+        )
     return replace(_table(path, files, column, _stream if saved else _parquet), listing=listing)
 
 
@@ -329,7 +349,9 @@ def _named(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: can't be read: {error}") from error
 
 
-def _table(path: Path, files: tuple[Path, ...], column: str | None, contents: Callable[[Path], Any]) -> Source:
+def _table(
+    path: Path, files: tuple[Path, ...], column: str | None, contents: Callable[[Path], Any]
+) -> Source:
     """A column of files; contents is a context that gives a file's schema and its batches of a column."""
     with _named(files[0]), contents(files[0]) as (schema, _):
         name = choose_column(path, schema.names, column)
@@ -345,7 +367,9 @@ def _table(path: Path, files: tuple[Path, ...], column: str | None, contents: Ca
 
 
 def _strings(column: Any) -> Iterator[Any]:
-    """Texts of a column, a few at a time; bytes that aren't UTF-8 become surrogates, which `_reason` names."""
+    """Texts of a column, a few at a time; bytes that aren't UTF-8 become surrogates, which `_reason`
+    names.
+    """
     arrow = load_arrow()
     for start in range(0, len(column), STRINGS):
         some = column.slice(start, STRINGS)

@@ -1,6 +1,7 @@
 """Parquet shards of attributions, each written whole or not at all, and known as complete by what is in them.
 
-Names that readers of a folder of Parquet files pass over start with _ or a dot, so that the folder as it stands is one table.
+Names that readers of a folder of Parquet files pass over start with _ or a dot, so that the folder as it
+stands is one table.
 """
 
 import errno
@@ -31,7 +32,9 @@ MISSING = "it isn't there"
 
 @dataclass(frozen=True)
 class Part:
-    """The records of a shard: its number, the number of the first record, how many they are, and the SHA-256 of their texts."""
+    """The records of a shard: its number, the number of the first record, how many they are, and the SHA-256
+    of their texts.
+    """
 
     shard: int
     first: int
@@ -57,22 +60,33 @@ def rejected_path(folder: Path, number: int) -> Path:
     return folder / f"_rejected-{number:06d}.jsonl"
 
 
-def write_shard(folder: Path, part: Part, rows: list[dict[str, Any]], rejected: list[dict[str, Any]], common: dict[str, Any]) -> None:
-    """Write a shard's rows and, before it, what was left out of it: a shard that is there is complete, side file and all.
+def write_shard(
+    folder: Path,
+    part: Part,
+    rows: list[dict[str, Any]],
+    rejected: list[dict[str, Any]],
+    common: dict[str, Any],
+) -> None:
+    """Write a shard's rows and, before it, what was left out of it: a shard that is there is complete, side
+    file and all.
 
     Symbolic links of these names are replaced, not followed.
 
     Args:
         folder: of the output.
         part: the records that the shard holds.
-        rows: one a text, in input order: index, text, and fields of `Attribution`, scores (n,) float32 or float64.
+        rows: one a text, in input order: index, text, and fields of `Attribution`, scores (n,) float32 or
+            float64.
         rejected: index and reason of each record left out.
         common: method and model, the same for every row, and settings.
 
     Raises:
         OSError: not written; what was complete before stays so.
     """
-    side, data = rejected_path(folder, part.shard), "".join(json.dumps(entry) + "\n" for entry in rejected).encode()
+    side, data = (
+        rejected_path(folder, part.shard),
+        "".join(json.dumps(entry) + "\n" for entry in rejected).encode(),
+    )
     if rejected:
         write_file(side, data, follow=False)
     else:
@@ -82,7 +96,9 @@ def write_shard(folder: Path, part: Part, rows: list[dict[str, Any]], rejected: 
 
 
 def look_at_shard(folder: Path, part: Part, common: dict[str, Any]) -> Found:
-    """Tell whether a shard is there and complete, by its footer, its index column and its side file; the rest isn't read."""
+    """Tell whether a shard is there and complete, by its footer, its index column and its side file; the rest
+    isn't read.
+    """
     path, side = shard_path(folder, part.shard), rejected_path(folder, part.shard)
     if not os.path.lexists(path):
         return Found(MISSING)
@@ -118,7 +134,9 @@ def _why_another(file: Any, path: Path, side: Path, part: Part, common: dict[str
         return f"{side.name} is missing or another"
     left_out = [json.loads(line)["index"] for line in data.splitlines()]
     index = file.read(["index"]).column(0).to_pylist()
-    if index != sorted(index) or sorted(index + left_out) != list(range(part.first, part.first + part.records)):
+    if index != sorted(index) or sorted(index + left_out) != list(
+        range(part.first, part.first + part.records)
+    ):
         return "its rows are others"
     return None
 
@@ -134,9 +152,11 @@ def _end_of_data(metadata: Any) -> int:
 
 @contextmanager
 def locked(folder: Path, name: str, wait: bool) -> Iterator[bool]:
-    """Hold the lock called `name` of an output folder; the system lets go of it when the process ends, however it ends.
+    """Hold the lock called `name` of an output folder; the system lets go of it when the process ends,
+    however it ends.
 
-    The lock's file stays: a process that waits for it would otherwise hold another file than one that comes later.
+    The lock's file stays: a process that waits for it would otherwise hold another file than one that comes
+    later.
 
     Args:
         folder: of the output.
@@ -144,14 +164,17 @@ def locked(folder: Path, name: str, wait: bool) -> Iterator[bool]:
         wait: until another process lets go of it.
 
     Yields:
-        Whether it is held, or the file system has no locks. False if another process holds it and wait is False.
+        Whether it is held, or the file system has no locks. False if another process holds it and wait is
+        False.
     """
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
     path = folder / f".lock-{name}"
     try:
         handle = os.open(path, flags, 0o666)
     except OSError as error:
-        raise OSError(error.errno, "is a symbolic link" if path.is_symlink() else error.strerror, str(path)) from error
+        raise OSError(
+            error.errno, "is a symbolic link" if path.is_symlink() else error.strerror, str(path)
+        ) from error
     try:
         yield _lock(handle, wait)
     finally:
@@ -212,8 +235,12 @@ def _schema(common: dict[str, Any]) -> Any:
 def _parquet_bytes(rows: list[dict[str, Any]], common: dict[str, Any], facts: dict[str, Any]) -> memoryview:
     arrow, schema = load_arrow(), _schema(common)
     same = {name: common[name] for name in ("method", "model")}
-    columns = [arrow.array([(row | same).get(field.name) for row in rows], type=field.type) for field in schema]
-    table = arrow.Table.from_arrays(columns, schema=schema.with_metadata({KEY: json.dumps(facts, sort_keys=True)}))
+    columns = [
+        arrow.array([(row | same).get(field.name) for row in rows], type=field.type) for field in schema
+    ]
+    table = arrow.Table.from_arrays(
+        columns, schema=schema.with_metadata({KEY: json.dumps(facts, sort_keys=True)})
+    )
     sink = arrow.BufferOutputStream()
     arrow.parquet.write_table(table, sink, compression="zstd")
     return memoryview(sink.getvalue())

@@ -1,4 +1,6 @@
-"""A stock classifier's forward pass that also returns norms and the GlobEnc rollout, in the published tuple order."""
+"""A stock classifier's forward pass that also returns norms and the GlobEnc rollout, in the published tuple
+order.
+"""
 
 from dataclasses import dataclass
 from itertools import chain
@@ -23,7 +25,8 @@ class GlobEncOutput(SequenceClassifierOutput):
 
     Attributes:
         globenc: rollout of N_Enc, (B, n, n), unnormalised.
-        norms: of every layer, a tuple in the order of NORMS: head_N (B, H, n, n), four maps (B, n, n), four ratios (B, n).
+        norms: of every layer, a tuple in the order of NORMS: head_N (B, H, n, n), four maps (B, n, n), four
+            ratios (B, n).
     """
 
     globenc: Tensor | None = None
@@ -52,23 +55,32 @@ class WithNorms:
         """The stock forward pass, and on request norms and rollout.
 
         Args:
-            input_ids: (B, n) int64; these and the next arguments as the stock model takes them, in the published order.
+            input_ids: (B, n) int64; these and the next arguments as the stock model takes them, in the
+                published order.
             head_mask: only None.
             output_norms: also return every layer's nine norms and ratios.
             output_globenc: also return the rollout of N_Enc, (B, n, n).
 
         Returns:
-            `GlobEncOutput`; with return_dict=False the tuple (loss), logits, (hidden states), (attentions), (rollout), (norms) of
-            what was asked for. Rows of padding are 0. As published, output_attentions with output_globenc and without output_norms
-            gives every layer's N_Enc in the place of its attention.
+            `GlobEncOutput`; with return_dict=False the tuple (loss), logits, (hidden states), (attentions),
+            (rollout), (norms) of what was asked for. Rows of padding are 0. As published, output_attentions
+            with output_globenc and without output_norms gives every layer's N_Enc in the place of its
+            attention.
 
         Raises:
             ValueError: head_mask, or input that the model can't take.
         """
         if head_mask is not None:
             raise ValueError(f"{type(self).__name__}: head_mask is not supported; transformers 5 has none")
-        given = dict(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids)
-        given |= dict(inputs_embeds=inputs_embeds, labels=labels, output_hidden_states=output_hidden_states, **kwargs)
+        given = dict(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+        )
+        given |= dict(
+            inputs_embeds=inputs_embeds, labels=labels, output_hidden_states=output_hidden_states, **kwargs
+        )
         batch = {name: value for name, value in given.items() if value is not None}
         batch["output_attentions"] = False
         as_dict = self.config.return_dict if return_dict is None else return_dict
@@ -79,18 +91,31 @@ class WithNorms:
         check_model(name, self, "auto", None)
         captured, output, _ = run_captured(name, self, {**batch, "return_dict": True}, None)
         with torch.no_grad():
-            found = _found(ops, captured, bool(attentions), bool(output_norms), bool(output_globenc), self.dtype)
+            found = _found(
+                ops, captured, bool(attentions), bool(output_norms), bool(output_globenc), self.dtype
+            )
         seen, rollout, norms = found
-        require_finite(name, self, [t for t in (*(seen or ()), rollout, *chain(*(norms or ()))) if t is not None])
+        require_finite(
+            name, self, [t for t in (*(seen or ()), rollout, *chain(*(norms or ()))) if t is not None]
+        )
         parts = (output.loss, output.logits, output.hidden_states, *found)
         return GlobEncOutput(*parts) if as_dict else tuple(part for part in parts if part is not None)
 
 
 def _found(
-    ops: StageOps, captured: list[LayerTrace], attentions: bool, norms: bool, globenc: bool, dtype: torch.dtype
+    ops: StageOps,
+    captured: list[LayerTrace],
+    attentions: bool,
+    norms: bool,
+    globenc: bool,
+    dtype: torch.dtype,
 ) -> tuple[tuple | None, Tensor | None, tuple | None]:
     """Attentions, rollout and norms, None for what isn't asked for."""
-    seen = tuple(ops.attention_maps(layer).to(dtype) for layer in captured) if attentions and (norms or not globenc) else None
+    seen = (
+        tuple(ops.attention_maps(layer).to(dtype) for layer in captured)
+        if attentions and (norms or not globenc)
+        else None
+    )
     if not (norms or globenc):
         return seen, None, None
     maps = tuple(ops.norm_matrix(layer, "N_Enc").full().to(dtype) for layer in captured)
@@ -100,7 +125,11 @@ def _found(
     if not norms:
         return seen, rollout, None
     by_layer = zip(captured, maps, strict=True)
-    return seen, rollout, tuple(tuple(_norm(ops, layer, name, n_enc).to(dtype) for name in NORMS) for layer, n_enc in by_layer)
+    return (
+        seen,
+        rollout,
+        tuple(tuple(_norm(ops, layer, name, n_enc).to(dtype) for name in NORMS) for layer, n_enc in by_layer),
+    )
 
 
 def _norm(ops: StageOps, layer: LayerTrace, name: str, n_enc: Tensor) -> Tensor:
