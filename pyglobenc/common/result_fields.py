@@ -81,7 +81,7 @@ LISTS = {
     "token_ids": (is_index, "integers of at least 0", False, True),
     "special": (is_flag, "True or False", False, True),
     "word_ids": (_or_none(is_index), "integers of at least 0 or None", True, True),
-    "cu_seqlens": (is_pair, "pairs of integers, 0 <= start <= stop", True, True),
+    "offsets": (is_pair, "pairs of integers, 0 <= start <= stop", True, True),
     "windows": (is_pair, "pairs of integers, 0 <= start <= stop", True, False),
     "parts": (lambda value: value is None or (is_index(value) and value < 2), "0, 1 or None", True, True),
     "predictions": (is_prediction, "pairs of a string and a finite number", True, False),

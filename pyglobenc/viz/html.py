@@ -10,8 +10,8 @@ from pyglobenc.viz.units import Scored, Unit
 TOP = 10
 
 STYLE = """
-.globenc { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 60rem; margin: 0 auto;
-  padding: 1rem; overflow-wrap: anywhere; }
+.globenc { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 60rem;
+  margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
 .globenc h1 { font-size: 1.25rem; margin: .5rem 0 1rem; }
 .globenc section { border: 1px solid #ddd; border-radius: .5rem; padding: 1rem 1.25rem; margin: 0 0 1.25rem; }
 .globenc dl { display: flex; flex-wrap: wrap; gap: .1rem 1.5rem; margin: 0 0 1rem; font-size: .875rem; }

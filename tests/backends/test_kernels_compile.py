@@ -9,8 +9,10 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
+from dataclasses import fields, is_dataclass, replace
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,9 +135,15 @@ def test_every_kernel_was_compiled(resources):
         assert {row["kernel"] for row in resources if row["capability"] == capability} == kernels
 
 
-def with_batch(t: torch.Tensor, batch: int) -> torch.Tensor:
-    """A tensor of two examples with another number of them; weights stay."""
-    return t.new_empty(batch, *t.shape[1:]) if t.shape[0] == 2 else t
+def with_batch(argument: Any, batch: int) -> Any:
+    """An argument for two examples as one for another number of them; weights stay."""
+    if is_dataclass(argument):
+        return replace(
+            argument, **{f.name: with_batch(getattr(argument, f.name), batch) for f in fields(argument)}
+        )
+    if isinstance(argument, torch.Tensor) and argument.shape[0] == 2:
+        return argument.new_empty(batch, *argument.shape[1:])
+    return argument
 
 
 def variant(kernel, args: tuple, kwargs: dict) -> tuple:
@@ -171,9 +179,7 @@ def test_a_corpus_compiles_a_kernel_a_few_times(op):
     with pretend(90, "tf32x3"):
         for n in (2, 3, 4, 7, 16, 17, 31, 32, 63, 100, 128, 256, 402, 511, 512):
             for batch in (1, 2, 3, 16, 48):
-                args = (
-                    with_batch(t, batch) if isinstance(t, torch.Tensor) else t for t in arguments(case, n)
-                )
-                for kernel, *launch in record(op, tuple(args)):
+                args = tuple(with_batch(argument, batch) for argument in arguments(case, n))
+                for kernel, *launch in record(op, args):
                     found[kernel].add(variant(kernel, *launch))
     assert max(map(len, found.values())) <= 3

@@ -712,7 +712,7 @@ def shards_of(folder):
 def test_a_stopped_job_leaves_nothing_half_written(
     finished, tmp_path, minilm_is_tiny, monkeypatch, capsys, number, writes
 ):
-    before, left, sync = signal.getsignal(signal.SIGTERM), [writes], os.fsync
+    before, left, sync = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}, [writes], os.fsync
 
     def stopping(handle):
         left[0] -= 1
@@ -721,12 +721,15 @@ def test_a_stopped_job_leaves_nothing_half_written(
         sync(handle)
 
     corpus, out = finished / "corpus.jsonl", tmp_path / "out"
+    # a shell that started the tests in the background has SIGINT ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", stopping)
             assert run(corpus, out) == 130
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
     assert capsys.readouterr().err == "pyglobenc: stopped\n" and not list(out.glob(".*.tmp"))
     assert run(corpus, out) == 0 and contents(out) == contents(finished / "whole")
 

@@ -76,7 +76,8 @@ class Case:
 
     def __str__(self):
         text = f"B{self.B}-H{self.H}.{self.Hkv}-n{self.n}-dh{self.dh}-{self.mask}"
-        text += f"-{self.window[0]}.{self.window[1]}-{'res' if self.residual else 'plain'}{self.norms}-{str(self.dtype)[6:]}"
+        text += f"-{self.window[0]}.{self.window[1]}-{'res' if self.residual else 'plain'}{self.norms}"
+        text += f"-{str(self.dtype)[6:]}"
         return text if self.peak == 1.0 else f"{text}-peak{self.peak:g}"
 
 

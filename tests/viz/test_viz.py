@@ -32,7 +32,7 @@ def attribution(words, scores=None, **changes):
         target=0,
         target_name="[CLS]",
         word_ids=[None, *range(len(words))],
-        cu_seqlens=[(0, 0)] + [(start, start + len(word)) for start, word in zip(starts, words, strict=True)],
+        offsets=[(0, 0)] + [(start, start + len(word)) for start, word in zip(starts, words, strict=True)],
     )
     return Attribution(**(out | changes))
 
@@ -163,7 +163,7 @@ def test_html_of_words_lists_their_pieces():
         ["token", "##ize"],
         [0, 1.0, 0.5],
         text="tokenize",
-        cu_seqlens=[(0, 0), (0, 5), (5, 8)],
+        offsets=[(0, 0), (0, 5), (5, 8)],
         word_ids=[None, 0, 0],
     )
     spans = {text: attrs for text, _, attrs in Page(a.to_html(merge_words=True)).spans}

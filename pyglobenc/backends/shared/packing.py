@@ -52,7 +52,7 @@ def padded(t: Tensor, cu_seqlens: Tensor, fill: float = 0) -> Tensor:
 
 def sequence_sums(t: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Return the sum of t (1, N) over each sequence, (S,)."""
-    return torch.segment_reduce(t[0], "sum", cu_seqlens=cu_seqlens.to(t.device, non_blocking=True))
+    return torch.segment_reduce(t[0], "sum", offsets=cu_seqlens.to(t.device, non_blocking=True))
 
 
 def per_token(t: Tensor, cu_seqlens: Tensor) -> Tensor:
