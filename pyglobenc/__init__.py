@@ -1,4 +1,4 @@
-"""Token attribution for transformers at the price of the forward pass."""
+"""Token attribution for transformers, with fused kernels."""
 
 from importlib import import_module
 from typing import Any
