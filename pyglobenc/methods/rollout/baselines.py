@@ -1,7 +1,7 @@
-"""The relatives that GlobEnc is compared with, on the same capture and the same kernels.
+"""Baselines that GlobEnc is compared with, on the same captured layers and the same kernels.
 
-Averaging attention over heads is a norm too, with 1/H^2 for the Gram matrix, so every method but the flow
-runs in row mode.
+The mean of attention over heads is a norm whose Gram matrix is 1/H^2 everywhere. So every method but
+attention flow runs in row mode.
 """
 
 from collections.abc import Sequence
@@ -51,14 +51,15 @@ class Rollout:
     """A method of the rollout family on a stock transformers model.
 
     Args:
-        model: a known architecture, or a module with a head of its own around one, in evaluation mode; left
-            as it is.
-        method: a name in METHODS.
+        model: a model of a known architecture, or a module with its own head around one, in evaluation
+            mode. It is left unchanged.
+        method: a name in METHODS, which gives the source of each method.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
-        dtype: of the attribution arithmetic; None is float32, or float64 for a float64 model.
+        dtype: dtype of the attribution arithmetic. None means float32, or float64 for a float64 model.
 
     Raises:
-        TypeError, ValueError: unknown method, architecture or backend, training mode.
+        TypeError, ValueError: The method, architecture or backend is unknown, or the model is in training
+            mode.
     """
 
     @known_arguments
@@ -88,19 +89,16 @@ class Rollout:
         """Attribute target tokens of a batch to the input tokens.
 
         Args:
-            targets: token positions, T for every example or (B, T); 0 is [CLS]. "mean": the mean of all real
-                tokens' rows, T = 1.
-                None: what the logits of a model with one set of them an example are computed from, a token or
-                    the mean of some. Of
-                other models, and of transformers' own heads that read neither one token nor the mean of all,
-                the first real token, of causal models the last; other heads of that kind are refused.
-            layers: also return the result up to every layer; for raw attention, every layer's own.
-            maps: "layers", every layer's matrix (B, L, n, n), and "rollout", their product (B, n, n),
+            targets: T token positions for every example, or (B, T). Position 0 is [CLS]. "mean" explains the
+                mean of the rows of all real tokens, T = 1. None is the default target of `GlobEnc`.
+            layers: whether to also return the result up to every layer. For raw attention this is the
+                attention of every layer alone.
+            maps: "layers" for every layer's matrix (B, L, n, n), and "rollout" for their product (B, n, n) in
                 float64.
-            batch: the model's inputs, as `GlobEnc` takes them.
+            batch: the inputs of the model, as `GlobEnc` takes them.
 
         Returns:
-            RolloutResult; the flow's rows sum to 1 before scaling.
+            RolloutResult with scores (B, T, n). Rows of attention flow sum to 1 before they are scaled.
 
         Raises:
             TypeError, ValueError: as `GlobEnc`.
@@ -127,16 +125,17 @@ class Rollout:
     def packed(
         self, *, targets: Sequence[int] | Tensor | str | None = None, layers: bool = False, **batch: Any
     ) -> list[RolloutResult]:
-        """Attribute target tokens of sequences of any lengths, packed into one; the flow can't.
+        """Attribute target tokens of sequences of any lengths, packed end to end; attention flow can't.
 
         Args:
             targets, layers, batch: as `GlobEnc.packed` takes them.
 
         Returns:
-            What each sequence gives alone: S results of batch size 1, in order.
+            S results of batch size 1, in the order of the sequences. Each one equals the result of its
+            sequence alone.
 
         Raises:
-            TypeError, ValueError: as `GlobEnc.packed`.
+            TypeError, ValueError: as `GlobEnc.packed`, or the method is attention flow.
         """
         batch = packed_inputs("Rollout", batch, Rollout.packed)
         if self.method == "attention-flow":
@@ -171,7 +170,7 @@ class Rollout:
                 (self._matrix(layer) for layer in reversed(captured)), rows, layers, cu_seqlens
             )
         full = stack_layers([self._matrix(layer).full() for layer in captured])
-        # the solver's integers would hide NaN
+        # The check comes first because the solver works on integers, which would hide NaN.
         require_finite("Rollout", self.model, (full,))
         scores = attention_flow(full, rows, captured[-1].key_mask, layers)
         return rescale_rows(scores, torch.zeros_like(scores[..., 0]))

@@ -1,6 +1,4 @@
-"""Attention flow: the maximum flow from a token to each input token through the layers (Abnar and Zuidema,
-2020).
-"""
+"""Attention flow: the maximum flow from a token down to each input token (Abnar and Zuidema, 2020)."""
 
 import numpy as np
 import torch
@@ -8,23 +6,26 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import maximum_flow
 from torch import Tensor
 
-# scipy's solver takes integers; the published code rounds capacities to this fraction
+# The solver of scipy takes integer capacities. The published code rounds them to this fraction.
 CAPACITY = 10_000_000
 
 
 def attention_flow(
     matrices: Tensor, targets: Tensor, key_mask: Tensor | None, layers: bool = False
 ) -> Tensor:
-    """Maximum flow from target tokens of a layer down to every input token, each row divided by its sum.
+    """Return the maximum flow from target tokens down to every input token, each row divided by its sum.
 
     Args:
-        matrices: capacities of every layer, (B, L, n, n), row i the sources of query i.
+        matrices: capacities of every layer, (B, L, n, n); row i holds the sources of query i.
         targets: (B, T) int64.
         key_mask: (B, n) bool, True for real tokens, or None.
-        layers: from every layer's targets, not the last one's alone.
+        layers: whether to also return the flow from the targets of every layer, not of the last one alone.
 
     Returns:
-        (B, L, T, n), L = 1 without layers, the dtype of matrices; padding 0.
+        (B, L, T, n) in the dtype of matrices, 0 at padding. L is 1 if `layers` is False.
+
+    Source:
+        Abnar and Zuidema, ACL 2020.
     """
     batch, depth, n, _ = matrices.shape
     tops = range(1, depth + 1) if layers else [depth]
@@ -41,7 +42,7 @@ def attention_flow(
 
 
 def _graph(capacities: np.ndarray):
-    """Edges from node (l + 1) * n + i to l * n + j, as a csr array."""
+    """Return a csr array with an edge from node (l + 1) * n + i to node l * n + j for each capacity."""
     depth, n, _ = capacities.shape
     layer, i, j = np.nonzero(capacities)
     size = (depth + 1) * n

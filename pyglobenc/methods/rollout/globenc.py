@@ -1,6 +1,4 @@
-"""GlobEnc: norms of decomposed vectors through the whole encoder layer, rolled out (Modarressi et al., NAACL
-2022).
-"""
+"""GlobEnc: norms of decomposed vectors through the whole layer, rolled out (Modarressi et al., 2022)."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -30,16 +28,16 @@ MAPS = ("head_N", *STAGES, *MIXING, "rollout")
 
 
 class GlobEnc:
-    """GlobEnc attribution of a stock transformers model.
+    """GlobEnc attribution of a stock transformers model (Modarressi et al., NAACL 2022).
 
     Args:
-        model: a known architecture, in evaluation mode; left as it is. It may be wrapped by torch.compile,
-            PEFT or sentence-transformers, or stand in a module with a head of its own.
+        model: a model of a known architecture, in evaluation mode. It is left unchanged. It may be wrapped
+            by torch.compile, PEFT or sentence-transformers, or be part of a module with its own head.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
-        dtype: of the attribution arithmetic; None is float32, or float64 for a float64 model.
+        dtype: dtype of the attribution arithmetic. None means float32, or float64 for a float64 model.
 
     Raises:
-        TypeError, ValueError: unknown architecture or backend, training mode.
+        TypeError, ValueError: The architecture or backend is unknown, or the model is in training mode.
     """
 
     @known_arguments
@@ -62,37 +60,38 @@ class GlobEnc:
     ) -> RolloutResult:
         """Attribute target tokens of a batch to the input tokens.
 
-        Row mode, the default, stores no (n, n) array: memory is O(L*n*d + T*n). Each name in maps costs its
-        own size.
+        Row mode is the default. It stores no (n, n) array, so memory is O(L*n*d + T*n). Each map that is
+        asked for takes memory of its own size.
 
         Args:
-            targets: token positions, T for every example or (B, T); 0 is [CLS]. "mean": the mean of all real
-                tokens' rows, T = 1.
-                None: what the logits of a model with one set of them an example are computed from, a token or
-                    the mean of some. Of
-                other models, and of transformers' own heads that read neither one token nor the mean of all,
-                the first real token, of causal models the last; other heads of that kind are refused.
-            stage: "N", "N_Res", "N_ResLN" or "N_Enc", whose norms are rolled out. None: N_Enc, or N_Res for a
-                pre-norm model, which has no others but N: that extends the paper.
-            layers: also return the rollout up to every layer.
-            maps: any of "head_N" (B, L, H, n, n); "N", "N_Res", "N_ResLN", "N_Enc" (B, L, n, n); "mix_" and a
-                stage's name (B, L, n); "rollout" (B, n, n), unnormalised, float64. Rows of padding are 0.
-            reliability: "off", or "measured": the model runs once more with every layer's input and what is
-                added to it moved by a rounding unit, and `error` says how far the scores moved. A
-                PrecisionWarning is given above 1e-2, as half models with large scores have, and where it is
-                unknown (NaN).
-            batch: the model's inputs, as its tokenizer returns them: input_ids or inputs_embeds,
-                attention_mask, token_type_ids, position_ids, pixel_values, interpolate_pos_encoding;
-                output_hidden_states and logits_to_keep, for output.
+            targets: T token positions for every example, or (B, T). Position 0 is [CLS]. "mean" explains the
+                mean of the rows of all real tokens, T = 1. None is the default target. If the model returns
+                one set of logits an example, it is the token, or the mean of tokens, that the logits are
+                computed from. For other models it is the first real token, or the last one if the model is
+                causal. The same holds for the heads of transformers that read neither one token nor the mean
+                of all tokens. Other heads of this kind are refused.
+            stage: the stage whose norms are rolled out: "N", "N_Res", "N_ResLN" or "N_Enc". None means N_Enc.
+                A pre-norm model only has N and N_Res, and None means N_Res. This extends the paper.
+            layers: whether to also return the rollout up to every layer.
+            maps: names of maps to return: "head_N" (B, L, H, n, n); "N", "N_Res", "N_ResLN", "N_Enc"
+                (B, L, n, n); "mix_" followed by the name of a stage (B, L, n); "rollout" (B, n, n) in
+                float64, not normalised. Rows of padding are 0.
+            reliability: "off" or "measured". With "measured" the model runs a second time, with every layer's
+                input and the outputs of its attention and MLP moved by one rounding unit. `error` tells how
+                far the scores moved. A PrecisionWarning is given if it is above 1e-2 or unknown (NaN), as
+                happens for half-precision models with large attention scores.
+            batch: the inputs of the model, as its tokenizer returns them: input_ids or inputs_embeds,
+                attention_mask, token_type_ids, position_ids, pixel_values, interpolate_pos_encoding.
+                output_hidden_states and logits_to_keep change what `output` holds.
 
         Returns:
-            RolloutResult.
+            RolloutResult with scores (B, T, n).
 
         Raises:
-            TypeError, ValueError: an unknown argument, one of transformers' that can't be honoured, unknown
-                stage or map, targets out of range or padding, input longer than the model takes, an example
-                without a real token, a result that isn't finite (the error names the parameter that holds NaN
-                or infinity).
+            TypeError, ValueError: An argument is unknown or can't be honoured, the stage or a map is unknown,
+                a target is out of range or padding, the input is longer than the model takes, an example has
+                no real token, or the result isn't finite. The last error names the parameter that holds NaN
+                or infinity.
         """
         batch = model_inputs("GlobEnc", self.model, batch, GlobEnc.__call__)
         if stage is not None and stage not in STAGES:
@@ -126,7 +125,7 @@ class GlobEnc:
             else:
                 result.maps[name] = stack_layers(full if name == stage else self._maps(name, captured))
         if maps:
-            # rows other than the targets' may read what these don't
+            # Maps also hold rows of other tokens. These may hold NaN even if the rows of the targets don't.
             require_finite("GlobEnc", self.model, result.maps.values())
         return result
 
@@ -140,22 +139,21 @@ class GlobEnc:
         layers: bool = False,
         **batch: Any,
     ) -> list[RolloutResult]:
-        """Attribute target tokens of sequences of any lengths, packed into one so that nothing is spent on
-        padding.
+        """Attribute target tokens of sequences of any lengths, packed end to end so that nothing is padded.
 
         Args:
-            targets: token positions, T for every sequence or (S, T); "mean" or None as for a batch.
-            stage, layers: as for a batch.
-            batch: the inputs of S sequences, a list of each one's, as the model's tokenizer returns them
-                unasked for padding or tensors.
+            targets: T token positions for every sequence, or (S, T). "mean" and None mean the same as for a
+                batch.
+            stage, layers: the same as for a batch.
+            batch: the inputs of S sequences. Each input is a list with one list of ids per sequence, as the
+                model's tokenizer returns it when it is asked for neither padding nor tensors.
 
         Returns:
-            What each sequence gives alone: S results of batch size 1, in order. Their output is None unless
-                the model has one set of
-            logits for a sequence.
+            S results of batch size 1, in the order of the sequences. Each one equals the result of its
+            sequence alone. `output` is None unless the model returns one set of logits for a sequence.
 
         Raises:
-            TypeError, ValueError: as for a batch, or a model that can't be given the positions of packed
+            TypeError, ValueError: as for a batch, or the model can't be given the positions of packed
                 sequences.
         """
         batch = packed_inputs("GlobEnc", batch, GlobEnc.packed)
@@ -171,9 +169,7 @@ class GlobEnc:
         return attribute_packed("GlobEnc", self.model, batch, targets, self.dtype, layers, rows)
 
     def _measured_error(self, batch: dict[str, Any], stage: str, rows: Tensor, scores: Tensor) -> Tensor:
-        """Relative L2 distance (B,) of scores (B, T, n) from those of a second run, whose rounding is
-        another.
-        """
+        """Return the relative L2 distance (B,) between scores (B, T, n) and those of a nudged second run."""
         with nudged(find_layers(self.model)):
             captured, _, _ = run_captured("GlobEnc", self.model, batch, self.dtype)
         moved, _ = roll_out_rows((self.ops.norm_matrix(layer, stage) for layer in reversed(captured)), rows)

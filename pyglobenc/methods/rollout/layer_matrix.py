@@ -1,6 +1,7 @@
-"""What a layer contributes to a rollout: an (n, n) matrix, row i a query's sources, that need not be stored.
+"""The matrix that a layer contributes to a rollout: (n, n), with the sources of query i in row i.
 
-Every kind gives single rows, the product of rows with the matrix, and, only when asked, the matrix itself.
+Every kind of matrix returns single rows, multiplies rows with the matrix, and builds the full matrix only
+when it is asked to. So the matrix need not be stored.
 """
 
 from collections.abc import Iterator
@@ -19,25 +20,28 @@ ROW_BLOCK = 64
 
 
 class LayerMatrix(Protocol):
-    """One layer's (B, n, n) matrix of a rollout; of S packed sequences the blocks of a block-diagonal one,
-    (1, N, N).
+    """One layer's (B, n, n) matrix of a rollout.
+
+    For S packed sequences the matrix is (1, N, N) and block-diagonal, with one block for each sequence.
     """
 
     def rows(self, targets: Tensor) -> Tensor:
-        """Rows `targets` (B, T) of the matrix: (B, T, n)."""
+        """Return the rows `targets` (B, T) of the matrix, (B, T, n)."""
 
     def step(self, r: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-        """r (B, T, n) times the matrix, each row scaled to maximum 1, and the new log_scale (B, T), of packed
-        sequences (S, T).
+        """Multiply r (B, T, n) with the matrix and scale each row to maximum 1.
+
+        Returns:
+            The rows (B, T, n) and the new log_scale (B, T). For S packed sequences log_scale is (S, T).
         """
 
     def full(self) -> Tensor:
-        """The matrix, (B, n, n)."""
+        """Return the matrix, (B, n, n)."""
 
 
 @dataclass
 class NormMatrix:
-    """Norms of one stage's decomposed vectors, as `pyglobenc.ops.pair_norms` defines them, on a backend."""
+    """Norms of the decomposed vectors of one stage, (B, n, n), as `pyglobenc.ops.pair_norms` defines them."""
 
     inputs: PairInputs
     backend: str
@@ -46,7 +50,7 @@ class NormMatrix:
         return self._norms(targets.to(self.inputs.device))
 
     def step(self, r: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-        # the layers of a model may lie on several devices
+        # The layers of a model may be on several devices.
         r, log_scale = r.to(self.inputs.gram), log_scale.to(self.inputs.gram)
         return rollout_step(r, log_scale, **self.inputs.arguments(), backend=self.backend)
 
@@ -55,12 +59,12 @@ class NormMatrix:
 
     def _norms(self, targets: Tensor | None) -> Tensor:
         arguments = self.inputs.arguments()
-        # rows and full matrices of packed sequences are those of each alone
+        # `pair_norms` takes no packed sequences. Their rows and norms are computed one sequence at a time.
         del arguments["cu_seqlens"]
         return pair_norms(**arguments, rows=targets, backend=self.backend)
 
     def row_sums(self) -> Tensor:
-        """Sum of every row, (B, n), a block of rows at a time."""
+        """Return the sum of every row, (B, n), computed from one block of rows at a time."""
         if self.inputs.cu_seqlens is not None:
             return torch.cat([matrix.row_sums() for matrix in self._sequences()], dim=1)
         batch, _, n, _ = self.inputs.q.shape
@@ -68,7 +72,7 @@ class NormMatrix:
         return torch.cat([self.rows(block).sum(-1) for block in index.split(ROW_BLOCK, dim=1)], dim=1)
 
     def _sequences(self) -> Iterator["NormMatrix"]:
-        """Each of the packed sequences alone."""
+        """Yield the matrix of each packed sequence alone."""
         given = self.inputs.of_tokens()
         axes = [self.inputs.AXES[name] for name in given]
         for tokens in slices(self.inputs.cu_seqlens):
@@ -79,7 +83,7 @@ class NormMatrix:
 
 @dataclass
 class StoredMatrix:
-    """A matrix that exists, (B, n, n)."""
+    """A matrix that is stored, (B, n, n)."""
 
     matrix: Tensor
 
@@ -98,8 +102,9 @@ class StoredMatrix:
 
 @dataclass
 class ResidualMatrix:
-    """diag(weight) (A - diag(own)) + diag(kept): a layer's matrix A beside an explicit residual connection,
-    each vector (B, n).
+    """A layer's matrix A with an explicit residual: diag(weight) (A - diag(own)) + diag(kept).
+
+    The vectors weight, own and kept are (B, n). None for own means zeros.
     """
 
     inner: NormMatrix

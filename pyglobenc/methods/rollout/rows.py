@@ -1,6 +1,4 @@
-"""Rollout: the layers' matrices multiplied from the top down for chosen rows, or in full (Abnar and Zuidema,
-2020).
-"""
+"""Rollout: the layers' matrices multiplied from the top down (Abnar and Zuidema, 2020)."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,20 +15,26 @@ from pyglobenc.methods.rollout.layer_matrix import LayerMatrix
 def roll_out_rows(
     matrices: Iterable[LayerMatrix], targets: Tensor, layers: bool = False, cu_seqlens: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Rows of N_L ... N_2 N_1, without a matrix: O(T*n) memory beside the layers' own.
+    """Return rows of the product N_L ... N_2 N_1 without building a matrix.
+
+    The rows take O(T*n) memory, in addition to what the layers take themselves.
 
     Args:
-        matrices: one a layer, last layer first; taken one at a time, so that a generator holds one layer's at
-            once.
-        targets: rows wanted, (B, T) int64; or what rows are multiplied with, (B, T, n) floating point.
-        layers: also the rollout up to every layer.
-        cu_seqlens: (S + 1,) of the sequences that the matrices pack; targets are then (S, T), positions among
-            all N tokens, or (1, T, N).
+        matrices: one matrix for each layer, last layer first. They are taken one at a time, so a generator
+            needs to hold only one layer's tensors.
+        targets: positions of the rows that are wanted, (B, T) int64. A floating-point tensor (B, T, n) is
+            multiplied with the product instead.
+        layers: whether to also return the rollout up to every layer.
+        cu_seqlens: boundaries (S + 1,) of the sequences that the matrices pack, or None. With packed
+            sequences targets are (S, T) positions among all N tokens, or (1, T, N).
 
     Returns:
-        scores (B, L, T, n), each row's largest entry 1, and log_scale (B, L, T); L is 1, the whole rollout,
-        without layers. Of packed sequences scores (1, L, T, N), each sequence's at its own tokens, and
-        log_scale (S, L, T).
+        scores (B, L, T, n), scaled so that the largest entry of each row is 1, and log_scale (B, L, T). L is
+        1 if `layers` is False. Packed sequences give scores (1, L, T, N), where each sequence's scores are
+        at its own tokens, and log_scale (S, L, T).
+
+    Source:
+        Abnar and Zuidema, ACL 2020.
     """
     count = targets.shape[1]
     r = log_scale = None
@@ -45,7 +49,7 @@ def roll_out_rows(
 
 
 def _first_rows(matrix: LayerMatrix, targets: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows of one matrix, scaled to maximum 1, and their log_scale."""
+    """Return rows of one matrix, scaled to maximum 1, and their log_scale."""
     if targets.is_floating_point():
         return matrix.step(
             targets,
@@ -54,19 +58,20 @@ def _first_rows(matrix: LayerMatrix, targets: Tensor, cu_seqlens: Tensor | None)
     if cu_seqlens is None:
         rows = matrix.rows(targets)
         return rescale_rows(rows, torch.zeros_like(rows[..., 0]))
-    # a row of every sequence is one product with unit vectors
+    # One product with unit vectors gives a row of every sequence.
     unit = targets.new_zeros(1, targets.shape[1], int(cu_seqlens[-1])).scatter_(2, targets.T[None], 1)
     return matrix.step(unit, torch.zeros_like(targets))
 
 
 def stack_layers(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors (B, ...) of every layer as (B, L, ...); the layers of a model may lie on several devices."""
+    """Stack one tensor (B, ...) for each of L layers to (B, L, ...), on the device of the first one."""
     return torch.stack([t.to(tensors[0].device) for t in tensors], dim=1)
 
 
 def roll_out(matrices: Sequence[Tensor]) -> Tensor:
-    """N_L ... N_2 N_1 of matrices (B, n, n), unnormalised, in float64 so that deep models don't overflow: (B,
-    n, n).
+    """Return the full product N_L ... N_2 N_1, (B, n, n), of matrices (B, n, n), not normalised.
+
+    The product is float64, because it would overflow float32 in deep models.
     """
     out = None
     for matrix in matrices:
@@ -79,15 +84,17 @@ class RolloutResult:
     """Rows of a rollout.
 
     Attributes:
-        scores: (B, T, n), row `target` of the rollout, largest entry of each row 1; padding 0.
-        log_scale: (B, T); the unnormalised value is scores * exp(log_scale).
-        layer_scores: (B, L, T, n), the rollout up to each layer, scaled the same way; None unless asked for.
+        scores: (B, T, n), one row of the rollout for each target, scaled so that its largest entry is 1.
+            Padding is 0.
+        log_scale: (B, T). The value before scaling is scores * exp(log_scale).
+        layer_scores: (B, L, T, n), the rollout up to each layer, scaled the same way. None unless it was
+            asked for.
         layer_log_scale: (B, L, T), or None.
-        maps: the maps asked for, by name.
-        output: what the model returned.
-        error: (B,), how far rounding moves the scores, relative L2 distance, NaN where it is unknown; None
+        maps: the maps that were asked for, by name.
+        output: the output of the model.
+        targets: (B, T) int64, positions of the targets. None for a mean over tokens, T = 1.
+        error: (B,), relative L2 distance by which rounding moves the scores, NaN where it is unknown. None
             unless it was measured.
-        targets: (B, T) int64, positions of the targets; None for a mean over tokens, T = 1.
     """
 
     scores: Tensor
@@ -103,8 +110,16 @@ class RolloutResult:
 def rollout_result(
     who: str, model: nn.Module, scores: Tensor, log_scale: Tensor, layers: bool
 ) -> RolloutResult:
-    """Result from what `roll_out_rows` returned for (B, L, T, n); ValueError as `require_finite` when it
-    isn't finite.
+    """Build a result from scores (B, L, T, n) and log_scale (B, L, T), as `roll_out_rows` returns them.
+
+    Args:
+        who: name of the method for errors.
+        model: the model, whose parameters are searched for NaN if the scores aren't finite.
+        scores, log_scale: as above.
+        layers: whether the result keeps the rows of every layer. Otherwise it keeps those of the last.
+
+    Raises:
+        ValueError: a score isn't finite.
     """
     require_finite(who, model, (scores, log_scale))
     if not layers:

@@ -1,9 +1,10 @@
 """The stages of GlobEnc on a captured layer: their constants, norms, maps and mixing ratios.
 
-A post-norm layer has the paper's four. In a pre-norm layer no LayerNorm follows the residual sum, so N and
-N_Res alone are defined, which extends the paper: the transformed vectors come from the normalised input, are
-followed to what the attention adds to the residual stream (through a layer scale or an added norm, whose
-statistic is a row's scale), and the residual is the raw input.
+A post-norm layer has the four stages of the paper. In a pre-norm layer no LayerNorm follows the residual
+sum, so only N and N_Res are defined there. This extends the paper. The transformed vectors of a pre-norm
+layer come from the normalised input. They are followed up to what the attention adds to the residual
+stream, through a layer scale or an added norm if there is one. The statistic of an added norm is a scale
+of its row. The residual is the raw input.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from pyglobenc.ops import gram_weights, head_gram, head_norms, mapped_square, mi
 
 @dataclass(frozen=True)
 class Stage:
-    """How far through the layer the decomposed vectors are followed."""
+    """How far through a layer the decomposed vectors are followed."""
 
     residual: bool
     norms: tuple[str, ...]  # LayerNorms passed, by their name in LayerModules
@@ -38,17 +39,17 @@ STAGES = {
 
 
 def deepest_stage(layer: LayerTrace) -> str:
-    """The stage that follows vectors furthest through a layer: N_Enc, or N_Res in a pre-norm layer."""
+    """Return the stage that follows vectors furthest through a layer: N_Enc, or N_Res if it is pre-norm."""
     return "N_Res" if layer.modules.pre_norm else "N_Enc"
 
 
 def stages_of(layer: LayerTrace) -> tuple[str, ...]:
-    """Names of the stages that the layer has."""
+    """Return the names of the stages that a layer has."""
     return tuple(name for name, stage in STAGES.items() if not (layer.modules.pre_norm and stage.norms))
 
 
 def check_stage(who: str, layer: LayerTrace, name: str) -> None:
-    """Raise ValueError, naming who, if a layer of this kind has no such stage."""
+    """Raise a ValueError that begins with `who` if a layer has no stage called `name`."""
     if name not in stages_of(layer):
         raise ValueError(
             f"{who}: stage {name} follows vectors through a LayerNorm after the residual sum, and this "
@@ -58,25 +59,24 @@ def check_stage(who: str, layer: LayerTrace, name: str) -> None:
 
 
 class StageOps:
-    """Builds a layer's norms and ratios of any stage. Nothing that depends on the weights outlives a call,
-    since they may change.
+    """Computes a layer's norms, maps and mixing ratios of any stage on one backend.
+
+    Nothing that depends on the weights is kept after a call, since the weights may change.
     """
 
     def __init__(self, backend: str):
         self.backend = backend
 
     def dtype_of(self, layer: LayerTrace) -> torch.dtype:
-        """Of the arithmetic: float64 where the layer is, else float32."""
+        """Return the dtype of the arithmetic: float64 for a float64 layer, else float32."""
         return torch.float64 if layer.q.dtype == torch.float64 else torch.float32
 
     def _gammas(self, layer: LayerTrace, stage: Stage) -> list[Tensor]:
-        """Weights of the LayerNorms passed, (d,) each."""
+        """Return the weights (d,) of the LayerNorms that the stage passes."""
         return [layer.norm_weight(name).to(self.dtype_of(layer)) for name in stage.norms]
 
     def _weight(self, layer: LayerTrace) -> Tensor:
-        """W_O by head, (H, dh, d), with what the layer multiplies the attention's output by before the
-        residual sum.
-        """
+        """Return W_O by head, (H, dh, d), with the factors that the layer applies before the residual sum."""
         m, dtype = layer.modules, self.dtype_of(layer)
         weight = layer.output_weight.to(dtype)
         if m.scale is not None:
@@ -86,8 +86,10 @@ class StageOps:
         return weight
 
     def _residual(self, layer: LayerTrace) -> Tensor:
-        """The residual x, (B, n, d), as it is, or over the rows' scale where the scale is of the attention's
-        output alone.
+        """Return the residual x, (B, n, d).
+
+        An added norm scales the attention output alone. Then x is divided by the scale of its row, since the
+        whole row is multiplied with it later.
         """
         x = layer.x.detach()
         if layer.modules.added_norm is None:
@@ -96,10 +98,13 @@ class StageOps:
         return x / layer.norms["added_norm"].rstd.to(x.dtype)[..., None]
 
     def _terms(self, layer: LayerTrace, stage: Stage) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """G (B, n, H, H), c (B, n, H) and |x M|^2 (B, n) of a stage, None for both without the residual."""
+        """Return G (B, n, H, H), c (B, n, H) and |x M|^2 (B, n) of a stage.
+
+        c and |x M|^2 are None for a stage without the residual.
+        """
         weight, gammas, v = self._weight(layer), self._gammas(layer, stage), layer.v.detach()
         x = self._residual(layer) if stage.residual else None
-        # under autocast, or over an added norm's scale
+        # The dtypes differ under autocast, and where x was divided by the scale of an added norm.
         if x is not None and x.dtype != v.dtype:
             v, x = v.to(weight.dtype), x.to(weight.dtype)
         if not self._constants_pay(v, weight, x):
@@ -111,15 +116,15 @@ class StageOps:
         return gram, cross, mapped_square(x, gammas, backend=self.backend)
 
     def _constants_pay(self, v: Tensor, weight: Tensor, x: Tensor | None) -> bool:
-        """Whether `head_gram`, with constants made for this call, takes fewer multiply-adds than
-        `norm_terms`.
+        """Tell whether `head_gram` with constants made for this call is cheaper than `norm_terms`.
 
-        Both run at the same rate on a CPU: without a residual they take the same time at 500 tokens in
-        MiniLM's shape, where the counts are equal at 560, and at 1,400 in BERT-base's, for 1,290. With a
-        residual `norm_terms` takes fewer at any length in both shapes.
+        The function compares multiply-adds, since both ops run at the same rate on a CPU. Without a residual
+        both take the same time at 500 tokens in MiniLM's shape, where the counts are equal at 560. In
+        BERT-base's shape the times are equal at 1,400 tokens, and the counts at 1,290. With a residual
+        `norm_terms` needs fewer operations at any length in both shapes.
         """
         if self.backend in ("triton", "cuda") or (self.backend == "auto" and v.device.type != "cpu"):
-            # they have no kernel for norm_terms
+            # The GPU backends have no kernel for norm_terms.
             return True
         (heads, dh, d), tokens = weight.shape, v.shape[0] * v.shape[2]
         width = heads * dh
@@ -128,7 +133,7 @@ class StageOps:
         return constants < direct
 
     def rstd(self, layer: LayerTrace, stage: Stage) -> Tensor | None:
-        """Product of the inverse standard deviations that scale a row of the stage, (B, n)."""
+        """Return the product of the inverse standard deviations that scale each row of the stage, (B, n)."""
         out = None
         for name in stage.norms if layer.modules.added_norm is None else ("added_norm",):
             rstd = layer.norms[name].rstd.to(self.dtype_of(layer))
@@ -136,13 +141,13 @@ class StageOps:
         return out
 
     def norm_matrix(self, layer: LayerTrace, name: str) -> NormMatrix:
-        """Norms of stage `name`, as a matrix that isn't stored."""
+        """Return the norms of stage `name` as a (B, n, n) matrix that isn't stored."""
         check_stage("norm_matrix", layer, name)
         stage = STAGES[name]
         return self._matrix(layer, *self._terms(layer, stage), self.rstd(layer, stage))
 
     def attention_matrix(self, layer: LayerTrace) -> NormMatrix:
-        """Attention averaged over heads: the norm whose Gram matrix is 1/H^2 everywhere."""
+        """Return the mean of attention over heads as a matrix: its Gram matrix is 1/H^2 everywhere."""
         batch, heads, n, _ = layer.q.shape
         gram = torch.full((), heads**-2, dtype=self.dtype_of(layer), device=layer.q.device).expand(
             batch, n, heads, heads
@@ -156,7 +161,7 @@ class StageOps:
         return NormMatrix(PairInputs(q, k, lse, gram, cross, residual_sq, rstd, *seen), self.backend)
 
     def head_maps(self, layer: LayerTrace) -> Tensor:
-        """head_N: norm of every head's own weighted vector, (B, H, n, n)."""
+        """Return head_N, the norm of every head's weighted vector, (B, H, n, n)."""
         dtype = self.dtype_of(layer)
         norms = head_norms(layer.v.detach().to(dtype), self._weight(layer), backend=self.backend).transpose(
             1, 2
@@ -169,7 +174,7 @@ class StageOps:
         return maps
 
     def attention_maps(self, layer: LayerTrace) -> Tensor:
-        """Attention probabilities rebuilt from lse, (B, H, n, n)."""
+        """Return the attention probabilities (B, H, n, n), computed again from lse."""
         dtype = self.dtype_of(layer)
         q, k = layer.q.detach().to(dtype), layer.k.detach().to(dtype)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
@@ -185,7 +190,7 @@ class StageOps:
         return (scores if hidden is None else scores.masked_fill_(hidden, float("-inf"))).exp_()
 
     def mixing_ratio(self, layer: LayerTrace, name: str) -> Tensor:
-        """Mixing ratio of stage `name`, (B, n); 0 for padding."""
+        """Return the mixing ratio of stage `name`, (B, n), 0 at padding."""
         check_stage("mixing_ratio", layer, name)
         stage, dtype = STAGES[name], self.dtype_of(layer)
         gammas = self._gammas(layer, stage)
