@@ -253,7 +253,7 @@ class ObservedRules:
         """Expected relative L2 error (B,) of what relevance was last followed to: the rollout's row, or a
         layer's, without the entry of the token that the head reads, or the input's relevance.
         """
-        last, own = self._last, self._states.own(self._last.device)
+        last, own = self._last, self._states.pooled_index(self._last.device)
         if self._row is not None:
             row, moved = (t if own is None else t.scatter(1, own.to(t.device), 0) for t in self._row)
             squared = moved.sum(1) / row.square().sum(1).clamp_(min=TINY)
