@@ -7,7 +7,7 @@ from pyglobenc._version import __version__
 from pyglobenc.explain import explain
 from pyglobenc.results import Attribution, load
 
-# imported when first used: transformers' models take seconds
+# These modules are imported when they are first used, because importing transformers' models takes seconds.
 _MODULES = {
     "GlobEnc": "pyglobenc.methods.rollout.globenc",
     "Rollout": "pyglobenc.methods.rollout.baselines",

@@ -1,4 +1,4 @@
-"""`explain`: texts in, attributions out."""
+"""The function `explain` takes texts and returns their attributions."""
 
 from __future__ import annotations
 
@@ -38,38 +38,39 @@ def explain(
     dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> Attribution | Attributions:
-    """Which tokens of a text a model's result rests on.
+    """Compute how much each token of a text contributes to a model's result.
 
     Args:
-        model: a transformers model of a known architecture, in evaluation mode; wrapped or not, or in a
-            module with a head of its own around it, as `GlobEnc` takes it.
-        tokenizer: the model's.
-        text: one text, or a list of several. A tuple of two texts is a sentence pair, encoded in the
-            tokenizer's own way with its token types; a list may hold pairs too.
+        model: a transformers model of a known architecture, in evaluation mode. It may be wrapped, or be part
+            of a module with its own head, as for `GlobEnc`.
+        tokenizer: the model's tokenizer.
+        text: one text, or a list of texts. A tuple of two texts is a sentence pair: the tokenizer joins the
+            two texts and sets their token types. A list may contain pairs.
         method: a name in `pyglobenc.methods.registry.METHODS`.
-        target: what is explained: of most methods a token's position, special tokens counted, negative from
-            the end, "mean" for the mean of all tokens' rows, None as for `GlobEnc`; of methods that explain a
-            class its index, None for the class predicted.
-        merge_words: pictures show words as the tokenizer splits them, else as white space does, the scores of
-            their pieces summed. The result keeps the tokens.
-        long: what is done with a text of more than max_length tokens: "error" raises, "truncate" leaves out
-            its end, "windows" joins the scores of overlapping windows as `pyglobenc.inputs.windows.join`
-            says, of those windows that hold the target. Of a pair the longer text is truncated first, and
-            windows are refused.
-        max_length: tokens, special tokens included; None for all that model and tokenizer take.
-        stride: of windows: tokens from the start of one to the start of the next; None for half a window.
-        batch_size: texts or windows that the model sees at once, at most: fewer where an estimate says that
-            memory is short, and half as many each time it runs out all the same.
+        target: what is explained. Most methods explain a token: its position, which counts special tokens and
+            may be negative to count from the end; "mean" for the mean of all tokens' rows; or None for the
+            default of `GlobEnc`. Other methods explain a class: its index, or None for the predicted class.
+        merge_words: pictures show words instead of tokens, with the sum of their tokens' scores. Words are
+            the tokenizer's, or are split at white space if the tokenizer doesn't split texts. The result
+            keeps the tokens.
+        long: what happens to a text of more than max_length tokens. "error" raises ValueError. "truncate"
+            removes the end of the text; of a pair it shortens the longer text first. "windows" splits the
+            text into overlapping windows and joins the scores of the windows that contain the target, see
+            `pyglobenc.inputs.windows.join`; pairs are refused.
+        max_length: largest number of tokens, special tokens included. None: the limit of model and tokenizer.
+        stride: number of tokens from the start of one window to the start of the next. None: half a window.
+        batch_size: largest number of texts or windows in one batch. A batch is smaller if the estimate of its
+            memory exceeds what is free, and is halved each time memory runs out.
         backend, dtype: as for `GlobEnc`.
-        progress: show a bar on stderr when there is more than one text.
+        progress: show a progress bar on stderr if there are several texts.
 
     Returns:
-        Attribution, scores (n,); for several texts Attributions, a list in their order.
+        Attribution with scores (n,). For a list of texts: Attributions, a list in the same order.
 
     Raises:
-        TypeError, ValueError: text that is empty, not a string, or too long; unknown method, backend or
-            architecture; target out of range; anything else that the method refuses. All texts are checked
-            before the first is computed.
+        TypeError, ValueError: a text is empty, not a string or too long; the method, backend or architecture
+            is unknown; the target is out of range; or the method refuses the input for another reason. All
+            texts are checked before the first one is computed.
     """
     single = isinstance(text, str | tuple)
     done = explain_each(
@@ -93,16 +94,22 @@ def explain(
 def explain_each(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], **options: Any
 ) -> Iterator[Attribution]:
-    """`explain` for several texts or pairs, with its options, one attribution at a time: when it is stopped,
-    the caller has those before.
+    """Compute attributions of several texts or pairs one at a time.
+
+    A caller who stops the iteration keeps the attributions that were already returned.
+
+    Args:
+        model, tokenizer: as for `explain`.
+        texts: the texts or pairs.
+        options: the keyword arguments of `explain`.
 
     Returns:
-        Iterator of Attribution, scores (n,), in the order of texts.
+        Iterator of Attribution with scores (n,), in the order of texts.
 
     Raises:
-        TypeError, ValueError: as `explain`, at once.
+        TypeError, ValueError: as `explain`, before the first attribution is computed.
     """
-    # transformers takes seconds to import
+    # Importing transformers takes seconds.
     from pyglobenc.inputs.batches import Runner, check_target, longest
 
     refuse_unknown("explain", options.keys() - NAMES, NAMES)
@@ -133,7 +140,7 @@ def _attributions(runner: Runner, encoded: list[Encoded], options: Options) -> I
 
 
 def _check_texts(texts: Sequence[Text]) -> list[str]:
-    """What errors call each text."""
+    """Check the texts, and return the name of each one for error messages."""
     if not isinstance(texts, Sequence) or isinstance(texts, (str, bytes)):
         raise TypeError(f"explain: text must be a string or a list of strings, got {type(texts).__name__}")
     if not texts:

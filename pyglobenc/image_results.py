@@ -1,4 +1,4 @@
-"""Attributions of images, and their pictures."""
+"""Attributions of images and their pictures."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from pyglobenc.common.files import write_file
 
 @dataclass
 class ImageAttribution:
-    """Attribution of one image's classes, or tokens, to its patches; in a notebook it shows itself.
+    """Attribution of one image's classes or tokens to its patches; a notebook shows it as a picture.
 
     Attributes:
-        image: what the model saw, (height, width, 3) in [0, 1].
-        scores: by target, (rows, columns) of patches, or (height, width) of pixels.
-        labels: the targets' names: a class and its probability, or its plain number of a regression; or a
-            token.
-        probabilities: of every class of the model, (classes,), by its config's problem_type: softmax, or
-            sigmoid. None of a regression and of a model without a classifier.
-        predicted: class with the largest logit; None of a model without a classifier.
-        predictions: names and probabilities of the classes or labels predicted, most probable first; of a
-            regression names and plain numbers of its outputs; None of a model without a classifier.
-        error: by target, how far rounding moves the scores; see `TransformerAttribution`.
+        image: (height, width, 3) the image that the model read, in [0, 1].
+        scores: for each target, (rows, columns) scores of patches, or (height, width) scores of pixels.
+        labels: for each target, its name: a class with its probability, a regression's output with its value,
+            or a token.
+        probabilities: (classes,) probabilities of the model's classes, by softmax or sigmoid as the config's
+            problem_type says. None for a regression and for a model without a classifier.
+        predicted: the class with the largest logit; None for a model without a classifier.
+        predictions: pairs (name, probability) of the predicted classes or labels, the most probable first.
+            For a regression: pairs (name, value) of its outputs. None for a model without a classifier.
+        error: for each target, the estimated rounding error of the scores; see `TransformerAttribution`.
     """
 
     image: np.ndarray
@@ -36,13 +36,13 @@ class ImageAttribution:
     error: dict[int, float] = field(default_factory=dict)
 
     def heat(self, target: int) -> np.ndarray:
-        """Scores of a class at every pixel, bilinear, in [0, 1]: (height, width)."""
+        """Return a target's scores at every pixel, (height, width) in [0, 1], by bilinear interpolation."""
         from pyglobenc.viz.image import to_unit, upscale
 
         return to_unit(upscale(self.scores[target], *self.image.shape[:2]))
 
     def to_png(self, path: str | Path | None = None) -> bytes:
-        """The image and an overlay for every class, as a PNG file, written to path if given."""
+        """Return a PNG picture of the image and of one overlay for each target; write it to path if given."""
         return ImageAttributions([self]).to_png(path)
 
     def _repr_png_(self) -> bytes:
@@ -50,12 +50,10 @@ class ImageAttribution:
 
 
 class ImageAttributions(list):
-    """Attributions of several images, a list that is pictured together."""
+    """A list of the attributions of several images, which are shown in one picture."""
 
     def to_png(self, path: str | Path | None = None) -> bytes:
-        """One PNG file with a row for every image, as `ImageAttribution.to_png` has it; written to path if
-        given.
-        """
+        """Return a PNG picture with one row for each image, and write it to path if given."""
         from pyglobenc.viz.image import to_png
 
         png = to_png(

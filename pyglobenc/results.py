@@ -1,4 +1,4 @@
-"""Attribution: one text's tokens and their scores, and what they were computed with."""
+"""The class Attribution: one text's tokens, their scores, and the settings that they were computed with."""
 
 import json
 import os
@@ -15,60 +15,59 @@ from pyglobenc.common.result_fields import DTYPES, check_fields, is_index, is_nu
 from pyglobenc.viz.units import Unit
 
 FORMAT = "pyglobenc.attribution"
-# 2 added predictions and sentence pairs
+# Version 2 added predictions and sentence pairs.
 FORMAT_VERSION = 2
 SUFFIXES = (".json", ".safetensors")
-# a folder with one of them is a model's
+# A folder that contains one of these files holds a model.
 MODEL_FILES = ("config.json", "adapter_config.json")
-# of what is saved, what follows from the rest
+# These saved entries can be derived from the others.
 DERIVED = ("words", "dtype")
-# fields that files of format 1 lack
+# Files of format version 1 lack these fields.
 ADDED = ("predictions", "text_pair", "parts")
-# fields that are lists of pairs, which JSON knows as lists of lists
+# These fields are lists of pairs, which JSON stores as lists of lists.
 PAIRS = ("offsets", "windows", "predictions")
 
 
 @dataclass(eq=False)
 class Attribution:
-    """How much each token of a text counts for one target.
+    """The contribution of each token of a text to one target.
 
     Attributes:
-        text: the text, whole; of a sentence pair the first one.
-        tokens, token_ids: the n tokens that the model saw, special tokens included.
-        special: n times whether the tokenizer added the token ([CLS], [SEP]...).
-        scores: (n,) float32 or float64, finite. Of a token target: the target's row, largest entry 1; see
-            log_scale.
-        method: its name in `pyglobenc.methods.registry`.
+        text: the whole text; for a sentence pair, the first text.
+        tokens, token_ids: the n tokens that the model read, special tokens included.
+        special: n flags; True for a token that the tokenizer added, such as [CLS] or [SEP].
+        scores: (n,) float32 or float64, finite. For a target token these are the target's row, whose largest
+            entry is 1; see log_scale.
+        method: the method's name in `pyglobenc.methods.registry`.
         model: name or folder of the model.
-        target: position of the target token, or index of the target class; 0 of a mean over tokens.
-        target_name: that token or class by name.
-        target_kind: "token", "class", or "mean", whose scores are the mean of the rows of several tokens.
-        log_scale: the method's own value is scores * exp(log_scale); of joined windows see
+        target: position of the target token, or index of the target class. It is 0 for a mean over tokens.
+        target_name: name of the target token or class.
+        target_kind: "token", "class" or "mean". "mean" is the mean of the rows of several tokens.
+        log_scale: the method's own values are scores * exp(log_scale). For joined windows see
             `pyglobenc.inputs.windows.join`.
-        word_ids: n numbers of the word that each token belongs to, None for special tokens; None without a
-            fast tokenizer. Words are those of the tokenizer, or of white space where it doesn't split texts;
-            see `pyglobenc.inputs.words`.
-        offsets: n pairs (start, stop) of characters of the text, or of the token's text of a pair; None
+        word_ids: n numbers of the word that each token belongs to; None for a special token. The whole field
+            is None without a fast tokenizer. `pyglobenc.inputs.words` says what a word is.
+        offsets: n pairs (start, stop) of character positions in the text that the token comes from. None
             without a fast tokenizer.
-        merge_words: pictures show words rather than tokens.
-        cut: tokens at the end of the text that were left out by truncation.
-        windows: (start, stop) of text tokens in each window that was joined, in positions of tokens; None for
-            a text in one piece.
-        label, probability: the class that a classifier predicts; of a multi-label one (config.problem_type)
-            its most probable label, if that is above 0.5. None where no label is predicted, of a regression
-            and of models without such a head.
-        predictions: names and probabilities of every class or label that a classifier predicts, most probable
-            first: one class, or the labels above 0.5. Of a regression, names and plain numbers of its
-                outputs. None of other models.
-        text_pair: the second text of a sentence pair; None of one text.
-        parts: of a sentence pair, n times 0 for a token of the first text, 1 for one of the second, None for
-            a special token.
-        settings: the options it was computed with; strings, numbers, None.
-        version: of pyglobenc.
+        merge_words: whether pictures show words instead of tokens.
+        cut: number of tokens that truncation removed from the end of the text.
+        windows: (start, stop) of the text tokens in each joined window, as token positions. None for a text
+            in one piece.
+        label, probability: the class that a classifier predicts. For a multi-label classifier
+            (config.problem_type) it is the most probable label, if its probability is above 0.5. None if no
+            label is predicted, for a regression, and for a model without a classifier.
+        predictions: pairs (name, probability), the most probable first: the predicted class, or every label
+            with a probability above 0.5. For a regression: pairs (name, value) of its outputs. None for other
+            models.
+        text_pair: the second text of a sentence pair; None for a single text.
+        parts: for a sentence pair, n entries: 0 for a token of the first text, 1 for a token of the second,
+            and None for a special token.
+        settings: the options of the computation, as strings, numbers or None.
+        version: version of pyglobenc.
 
     Raises:
-        ValueError: a field has another type, length or range than is said here, or isn't finite; the message
-            names it.
+        ValueError: a field has another type, length or range than described here, or is not finite. The
+            message names the field.
     """
 
     text: str
@@ -116,11 +115,13 @@ class Attribution:
         )
 
     def units(self, merge_words: bool | None = None) -> list[Unit]:
-        """Tokens, or words with their pieces' scores summed; special tokens stay alone. None: as merge_words
-        of the attribution.
+        """Return the tokens, or the words with the sum of their tokens' scores; special tokens stay alone.
+
+        Args:
+            merge_words: return words. None: as the attribution's field merge_words says.
 
         Raises:
-            ValueError: words asked for and not known.
+            ValueError: words are asked for and word_ids is None.
         """
         merge_words = self.merge_words if merge_words is None else merge_words
         if merge_words and self.word_ids is None:
@@ -143,7 +144,7 @@ class Attribution:
         return units
 
     def _unit(self, group: list[int], end: int, text: str) -> tuple[Unit, int]:
-        """The unit of some tokens of a text, and where the text is read up to: `end` before it."""
+        """Return the unit of some tokens, and where the text read so far ends; it ended at `end` before."""
         score, special = float(self.scores[group].sum(dtype=np.float64)), self.special[group[0]]
         raw, apart = "".join(self.tokens[i] for i in group), " " if group[0] else ""
         if special or self.offsets is None:
@@ -157,8 +158,8 @@ class Attribution:
             apart = ""
         start, stop = self.offsets[group[0]][0], self.offsets[group[-1]][1]
         piece = text[start:stop]
-        # pieces of one character all point at it, and some point at nothing: the vocabulary's own name is
-        # left
+        # Several tokens of one character have the same offsets, and some tokens have empty offsets. Such a
+        # token is shown by its name in the vocabulary.
         if start < end or not piece.strip():
             return Unit(raw, text[end:start] or apart, score, False, tuple(group)), max(end, stop)
         start += len(piece) - len(piece.lstrip())
@@ -167,9 +168,7 @@ class Attribution:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything in it as JSON knows it; scores as Python floats, which hold float32 and float64
-        exactly.
-        """
+        """Return all fields as JSON values; Python floats hold float32 and float64 scores exactly."""
         out = {f.name: getattr(self, f.name) for f in fields(self)}
         out |= {"scores": self.scores.tolist(), "dtype": self.scores.dtype.name}
         for name in PAIRS:
@@ -183,10 +182,14 @@ class Attribution:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], scores: np.ndarray | None = None) -> "Attribution":
-        """The inverse of `to_dict`; scores (n,), or None for those in data.
+        """Make an attribution from the result of `to_dict`.
+
+        Args:
+            data: the result of `to_dict`.
+            scores: (n,) scores; None for those in data.
 
         Raises:
-            ValueError: a field is missing, unknown, or not what it must be; the message names it.
+            ValueError: a field is missing, unknown or invalid. The message names the field.
         """
         values = _named(data, scores is None)
         dtype = data["dtype"]
@@ -206,19 +209,19 @@ class Attribution:
         return cls(**values | {"scores": scores})
 
     def save(self, path: str | Path) -> None:
-        """Write a .json or .safetensors file that `pyglobenc.load` reads back, bit for bit."""
+        """Write a .json or .safetensors file from which `pyglobenc.load` restores every bit."""
         save(path, self)
 
     def show(self, merge_words: bool | None = None) -> None:
-        """Print a coloured picture; merge_words as in `units`."""
+        """Print a coloured picture in the terminal; merge_words as for `units`."""
         Attributions([self]).show(merge_words)
 
     def to_html(self, path: str | Path | None = None, merge_words: bool | None = None) -> str:
-        """An HTML page that needs nothing else, also written to path; merge_words as in `units`."""
+        """Return a self-contained HTML page, and write it to path if given; merge_words as for `units`."""
         return Attributions([self]).to_html(path, merge_words)
 
     def to_png(self, path: str | Path | None = None, merge_words: bool | None = None) -> bytes:
-        """A PNG picture, also written to path; merge_words as in `units`."""
+        """Return a PNG picture, and write it to path if given; merge_words as for `units`."""
         return Attributions([self]).to_png(path, merge_words)
 
     def _repr_html_(self) -> str:
@@ -228,22 +231,20 @@ class Attribution:
 
 
 class Attributions(list):
-    """Attributions of several texts, a list that is pictured and saved together; methods as of
-    `Attribution`.
-    """
+    """A list of the attributions of several texts, with the methods of `Attribution` for the whole list."""
 
     def save(self, path: str | Path) -> None:
-        """Write a .json or .safetensors file that `pyglobenc.load` reads back, bit for bit."""
+        """Write a .json or .safetensors file from which `pyglobenc.load` restores every bit."""
         save(path, self)
 
     def show(self, merge_words: bool | None = None) -> None:
-        """Print a coloured picture of each."""
+        """Print a coloured picture of each attribution; merge_words as for `Attribution.units`."""
         from pyglobenc.viz import terminal
 
         terminal.show(self, merge_words)
 
     def to_html(self, path: str | Path | None = None, merge_words: bool | None = None) -> str:
-        """One HTML page of all, also written to path."""
+        """Return one HTML page of all attributions, and write it to path if given."""
         from pyglobenc.viz import html
 
         page = html.page(self, merge_words)
@@ -252,7 +253,7 @@ class Attributions(list):
         return page
 
     def to_png(self, path: str | Path | None = None, merge_words: bool | None = None) -> bytes:
-        """One PNG picture of all, also written to path."""
+        """Return one PNG picture of all attributions, and write it to path if given."""
         from pyglobenc.viz import png
 
         picture = png.picture(self, merge_words)
@@ -267,7 +268,7 @@ class Attributions(list):
 
 
 def to_json(attributions: Attribution | Iterable[Attribution]) -> str:
-    """What a .json file holds: a header and every attribution as `Attribution.to_dict` gives it."""
+    """Return the text of a .json file: a header, and each attribution as `Attribution.to_dict` returns it."""
     return json.dumps(_document(attributions), indent=1) + "\n"
 
 
@@ -279,12 +280,16 @@ def _document(attributions: Attribution | Iterable[Attribution]) -> dict[str, An
 
 
 def save(path: str | Path, attributions: Attribution | Iterable[Attribution]) -> None:
-    """Write one attribution or several, as the path's suffix says: .json, or .safetensors with the scores as
-    tensors 0, 1...
+    """Write one attribution or several to a file.
+
+    Args:
+        path: file whose suffix gives the format: .json, or .safetensors with the scores (n,) as tensors named
+            "0", "1" and so on.
+        attributions: one attribution, or several.
 
     Raises:
-        ValueError: another suffix, or a file in the folder of an attribution's model.
-        OSError: the file can't be written; what stood there is left.
+        ValueError: the suffix is another one, or the file lies in the folder of an attributed model.
+        OSError: the file can't be written. An older file of that name is kept.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
@@ -305,7 +310,7 @@ def save(path: str | Path, attributions: Attribution | Iterable[Attribution]) ->
 
 
 def _write(path: str | Path, data: bytes, attributions: Iterable[Attribution]) -> None:
-    """Write a file, but not over or into the folder of a model that was attributed."""
+    """Write a file, but refuse to write over or into the folder of a model that was attributed."""
     models = {attribution.model for attribution in attributions}
     check_apart(
         path,
@@ -315,13 +320,19 @@ def _write(path: str | Path, data: bytes, attributions: Iterable[Attribution]) -
 
 
 def load(path: str | Path) -> Attribution | Attributions:
-    """Read what `save` wrote: an Attribution, or Attributions if several were saved together.
+    """Read a file that `save` wrote.
 
     Every field is checked for its type, length and range before anything is returned.
 
+    Args:
+        path: the .json or .safetensors file.
+
+    Returns:
+        Attribution with scores (n,), or Attributions if several were saved together.
+
     Raises:
-        ValueError: not a file that `save` wrote, or by a newer version; the message names the file and the
-            field.
+        ValueError: `save` did not write the file, or a newer version of pyglobenc did. The message names the
+            file and the field.
         OSError: the file can't be read.
     """
     path = Path(path)
@@ -350,7 +361,7 @@ def load(path: str | Path) -> Attribution | Attributions:
 
 
 def _named(data: Any, with_scores: bool) -> dict[str, Any]:
-    """The fields of a saved attribution, after a check that each is there and no other."""
+    """Return the fields of a saved attribution, and check that no field is missing or unknown."""
     if not isinstance(data, dict):
         raise ValueError(f"an attribution must be an object, got {shown(data)}")
     expected = {f.name for f in fields(Attribution)} | {"dtype"}
@@ -381,7 +392,7 @@ def _check_header(document: Any) -> None:
 
 
 def _read(path: Path) -> tuple[Any, dict[str, np.ndarray] | None]:
-    """A file's document, and of a .safetensors file its tensors by name."""
+    """Return the document in a file, and the tensors by name if it is a .safetensors file."""
     if path.suffix == ".json":
         return json.loads(path.read_bytes()), None
     from safetensors import SafetensorError, safe_open
@@ -391,7 +402,7 @@ def _read(path: Path) -> tuple[Any, dict[str, np.ndarray] | None]:
             document = (file.metadata() or {}).get(FORMAT, "null")
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
-    # a type that NumPy lacks raises NumPy's own errors
+    # NumPy raises its own errors for a dtype that it lacks.
     except (SafetensorError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"its tensors can't be read: {one_line(error)}") from error
     return json.loads(document), tensors
