@@ -1,4 +1,4 @@
-"""Precision of the attribution arithmetic on captured layers."""
+"""The dtype in which captured layers are attributed."""
 
 import logging
 
@@ -11,24 +11,29 @@ from pyglobenc.ops import attention
 
 log = logging.getLogger("pyglobenc")
 
-# exp(score - lse) in float32 is off by up to 2**-24 * |lse| for each of the two: 1.5e-5 at this size
+# Rounding score and lse to float32 moves exp(score - lse) by up to 2**-24 * |lse| for each of the two.
+# This is 1.5e-5 in total for an lse as large as this limit.
 LARGEST_FLOAT32_LSE = 128.0
 
 
 def set_precision(layers: list[LayerTrace], dtype: torch.dtype | None) -> None:
-    """Cast what the layers hold to the dtype asked for, in place; None decides.
+    """Cast the tensors of captured layers to a dtype, in place.
 
-    None leaves the model's own dtype (half precision is upcast where it is used), but goes to float64 where a
-    float32 model's scores are so large that exp(score - lse) would lose the digits that the softmax of the
-    forward pass keeps.
+    With dtype None the layers keep the dtype of the model, and half precision is cast up where it is used.
+    There is one exception: a float32 model with large attention scores is attributed in float64. There
+    exp(score - lse) would lose digits that the softmax of the forward pass keeps.
 
     Args:
-        layers: captured layers, tensors as `LayerTrace` says.
+        layers: captured layers. x is (B, n, d), q is (B, H, n, dh), k and v are (B, Hkv, n, dh), as
+            `LayerTrace` describes. Their o and lse are computed again in the new dtype.
         dtype: torch.float32, torch.float64 or None.
+
+    Raises:
+        ValueError: scores are too large for float32 while a CUDA graph is recorded.
     """
     if dtype is None and layers[0].q.dtype == torch.float32:
-        # a few kernels and one wait for a GPU, not as many a layer; a padded query that sees no key has an
-        # infinite one
+        # All layers are checked together, so the GPU is waited for only once. A padded query that sees no
+        # key has an infinite lse, which doesn't count.
         scores = torch.cat([layer.lse.detach().flatten().to(layers[0].lse.device) for layer in layers])
         largest = scores.nan_to_num_(posinf=0.0).abs_().amax()
         if not may_look():

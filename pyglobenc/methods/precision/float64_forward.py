@@ -1,7 +1,8 @@
 """Run a model's forward pass in float64 without a float64 copy of the model.
 
-Parameters are widened one at a time, where a function of torch.nn.functional reads them. The autograd graph
-keeps the narrow weights and widens them again for the gradient, so memory holds one widened weight.
+Parameters are cast one at a time, when a function of torch.nn.functional reads them. The autograd graph
+keeps the weights in their own dtype and casts them again for the gradient. So memory holds only one
+float64 weight at a time.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class WideLinear(torch.autograd.Function):
-    """x W^T + b in the dtype of x, differentiable in x alone."""
+    """x W^T + b in the dtype of x, differentiable with respect to x only."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -28,8 +29,9 @@ class WideLinear(torch.autograd.Function):
 
 
 class WideParameters(TorchFunctionMode):
-    """Inside, linear, layer_norm, embedding and conv2d compute in `dtype`, whatever their parameters'
-    dtype.
+    """Context in which linear, layer_norm, embedding and conv2d compute in `dtype`.
+
+    The parameters keep their own dtype.
     """
 
     def __init__(self, dtype: torch.dtype):

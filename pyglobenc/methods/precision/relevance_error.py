@@ -1,21 +1,23 @@
-"""Expected rounding error of relevance, from one pass: an observer of the relevance rules.
+"""Expected rounding error of relevance, estimated in one pass by an observer of the relevance rules.
 
-Squared errors, in units of the squared rounding unit of the forward pass, as if errors were independent. Up
-through the forward pass (`forward_errors`) every operation adds the square of what it returns and passes on
-the error of what it reads: a Linear by the mean norm of its rows, a LayerNorm by gamma / std, an activation
-where it is positive, attention by
+Errors are squared, in units of the squared rounding unit of the forward pass. They are added as if they were
+independent. `forward_errors` goes up through the forward pass. Every operation adds the square of its output
+and passes on the error of its input. A Linear passes it on by the mean norm of its rows, a LayerNorm by
+gamma / std, and an activation where it is positive. Attention passes on the error of its values and scores:
 
     o = sum_j alpha_j v_j:    sum_j alpha_j^2 (var v_j + scaling^2 var(q . k_j) (v_j - o)^2)
 
-Down again, `ObservedRules` carries the squared relative error e of every token's relevance R:
+`ObservedRules` goes down again, with the squared relative error e of the relevance R of every token:
 
-    division by b                     adds  var b / b^2, at most 1 in absolute units: a divisor that may be 0
-    loses its quotient, no more shares w of a residual sum        e  ->  (1 - 2 w) e + sum w^2 e        a term
-    that dominates the total is divided by itself sum of relevances R = sum R_k     sum R_k^2 e_k / R^2
+    division by b                     e + var b / b^2
+    shares w of a residual sum        (1 - 2 w) e + sum w^2 e
+    sum of relevances R = sum R_k     sum R_k^2 e_k / R^2
     Linear rule                       the token's mean, weighted with R^2
 
-A step of the rollout moves the scores by that part of what it adds to them. The error of s = R_o / o stands
-for the map's rows.
+A division adds at most 1 in absolute units, because a divisor that may be 0 loses its quotient and no more.
+The shares of a residual sum have this form because a term that dominates the total is divided by itself. A
+step of the rollout moves the scores by the error of what it adds to them. The error of s = R_o / o stands for
+the rows of the map.
 """
 
 from collections.abc import Iterator
@@ -33,23 +35,22 @@ from pyglobenc.methods.relevance.rules import Rules
 from pyglobenc.methods.relevance.states import States
 
 TINY = 1e-30
-# queries of an example that stand for all of them
+# The number of queries of an example that are taken as a sample of all of them.
 SAMPLED = 16
-# every so many rows of a weight give the mean norm of its rows to a few percent, for a share of the time that
-# all would take
+# Every eighth row of a weight gives the mean norm of its rows to a few percent, in less time than all rows.
 ROWS = 8
-# of a query's |R_alpha| one pair of which q . k is small takes about this share: fitted to random models
+# A pair with a small q . k takes about this share of its query's |R_alpha|. It was fitted to random models.
 SHARE = 1 / 8
 
 
 @dataclass
 class LayerError:
-    """Squared errors of a layer's divisors.
+    """Squared errors of the divisors of a layer.
 
     Attributes:
-        returned, attended: (B, n, d), of the residual sums of the MLP and of the attention, relative.
-        o: (B, H, 1, dh), of the attention's output beside its own rounding, mean over the tokens.
-        qk: (B, n, H), of a query's products with the keys, relative to |q| |k|.
+        returned, attended: (B, n, d), relative errors of the residual sums after the MLP and the attention.
+        o: (B, H, 1, dh), error of the attention output without its own rounding, mean over the tokens.
+        qk: (B, n, H), error of a query's products with the keys, relative to |q| |k|.
     """
 
     returned: Tensor
@@ -59,7 +60,14 @@ class LayerError:
 
 
 def forward_errors(states: States) -> list[LayerError]:
-    """Errors of every layer of a forward pass, first to last."""
+    """Estimate the errors of every layer of a forward pass.
+
+    Args:
+        states: the states of a forward pass over a batch, whose layers hold x (B, n, d).
+
+    Returns:
+        One `LayerError` for each layer, first to last, with errors (B, n, d), (B, H, 1, dh) and (B, n, H).
+    """
     errors, x = [], states.layers[0].x.square()
     for layer, above in zip(states.layers, [*states.layers[1:], None], strict=True):
         m, x = layer.modules, x.to(layer.x.device)
@@ -85,8 +93,9 @@ def forward_errors(states: States) -> list[LayerError]:
 
 
 def _attention_error(layer: LayerTrace, read: Tensor) -> tuple[Tensor, Tensor]:
-    """o and qk of `LayerError`; read (B, n, 1): squared error of what queries, keys and values are projected
-    from.
+    """Return o and qk of `LayerError`.
+
+    The squared error of the input of the query, key and value projections is read (B, n, 1).
     """
     m, read = layer.modules, read[:, None]
     at_q, at_k, at_v = (read * _row_norm(module, read) for module in (m.query, m.key, m.value))
@@ -97,7 +106,7 @@ def _attention_error(layer: LayerTrace, read: Tensor) -> tuple[Tensor, Tensor]:
     alpha_sq = (
         (scores if hidden is None else scores.masked_fill_(hidden, float("-inf"))).softmax(-1).square_()
     )
-    # a part common to all scores changes nothing
+    # A part that all scores share doesn't change the softmax.
     k_sq = (layer.k - share @ layer.k).square_()
     moved = (q.square() @ k_sq.transpose(2, 3)).mul_(3)
     moved.addcmul_(at_q.gather(2, index), k_sq.sum(-1)[:, :, None])
@@ -105,18 +114,21 @@ def _attention_error(layer: LayerTrace, read: Tensor) -> tuple[Tensor, Tensor]:
         layer.scaling**2
     )
     v_sq = layer.v.square()
-    # moved (v - o)^2
+    # This expands moved * (v - o)^2.
     spread = moved @ v_sq + moved.sum(-1, keepdim=True) * o.square() - 2 * o * (moved @ layer.v)
     at_o = spread.clamp_(min=0).mean(2, keepdim=True) + alpha_sq.mean(2, keepdim=True) @ (v_sq + at_v)
     size_q, size_k = layer.q.square().sum(-1), (share @ layer.k.square()).sum(-1)
-    # of the keys the mean, whose error is that of all tokens
+    # The mean over the keys stands for each of them.
     qk = at_q[..., 0] / (size_q + TINY) + (share @ at_k)[..., 0] / (size_k + TINY) + 3 / layer.q.shape[3]
     return at_o, qk.transpose(1, 2)
 
 
 def _sample(layer: LayerTrace) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Rows (B, SAMPLED) spread evenly over the real tokens, which keys are padding, (B, 1, 1, n) or None, and
-    1 / the number of real tokens at each of them, (B, 1, 1, n).
+    """Return a sample of the queries and which tokens are real.
+
+    Returns:
+        Rows (B, SAMPLED) spread evenly over the real tokens; a mask (B, 1, 1, n) that is True at padding, or
+        None; and 1 / the number of real tokens at each of them, (B, 1, 1, n).
     """
     x, mask = layer.x, layer.key_mask
     steps = torch.arange(SAMPLED, device=x.device)
@@ -133,8 +145,9 @@ def _sample(layer: LayerTrace) -> tuple[Tensor, Tensor | None, Tensor]:
 
 
 def _after_sum(a: Tensor, b: Tensor, at_b: Tensor, read: Tensor, module: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Error of a + b, (B, n, d), and relative of a division by it; a: returned by a module that read the
-    error `read` (B, n, 1).
+    """Return the error of a + b, (B, n, d), and the relative error of a division by it.
+
+    A module whose input has the error read (B, n, 1) returned a. at_b is the error of b.
     """
     square = (a + b).square_().add_(GUARD**2)
     error = (square + at_b).addcmul_(a, a).add_(read * _row_norm(module, a))
@@ -150,27 +163,27 @@ def _after_norm(error: Tensor, layer: LayerTrace, norm: str, returned: Tensor) -
 
 
 def _row_norm(module: nn.Linear, like: Tensor) -> Tensor:
-    """Mean of the squared norms of a weight's rows, (), in the dtype and on the device of `like`."""
+    """Return the mean squared norm of a weight's rows, (), in the dtype and on the device of `like`."""
     rows = module.weight.detach()[::ROWS]
     return torch.linalg.vector_norm(rows, dtype=like.dtype).square().div(len(rows)).to(like.device)
 
 
 def _mean_square(t: Tensor) -> Tensor:
-    """Of the features of every token, (B, n, 1)."""
+    """Return the mean square of the features of every token, (B, n, 1)."""
     return t.square().mean(-1, keepdim=True)
 
 
 def _size(t: Tensor) -> Tensor:
-    """Squared norm of every token, (B, n, 1), not 0."""
+    """Return the squared norm of every token, (B, n, 1), at least TINY."""
     return t.square().sum(-1, keepdim=True).clamp_(min=TINY)
 
 
 class ObservedRules:
-    """Relevance rules, with the expected error of all that they return.
+    """Relevance rules that also follow the expected error of the relevance that they return.
 
     Args:
-        rules: that do the work.
-        states: of the forward pass, not of packed sequences.
+        rules: the rules that compute relevance.
+        states: the states of the forward pass. Packed sequences are not supported.
     """
 
     def __init__(self, rules: Rules, states: States):
@@ -180,17 +193,17 @@ class ObservedRules:
         self._unit = torch.finfo(states.forward_dtype).eps / 2
         errors = forward_errors(states)
         self._of_layer = {id(layer): error for layer, error in zip(states.layers, errors, strict=True)}
-        # the sums' errors in the order in which relevance comes to them
+        # The errors of the residual sums, in the order in which relevance reaches these sums.
         self._sums: Iterator[Tensor] = (
             e for error in reversed(errors) for e in (error.returned, error.attended)
         )
-        # squared relative error (B, n, 1) of tensors of relevance; that of a head is a rounding
+        # The squared relative error (B, n, 1) of each tensor of relevance. A head adds one rounding.
         self._errors = WeakIdKeyDictionary()
-        self._row: tuple[Tensor, Tensor] | None = None  # of the rollout, (B, n), and its squared error
-        self._last: Tensor | None = None  # of them all
+        self._row: tuple[Tensor, Tensor] | None = None  # the rollout's row and its squared error, (B, n)
+        self._last: Tensor | None = None  # the relevance that was followed last
 
     def __getattr__(self, name: str) -> Any:
-        """The rules that a head needs, whose few divisions add little."""
+        """Return other rules unchanged: a head uses them, and its few divisions add little error."""
         return getattr(self.rules, name)
 
     def linear(self, r: Tensor, module: nn.Linear, given: Tensor, returned: Tensor) -> Tensor:
@@ -199,7 +212,7 @@ class ObservedRules:
     def add(self, r: Tensor, a: Tensor, b: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
         branches = self.rules.add(r, a, b, cu_seqlens)
         divided = next(self._sums, None)
-        # below the layers is the sum with an image's position embeddings
+        # The sum below the layers adds position embeddings to an image, and has no error here.
         error = self._error(r).to(a.device) + (1 if divided is None else self._bounded(divided))
         if self.rules.rescale:
             share = branches[0] + branches[1]
@@ -231,7 +244,8 @@ class ObservedRules:
             self._step(s, roll, rolled)
         at_s, size, heads = self._error(s), _of_heads(s), s.shape[1]
         overall = (at_s * size).sum(1, keepdim=True) / size.sum(1, keepdim=True)
-        # |R_q| = |R_alpha| |q| |k| / (2 q . k) of a pair, over |q| |k| / sqrt(dh), shows how small q . k is
+        # For one pair |R_q| = |R_alpha| |q| |k| / (2 q . k). Its size shows how small q . k is, compared with
+        # |q| |k| / sqrt(dh).
         size_q = parts[0].unflatten(2, (heads, -1)).square().sum(-1)
         largest = (s * layer.o).abs().sum(-1).transpose(1, 2) * (SHARE / 4)
         divided = self._of_layer[id(layer)].qk * s.shape[3] * size_q / (largest.square() + TINY)
@@ -250,8 +264,10 @@ class ObservedRules:
         return rolled
 
     def estimated_error(self) -> Tensor:
-        """Expected relative L2 error (B,) of what relevance was last followed to: the rollout's row, or a
-        layer's, without the entry of the token that the head reads, or the input's relevance.
+        """Return the expected relative L2 error (B,) of the last relevance that was followed.
+
+        This is the rollout's row, or a layer's relevance, or the relevance of the input. The entry of the
+        token that the head reads is left out.
         """
         last, own = self._last, self._states.pooled_index(self._last.device)
         if self._row is not None:
@@ -267,8 +283,10 @@ class ObservedRules:
         return squared.sqrt().double() * self._unit
 
     def _step(self, s: Tensor, before: Tensor, after: Tensor) -> None:
-        """Add to the row's error what a layer's map brought to it, before and after (B, 1, n): the error of
-        the queries that it is from.
+        """Add the error of one rollout step to the error of the row.
+
+        The row is (B, 1, n), before and after the step. What the layer's map added to it has the error of the
+        queries that it comes from.
         """
         before, after = before[:, 0], after[:, 0]
         weight = before.square() * _of_heads(s)[..., 0]
@@ -282,7 +300,7 @@ class ObservedRules:
         return self._keep(total, sum(self._error(part) * _size(part) for part in parts) / _size(total))
 
     def _bounded(self, squared: Tensor) -> Tensor:
-        """Squared relative error of a quotient from that of its divisor."""
+        """Return the squared relative error of a quotient, given that of its divisor."""
         return squared / (1 + squared * self._unit**2)
 
     def _error(self, r: Tensor) -> Tensor:
@@ -295,5 +313,5 @@ class ObservedRules:
 
 
 def _of_heads(s: Tensor) -> Tensor:
-    """Squared norm of every token of s (B, H, n, dh), (B, n, 1), not 0."""
+    """Return the squared norm of every token of s (B, H, n, dh), (B, n, 1), at least TINY."""
     return s.square().sum((1, 3)).clamp_(min=TINY)[..., None]

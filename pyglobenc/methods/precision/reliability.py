@@ -1,17 +1,18 @@
-"""How far rounding moves a result.
+"""Measures or estimates how far rounding moves the scores of an attribution.
 
-Relevance is divided by sums of both signs: a residual sum, the attention output, a score. Where such a sum is
-small beside its terms, its rounding error, and that of the whole forward pass before it, is amplified. Two
-ways to say how much, both of the relative L2 error of the scores without the pooled token's own entry, which
-the published code overwrites:
+Relevance is divided by sums of terms of both signs: a residual sum, the attention output, a score. Where
+such a sum is small compared with its terms, the division amplifies its rounding error, which includes the
+error of the forward pass so far. The result is the relative L2 error of the scores. The entry of the pooled
+token is left out, because the published code overwrites it. There are two ways to find the error:
 
-measured: once more, every layer's input and what its attention and its MLP add to it moved by about one
-rounding unit of the forward pass, and compared. Both run as one batch: a short input, bound by the time that
-Python takes, costs little more, a long one twice as much.
+measured: the attribution runs a second time, and the scores are compared. In the second run every layer's
+input and the outputs of its attention and MLP are moved by about one rounding unit of the forward pass. Both
+runs are one batch. For a short input, where Python takes most of the time, this costs little more. For a
+long one it costs twice as much.
 
-estimated: by an observer of the pass itself, see `relevance_error`.
+estimated: an observer of the relevance pass adds up expected errors, see `relevance_error`.
 
-NaN means that the error is unknown: nothing moved, or there is no relevance that could have.
+NaN means that the error is unknown: nothing moved, or there is no relevance that could move.
 """
 
 import warnings
@@ -28,42 +29,54 @@ from pyglobenc.hf.trace.threads import in_this_thread
 
 METHODS = ("auto", "measured", "estimated", "off")
 
-# "auto" measures where that costs little, by a forward pass's multiply-adds: on two cores at most half of the
-# attribution's time again, on a GPU as long as its kernels are done before the host has launched the next
-# ones
+# "auto" measures an input if its forward pass takes fewer multiply-adds than this. On two CPU cores the
+# second run then adds at most half of the attribution's time. On a GPU the limit is where kernels begin to
+# take longer than the host needs to launch the next ones.
 MEASURED_BELOW = {"cpu": 1 << 29, "cuda": 1 << 36}
 
-# above this relative error a warning is given
+# A warning is given if the relative error is larger than this.
 DIGITS_GONE = 1e-2
 
 TINY = 1e-300
 
 
 def measured(work: int, device: torch.device) -> bool:
-    """Whether "auto" measures an input of `work` multiply-adds a forward pass; tensors on torch's meta device
-    stand for a CPU's.
+    """Tell whether "auto" measures an input whose forward pass takes `work` multiply-adds.
+
+    Args:
+        work: number of multiply-adds.
+        device: device of the input. Tensors on torch's meta device count as tensors on a CPU.
     """
     return work < MEASURED_BELOW.get(device.type, MEASURED_BELOW["cpu"])
 
 
 class PrecisionWarning(UserWarning):
-    """The digits of a result are lost to rounding, or nobody knows whether they are."""
+    """Rounding moves the scores by much, or by an unknown amount."""
 
 
 class NoRelevanceWarning(UserWarning):
-    """No token gets any relevance: the scores are 0, and say nothing about the tokens."""
+    """No token gets any relevance: the scores are 0 and say nothing about the tokens."""
 
 
 def squared_norm(t: Tensor) -> Tensor:
-    """Sum of squares of every example, (B,), float64."""
+    """Return the sum of squares of every example of t (B, ...), (B,) float64."""
     return torch.linalg.vector_norm(t.flatten(1), dim=1).double().square()
 
 
 def nudge(x: Tensor, cu_seqlens: Tensor | None = None, place: int = 0) -> Tensor:
-    """x (B, n, d) moved by about the rounding unit of its dtype, or of the one that autocast computes in.
+    """Return x with every entry moved by about one rounding unit of the forward pass.
 
-    The pattern of a place, a number, is the same every time: an example alone moves as in a batch, and a
-    sequence alone as packed among others, (1, N, d).
+    The unit is that of the dtype of x, or of the dtype that autocast computes in. How an entry moves depends
+    only on `place`, its position in the sequence and its feature. So an example or a packed sequence moves
+    among others as it does alone.
+
+    Args:
+        x: (B, n, d), or (1, N, d) with packed sequences.
+        cu_seqlens: boundaries (S + 1,) of packed sequences, or None.
+        place: number of the tensor in the model, which selects a pattern.
+
+    Returns:
+        A tensor of the shape and dtype of x.
     """
     kind = x.device.type
     dtype = (
@@ -76,15 +89,20 @@ def nudge(x: Tensor, cu_seqlens: Tensor | None = None, place: int = 0) -> Tensor
     )
     token = token.double()[:, None]
     feature = torch.arange(x.shape[2], device=x.device, dtype=torch.float64)
-    # sines of integers: zero mean, no period
+    # The sines of integers have zero mean and no period.
     pattern = torch.sin(token * 977 + feature + 1 + 7919 * place) * 2**0.5
     return (x.double() * (1 + pattern * torch.finfo(dtype).eps)).to(x.dtype)
 
 
 @contextmanager
 def nudged(found: Sequence[LayerModules]) -> Iterator[None]:
-    """Context in which a model of these layers runs with every layer's input and what is added to it moved by
-    a rounding unit.
+    """Context in which a model runs with its hidden states moved by one rounding unit.
+
+    Every layer's input and the outputs of its attention and MLP, each (B, n, d), are moved as by `nudge`. The
+    hooks are removed on exit.
+
+    Args:
+        found: the layers of the model, as `find_layers` returns them.
     """
     places = {
         id(m): place
@@ -111,8 +129,15 @@ def nudged(found: Sequence[LayerModules]) -> Iterator[None]:
 
 
 def distance(moved: Tensor, scores: Tensor, own: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Relative L2 distance (B,) of two results (B, ...), of packed sequences (1, N) that of each, (S,); own
-    (B, 1) or (1, S): indices of pooled tokens, whose entries are left out.
+    """Return the relative L2 distance of two results, without the entries of the pooled tokens.
+
+    Args:
+        moved, scores: results (B, ...), or (1, N) of packed sequences. The distance is relative to scores.
+        own: indices of the pooled tokens, (B, 1) or (1, S), whose entries are left out. None leaves out none.
+        cu_seqlens: boundaries (S + 1,) of packed sequences, or None.
+
+    Returns:
+        Distances (B,) float64, or (S,) for packed sequences.
     """
     difference, size = moved - scores, scores
     if own is not None:
@@ -125,13 +150,24 @@ def distance(moved: Tensor, scores: Tensor, own: Tensor | None, cu_seqlens: Tens
 
 
 def known(error: Tensor, nothing: Tensor) -> Tensor:
-    """An error (B,), NaN where it is 0, which rounding isn't, and where there is no relevance."""
+    """Return an error (B,) with NaN where it is unknown.
+
+    Args:
+        error: (B,). An error of exactly 0 is unknown, since rounding always moves something.
+        nothing: (B,) bool, True for examples without relevance, whose error is unknown too.
+    """
     return error.masked_fill((error == 0) | nothing.to(error.device), float("nan"))
 
 
 def warn_of_precision(who: str, error: Tensor, nothing: Tensor | None, how: str, advice: str) -> None:
-    """Give a PrecisionWarning, naming who, of examples whose error (B,) is large or unknown, but of those
-    without relevance.
+    """Give a PrecisionWarning if the error of an example is large or unknown.
+
+    Args:
+        who: name of the method for the message.
+        error: (B,) relative error, NaN where it is unknown.
+        nothing: (B,) bool, True for examples without relevance, which don't count. None if all count.
+        how: how the error was found, for the message.
+        advice: what the user can do, for the message.
     """
     if not may_look():
         return
@@ -152,7 +188,12 @@ def warn_of_precision(who: str, error: Tensor, nothing: Tensor | None, how: str,
 
 
 def warn_of_nothing(who: str, nothing: Tensor) -> None:
-    """Give a NoRelevanceWarning, naming who, if there are examples (B,) without relevance."""
+    """Give a NoRelevanceWarning if an example has no relevance.
+
+    Args:
+        who: name of the method for the message.
+        nothing: (B,) bool, True for examples without relevance.
+    """
     if may_look() and nothing.any():
         said = (
             f"no relevance reaches any token in {int(nothing.sum())} of {len(nothing)} examples, whose "
@@ -165,5 +206,5 @@ def warn_of_nothing(who: str, nothing: Tensor) -> None:
 
 
 def _warn(message: str, kind: type[UserWarning]) -> None:
-    # at the line that called the method: outside this package
+    # The stack level is that of the line outside this package that called the method.
     warnings.warn(message, kind, stacklevel=6)
