@@ -1,29 +1,33 @@
-"""Checks, on every call, that the layers computed what is decomposed.
+"""Checks on every call that the layers computed what the attribution decomposes.
 
-An architecture is known by its name, but a user's model may differ from it anywhere: adapters, hooks,
-replaced modules. So each tensor that the model computed is compared with what the decomposition takes it for,
-all projected on one fixed random direction u:
+An architecture is recognised by its name, but a user's model may differ from the stock one through adapters,
+hooks or replaced modules. The checks therefore compare the tensors that the model computed with the formulas
+that the decomposition assumes. Both sides are projected on one fixed direction u:
 
-    the residual sum            z . u       with  x . u + (o W_O + b) . u
-    the sum after the MLP       z2 . u      with  y . u + mlp . u             of a post-norm layer, whose
-    N_Enc goes through it the layer's output          x' . u      with  that of its last norm       of a
-    post-norm layer a norm of another class     y . u       with  that of weight * (z - mean) * rstd + bias
+    tensor                            expected value
+    the residual sum, z . u           x . u + (o W_O + b) . u
+    the sum after the MLP, z2 . u     y . u + mlp . u  (post-norm layers)
+    the layer's output, x' . u        the output of its last norm, along u  (post-norm layers)
+    a norm of another class, y . u    (weight * (z - mean) * rstd + bias) . u
 
-Relevance goes through each Linear module by itself, and so each is compared too, with what it is given by the
-module before:
+Relevance is propagated through each Linear module separately. When these modules' inputs and outputs are
+captured, each module is compared too:
 
-    a Linear module             W x + b,  as it returned it
-    what it is given            x, or the norm of it, for q, k and v; the attention output; y, or the norm of
-    z, for the MLP what it gives               q, k and v of the attention; the MLP's part of the layer's
-    output
+    tensor                            expected value
+    the module's output               W x + b
+    the input of q, k and v           x, or in a pre-norm layer the norm of x
+    the input of W_O                  the attention output o
+    the input of the MLP              y, or in a pre-norm layer the norm of z
+    the outputs of q, k and v         the queries, keys and values that the attention function received
+    the output of the MLP             what the layer adds to the residual stream
 
-What W_O adds is taken from the module where it is torch's own, given the attention output o and run without
-hooks: reading the matrix again would cost a short text a tenth of its forward pass. Of any other module the
-matrix is applied, o . (W_O u) + b . u.
+The output of W_O is read from the module if it is torch's own Linear layer and runs without hooks. Reading
+the matrix again would cost a tenth of the forward pass on a short text. For any other module the matrix is
+applied: o . (W_O u) + b . u.
 
-A vector that differs by more than rounding differs along u, but for a chance of measure zero. A tensor is
-projected while the layer runs, so that none is kept longer for it; the comparisons of all layers are made at
-once, with one wait for the device.
+Two vectors that differ by more than rounding almost surely differ along u too. Each tensor is projected while
+its layer runs, so the checks keep no tensor alive. The comparisons of all layers are made together, with one
+wait for the device.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,16 +43,19 @@ from pyglobenc.hf.weights import dense_bias, dense_weight, parameter, rounding_o
 InputsOutputs = Mapping[nn.Module, tuple[Tensor, Tensor]]
 Comparison = tuple[Tensor, Tensor, Callable[[nn.Module, LayerTrace], str]]
 
-# Linear modules that relevance goes through
+# Relevance is propagated through these Linear modules.
 LINEAR = ("query", "key", "value", "output", "intermediate", "mlp_output")
 
-# a sum of a few rounded vectors: rounding units of each, and a Gaussian's rarest of a million values
+# Each comparison sums a few rounded vectors. The factor covers several rounding units of each of them and the
+# largest of a million Gaussian values.
 MARGIN = 4
 
 
 def check_still(called: nn.Module) -> None:
-    """Raise ValueError if a module acts at random: the model or any part of it is in training mode with
-    dropout.
+    """Check that no module of a model acts at random. It takes and gives no tensor.
+
+    Raises:
+        ValueError: the model is in training mode, or a part of it is and has a dropout rate above 0.
     """
     if called.training:
         raise ValueError(
@@ -61,15 +68,12 @@ def check_still(called: nn.Module) -> None:
         if module.training and (rate := _drop_rate(module)):
             raise ValueError(
                 f"capture: {describe(called, module)} is in training mode, where its {rate} changes the "
-                f"result at random; "
-                "call model.eval() first"
+                "result at random; call model.eval() first"
             )
 
 
 def _drop_rate(module: nn.Module) -> str | None:
-    """Name and value of a module's dropout rate above 0: p of torch's own, drop_prob and the like of
-    others.
-    """
+    """Return a module's dropout rate above 0 as "name=value"; torch's modules call it p, others drop_prob."""
     rates = {name: value for name, value in vars(module).items() if name == "p" or "drop" in name}
     return next(
         (f"{name}={value}" for name, value in rates.items() if isinstance(value, int | float) and value > 0),
@@ -78,19 +82,22 @@ def _drop_rate(module: nn.Module) -> str | None:
 
 
 def describe(called: nn.Module, module: nn.Module) -> str:
-    """A module's path and class, for errors."""
+    """Return the path and the class of a module inside a model, as error messages name it."""
     path = next((name for name, found in called.named_modules() if found is module), "")
     return f"{path} ({type(module).__name__})" if path else type(module).__name__
 
 
 def check_layers(called: nn.Module, layers: Sequence[LayerTrace], io: InputsOutputs) -> None:
-    """Raise ValueError, naming the module, unless every layer of a forward pass computed what is decomposed.
+    """Check that every layer of a forward pass computed what the attribution decomposes.
 
     Args:
-        called: the module whose forward pass it was, for the modules' names.
-        layers: captured, first to last.
-        io: inputs and outputs of further modules. If every Linear module of the layers is among them, each is
-            checked by itself.
+        called: the module whose forward pass was captured. Errors name its parts.
+        layers: the captured layers, first to last.
+        io: input and output of further modules, each (B, n, features). If every Linear module of the layers
+            is among them, each one is checked separately.
+
+    Raises:
+        ValueError: a layer computed something else; the error names the module.
     """
     _check_calls(called, layers)
     with torch.no_grad():
@@ -102,7 +109,7 @@ def check_layers(called: nn.Module, layers: Sequence[LayerTrace], io: InputsOutp
         )  # (C, L, B, n)
         real = layers[0].key_mask
         if real is not None:
-            # a row of padding may hold anything
+            # Padding rows may hold any values.
             holds |= ~real.to(holds.device)
 
     def error() -> ValueError:
@@ -118,9 +125,8 @@ def _check_calls(called: nn.Module, layers: Sequence[LayerTrace]) -> None:
             if layer.calls[part] != 1:
                 raise ValueError(
                     f"capture: {describe(called, getattr(layer.modules, part))} was called "
-                    f"{layer.calls[part]} times for one layer in one "
-                    "forward pass; call the encoder once, and for several texts one after the other or as a "
-                    f"batch"
+                    f"{layer.calls[part]} times for one layer in one forward pass; a forward pass may call "
+                    "the encoder only once, so pass several texts as one batch or one after the other"
                 )
         tokens = tuple(layer.x.shape[:2])
         for name, projection in layer.projections.items():
@@ -128,21 +134,19 @@ def _check_calls(called: nn.Module, layers: Sequence[LayerTrace]) -> None:
                 module = getattr(layer.modules, name.split()[0])
                 raise ValueError(
                     f"capture: {describe(called, module)} was applied to {tuple(projection.product.shape)} "
-                    f"tokens in one forward pass, and "
-                    f"its layer has {tokens}"
+                    f"tokens in one forward pass, but its layer has {tokens}"
                 )
         for part, stats in layer.norms.items():
             if tuple(stats.rstd.shape) != tokens:
                 module = getattr(layer.modules, part)
                 raise ValueError(
                     f"capture: {describe(called, module)} has statistics of shape "
-                    f"{tuple(stats.rstd.shape)}, and not one for each of "
-                    f"{tokens} tokens"
+                    f"{tuple(stats.rstd.shape)}, not one for each of the {tokens} tokens"
                 )
 
 
 def _comparisons(called: nn.Module, layers: Sequence[LayerTrace]) -> Iterator[Comparison]:
-    """Differences and what rounding allows them, (L, B, n) each, and the error's text for a layer."""
+    """Yield differences and the rounding that each may have, (L, B, n) each, with the text of its error."""
     home, d, post = layers[0].x.device, layers[0].x.shape[2], not layers[0].modules.pre_norm
 
     def stack(tensors: Sequence[Tensor]) -> Tensor:
@@ -166,8 +170,8 @@ def _comparisons(called: nn.Module, layers: Sequence[LayerTrace]) -> Iterator[Co
     attended = stack([_attended(called, layer) for layer in layers])
     allowed = eps * (sizes + lengths(after))
     if layers[0].modules.own_scores is not None:
-        # such a module's attention is computed a second time, and a softmax of scores s is off by s rounding
-        # units
+        # The attention of such a module is computed twice. A softmax of scores of size s has an error of
+        # about s rounding units.
         allowed = allowed * (1 + stack([layer.lse.abs().amax(1).nan_to_num(posinf=0.0) for layer in layers]))
     yield products(after) - inputs - attended, allowed, _not_the_sum
     differences, sizes_given = zip(*map(_given_difference, layers), strict=True)
@@ -197,7 +201,7 @@ def _comparisons(called: nn.Module, layers: Sequence[LayerTrace]) -> Iterator[Co
 
 
 def _module_comparisons(layers: Sequence[LayerTrace], io: InputsOutputs) -> Iterator[Comparison]:
-    """The same for each Linear module of the layers and for what it is given."""
+    """Yield the comparisons of each Linear module's output and input, as `_comparisons` does."""
     home, eps = layers[0].x.device, _eps(layers, [layer.project(layer.x) for layer in layers])
 
     def compare(text: str, part: str, pairs: Iterator[tuple[Tensor, Tensor]]) -> Comparison:
@@ -209,22 +213,22 @@ def _module_comparisons(layers: Sequence[LayerTrace], io: InputsOutputs) -> Iter
         yield compare("return W x + b", part, (_linear_difference(layer, part, io) for layer in layers))
         if part != "mlp_output":
             yield compare(
-                "get what the module before it returns",
+                "receive the output of the module before it",
                 part,
                 (_input_difference(layer, part, io) for layer in layers),
             )
         if part in ("query", "key", "value"):
             yield compare(
-                "give the attention what it returns",
+                "pass its output to the attention function",
                 part,
                 (_head_difference(layer, part, io) for layer in layers),
             )
     if layers[0].modules.pre_norm:
-        yield compare("give its layer what it returns", "mlp_output", _output_differences(layers, io))
+        yield compare("pass its output to its layer", "mlp_output", _output_differences(layers, io))
 
 
 def _distance(one: Tensor, other: Tensor, layer: LayerTrace) -> tuple[Tensor, Tensor]:
-    """Difference of two tensors (B, n, d) along the direction, and the length of one."""
+    """Return the difference of two tensors (B, n, d) along u, and the length of the first, (B, n) each."""
     one, other = layer.project(one, length=True), layer.project(other)
     return one.product - other.product.to(one.product.device), one.length
 
@@ -236,13 +240,13 @@ def _linear_difference(layer: LayerTrace, part: str, io: InputsOutputs) -> tuple
     u = layer.directions.of(weight)
     w, bias = (weight @ u).to(x.device), dense_bias(module, x.shape[2])
     expected = x @ w if bias is None else x @ w + (bias.to(x.dtype) @ u).to(x.device)
-    # terms of random signs that may cancel
+    # The terms have random signs and may cancel, so the size is not that of their sum.
     size = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(w) / len(w) ** 0.5
     return out.product - expected.to(out.product.device), out.length + size.to(out.length.device)
 
 
 def _input_difference(layer: LayerTrace, part: str, io: InputsOutputs) -> tuple[Tensor, Tensor]:
-    """What a Linear module is given, less what the module before it returned."""
+    """Return the difference between a Linear module's input and the output of the module before it."""
     m, given = layer.modules, io[getattr(layer.modules, part)][0]
     if part == "output":
         return _distance(given, layer.o.transpose(1, 2).flatten(2), layer)
@@ -266,7 +270,7 @@ def _head_difference(layer: LayerTrace, part: str, io: InputsOutputs) -> tuple[T
 
 
 def _output_differences(layers: Sequence[LayerTrace], io: InputsOutputs) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each pre-norm layer's output less the residual sum and what the MLP returned."""
+    """Yield each pre-norm layer's output minus the residual sum and the MLP's output, along u."""
     above = [*(layer.project(layer.x, length=True) for layer in layers[1:]), layers[-1].projections["block"]]
     for layer, x in zip(layers, above, strict=True):
         z, mlp = layer.projections["output_norm"], layer.project(io[layer.modules.mlp_output][1])
@@ -275,8 +279,9 @@ def _output_differences(layers: Sequence[LayerTrace], io: InputsOutputs) -> Iter
 
 
 def _eps(layers: Sequence[LayerTrace], x: Sequence[Projection]) -> float:
-    """What a comparison may differ by, relative to its terms: rounding of the tensors, of the products, and
-    of sums over d numbers.
+    """Return the relative error that a comparison may have.
+
+    It covers the rounding of the stored tensors, of the products, and of sums over d numbers.
     """
     stored = max(
         projection.eps
@@ -296,8 +301,9 @@ def _eps(layers: Sequence[LayerTrace], x: Sequence[Projection]) -> float:
 
 
 def _matrix_eps(layer: LayerTrace) -> float:
-    """Rounding within the product with W_O: of quantised weights, and of float32 that the user lets torch
-    multiply in fewer bits.
+    """Return the rounding inside the product with W_O.
+
+    It comes from quantised weights, or from TF32 and bfloat16 products of float32 that the user allowed.
     """
     backends = torch.backends.cuda.matmul if layer.o.device.type == "cuda" else torch.backends.mkldnn.matmul
     fewer = (
@@ -305,14 +311,19 @@ def _matrix_eps(layer: LayerTrace) -> float:
         if layer.o.dtype == torch.float32
         else 0.0
     )
-    # an RMSNorm computes in float32 whatever the model's dtype
+    # An RMSNorm computes in float32, whatever the model's dtype is.
     added = 0.0 if layer.modules.added_norm is None else torch.finfo(torch.float32).eps
     return max(fewer, added, rounding_of(layer.modules.output))
 
 
 def attended_weight(m: LayerModules) -> Tensor | None:
-    """What the attention's output is multiplied by before it is added to the residual, (d,), beside an added
-    norm's statistics.
+    """Return the factor of the attention block's output before the residual sum.
+
+    The statistics of an added norm are a second factor, which is not included.
+
+    Returns:
+        (d,) in the parameter's dtype; or None if the architecture has no such factor. W_O's output (B, n, d)
+        is multiplied by it.
     """
     if m.added_norm is not None:
         return parameter(m.added_norm, "weight") + m.unit_offset
@@ -320,14 +331,14 @@ def attended_weight(m: LayerModules) -> Tensor | None:
 
 
 def _attended(called: nn.Module, layer: LayerTrace) -> Tensor:
-    """(o W_O + b) . u as it is added to the residual, (B, n)."""
+    """Return (o W_O + b) . u as the layer adds it to the residual, (B, n)."""
     kept = layer.projections.get("output")
     out = _applied(called, layer) if kept is None else kept.product
     return out if layer.modules.added_norm is None else out * layer.norms["added_norm"].rstd.to(out.dtype)
 
 
 def _applied(called: nn.Module, layer: LayerTrace) -> Tensor:
-    """The same by the matrix that the decomposition takes for W_O, of a module that may do something else."""
+    """Return (o W_O + b) . u, (B, n), computed with the matrix that the decomposition uses for W_O."""
     m, o = layer.modules, wide(layer.o).transpose(1, 2).flatten(2)
     try:
         weight, bias = dense_weight(m.output, o.shape[2]).to(o.dtype), dense_bias(m.output, o.shape[2])
@@ -340,8 +351,9 @@ def _applied(called: nn.Module, layer: LayerTrace) -> Tensor:
 
 
 def _given_difference(layer: LayerTrace) -> tuple[Tensor, Tensor]:
-    """What W_O was given less the attention's output, along the direction, and its length; zeros where it's
-    known by `_applied`.
+    """Return the difference between W_O's input and the attention output along u, and the input's length.
+
+    Both are zeros, (B, n), where `_applied` computed the product: it reads the attention output itself.
     """
     given = layer.projections.get("output given")
     if given is None:
@@ -353,8 +365,9 @@ def _given_difference(layer: LayerTrace) -> tuple[Tensor, Tensor]:
 
 
 def _norm_difference(layer: LayerTrace, part: str) -> tuple[Tensor, Tensor]:
-    """What a norm of another class returned less what a layer norm of its parts does, along u, and the length
-    of its terms.
+    """Return the difference between a norm's output and a layer norm of its parts, and the terms' length.
+
+    Both are (B, n), along u. The difference is zero for torch's own norms.
     """
     returned = layer.projections[f"{part} returned"].product
     if part not in layer.parts:
@@ -364,15 +377,16 @@ def _norm_difference(layer: LayerTrace, part: str) -> tuple[Tensor, Tensor]:
 
 
 def _layer_norm(layer: LayerTrace, part: str, z: Tensor) -> tuple[Tensor, Tensor]:
-    """A layer norm along the direction, from its input z along weight times the direction, and the length of
-    its terms, (B, n) each.
+    """Return a layer norm's output along u, and the length of its terms, (B, n) each.
+
+    z is the norm's input along weight * u, (B, n).
     """
     parts, stats = layer.norm_parts(part), layer.norms[part]
     u = layer.directions[layer.x.shape[2], z.dtype, z.device]
     weight = torch.ones_like(u) if parts.weight is None else parts.weight.to(u.dtype)
     bias = torch.zeros_like(u) if parts.bias is None else parts.bias.to(u.dtype)
     expected = stats.rstd * (z - stats.mean * (weight @ u)) + bias @ u
-    # the deviation from the mean, and the mean where it is large beside it, in the size of what is returned
+    # The norm subtracts the mean, so a mean that is large beside the deviation adds its own rounding.
     size = (1 + (stats.mean * stats.rstd).abs()) * torch.linalg.vector_norm(
         weight
     ) + torch.linalg.vector_norm(bias)
@@ -384,33 +398,31 @@ def _not_the_sum(called: nn.Module, layer: LayerTrace) -> str:
     norm = describe(called, m.output_norm if m.pre_norm else m.attention_norm)
     return (
         f"the input of {norm} is not the residual sum that is decomposed, x + o W_O + b with W_O of "
-        f"{describe(called, m.output)}: "
-        f"{_changed(called, m.block)}"
+        f"{describe(called, m.output)}: {_changed(called, m.block)}"
     )
 
 
 def _not_the_sum_after_the_mlp(called: nn.Module, layer: LayerTrace) -> str:
     m = layer.modules
     return (
-        f"the input of {describe(called, m.output_norm)} is not the sum of what "
-        f"{describe(called, m.attention_norm)} and "
-        f"{describe(called, m.mlp_output)} return: {_changed(called, m.block)}"
+        f"the input of {describe(called, m.output_norm)} is not the sum of the outputs of "
+        f"{describe(called, m.attention_norm)} and {describe(called, m.mlp_output)}: "
+        f"{_changed(called, m.block)}"
     )
 
 
 def _not_the_output(called: nn.Module, layer: LayerTrace) -> str:
     m = layer.modules
     return (
-        f"what {describe(called, m.block)} passes on is not what its {describe(called, m.output_norm)} "
-        f"returns: "
-        f"{_changed(called, m.block)}"
+        f"the output of {describe(called, m.block)} is not the output of its "
+        f"{describe(called, m.output_norm)}: {_changed(called, m.block)}"
     )
 
 
 def _not_a_layer_norm(called: nn.Module, layer: LayerTrace, part: str) -> str:
     return (
         f"{describe(called, getattr(layer.modules, part))} doesn't compute a layer norm, which the "
-        f"decomposition goes through"
+        f"decomposition assumes"
     )
 
 
@@ -422,8 +434,9 @@ def _not_the_module(called: nn.Module, layer: LayerTrace, part: str, text: str) 
 
 
 def _changed(called: nn.Module, block: nn.Module) -> str:
-    """Where a block may have been changed: modules with hooks or a forward pass of their own, or of a class
-    that is not a stock one.
+    """Return the likely cause of a difference, for errors.
+
+    It names the modules of the block that have hooks, a replaced forward pass, or a class that is not stock.
     """
     suspects = [
         describe(called, module)
