@@ -1,1 +1,1 @@
-"""One small module an architecture: which module of a layer plays which part."""
+"""One small file for each architecture: it says which module of a layer plays which part."""

@@ -1,4 +1,4 @@
-"""ALBERT: one layer, or a few, applied again and again."""
+"""ALBERT (post-norm): the model applies one layer, or a few, many times."""
 
 from torch import nn
 
@@ -8,9 +8,12 @@ MODEL_TYPES = ("albert",)
 
 
 def layers(base: nn.Module) -> list[LayerModules]:
-    """Return the modules of every layer, first to last; base is the model without its head.
+    """Return the modules of every layer, first to last.
 
     A shared layer is listed once for each time it is applied.
+
+    Args:
+        base: the model without its head. Its layers map hidden states (B, n, d) to (B, n, d).
     """
     config = base.config
     groups = base.encoder.albert_layer_groups

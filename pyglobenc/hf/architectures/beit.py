@@ -1,6 +1,4 @@
-"""BEiT image encoders (pre-norm, a factor on the attention's output, and a bias of the scores by relative
-position).
-"""
+"""BEiT image encoders (pre-norm), with a factor on the attention's output and a relative position bias."""
 
 from torch import nn
 
@@ -10,7 +8,11 @@ MODEL_TYPES = ("beit",)
 
 
 def layers(base: nn.Module) -> list[LayerModules]:
-    """Return the modules of every layer, first to last; base is the model without its head."""
+    """Return the modules of every layer, first to last.
+
+    Args:
+        base: the model without its head. Its layers map hidden states (B, n, d) to (B, n, d).
+    """
     return [
         LayerModules(
             block=layer,

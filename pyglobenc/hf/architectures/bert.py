@@ -1,4 +1,4 @@
-"""BERT and its relatives with the same module names: RoBERTa, XLM-R, CamemBERT, ELECTRA."""
+"""BERT (post-norm) and models with the same module names: RoBERTa, XLM-R, CamemBERT, ELECTRA."""
 
 from torch import nn
 
@@ -8,7 +8,11 @@ MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 
 
 def layers(base: nn.Module) -> list[LayerModules]:
-    """Return the modules of every layer, first to last; base is the model without its head."""
+    """Return the modules of every layer, first to last.
+
+    Args:
+        base: the model without its head. Its layers map hidden states (B, n, d) to (B, n, d).
+    """
     return [
         _layer(layer, layer.attention.self, layer.attention.output, layer.output)
         for layer in base.encoder.layer

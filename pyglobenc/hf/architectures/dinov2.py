@@ -1,4 +1,4 @@
-"""DINOv2 image encoders (pre-norm, with a factor on the attention's output)."""
+"""DINOv2 image encoders (pre-norm), with a factor on the attention's output."""
 
 from torch import nn
 
@@ -8,7 +8,11 @@ MODEL_TYPES = ("dinov2",)
 
 
 def layers(base: nn.Module) -> list[LayerModules]:
-    """Return the modules of every layer, first to last; base is the model without its head."""
+    """Return the modules of every layer, first to last.
+
+    Args:
+        base: the model without its head. Its layers map hidden states (B, n, d) to (B, n, d).
+    """
     return [_layer(layer) for layer in base.encoder.layer]
 
 
@@ -17,7 +21,7 @@ def _layer(layer: nn.Module) -> LayerModules:
     if hasattr(attention, "q_proj"):
         projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
     else:
-        # as transformers had it up to 5.17
+        # transformers up to 5.17 has these module names.
         attention = attention.attention
         projections = (attention.query, attention.key, attention.value, layer.attention.output.dense)
     gated = not hasattr(mlp, "fc1")

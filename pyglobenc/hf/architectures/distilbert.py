@@ -1,4 +1,4 @@
-"""DistilBERT."""
+"""DistilBERT (post-norm)."""
 
 from torch import nn
 
@@ -8,7 +8,11 @@ MODEL_TYPES = ("distilbert",)
 
 
 def layers(base: nn.Module) -> list[LayerModules]:
-    """Return the modules of every layer, first to last; base is the model without its head."""
+    """Return the modules of every layer, first to last.
+
+    Args:
+        base: the model without its head. Its layers map hidden states (B, n, d) to (B, n, d).
+    """
     return [
         LayerModules(
             block=layer,

@@ -1,4 +1,4 @@
-"""Gemma 2 and 3: a norm before and one after the attention and the MLP."""
+"""Gemma 2 and 3, which have a norm before and a norm after both the attention and the MLP."""
 
 from torch import nn
 
@@ -10,7 +10,11 @@ DECODER = True
 
 
 def layers(base: nn.Module) -> list[LayerModules]:
-    """Return the modules of every layer, first to last; base is the model without its head."""
+    """Return the modules of every layer, first to last.
+
+    Args:
+        base: the model without its head. Its layers map hidden states (B, n, d) to (B, n, d).
+    """
     return [
         modules._replace(
             output_norm=modules.block.pre_feedforward_layernorm,

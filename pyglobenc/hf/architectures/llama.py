@@ -1,4 +1,4 @@
-"""Llama and the decoders with the same module names: Mistral, Qwen2, Qwen3, Gemma."""
+"""Llama (pre-norm) and decoders with the same module names: Mistral, Qwen2, Qwen3, Gemma."""
 
 from torch import nn
 
@@ -9,7 +9,11 @@ DECODER = True
 
 
 def layers(base: nn.Module) -> list[LayerModules]:
-    """Return the modules of every layer, first to last; base is the model without its head."""
+    """Return the modules of every layer, first to last.
+
+    Args:
+        base: the model without its head. Its layers map hidden states (B, n, d) to (B, n, d).
+    """
     return [
         LayerModules(
             block=layer,

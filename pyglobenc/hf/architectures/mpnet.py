@@ -1,4 +1,7 @@
-"""MPNet: computes its attention itself, with a bias for each head and distance that all layers share."""
+"""MPNet (post-norm), whose attention modules compute attention themselves.
+
+All layers share one bias of the scores, which depends on the head and on the distance j - i.
+"""
 
 from typing import Any
 
@@ -13,7 +16,11 @@ MODEL_TYPES = ("mpnet",)
 
 
 def layers(base: nn.Module) -> list[LayerModules]:
-    """Return the modules of every layer, first to last; base is the model without its head."""
+    """Return the modules of every layer, first to last.
+
+    Args:
+        base: the model without its head. Its layers map hidden states (B, n, d) to (B, n, d).
+    """
     return [
         LayerModules(
             block=layer,
@@ -33,8 +40,12 @@ def layers(base: nn.Module) -> list[LayerModules]:
 
 
 def own_scores(module: nn.Module, arguments: dict[str, Any]) -> OwnScores:
-    """Arguments: position_bias (B, H, n, n), first row and column of which hold every distance;
-    attention_mask (B, 1, 1, n), 0 if real.
+    """Return what the module does to the scores q . k, read from the arguments of its forward pass.
+
+    Args:
+        module: an MPNetSelfAttention.
+        arguments: by name; position_bias (B, H, n, n) or None, whose first row and column hold the bias of
+            every distance; attention_mask (B, 1, 1, n) or None, 0 for real tokens and negative for padding.
     """
     bias, mask = arguments["position_bias"], arguments["attention_mask"]
     table = None if bias is None else torch.cat([bias[0, :, :, 0].flip(1), bias[0, :, 0, 1:]], dim=1)

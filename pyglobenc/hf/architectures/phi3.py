@@ -1,4 +1,4 @@
-"""Phi-3: a Llama whose queries, keys and values come from one projection."""
+"""Phi-3 (pre-norm): a Llama that computes queries, keys and values in one projection."""
 
 from torch import nn
 
@@ -9,7 +9,11 @@ DECODER = True
 
 
 def layers(base: nn.Module) -> list[LayerModules]:
-    """Return the modules of every layer, first to last; base is the model without its head."""
+    """Return the modules of every layer, first to last.
+
+    Args:
+        base: the model without its head. Its layers map hidden states (B, n, d) to (B, n, d).
+    """
     return [
         LayerModules(
             block=layer,

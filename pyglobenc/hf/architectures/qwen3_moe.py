@@ -1,4 +1,4 @@
-"""Qwen 3 MoE: the attention of Qwen 3, and a mixture of experts in place of the MLP."""
+"""Qwen 3 MoE (pre-norm): the attention of Qwen 3, with a mixture of experts in place of the MLP."""
 
 from torch import nn
 
@@ -9,7 +9,11 @@ DECODER = True
 
 
 def layers(base: nn.Module) -> list[LayerModules]:
-    """Return the modules of every layer, first to last; base is the model without its head."""
+    """Return the modules of every layer, first to last.
+
+    Args:
+        base: the model without its head. Its layers map hidden states (B, n, d) to (B, n, d).
+    """
     return [
         LayerModules(
             block=layer,
@@ -20,7 +24,7 @@ def layers(base: nn.Module) -> list[LayerModules]:
             output=layer.self_attn.o_proj,
             attention_norm=layer.input_layernorm,
             intermediate=None,
-            # The experts' outputs are added inside the block.
+            # This block adds up the outputs of its experts.
             mlp_output=layer.mlp,
             output_norm=layer.post_attention_layernorm,
             pre_norm=True,

@@ -8,7 +8,11 @@ MODEL_TYPES = ("vit", "deit")
 
 
 def layers(base: nn.Module) -> list[LayerModules]:
-    """Return the modules of every layer, first to last; base is the model without its head."""
+    """Return the modules of every layer, first to last.
+
+    Args:
+        base: the model without its head. Its layers map hidden states (B, n, d) to (B, n, d).
+    """
     return [
         LayerModules(
             block=layer,
@@ -28,12 +32,12 @@ def layers(base: nn.Module) -> list[LayerModules]:
 
 
 def patch_projection(base: nn.Module) -> nn.Conv2d:
-    """The convolution that embeds the patches."""
+    """Return the convolution that turns an image (B, C, height, width) into patch embeddings."""
     return base.embeddings.patch_embeddings.projection
 
 
 def prefix_tokens(base: nn.Module) -> list[Tensor]:
-    """Learned tokens before the patches, (1, 1, d) each: [CLS], and DeiT's distillation token."""
+    """Return the learned tokens before the patches, (1, 1, d) each: [CLS] and DeiT's distillation token."""
     tokens = [base.embeddings.cls_token]
     if hasattr(base.embeddings, "distillation_token"):
         tokens.append(base.embeddings.distillation_token)
@@ -41,5 +45,5 @@ def prefix_tokens(base: nn.Module) -> list[Tensor]:
 
 
 def position_embeddings(base: nn.Module) -> Tensor:
-    """(1, n, d), added to the tokens."""
+    """Return the position embeddings (1, n, d) that are added to the tokens."""
     return base.embeddings.position_embeddings
