@@ -1,4 +1,4 @@
-"""Which of a model's inputs a method honours; every other keyword argument is refused by name."""
+"""The inputs of a model that a method honours. Every other keyword argument is refused by name."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -14,13 +14,14 @@ from pyglobenc.common.arguments import argument_names, refuse_unknown
 from pyglobenc.common.deferred import require
 from pyglobenc.hf.unwrap import stock_model
 
-# what a stock model may be given, if its forward pass names it
+# Inputs that a stock model may be given, if its forward pass names them.
 TENSORS = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"})
 HONOURED = TENSORS | {"logits_to_keep"}
 IMAGES = frozenset({"pixel_values", "interpolate_pos_encoding"})
 PACKED = frozenset({"input_ids", "attention_mask", "token_type_ids"})
 NO_CACHE = "keys and values of earlier calls have no tokens to attribute to"
-# other arguments of transformers' models: the value that changes nothing, and why others are refused
+# Other arguments of transformers' models. Each has one value that changes nothing, and a reason why other
+# values are refused.
 REFUSED = {
     "return_dict": (True, "the output is always a ModelOutput"),
     "output_attentions": (False, "attention probabilities are never stored; ask the model itself for them"),
@@ -41,19 +42,24 @@ PACKED_REFUSED = REFUSED | {
 def model_inputs(
     who: str, model: nn.Module, batch: Mapping[str, Any], method: Callable[..., Any]
 ) -> dict[str, Any]:
-    """Return the inputs of a call that the model gets: those that are honoured, without those that change
-    nothing.
+    """Return the inputs of a call that are passed on to the model.
+
+    Arguments that the model can't honour are refused. Those with a value that changes nothing are left out.
 
     Args:
-        who: method named in errors.
-        model: the module that is called: a stock model, or the user's own around one, whose forward pass says
-            what it takes.
-        batch: the keyword arguments of the call but for the method's own.
-        method: the function called. Its own options are suggested where a name is misspelt.
+        who: name of the method for errors.
+        model: the module that is called: a stock model, or the user's module around one. Its forward pass
+            tells which inputs it takes.
+        batch: the keyword arguments of the call, without the method's own: tensors such as input_ids (B, n),
+            and options.
+        method: the function that was called. Its own options are suggested where a name is misspelt.
+
+    Returns:
+        The entries of batch that the model gets, unchanged.
 
     Raises:
-        TypeError: a name that neither the method nor the model takes.
-        ValueError: an argument of transformers' models that can't be honoured.
+        TypeError: neither the method nor the model takes an argument of this name.
+        ValueError: an argument of transformers' models can't be honoured.
     """
     named, others = _forward_names(model)
     if not isinstance(model, PreTrainedModel):
@@ -62,12 +68,12 @@ def model_inputs(
             who, batch, named | ((IMAGES if images else TENSORS) if others else set()), REFUSED, method
         )
     if others:
-        # a head hands on to the model inside what it doesn't name
+        # A head passes the arguments that it doesn't name on to the model inside.
         named = named | _forward_names(model.base_model)[0]
     batch = {name: value for name, value in batch.items() if value is not None or name not in named}
     types = batch.get("token_type_ids")
     if "token_type_ids" not in named and isinstance(types, Tensor):
-        # tokenizers of other architectures return zeros, which say no more than nothing does
+        # Some tokenizers return token types of 0 for models without token types. Zeros change nothing.
         require(
             ~types.any(),
             lambda: TypeError(f"{who}: takes no token_type_ids: {type(model).__name__} has no token types"),
@@ -78,12 +84,27 @@ def model_inputs(
 
 
 def packed_inputs(who: str, batch: Mapping[str, Any], method: Callable[..., Any]) -> dict[str, Any]:
-    """Return the inputs of packed sequences that the model gets; see `model_inputs`."""
+    """Return the inputs of packed sequences that are passed on to the model.
+
+    Args:
+        who, method: as for `model_inputs`.
+        batch: the keyword arguments of the call. Each input is a list of S sequences (n_s,), one for each
+            text.
+
+    Returns:
+        The entries of batch that the model gets, unchanged.
+
+    Raises:
+        TypeError, ValueError: as `model_inputs`.
+    """
     return _checked(who, batch, PACKED, PACKED_REFUSED, method)
 
 
 def takes(model: nn.Module, name: str) -> bool:
-    """Whether a module's forward pass, or that of the model inside a stock head, names an argument."""
+    """Tell whether a module's forward pass names an argument.
+
+    For a stock head the forward pass of the model inside counts too. Only signatures are read, no tensors.
+    """
     named, others = _forward_names(model)
     return name in named or (
         others and isinstance(model, PreTrainedModel) and name in _forward_names(model.base_model)[0]
@@ -91,8 +112,9 @@ def takes(model: nn.Module, name: str) -> bool:
 
 
 def accepts(model: nn.Module, name: str) -> bool:
-    """Whether a model can be given one of its tokenizer's outputs: a stock model, or the user's module around
-    one.
+    """Tell whether a model can be given one of its tokenizer's outputs, for example "token_type_ids".
+
+    The model is a stock model, or the user's module around one. The function reads signatures, no tensors.
     """
     named, others = _forward_names(model)
     if isinstance(model, PreTrainedModel):
@@ -101,17 +123,23 @@ def accepts(model: nn.Module, name: str) -> bool:
 
 
 def output_settings(model: nn.Module) -> dict[str, Any]:
-    """Return arguments that a stock model is called with, whatever its config says of its outputs; of a
-    user's module those it names.
+    """Return the keyword arguments that choose the form of a model's output, whatever its config says.
+
+    A stock model gets all that it takes, a user's module those that it names. The values are booleans.
     """
-    # a cache would hold every key and value a second time
+    # A cache would store every key and value a second time.
     settings = {"return_dict": True, "output_attentions": False, "use_cache": False}
     always = ("return_dict", "output_attentions") if isinstance(model, PreTrainedModel) else ()
     return {name: value for name, value in settings.items() if name in always or takes(model, name)}
 
 
 def run_model(model: nn.Module, batch: Mapping[str, Any]) -> Any:
-    """Call a model with `output_settings`."""
+    """Call a model on a batch, with `output_settings`, and return its output.
+
+    Args:
+        model: a stock model, or the user's module around one.
+        batch: its inputs, such as input_ids (B, n).
+    """
     with ExitStack() as stack:
         if (
             isinstance(model, PreTrainedModel)
@@ -124,8 +152,9 @@ def run_model(model: nn.Module, batch: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def _named_outputs(base: nn.Module) -> Iterator[None]:
-    """Context in which this thread gets a ModelOutput from a base model: some heads read it by name and leave
-    its kind to the config.
+    """Context in which a base model returns a ModelOutput in this thread.
+
+    Some heads read the output of their base model by name, but leave its type to the config.
     """
     own, forward, thread = vars(base).get("forward"), base.forward, get_ident()
 
@@ -160,9 +189,9 @@ def _checked(
 
 
 def _forward_names(module: nn.Module) -> tuple[frozenset[str], bool]:
-    """Names of the arguments of a module's forward pass, and whether it takes others too."""
-    # inspecting a signature takes as long as a small kernel; a replaced forward pass may hold the model, so
-    # it isn't kept
+    """Return the names of a forward pass's arguments, and whether it takes others too."""
+    # Reading a signature takes as long as a small kernel, so classes are cached. A replaced forward pass
+    # may hold a reference to the model, so it isn't cached.
     return _names(module.forward) if "forward" in vars(module) else _class_names(type(module))
 
 

@@ -1,8 +1,8 @@
-"""What a model's head reads, found by following the logits back to the last layer's output.
+"""Finds what a model's head reads, by following the logits back to the last layer's output.
 
-The autograd graph of the head says it: from the logits down to the last layer's output. No name of a class or
-module is trusted. A tensor carries the whole logit if every path of the graph from the logits to the last
-layer's output goes through it.
+The autograd graph of the head shows it, from the logits down to the last layer's output. No class or module
+is trusted by its name. A tensor carries the whole logit if every path of the graph from the logits to the
+last layer's output goes through it.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -21,8 +21,8 @@ from pyglobenc.hf.limits import not_finite
 from pyglobenc.hf.trace.layers import outside
 from pyglobenc.hf.trace.threads import in_this_thread
 
-# equal numbers from the same few operations differ by a few roundings, other functions by far more; half
-# precision rounds once an operation, and more roundings than these would hide what is looked for
+# Results of the same few operations differ by a few roundings, and results of other functions by far more.
+# Half precision rounds once for each operation. More roundings than these would hide a real difference.
 ROUNDINGS, HALF_ROUNDINGS = 64, 4
 NOT_FOLLOWED = (
     "the logits can't be followed to the last layer's output; the head runs without gradients, "
@@ -32,12 +32,13 @@ NOT_FOLLOWED = (
 
 @dataclass
 class Call:
-    """One call of a module of the head, with its first input and its output where a gradient flows to them.
+    """One call of a module of the head, whose first input and output are part of the autograd graph.
 
     Attributes:
-        given, returned: the tensors.
-        given_edge, returned_edge: their places in the autograd graph when the call returned.
-        versions: of both when the call returned; a function that works in place raises them.
+        module: the module.
+        given, returned: its first input that needs a gradient, and its output.
+        given_edge, returned_edge: their edges in the autograd graph when the call returned.
+        versions: version counters of both when the call returned. An operation in place raises them.
     """
 
     module: nn.Module
@@ -49,12 +50,12 @@ class Call:
 
 
 class HeadRecord:
-    """What a model did after its last layer, in one forward pass.
+    """Record of what a model does after its last layer, in one forward pass.
 
     Attributes:
-        top: the last layer's output, (B, n, d); of packed sequences (S, n, d), padded. None before it was
-            computed.
-        calls: of the modules outside the layers, after `top`.
+        top: output of the last layer, (B, n, d). With packed sequences it is padded to (S, n, d). None before
+            it is computed.
+        calls: calls of the modules outside the layers, after `top` was computed.
     """
 
     def __init__(self, trace: Trace, leaf: bool):
@@ -65,8 +66,9 @@ class HeadRecord:
         self._flagged: list[Tensor] = []
 
     def layer_returned(self, output: Any) -> Any:
-        """Take note of an output of the last layer's module, which an earlier layer may share; returns it for
-        the head.
+        """Take note of an output of the last layer's module, and return it for the head.
+
+        Layers may share one module, so an earlier layer's output may come first.
         """
         self._waiting -= 1
         if self._waiting < 0:
@@ -78,19 +80,19 @@ class HeadRecord:
         return (self.start(output[0]), *output[1:]) if isinstance(output, tuple) else self.start(output)
 
     def start(self, top: Tensor) -> Tensor:
-        """Let the head begin at `top`; returns what it is to read."""
+        """Let the head begin at `top`, and return the tensor that it reads, of the same shape."""
         self.top, self.calls = top, []
         if self._leaf:
             for t in (top, *self._trace.inputs):
-                # inference tensors can't take part in a graph
+                # Inference tensors can't be part of an autograd graph.
                 if not t.requires_grad and not t.is_inference():
                     self._flagged.append(t.requires_grad_())
             torch.set_grad_enabled(True)
-        # a copy, which the head may change in place
+        # The head gets a copy, since it may change the tensor in place.
         return top.clone()
 
     def keep(self, module: nn.Module, args: tuple, kwargs: dict, returned: Any) -> None:
-        """Take note of a module's call."""
+        """Take note of one call of a module."""
         given = next(
             (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.requires_grad), None
         )
@@ -108,12 +110,12 @@ class HeadRecord:
         self.calls.append(Call(module, given, returned, *edges, versions))
 
     def release(self) -> None:
-        """Take the gradient flags off again."""
+        """Remove the gradient flags that `start` set."""
         while self._flagged:
             self._flagged.pop().requires_grad_(False)
 
     def way(self, t: Tensor) -> str | None:
-        """Why t isn't computed from the last layer's output alone; None if it is."""
+        """Return why t isn't computed from the last layer's output alone, or None if it is."""
         if self.top is None or not t.requires_grad or not self.top.requires_grad:
             return NOT_FOLLOWED
         top = get_gradient_edge(self.top).node
@@ -125,24 +127,22 @@ class HeadRecord:
         return None if top in nodes else NOT_FOLLOWED
 
     def carries(self, t: Tensor, edge: GradientEdge) -> bool:
-        """Whether all of t that is computed from the last layer's output is computed through the tensor at an
-        edge.
-        """
+        """Tell whether t depends on the last layer's output only through the tensor at `edge`."""
         top = get_gradient_edge(self.top).node
         return edge.node is top or top not in _nodes(t, (top, edge.node))
 
     @staticmethod
     def leads_to(t: Tensor, call: Call) -> bool:
-        """Whether t is computed from what a call returned."""
+        """Tell whether t is computed from the output of a call."""
         return call.returned_edge.node in _nodes(t, ())
 
     def of_tokens(self, t: Tensor) -> bool:
-        """Whether a tensor of the head holds a vector for every token, (B, n, any)."""
+        """Tell whether a tensor of the head holds a vector for every token, (B, n, any)."""
         return t.dim() == 3 and t.shape[:2] == self.top.shape[:2]
 
 
 def _nodes(t: Tensor, ends: Collection[Any]) -> set[Any]:
-    """Nodes of the graph that t is computed through, down to some at which to stop."""
+    """Return the graph nodes that t is computed through, without those below the nodes in `ends`."""
     waiting, seen = [get_gradient_edge(t).node], set()
     while waiting:
         node = waiting.pop()
@@ -155,15 +155,17 @@ def _nodes(t: Tensor, ends: Collection[Any]) -> set[Any]:
 
 @contextmanager
 def recorded_head(called: nn.Module, encoder: nn.Module, trace: Trace, leaf: bool) -> Iterator[HeadRecord]:
-    """Context in which one forward pass of `called`, within `capture`, is recorded from the last layer's
-    output on.
+    """Context that records one forward pass of `called` from the last layer's output on.
+
+    It is entered within `capture`. It yields a `HeadRecord`, whose `top` is (B, n, d). Its hooks are removed
+    on exit.
 
     Args:
         called: the model, or the user's module around it.
         encoder: the transformers model in it.
-        trace: of `capture`.
-        leaf: the layers run without gradients, and the autograd graph starts at the last one's output.
-            Otherwise it is the caller's to enable gradients.
+        trace: the trace of `capture`.
+        leaf: whether the layers run without gradients, so that the autograd graph starts at the last layer's
+            output. Otherwise the caller decides which layers need gradients.
     """
     record, blocks = HeadRecord(trace, leaf), {layer.block for layer in trace.modules}
     handles = []
@@ -191,13 +193,16 @@ def _without_gradients() -> None:
 
 
 def find_logits(output: Any) -> Tensor | None:
-    """The logits in what a model or a user's module returned, (B, C) or (B, n, C); None if it holds none.
+    """Return the logits in the output of a model or a user's module, (B, C) or (B, n, C).
 
-    They are a tensor alone, a dict's or ModelOutput's "logits", or of a tuple the first tensor that isn't a
-    loss.
+    The output may be the logits alone, or a dict or ModelOutput with "logits". Of a tuple the first tensor
+    that isn't a scalar is taken. Logits (B,) are returned as (B, 1).
+
+    Returns:
+        The logits, or None if the output holds none.
 
     Raises:
-        ValueError: a tuple that leaves open which tensor holds them.
+        ValueError: a tuple holds several tensors that may be the logits.
     """
     if isinstance(output, Mapping):
         logits = output.get("logits")
@@ -217,7 +222,14 @@ def find_logits(output: Any) -> Tensor | None:
 
 
 def detached(output: Any) -> Any:
-    """What a model returned, out of the graph; the containers stay the same."""
+    """Return the output of a model without its autograd graph.
+
+    Args:
+        output: a tensor of any shape, or a mapping, tuple or list of them. A mapping is changed in place.
+
+    Returns:
+        The same containers with detached tensors of the same shapes.
+    """
     if isinstance(output, Tensor):
         return output.detach()
     if isinstance(output, Mapping):
@@ -230,19 +242,19 @@ def detached(output: Any) -> Any:
 def tokens_read(
     who: str, model: nn.Module, record: HeadRecord, logits: Tensor, key_mask: Tensor | None
 ) -> Tensor | None:
-    """What a head with one set of logits an example reads of the last layer's output.
+    """Find what a head reads of the last layer's output, if it returns one set of logits an example.
 
     Args:
-        who: method named in errors.
-        model: that ran.
-        record: of the forward pass.
+        who: name of the method for errors.
+        model: the model that ran.
+        record: the record of its forward pass.
         logits: (B, C).
         key_mask: (B, n) bool, True for real tokens, or None.
 
     Returns:
-        The token that is read, (B, 1) int64; of a head that reads the mean or the sum of several the share of
-        each, (B, 1, n). None, for the documented target, of transformers' own heads that read neither one
-        token nor the mean of all.
+        The position of the one token that is read, (B, 1) int64. For a mean or sum of several tokens, the
+        share of each token, (B, 1, n). None for the heads of transformers that read neither one token nor the
+        mean of all tokens: for these the documented target is explained.
 
     Raises:
         ValueError: the head reads something else, or runs without gradients.
@@ -254,7 +266,8 @@ def tokens_read(
     why = record.way(logits)
     if why is not None:
         raise refuse(f"the default target is what the head reads, but {why}")
-    # any class will do, and one alone may read nothing: a unit that isn't active passes no gradient on
+    # A weighted sum of all classes is followed. A single class may have no gradient, because an inactive
+    # unit passes none on.
     logit = (
         logits * torch.linspace(0.5, 1.5, logits.shape[1], dtype=logits.dtype, device=logits.device)
     ).sum()
@@ -292,8 +305,9 @@ def tokens_read(
 
 
 def _evenly(record: HeadRecord, logit: Tensor, gradient: Tensor, read: Tensor, count: Tensor) -> bool:
-    """Whether a logit is computed from the sum of the tokens read (B, n), or of what modules of the head make
-    of each.
+    """Tell whether a logit is computed from the sum of the tokens read (B, n).
+
+    Modules of the head may first change each token alone.
     """
     for call in reversed(record.calls):
         if record.of_tokens(call.returned) and record.carries(logit, call.returned_edge):
@@ -303,18 +317,27 @@ def _evenly(record: HeadRecord, logit: Tensor, gradient: Tensor, read: Tensor, c
 
 
 def rounding(*tensors: Tensor) -> float:
-    """By how much results of the same few operations may differ, relative to the largest: of the coarsest of
-    some tensors' dtypes.
+    """Return by how much two results of the same few operations may differ, relative to the largest entry.
+
+    Args:
+        tensors: tensors of any shapes. The coarsest of their dtypes counts.
     """
     coarsest = max((t.dtype for t in tensors), key=lambda dtype: torch.finfo(dtype).eps)
     return torch.finfo(coarsest).eps * (HALF_ROUNDINGS if coarsest in HALF else ROUNDINGS)
 
 
 def equal_shares(gradient: Tensor, read: Tensor, count: Tensor) -> Tensor:
-    """Whether the tokens read (B, n) all have one gradient, (B, n, d), as those of a mean or a sum have: ()
-    bool.
+    """Tell whether all tokens read have the same gradient, as the tokens of a mean or a sum have.
+
+    Args:
+        gradient: (B, n, d).
+        read: (B, n) bool, True for the tokens that are read.
+        count: (B,), how many tokens are read.
+
+    Returns:
+        () bool.
     """
-    # the same operations round alike, in half precision too
+    # Equal gradients round alike in half precision too. The mean is taken in float32 at least.
     gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     mean = (gradient * read[..., None]).sum(1, keepdim=True) / count[:, None, None]
     apart = ((gradient - mean) * read[..., None]).abs().amax((1, 2))
@@ -322,6 +345,6 @@ def equal_shares(gradient: Tensor, read: Tensor, count: Tensor) -> Tensor:
 
 
 def direction(like: Tensor, seed: int = 1) -> Tensor:
-    """Numbers from 0.5 to 1.5 that follow no pattern, in the shape and dtype of `like`."""
+    """Return numbers from 0.5 to 1.5 without a pattern, in the shape (any) and dtype of `like`."""
     steps = torch.arange(like.numel(), device=like.device, dtype=torch.float64)
     return (1 + 0.5 * torch.sin(steps * 977 + seed)).to(like.dtype).view(like.shape)

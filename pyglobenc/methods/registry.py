@@ -1,4 +1,4 @@
-"""Methods by name, each called the same way: what `pyglobenc.explain` and the command line offer."""
+"""Methods by name, each called the same way, for `pyglobenc.explain` and the command line."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,16 +19,16 @@ from pyglobenc.methods.rollout.globenc import GlobEnc
 
 @dataclass(frozen=True)
 class Rows:
-    """One row of scores an example."""
+    """One row of scores for each example."""
 
-    scores: Tensor  # (B, n), padding 0
-    log_scale: Tensor  # (B,), the method's own value is scores * exp(log_scale)
-    targets: Tensor | None  # (B,) int64, what was explained; None for a mean over tokens
-    logits: Tensor | None  # (B, ...), None of a model without a head, or whose head wasn't run
+    scores: Tensor  # (B, n), 0 at padding
+    log_scale: Tensor  # (B,); the method's own value is scores * exp(log_scale)
+    targets: Tensor | None  # (B,) int64, the targets explained; None for a mean over tokens
+    logits: Tensor | None  # (B, ...); None without a head, or if the head wasn't run
 
 
-# of a batch, or of lists to be packed, and targets (B,) int64: token positions, "mean", or classes; None is
-# what the method itself takes
+# A call of a method. The first argument is a batch of tensors, or of lists that are packed. The second one is
+# the targets, (B,) int64 token positions or classes, or "mean". None means the default of the method.
 Run = Callable[[Mapping[str, Tensor], Tensor | str | None], Rows]
 
 
@@ -37,12 +37,12 @@ class Method:
     """An entry of the registry.
 
     Attributes:
-        name: what users call it.
+        name: the name that users give.
         summary: one line, with the paper.
-        build: called with model, backend and dtype as `GlobEnc` takes them; returns what computes the rows of
-            a batch.
+        build: function of model, backend and dtype, as `GlobEnc` takes them. It returns a function that
+            computes the `Rows` of a batch.
         target: "token" if targets are positions, "class" if they are classes of a sequence classifier.
-        supports_packing: whether it also takes sequences packed into one.
+        supports_packing: whether the method also takes packed sequences.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Method:
 
 
 def _rollout(name: str, model: PreTrainedModel, backend: str, dtype: torch.dtype | None) -> Run:
-    """Any method that returns a `RolloutResult`."""
+    """Build a method that returns a `RolloutResult`."""
     attribute = (
         GlobEnc(model, backend, dtype) if name == "globenc" else family.Rollout(model, name, backend, dtype)
     )
@@ -80,12 +80,12 @@ def _rollout(name: str, model: PreTrainedModel, backend: str, dtype: torch.dtype
 
 
 def _logits(outputs: Sequence[Any]) -> Tensor | None:
-    """(S, classes) of what the model returned for each of S sequences, or None."""
+    """Join the logits of S sequences, one output each, to (S, classes), or return None without logits."""
     return None if outputs[0] is None else torch.cat([find_logits(output) for output in outputs])
 
 
 def _relevance(variant: str, model: PreTrainedModel, backend: str, dtype: torch.dtype | None) -> Run:
-    """Any variant of `TransformerAttribution`."""
+    """Build a variant of `TransformerAttribution`."""
     attribute = TransformerAttribution(model, backend, dtype)
 
     def run(batch: Mapping[str, Any], targets: Tensor | None) -> Rows:
@@ -104,7 +104,7 @@ def _relevance(variant: str, model: PreTrainedModel, backend: str, dtype: torch.
     return run
 
 
-# name -> variant, summary; the last three as the paper's comparison computes them
+# Maps a name to its variant and summary. The last three are computed as in the paper's comparison.
 RELEVANCE = {
     "transformer-attribution": (
         "transformer_attribution",
@@ -141,10 +141,10 @@ METHODS |= {
 
 
 def find_method(name: str) -> Method:
-    """The entry of that name.
+    """Return the method of this name.
 
     Raises:
-        ValueError: no such method; the message lists them.
+        ValueError: there is no such method. The message lists those that there are.
     """
     if name not in METHODS:
         raise ValueError(f"explain: method must be one of {', '.join(METHODS)}, got {name!r}")

@@ -266,8 +266,8 @@ class ObservedRules:
     def estimated_error(self) -> Tensor:
         """Return the expected relative L2 error (B,) of the last relevance that was followed.
 
-        This is the rollout's row, or a layer's relevance, or the relevance of the input. The entry of the
-        token that the head reads is left out.
+        This is the rollout's row without the entry of the token that the head reads, or the relevance of a
+        layer or of the input.
         """
         last, own = self._last, self._states.pooled_index(self._last.device)
         if self._row is not None:
