@@ -1,4 +1,4 @@
-"""From a batch to captured layers: everything is checked before and while the model sees it."""
+"""From a batch to captured layers. The batch is checked before the model runs and while it runs."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -32,10 +32,13 @@ from pyglobenc.methods.precision.arithmetic import set_precision
 
 
 def check_model(who: str, model: nn.Module, backend: str, dtype: torch.dtype | None) -> nn.Module:
-    """Return the module that is called, see `called_module`.
+    """Check a model, backend and dtype, and return the module that is called, see `called_module`.
+
+    The function takes no tensors and runs nothing.
 
     Raises:
-        TypeError, ValueError: naming who, unless architecture, parameters, backend and dtype are fine.
+        TypeError, ValueError: The architecture, a parameter, the backend or the dtype isn't supported. The
+            message begins with `who`.
     """
     check_backend(backend, who)
     if dtype not in (None, torch.float32, torch.float64):
@@ -52,20 +55,24 @@ def run_captured(
     """Check a batch and run the model on it.
 
     Args:
-        who: method named in errors.
-        model: that `called_module` returned.
-        batch: its inputs.
-        dtype: of the attribution arithmetic, as for `GlobEnc`.
-        targets: None for what the model's head reads; others need no look at the head.
+        who: name of the method for errors.
+        model: the module that `called_module` returned.
+        batch: its inputs, such as input_ids (B, n); see `check_batch`.
+        dtype: dtype of the attribution arithmetic, as for `GlobEnc`.
+        targets: None to find what the model's head reads. With other targets the head isn't examined.
 
     Returns:
-        Its layers, in the precision asked for; its output; and what its head reads, as `tokens_read` says,
-        where targets is None and the output holds one set of logits an example, else None.
+        The captured layers, in the precision that was asked for; the output of the model; and what its head
+        reads, (B, 1) or (B, 1, n) as `tokens_read` says. The last one is None if targets isn't None, or if
+        the output doesn't hold one set of logits an example.
+
+    Raises:
+        TypeError, ValueError: as `check_batch`, `capture` and `tokens_read`.
     """
     check_batch(who, model, batch)
     stock = stock_model(model)
     if is_decoder(stock) and not may_look() and batch.get("attention_mask") is None:
-        # without one, transformers takes every input for packed sequences while a graph is recorded
+        # Without a mask, transformers treats every input as packed sequences while a graph is recorded.
         ids = batch.get("input_ids", batch.get("inputs_embeds"))
         batch = {**batch, "attention_mask": torch.ones(ids.shape[:2], dtype=torch.long, device=ids.device)}
     gradients = torch.is_grad_enabled()
@@ -75,7 +82,7 @@ def run_captured(
         torch.set_grad_enabled(gradients),
         ExitStack() as stack,
     ):
-        # a tensor made in inference mode can't enter a graph
+        # A tensor made in inference mode can't be part of an autograd graph.
         batch = {
             name: value.clone() if isinstance(value, Tensor) and value.is_inference() else value
             for name, value in batch.items()
@@ -99,7 +106,15 @@ def run_captured(
 def read_by_head(
     who: str, model: nn.Module, record: HeadRecord, output: Any, key_mask: Tensor | None
 ) -> Tensor | None:
-    """What the head reads, if it has one set of logits for each example."""
+    """Return what the head reads, if it returns one set of logits for each example.
+
+    Args:
+        who, model, record, key_mask: as for `tokens_read`.
+        output: the output of the model.
+
+    Returns:
+        (B, 1) or (B, 1, n) as `tokens_read` says, or None if the output doesn't hold such logits.
+    """
     logits = find_logits(output)
     if logits is None or logits.dim() != 2 or record.top is None or len(logits) != len(record.top):
         return None
@@ -107,18 +122,19 @@ def read_by_head(
 
 
 def check_batch(who: str, model: nn.Module, batch: Mapping[str, Any]) -> None:
-    """Raise on values that transformers would refuse obscurely, or take silently.
+    """Check the values that transformers would refuse with an obscure error, or accept silently.
 
     Args:
-        who: method named in errors.
+        who: name of the method for errors.
         model: the model that gets the batch.
-        batch: its inputs; input_ids (B, n) int64 or int32 or inputs_embeds (B, n, d), attention_mask (B, n)
-            of 0 and 1; of an image encoder pixel_values (B, channels, height, width).
+        batch: its inputs. A text model takes input_ids (B, n) int64 or int32, or inputs_embeds (B, n, d),
+            and attention_mask (B, n) of 0 and 1. An image encoder takes pixel_values
+            (B, channels, height, width).
 
     Raises:
-        TypeError, ValueError: training mode, no input, wrong shapes, ids beyond the vocabulary, empty or too
-            long text, token types or positions that the model has no embeddings for, an example without a
-            real token, a classifier that would read padding.
+        TypeError, ValueError: The model is in training mode; there is no input, or its shape is wrong; an id,
+            token type or position has no embedding; the text is empty or too long; an example has no real
+            token; or a classifier would read padding.
     """
     stock = stock_model(model)
     if model.training or stock.training:
@@ -167,8 +183,10 @@ def check_batch(who: str, model: nn.Module, batch: Mapping[str, Any]) -> None:
 
 
 def check_ids(who: str, model: PreTrainedModel, ids: Tensor) -> None:
-    """Raise TypeError or ValueError unless token ids, of any shape, are integers that the model has
-    embeddings for.
+    """Check that token ids, of any shape (B, n) or (N,), are integers that the model has embeddings for.
+
+    Raises:
+        TypeError, ValueError: they aren't. The message begins with `who`.
     """
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{who}: input_ids must be int64 or int32, got {ids.dtype}")
@@ -188,8 +206,9 @@ def _check_index(who: str, name: str, index: Any, shape: Sequence[int], size: in
 
 
 def _check_last(who: str, model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
-    """Refuse padding that a decoder's classifier would read: it looks for the last token that isn't the
-    model's padding id.
+    """Refuse padding that the head of a decoder's classifier would read.
+
+    The head reads the last token that isn't the model's padding id.
     """
     mask, ids, padding = batch.get("attention_mask"), batch.get("input_ids"), padding_id(model)
     if mask is None:
@@ -224,7 +243,7 @@ def _check_mask(who: str, mask: Any, shape: Sequence[int]) -> None:
         )
         return ValueError(f"{who}: {why}")
 
-    # one wait for the device
+    # The two conditions are joined so that the device is waited for only once.
     require((real | (mask == 0)).all() & real.any(1).all(), error)
 
 
@@ -241,11 +260,15 @@ def _check_pixels(who: str, pixels: Any) -> None:
 
 
 def default_rows(layer: LayerTrace) -> Tensor:
-    """The documented target of models whose head doesn't tell one: the first real token ([CLS]), of a causal
-    model the last real one.
+    """Return the documented default target, for models whose head doesn't determine one.
+
+    This is the first real token ([CLS]), or the last real token of a causal model.
+
+    Args:
+        layer: any captured layer, for B, n, the padding and the window.
 
     Returns:
-        (B, 1); of packed sequences (S, 1), among all tokens.
+        Positions (B, 1) int64. With packed sequences (S, 1), positions among all tokens.
     """
     causal = layer.window[1] == 0
     if layer.cu_seqlens is not None:
@@ -260,21 +283,21 @@ def default_rows(layer: LayerTrace) -> Tensor:
 
 
 def unnamed_rows(who: str, targets: str | None, layer: LayerTrace, read: Tensor | None) -> Tensor:
-    """Rows of a rollout that no positions are given for.
+    """Return the rows of a rollout for targets that aren't given as positions.
 
     Args:
-        who: method named in errors.
+        who: name of the method for errors.
         targets: "mean", or None for what the head reads.
-        layer: any captured layer, for B, n, padding and packed sequences.
-        read: what the head reads, (B, 1) or (B, 1, n) as `tokens_read` says, packed sequences padded; None:
-            `default_rows`.
+        layer: any captured layer, for B, n, the padding and packed sequences.
+        read: what the head reads, (B, 1) or (B, 1, n) as `tokens_read` says, padded for packed sequences.
+            None means `default_rows`.
 
     Returns:
-        Positions (B, 1) int64, or the tokens' shares in a mean, (B, 1, n); of packed sequences (S, 1), among
-        all tokens, or (1, 1, N).
+        Positions (B, 1) int64, or the share of each token in a mean, (B, 1, n). With packed sequences
+        (S, 1) positions among all tokens, or shares (1, 1, N).
 
     Raises:
-        ValueError: another word than "mean".
+        ValueError: targets is another word than "mean".
     """
     if targets is not None and targets != "mean":
         raise ValueError(f"{who}: targets must be token positions or 'mean', got {targets!r}")
@@ -295,17 +318,18 @@ def unnamed_rows(who: str, targets: str | None, layer: LayerTrace, read: Tensor 
 def target_rows(
     who: str, targets: str | Sequence[int] | Tensor | None, layer: LayerTrace, read: Tensor | None = None
 ) -> Tensor:
-    """Targets as (B, T) int64, checked; of a mean over tokens the share of each, (B, 1, n).
+    """Check targets and return them as (B, T) int64, or for a mean the share of each token, (B, 1, n).
 
     Args:
-        who: method named in errors.
-        targets: T positions for every example, or (B, T), each in [0, n) and not padding; "mean" or None as
+        who: name of the method for errors.
+        targets: T positions for every example, or (B, T), each in [0, n) and not padding. "mean" or None as
             for `unnamed_rows`.
         layer: any captured layer, for B, n and the padding.
         read: what the head reads, as for `unnamed_rows`.
 
     Raises:
-        TypeError, ValueError: not integers, empty, out of range, padding, or of another batch.
+        TypeError, ValueError: targets aren't integers, are empty, out of range or padding, or have another
+            batch size.
     """
     if targets is None or isinstance(targets, str):
         return unnamed_rows(who, targets, layer, read)
@@ -320,8 +344,15 @@ def target_rows(
 
 
 def target_positions(who: str, targets: Tensor, batch: int) -> Tensor:
-    """Targets, T positions or (B, T), as (B, T) int64; TypeError or ValueError, naming who, for another type
-    or shape.
+    """Return targets as (B, T) int64.
+
+    Args:
+        who: name of the method for errors.
+        targets: T positions for every example, or (B, T).
+        batch: B.
+
+    Raises:
+        TypeError, ValueError: targets aren't integers, or have another shape.
     """
     if targets.numel() and (
         targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool
@@ -337,9 +368,11 @@ def target_positions(who: str, targets: Tensor, batch: int) -> Tensor:
 
 
 def require_finite(who: str, model: nn.Module, tensors: Iterable[Tensor]) -> None:
-    """Raise ValueError, naming who and the parameter at fault if one is, unless all entries of a result's
-    tensors are finite.
+    """Check that all entries of a result's tensors, of any shapes such as (B, T, n), are finite.
+
+    Raises:
+        ValueError: one isn't. The message begins with `who` and names the parameter at fault if there is one.
     """
     finite = [torch.isfinite(t).all() for t in tensors]
-    # the layers of a model may lie on several devices
+    # The layers of a model may be on several devices.
     require(torch.stack([one.to(finite[0].device) for one in finite]).all(), lambda: not_finite(who, model))

@@ -1,9 +1,10 @@
-"""Memory of an attribution before it runs, from the model's config and the batch's shape.
+"""Estimates the memory of an attribution before it runs, from the model's config and the batch's shape.
 
-The rollout family's peak is one of three moments: the MLP of the forward pass's last layer, the norm after
-it, or a layer of the rollout; everything saved for the rollout is there at each. Of the methods that explain
-a class it is the way down: the graph that autograd keeps of every layer and the relevance beside it. Sizes
-are a tensor's numbers a token (d, the MLP's width, H...) times the tokens of the batch, B*n.
+The peak of the rollout family is at one of three moments: the MLP in the forward pass of the last layer, the
+norm after it, or the rollout of a layer. All that is saved for the rollout exists at each of them. The peak
+of the methods that explain a class is in the pass down. There autograd's graph of every layer and the
+relevance exist at the same time. Sizes are counted as numbers a token (d, the MLP's width, H...) times the
+tokens of the batch, B*n.
 """
 
 from dataclasses import dataclass
@@ -17,23 +18,24 @@ from pyglobenc.methods.precision.reliability import measured
 from pyglobenc.methods.rollout.baselines import METHODS as ROLLOUT_FAMILY
 from pyglobenc.methods.rollout.baselines import OF_STAGE
 
-# reads the whole map of every layer, and makes numpy and scipy hold so many bytes an entry of one example's
+# Attention flow reads the whole map of every layer. For one example at a time, numpy and scipy hold this many
+# bytes for each entry of its maps.
 FLOW, EDGE = "attention-flow", 64
 FLOAT32, FLOAT64 = 4, 8
 RELEVANCE = ("transformer-attribution", "lrp", "partial-lrp", "attention-gradcam")
 ESTIMATED = (*ROLLOUT_FAMILY, *RELEVANCE)
-# tiles of (query, key) pairs that the relevance ops hold, and numbers in them all at most: the CPU kernels,
-# and the reference in double
+# How many tiles of (query, key) pairs the relevance ops hold, and the most numbers in all of them together.
+# The float32 entry is for the CPU kernels, and the float64 entry for the reference.
 TILES = {FLOAT32: (4, 1 << 20), FLOAT64: (8, 3 << 20)}
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes that an attribution takes, by what they hold; `peak` is their sum.
+    """Bytes that an attribution takes, by what they hold. `peak` is their sum.
 
     Attributes:
-        weights: the model's parameters and buffers, which are there before the call.
-        kernels: what is made of the weights of one layer at a time: W_O with the norms, or |W| of one Linear.
+        weights: the model's parameters and buffers, which exist before the call.
+        kernels: tensors made from the weights of one layer at a time: W_O with the norms, or |W| of a Linear.
         saved: hidden states, queries, keys, values, outputs and statistics of every layer.
         workspace: the largest temporary tensors that exist at one time.
         maps: (n, n) arrays; 0 in row mode.
@@ -78,25 +80,25 @@ def estimate_memory(
     maps: int = 0,
     dtype: torch.dtype | None = None,
 ) -> Estimate:
-    """Peak memory of a call of a method.
+    """Estimate the peak memory of a call of a method.
+
+    The arguments targets, layers and maps only matter for the rollout family.
 
     Args:
-        model: of transformers; one on torch's meta device will do, whose weights take no memory.
-        batch: B, examples at a time.
-        n: tokens of the longest, special tokens included.
+        model: a transformers model. It may be on torch's meta device, where its weights take no memory.
+        batch: B, number of examples at a time.
+        n: number of tokens of the longest example, with special tokens.
         method: a name in ESTIMATED.
-        targets: T, rows an example.
-        layers: the result holds the rollout up to every layer.
-        maps: (B, L, n, n) arrays asked for; a head_N counts as the number of heads.
-        dtype: of the attribution's arithmetic, as for `GlobEnc`.
-
-    targets, layers and maps are of the rollout family alone.
+        targets: T, number of targets an example.
+        layers: whether the result holds the rollout up to every layer.
+        maps: number of maps (B, L, n, n) that are asked for. head_N counts as the number of heads.
+        dtype: dtype of the attribution arithmetic, as for `GlobEnc`.
 
     Returns:
         Estimate, in bytes.
 
     Raises:
-        ValueError: a method that no estimate is known for.
+        ValueError: no estimate is known for the method.
     """
     if method not in ESTIMATED:
         raise ValueError(f"estimate_memory: known for {', '.join(ESTIMATED)}, got {method!r}")
@@ -108,13 +110,13 @@ def estimate_memory(
             s, method, weights, batch, n, element if dtype is None else wide, wide, model.device
         )
     tokens = batch * n
-    # asked for in double, the states of a narrower model are cast before the rollout
+    # If float64 is asked for, the states of a float32 model are cast before the rollout.
     state = wide if dtype == torch.float64 else element
     forward = max(2 * s.mlp + s.d, s.mlp + 4 * s.d) * element
     rollout = (_rollout_numbers(s, method) + (2 * s.d if element < wide else 0)) * wide
     rows = 3 * batch * targets * n * (s.layers if layers else 1) * wide
     workspace, entries = max(tokens * forward, tokens * rollout + rows), s.layers * n * n
-    # the layers' own maps, and the array that they are stacked into
+    # The maps of all layers exist together with the array that they are stacked into.
     stored = 2 * maps * batch * entries * wide
     if method == FLOW:
         stored += batch * entries * wide
@@ -131,23 +133,24 @@ def estimate_memory(
 def _relevance(
     s: "_Sizes", method: str, weights: int, batch: int, n: int, element: int, wide: int, device: torch.device
 ) -> Estimate:
-    """Of the methods that explain a class: numbers that autograd and the rules keep, as the allocator shows
-    them.
+    """Estimate a method that explains a class.
+
+    The counts of the numbers that autograd and the rules keep were found with the allocator's statistics.
     """
     matrices = s.layers * 2 * (s.d * s.queries + s.d * s.keys + s.d * s.mlp)
     rules, gradient = method != "attention-gradcam", method == "transformer-attribution"
-    # a small model's error is measured by a second run beside the first
+    # The error of a small model is measured by a second run in the same batch.
     if rules and wide == FLOAT32 and measured(matrices * batch * n, device):
         batch *= 2
     tokens, (tiles, most) = batch * n, TILES[wide]
     pairs = batch * s.heads * n * n
-    # of the tile at work, and of the one before it
+    # The sizes of the current tile and of the one before it.
     tile = min(pairs, max(TILE_FLOATS, MIN_QUERIES * batch * s.heads * n))
     before = min(tile, pairs - tile)
     states = 4 * s.d + s.queries + s.keys + 2 * s.mlp
-    # what autograd keeps beside them, less where the gradient's way back through all layers has freed it
+    # Autograd keeps more tensors. Fewer are left where the backward pass through all layers has freed some.
     saved = states + (3 * s.d if gradient else 4 * s.d)
-    # of the clamped copies of an MLP's weights
+    # The size of the clamped copies of an MLP's weights and activations.
     clamped = tokens * (2 * s.d + 4.5 * s.mlp) + 2 * s.d * s.mlp
     workspace = {
         "transformer-attribution": max(
@@ -159,8 +162,8 @@ def _relevance(
     }[method]
     saved *= element
     if element < wide:
-        # the layers' states in the dtype of the arithmetic, and the weights and activations of one Linear at
-        # a time
+        # The layers' states are cast to the dtype of the arithmetic. So are the weights and activations of
+        # one Linear at a time.
         saved += (s.d + 2 * s.queries + 2 * s.keys) * wide
         workspace += rules * (s.d * s.mlp + tokens * (s.d + s.mlp))
     return Estimate(
@@ -174,7 +177,11 @@ def _relevance(
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Numbers a token: d, the MLP's inner width, all heads' queries, all heads' keys; and counts."""
+    """Sizes of a model.
+
+    The first four are numbers a token: d, the MLP's inner width, the queries and the keys of all heads. The
+    others are counts.
+    """
 
     d: int
     mlp: int
@@ -200,15 +207,15 @@ class _Sizes:
 
 
 def _rollout_numbers(s: _Sizes, method: str) -> int:
-    """Numbers a token at the rollout's worst moment."""
+    """Return how many numbers a token the rollout holds when it holds the most."""
     if method not in OF_STAGE and method != "n-fixedres":
         return s.heads**2 + 4 * s.queries
-    # the model's output, the mapped residual, G of the heads, and tiles as large as the values
+    # These are the model's output, the mapped residual, G of the heads, and tiles as large as the values.
     return s.d + s.heads**2 + 4 * s.queries
 
 
 def _kernel_numbers(s: _Sizes, method: str, device: torch.device) -> int:
-    """W_O M of `norm_terms` for one layer, or K and P of `gram_weights` on a GPU."""
+    """Return the size of W_O M of `norm_terms` for one layer, or of K and P of `gram_weights` on a GPU."""
     if method not in OF_STAGE and method != "n-fixedres":
         return 0
     return s.queries * s.d + (s.queries**2 if device.type == "cuda" else 0)

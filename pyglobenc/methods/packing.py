@@ -1,4 +1,4 @@
-"""Sequences of any lengths through the model and the rollout as one, packed end to end without padding."""
+"""Attributes sequences of any lengths in one pass, packed end to end without padding."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,20 +25,19 @@ from pyglobenc.methods.inputs import check_ids, read_by_head, target_positions, 
 from pyglobenc.methods.precision.arithmetic import set_precision
 from pyglobenc.methods.rollout.rows import RolloutResult, rollout_result
 
-# scores (1, L, T, N) and log_scale (S, L, T) of captured layers and targets (S, T), positions among all N
-# tokens
+# A rollout of captured layers for targets (S, T), positions among all N tokens. It returns scores
+# (1, L, T, N) and log_scale (S, L, T).
 Rows = Callable[[list[LayerTrace], Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Inputs of S sequences end to end, shortest first, so that those of one length lie side by side.
+    """Inputs of S sequences packed end to end, shortest first, so that those of equal length are adjacent.
 
     Attributes:
-        inputs: of the model without its head, each (1, N).
-        cu_seqlens: (S + 1,) int32, on the CPU: sequence order[s] is tokens cu_seqlens[s] to cu_seqlens[s +
-            1].
-        order: numbers of the sequences as they were given.
+        inputs: inputs of the model without its head, each (1, N).
+        cu_seqlens: (S + 1,) int32 on the CPU. Packed sequence s is tokens cu_seqlens[s] to cu_seqlens[s + 1].
+        order: order[s] is the index of packed sequence s among the sequences as they were given.
     """
 
     inputs: dict[str, Tensor]
@@ -46,15 +45,16 @@ class Packed:
     order: list[int]
 
     def twice(self) -> "Packed":
-        """All sequences, and after them all of them again."""
+        """Return all sequences, followed by all of them again."""
         inputs = {name: torch.cat([column, column], 1) for name, column in self.inputs.items()}
         return Packed(
             inputs, torch.cat([self.cu_seqlens, self.cu_seqlens[1:] + self.cu_seqlens[-1]]), self.order * 2
         )
 
     def cut(self, of: Callable[[slice, slice], Any]) -> list[Any]:
-        """What `of` makes of each sequence, in the order in which they were given, from its place among the S
-        and its tokens.
+        """Call `of` for each sequence and return the results in the order in which the sequences were given.
+
+        `of` gets two slices: the place of the sequence among the S packed ones, and its tokens among all N.
         """
         out: list[Any] = [None] * len(self.order)
         for s, (index, tokens) in enumerate(zip(self.order, slices(self.cu_seqlens), strict=True)):
@@ -71,8 +71,21 @@ def attribute_packed(
     layers: bool,
     rows: Rows,
 ) -> list[RolloutResult]:
-    """Run a model on packed sequences, roll out with `rows`, and cut the result into one for each
-    sequence.
+    """Run a model on packed sequences, roll out, and return one result for each sequence.
+
+    Args:
+        who: name of the method for errors.
+        model, batch: as for `pack`.
+        targets: T positions for every sequence, (S, T), "mean" or None, as `GlobEnc.packed` takes them.
+        dtype: dtype of the attribution arithmetic, as for `GlobEnc`.
+        layers: whether the results hold the rollout up to every layer.
+        rows: the rollout, which takes captured layers and targets.
+
+    Returns:
+        S results of batch size 1 with scores (1, T, n_s), in the order in which the sequences were given.
+
+    Raises:
+        TypeError, ValueError: as `pack`, or a target is out of range, or a score isn't finite.
     """
     packed = pack(who, model, batch)
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
@@ -107,11 +120,16 @@ def attribute_packed(
 
 
 def run_packed(model: PreTrainedModel, packed: Packed, record: HeadRecord | None) -> Any:
-    """Run a model within `capture` on packed sequences: what its own head makes of the padded states of the S
-    of them.
+    """Run a model within `capture` on packed sequences, and its own head on their padded states.
 
-    A language model's head isn't run, as it has no logits for a sequence; the result is then None. record: of
-    the head, told where it starts.
+    Args:
+        model: a transformers model.
+        packed: S sequences with inputs (1, N).
+        record: record of the head, which is told where the head starts, or None.
+
+    Returns:
+        What the head returns for S sequences. None for a base model or a language model, whose head isn't
+        run, because it has no logits for a whole sequence.
     """
     base = model.base_model
     options = output_settings(base) | {"output_hidden_states": False}
@@ -128,8 +146,9 @@ def run_packed(model: PreTrainedModel, packed: Packed, record: HeadRecord | None
 def _padded_states(
     base: nn.Module, packed: Packed, options: dict[str, Any], record: HeadRecord | None
 ) -> Iterator[None]:
-    """Context in which a model without its head runs on packed sequences, whatever it is given, and returns
-    the states of each, padded.
+    """Context in which a base model runs on packed sequences, whatever inputs it is given.
+
+    It returns the states of each sequence, padded to (S, n, d).
     """
     own, forward, thread = vars(base).get("forward"), base.forward, get_ident()
 
@@ -141,7 +160,7 @@ def _padded_states(
         states = padded(out.last_hidden_state, packed.cu_seqlens)
         out.last_hidden_state = states = states if record is None else record.start(states)
         if getattr(base, "pooler", None) is not None:
-            # ALBERT's is a Linear beside its activation
+            # ALBERT has a Linear as pooler and its activation beside it.
             alone = isinstance(base.pooler, nn.Linear)
             out.pooler_output = (
                 base.pooler_activation(base.pooler(states[:, 0])) if alone else base.pooler(states)
@@ -161,7 +180,14 @@ def _padded_states(
 
 
 def of_examples(output: Any, own: slice, size: int) -> Any:
-    """What a model returned for some of `size` examples."""
+    """Return the part of a model's output that belongs to some of `size` examples.
+
+    Args:
+        output: a tensor, a mapping or a tuple. Tensors whose first axis has another length than size, and
+            values of other types, are returned whole.
+        own: which examples. A tensor (B, ...) becomes output[own].
+        size: B.
+    """
     if isinstance(output, Tensor):
         return output[own] if output.dim() and len(output) == size else output
     if isinstance(output, Mapping):
@@ -170,7 +196,11 @@ def of_examples(output: Any, own: slice, size: int) -> Any:
 
 
 def check_packable(who: str, model: nn.Module) -> None:
-    """Raise ValueError, naming who, if a model can't keep packed sequences apart."""
+    """Check, without tensors, that a model can keep packed sequences apart.
+
+    Raises:
+        ValueError: it can't. The message begins with `who` and gives the reason.
+    """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"{who}: packed sequences need a transformers model; {type(model).__name__} has a head of its "
@@ -199,16 +229,20 @@ def check_packable(who: str, model: nn.Module) -> None:
 
 
 def pack(who: str, model: nn.Module, batch: Mapping[str, Any]) -> Packed:
-    """Sequences end to end with their positions.
+    """Pack sequences end to end and compute their positions.
 
     Args:
-        who: method named in errors.
-        model: that gets them.
-        batch: of each input a list of S lists or tensors (n_s,); attention_mask of ones, or left out.
+        who: name of the method for errors.
+        model: the model that gets the sequences.
+        batch: a list of S lists or tensors (n_s,) for each input. attention_mask must be ones, or absent.
+
+    Returns:
+        Packed, with inputs (1, N) on the device of the model.
 
     Raises:
-        TypeError, ValueError: a model that can't keep them apart, training mode, nothing to pack, padding,
-            inputs of different lengths, a sequence too long for the model.
+        TypeError, ValueError: The model can't keep sequences apart, or is in training mode; there is nothing
+            to pack, or padding; the inputs of a sequence differ in length; or a sequence is too long for the
+            model.
     """
     check_packable(who, model)
     if model.training:
@@ -240,7 +274,7 @@ def pack(who: str, model: nn.Module, batch: Mapping[str, Any]) -> Packed:
         raise ValueError(f"{who}: attention_mask has zeros; packed sequences have no padding")
     sequences = columns["input_ids"].split([lengths[s] for s in order])
     columns["position_ids"] = torch.cat(own_positions(who, model, sequences))
-    # without a mask some architectures look for packed sequences themselves
+    # Without a mask, some architectures look for packed sequences themselves.
     columns["attention_mask"] = torch.ones_like(columns["input_ids"])
     cu_seqlens = torch.tensor([0] + [lengths[s] for s in order], device="cpu").cumsum(0).to(torch.int32)
     return Packed(
@@ -249,7 +283,7 @@ def pack(who: str, model: nn.Module, batch: Mapping[str, Any]) -> Packed:
 
 
 def _check_types(who: str, model: PreTrainedModel, columns: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The columns without token types that the model doesn't take, all 0."""
+    """Return the columns, without token types if the model doesn't take them and they are all 0."""
     if "token_type_ids" in signature(model.base_model.forward).parameters:
         size = token_types(model)
         if size is not None:
@@ -267,8 +301,9 @@ def _is_row(row: Any) -> bool:
 
 
 def _positions(who: str, targets: Any, packed: Packed, layer: LayerTrace, read: Tensor | None) -> Tensor:
-    """Positions (S, T) among all tokens of targets, T for every sequence or (S, T); of a mean the tokens'
-    shares, (1, 1, N).
+    """Return the positions (S, T) of targets among all N tokens, or the tokens' shares in a mean, (1, 1, N).
+
+    Targets are T positions for every sequence, or (S, T).
     """
     if targets is None or isinstance(targets, str):
         return unnamed_rows(who, targets, layer, read)
