@@ -1,8 +1,9 @@
-"""Drop-in modules for scripts written on the published code: the same names, arguments and results, on stock
-transformers models.
+"""Drop-in modules for scripts that use the published code.
+
+They have the same names, arguments and results, and work on stock transformers models.
 """
 
 from pyglobenc.compat.tokenizers import add_encode_plus
 
-# the scripts take their tokenizers from transformers, so the method has to be there
+# The published scripts call `encode_plus` on tokenizers that they load from transformers.
 add_encode_plus()

@@ -1,12 +1,15 @@
-"""The published Transformer-Explainability code's classes (Chefer, Gur and Wolf, CVPR 2021), on stock models
-and any device.
+"""The classes of the published Transformer-Explainability code, on stock models and any device.
 
-    from pyglobenc.compat.chefer import Generator              # instead of
-    BERT_explainability...ExplanationGenerator from pyglobenc.compat.chefer import LRP, Baselines         #
-    instead of baselines.ViT.ViT_explanation_generator from pyglobenc.compat.chefer import
-    vit_base_patch16_224   # instead of baselines.ViT.ViT_LRP
+Each import replaces one of the published code (Chefer, Gur and Wolf, CVPR 2021):
 
-Batches may hold more than one example.
+    # BERT_explainability.modules.BERT.ExplanationGenerator
+    from pyglobenc.compat.chefer import Generator
+    # baselines.ViT.ViT_explanation_generator
+    from pyglobenc.compat.chefer import LRP, Baselines
+    # baselines.ViT.ViT_LRP
+    from pyglobenc.compat.chefer import vit_base_patch16_224
+
+A batch may hold more than one example.
 """
 
 from collections.abc import Mapping
@@ -24,7 +27,7 @@ from pyglobenc.methods.relevance.rules import LrpRules
 from pyglobenc.methods.relevance.states import run_forward
 from pyglobenc.methods.relevance.transformer_attribution import TransformerAttribution
 
-# the published method names, and what they are with is_ablation
+# The published method names, and the variants that they compute.
 METHODS = {
     "transformer_attribution": "transformer_attribution",
     "grad": "transformer_attribution",
@@ -38,8 +41,9 @@ WITH_ABLATION = ("last_layer", "second_layer")
 
 
 class VisionTransformer(ViTForImageClassification):
-    """Stock ViT classifier with the LayerNorms of ViT_LRP, whose call on images alone returns their
-    logits.
+    """A stock ViT classifier with the LayerNorm constants of ViT_LRP.
+
+    Called on images alone, it returns the logits as the published class does.
     """
 
     last_eps = 1e-5
@@ -50,63 +54,77 @@ class VisionTransformer(ViTForImageClassification):
         self.vit.layernorm.eps = self.last_eps
 
     def forward(self, images: Tensor | None = None, **kwargs: Any) -> Any:
-        """Logits (B, classes) of images (B, channels, height, width); with the stock model's keywords its
-        output.
+        """Return the logits (B, classes) of images (B, channels, height, width).
+
+        Without images, the keywords are those of the stock model, and its output is returned.
         """
         return super().forward(**kwargs) if images is None else super().forward(images).logits
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        """Load weights under transformers' names, or under the published code's, which are timm's."""
+        """Load weights with the names of transformers, or with those of the published code and timm."""
         weights = _stock_names(self, state_dict) if "pos_embed" in state_dict else state_dict
         return super().load_state_dict(weights, *args, **kwargs)
 
 
 class BaselineVisionTransformer(VisionTransformer):
-    """The same with the last LayerNorm of ViT_new, which the published scripts give to `Baselines`."""
+    """The ViT classifier with the last LayerNorm of ViT_new, which published scripts use with `Baselines`."""
 
     last_eps = 1e-6
 
 
 class OrigVisionTransformer(VisionTransformer):
-    """The classifier of ViT_LRP, explained by the LRP baseline's rules, as published in ViT_orig_LRP."""
+    """The ViT classifier that is explained by the LRP baseline's rules, as published in ViT_orig_LRP."""
 
     lrp_baseline = True
 
 
 class BertForClsOrigLrp(BertForSequenceClassification):
-    """Stock BERT classifier, explained by the LRP baseline's rules, as published in BERT_cls_lrp."""
+    """A stock BERT classifier that is explained by the LRP baseline's rules, as published in BERT_cls_lrp."""
 
     lrp_baseline = True
 
 
 def vit_base_patch16_224(pretrained: bool = False, num_classes: int = 1000) -> VisionTransformer:
-    """ViT-Base for 224 x 224 images, with random weights or those of google/vit-base-patch16-224."""
+    """Return a ViT-Base classifier for images (B, 3, 224, 224).
+
+    Args:
+        pretrained: download the weights of google/vit-base-patch16-224; otherwise they are random.
+        num_classes: number of classes. A head of another size than the pretrained one gets random weights.
+    """
     return _vit(VisionTransformer, "google/vit-base-patch16-224", pretrained, num_classes)
 
 
 def vit_large_patch16_224(pretrained: bool = False, num_classes: int = 1000) -> VisionTransformer:
-    """ViT-Large, with random weights or those of google/vit-large-patch16-224."""
+    """Return a ViT-Large classifier for images (B, 3, 224, 224).
+
+    The arguments are those of `vit_base_patch16_224`, with the weights of google/vit-large-patch16-224.
+    """
     return _vit(VisionTransformer, "google/vit-large-patch16-224", pretrained, num_classes)
 
 
 def deit_base_patch16_224(pretrained: bool = False, num_classes: int = 1000) -> VisionTransformer:
-    """ViT-Base with random weights or those of facebook/deit-base-patch16-224."""
+    """Return a DeiT-Base classifier for images (B, 3, 224, 224).
+
+    The arguments are those of `vit_base_patch16_224`, with the weights of facebook/deit-base-patch16-224.
+    """
     return _vit(VisionTransformer, "facebook/deit-base-patch16-224", pretrained, num_classes)
 
 
 def vit_new_base_patch16_224(pretrained: bool = False, num_classes: int = 1000) -> BaselineVisionTransformer:
-    """`vit_base_patch16_224` of ViT_new."""
+    """Return the ViT-Base classifier of ViT_new, with the arguments of `vit_base_patch16_224`."""
     return _vit(BaselineVisionTransformer, "google/vit-base-patch16-224", pretrained, num_classes)
 
 
 def vit_orig_base_patch16_224(pretrained: bool = False, num_classes: int = 1000) -> OrigVisionTransformer:
-    """`vit_base_patch16_224` of ViT_orig_LRP."""
+    """Return the ViT-Base classifier of ViT_orig_LRP, with the arguments of `vit_base_patch16_224`."""
     return _vit(OrigVisionTransformer, "google/vit-base-patch16-224", pretrained, num_classes)
 
 
 class Generator:
-    """Explanations of a BERT classifier, (B, n) each; index is the class explained, None the predicted
-    one.
+    """Explains a BERT classifier. Each method returns scores of the tokens, (B, n).
+
+    The methods take input_ids and attention_mask, (B, n), and index, the class explained: one for all
+    examples, (B,), or None for the predicted class.
     """
 
     def __init__(self, model: PreTrainedModel, backend: str = "auto"):
@@ -116,41 +134,45 @@ class Generator:
         self._last = model.config.num_hidden_layers - 1
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
-        """The model's own output."""
+        """Return the output of the model."""
         return self.model(input_ids, attention_mask)
 
     def generate_LRP(
         self, input_ids: Tensor, attention_mask: Tensor, index: Any = None, start_layer: int = 11
     ) -> Tensor:
-        """Transformer attribution, the pooled token's own entry set to the row's smallest; start_layer 11 is
-        the last of BERT-base.
+        """Return transformer attribution, (B, n), with the pooled token's own score set to the smallest one.
+
+        start_layer is the lowest layer of the rollout. The default, 11, is the last layer of BERT-base.
         """
         scores = self._scores("transformer_attribution", input_ids, attention_mask, index, start_layer)
         scores[:, 0] = scores.amin(1)
         return scores
 
     def generate_LRP_last_layer(self, input_ids: Tensor, attention_mask: Tensor, index: Any = None) -> Tensor:
-        """Relevance map of the last layer."""
+        """Return the first token's row of the relevance map of the last layer, (B, n)."""
         return self._without_first("last_layer", input_ids, attention_mask, index)
 
     def generate_full_lrp(self, input_ids: Tensor, attention_mask: Tensor, index: Any = None) -> Tensor:
-        """Relevance propagated down to the input tokens."""
+        """Return the relevance propagated down to the input tokens, (B, n)."""
         return self._without_first("full", input_ids, attention_mask, index)
 
     def generate_attn_last_layer(
         self, input_ids: Tensor, attention_mask: Tensor, index: Any = None
     ) -> Tensor:
-        """Attention of the last layer."""
+        """Return the first token's row of the last layer's attention, (B, n)."""
         return self._without_first("last_layer_attn", input_ids, attention_mask, index)
 
     def generate_rollout(
         self, input_ids: Tensor, attention_mask: Tensor, start_layer: int = 0, index: Any = None
     ) -> Tensor:
-        """Attention rollout."""
+        """Return attention rollout, (B, n)."""
         return self._without_first("attention_rollout", input_ids, attention_mask, index, start_layer)
 
     def generate_attn_gradcam(self, input_ids: Tensor, attention_mask: Tensor, index: Any = None) -> Tensor:
-        """Grad-CAM on the last layer's attention; as published, means and extremes run over padding too."""
+        """Return Grad-CAM on the last layer's attention, (B, n).
+
+        As in the published code, means and extremes include padding.
+        """
         batch = {"input_ids": input_ids, "attention_mask": attention_mask}
         check_batch("Generator", self._attribute.model, batch)
         target = (_class(index, self._attribute), None, None)
@@ -176,7 +198,7 @@ class Generator:
 
 
 class LRP:
-    """Explanations of a ViT or DeiT classifier; index is the class explained, None the predicted one."""
+    """Explains a ViT or DeiT classifier."""
 
     def __init__(self, model: PreTrainedModel, backend: str = "auto"):
         self.model = model
@@ -191,22 +213,22 @@ class LRP:
         is_ablation: bool = False,
         start_layer: int = 0,
     ) -> Tensor:
-        """Relevance of patches or pixels.
+        """Return the relevance of patches or pixels.
 
         Args:
-            input: images (B, channels, height, width).
-            index: class, one or (B,), or None.
+            input: images, (B, channels, height, width).
+            index: the class explained, one for all images or (B,); None means the predicted class.
             method: "transformer_attribution" (or its earlier name "grad"), "rollout", "full", "last_layer",
                 "last_layer_attn", "second_layer".
-            is_ablation: of "last_layer" and "second_layer": times the gradient.
-            start_layer: first layer of a rollout.
+            is_ablation: multiply the map of "last_layer" or "second_layer" by the gradient.
+            start_layer: the lowest layer of a rollout.
 
         Returns:
-            (B, patches) of the rollouts; (B, height, width) of "full"; (patches,) of the others, (B, patches)
-            for more than one image.
+            (B, patches) for "transformer_attribution" and "rollout", and (B, height, width) for "full". The
+            other methods give (patches,) for one image and (B, patches) for several.
 
         Raises:
-            ValueError: unknown method.
+            ValueError: the method is unknown.
         """
         if method not in METHODS:
             raise ValueError(f"LRP: method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -221,7 +243,7 @@ class LRP:
 
 
 class Baselines:
-    """Attention baselines of a ViT or DeiT classifier."""
+    """Attention baselines for a ViT or DeiT classifier."""
 
     def __init__(self, model: PreTrainedModel, backend: str = "auto"):
         self.model = model
@@ -229,8 +251,14 @@ class Baselines:
         self._attribute = _attribution(model, backend)
 
     def generate_cam_attn(self, input: Tensor, index: Any = None) -> Tensor:
-        """Grad-CAM on the last layer's attention, a value a patch, (rows, columns), or (B, rows, columns) for
-        more than one image.
+        """Return Grad-CAM on the last layer's attention, one value for each patch.
+
+        Args:
+            input: images, (B, channels, height, width).
+            index: the class explained, one for all images or (B,); None means the predicted class.
+
+        Returns:
+            (rows, columns) for one image, (B, rows, columns) for several.
         """
         scores = self._attribute(
             pixel_values=input, target=_class(index, self._attribute), variant="attn_gradcam"
@@ -239,7 +267,7 @@ class Baselines:
         return _one(scores.unflatten(1, (rows, -1)))
 
     def generate_rollout(self, input: Tensor, start_layer: int = 0) -> Tensor:
-        """Attention rollout, (B, patches)."""
+        """Return attention rollout, (B, patches), of images (B, channels, height, width)."""
         return self._attribute(
             pixel_values=input, variant="attention_rollout", start_layer=start_layer
         ).scores
@@ -247,7 +275,7 @@ class Baselines:
 
 def _vit(cls: type[VisionTransformer], name: str, pretrained: bool, num_classes: int) -> Any:
     if pretrained:
-        # as published, a head of another size is left random
+        # As in the published code, a head of another size keeps its random weights.
         return cls.from_pretrained(name, num_labels=num_classes, ignore_mismatched_sizes=True)
     large = (
         dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
@@ -258,7 +286,7 @@ def _vit(cls: type[VisionTransformer], name: str, pretrained: bool, num_classes:
 
 
 def _stock_names(model: VisionTransformer, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of the published class under the model's names; one that has no place here keeps its own."""
+    """Rename the weights of the published class to the model's names. Unknown names stay unchanged."""
     names = {module: name for name, module in model.named_modules()}
     embeddings = names[model.vit.embeddings]
     tokens = {"cls_token": f"{embeddings}.cls_token", "pos_embed": f"{embeddings}.position_embeddings"}
@@ -290,7 +318,7 @@ def _stock_names(model: VisionTransformer, weights: Mapping[str, Tensor]) -> dic
 
 
 def _attribution(model: PreTrainedModel, backend: str) -> TransformerAttribution:
-    """Attribution of a model by its class's rules."""
+    """Return the attribution of a model, with the rules that its class asks for."""
     attribute = TransformerAttribution(model, backend)
     if getattr(model, "lrp_baseline", False):
         attribute.rules = LrpRules
@@ -298,8 +326,9 @@ def _attribution(model: PreTrainedModel, backend: str) -> TransformerAttribution
 
 
 def _grad_cam(layer: LayerTrace, grad_o: Tensor) -> Tensor:
-    """Row of the first token of Grad-CAM on attention, scaled to [0, 1] over the whole map, padding included:
-    (B, n).
+    """Return the first token's row of Grad-CAM on attention, (B, n).
+
+    The map is scaled to [0, 1] over all its entries, including padding.
     """
     n = layer.q.shape[2]
     weights = (grad_o.sum(2) * layer.v.sum(2)).sum(-1)[..., None, None] / n**2
@@ -311,8 +340,9 @@ def _grad_cam(layer: LayerTrace, grad_o: Tensor) -> Tensor:
 
 
 def _class(index: Any, attribute: TransformerAttribution) -> Any:
-    """None, or one class or (B,) as integers; the published code also takes numpy's, and counts negative ones
-    from the last class.
+    """Return the class, one or (B,), as a tensor, or None for None.
+
+    As in the published code, numpy integers are accepted and negative classes count from the last one.
     """
     if index is None:
         return None
@@ -322,5 +352,5 @@ def _class(index: Any, attribute: TransformerAttribution) -> Any:
 
 
 def _one(t: Tensor) -> Tensor:
-    """The published code drops the batch, of which it takes one."""
+    """Drop the batch axis of a single image, as the published code does."""
     return t[0] if t.shape[0] == 1 else t

@@ -1,4 +1,4 @@
-"""Tokenizers' `encode_plus`, which the published cells call and transformers 5 has dropped."""
+"""The method `encode_plus` of tokenizers, which published notebooks call and transformers 5 has removed."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 
 def add_encode_plus() -> None:
-    """Give transformers' tokenizers `encode_plus`, unless they have it; nothing that is there is replaced."""
+    """Add `encode_plus` to the tokenizer class of transformers, unless it has one. Nothing is replaced."""
     if not hasattr(PreTrainedTokenizerBase, "encode_plus"):
         PreTrainedTokenizerBase.encode_plus = _encode_plus
 
@@ -14,9 +14,7 @@ def add_encode_plus() -> None:
 def _encode_plus(
     self: PreTrainedTokenizerBase, text: str, text_pair: str | None = None, **options: Any
 ) -> BatchEncoding:
-    """What calling the tokenizer on a text, or on a pair, gives; transformers 5 would ignore
-    pad_to_max_length.
-    """
+    """Call the tokenizer on a text or a pair. pad_to_max_length is translated; transformers 5 ignores it."""
     if options.pop("pad_to_max_length", False):
         options["padding"] = "max_length"
     return self(text, text_pair, **options)

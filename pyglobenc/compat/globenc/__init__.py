@@ -1,6 +1,4 @@
-"""The published GlobEnc repository's names (Modarressi et al., NAACL 2022), its modules under the names they
-have there.
-"""
+"""The names and modules of the published GlobEnc repository (Modarressi et al., NAACL 2022)."""
 
 from pyglobenc.compat.globenc.attention_flow_abstract import AttentionFlow
 from pyglobenc.compat.globenc.attention_max_flow import AttentionMaxFlow

@@ -1,4 +1,4 @@
-"""What the aggregations of attention have in common."""
+"""The base class of the methods that aggregate attention over layers."""
 
 import abc
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ import numpy as np
 
 
 class AttentionFlow(abc.ABC):
-    """Aggregation of the layers' matrices over a model."""
+    """Aggregates the matrices of a model's layers."""
 
     @abc.abstractmethod
     def compute_flows(
@@ -17,8 +17,8 @@ class AttentionFlow(abc.ABC):
         output_hidden_states: bool = False,
         num_cpus: int = 4,
     ) -> list[np.ndarray]:
-        """Flow of every example's matrices (L, n, n): arrays (L, n, n), or (1, n, n) of the last layer."""
+        """Return an array for each example's matrices (L, n, n): (L, n, n), or (1, n, n) of the last layer."""
 
     def pre_process(self, att_mat: np.ndarray) -> np.ndarray:
-        """Matrices (L, n, n) before they are aggregated; a subclass may change them."""
+        """Return the matrices (L, n, n) that are aggregated; a subclass may change them here."""
         return att_mat

@@ -1,4 +1,4 @@
-"""Attention max-flow of any matrices, with the published arguments."""
+"""Attention flow of any matrices, with the published arguments."""
 
 from collections.abc import Sequence
 
@@ -20,17 +20,18 @@ class AttentionMaxFlow(AttentionFlow):
         output_hidden_states: bool = False,
         num_cpus: int = 4,
     ) -> list[np.ndarray]:
-        """Flow of every example, rows summing to 1. The published code takes models of 12 layers; here any
-        number is right.
+        """Compute the flow of each example, with rows that sum to 1.
+
+        The published code needs models of 12 layers; here any number of layers is accepted.
 
         Args:
-            attentions_list: matrices (L, n, n) of each example, first layer first.
-            desc: shown beside the progress bar.
-            output_hidden_states: the flow from every layer, not from the last alone.
-            num_cpus: ignored; one process computes all.
+            attentions_list: one array (L, n, n) for each example, first layer first.
+            desc: text shown beside the progress bar.
+            output_hidden_states: return the flow from every layer; otherwise only from the last one.
+            num_cpus: ignored, because one process computes everything.
 
         Returns:
-            float64 arrays (L, n, n), or (1, n, n) of the last layer.
+            One float64 array for each example: (L, n, n), or (1, n, n) of the last layer.
         """
         return [
             _flow(np.asarray(self.pre_process(matrices)), output_hidden_states)

@@ -19,17 +19,17 @@ class AttentionRollout(AttentionFlow):
         num_cpus: int = 0,
         disable_tqdm: bool = False,
     ) -> list[np.ndarray]:
-        """Rollout of every example.
+        """Compute the rollout of each example.
 
         Args:
-            attentions_list: matrices (L, n, n) of each example, first layer first.
-            desc: shown beside the progress bar.
-            output_hidden_states: the rollout up to every layer, not to the last alone.
-            num_cpus: ignored, as published.
-            disable_tqdm: no progress bar.
+            attentions_list: one array (L, n, n) for each example, first layer first.
+            desc: text shown beside the progress bar.
+            output_hidden_states: return the rollout up to every layer; otherwise only up to the last one.
+            num_cpus: ignored, as in the published code.
+            disable_tqdm: show no progress bar.
 
         Returns:
-            float64 arrays (L, n, n), or (1, n, n) of the last layer.
+            One float64 array for each example: (L, n, n), or (1, n, n) of the last layer.
         """
         bar = tqdm(attentions_list, desc=desc, disable=disable_tqdm)
         return [
@@ -37,7 +37,7 @@ class AttentionRollout(AttentionFlow):
         ]
 
     def compute_joint_attention(self, att_mat: np.ndarray) -> np.ndarray:
-        """Rollout up to every layer of matrices (L, n, n): the same shape, float64."""
+        """Return the rollout of matrices (L, n, n) up to each layer, float64 (L, n, n)."""
         layers = np.asarray(self.pre_process(att_mat), dtype=np.float64)
         out = layers.copy()
         for index in range(1, len(layers)):

@@ -1,4 +1,4 @@
-"""Rank correlation of attributions with saliencies that were saved before."""
+"""Rank correlation of attributions with saliencies that are stored in a file."""
 
 from collections.abc import Sequence
 
@@ -14,20 +14,20 @@ def compute_spearman_correlation(
     aggregation: str = "CLS",
     max_length: int = 512,
 ) -> list[np.ndarray]:
-    """Spearman correlation of every layer's attribution with an example's saliency.
+    """Compute the Spearman correlation of each layer's attribution with the saliency of the example.
 
     Args:
-        attentions_list: (L, n, n) or (n, n) of each example.
-        saliency_file_address: file of numpy, (examples, at least n).
-        desc: shown beside the progress bar.
-        aggregation: "CLS", the first row; "SUM", the sum of all rows.
-        max_length: tokens compared at most.
+        attentions_list: one array (L, n, n) or (n, n) for each example.
+        saliency_file_address: path of a numpy file with an array (examples, m), m at least n.
+        desc: text shown beside the progress bar.
+        aggregation: "CLS" takes the first row of each matrix, and "SUM" the sum of all rows.
+        max_length: the largest number of tokens that are compared.
 
     Returns:
-        (L,) of each example.
+        One array (L,) for each example.
 
     Raises:
-        ValueError: another aggregation.
+        ValueError: the aggregation is unknown.
     """
     if aggregation not in ("CLS", "SUM"):
         raise ValueError(f"compute_spearman_correlation: aggregation must be CLS or SUM, got {aggregation!r}")
@@ -45,15 +45,15 @@ def compute_spearman_correlation(
 def compute_spearman_correlation_hta(
     attentions_list: Sequence[np.ndarray], hta_file_address: str, desc: str = "", max_length: int = 512
 ) -> list[np.ndarray]:
-    """Spearman correlation of every row of every layer with hidden token attribution.
+    """Compute the Spearman correlation of each row of each layer with hidden token attribution.
 
     Args:
-        attentions_list: (L, n, n) or (n, n) of each example.
-        hta_file_address: file of numpy, (L, examples, at least n, at least n).
+        attentions_list: one array (L, n, n) or (n, n) for each example.
+        hta_file_address: path of a numpy file with an array (L, examples, m, m), m at least n.
         desc, max_length: as for `compute_spearman_correlation`.
 
     Returns:
-        (L, n) of each example.
+        One array (L, n) for each example.
     """
     hta = np.load(hta_file_address)
     out = []

@@ -1,4 +1,4 @@
-"""Attentions and norms of a data set, and the baselines that mix them with residuals, as numpy arrays."""
+"""Attentions and norms of a data set as numpy arrays, and the baselines that mix them with residuals."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-STAGES = range(1, 5)  # N, N_Res, N_ResLN, N_Enc among the nine norms
+# Positions among the nine norms: the stages N, N_Res, N_ResLN and N_Enc, and their mixing ratios.
+STAGES = range(1, 5)
 RATIOS = range(5, 9)
 
 
@@ -19,19 +20,20 @@ def extract_attentions(
     device: str | torch.device = "cpu",
     delete_sep: bool = False,
 ) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
-    """Attentions and norms of every example.
+    """Compute the attentions and norms of all examples.
 
     Args:
-        model: a `BertForSequenceClassification` or `ElectraForSequenceClassification` of this package; moved
-            to the device.
-        encoder_func: of an example's number, its tokens as the tokenizer returns them, a batch of 1.
+        model: a `BertForSequenceClassification` or `ElectraForSequenceClassification` of this package. It is
+            moved to the device.
+        encoder_func: function that maps the number of an example to the output of the tokenizer, for a batch
+            of 1.
         dataset_len: number of examples.
-        device: as torch names it.
-        delete_sep: leave out the last token, but for the norms of single heads.
+        device: a torch device.
+        delete_sep: leave out the last token, except in the norms of single heads.
 
     Returns:
-        Attention averaged over heads, (L, n, n) of each example; and for each of the nine norms a list over
-        examples: per head (L, H, n, n), four maps (L, n, n), four mixing ratios (L, n).
+        The attention averaged over heads, one array (L, n, n) for each example. Then nine lists over the
+        examples: the norms of single heads (L, H, n, n), four maps (L, n, n), and four mixing ratios (L, n).
     """
     raw_attentions, norms_list = [], [[] for _ in range(9)]
     model.to(device)
@@ -59,12 +61,15 @@ def extract_attentions(
 def build_ratio_residual_attentions(
     raw_attentions_list: Sequence[np.ndarray], norms_list: Sequence[Sequence[np.ndarray]]
 ) -> Mapping[str, list[np.ndarray]]:
-    """Attention and norms with a residual, of what `extract_attentions` returned.
+    """Mix attention and norms with a residual.
+
+    Args:
+        raw_attentions_list, norms_list: the two results of `extract_attentions`.
 
     Returns:
-        float64 (L, n, n) of each example, by name: W-FixedRes and N-FixedRes (a residual of one half), W-Res
-            (the mixing ratio of
-        N_Enc; the attention's own diagonal is left out and the rest sums to 1).
+        By name, one float64 array (L, n, n) for each example. "W-FixedRes" and "N-FixedRes" are attention and
+        norms with a residual of one half. "W-Res" uses the mixing ratio of N_Enc, after the diagonal of the
+        attention is removed and its rows are scaled to sum 1.
     """
     out: dict[str, list[np.ndarray]] = {"W-FixedRes": [], "W-Res": [], "N-FixedRes": []}
     for attention, norms, ratio in tqdm(
@@ -83,7 +88,7 @@ def build_ratio_residual_attentions(
 
 
 def _with_residual(matrices: np.ndarray, ratio: np.ndarray) -> np.ndarray:
-    """ratio times the matrices (L, n, n), plus 1 - ratio on the diagonal; ratio (L, n)."""
+    """Return ratio (L, n) times the rows of the matrices (L, n, n), plus 1 - ratio on the diagonal."""
     out = matrices * ratio[..., None]
     diagonal = np.arange(matrices.shape[1])
     out[:, diagonal, diagonal] += 1 - ratio

@@ -1,11 +1,11 @@
-"""The published data sets, each with the function that `extract_attentions` encodes its examples by."""
+"""Loads the published data sets, each with the function that encodes its examples."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-# repository, configuration and split of the `datasets` library, and the columns encoded
+# Each task has a repository, a configuration and a split of the `datasets` library, and the encoded columns.
 TASKS = {
     "mnli": ("glue", "mnli", "validation_mismatched", ("premise", "hypothesis")),
     "sst2": ("glue", "sst2", "validation", ("sentence",)),
@@ -14,12 +14,12 @@ TASKS = {
 
 
 class TaskLoader:
-    """Data sets by name, encoded by one tokenizer.
+    """Loads data sets by name and encodes them with one tokenizer.
 
     Args:
-        tokenizer: of the model.
-        count: first examples taken, None for all.
-        max_length: tokens kept of an example.
+        tokenizer: the tokenizer of the model.
+        count: number of examples to take from the start; None for all.
+        max_length: examples with more tokens are truncated to this number.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, count: int | None = None, max_length: int = 128):
@@ -28,15 +28,17 @@ class TaskLoader:
         self.max_length = max_length
 
     def load_task(self, task: str) -> tuple[Sequence[dict[str, Any]], Callable[[int], BatchEncoding]]:
-        """Data set, downloaded by the `datasets` library, and the function from an example's number to its
-        tokens, a batch of 1.
+        """Load a data set with the `datasets` library, which may download it.
 
         Args:
             task: "mnli", "sst2" or "hatexplain".
 
+        Returns:
+            The data set, and a function that maps the number of an example to its tokens, for a batch of 1.
+
         Raises:
-            ImportError: the `datasets` library isn't installed.
-            ValueError: another task.
+            ImportError: the `datasets` library is not installed.
+            ValueError: the task is unknown.
         """
         if task not in TASKS:
             raise ValueError(f"TaskLoader: task must be one of {', '.join(TASKS)}, got {task!r}")
@@ -55,6 +57,6 @@ class TaskLoader:
 
 
 def _join_posts(example: dict[str, Any]) -> dict[str, Any]:
-    """The words as one text, and the label that most annotators gave."""
+    """Return the example with its words joined to one text, and the label that most annotators gave."""
     labels = example["annotators"]["label"]
     return {**example, "text": " ".join(example["post_tokens"]), "label": max(set(labels), key=labels.count)}

@@ -1,9 +1,8 @@
-"""The head of transformer attribution: a chain of Linear modules from one logit down to the last layer's
-output, verified.
+"""Find and check the head: the chain of Linear modules from one logit down to the last layer's output.
 
-The published rules cover Linear modules, functions of each entry alone (activations, dropout), layer norms,
-and reading one token. A sum or mean over tokens is a Linear function with equal positive weights. Any other
-head has no rule and is refused.
+The published relevance rules cover Linear modules, elementwise functions (activations, dropout), layer norms,
+and the selection of one token. A sum or mean over tokens is a Linear function with equal positive weights.
+Any other head has no rule and is refused.
 """
 
 from dataclasses import dataclass, replace
@@ -24,8 +23,9 @@ SELECTED = "the head reads several tokens, which a graph isn't recorded for"
 
 @dataclass
 class LinearStep:
-    """A Linear module with what it read and returned, each (B, 1, d) at the token read; below a sum over
-    tokens (B, n, d).
+    """A Linear module of the head with its input and its output.
+
+    Both are (B, 1, d) at the token that the head reads. Below a sum over tokens they are (B, n, d).
     """
 
     module: nn.Linear
@@ -35,7 +35,7 @@ class LinearStep:
 
 @dataclass
 class SumStep:
-    """A sum over tokens: x (B, n, d), and weights (B, n), equal where a token is read and 0 elsewhere."""
+    """A sum over tokens x (B, n, d), with weights (B, n): equal for the tokens read, 0 for the others."""
 
     x: Tensor
     weights: Tensor
@@ -43,14 +43,15 @@ class SumStep:
 
 @dataclass
 class Head:
-    """The way from a logit down to the last layer's output.
+    """The steps from a logit down to the last layer's output.
 
     Attributes:
-        steps: top down; the first is a Linear module.
+        steps: the steps from the top down; the first one is a Linear module.
         index: (B,) int64, the output of the first module that is the logit.
-        contrast: (B,) int64, the output that is subtracted from it, or None.
-        shares: (B, n), the share of each token in what is read; they sum to 1. Packed sequences are padded.
-        position: (B,) int64, the token read; None of a sum over tokens.
+        contrast: (B,) int64, the output that is subtracted from the logit, or None.
+        shares: (B, n), the share of each token in what the head reads. The shares of an example sum to 1.
+            For packed sequences B is their number S, and n is the length of the longest one.
+        position: (B,) int64, the token that the head reads; None if it reads a sum over tokens.
     """
 
     steps: list[LinearStep | SumStep]
@@ -60,7 +61,7 @@ class Head:
     position: Tensor | None
 
     def to(self, dtype: torch.dtype) -> "Head":
-        """The same with its tensors in a dtype, out of the graph."""
+        """Return a copy whose tensors are detached and in the given dtype."""
         steps = []
         for step in self.steps:
             tensors = {name: t.detach().to(dtype) for name, t in vars(step).items() if isinstance(t, Tensor)}
@@ -69,8 +70,10 @@ class Head:
 
 
 class _Point(NamedTuple):
-    """A tensor that carries the whole logit: its place in the graph, and the call that read or returned it;
-    the last layer's: None.
+    """A tensor through which the whole logit is computed.
+
+    It has its place in the graph, the module call that read or returned it, and whether that call returned
+    it. The last layer's output has call None.
     """
 
     t: Tensor
@@ -82,17 +85,20 @@ class _Point(NamedTuple):
 def follow_head(
     called: nn.Module, record: HeadRecord, logit: Tensor, contrast: bool, real: Tensor | None
 ) -> Head:
-    """Find the chain from the explained logit down, and check that it is the whole head.
+    """Find the chain of modules below the explained logit, and check that it is the whole head.
 
     Args:
         called: the model, or the user's module around it.
-        record: of the forward pass; B examples.
-        logit: (B,), or (B / 2,) of the first half of the examples.
-        contrast: whether the logit is a difference of two.
-        real: (B, n) bool, True for real tokens, or None.
+        record: the head's module calls in the forward pass of B examples.
+        logit: (B,), the explained value of each example, or (B / 2,) if the second half repeats the first.
+        contrast: True if the logit is the difference of two logits.
+        real: (B, n) bool, True for real tokens, or None if all tokens are real.
+
+    Returns:
+        The head, with its tensors still in the autograd graph.
 
     Raises:
-        ValueError: the head has no relevance rule; the message says why.
+        ValueError: the head has no relevance rule. The message gives the reason.
     """
     return _Chain(called, record, logit).follow(contrast, real)
 
@@ -136,7 +142,7 @@ class _Chain:
             upper = lower
         top = self.record.top
         if position is None and weights is None:
-            # one token is all there is
+            # Each example has one token only, so the head reads that one.
             position = torch.zeros(len(top), dtype=torch.long, device=top.device)
         if weights is None:
             shares = torch.zeros(top.shape[:2], dtype=top.dtype, device=top.device)
@@ -160,7 +166,7 @@ class _Chain:
         return head
 
     def _points(self) -> list[_Point]:
-        """The tensors that carry the whole logit, from the logit down to the last layer's output."""
+        """Return the tensors through which the whole logit is computed, from the top down."""
         record, logit = self.record, self.logit
         why = record.way(logit)
         if why is not None:
@@ -187,8 +193,10 @@ class _Chain:
         return "no Linear module returns the logit"
 
     def _top(self, point: _Point, contrast: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Which output of the first Linear module the logit is, (B,), which is subtracted, and the token of a
-        head on every token.
+        """Find the outputs of the first Linear module that make up the logit.
+
+        Returns the index of the explained output (B,), the index of the subtracted output (B,) or None, and
+        the token (B,) if the head has outputs for every token, else None.
         """
         name, size = self._name(point), len(self.logit)
         (row,) = torch.autograd.grad(self.logit.sum(), point.edge, retain_graph=True)
@@ -222,10 +230,10 @@ class _Chain:
             )
         if call.given._version != call.versions[0]:
             raise _refusal(f"the input of {self.names[module]} is changed in place afterwards")
-        # accelerate may fetch it inside the call
+        # accelerate may move the input to the module's device inside the call.
         given, returned = call.given.detach().to(call.returned.device), call.returned.detach()
         if call.returned._version != call.versions[1]:
-            # an activation in place has replaced it
+            # An activation function has overwritten the output in place, so compute it again.
             bias = None if module.bias is None else module.bias.detach().to(given.dtype)
             returned = F.linear(given, module.weight.detach().to(given.dtype), bias)
         return LinearStep(module, given, returned)
@@ -242,8 +250,9 @@ class _Chain:
             self.checks.append((error <= bound, f"{self.names[norm]} is no layer norm"))
 
     def _check_entries(self, upper: _Point, lower: _Point, where: str) -> None:
-        """Check that each entry of upper is a function of one entry of lower: the same two products with the
-        Jacobian, scaled.
+        """Check that each entry of upper is a function of the same entry of lower.
+
+        Then the Jacobian J is diagonal. For two random vectors s and t, this means s * (J^T t) = t * (J^T s).
         """
         if upper.t.numel() != lower.t.numel():
             raise _refusal(f"{where} joins or reshapes tensors")
@@ -259,8 +268,10 @@ class _Chain:
         self._equal(one, two, rounding(upper.t, lower.t), what)
 
     def _pooled(self, upper: _Point, lower: _Point, where: str) -> tuple[Tensor | None, Tensor | None]:
-        """The token (B,) whose entries upper is a function of; or, of a sum over tokens, None and the tokens'
-        weights, (B, n).
+        """Find the tokens of lower that upper (one vector for each example) reads.
+
+        Returns the token (B,) and None if upper is an elementwise function of one token, or None and the
+        tokens' weights (B, n) if upper is a sum over tokens.
         """
         batch, _, d = lower.t.shape
         if upper.t.numel() != batch * d:
@@ -294,7 +305,7 @@ class _Chain:
         return read.int().argmax(1), None
 
     def _replay(self, head: Head) -> None:
-        """Check that every Linear module returned x W^T + b, of the first one the logit."""
+        """Check that each Linear module returned x W^T + b; of the first module, check only the logit."""
         for number, step in enumerate(head.steps):
             if isinstance(step, SumStep):
                 continue
@@ -303,7 +314,7 @@ class _Chain:
             x, weight = step.given.to(dtype), module.weight.detach()
             bias = torch.zeros_like(weight[:, 0]) if module.bias is None else module.bias.detach()
             if number == 0:
-                # a vocabulary has too many rows for all of them
+                # The first module may have a whole vocabulary of outputs. Only the explained one is checked.
                 rows = head.index.to(weight.device)
                 returned = returned.reshape(len(rows), -1).gather(1, rows[:, None].to(returned.device))
                 terms, bias = x.reshape(len(rows), -1) * weight[rows].to(dtype), bias[rows].to(dtype)[:, None]
@@ -320,12 +331,12 @@ class _Chain:
             )
 
     def _equal(self, one: Tensor, two: Tensor, relative: float, message: str) -> None:
-        """Both are one product of a few factors: they differ by roundings of the larger entries."""
+        """Check that two tensors are equal up to rounding, relative to the largest entry of each row."""
         bound = relative * torch.maximum(one.abs(), two.abs()).amax(-1, keepdim=True)
         self.checks.append((((one - two).abs() <= bound).all(), message))
 
     def _require(self) -> None:
-        """Raise the first message whose condition doesn't hold, with one wait for the device."""
+        """Raise the message of the first check that failed. All checks share one wait for the device."""
         device = self.logit.device
         holds = torch.stack([condition.to(device) for condition, _ in self.checks])
 
@@ -343,7 +354,7 @@ class _Chain:
         require(holds.all(), error)
 
     def _shape(self, t: Tensor) -> str | None:
-        """What a tensor holds a vector of: every one of the "tokens", or every example ("pooled")."""
+        """Return "tokens" if t has a vector for each token, "pooled" if one for each example, else None."""
         top = self.record.top
         if self.record.of_tokens(t):
             return "tokens"
@@ -364,8 +375,9 @@ def _refusal(reason: str) -> ValueError:
 
 
 def _at(t: Tensor, position: Tensor | None) -> Tensor:
-    """The token `position` (B,) of t (B, n, d), (B, 1, d); a t of one vector for each example holds it
-    already.
+    """Return the vector of the token `position` (B,) in t (B, n, d), as (B, 1, d).
+
+    A t that holds one vector for each example is only reshaped.
     """
     if t.dim() == 2 or t.shape[1] == 1:
         return t.reshape(len(t), 1, -1)

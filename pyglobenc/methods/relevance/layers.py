@@ -1,4 +1,4 @@
-"""Relevance through the head, through one transformer layer, and from the tokens of a ViT to its pixels."""
+"""Propagates relevance through the head, through one transformer layer, and from a ViT's tokens to pixels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,22 +18,36 @@ from pyglobenc.methods.relevance.states import States
 
 @dataclass
 class Residual:
-    """What waits beside the attention while relevance goes through it, (B, n, d)."""
+    """The residual branch beside a layer's attention.
+
+    Attributes:
+        layer: the captured layer.
+        x: input of the layer, (B, n, d).
+        r: relevance of the residual branch, (B, n, d).
+    """
 
     layer: LayerTrace
-    x: Tensor  # the layer's input
-    r: Tensor  # of the residual branch
+    x: Tensor
+    r: Tensor
 
 
 def head_relevance(states: States, rules: Rules) -> Tensor:
-    """Relevance of the last layer's output, (B, n, d): 1 at the explained logit, down the head, at the tokens
-    that the head reads.
+    """Propagate relevance 1 from the explained logit down the head.
+
+    Args:
+        states: tensors of the forward pass.
+        rules: the relevance rules.
+
+    Returns:
+        Relevance of the last layer's output, (B, n, d). It is 0 at tokens that the head does not read.
+
+    Source: Chefer et al., 2021, eq. 5, and the IndexSelect and Clone modules of the published code.
     """
     head, top = states.head, states.head.steps[0]
     weight = top.module.weight.detach()
     row = weight[head.index.to(weight.device)].to(states.dtype)
     if head.contrast is not None:
-        # the difference of two logits is one output whose weights are the difference
+        # The difference of two logits is one output whose weights are the difference of the two rows.
         row = row - weight[head.contrast.to(weight.device)].to(states.dtype)
     x = top.given
     r = rules.logit(x, row[:, None])
@@ -52,12 +66,24 @@ def head_relevance(states: States, rules: Rules) -> Tensor:
 
 
 def down_to_attention(states: States, index: int, r: Tensor, rules: Rules) -> tuple[Tensor, Residual]:
-    """From a layer's output to its attention: s = R_o / safe(o), (B, H, n, dh), and the residual branch."""
+    """Propagate relevance from a layer's output to its attention output o.
+
+    Args:
+        states: tensors of the forward pass.
+        index: number of the layer, from 0.
+        r: relevance of the layer's output, (B, n, d).
+        rules: the relevance rules.
+
+    Returns:
+        s = R_o / safe(o), (B, H, n, dh), and the residual branch beside the attention.
+
+    Source: Chefer et al., 2021, eq. 5, 9 and 10, and the layer of the published code.
+    """
     layer = states.layers[index]
     m = layer.modules
     _, mlp = states.input_output(m.mlp_output)
     merged, attended = states.input_output(m.output)
-    # the MLP's residual: the tensor it reads after BERT's norm, before ViT's
+    # y is the residual of the MLP. BERT takes it after the norm, and ViT before the norm.
     y = layer.x + attended if m.pre_norm else states.input_output(m.intermediate)[0]
     r_mlp, r_y = rules.add(r, mlp, y, layer.cu_seqlens)
     for module in (m.mlp_output, m.intermediate):
@@ -69,20 +95,45 @@ def down_to_attention(states: States, index: int, r: Tensor, rules: Rules) -> tu
 
 
 def below_attention(states: States, residual: Residual, parts: Sequence[Tensor], rules: Rules) -> Tensor:
-    """From the relevance of q, k and v, (B, n, d) each, to that of the layer's input, (B, n, d)."""
+    """Propagate relevance from the queries, keys and values to the layer's input.
+
+    Args:
+        states: tensors of the forward pass.
+        residual: the residual branch beside the attention.
+        parts: relevance of the queries, keys and values, (B, n, d) each.
+        rules: the relevance rules.
+
+    Returns:
+        Relevance of the layer's input, (B, n, d).
+
+    Source: Chefer et al., 2021, eq. 5, and the Clone module of the published code.
+    """
     m = residual.layer.modules
     inputs = [
         rules.linear(part, module, *states.input_output(module))
         for part, module in zip(parts, (m.query, m.key, m.value), strict=True)
     ]
-    # before ViT's norm the published code has one Linear for all three, whose relevances add
+    # The published ViT has one Linear module for q, k and v, so their relevances are added.
     r = rules.total(inputs) if m.pre_norm else rules.clone(inputs, residual.x)
     return rules.clone([r, residual.r], residual.x)
 
 
 def pixel_relevance(model: PreTrainedModel, states: States, r: Tensor, rules: Rules) -> Tensor:
-    """Relevance of every pixel, summed over channels, (B, height, width), from that of the first layer's
-    input, (B, n, d).
+    """Propagate relevance from the first layer's input to the pixels.
+
+    Args:
+        model: a stock ViT or DeiT model.
+        states: tensors of the forward pass.
+        r: relevance of the first layer's input, (B, n, d).
+        rules: the relevance rules.
+
+    Returns:
+        Relevance of each pixel, summed over the channels, (B, height, width).
+
+    Raises:
+        ValueError: the images do not have the size that the model was trained for.
+
+    Source: the Conv2d and Add modules of the published code.
     """
     base = model.base_model
     convolution = patch_projection(base)
@@ -100,8 +151,10 @@ def pixel_relevance(model: PreTrainedModel, states: States, r: Tensor, rules: Ru
 
 
 def _convolution(r: Tensor, x: Tensor, module: torch.nn.Conv2d) -> Tensor:
-    """Relevance of images x (B, C, height, width): between the image's extremes for 3 channels, else the rule
-    of a Linear layer.
+    """Return the relevance of images x (B, C, height, width), from r, that of the convolution's output.
+
+    With 3 channels this is the z^B rule with each image's smallest and largest value as bounds. With other
+    numbers of channels it is the rule of a Linear layer.
     """
     weight = module.weight.detach().to(r.dtype)
     options = {"stride": module.stride, "padding": module.padding}

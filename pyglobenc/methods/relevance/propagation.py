@@ -1,4 +1,4 @@
-"""Relevance from the explained logit down the layers, with what each variant takes from them on the way."""
+"""Propagates relevance from the explained logit down the layers, and collects what the variants need."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -22,15 +22,15 @@ class RelevancePropagation:
     """One pass of relevance from the top layer down.
 
     Args:
-        states: of the forward pass.
-        rules: relevance rules.
-        gradient: weigh the maps with the gradient of the logit.
+        states: tensors of the forward pass.
+        rules: the relevance rules.
+        gradient: multiply the maps by the gradient of the logit.
         normalize: divide the rows of I + A by their sums, as the published BERT code does.
 
     Attributes:
-        token_sums: by layer, (B, n): relevance of the layer's input summed over the hidden size; by the
-            number of layers, that of the last layer's output.
-        maps: by name and layer; see `RelevancePropagation.keep`.
+        token_sums: (B, n) for each layer number, the relevance of the layer's input summed over the hidden
+            size. The entry whose key is the number of layers is that of the last layer's output.
+        maps: the maps kept, by name in MAPS and then by layer number.
     """
 
     def __init__(self, states: States, rules: Rules, gradient: bool, normalize: bool):
@@ -42,17 +42,23 @@ class RelevancePropagation:
         self.maps: dict[str, dict[int, Tensor]] = defaultdict(dict)
 
     def start_row(self) -> Tensor:
-        """The row that a rollout starts from, (B, 1, n): each token's share in what the head reads."""
+        """Return the row that a rollout starts from, (B, 1, n): each token's share in what the head reads."""
         return self.states.packed(self.states.head.shares)[:, None].to(self.states.layers[-1].x.device)
 
     def roll_out(
         self, start_layer: int, lowest: int, names: tuple[str, ...] = ()
     ) -> tuple[Tensor, Tensor | None]:
-        """Row of the rollout from the top layer to start_layer, (B, n), and the relevance of the input, (B,
-        n, d).
+        """Roll out the maps from the top layer down to start_layer, and propagate relevance on the way.
 
-        Relevance goes down to the input of layer `lowest`; with lowest = start_layer + 1 the last layer only
-        takes part in the rollout and the relevance is None. names: maps to keep, of MAPS.
+        Args:
+            start_layer: the lowest layer whose map takes part; the number of layers for none.
+            lowest: the lowest layer through which relevance is propagated. With start_layer + 1, the layer
+                start_layer gives its map only.
+            names: names in MAPS of the maps to keep.
+
+        Returns:
+            The row of the rollout, (B, n), and the relevance of the input of layer `lowest`, (B, n, d). The
+            relevance is None if start_layer is below `lowest`.
         """
         states, rules, depth = self.states, self.rules, len(self.states.layers)
         roll, r = self.start_row(), head_relevance(states, rules)
@@ -74,13 +80,13 @@ class RelevancePropagation:
         return roll[:, 0], r
 
     def layer_row(self, index: int) -> Tensor:
-        """Row of the pooled token in the map of one layer, (B, n)."""
+        """Return the row of the tokens that the head reads in the map of one layer, (B, n)."""
         _, r = self.roll_out(len(self.states.layers), index + 1)
         s, _ = down_to_attention(self.states, index, r, self.rules)
         return self._own_row(index, s)[:, 0]
 
     def _own_row(self, index: int, s: Tensor) -> Tensor:
-        """Row of the tokens that the head reads in the map of one layer, (B, 1, n)."""
+        """Return the row of the tokens that the head reads in the map of one layer, (B, 1, n)."""
         tensors, options = self._map_arguments(index, s)
         cu_seqlens, start = self.states.layers[index].cu_seqlens, self.start_row().to(s.device)
         if cu_seqlens is None:
@@ -92,8 +98,9 @@ class RelevancePropagation:
         return torch.cat(rows, 2)
 
     def _share(self, tensors: Sequence[Tensor | None], options: dict[str, Any], start: Tensor) -> Tensor:
-        """Row `start` (B, 1, n) of tokens' shares times the map of one layer, (B, 1, n), a block of the map's
-        rows at a time.
+        """Return the tokens' shares, start (B, 1, n), times the map of one layer: (B, 1, n).
+
+        The map is computed ROW_BLOCK rows at a time, or only at the token that the head reads.
         """
         if self.states.head.position is not None:
             return relevance_maps(*tensors, rows=start[:, 0].argmax(1, keepdim=True), **options)
@@ -103,7 +110,7 @@ class RelevancePropagation:
         )
 
     def _map_arguments(self, index: int, s: Tensor) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
-        """Tensors and options of `relevance_maps`."""
+        """Return the tensors and the options with which `relevance_maps` computes a layer's map."""
         layer, grad = self.states.layers[index], self.states.grads[index] if self.gradient else None
         options = dict(
             key_mask=layer.key_mask, scaling=layer.scaling, window=layer.window, backend=self.rules.backend
@@ -120,7 +127,7 @@ class RelevancePropagation:
                     self.maps[name][index] = value
 
     def _head_maps(self, index: int, s: Tensor) -> dict[str, Tensor]:
-        """alpha, R_alpha and the gradient of alpha, (B, H, n, n)."""
+        """Return alpha, R_alpha and the gradient of alpha, each (B, H, n, n), by name."""
         layer = self.states.layers[index]
         alpha = (layer.q @ layer.k.transpose(2, 3)).mul_(layer.scaling).sub_(layer.lse[..., None]).exp_()
         if layer.key_mask is not None:

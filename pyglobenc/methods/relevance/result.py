@@ -1,4 +1,4 @@
-"""What transformer attribution returns, from a descent of relevance."""
+"""The result of transformer attribution, and its construction from the propagated relevance."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,28 +19,29 @@ WHO = "TransformerAttribution"
 
 @dataclass
 class RelevanceResult:
-    """Attribution of one logit an example.
+    """Attribution of one logit for each example.
 
     Attributes:
-        scores: (B, n) tokens, padding 0; for images (B, patches), or (B, height, width) pixels of the
-            variants "full" and "lrp".
-        target: (B,) int64, the class explained; 0 or 1 for a span's start or end.
-        position: (B,) int64, the token that the head reads, whose row the scores are; None of a head that
-            reads the sum or mean of several, for which the row starts from each one's share.
+        scores: (B, n), one score for each token; padding gets 0. For images (B, patches), or (B, height,
+            width) for the variants "full" and "lrp", which score pixels.
+        target: (B,) int64, the class explained. For question answering, 0 is the start and 1 the end.
+        position: (B,) int64, the token that the head reads; the scores are its row of the rollout. None if
+            the head reads the sum or mean of several tokens; the rollout then starts from their shares.
         logit: (B,), the value explained.
-        nothing: (B,) bool, whether no relevance reaches any token: the scores are then 0.
-        error: (B,), how far rounding moves the scores: relative L2 distance, the pooled token's own entry
-            left out; see `reliability`. NaN where it is unknown; None when it is off, and for variants that
-            only read attention.
-        error_method: "measured" or "estimated"; None without error.
-        relevance: (B, L, n), relevance of each layer's input summed over the hidden size; None unless asked
-            for.
+        nothing: (B,) bool, True where no relevance reaches any token. The scores are 0 there.
+        error: (B,), the relative L2 distance by which rounding moves the scores, without the pooled token's
+            own entry; see `reliability`. It is NaN where it is unknown. It is None if reliability is off, and
+            for variants that only read attention.
+        error_method: "measured" or "estimated"; None if there is no error.
+        relevance: (B, L, n), the relevance of each layer's input summed over the hidden size; None unless
+            asked for.
         maps: the maps asked for, by name.
-        diagnostics: "relevance_sums" (B, layers + 1), the sum of the relevance of the input of each layer
-            that it went through, lowest first, and of the last layer's output: 1 in exact arithmetic without
-            the guards, less of a head that sums tokens, whose features without a positive token pass nothing
-            on; "conservation" (B,), the largest distance of these from 1.
-        output: what the model returned.
+        diagnostics: "relevance_sums" (B, layers + 1) and "conservation" (B,). The first holds the total
+            relevance of the input of each layer that relevance went through, lowest layer first, and of the
+            last layer's output. In exact arithmetic without the guards each total is 1. It is less if the
+            head sums tokens, since a feature that is positive at no token passes nothing on. The second is
+            the largest distance of these totals from 1.
+        output: the output of the model.
     """
 
     scores: Tensor
@@ -59,10 +60,22 @@ class RelevanceResult:
 def relevance_result(
     model: PreTrainedModel, states: States, scores: Tensor, nothing: Tensor, how: str | None
 ) -> RelevanceResult:
-    """Result of scores (B, n), of packed sequences (1, N) with what else there is of each (S,); ValueError
-    when they aren't finite.
+    """Return the result for given scores.
+
+    Args:
+        model: the stock model, whose name and weights the error message uses.
+        states: tensors of the forward pass.
+        scores: (B, n), or (1, N) for S packed sequences; for images as `RelevanceResult` has them.
+        nothing: (B,) bool, or (S,), True where no relevance reaches any token.
+        how: "measured", "estimated" or None, the way the error is found.
+
+    Returns:
+        The result without its error, maps and diagnostics. Packed sequences are one result of S targets.
+
+    Raises:
+        ValueError: the scores or the logit are not finite.
     """
-    # the rules' clamps and guards may hide what the logit shows
+    # The clamps and guards of the rules can hide a NaN that the logit shows.
     require_finite(WHO, model, (scores, states.target.logit))
     target, position = states.target, states.head.position
     index, logit = target.index[: states.count], target.logit[: states.count]
@@ -75,8 +88,16 @@ def relevance_result(
 def add_layers(
     model: PreTrainedModel, result: RelevanceResult, propagation: RelevancePropagation, layers: bool
 ) -> None:
-    """Add to a result what a propagation kept of every layer; layers: also the relevance of its input.
-    ValueError when it isn't finite.
+    """Add the diagnostics, and the maps and relevances that were kept for each layer, to a result.
+
+    Args:
+        model: the stock model, whose name and weights the error message uses.
+        result: the result that is completed.
+        propagation: the finished pass; it holds token sums (B, n) and maps (B, n, n) for each layer.
+        layers: also add the relevance of each layer's input, (B, L, n).
+
+    Raises:
+        ValueError: a map or a relevance is not finite.
     """
     states = propagation.states
     sums = [
@@ -99,7 +120,15 @@ def add_layers(
 
 
 def of_sequences(result: RelevanceResult, packed: Packed) -> list[RelevanceResult]:
-    """A result of packed sequences cut into each one's, in the order in which they were given."""
+    """Cut the result of packed sequences into one result for each sequence.
+
+    Args:
+        result: a result with scores (1, N) and S targets.
+        packed: how the sequences are packed.
+
+    Returns:
+        S results of batch size 1, with scores (1, n), in the order in which the sequences were given.
+    """
 
     def one(own: slice, tokens: slice) -> RelevanceResult:
         return RelevanceResult(

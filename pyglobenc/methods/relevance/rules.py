@@ -1,4 +1,4 @@
-"""The relevance rules with their options, over the ops; and the same steps under the LRP baseline's rules."""
+"""The relevance rules of transformer attribution, which call the ops, and the LRP baseline's rules."""
 
 from typing import Any
 
@@ -17,15 +17,16 @@ from pyglobenc.ops import (
 
 
 class Rules:
-    """Deep Taylor rules of Chefer et al., 2021, for one call.
+    """The deep Taylor rules of Chefer et al., 2021, for one call.
 
     Args:
         backend: "auto" or a backend's name.
-        stabilizer: of the divisions by sums of both signs (residual sum, attention output, scores): 0 for the
-            published guard, e > 0 for a sign-aware one.
+        stabilizer: guard of the divisions by sums of both signs: the residual sum, the attention output and
+            the scores. 0 is the published guard, and e > 0 a sign-aware one.
     """
 
-    rescale = True  # residual sums keep each branch's share of the total
+    # Each branch of a residual sum is rescaled to its share of the total relevance.
+    rescale = True
 
     def __init__(self, backend: str, stabilizer: float = 0.0):
         self.backend = backend
@@ -33,7 +34,7 @@ class Rules:
         self._memory: Tensor | None = None
 
     def linear(self, r: Tensor, module: nn.Linear, given: Tensor, returned: Tensor) -> Tensor:
-        """Relevance (B, n, d_in) of a Linear's input from that of its output (B, n, d_out)."""
+        """Return the relevance (B, n, d_in) of a Linear's input, from that of its output (B, n, d_out)."""
         r, bias = r.to(given.device), None if module.bias is None else module.bias.detach()
         weight, absolute = module.weight.detach(), self._absolute(module.weight.detach(), r.dtype)
         return linear_relevance(
@@ -41,9 +42,9 @@ class Rules:
         )
 
     def _absolute(self, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """|W| (d_out, d_in), until the next call of this; None where it would have to be widened.
+        """Return |W| (d_out, d_in), valid until the next call; None if the weight has another dtype.
 
-        One module's at a time is in one piece of memory: new memory for each took 8 % of a call of BERT-base
+        All modules share one piece of memory. Allocating it for each module took 8 % of a call of BERT-base
         at 128 tokens.
         """
         memory = self._memory
@@ -59,8 +60,10 @@ class Rules:
         return torch.abs(weight, out=memory[: weight.numel()].view(weight.shape))
 
     def token_sum(self, r: Tensor, x: Tensor, weights: Tensor) -> Tensor:
-        """Relevance of tokens x (B, n, d) from that of their sum with weights (B, n), r (B, 1, d): the rule
-        of a Linear whose weights are positive. A sum of one token with weight 1 is the token itself.
+        """Return the relevance (B, n, d) of tokens x, from that of their weighted sum, r (B, 1, d).
+
+        This is the rule of a Linear module with positive weights (B, n). A sum of one token with weight 1 is
+        that token, and passes the relevance on unchanged.
         """
         r, parts = r.to(x.device), x.clamp(min=0) * weights[..., None]
         out = parts * safe_divide(r, parts.sum(1, keepdim=True))
@@ -68,31 +71,39 @@ class Rules:
         return torch.where(alone[:, None, None], r * weights[..., None], out)
 
     def add(self, r: Tensor, a: Tensor, b: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Relevance of both branches of a residual sum, (B, n, d)."""
+        """Return the relevance of both branches of a residual sum a + b, (B, n, d) each."""
         options = dict(
             stabilizer=self.stabilizer, rescale=self.rescale, cu_seqlens=cu_seqlens, backend=self.backend
         )
         return add_relevance(r.to(a.device), a, b, **options)
 
     def clone(self, parts: list[Tensor], x: Tensor) -> Tensor:
-        """Relevance of a tensor read by several branches, (B, n, d)."""
+        """Return the relevance of a tensor x that several branches read, (B, n, d)."""
         return clone_relevance(parts, x, backend=self.backend)
 
     def total(self, parts: list[Tensor]) -> Tensor:
-        """Relevance of a tensor read by modules that the published code takes for one, (B, n, d)."""
+        """Return the relevance of a tensor read by modules that are one module in the published code."""
         return sum(parts)
 
     def over_output(self, r_o: Tensor, layer: LayerTrace) -> Tensor:
-        """s = R_o / safe(o) by head, (B, H, n, dh), from relevance (B, n, d) of a layer's attention
-        output.
-        """
+        """Return s = R_o / safe(o), (B, H, n, dh), from the attention output's relevance R_o (B, n, d)."""
         return safe_divide(r_o.unflatten(2, (layer.o.shape[1], -1)).transpose(1, 2), layer.o, self.stabilizer)
 
     def attention(
         self, layer: LayerTrace, grad_o: Tensor | None, s: Tensor, roll: Tensor | None, normalize: bool
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Relevance of queries, keys and values, (B, n, d) each, and the stepped rollout (B, T, n) or
-        None.
+        """Propagate relevance through a layer's attention, and take a rollout step.
+
+        Args:
+            layer: the captured layer.
+            grad_o: gradient of the logit with respect to the attention output, (B, H, n, dh), or None.
+            s: relevance of the attention output over safe(that output), (B, H, n, dh).
+            roll: rows of the rollout of the layers above, (B, T, n), or None.
+            normalize: divide the rows of I + A by their sums.
+
+        Returns:
+            Relevance of the queries, keys and values, (B, n, d) each, and the rows of the rollout (B, T, n)
+            after this layer, or None without roll.
         """
         *parts, _, rolled = self._attention(layer, grad_o, s, roll, normalize)
         return [t.transpose(1, 2).flatten(2) for t in parts], rolled
@@ -108,26 +119,28 @@ class Rules:
 
     @staticmethod
     def seen(layer: LayerTrace) -> dict[str, Any]:
-        """Which keys a query of the layer sees, and the scale of its scores, as the ops take them."""
+        """Return the arguments of the ops that say which keys a query sees, and how scores are scaled."""
         names = ("key_mask", "scaling", "window", "cu_seqlens")
         return {name: getattr(layer, name) for name in names}
 
     def roll(
         self, layer: LayerTrace, grad_o: Tensor | None, s: Tensor, roll: Tensor, normalize: bool
     ) -> Tensor:
-        """The rollout step alone, (B, T, n)."""
+        """Return the rollout rows (B, T, n) after this layer, without the relevance."""
         tensors = (roll, layer.q, layer.k, layer.v, layer.lse, grad_o, s)
         return relevance_rollout_step(*tensors, **self.seen(layer), normalize=normalize, backend=self.backend)
 
     def logit(self, x: Tensor, row: Tensor) -> Tensor:
-        """Relevance of x (B, n, d) when one output <x, row> of each token has relevance 1; row (B, n, d)."""
+        """Return the relevance of x (B, n, d), if each token's output <x, row> has relevance 1."""
         parts = (x * row).clamp_(min=0)
         return parts * safe_divide(torch.ones_like(parts[..., :1]), parts.sum(-1, keepdim=True))
 
 
 class LrpRules(Rules):
-    """The LRP baseline of the published code (its layers_lrp): positive and negative inputs each get the
-    whole relevance of a Linear's output, residual sums are not rescaled, so relevance is not conserved.
+    """The rules of the published code's LRP baseline (its layers_lrp).
+
+    Positive and negative inputs of a Linear module each get the whole relevance of its output, and residual
+    sums are not rescaled. So relevance is not conserved.
     """
 
     rescale = False

@@ -1,6 +1,4 @@
-"""One forward pass with gradients: everything that the relevance rules read, for layers that the rules
-cover.
-"""
+"""Runs the forward pass with gradients, checks the layers, and keeps the tensors that the rules read."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -30,21 +28,22 @@ from pyglobenc.methods.relevance.target import Index, Target, find_target
 
 @dataclass
 class States:
-    """Tensors of one forward pass; n includes padding. B counts every example twice where it ran a second
-    time beside the first. Packed sequences are one example of all their tokens, but S of the target and the
-    output.
+    """Tensors of one forward pass. The number of tokens n includes padding.
+
+    If the examples run twice, B counts each of them twice. The second half of the batch then holds the
+    perturbed run. S packed sequences are one example of all their tokens, but have S targets and outputs.
 
     Attributes:
-        layers: captured layers, first to last, detached.
+        layers: the captured layers, first to last, detached.
         grads: gradient of the explained logit with respect to each layer's attention output, (B, H, n, dh);
             None below the lowest layer asked for.
-        io: input and output of every Linear module of the layers, and of ViT's convolution, detached; see
+        io: input and output of each Linear module of the layers, and of ViT's convolution, detached; see
             `input_output`.
-        head: the way from the logit down to the last layer's output.
+        head: the steps from the logit down to the last layer's output.
         target: the logit explained.
-        output: what the model returned, for the examples as they are.
-        dtype: of the relevance arithmetic.
-        twice: whether the second half of the tensors is of the second run.
+        output: the output of the model, without the perturbed run.
+        dtype: dtype of the relevance arithmetic.
+        twice: True if the second half of the tensors is the perturbed run.
     """
 
     layers: list[LayerTrace]
@@ -57,23 +56,23 @@ class States:
     twice: bool
 
     def input_output(self, module: nn.Module) -> tuple[Tensor, Tensor]:
-        """Input and output of a module, in the dtype of the arithmetic."""
+        """Return the input and the output of a module, in the dtype of the arithmetic."""
         given, returned = self.io[module]
         return given.to(self.dtype), returned.to(self.dtype)
 
     @property
     def cu_seqlens(self) -> Tensor | None:
-        """Of packed sequences as they are, (S + 1,) int32, on the CPU."""
+        """Return cu_seqlens of packed sequences without the perturbed run, (S + 1,) int32, on the CPU."""
         cu_seqlens = self.layers[0].cu_seqlens
         return cu_seqlens if cu_seqlens is None or not self.twice else cu_seqlens[: self.count + 1]
 
     @property
     def forward_dtype(self) -> torch.dtype:
-        """What the forward pass computed in, under autocast another than its parameters'."""
+        """Return the dtype of the forward pass. Under autocast it differs from that of the parameters."""
         return next(iter(self.io.values()))[1].dtype
 
     def lone_tokens(self) -> Tensor:
-        """Which tokens are all that their example has, (B, n) or (1, N) bool."""
+        """Return (B, n) bool, or (1, N) for packed sequences: True for the only token of an example."""
         layer = self.layers[0]
         if layer.cu_seqlens is not None:
             return per_token((layer.cu_seqlens.diff() == 1)[:, None].to(layer.x.device), layer.cu_seqlens)[
@@ -86,16 +85,17 @@ class States:
 
     @property
     def count(self) -> int:
-        """Examples as they are."""
+        """Return the number of examples, without the perturbed run."""
         return len(self.target.index) // (2 if self.twice else 1)
 
     def split_perturbed(self, t: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A tensor (B, n, ...) for the examples as they are, and for the second run if there was one."""
+        """Split a tensor (B, n, ...) into the examples themselves and the perturbed run, or None."""
         return tuple(t.chunk(2, 0 if self.layers[0].cu_seqlens is None else 1)) if self.twice else (t, None)
 
     def pooled_index(self, device: torch.device) -> Tensor | None:
-        """Index of the tokens read along the axis of tokens, (B, 1), of packed sequences (1, S); None where
-        the head reads several.
+        """Return the index of the token that the head reads, (B, 1), or (1, S) for packed sequences.
+
+        None if the head reads several tokens.
         """
         if self.head.position is None:
             return None
@@ -103,9 +103,7 @@ class States:
         return position[:, None] if cu_seqlens is None else (position + cu_seqlens[:-1].to(device))[None]
 
     def packed(self, t: Tensor) -> Tensor:
-        """t (B, n, ...), of packed sequences padded (S, n, ...), along the axis of tokens: the same, or (1,
-        N, ...).
-        """
+        """Return t (B, n, ...) unchanged, or for packed sequences turn (S, n, ...) into (1, N, ...)."""
         cu_seqlens = self.layers[0].cu_seqlens
         return t if cu_seqlens is None else t[real_tokens(cu_seqlens).to(t.device)][None]
 
@@ -120,19 +118,22 @@ def run_forward(
 ) -> States:
     """Run the model on a batch and take the gradient of the explained logit.
 
-    Parameters get no gradient and keep their flags: the graph starts at the first layer's input.
+    The graph starts at the first layer's input, so the parameters get no gradient and keep their flags.
 
     Args:
         model: a known architecture, or the user's module around one, in evaluation mode.
-        batch: its inputs, checked, or packed sequences.
+        batch: the model's checked inputs, such as input_ids (B, n), or packed sequences.
         target: target, contrast and position of the call.
-        dtype: float32, float64 or None; float64 on a narrower model widens the forward pass too.
-        lowest: first layer whose gradient is wanted; the number of layers for none.
-        twice: after the examples all of them again, moved by a rounding unit in every layer, with the target
-            and the gradients of the first.
+        dtype: float32, float64 or None. With float64, the forward pass of a narrower model runs in float64.
+        lowest: lowest layer whose gradient is wanted; the number of layers for none.
+        twice: run all examples a second time in the same batch, perturbed by a rounding unit in every layer.
+            The perturbed run takes the target and the gradients of the first run.
+
+    Returns:
+        The tensors of the forward pass.
 
     Raises:
-        ValueError: layers or a head that the relevance rules don't cover.
+        ValueError: the relevance rules do not cover the layers or the head.
     """
     stock = stock_model(model)
     found = find_layers(stock)
@@ -142,7 +143,7 @@ def run_forward(
     with weights_named(model), torch.inference_mode(False), torch.enable_grad():
         packed = isinstance(batch, Packed)
         if not packed:
-            # a tensor made in inference mode can't enter a graph
+            # A tensor that was made in inference mode cannot be part of a graph.
             batch = {
                 name: value.clone() if isinstance(value, Tensor) and value.is_inference() else value
                 for name, value in batch.items()
@@ -178,7 +179,7 @@ def run_forward(
 
 
 def _doubled(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch with every example a second time, after them all."""
+    """Return the batch with all its examples repeated after them."""
     main = batch.get(model.main_input_name)
     size = len(batch["inputs_embeds"] if main is None else main)
     return {
@@ -196,16 +197,17 @@ def _captured(
     dtype: torch.dtype,
     twice: bool,
 ) -> tuple[Trace, HeadRecord, Any]:
-    """Run the model from a leaf of the graph, the first layer's input, in float64 if dtype is.
+    """Run the model with the first layer's input as a leaf of the graph, in float64 if dtype is float64.
 
-    twice: the second half is moved in every layer."""
+    With twice, the second half of the batch is perturbed in every layer.
+    """
     stock = stock_model(model)
     within = [
         getattr(m, part)
         for m in found
         for part in ("query", "key", "value", "output", "intermediate", "mlp_output")
     ]
-    # the convolution that embeds patches
+    # A ViT has one convolution outside its layers, which embeds the patches.
     within += [
         module for module in outside(stock, {layer.block for layer in found}) if isinstance(module, nn.Conv2d)
     ]
@@ -224,7 +226,7 @@ def _captured(
                 "TransformerAttribution: the model runs in torch.inference_mode, which has no gradients; "
                 "use torch.no_grad"
             )
-        # a user's module may run its encoder without gradients
+        # A user's module may run its encoder under torch.no_grad.
         torch.set_grad_enabled(True)
         x = args[0] if args else kwargs["hidden_states"]
         place = places[module]
@@ -234,7 +236,7 @@ def _captured(
     def change_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         return moved(output, places[module])
 
-    # the first layer is also where the graph starts; places are the layers' inputs and what is added to them
+    # Perturbed are the layers' inputs and the branches added to them. The first input also starts the graph.
     blocks, added = (
         [m.block for m in found[: len(found) if twice else 1]],
         [t for m in found for t in (m.output, m.mlp_output)],
@@ -256,8 +258,9 @@ def _captured(
 
 
 def _detach(trace: Trace, dtype: torch.dtype) -> dict[nn.Module, tuple[Tensor, Tensor]]:
-    """Take a trace's tensors out of the graph: the layers' in place, in the dtype of the arithmetic; the
-    modules' are returned.
+    """Detach the tensors of a trace, and return those of the modules.
+
+    The layers' tensors are replaced in the trace, in the dtype of the arithmetic.
     """
     for layer in trace.layers:
         layer.x, layer.q, layer.k, layer.v, layer.o, layer.lse = (
@@ -267,8 +270,9 @@ def _detach(trace: Trace, dtype: torch.dtype) -> dict[nn.Module, tuple[Tensor, T
 
 
 def _attention_gradients(logit: Tensor, layers: list[LayerTrace], lowest: int) -> list[Tensor | None]:
-    """Gradient of the summed logits for each layer's attention output: examples don't mix, so each row is its
-    own logit's.
+    """Return the gradient of the logits with respect to each layer's attention output, (B, H, n, dh) each.
+
+    The sum of the logits has the same gradients, because no example depends on another one.
     """
     wanted = [layer.o for layer in layers[lowest:]]
     grads = torch.autograd.grad(logit.sum(), wanted) if wanted else ()
@@ -276,12 +280,14 @@ def _attention_gradients(logit: Tensor, layers: list[LayerTrace], lowest: int) -
 
 
 def check_layers(found: Sequence[LayerModules], captured: Sequence[LayerTrace] = ()) -> None:
-    """Raise ValueError, with the reason, unless the layers are those of BERT or ViT: other shapes would be
-    computed wrongly.
+    """Check that the layers are built as those of BERT or ViT, which the relevance rules cover.
 
     Args:
-        found: modules of every layer.
-        captured: the layers after a forward pass, if there was one.
+        found: the modules of each layer.
+        captured: the captured layers, if there was a forward pass.
+
+    Raises:
+        ValueError: a layer is built otherwise. The message gives the reason.
     """
     if len({id(m.block) for m in found}) < len(found):
         _refuse("its layers share modules, and each call of a module has its own relevance")

@@ -1,4 +1,4 @@
-"""Which logit transformer attribution explains."""
+"""Finds the logit that transformer attribution explains."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ Index = int | Sequence[int] | Tensor | None
 
 @dataclass
 class Target:
-    """One logit, or difference of logits, an example.
+    """The explained logit, or difference of two logits, of each example.
 
     Attributes:
-        index: (B,) int64, class explained; 0 or 1 for a span's start or end.
-        contrast: (B,) int64, class whose logit is subtracted, or None.
+        index: (B,) int64, the class explained. For question answering, 0 is the start and 1 the end.
+        contrast: (B,) int64, the class whose logit is subtracted, or None.
         logit: (B,), the explained value, in the autograd graph.
     """
 
@@ -33,15 +33,21 @@ class Target:
 def find_target(
     output: Any, target: Any, contrast: Index, position: Index, key_mask: Tensor | None
 ) -> Target:
-    """Resolve the arguments of a call against the model's output; see `TransformerAttribution.__call__`.
+    """Find the explained logit in the model's output; see `TransformerAttribution.__call__`.
+
+    Without a target, the class with the largest logit is explained.
 
     Args:
-        output: what the model returned.
-        target, contrast, position: as the user gave them.
-        key_mask: (B, n) bool, True for real tokens, or None.
+        output: the output of the model, with logits (B, C) or (B, n, C), or start_logits and end_logits
+            (B, n).
+        target, contrast, position: arguments of the user's call.
+        key_mask: (B, n) bool, True for real tokens, or None if all tokens are real.
+
+    Returns:
+        The explained logit of each example, (B,), with its class.
 
     Raises:
-        TypeError, ValueError: the output holds no logits, or none that the arguments name.
+        TypeError, ValueError: the output has no logits, or the arguments name none of them.
     """
     if isinstance(output, Mapping) and all(f"{name}_logits" in output for name in SPANS):
         return _span(output, target, contrast, position, key_mask)
@@ -84,8 +90,9 @@ def find_target(
 
 
 def _span(output: Any, target: Any, contrast: Index, position: Index, key_mask: Tensor | None) -> Target:
-    """A start or end logit of a question answerer, by default the start's, at the token where it is
-    largest.
+    """Return the start logit (by default) or the end logit of a question answering model.
+
+    Without a position, it is the largest one of the real tokens.
     """
     which = SPANS[0] if target is None else target
     if which not in SPANS:
@@ -105,7 +112,7 @@ def _span(output: Any, target: Any, contrast: Index, position: Index, key_mask: 
 
 
 def _indices(name: str, value: Any, batch: int, size: int, device: torch.device) -> Tensor:
-    """value as (B,) int64 in [0, size)."""
+    """Return value as a (B,) int64 tensor, and check that it lies in [0, size)."""
     index = torch.as_tensor(value, device=device)
     if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         raise TypeError(f"TransformerAttribution: {name} must be integers, got {index.dtype}")

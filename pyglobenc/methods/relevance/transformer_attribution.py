@@ -1,5 +1,7 @@
-"""Transformer attribution: relevance times attention gradients, rolled out (Chefer, Gur and Wolf, CVPR 2021),
-and its variants.
+"""Transformer attribution and its variants (Chefer, Gur and Wolf, CVPR 2021).
+
+The method multiplies the relevance of the attention probabilities by their gradients, and rolls the resulting
+maps out over the layers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,24 +42,24 @@ WHO = "TransformerAttribution"
 class TransformerAttribution:
     """Transformer attribution of a transformers classifier: BERT and its relatives, DistilBERT, ViT, DeiT.
 
-    The head is what the logit is computed with, in the model or in a user's module around it: a chain of
-    Linear modules, activations and layer norms that reads one token, or the sum or mean of several. Every
-    call checks that; other heads are refused.
+    The head computes the logit from the last layer's output. It may lie in the model or in a user's module
+    around it. It must be a chain of Linear modules, activations and layer norms that reads one token, or the
+    sum or mean of several. Every call checks this, and other heads are refused.
 
     Args:
-        model: a known architecture with a head, or a module with a head of its own around one, in evaluation
-            mode; left as it is.
+        model: a known architecture with a head, or a user's module with a head of its own around one, in
+            evaluation mode. It is not changed.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
-        dtype: of the arithmetic; None is float32, or float64 for a float64 model. torch.float64 runs the
-            forward pass and the relevance in double on a narrower model, weight by weight, without a second
-            copy of it.
-        stabilizer: 0 for the published guard of the divisions; e > 0 replaces it, where a sum of both signs
-            is divided by, by b + e * sign(b).
+        dtype: dtype of the arithmetic. None means float32, or float64 for a float64 model. With
+            torch.float64 on a narrower model, the forward pass and the relevance are computed in float64.
+            Each weight is converted when it is used, so there is no second copy of the model.
+        stabilizer: 0 for the published guard of the divisions. With e > 0, divisions by a sum b of both signs
+            divide by b + e * sign(b) instead.
 
     Raises:
-        TypeError, ValueError: unknown architecture or backend, training mode.
+        TypeError, ValueError: an unknown architecture or backend, or a model in training mode.
 
-    Source: Chefer et al., 2021, and its published code, whose guards are kept to the letter.
+    Source: Chefer et al., 2021, and its published code, whose guards are kept exactly.
     """
 
     @known_arguments
@@ -75,14 +77,14 @@ class TransformerAttribution:
             )
         self.model = model
         self.dtype = dtype
-        # the transformers model in it
+        # The transformers model inside the user's module.
         self.stock = stock_model(model)
         self.depth = len(found := find_layers(model))
         self.weights = sum(p.numel() for layer in found for p in layer.block.parameters())
         images = self.stock.config.model_type in vit.MODEL_TYPES
-        # tokens before the patches of an image; None for text
+        # The number of tokens before the patches of an image; None for text.
         self.prefix = len(vit.prefix_tokens(self.stock.base_model)) if images else None
-        # what makes a call's rules, unless its variant has its own
+        # The class of the relevance rules, unless the variant has its own.
         self.rules = Rules
         self.backend = backend
         self.stabilizer = stabilizer
@@ -101,36 +103,39 @@ class TransformerAttribution:
         reliability: str = "auto",
         **batch: Any,
     ) -> RelevanceResult:
-        """Attribute one logit of every example to its tokens or patches; no (n, n) array is stored unless
-        maps asks for one.
+        """Attribute one logit of each example to its tokens or patches.
+
+        No (n, n) array is stored unless maps asks for one.
 
         Args:
-            target: class explained, one or (B,), None: the predicted one; a question answerer's "start"
-                (default) or "end"; a choice.
-            contrast: class whose logit is subtracted, one or (B,): the difference is explained as one output.
-            position: token whose logit is explained, one or (B,), for heads with a logit a token; of a
-                question answerer by default the one with the largest logit.
-            start_layer: first layer of the rollout; the published BERT code's default is 11, its notebook's
-                and ViT's 0.
-            variant: a name in VARIANTS or PUBLISHED, see `relevance_variants`.
-            layers: also return the relevance of every layer's input.
+            target: the class explained, one for all examples or (B,). None means the predicted class. For
+                question answering it is "start" (the default) or "end", for multiple choice the choice.
+            contrast: the class whose logit is subtracted, one for all examples or (B,). The difference of
+                the two logits is explained as one output.
+            position: the token whose logit is explained, one for all examples or (B,), if the head has
+                logits for every token. For question answering the default is the token with the largest
+                logit.
+            start_layer: the lowest layer of the rollout. The default of the published BERT code is 11, and
+                that of its notebook and of the published ViT code is 0.
+            variant: a name in VARIANTS or PUBLISHED; see `relevance_variants`.
+            layers: also return the relevance of each layer's input.
             maps: any of "map" (B, L, n, n), the matrix A that the rollout adds to the identity; "alpha",
                 "R_alpha", "grad_alpha" (B, L, H, n, n); "R_in" (B, L, n, d).
-            reliability: how `error` is found, see `reliability`: "measured" up to doubles the time,
-                "estimated" costs little, "auto" measures small inputs and estimates the others; "off". A
-                PrecisionWarning is given above 1e-2 and where it is unknown (NaN); a NoRelevanceWarning where
-                no token gets any relevance and the scores are 0.
-            batch: the model's inputs, as its tokenizer or image processor returns them and `GlobEnc` takes
-                them.
+            reliability: how `error` is found; see `reliability`. "measured" takes up to twice the time, and
+                "estimated" costs little. "auto" measures small inputs and estimates the others. "off" leaves
+                the error out. A PrecisionWarning is given where the error is above 1e-2 or unknown (NaN), and
+                a NoRelevanceWarning where no token gets any relevance and the scores are 0.
+            batch: the model's inputs, as its tokenizer or image processor returns them: input_ids and
+                attention_mask (B, n), or pixel_values (B, channels, height, width).
 
         Returns:
-            RelevanceResult. scores are the published ones before the pooled token's own entry is overwritten;
-            every example's are what it gets alone, without padding.
+            RelevanceResult with scores (B, n). The published code overwrites the pooled token's own score;
+            here it is kept. Each example gets the scores that it would get alone, without padding.
 
         Raises:
-            TypeError, ValueError: unknown variant or map, an index out of range, input that the model can't
-                take, a head that the relevance rules don't cover, a result or a logit that isn't finite (the
-                error names the parameter that holds NaN or infinity).
+            TypeError, ValueError: a variant or map is unknown, an index is out of range, the model cannot
+                take the input, the relevance rules do not cover the head, or a result or a logit is not
+                finite. In the last case the error names the parameter that holds NaN or infinity.
         """
         batch = model_inputs("TransformerAttribution", self.model, batch, TransformerAttribution.__call__)
         chosen = self._variant(variant, start_layer, maps, reliability)
@@ -152,23 +157,23 @@ class TransformerAttribution:
         reliability: str = "auto",
         **batch: Any,
     ) -> list[RelevanceResult]:
-        """Attribute the class of sequences of any lengths, packed into one so that nothing is spent on
-        padding.
+        """Attribute one logit of each of S sequences, packed into one so that there is no padding.
 
         Args:
-            target, contrast: classes, one or (S,), as for a batch.
+            target, contrast: classes, one for all sequences or (S,), as for a batch.
             start_layer, layers: as for a batch.
-            variant: one that follows relevance; those that only read attention take padded batches.
-            reliability: "measured" or "off"; "auto" measures small inputs and leaves the error of others out.
-            batch: the inputs of S sequences, a list of each one's, as the model's tokenizer returns them
-                unasked for padding or tensors.
+            variant: one that propagates relevance. Those that only read attention need padded batches.
+            reliability: "measured" or "off". "auto" measures small inputs and gives no error for others.
+            batch: the model's inputs by name, each a list with one entry for each sequence. This is what the
+                model's tokenizer returns if it is asked for neither padding nor tensors.
 
         Returns:
-            What each sequence gives alone: S results of batch size 1, in order.
+            S results of batch size 1, with scores (1, n), in the order of the sequences. Each is what the
+            sequence gives alone.
 
         Raises:
-            TypeError, ValueError: as for a batch, or a model without one set of logits for a sequence, or
-                that can't be given packed ones.
+            TypeError, ValueError: as for a batch. Also, the model has no single set of logits for a sequence,
+                or it cannot take packed sequences.
         """
         who, chosen = "TransformerAttribution", self._variant(variant, start_layer, (), reliability)
         batch = packed_inputs(who, batch, TransformerAttribution.packed)
@@ -197,7 +202,10 @@ class TransformerAttribution:
         maps: Sequence[str],
         how: str | None,
     ) -> RelevanceResult:
-        """Of a checked batch, or of packed sequences as one; explained: target, contrast and position."""
+        """Attribute a checked batch, or packed sequences as one result of S targets.
+
+        explained holds the target, contrast and position; how is "measured", "estimated" or None.
+        """
         everything = layers or bool(maps)
         lowest = 0 if everything else chosen.lowest_gradient(start_layer, self.depth)
         states = run_forward(self.model, batch, explained, self.dtype, lowest, how == "measured")
@@ -233,7 +241,7 @@ class TransformerAttribution:
             return None
         if reliability != "auto":
             return reliability
-        # a graph, within which nothing is looked at, has no host that a second run could hide behind
+        # A second run is cheap where the host limits the speed. In a CUDA graph it would double the time.
         cheap = may_look() and torch.float64 not in (self.dtype, self.stock.dtype)
         return (
             "measured"
@@ -242,7 +250,7 @@ class TransformerAttribution:
         )
 
     def _tokens(self, batch: Mapping[str, Any]) -> int:
-        """Tokens of a batch, padding and those before an image's patches among them."""
+        """Return the number of tokens of a batch, including padding and the tokens before the patches."""
         if self.prefix is None:
             ids = batch.get("input_ids")
             return batch["inputs_embeds"][..., 0].numel() if ids is None else ids.numel()
@@ -307,7 +315,7 @@ class TransformerAttribution:
 
     @staticmethod
     def has_choices(batch: Mapping[str, Any]) -> bool:
-        """Whether each example is several texts, (B, choices, n), each with a logit of its own."""
+        """Return whether each example has several texts, (B, choices, n), each with its own logit."""
         return any(
             isinstance(t := batch.get(name), Tensor) and t.dim() == dim
             for name, dim in (("input_ids", 3), ("inputs_embeds", 4))
@@ -316,7 +324,10 @@ class TransformerAttribution:
     def _one_choice(
         self, batch: Mapping[str, Any], target: Any, contrast: Index
     ) -> tuple[dict[str, Any], int, None]:
-        """The batch cut to the choice explained: a choice's logit depends on its own text alone."""
+        """Return the batch with only the explained choice, whose logit depends on its own text alone.
+
+        The inputs (B, choices, n) become (B, 1, n). Also returned are target 0 and contrast None.
+        """
         if contrast is not None:
             raise ValueError(
                 "TransformerAttribution: contrast needs classes of one input; the choices are different "
@@ -340,7 +351,7 @@ class TransformerAttribution:
 
 
 def _in_order(index: Any, order: list[int]) -> Any:
-    """One class for each sequence as they are packed; one for all as it is."""
+    """Return the classes (S,) in the order in which the sequences are packed; one class stays as it is."""
     if index is None or isinstance(index, str):
         return index
     index = torch.as_tensor(index)

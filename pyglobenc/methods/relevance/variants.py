@@ -1,4 +1,4 @@
-"""The variants of transformer attribution, and the baselines that read attention alone."""
+"""The variants of transformer attribution, and the baselines that only read attention."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,14 +16,32 @@ from pyglobenc.methods.relevance.propagation import RelevancePropagation
 
 
 def attention_row(layer: LayerTrace, row: Tensor) -> Tensor:
-    """Attention of tokens, averaged over heads, times their shares `row` (B, 1, n): (B, n)."""
+    """Compute the head-averaged attention of the tokens that the head reads.
+
+    Args:
+        layer: the captured layer.
+        row: the tokens' shares in what the head reads, (B, 1, n).
+
+    Returns:
+        The shares times the attention matrix, (B, n).
+
+    Source: generate_attn_last_layer of the code of Chefer et al., 2021.
+    """
     row = row.to(layer.q.device)
     return sum(row[:, :, rows] @ alpha.mean(1) for rows, _, alpha in _tiles(layer))[:, 0]
 
 
 def roll_out_attention(layers: Sequence[LayerTrace], row: Tensor) -> Tensor:
-    """Rollout of head-averaged attention, rows of I + A divided by their sum: row (B, 1, n) of a unit vector
-    -> (B, n).
+    """Roll out the head-averaged attention A, with each row of I + A divided by its sum.
+
+    Args:
+        layers: the captured layers that take part, lowest first.
+        row: the row from which the rollout starts, (B, 1, n): the tokens' shares in what the head reads.
+
+    Returns:
+        The row of the rollout, (B, n).
+
+    Source: Abnar and Zuidema, 2020, as in the code of Chefer et al., 2021.
     """
     for layer in reversed(layers):
         row = row.to(layer.q.device)
@@ -38,11 +56,21 @@ def roll_out_attention(layers: Sequence[LayerTrace], row: Tensor) -> Tensor:
 
 
 def grad_cam(layer: LayerTrace, grad_o: Tensor, row: Tensor) -> Tensor:
-    """Grad-CAM on attention as published for BERT: tokens' shares `row` (B, 1, n) times the map scaled to [0,
-    1] over all its entries, (B, n).
+    """Compute Grad-CAM on attention as published for BERT.
 
-    The mean gradient of a head has a closed form, <sum_i grad_o[i], sum_j v[j]> / n^2. Padding is left out of
-    the mean and of the extremes, so that a padded example gets the values it has alone.
+    Each head's attention is weighted by its mean gradient, <sum_i grad_o[i], sum_j v[j]> / n^2. The mean over
+    the heads is scaled to [0, 1] over all entries of the map. Padding takes part in neither the mean nor the
+    scaling, so that a padded example gets the values that it has alone.
+
+    Args:
+        layer: the captured layer.
+        grad_o: gradient of the logit with respect to the layer's attention output, (B, H, n, dh).
+        row: the tokens' shares in what the head reads, (B, 1, n).
+
+    Returns:
+        The shares times the map, (B, n).
+
+    Source: generate_attn_gradcam of the code of Chefer et al., 2021, for BERT.
     """
     mask, row = layer.key_mask, row.to(layer.q.device)
     v = layer.v if mask is None else layer.v * mask[:, None, :, None]
@@ -66,8 +94,19 @@ def grad_cam(layer: LayerTrace, grad_o: Tensor, row: Tensor) -> Tensor:
 
 
 def grad_cam_patches(layer: LayerTrace, grad_o: Tensor, prefix: int) -> Tensor:
-    """Grad-CAM on attention as published for ViT: the [CLS] row over the patches, its mean gradient theirs,
-    (B, patches).
+    """Compute Grad-CAM on attention as published for ViT: the [CLS] row over the patches.
+
+    The mean gradient of a head runs over these entries only.
+
+    Args:
+        layer: the captured layer.
+        grad_o: gradient of the logit with respect to the layer's attention output, (B, H, n, dh).
+        prefix: number of tokens before the patches.
+
+    Returns:
+        Scores of the patches, (B, patches), scaled to [0, 1].
+
+    Source: generate_cam_attn of the code of Chefer et al., 2021.
     """
     position = torch.zeros(layer.q.shape[0], dtype=torch.long, device=layer.q.device)
     weights = (grad_o[:, :, 0] * layer.v[:, :, prefix:].mean(2)).sum(-1)
@@ -82,15 +121,21 @@ def _tiles(layer: LayerTrace):
 
 
 def _scale(t: Tensor, low: Tensor, high: Tensor, mask: Tensor | None) -> Tensor:
-    """(t - low) / (high - low), 0 where they are equal and for padding."""
+    """Return (t - low) / (high - low), and 0 for padding and where low and high are equal."""
     scaled = torch.where(high > low, (t - low) / (high - low), torch.zeros_like(t))
     return scaled if mask is None else scaled.masked_fill(~mask, 0)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What a variant reads: "rollout" of relevance maps, one "layer" of them, the "input", or attention
-    alone.
+    """One variant of the method.
+
+    Attributes:
+        kind: what the scores are: a "rollout" of relevance maps, the map of one "layer", or relevance of the
+            "input". The kinds "attention", "attention_rollout" and "grad_cam" only read attention.
+        gradient: multiply the maps by the gradient of the logit.
+        layer: number of the layer whose map is read; negative numbers count from the last one.
+        lrp: use the rules of the LRP baseline.
     """
 
     kind: str
@@ -99,7 +144,7 @@ class Variant:
     lrp: bool = False
 
     def lowest_gradient(self, start_layer: int, depth: int) -> int:
-        """First layer whose attention gradient is read, depth for none."""
+        """Return the lowest layer whose attention gradient is read, or depth for none."""
         if not self.gradient:
             return depth
         if self.kind == "rollout":
@@ -107,9 +152,9 @@ class Variant:
         return depth - 1 if self.layer is None else self.layer % depth
 
 
-# rollout: of the relevance alone; last_layer, second_layer: the pooled token's row of that layer's map,
-# _ablation: with the gradient; full: relevance of the input tokens, or pixels; lrp: the same by the LRP
-# baseline's rules; the last three read attention alone
+# "rollout" rolls out relevance without gradients. "last_layer" and "second_layer" are the pooled token's row
+# of that layer's map, and "_ablation" multiplies it by the gradient. "full" is the relevance of the input
+# tokens or pixels, and "lrp" the same by the LRP baseline's rules. The last three only read attention.
 VARIANTS = {
     "transformer_attribution": Variant("rollout", gradient=True),
     "rollout": Variant("rollout"),
@@ -125,10 +170,10 @@ VARIANTS = {
     "attn_gradcam": Variant("grad_cam", gradient=True),
 }
 
-# kinds that follow relevance down the layers; the others only read attention
+# Kinds that propagate relevance down the layers; the others only read attention.
 FOLLOWED = ("rollout", "layer", "input")
 
-# names of the published BERT code's functions
+# Function names of the published BERT code, and the variants that they compute.
 PUBLISHED = {
     "generate_LRP": "transformer_attribution",
     "generate_LRP_last_layer": "last_layer",
@@ -147,19 +192,29 @@ def variant_scores(
     start_layer: int,
     prefix: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Scores of a variant: (B, n) tokens; for images, whose first `prefix` tokens aren't patches, (B,
-    patches) or (B, height, width).
+    """Compute the scores of a variant.
 
-    And (B,) bool, of packed sequences (S,), where there is nothing in them: no relevance reaches any token,
-    and the scores are made 0.
+    Args:
+        model: the stock model.
+        chosen: the variant.
+        propagation: a new pass of relevance; its rules are used.
+        start_layer: the lowest layer of a rollout.
+        prefix: number of tokens before the patches of an image; None for text.
+
+    Returns:
+        Scores (B, n) of the tokens, or for images (B, patches) or (B, height, width). Also (B,) bool, or (S,)
+        for packed sequences, which is True where no relevance reaches any token. The scores are 0 there.
+
+    Raises:
+        ValueError: Grad-CAM for images whose head does not read [CLS], or pixels of another image size.
     """
     scores, states = _scores(model, chosen, propagation, start_layer, prefix), propagation.states
     brought = scores != 0
     if chosen.kind == "rollout":
-        # the row that a rollout starts from is left as it was
+        # A token has received something if its entry differs from the row that the rollout starts from.
         brought = scores != propagation.start_row()[:, 0, prefix:].to(scores.device)
         if prefix is None and propagation.normalize:
-            # but a row of one token is its own whatever it gets
+            # With normalize, the row of a lone token is 1 even if it receives relevance.
             lone, given = (
                 t.to(scores.device)
                 for t in (states.lone_tokens(), propagation.token_sums[len(states.layers)])

@@ -1,4 +1,4 @@
-"""Stock classifiers that also return norms and the GlobEnc rollout."""
+"""Stock classifiers that can also return norms and the GlobEnc rollout."""
 
 from pyglobenc.compat.globenc.modeling.modeling_bert import BertForSequenceClassification
 from pyglobenc.compat.globenc.modeling.modeling_electra import ElectraForSequenceClassification

@@ -1,4 +1,4 @@
-"""BERT with norms, under the name of the published module."""
+"""BERT with norms; the module has the name of the published one."""
 
 import transformers
 
@@ -6,4 +6,4 @@ from pyglobenc.compat.globenc.modeling.with_norms import WithNorms
 
 
 class BertForSequenceClassification(WithNorms, transformers.BertForSequenceClassification):
-    """Stock BERT classifier with `output_norms` and `output_globenc`."""
+    """A stock BERT classifier with `output_norms` and `output_globenc`."""

@@ -1,4 +1,4 @@
-"""ELECTRA with norms, under the name of the published module."""
+"""ELECTRA with norms; the module has the name of the published one."""
 
 import transformers
 
@@ -6,4 +6,4 @@ from pyglobenc.compat.globenc.modeling.with_norms import WithNorms
 
 
 class ElectraForSequenceClassification(WithNorms, transformers.ElectraForSequenceClassification):
-    """Stock ELECTRA classifier with `output_norms` and `output_globenc`."""
+    """A stock ELECTRA classifier with `output_norms` and `output_globenc`."""

@@ -1,6 +1,4 @@
-"""A stock classifier's forward pass that also returns norms and the GlobEnc rollout, in the published tuple
-order.
-"""
+"""Extends the forward pass of a stock classifier with norms and the GlobEnc rollout, in published order."""
 
 from dataclasses import dataclass
 from itertools import chain
@@ -15,18 +13,20 @@ from pyglobenc.methods.inputs import check_model, require_finite, run_captured
 from pyglobenc.methods.rollout.rows import roll_out
 from pyglobenc.methods.rollout.stages import STAGES, StageOps
 
-# a layer's norms, as the published code orders them: per head, the four stages, the four mixing ratios
+# A layer's norms in the published order: those of single heads, the four stages, the four mixing ratios.
 NORMS = ("head_N", *STAGES, *(f"mix_{name}" for name in STAGES))
 
 
 @dataclass
 class GlobEncOutput(SequenceClassifierOutput):
-    """`SequenceClassifierOutput` with what the published code returns in tuples only.
+    """`SequenceClassifierOutput` with the rollout and the norms.
+
+    The published code returns these in tuples only.
 
     Attributes:
-        globenc: rollout of N_Enc, (B, n, n), unnormalised.
-        norms: of every layer, a tuple in the order of NORMS: head_N (B, H, n, n), four maps (B, n, n), four
-            ratios (B, n).
+        globenc: the rollout of N_Enc, (B, n, n), not normalised.
+        norms: for each layer a tuple in the order of NORMS: head_N (B, H, n, n), four maps (B, n, n), and
+            four ratios (B, n).
     """
 
     globenc: Tensor | None = None
@@ -34,7 +34,7 @@ class GlobEncOutput(SequenceClassifierOutput):
 
 
 class WithNorms:
-    """Mixed into a stock classifier: `forward` takes `output_norms` and `output_globenc`."""
+    """Mixin for a stock classifier, whose `forward` then takes `output_norms` and `output_globenc`."""
 
     def forward(
         self,
@@ -52,23 +52,24 @@ class WithNorms:
         output_globenc: bool | None = None,
         **kwargs: Any,
     ) -> tuple | SequenceClassifierOutput:
-        """The stock forward pass, and on request norms and rollout.
+        """Run the stock forward pass, and compute norms and the rollout if they are asked for.
+
+        The arguments that are not listed here are those of the stock model, in the published order.
 
         Args:
-            input_ids: (B, n) int64; these and the next arguments as the stock model takes them, in the
-                published order.
-            head_mask: only None.
-            output_norms: also return every layer's nine norms and ratios.
+            input_ids: (B, n) int64.
+            head_mask: must be None.
+            output_norms: also return the nine norms and ratios of each layer.
             output_globenc: also return the rollout of N_Enc, (B, n, n).
 
         Returns:
-            `GlobEncOutput`; with return_dict=False the tuple (loss), logits, (hidden states), (attentions),
-            (rollout), (norms) of what was asked for. Rows of padding are 0. As published, output_attentions
-            with output_globenc and without output_norms gives every layer's N_Enc in the place of its
-            attention.
+            `GlobEncOutput`. With return_dict=False, a tuple of the loss, logits, hidden states, attentions,
+            rollout and norms, without those that were not asked for. Rows of padding are 0. As in the
+            published code, output_attentions with output_globenc but without output_norms gives each layer's
+            N_Enc instead of its attention.
 
         Raises:
-            ValueError: head_mask, or input that the model can't take.
+            ValueError: head_mask is given, or the model cannot take the input.
         """
         if head_mask is not None:
             raise ValueError(f"{type(self).__name__}: head_mask is not supported; transformers 5 has none")
@@ -110,7 +111,7 @@ def _found(
     globenc: bool,
     dtype: torch.dtype,
 ) -> tuple[tuple | None, Tensor | None, tuple | None]:
-    """Attentions, rollout and norms, None for what isn't asked for."""
+    """Return the attentions, the rollout and the norms; None for each that was not asked for."""
     seen = (
         tuple(ops.attention_maps(layer).to(dtype) for layer in captured)
         if attentions and (norms or not globenc)
