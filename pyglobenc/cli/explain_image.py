@@ -1,4 +1,4 @@
-"""`pyglobenc explain --image`: images in, overlays of their classes' maps out."""
+"""`pyglobenc explain --image` takes images and writes pictures with an overlay for each explained class."""
 
 import argparse
 from pathlib import Path
@@ -6,12 +6,12 @@ from pathlib import Path
 from pyglobenc.common.characters import printable
 from pyglobenc.common.files import check_writable
 
-# what has no meaning for an image
+# These options have no meaning for an image.
 TEXT_OPTIONS = ("pair", "html", "json", "save", "model_dtype", "merge_words", "max_length", "stride")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Explain the images; returns the exit status."""
+    """Explain the images, and return the exit status."""
     if options.text or options.file is not None or options.whole:
         options.error("--image explains images, not texts")
     if options.model == "minilm":
@@ -21,16 +21,16 @@ def run(options: argparse.Namespace) -> int:
     ] * (options.long != "error")
     if refused:
         options.error(f"--image takes no {' or '.join(refused)}; it writes a picture, --png")
-    # one file of all, or a file for each
+    # There is one file for all images, or one file for each.
     files = [options.png] if options.png else [f"{Path(name).stem}.attribution.png" for name in options.image]
     if len(set(files)) < len(files):
         options.error(
-            "--image: two images have the same name, and so would their pictures; name one file for all "
-            "with --png"
+            "--image: two images have the same name, so their pictures would have the same name too; name "
+            "one file for all of them with --png"
         )
     for file in files:
         check_writable(file)
-    # these take seconds
+    # These imports take seconds.
     import torch
 
     from pyglobenc.cli.outputs import check_outputs
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
         )
     check_outputs(files, options.model, options.image)
     images = [open_image(name, options.max_pixels) for name in options.image]
-    # a rollout does without classes, and its default target is what the head reads where there is one
+    # A rollout needs no classifier. If the model has one, the default target is the token that it reads.
     head = True if options.method == CLASSES else None
     model, processor = load_image_model(options.model, options.device, head, options.trust_remote_code)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)

@@ -1,4 +1,4 @@
-"""The command line: `pyglobenc explain`, `attribute`, `bench`, `doctor`."""
+"""The entry point of the command line: `pyglobenc explain`, `attribute`, `bench` and `doctor`."""
 
 import argparse
 import logging
@@ -16,19 +16,19 @@ from pyglobenc.cli import attribute, bench, doctor, explain
 from pyglobenc.common.characters import printable
 from pyglobenc.common.files import one_line
 
-# each has NAME, HELP, add_arguments(parser) and run(options), which returns the exit status
+# Each module has NAME, HELP, add_arguments(parser) and run(options), which returns the exit status.
 COMMANDS = (explain, attribute, bench, doctor)
 
 FAILED, INTERRUPTED = 1, 130
-# errors whose messages are written for the user; any other is a fault of this program
+# These errors carry messages that are written for the user. Any other error is a fault of this program.
 EXPECTED = (OSError, ValueError, TypeError, RuntimeError, ImportError, MemoryError)
 
-# characters of a usage error, which may repeat an argument
+# A usage error is cut to this many characters, because it may repeat a long argument.
 MOST = 600
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line that steers no terminal."""
+    """A parser whose errors are one line without control characters."""
 
     def error(self, message: str) -> NoReturn:
         line = printable(" ".join(message[:MOST].split()))
@@ -36,13 +36,20 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; argv None: the process's arguments.
+    """Run a command.
+
+    Args:
+        argv: the command's arguments; None for the arguments of the process.
 
     Returns:
-        Exit status: 0 done, 1 failed (one line on stderr says why), 130 stopped by Ctrl-C or SIGTERM; wrong
-            usage leaves with 2.
+        Exit status: 0 if the command succeeded, 1 if it failed (one line on stderr gives the reason), and 130
+        if Ctrl-C or SIGTERM stopped it.
+
+    Raises:
+        SystemExit: the usage is wrong (status 2), or help or the version was printed (status 0).
     """
-    # a scheduler that ends a job loses no more of it than Ctrl-C does; only the main thread may ask for it
+    # SIGTERM, which a scheduler sends to end a job, is treated like Ctrl-C so that no more work is lost. Only
+    # the main thread may set a signal handler.
     if (
         threading.current_thread() is threading.main_thread()
         and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -58,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _flush_stdout()
         return status
     except SystemExit:
-        # help and usage errors; what reads them may be gone
+        # Help and usage errors end here. The process that reads them may be gone.
         with suppress(OSError):
             _flush_stdout()
         raise
@@ -66,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say("stopped")
         return INTERRUPTED
     except BrokenPipeError:
-        # the reader has seen enough
+        # The process that reads the output has closed it.
         _drop(sys.stdout)
         return FAILED
     except Exception as error:
@@ -98,27 +105,28 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _prepare_streams() -> None:
-    """Make sure that no file takes the number of a standard stream that is closed: what is meant for the
-    stream would go into the file.
+    """Make sure that no file gets the number of a closed standard stream.
+
+    Otherwise the text written to that stream would go into the file.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            # the lowest number that is free, which is this one
+            # `os.open` takes the lowest free number, which is this one.
             os.open(os.devnull, os.O_RDWR)
     if sys.stderr is None:
-        # print(file=None) writes to standard output
+        # `print(file=None)` would write to standard output.
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            # a character that the terminal can't show is no reason to fail
+            # A character that the terminal can't show must not be an error.
             stream.reconfigure(errors="replace")
 
 
 @contextmanager
 def _one_line_each() -> Iterator[None]:
-    """Within the context warnings and log records are a line each, which steers no terminal."""
+    """Within this context every warning and log record is printed as one line without control characters."""
     log, handler = logging.getLogger("pyglobenc"), logging.Handler(logging.WARNING)
     handler.emit = lambda record: _say(one_line(record.getMessage()))
     log.addHandler(handler)
@@ -131,7 +139,7 @@ def _one_line_each() -> Iterator[None]:
 
 
 def _flush_stdout() -> None:
-    """Write what stdout still holds; where that fails drop it, and raise OSError."""
+    """Write what stdout still buffers; if that fails, drop it and raise OSError."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -141,7 +149,7 @@ def _flush_stdout() -> None:
 
 
 def _drop(stream: TextIO | None) -> None:
-    """What a stream still holds can't be written; Python would try again at exit, and complain."""
+    """Drop what a broken stream buffers; else Python would try again at exit and print an error."""
     with suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

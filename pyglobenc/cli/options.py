@@ -1,16 +1,16 @@
-"""Types of the commands' numbers, whose errors argparse shows, and options that several commands have."""
+"""Number types of the commands' options, whose errors argparse prints, and options that commands share."""
 
 import argparse
 import os
 from math import isfinite
 
-# far above what any machine holds, and below what C code takes
+# This is far above what any machine can hold, and fits a C int.
 LARGEST = 2**31 - 1
 HOUR = 3600.0
 
 
 def integer(text: str) -> int:
-    """An integer within what C code takes."""
+    """Return the integer in an option's text; it must fit a C int."""
     value = int(text)
     if abs(value) > LARGEST:
         raise argparse.ArgumentTypeError(f"must lie in [-{LARGEST}, {LARGEST}], got {text[:40]!r}")
@@ -18,7 +18,7 @@ def integer(text: str) -> int:
 
 
 def positive(text: str) -> int:
-    """An integer from 1 on."""
+    """Return the integer in an option's text; it must be at least 1."""
     value = integer(text)
     if value < 1:
         raise ValueError
@@ -26,8 +26,9 @@ def positive(text: str) -> int:
 
 
 def threads(text: str) -> int:
-    """A number of threads that this machine has processors for; torch crashes when it can't start as many as
-    it is told.
+    """Return the number of threads in an option's text; it must be at most the number of processors.
+
+    torch crashes if it can't start as many threads as it is told to.
     """
     value, most = positive(text), os.cpu_count() or 1
     if value > most:
@@ -38,14 +39,14 @@ def threads(text: str) -> int:
 
 
 def seconds(text: str) -> float:
-    """A time above 0, an hour at most."""
+    """Return the seconds in an option's text; they must be above 0 and at most an hour."""
     value = float(text)
     if not (isfinite(value) and 0 < value <= HOUR):
         raise argparse.ArgumentTypeError(f"must be seconds above 0, at most {HOUR:.0f}, got {text[:40]!r}")
     return value
 
 
-# argparse names the type in its error
+# argparse names the type in its error messages.
 integer.__name__, positive.__name__, threads.__name__, seconds.__name__ = (
     "int",
     "positive integer",
@@ -55,7 +56,11 @@ integer.__name__, positive.__name__, threads.__name__, seconds.__name__ = (
 
 
 def environment_number(name: str, default: int) -> int:
-    """An environment variable's integer; ValueError, naming it, if it is something else."""
+    """Return the integer in an environment variable, or `default` if it isn't set.
+
+    Raises:
+        ValueError: the value is not an integer. The message names the variable.
+    """
     text = os.environ.get(name)
     if text is None:
         return default
@@ -66,9 +71,9 @@ def environment_number(name: str, default: int) -> int:
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
-    """Declare --trust-remote-code."""
+    """Add the option --trust-remote-code to a parser."""
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="run Python code that comes with the model (default: never)",
+        help="run Python code that comes with the model (default: refuse it)",
     )

@@ -1,4 +1,4 @@
-"""Outputs of a command kept apart from what it reads."""
+"""Checks that keep a command's outputs apart from the files that it reads."""
 
 import json
 import os
@@ -9,15 +9,15 @@ from pyglobenc.common.files import check_apart
 
 
 def check_outputs(outputs: Iterable[str], model: str, inputs: Iterable[str | Path | int]) -> None:
-    """Refuse outputs that are, or lie in, the model's folder or an input.
+    """Refuse an output that is an input or the model's folder, or lies in one of them.
 
     Args:
         outputs: files or folders that will be written.
         model: name or folder of the model.
-        inputs: files and folders that are read; 0 for standard input.
+        inputs: files and folders that are read; 0 stands for standard input.
 
     Raises:
-        ValueError: an output would be written over or into what is read; or there is no such model.
+        ValueError: an output would be written over or into what is read, or the model doesn't exist.
     """
     kept = [*inputs, *model_places(model)]
     for output in outputs:
@@ -25,8 +25,11 @@ def check_outputs(outputs: Iterable[str], model: str, inputs: Iterable[str | Pat
 
 
 def check_output_folder(output: str, model: str, inputs: Iterable[str | Path]) -> None:
-    """Refuse an output folder that is, lies in or holds an input, or lies in the model's folder; arguments as
-    of `check_outputs`.
+    """Refuse an output folder that would be mixed with what is read; arguments as for `check_outputs`.
+
+    Raises:
+        ValueError: the folder is an input, lies in one or contains one, or lies in the model's folder.
+        NotADirectoryError: there is a file of that name.
     """
     inputs = list(inputs)
     check_outputs([output], model, inputs)
@@ -38,13 +41,14 @@ def check_output_folder(output: str, model: str, inputs: Iterable[str | Path]) -
 
 
 def model_places(name: str) -> list[str]:
-    """Folders that a model is read from: its own, and that of the base model of a PEFT adapter; none of a
-    model not here yet.
+    """Return the folders that a model is read from: its own, and the base model's if it is a PEFT adapter.
+
+    A model of the hub that isn't in the local cache has none.
 
     Raises:
-        ValueError: a bundled model whose package isn't installed, a path that isn't a folder.
+        ValueError: the package of a bundled model isn't installed, or a path is no folder.
     """
-    # it imports transformers, which takes seconds
+    # This imports transformers, which takes seconds.
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -60,7 +64,7 @@ def model_places(name: str) -> list[str]:
                     try_to_load_from_cache(folder, file) for file in ("config.json", "adapter_config.json")
                 ]
             except HFValidationError:
-                # no name of the hub; loading says so
+                # The name can't be one of the hub. Loading the model reports that.
                 continue
             folder = next((os.path.dirname(file) for file in cached if isinstance(file, str)), None)
         if folder is not None and folder not in places:

@@ -1,4 +1,4 @@
-"""Keyword arguments that a function doesn't know are refused by name, with the nearest name that it knows."""
+"""Refuses unknown keyword arguments, and suggests the nearest known names."""
 
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
@@ -6,14 +6,18 @@ from functools import wraps
 from inspect import Parameter, signature
 from typing import Any
 
-# of difflib's ratio, above which two names are taken for the same one misspelt
+# Two names whose difflib ratio is above this are taken for the same name, misspelt once.
 ALIKE = 0.5
 KINDS = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 
 
 def refuse_unknown(who: str, unknown: Iterable[str], known: Iterable[str]) -> None:
-    """Raise TypeError, naming who, if there is an unknown name; the message gives the nearest known names, or
-    all of them.
+    """Raise TypeError if there is an unknown name; the message suggests the nearest known names.
+
+    Args:
+        who: name of the function or class for the message.
+        unknown: the unknown names; nothing happens if there are none.
+        known: the names that are allowed. The message lists all of them if none is near.
     """
     unknown, known = sorted(unknown), sorted(known)
     if not unknown:
@@ -24,14 +28,12 @@ def refuse_unknown(who: str, unknown: Iterable[str], known: Iterable[str]) -> No
 
 
 def argument_names(function: Callable[..., Any]) -> frozenset[str]:
-    """Return the names of a function's arguments that can be given by keyword; self isn't one."""
+    """Return the names of a function's arguments that can be given by keyword, without self."""
     return frozenset(p.name for p in signature(function).parameters.values() if p.kind in KINDS) - {"self"}
 
 
 def known_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator: refuse unknown keyword arguments as `refuse_unknown` does, in place of Python's own
-    error.
-    """
+    """Decorate a function so that unknown keyword arguments are refused by `refuse_unknown`."""
     names = argument_names(function)
     owner, _, name = function.__qualname__.rpartition(".")
     who = owner if name in ("__init__", "__call__") else name

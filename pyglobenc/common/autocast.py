@@ -1,4 +1,4 @@
-"""Keeps the caller's torch.autocast to the model's forward pass.
+"""Limits the caller's torch.autocast to the forward pass of the model.
 
 Attribution computes in the dtypes of its own tensors. Under autocast, torch's matrix products return half
 precision, and a kernel that expects float32 would misread them.
@@ -18,7 +18,7 @@ _CALLERS: ContextVar[dict[str, torch.dtype] | None] = ContextVar("pyglobenc_call
 
 
 def outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator that runs a function with the caller's autocast turned off."""
+    """Decorate a function so that the caller's autocast is off while it runs."""
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -39,9 +39,7 @@ def outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def callers_autocast() -> Iterator[None]:
-    """Context that turns the caller's autocast on again, inside a function decorated with
-    `outside_autocast`.
-    """
+    """Return a context that turns the caller's autocast on again, inside an `outside_autocast` function."""
     with ExitStack() as stack:
         for kind, dtype in (_CALLERS.get() or {}).items():
             stack.enter_context(torch.autocast(kind, dtype))

@@ -1,15 +1,20 @@
-"""Characters that are safe to show: none steers a terminal or a page."""
+"""Makes text safe to show, without characters that would control a terminal or a page."""
 
 import unicodedata
 
-# joiners that scripts and emoji need
+# Some scripts and emoji need these joiners.
 KEPT = "\u200c\u200d"
 REPLACED = "\ufffd"
 
 
 def printable(text: object, newlines: bool = False) -> str:
-    """Text without characters that would steer a terminal or a page: they become U+FFFD, every other space a
-    space.
+    """Return a value as text without control characters.
+
+    Control characters become U+FFFD, and other white space becomes a plain space.
+
+    Args:
+        text: the value.
+        newlines: keep line ends.
     """
     return "".join(_printable(char, newlines) for char in str(text))
 

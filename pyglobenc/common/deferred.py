@@ -1,7 +1,7 @@
 """Checks of tensor values that can be put off.
 
-A check normally reads its tensor at once. While a CUDA graph is recorded nothing may wait for the device, so
-the checks are kept and made after each replay.
+A check normally reads its tensor at once. While a CUDA graph is recorded, nothing may wait for the device, so
+the checks are collected and made after each replay.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Check:
-    """A condition, () bool on its device, and the error to raise if it is false."""
+    """A condition, a () bool tensor on its device, and the function that makes the error if it is false."""
 
     holds: Tensor
     error: Callable[[], Exception]
@@ -25,7 +25,7 @@ _PUT_OFF: ContextVar[list[Check] | None] = ContextVar("pyglobenc_checks_put_off"
 
 
 def require(holds: Tensor, error: Callable[[], Exception]) -> None:
-    """Raise error() unless the condition, () bool, is true; inside `checks_put_off` keep both for later."""
+    """Raise error() unless the condition, a () bool tensor, is true; `checks_put_off` delays the check."""
     checks = _PUT_OFF.get()
     if checks is not None:
         checks.append(Check(holds, error))
@@ -39,7 +39,7 @@ def may_look() -> bool:
 
 
 def check_range(who: str, name: str, index: Tensor, size: int) -> None:
-    """Raise ValueError, naming who, unless all indices, of any shape, lie in [0, size)."""
+    """Raise ValueError unless all indices, of any shape, lie in [0, size); the message names who and name."""
     require(
         ((index >= 0) & (index < size)).all(),
         lambda: ValueError(
@@ -50,7 +50,7 @@ def check_range(who: str, name: str, index: Tensor, size: int) -> None:
 
 @contextmanager
 def checks_put_off() -> Iterator[list[Check]]:
-    """Context in which no tensor value is read; yields the list that collects the checks."""
+    """Return a context in which no tensor value is read; it yields the list that collects the checks."""
     checks: list[Check] = []
     token = _PUT_OFF.set(checks)
     try:
@@ -60,8 +60,6 @@ def checks_put_off() -> Iterator[list[Check]]:
 
 
 def look(checks: list[Check]) -> None:
-    """Raise the first error among the checks that were put off; waits for the device once if there is
-    none.
-    """
+    """Raise the first error among checks that were put off; if there is none, the device is read once."""
     if checks and not bool(torch.stack([check.holds for check in checks]).all()):
         raise next(check.error() for check in checks if not bool(check.holds))

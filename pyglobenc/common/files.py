@@ -1,4 +1,4 @@
-"""Reading text, and writing files so that a full disk or Ctrl-C never leaves half a file."""
+"""Reads text, and writes files so that a full disk or Ctrl-C never leaves half a file."""
 
 import os
 import stat
@@ -10,23 +10,24 @@ from uuid import uuid4
 
 from pyglobenc.common.characters import printable
 
-# of a name, what its temporary file's name begins with; names end at 255 bytes
+# The name of a temporary file begins with this many characters of the file's name, because file systems limit
+# names to 255 bytes.
 PREFIX = 40
 
 
 def write_file(path: str | Path, data: bytes | memoryview, follow: bool = True) -> None:
-    """Write a file whole or not at all: to a temporary file beside it, then moved into place; devices and
-    pipes directly.
+    """Write a whole file or nothing: a temporary file beside it is written first, then moved into place.
 
-    A file that is replaced keeps its owner and permissions, a new one has those that the umask leaves.
+    Devices and pipes are written directly. A file that is replaced keeps its owner and permissions; a new
+    file has the permissions that the umask leaves.
 
     Args:
-        path: of the file.
-        data: what it shall hold.
-        follow: write through a symbolic link to what it names; without it the link itself is replaced.
+        path: path of the file.
+        data: bytes of the file.
+        follow: write through a symbolic link to its target; without it the link itself is replaced.
 
     Raises:
-        OSError: with the path asked for as its filename.
+        OSError: the file can't be written. Its filename is `path`.
     """
     path = Path(path)
     try:
@@ -41,12 +42,12 @@ def write_file(path: str | Path, data: bytes | memoryview, follow: bool = True) 
 def _replace(path: Path, data: bytes | memoryview) -> None:
     temporary = path.with_name(f"{temporary_prefix(path)}{uuid4().hex}.tmp")
     try:
-        # made by this call: what is there already, and be it a link, is an error
+        # This call must create the file: an existing file or link of that name is an error.
         with open(temporary, "xb") as file:
             _keep_permissions(path, file.fileno())
             file.write(data)
             file.flush()
-            # a disk may only report that it is full when told to write
+            # A disk may report that it is full only when the data is flushed.
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
@@ -56,16 +57,16 @@ def _replace(path: Path, data: bytes | memoryview) -> None:
 
 
 def temporary_prefix(path: Path) -> str:
-    """How the names of a file's temporary files begin; they end in .tmp."""
+    """Return the beginning of the names of a file's temporary files, which end in .tmp."""
     return f".{path.name[:PREFIX]}."
 
 
 def _keep_permissions(path: Path, handle: int) -> None:
-    """Give an open file the owner and permissions of the one that it shall replace."""
+    """Give an open file the owner and permissions of the file that it replaces."""
     with suppress(FileNotFoundError):
         old = os.lstat(path)
         if stat.S_ISREG(old.st_mode) and hasattr(os, "fchmod"):
-            # only root gives files away; a group that one belongs to can be kept
+            # Only root may change a file's owner. A user may set a group that they belong to.
             for owner in (old.st_uid, -1):
                 with suppress(PermissionError):
                     os.fchown(handle, owner, old.st_gid)
@@ -74,7 +75,7 @@ def _keep_permissions(path: Path, handle: int) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut, where folders can be synced."""
+    """Make a rename survive a power failure, on systems where folders can be synced."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -84,12 +85,13 @@ def _sync_folder(folder: Path) -> None:
 
 
 def check_apart(output: str | Path, kept: Iterable[str | Path | int]) -> None:
-    """Refuse an output that is, or lies in, a file or folder that is read, whatever name, link or case it is
-    reached by.
+    """Refuse an output that is a file or folder that is read, or lies in one.
+
+    Files are compared by identity, so other names, links and upper or lower case make no difference.
 
     Args:
-        output: the file or folder that would be written; it need not be there.
-        kept: files and folders that are read; an integer is an open file, as 0 for standard input.
+        output: the file or folder that would be written; it need not exist.
+        kept: files and folders that are read; an integer is an open file, such as 0 for standard input.
 
     Raises:
         ValueError: the output would be written over or into one of them.
@@ -101,7 +103,7 @@ def check_apart(output: str | Path, kept: Iterable[str | Path | int]) -> None:
         if _identity(path) in above:
             where = "standard input's file" if path == 0 else path
             raise ValueError(f"{output}: is or lies in {where}, which is read; choose another place")
-        # one of its files by another name
+        # The output may be a file of the folder under another name, such as a hard link.
         if (
             place.is_file()
             and path != 0
@@ -112,10 +114,10 @@ def check_apart(output: str | Path, kept: Iterable[str | Path | int]) -> None:
 
 
 def _identity(path: str | Path | int) -> tuple[int, int] | None:
-    """What a file or folder is, by whatever name; None for devices and for what isn't there."""
+    """Return the device and inode of a file or folder; None for special files and for missing ones."""
     try:
         status = os.stat(path)
-    # a name may hold what no file's name can
+    # `os.stat` raises ValueError for names that no file can have.
     except (OSError, ValueError):
         return None
     return (
@@ -130,7 +132,7 @@ def _files(folder: str | Path) -> Iterable[str]:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise OSError if a file can't be written there, before work is spent on what goes into it."""
+    """Raise OSError if a file can't be written there, before time is spent on its contents."""
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(21, "is a folder", str(path))
@@ -141,7 +143,7 @@ def check_writable(path: str | Path) -> None:
 
 
 def one_line(error: BaseException | str) -> str:
-    """An error's message in one line that steers no terminal, the file's name first if it is about one."""
+    """Return an error's message as one line without control characters; a file's name comes first."""
     message = str(error)
     if isinstance(error, OSError) and error.strerror:
         message = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
@@ -149,8 +151,15 @@ def one_line(error: BaseException | str) -> str:
 
 
 def read_at_most(file: BinaryIO, name: str, most: int) -> bytes:
-    """All bytes of a file that may have no end; ValueError, with the file's name, if there are more than
-    most.
+    """Return all bytes of a file that may be endless.
+
+    Args:
+        file: the open file.
+        name: its name for the message.
+        most: largest number of bytes.
+
+    Raises:
+        ValueError: the file holds more bytes.
     """
     data = file.read(most + 1)
     if len(data) > most:
@@ -159,11 +168,14 @@ def read_at_most(file: BinaryIO, name: str, most: int) -> bytes:
 
 
 def decode(data: bytes, name: str) -> str:
-    """Bytes of a text file as UTF-8, a byte order mark dropped and line ends made \\n; name is the file's,
-    for errors.
+    """Decode the bytes of a text file as UTF-8, without a byte order mark and with \\n as line ends.
+
+    Args:
+        data: bytes of the file.
+        name: its name for the message.
 
     Raises:
-        ValueError: not UTF-8.
+        ValueError: the bytes are not UTF-8.
     """
     try:
         text = data.decode("utf-8-sig")

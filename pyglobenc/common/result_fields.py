@@ -1,4 +1,4 @@
-"""Checks of the fields of an `Attribution`, the same whether it was made in Python or read from a file."""
+"""Checks the fields of an `Attribution`, whether it was made in Python or read from a file."""
 
 import math
 from collections.abc import Callable
@@ -6,36 +6,36 @@ from typing import Any
 
 import numpy as np
 
-# an index that Parquet and NumPy hold, too
+# Parquet and NumPy can store indices up to this one.
 LARGEST = 2**63 - 1
 TARGET_KINDS = ("token", "class", "mean")
 DTYPES = ("float32", "float64")
 
 
 def is_index(value: Any) -> bool:
-    """Whether a value is an integer from 0 to 2**63 - 1."""
+    """Return whether a value is an integer from 0 to 2**63 - 1."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite float, or an integer of at most 64 bits."""
+    """Return whether a value is a finite float, or an integer of at most 64 bits."""
     if isinstance(value, float):
         return math.isfinite(value)
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def is_string(value: Any) -> bool:
-    """Whether a value is a str."""
+    """Return whether a value is a str."""
     return isinstance(value, str)
 
 
 def is_flag(value: Any) -> bool:
-    """Whether a value is a bool."""
+    """Return whether a value is a bool."""
     return isinstance(value, bool)
 
 
 def is_pair(value: Any) -> bool:
-    """Whether a value is (start, stop) with 0 <= start <= stop."""
+    """Return whether a value is a pair (start, stop) of indices with start <= stop."""
     return (
         isinstance(value, list | tuple)
         and len(value) == 2
@@ -45,7 +45,7 @@ def is_pair(value: Any) -> bool:
 
 
 def is_prediction(value: Any) -> bool:
-    """Whether a value is (name, number)."""
+    """Return whether a value is a pair (name, number) of a string and a finite number."""
     return isinstance(value, list | tuple) and len(value) == 2 and is_string(value[0]) and is_number(value[1])
 
 
@@ -75,7 +75,8 @@ SCALARS = {
     "text_pair": (_or_none(is_string), "a string or None"),
     "version": (is_string, "a string"),
 }
-# what an entry must be, in words, whether the field may be None, and whether it has n entries
+# For each field: the check of an entry, its description, whether the field may be None, and whether it has
+# n entries.
 LISTS = {
     "tokens": (is_string, "strings", False, True),
     "token_ids": (is_index, "integers of at least 0", False, True),
@@ -89,11 +90,14 @@ LISTS = {
 
 
 def check_fields(values: dict[str, Any]) -> None:
-    """Check the fields of an `Attribution`, given by name.
+    """Check the fields of an `Attribution`.
+
+    Args:
+        values: all fields by name; scores is an array (n,).
 
     Raises:
-        ValueError: a field has another type, length or range than `Attribution` says; the message names the
-            field.
+        ValueError: a field has another type, length or range than `Attribution` describes. The message names
+            the field.
     """
     for name, (check, expected) in SCALARS.items():
         if not check(values[name]):
@@ -137,7 +141,7 @@ def _check_scores(scores: np.ndarray, n: int) -> None:
 
 
 def _check_together(values: dict[str, Any], n: int) -> None:
-    """Check what holds between fields."""
+    """Check the conditions that involve several fields."""
     if values["target_kind"] == "token" and values["target"] >= n:
         raise ValueError(f"target must be a position below n = {n}, got {values['target']}")
     if (values["text_pair"] is None) != (values["parts"] is None):
@@ -150,7 +154,7 @@ def _check_together(values: dict[str, Any], n: int) -> None:
 
 
 def shown(value: Any) -> str:
-    """A value for an error message: its type, and its beginning where that is short to write."""
+    """Return a value as an error message shows it: the value if it is short, else its beginning or type."""
     if isinstance(value, str):
         return repr(value[:40])
     if value is None or isinstance(value, float | bool):

@@ -1,1 +1,1 @@
-"""Texts and images as a model takes them, and their batches."""
+"""Texts and images prepared as inputs of a model, and grouped into batches."""

@@ -1,4 +1,4 @@
-"""Tokenized texts through a method: their windows in padded batches, the windows' rows joined again."""
+"""Runs a method on tokenized texts: pads their windows into batches, and joins the scores of the windows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pyglobenc.methods.registry import find_method
 if TYPE_CHECKING:
     from pyglobenc.inputs.options import Options
 
-# ends of the names of models whose logits are not of classes of the whole text
+# The logits of models with these name endings are not those of classes of the whole text.
 OTHER_HEADS = (
     "TokenClassification",
     "QuestionAnswering",
@@ -36,16 +36,19 @@ OTHER_HEADS = (
     "CausalLM",
     "LMHeadModel",
 )
-# tokenizers without a limit say so with a huge number
+# A tokenizer without a limit has a huge number as its limit.
 NO_LIMIT = 10**9
 
 
 def longest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: int | None) -> int | None:
-    """Tokens that fit, special tokens included: what is asked for, else all that the model and the tokenizer
-    take; None: no limit.
+    """Return the largest number of tokens that a text may have, special tokens included; None for no limit.
+
+    Args:
+        model, tokenizer: their own limits count.
+        asked: the user's limit, or None.
 
     Raises:
-        ValueError: more asked for than the model takes.
+        ValueError: the user's limit is above the model's.
     """
     limit = max_tokens(model)
     if asked is None:
@@ -61,11 +64,15 @@ def longest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: i
 
 
 def check_target(runner: Runner, encoded: Encoded, name: str) -> None:
-    """Raise ValueError, naming the text, if the target asked for isn't among its n tokens, or the model's
-    classes.
+    """Raise ValueError if the target doesn't exist, or if the tokenizer doesn't fit the model.
+
+    Args:
+        runner: holds the target, the method and the model.
+        encoded: the tokenized text.
+        name: name of the text for the message.
     """
     target, kind = runner.options.target, runner.method.target
-    # how many classes a user's module has is known from its logits alone, and a base model has none
+    # Only the logits tell how many classes a user's own module has, and a base model has none.
     known_head = isinstance(runner.called, PreTrainedModel) and runner.called is not runner.called.base_model
     classes = class_count(runner.model) if known_head else None
     if kind == "class" and target is not None and classes is not None and not 0 <= target < classes:
@@ -84,24 +91,24 @@ def check_target(runner: Runner, encoded: Encoded, name: str) -> None:
         )
 
 
-# the target of one text (None: what the method itself takes), followed by the windows that contain it
+# The target of one text (None: the method's own default), followed by the windows that contain it.
 Plan = tuple[int | str | None, list[list[int]]]
 
 
 class Row(NamedTuple):
-    """What a window's computation gave."""
+    """The result of one window."""
 
-    scores: np.ndarray  # as long as the window
+    scores: np.ndarray  # (n,) of the window
     log_scale: float
-    target: int | None  # class, or position in the window; None for a mean over tokens
-    logits: Tensor | None  # (classes,) of a classifier
+    target: int | None  # class index, or position in the window; None for a mean over tokens
+    logits: Tensor | None  # (classes,); None without a classifier
 
 
 class Runner:
-    """A method ready to run on a model.
+    """A method that is ready to run on a model.
 
     Raises:
-        TypeError, ValueError: unknown method, or whatever the method refuses; a tokenizer that is none.
+        TypeError, ValueError: the method is unknown or refuses the model, or the tokenizer can't be used.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: Options):
@@ -131,9 +138,10 @@ class Runner:
             raise TypeError(
                 f"explain: tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}"
             )
-        # what transformers makes where the tokenizer's files are missing
+        # transformers makes a tokenizer of special tokens alone if the tokenizer's files are missing.
         special = set(tokenizer.all_special_tokens)
-        # the whole vocabulary takes longer than a short text's forward pass
+        # The length is compared first, because reading the whole vocabulary takes longer than the forward
+        # pass of a short text.
         if len(tokenizer) <= len(special) and special.issuperset(tokenizer.get_vocab()):
             raise ValueError("explain: the tokenizer has no vocabulary; were its files saved with the model?")
         if options.merge_words and not tokenizer.is_fast:
@@ -142,16 +150,16 @@ class Runner:
                 f"{type(tokenizer).__name__}"
             )
         self.model, self.tokenizer, self.options = model, tokenizer, options
-        # inspected only where packing is wanted: that takes a part of a short text's forward pass
+        # The model is inspected only if packing is wanted, because that costs time for a short text.
         why_padded = None if options.packed is False else self._why_padded()
         if options.packed and why_padded:
             raise ValueError(why_padded)
-        # of torch's attention for packed sequences a GPU has half precision alone; without it each length
-        # takes a call of its own. A class is explained in padded batches, whose error is estimated and warned
-        # of, unless asked otherwise
+        # On a GPU, torch's attention for packed sequences exists in half precision only; in float32 each
+        # length needs a call of its own. By default a class is explained in padded batches, where the
+        # rounding error is estimated and reported.
         pays = (self.model.device.type == "cpu" or self.model.dtype in HALF) and self.method.target == "token"
         self.packed = why_padded is None and (pays if options.packed is None else options.packed)
-        # without a padding id, or a mask that tells padding, texts of different lengths have no batch
+        # Texts of different lengths can form a batch only with a padding id and an attention mask.
         self.batches = self.packed or (
             padding_id(self.model) is not None and accepts(self.called, "attention_mask")
         )
@@ -160,7 +168,7 @@ class Runner:
         self.versions |= {"torch": torch.__version__, "transformers": transformers.__version__}
 
     def _why_padded(self) -> str | None:
-        """Why texts can't be packed, or None."""
+        """Return the reason why texts can't be packed, or None if they can."""
         if not self.method.supports_packing:
             return f"explain: {self.method.name} takes no packed texts"
         try:
@@ -170,8 +178,9 @@ class Runner:
         return None
 
     def run(self, texts: list[Encoded]) -> Iterator[dict[str, Any]]:
-        """Of each text, as fields of `Attribution`: scores (n,), log_scale, target, windows and what the
-        model predicts.
+        """Yield the results of each text as fields of `Attribution`.
+
+        They are scores (n,), log_scale, target, windows and the model's prediction.
         """
         jobs, waiting, done = [], 0, defaultdict(list)
         plans = [self._plan(text) for text in texts]
@@ -195,13 +204,13 @@ class Runner:
                 window for window in text.windows if not isinstance(target, int) or target in window
             ]
         if target is None and len(text.windows) > 1:
-            # all windows explain one class
+            # All windows must explain the same class.
             target = self._predict(text)
         return target, text.windows
 
     @torch.no_grad()
     def _predict(self, text: Encoded) -> int:
-        """The class with the largest logit, averaged over windows."""
+        """Return the class with the largest logit, averaged over the windows of a text."""
         logits = []
         for window in text.windows:
             found = find_logits(run_model(self.called, self._batch([text], [window])))
@@ -211,7 +220,7 @@ class Runner:
         return int(torch.stack(logits).mean(0).argmax())
 
     def _rows(self, texts: list[Encoded], plans: list[Plan], jobs: list[tuple[int, list[int]]]) -> list[Row]:
-        """One for each job, a text's index and a window."""
+        """Return one result for each job; a job is the index of a text and a window."""
         arrange = self._columns if self.packed else self._batch
         batch = arrange([texts[index] for index, _ in jobs], [window for _, window in jobs])
         rows = self._run(batch, self._targets(texts, plans, jobs))
@@ -221,7 +230,7 @@ class Runner:
             [None] * len(jobs) if rows.targets is None else rows.targets.tolist(),
         )
         if rows.logits is not None and rows.logits.shape[:-1] == (len(jobs),):
-            # a weight that is NaN may reach the class and not the scores
+            # A NaN weight may affect the logits but not the scores.
             require_finite("explain", self.called, (rows.logits,))
             logits = list(rows.logits.detach().double().cpu())
         return [
@@ -232,7 +241,7 @@ class Runner:
     def _targets(
         self, texts: list[Encoded], plans: list[Plan], jobs: list[tuple[int, list[int]]]
     ) -> Tensor | str | None:
-        """(B,) int64, "mean", or None where the method itself takes every target."""
+        """Return the targets, (B,) int64 or "mean"; None if every target is the method's own default."""
         targets = [plans[index][0] for index, _ in jobs]
         if self.options.target == "mean":
             return "mean"
@@ -248,15 +257,13 @@ class Runner:
         return torch.tensor(targets, device=self.model.device)
 
     def _columns(self, texts: list[Encoded], windows: list[list[int]]) -> dict[str, list[list[int]]]:
-        """The model's inputs, a list for each window."""
+        """Return the model's inputs by name, each with one list for every window."""
         pairs = list(zip(texts, windows, strict=True))
         keys = [key for key in texts[0].inputs if accepts(self.called, key)]
         return {key: [[text.inputs[key][i] for i in window] for text, window in pairs] for key in keys}
 
     def _batch(self, texts: list[Encoded], windows: list[list[int]]) -> dict[str, Tensor]:
-        """The model's inputs (B, n), padded on the right whatever the tokenizer's side, so that a window's
-        positions start at 0.
-        """
+        """Return the model's inputs (B, n), always padded on the right so that positions start at 0."""
         width = max(len(window) for window in windows)
         fill = {"input_ids": padding_id(self.model) or 0}
         batch = {}
@@ -279,7 +286,7 @@ class Runner:
                 None if row.target is None else window[row.target]
                 for window, row in zip(windows, rows, strict=True)
             ]
-            # a causal model reads the text's last token in the last window alone
+            # Only the last window holds the last token of the text, which a causal model reads.
             kept = [i for i, one in enumerate(of_text) if one == of_text[-1]]
             windows, rows, target = [windows[i] for i in kept], [rows[i] for i in kept], of_text[-1]
             kind, target, name = (
@@ -294,5 +301,5 @@ class Runner:
         fields["target_name"] = name
         if logits[0] is None:
             return fields
-        # windows vote with their logits
+        # The prediction comes from the mean of the windows' logits.
         return fields | predict(self.model.config, torch.stack(logits).mean(0))._asdict()

@@ -1,6 +1,4 @@
-"""How many examples at once: as many as an estimate says fit, and half of that each time memory runs out all
-the same.
-"""
+"""Chooses the size of a batch by an estimate of its memory, and halves it when memory runs out."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -15,11 +13,11 @@ from pyglobenc.methods.memory import ESTIMATED, estimate_memory
 
 log = logging.getLogger("pyglobenc")
 
-# of what is free: allocators round up, and other processes may want some
+# A batch may use this share of the free memory, because allocators round up and other processes need some.
 SHARE = 0.8
 
-# of torch's CPU allocator on two systems; of CUDA and Triton where a library, a kernel's code or a graph
-# takes memory; of cuBLAS, cuDNN
+# The first two are messages of torch's CPU allocators. The third comes from CUDA and Triton, if a library, a
+# kernel's code or a graph needs memory. The last one comes from cuBLAS and cuDNN.
 OUT_OF_MEMORY = ("allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 
 Job = TypeVar("Job")
@@ -34,21 +32,21 @@ def fitting_batch(
     dtype: torch.dtype | None = None,
     available: int | None = None,
 ) -> int:
-    """Examples that fit into memory at once, by `estimate_memory`.
+    """Return how many examples fit into memory at once, by `estimate_memory`.
 
     Args:
-        model: as for `GlobEnc`; its weights are there already.
-        n: tokens of the longest example, special tokens included.
+        model: as for `GlobEnc`; its weights are in memory already.
+        n: number of tokens of the longest example, special tokens included.
         most: the largest answer.
-        method: a name in ESTIMATED; for any other the answer is most.
-        dtype: of the attribution arithmetic, as for `GlobEnc`.
-        available: bytes; None for what is free on the model's device.
+        method: a name in ESTIMATED. For any other method the answer is `most`.
+        dtype: dtype of the attribution, as for `GlobEnc`.
+        available: bytes that may be used; None for what is free on the model's device.
 
     Returns:
-        From 1 to most; most where it isn't known what is free.
+        A number from 1 to `most`. It is `most` if the free memory isn't known.
     """
     if most <= 1:
-        # an estimate walks through all modules, which takes a part of a short text's forward pass
+        # The estimate walks through all modules, which costs time for a short text.
         return most
     model = stock_model(model)
     available = available_bytes(model.device) if available is None else available
@@ -70,18 +68,18 @@ def fitting_batch(
 def in_batches(
     run: Callable[[Sequence[Job]], Sequence[Result]], jobs: Sequence[Job], size: int
 ) -> Iterator[tuple[Job, Result]]:
-    """Run jobs in batches, halving the size from the batch on that memory runs out for.
+    """Run jobs in batches, and halve the batch size whenever memory runs out.
 
     Args:
-        run: of a batch's jobs, their results in order.
-        jobs: all of them.
-        size: of the first batch.
+        run: takes the jobs of a batch and returns their results in the same order.
+        jobs: all jobs.
+        size: size of the first batch.
 
     Yields:
         Each job with its result, in order.
 
     Raises:
-        RuntimeError: out of memory with one job alone, and whatever run raises.
+        RuntimeError: memory ran out for a single job. Other errors of `run` are passed on.
     """
     start = 0
     while start < len(jobs):
@@ -98,8 +96,9 @@ def in_batches(
 
 
 def _run(run: Callable[[Sequence[Job]], Sequence[Result]], batch: Sequence[Job]) -> Sequence[Result] | None:
-    """Results, or None when memory ran out for more than one job: the error, which keeps tensors alive, is
-    gone on return.
+    """Return the results, or None if memory ran out for more than one job.
+
+    The error keeps tensors alive, so it must be gone when this function returns.
     """
     try:
         return run(batch)
@@ -110,14 +109,14 @@ def _run(run: Callable[[Sequence[Job]], Sequence[Result]], batch: Sequence[Job])
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether torch, on a GPU or a CPU, or Python raised it for lack of memory."""
+    """Return whether torch or Python raised this error because memory ran out, on a GPU or a CPU."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
         words in str(error) for words in OUT_OF_MEMORY
     )
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Memory that is free for tensors on a device; None where it isn't known."""
+    """Return the bytes that are free for tensors on a device; None if that isn't known."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -135,7 +134,7 @@ def _machine_free() -> int | None:
 
 
 def _container_free() -> int | None:
-    """What a container's limit leaves; None without a limit."""
+    """Return the bytes that a container's limit leaves free; None without a limit."""
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if not (limit.exists() and used.exists()) or limit.read_text().strip() == "max":
         return None

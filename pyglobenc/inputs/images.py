@@ -1,4 +1,4 @@
-"""Images in, attributions of their patches out."""
+"""The function `explain_image` takes images and returns the attributions of their patches."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import PreTrainedModel
 
-# the method whose targets are classes, and the one of models that have none, or whose head it has no rules
-# for
+# The default method explains classes. Models without classes, or whose head has no relevance rules, take the
+# second one.
 CLASSES, TOKENS = "transformer-attribution", "globenc"
-# of an image file, decoders that are in wide use; Pillow's others read formats that hold programs or are
-# rarely tested
+# Only formats with widely used decoders are read. Pillow's other formats may contain programs, or their
+# decoders are rarely tested.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-# an image is held several times over, at up to 12 bytes a pixel
+# Several copies of an image are in memory at once, with up to 12 bytes per pixel each.
 MAX_PIXELS = 1 << 26
-# images of one size that the model sees at once
+# This many images of one size form a batch.
 BATCH = 8
 
 
@@ -44,35 +44,35 @@ def explain_image(
     dtype: torch.dtype | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> ImageAttribution | ImageAttributions:
-    """Which patches of an image a model's result rests on.
+    """Compute how much each patch of an image contributes to a model's result.
 
     Args:
-        model: an image model of a known architecture, in evaluation mode; wrapped or not, as `GlobEnc` takes
-            it.
-        processor: the model's image processor, or None for an image that is its input already: a tensor
+        model: an image model of a known architecture, in evaluation mode. It may be wrapped, as for
+            `GlobEnc`.
+        processor: the model's image processor, or None if the image is already the model's input, a tensor
             (channels, height, width).
-        image: a PIL image of 8 bits a channel, turned as its EXIF data say, or what the processor takes. A
-            list of images, or an array with an axis for them in front, is a batch. Of an animation the
-            current frame is explained.
-        method: "transformer-attribution" (classifiers of the ViT and DeiT kind), or a name in
-            `pyglobenc.methods.rollout.baselines.METHODS` (any image encoder). None: the first where it is
-            defined, else "globenc".
-        targets: classes explained, None: the predicted one; of the rollout family token positions, None: 0,
-            [CLS], whatever tokens the model's head reads.
+        image: a PIL image with 8 bits per channel, which is rotated as its EXIF data says; or what the
+            processor takes. A list of images, or an array with one more axis in front, is a batch. Of an
+            animation the current frame is explained.
+        method: "transformer-attribution", for classifiers of the ViT and DeiT family; or a name in
+            `pyglobenc.methods.rollout.baselines.METHODS`, for any image encoder. None chooses
+            "transformer-attribution" if the model supports it, else "globenc".
+        targets: the classes to explain; None for the predicted class. For a rollout method: token positions;
+            None for 0, the [CLS] token, whatever tokens the model's head reads.
         variant, start_layer: as for `TransformerAttribution`.
         backend, dtype: as for `GlobEnc`.
-        max_pixels: of an image; a larger one is refused before it is decoded.
+        max_pixels: largest number of pixels of an image. A larger image is refused before it is decoded.
 
     Returns:
-        ImageAttribution, with a map for every target. Of a batch ImageAttributions, a list of them; each is
-        what its image gives alone.
+        ImageAttribution with a map (rows, columns) or (height, width) for every target. For a batch:
+        ImageAttributions, a list in the same order. Each image gets the result that it gets alone.
 
     Raises:
-        TypeError, ValueError: unknown method, architecture, backend or target; an image of more than 8 bits a
-            channel or of too many pixels; a model without a classifier, asked for classes; anything else that
-            the method refuses.
+        TypeError, ValueError: the method, architecture, backend or target is unknown; an image has more than
+            8 bits per channel or too many pixels; classes are asked for and the model has no classifier; or
+            the method refuses the input for another reason.
     """
-    # these take seconds
+    # These imports take seconds.
     import torch
 
     from pyglobenc.hf.unwrap import called_module, stock_model
@@ -112,16 +112,23 @@ def explain_image(
 
 
 def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image:
-    """Read an image file of one of FORMATS.
+    """Read an image file.
+
+    Args:
+        path: the file, in one of FORMATS.
+        max_pixels: largest number of pixels.
+
+    Returns:
+        PIL image; its size is (width, height).
 
     Raises:
-        ValueError: another format, more than max_pixels, or a file that is damaged.
+        ValueError: the format is another one, the image is too large, or the file is damaged.
         OSError: the file can't be read.
     """
     from PIL import Image, UnidentifiedImageError
 
     try:
-        # of a damaged file the error says enough
+        # Warnings about a damaged file are dropped, because the error says enough.
         with warnings.catch_warnings(record=True) as found, Image.open(path, formats=FORMATS) as image:
             _check_size(image.size, max_pixels)
             image.load()
@@ -132,7 +139,7 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image:
         raise ValueError(
             f"can't read image {str(path)!r}: it is none of {', '.join(FORMATS)}, or damaged"
         ) from None
-    # files that came from anywhere may raise anything
+    # A file of unknown origin may cause an error of any kind.
     except Exception as error:
         if getattr(error, "strerror", None):
             raise
@@ -149,7 +156,7 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
 
 
 def _images(image: Any) -> tuple[list[Any], bool]:
-    """The images of what `explain_image` was given, and whether it was one image."""
+    """Return the images in the argument of `explain_image`, and whether it was a single image."""
     if isinstance(image, (list, tuple)) or getattr(image, "ndim", None) == 4:
         images, single = list(image), False
     else:
@@ -165,7 +172,7 @@ def _images(image: Any) -> tuple[list[Any], bool]:
 
 
 def _pixels(model: PreTrainedModel, processor: Any, image: Any, max_pixels: int) -> torch.Tensor:
-    """The model's input for one image, (channels, height, width)."""
+    """Return the model's input for one image, (channels, height, width)."""
     import torch
 
     channels = getattr(model.config, "num_channels", 3)
@@ -189,7 +196,7 @@ def _pixels(model: PreTrainedModel, processor: Any, image: Any, max_pixels: int)
 def _upright(image: Image) -> Image:
     from PIL import ImageOps
 
-    # Pillow would cut these off at 255
+    # Pillow would clip the values of these modes at 255.
     if image.mode.startswith(("I", "F")):
         raise ValueError(
             f"explain_image: image must have 8 bits a channel, got Pillow's mode {image.mode}; scale it first"
@@ -198,7 +205,7 @@ def _upright(image: Image) -> Image:
 
 
 def _batches(pixels: Sequence[torch.Tensor], size: int) -> list[list[int]]:
-    """Numbers of images of one shape, `size` at most together."""
+    """Return the indices of images in groups of one shape, with at most `size` images each."""
     shapes: dict[tuple[int, ...], list[int]] = {}
     for index, one in enumerate(pixels):
         shapes.setdefault(tuple(one.shape), []).append(index)
@@ -206,7 +213,7 @@ def _batches(pixels: Sequence[torch.Tensor], size: int) -> list[list[int]]:
 
 
 def _has_rules(model: PreTrainedModel, own_head: bool) -> bool:
-    """Whether transformer attribution explains a model's classes; own_head: of a user's module around it."""
+    """Return whether transformer attribution explains this model; own_head: a user's module adds the head."""
     from pyglobenc.hf.architectures import vit
 
     named = any(cls.__name__.endswith("ForImageClassification") for cls in type(model).__mro__)
@@ -216,7 +223,7 @@ def _has_rules(model: PreTrainedModel, own_head: bool) -> bool:
 def _explain_classes(
     attribute: Callable, pixels: torch.Tensor, targets: Sequence[int] | None, **options: Any
 ) -> list[ImageAttribution]:
-    """Attributions of images (B, channels, height, width) by a `TransformerAttribution`."""
+    """Return the attributions of images (B, channels, height, width) by a `TransformerAttribution`."""
     import torch
 
     from pyglobenc.methods.head import find_logits
@@ -237,7 +244,7 @@ def _explain_classes(
 def _explain_tokens(
     attribute: Callable, pixels: torch.Tensor, targets: Sequence[int]
 ) -> list[ImageAttribution]:
-    """Attributions of images (B, channels, height, width) by a `Rollout`."""
+    """Return the attributions of images (B, channels, height, width) by a `Rollout`."""
     from pyglobenc.hf.unwrap import stock_model
     from pyglobenc.methods.head import find_logits
 
@@ -247,7 +254,7 @@ def _explain_tokens(
     count = (pixels.shape[2] // patch_height) * (pixels.shape[3] // patch_width)
     found = find_logits(result.output)
     logits = found if found is not None and found.dim() == 2 else [None] * len(pixels)
-    # special tokens come first
+    # Special tokens come first and are left out.
     scores = [
         {target: row[-count:] for target, row in zip(targets, rows, strict=True)} for rows in result.scores
     ]
@@ -290,13 +297,13 @@ def _attribution(
 
 
 def _patch(model: PreTrainedModel) -> tuple[int, int]:
-    """Height and width of a patch."""
+    """Return the height and width of a patch in pixels."""
     patch = model.config.patch_size
     return (patch, patch) if isinstance(patch, int) else tuple(patch)
 
 
 def _grid(scores: torch.Tensor, size: Sequence[int], model: PreTrainedModel) -> torch.Tensor:
-    """Patches in rows and columns; pixels as they are."""
+    """Return scores of patches as (rows, columns); scores of pixels (height, width) stay unchanged."""
     if scores.dim() == 2:
         return scores
     height, width = _patch(model)
@@ -304,7 +311,7 @@ def _grid(scores: torch.Tensor, size: Sequence[int], model: PreTrainedModel) -> 
 
 
 def _shown(pixels: torch.Tensor) -> np.ndarray:
-    """The model's input (channels, height, width) moved to [0, 1], grey as colour: (height, width, 3)."""
+    """Return the model's input (channels, height, width) as (height, width, 3) colours in [0, 1]."""
     shown = pixels.float().cpu()
     low, high = shown.min(), shown.max()
     shown = (shown - low) / (high - low).clamp_min(1e-12)

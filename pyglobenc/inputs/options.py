@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """Options of `explain`, checked."""
+    """The options of `explain`; invalid values raise TypeError or ValueError."""
 
     method: str = "globenc"
     target: int | str | None = None
@@ -25,7 +25,7 @@ class Options:
     backend: str = "auto"
     dtype: torch.dtype | None = None
     progress: bool = True
-    packed: bool | None = False  # batches without padding; None: where that can be done and pays
+    packed: bool | None = False  # batches without padding; None: if the model supports it and it is faster
 
     def __post_init__(self):
         if self.long not in LONG:
@@ -40,7 +40,7 @@ class Options:
             raise ValueError(f"explain: batch_size must be at least 1, got {self.batch_size}")
 
     def record(self) -> dict[str, Any]:
-        """What an attribution keeps of them, as JSON knows it."""
+        """Return the options that an attribution keeps, as JSON values."""
         names = ("target", "long", "max_length", "stride", "batch_size", "backend")
         return {name: getattr(self, name) for name in names} | {
             "dtype": None if self.dtype is None else str(self.dtype).split(".")[-1]

@@ -1,6 +1,4 @@
-"""Texts as a model takes them: tokens, what is left out, overlapping windows, and the windows' scores
-joined.
-"""
+"""Tokenizes texts, splits long ones into overlapping windows, and joins the scores of the windows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,34 +9,32 @@ import numpy as np
 from pyglobenc.inputs.words import word_numbers
 
 LONG = ("error", "truncate", "windows")
-# one text, or two that the model sees together
+# One text, or a pair of texts that the model reads together.
 Text = str | tuple[str, str]
-# a tokenizer takes some 180 bytes and a microsecond for each character of a text
+# A tokenizer needs about 180 bytes and a microsecond for each character of a text.
 MAX_CHARACTERS = 1 << 21
-# of a token, on average, in a text that is worth tokenizing to see whether it fits; WordPiece gives up on
-# words of 100
+# A text with more characters per token than this, on average, is refused before it is tokenized. WordPiece
+# gives up on words of 100 characters.
 TOKEN_CHARACTERS = 128
 
 
 @dataclass
 class Encoded:
-    """A text's n tokens, and the windows of them that the model sees one at a time; fields as those of
-    `Attribution`.
-    """
+    """The n tokens of a text, and the windows that the model reads; other fields as in `Attribution`."""
 
     text: str
-    inputs: dict[str, list[int]]  # the model's, n entries each
+    inputs: dict[str, list[int]]  # inputs of the model by name, n entries each
     tokens: list[str]
     special: list[bool]
     word_ids: list[int | None] | None
     offsets: list[tuple[int, int]] | None
     cut: int
-    windows: list[list[int]]  # positions of tokens; all n of them where the text fits
+    windows: list[list[int]]  # positions of tokens; one window of all n tokens if the text fits
     text_pair: str | None = None
     parts: list[int | None] | None = None
 
     def spans(self, windows: list[list[int]]) -> list[tuple[int, int]] | None:
-        """(start, stop) of the text tokens in each of some windows; None where one window holds the text."""
+        """Return (start, stop) of the text tokens in each window; None if one window holds the whole text."""
         if len(self.windows) == 1:
             return None
         inside = [[i for i in window if not self.special[i]] for window in windows]
@@ -46,15 +42,13 @@ class Encoded:
 
 
 def most_characters(limit: int | None, long: str) -> int:
-    """Characters of a text, at most, for it to be tokenized at all; limit and long as for `encode`."""
+    """Return the largest number of characters of a text that is tokenized; limit and long as for `encode`."""
     fit = MAX_CHARACTERS if limit is None else TOKEN_CHARACTERS * limit
     return fit if long == "error" else max(fit, MAX_CHARACTERS)
 
 
 def check_characters(text: str, name: str, limit: int | None, long: str) -> None:
-    """Raise ValueError, naming the text, if it is so long that tokenizing it would take too much memory;
-    arguments as for `encode`.
-    """
+    """Raise ValueError if tokenizing a text would need too much memory; arguments as for `encode`."""
     most = most_characters(limit, long)
     if len(text) > most:
         other = (
@@ -70,21 +64,27 @@ def check_characters(text: str, name: str, limit: int | None, long: str) -> None
 def encode(
     tokenizer: Any, text: Text, name: str, limit: int | None, long: str = "error", stride: int | None = None
 ) -> Encoded:
-    """Tokenize a text, or a pair; what doesn't fit is refused, cut with its length kept, or split, as long
-    says; never cut silently.
+    """Tokenize a text or a pair, and split it into windows if asked to.
+
+    A text that is too long is never cut silently: it is refused, cut with the number of cut tokens kept, or
+    split.
 
     Args:
-        tokenizer: of transformers.
-        text: one text, or a pair, which the tokenizer joins in its own way.
-        name: the text's, in errors: "text" or "text 3".
-        limit: tokens that the model takes, special tokens included; None for no limit.
-        long: "error", "truncate" or "windows"; of a pair the longer text is truncated first, and windows are
-            refused.
-        stride: tokens from the start of one window to the start of the next; None for half a window.
+        tokenizer: a tokenizer of transformers.
+        text: one text; or a pair, which the tokenizer joins.
+        name: name of the text for error messages, such as "text" or "text 3".
+        limit: largest number of tokens of the model, special tokens included; None for no limit.
+        long: "error", "truncate" or "windows". Of a pair, "truncate" shortens the longer text first, and
+            "windows" is refused.
+        stride: number of tokens from the start of one window to the start of the next; None for half a
+            window.
+
+    Returns:
+        Encoded, with n tokens and windows of at most `limit` positions.
 
     Raises:
-        ValueError: no token, or more than limit with long="error"; so many characters that the text isn't
-            tokenized; stride that leaves gaps, limit without room for text.
+        ValueError: the text has no token, too many tokens with long="error", or too many characters; the
+            stride leaves gaps; or the limit leaves no room for text.
     """
     texts = (text,) if isinstance(text, str) else text
     for one, part in zip(texts, _part_names(name, len(texts)), strict=True):
@@ -127,15 +127,17 @@ def encode(
 
 
 def _part_names(name: str, count: int) -> list[str]:
-    """What errors call the texts of a pair, or a single text."""
+    """Return the names of the texts of a pair, or of a single text, for error messages."""
     return [name] if count == 1 else [f"the first part of {name}", f"the second part of {name}"]
 
 
 def _tokenize(
     tokenizer: Any, texts: Sequence[str], **options: Any
 ) -> tuple[Any, list[bool], list[int | None]]:
-    """What a tokenizer returns for a text or a pair; n times whether the token is special, and the number of
-    its text or None.
+    """Return the tokenizer's result for a text or a pair, and two lists of n entries.
+
+    The first list tells whether each token is special. The second one holds the number of the token's text,
+    or None for a special token.
     """
     options = dict(truncation=False) | options
     options |= dict(
@@ -155,7 +157,7 @@ def _tokenize(
             f"explain: {type(tokenizer).__name__} isn't a fast tokenizer, which would tell where it cut "
             f"each text of a pair"
         )
-    # a slow tokenizer doesn't say which token is of which text
+    # A slow tokenizer doesn't tell which text a token comes from.
     counts = [len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in texts]
     order = iter([0] * counts[0] + [1] * counts[1])
     if special.count(False) != sum(counts):
@@ -167,7 +169,7 @@ def _tokenize(
 
 
 def _check_long_pair(n: int, special: list[bool], name: str, limit: int, long: str) -> None:
-    """Raise ValueError unless a pair of n tokens may be truncated to limit of them."""
+    """Raise ValueError unless a pair of n tokens may be truncated to `limit` tokens."""
     added, way = special.count(True), "choose long=truncate, which shortens the longer text first"
     if long == "windows":
         found = f"{name} is a pair of {n} tokens and at most {limit} fit"
@@ -184,8 +186,9 @@ def _check_long_pair(n: int, special: list[bool], name: str, limit: int, long: s
 
 
 def _fit(n: int, head: int, body: int, name: str, limit: int | None, long: str, stride: int | None):
-    """Positions of n tokens that are kept, windows of them, and how many are cut; head special tokens, then
-    body text tokens.
+    """Return the kept positions of n tokens, the windows of them, and the number of tokens that are cut.
+
+    The tokens are `head` special tokens, then `body` text tokens, then more special tokens.
     """
     everything = list(range(n))
     extra = n - body
@@ -210,7 +213,8 @@ def _fit(n: int, head: int, body: int, name: str, limit: int | None, long: str, 
     if long == "truncate":
         kept = everything[: head + size] + everything[head + body :]
         return kept, [list(range(limit))], body - size
-    # the last window ends with the text, so that all windows are equally long and their scores compare
+    # The last window ends where the text ends, so that all windows have the same length and their scores are
+    # comparable.
     starts = [*range(0, body - size, stride or max(1, size // 2)), body - size]
     windows = [
         everything[:head] + everything[head + a : head + a + size] + everything[head + body :] for a in starts
@@ -221,22 +225,22 @@ def _fit(n: int, head: int, body: int, name: str, limit: int | None, long: str, 
 def join(
     n: int, windows: Sequence[Sequence[int]], rows: Sequence[np.ndarray], log_scales: Sequence[float]
 ) -> tuple[np.ndarray, float]:
-    """One row of scores from those of overlapping windows.
+    """Join the scores of overlapping windows into one row of scores.
 
-    Each window's row is divided by the sum of its absolute values, so that every window has the same say
-    whatever the scale of its rollout; a token's score is the mean over the windows that hold it. Windows are
-    equally long, so a token's share of one compares with its share of another. A single window is passed on
-    as it is.
+    Each window's scores are divided by the sum of their absolute values, so that every window has the same
+    weight whatever the scale of its rollout. A token's score is the mean over the windows that contain it.
+    All windows have the same length, so a token's share of one window is comparable with its share of
+    another. A single window is returned unchanged.
 
     Args:
-        n: tokens of the text.
-        windows: positions of each window's tokens.
-        rows: scores of each, as long as its window, float32 or float64.
-        log_scales: of each; what a window's own scores are multiplied by doesn't matter to more than one.
+        n: number of tokens of the text.
+        windows: positions of the tokens in each window.
+        rows: scores of each window, as long as the window, float32 or float64.
+        log_scales: logarithm of each window's scale. It is used only if there is a single window.
 
     Returns:
-        scores (n,), largest absolute value 1, 0 for tokens in no window, the dtype of rows; and log_scale,
-        with which scores * exp(log_scale) is the mean share.
+        scores (n,) in the dtype of rows, with largest absolute value 1, and 0 for tokens in no window; and
+        log_scale, for which scores * exp(log_scale) is the mean share.
     """
     if len(windows) == 1 and len(windows[0]) == n:
         return rows[0], log_scales[0]

@@ -1,10 +1,10 @@
-"""Which tokens form a word: as the tokenizer splits texts, and by white space where it doesn't."""
+"""Decides which tokens form a word: as the tokenizer splits a text, or at white space if it doesn't split."""
 
 import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 
-# of characters' Unicode names: scripts that write words without space between them
+# The Unicode names of characters begin with these words in scripts that put no space between words.
 UNSPACED = (
     "CJK",
     "HIRAGANA",
@@ -43,7 +43,7 @@ def word_numbers(
         0,
         False,
         False,
-    )  # of the word at work: its first token, whether it is split off, whether it has a letter
+    )  # of the current word: its first token, whether it was split off, whether it has a visible character
     for i, (word, (start, stop), part) in enumerate(zip(words, offsets, parts, strict=True)):
         text, own = texts[part or 0], (word, part)
         splits = word is not None and own == last and filled and _apart(text, end, start, stop)
@@ -59,20 +59,19 @@ def word_numbers(
 
 
 def _join_space(out: list[int | None], begun: int, alone: bool) -> bool:
-    """Give white space alone at the end of a tokenizer's word to what comes before it; returns whether it
-    was.
-    """
+    """Give a word of white space alone to the word before it; return whether that happened."""
     if alone:
         out[begun:] = [number - 1 for number in out[begun:]]
     return alone
 
 
 def _apart(text: str, end: int, start: int, stop: int) -> bool:
-    """Whether a token from start to stop begins a word after one that ended at `end`, both in one word of the
-    tokenizer.
+    """Return whether a token begins a new word inside one word of the tokenizer.
+
+    The token spans the characters from `start` to `stop`, and the token before it ended at `end`.
     """
     if start < end or start == stop:
-        # they share a character, or this one stands for none
+        # The two tokens share a character, or this one has no character.
         return False
     around = text[max(end - 1, 0) : start + 1]
     return any(char.isspace() for char in around) or unspaced(around[0]) or unspaced(around[-1])
@@ -80,5 +79,5 @@ def _apart(text: str, end: int, start: int, stop: int) -> bool:
 
 @lru_cache(maxsize=4096)
 def unspaced(char: str) -> bool:
-    """Whether a character is of a script that writes words without space between them."""
+    """Return whether a character belongs to a script that puts no space between words."""
     return unicodedata.name(char, "").startswith(UNSPACED)

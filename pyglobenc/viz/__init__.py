@@ -1,1 +1,1 @@
-
+"""Pictures of scores: HTML, PNG, terminal, and overlays of images."""

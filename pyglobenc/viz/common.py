@@ -1,4 +1,4 @@
-"""What the three pictures share: colours, the scale of scores, and captions."""
+"""Colours, the scale of scores, and captions, which the pictures share."""
 
 from collections.abc import Sequence
 
@@ -7,18 +7,18 @@ from pyglobenc.viz.units import Scored, Unit
 
 RGB = tuple[int, int, int]
 
-# orange for and blue against, which every common colour blindness tells apart; both darken evenly, so they
-# survive grey print
+# Positive scores are orange and negative ones blue, which people with any common colour blindness can tell
+# apart. Both colours darken evenly, so they also work in grey print.
 RAMPS: dict[bool, tuple[RGB, ...]] = {
     True: ((255, 255, 255), (254, 232, 200), (253, 190, 120), (241, 134, 51), (166, 72, 5)),
     False: ((255, 255, 255), (214, 230, 244), (146, 195, 223), (66, 139, 196), (8, 72, 140)),
 }
-# black or white leaves no background below a contrast of 4.5
+# On every background, black or white text has a contrast of at least 4.5.
 DARK, LIGHT = (0, 0, 0), (255, 255, 255)
 
 
 def color(value: float) -> RGB:
-    """Background of a score divided by the scale; beyond [-1, 1] as at its end."""
+    """Return the background colour of a score that was divided by the scale; it is clamped to [-1, 1]."""
     ramp = RAMPS[value >= 0]
     place = min(abs(value), 1.0) * (len(ramp) - 1)
     low = min(int(place), len(ramp) - 2)
@@ -26,12 +26,12 @@ def color(value: float) -> RGB:
 
 
 def ink(background: RGB) -> RGB:
-    """Dark or light, whichever contrasts more with a background."""
+    """Return the text colour, dark or light, that contrasts more with a background."""
     return max((DARK, LIGHT), key=lambda text: contrast(text, background))
 
 
 def contrast(a: RGB, b: RGB) -> float:
-    """Contrast ratio of two colours, 1 to 21 (WCAG 2.2, relative luminance)."""
+    """Return the contrast ratio of two colours, from 1 to 21 (WCAG 2.2, relative luminance)."""
     luminance = []
     for rgb in (a, b):
         channels = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in rgb]
@@ -40,20 +40,21 @@ def contrast(a: RGB, b: RGB) -> float:
 
 
 def scale_of(units: Sequence[Unit]) -> float:
-    """Largest absolute score of text, which gets the full colour; special tokens, which often top it, count
-    only if there is no other.
+    """Return the largest absolute score of the text's units, which gets the full colour.
+
+    Special tokens often have larger scores, so they count only if there is no other unit.
     """
     scores = [abs(unit.score) for unit in units if not unit.special] or [abs(unit.score) for unit in units]
     return max(scores, default=0.0) or 1.0
 
 
 def top_units(units: Sequence[Unit], count: int) -> list[Unit]:
-    """The units of text with the largest absolute scores, largest first."""
+    """Return the `count` units of the text with the largest absolute scores, the largest first."""
     return sorted((unit for unit in units if not unit.special), key=lambda unit: -abs(unit.score))[:count]
 
 
 def remainder(attribution: Scored, limit: int = 200) -> str:
-    """Beginning of the text that truncation left out; empty where nothing was or where it isn't known."""
+    """Return the beginning of the text that truncation removed; "" if there is none or it isn't known."""
     if not attribution.cut or attribution.offsets is None or attribution.text_pair is not None:
         return ""
     end = max(stop for _, stop in attribution.offsets)
@@ -62,7 +63,7 @@ def remainder(attribution: Scored, limit: int = 200) -> str:
 
 
 def _predicted(attribution: Scored) -> str:
-    """What a classifier predicts: labels with their probabilities, or a regression's outputs."""
+    """Return a classifier's labels with their probabilities, or a regression's outputs, as text."""
     named = [(name, f"{number:.4g}") for name, number in attribution.predictions]
     if attribution.label is not None:
         named = [(name, f"{number:.1%}") for name, number in attribution.predictions]
@@ -70,7 +71,7 @@ def _predicted(attribution: Scored) -> str:
 
 
 def caption(attribution: Scored) -> list[tuple[str, str]]:
-    """What a reader must know beside the colours, as names and values."""
+    """Return what a reader must know besides the colours, as pairs of a name and a value."""
     kind = "target class" if attribution.target_kind == "class" else "target"
     name = (
         attribution.target_name

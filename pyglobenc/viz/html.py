@@ -1,4 +1,4 @@
-"""Coloured text as an HTML page that needs no network, script or font."""
+"""Draws coloured text as an HTML page that needs no network, script or font."""
 
 from collections.abc import Sequence
 from html import escape
@@ -38,7 +38,7 @@ STYLE = """
 
 
 def page(attributions: Sequence[Scored], merge_words: bool | None = None) -> str:
-    """A whole page of one or more attributions; merge_words as in `Attribution.units`."""
+    """Return a whole HTML page of one or more attributions; merge_words as for `Attribution.units`."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>Token '
@@ -48,7 +48,7 @@ def page(attributions: Sequence[Scored], merge_words: bool | None = None) -> str
 
 
 def fragment(attributions: Sequence[Scored], merge_words: bool | None = None, heading: str = "") -> str:
-    """What goes into a page or a notebook: the style, and a section for each attribution."""
+    """Return the part of a page that a notebook shows: the style, and a section for each attribution."""
     sections = "".join(_section(attribution, attribution.units(merge_words)) for attribution in attributions)
     return f'<style>{STYLE}</style>\n<div class="globenc">\n{heading}\n{sections}</div>\n'
 
@@ -101,7 +101,7 @@ def _is_target(attribution: Scored, unit: Unit) -> bool:
 
 
 def _tooltip(attribution: Scored, unit: Unit) -> str:
-    """Score, and every token by name, position and score."""
+    """Return the unit's score, and the name, position and score of each of its tokens."""
     pieces = [
         f"{printable(attribution.tokens[i])} at {i}: {attribution.scores[i]:.6g}" for i in unit.positions
     ]

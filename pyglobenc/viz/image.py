@@ -1,5 +1,6 @@
-"""Scores of patches or pixels laid over the image, as the published notebooks show them: bilinear, jet
-colours, added to the image.
+"""Draws scores of patches or pixels over an image, as the published notebooks do.
+
+The scores are interpolated bilinearly, coloured with matplotlib's "jet", and added to the image.
 """
 
 from collections.abc import Sequence
@@ -14,20 +15,21 @@ from pyglobenc.common.characters import printable
 
 DPI = 100
 INCHES = 3.0  # side of one picture
-# Agg draws less than 2**16 pixels a side
+# matplotlib's Agg renderer draws fewer than 2**16 pixels per side.
 TALLEST = 30_000
 
 
 def upscale(scores: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Scores on a grid (rows, columns) at every pixel, (height, width), bilinear between the centres of the
-    cells, flat beyond them.
+    """Interpolate scores on a grid (rows, columns) to every pixel, (height, width).
+
+    The interpolation is bilinear between the centres of the cells, and constant beyond the outermost centres.
     """
     rows, columns = (_places(count, size) for count, size in zip(scores.shape, (height, width), strict=True))
     return rows @ scores @ columns.T
 
 
 def _places(count: int, size: int) -> np.ndarray:
-    """Weights (size, count) of the cells at every pixel."""
+    """Return the weights (size, count) of the cells at every pixel along one axis."""
     place = np.clip((np.arange(size) + 0.5) * count / size - 0.5, 0, count - 1)
     low = np.minimum(place.astype(int), max(count - 2, 0))
     weights = np.zeros((size, count))
@@ -38,28 +40,35 @@ def _places(count: int, size: int) -> np.ndarray:
 
 
 def to_unit(values: np.ndarray) -> np.ndarray:
-    """Values moved to [0, 1]; 0 where they are all the same."""
+    """Return an array of the same shape, scaled linearly to [0, 1]; it is 0 if all values are equal."""
     low, high = float(values.min()), float(values.max())
     return (values - low) / (high - low) if high > low else np.zeros_like(values)
 
 
 def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """Heat over an image.
+    """Draw a heat map over an image.
 
     Args:
-        image: (height, width, 3), in [0, 1].
-        heat: (height, width), in [0, 1].
+        image: (height, width, 3) in [0, 1].
+        heat: (height, width) in [0, 1].
 
     Returns:
-        (height, width, 3) uint8: colours of the heat added to the image, scaled to its largest value.
+        (height, width, 3) uint8: the colours of the heat map added to the image, divided by the largest
+        value.
     """
     mixed = matplotlib.colormaps["jet"](heat)[..., :3] + image
     return np.round(255 * mixed / mixed.max()).astype(np.uint8)
 
 
 def to_png(rows: Sequence[tuple[np.ndarray, Sequence[tuple[str, np.ndarray]]]]) -> bytes:
-    """Draw rows of pictures as a PNG file: an image, and the overlay of each heat (height, width) in [0, 1]
-    under its name.
+    """Draw rows of pictures as a PNG file.
+
+    Args:
+        rows: for each row an image (height, width, 3) in [0, 1], and the name and the heat map (height,
+            width) in [0, 1] of each overlay.
+
+    Raises:
+        ValueError: there are too many rows for one picture.
     """
     pictures = [
         [("input", image), *((printable(name), overlay(image, heat)) for name, heat in heats)]
@@ -79,7 +88,7 @@ def to_png(rows: Sequence[tuple[np.ndarray, Sequence[tuple[str, np.ndarray]]]]) 
             axes.set_axis_off()
         for axes, (name, picture) in zip(cells, row, strict=False):
             axes.imshow(picture, interpolation="nearest")
-            # a label's dollar signs are no formulas, whatever the user's settings
+            # Dollar signs in a label are no formulas, whatever the user's settings are.
             axes.set_title(name, fontsize=9, parse_math=False, usetex=False)
     out = BytesIO()
     figure.savefig(out, format="png")

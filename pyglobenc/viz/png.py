@@ -1,4 +1,4 @@
-"""Coloured text as a PNG picture, drawn by matplotlib without a display."""
+"""Draws coloured text as a PNG picture with matplotlib, without a display."""
 
 import logging
 import unicodedata
@@ -21,18 +21,18 @@ from pyglobenc.viz.units import Scored, Unit
 
 log = logging.getLogger("pyglobenc")
 
-# pixels at DPI
+# Lengths are in pixels at this resolution.
 DPI = 150
 WIDTH, MARGIN, LINE, GAP, PAD = 1500, 45, 46, 50, 5
 SIZE, SMALL = 13, 9  # points
-ASCENT, DESCENT = 1.75, 0.75  # of a box above and below the base line, in pixels a point
+ASCENT, DESCENT = 1.75, 0.75  # of a box above and below the base line, in pixels per point
 LEGEND_WIDTH, LEGEND_STEPS = 300, 60
-# Agg draws less than 2**16 pixels a side; taller pictures aren't looked at anyway
+# matplotlib's Agg renderer draws fewer than 2**16 pixels per side, and nobody looks at taller pictures.
 TALLEST = 30_000
 ROOM = WIDTH - 2 * MARGIN
-# Unicode categories of characters that are drawn over others or not at all
+# Characters of these Unicode categories are drawn over others or not at all.
 NARROW = ("Mn", "Me", "Cf")
-# tried in turn for what the first one lacks
+# A character that one font lacks is looked for in the next one.
 FONTS = (
     "DejaVu Sans",
     "Noto Sans CJK SC",
@@ -47,7 +47,7 @@ GREY = (110, 110, 110)
 
 @dataclass
 class Piece:
-    """Some text, its looks, and where it is put."""
+    """A piece of text, its style, and its position in the picture."""
 
     text: str
     before: str = " "
@@ -61,18 +61,18 @@ class Piece:
 
 
 def picture(attributions: Sequence[Scored], merge_words: bool | None = None) -> bytes:
-    """A PNG file of one or more attributions, one above the other.
+    """Return a PNG file of one or more attributions, one above the other.
 
     Args:
-        attributions: of one or more texts.
-        merge_words: as in `Attribution.units`.
+        attributions: attributions of one or more texts.
+        merge_words: as for `Attribution.units`.
 
     Raises:
-        ValueError: too much text for a picture.
+        ValueError: there is too much text for a picture.
     """
     placed, legends, y = [], [], float(MARGIN)
     with warnings.catch_warnings():
-        # said once, by _warn_of_missing
+        # `_warn_of_missing` reports this once.
         warnings.filterwarnings("ignore", "Glyph .* missing")
         _check_height(_least_height(attributions, merge_words))
         for attribution in attributions:
@@ -105,7 +105,7 @@ def _text(attribution: Scored, units: Sequence[Unit], scale: float) -> Iterator[
 
 
 def _lay_out(pieces: Iterable[Piece], placed: list[Piece], y: float, spacing: float) -> float:
-    """Place pieces in lines from base line y down, append them to placed, and return the last base line."""
+    """Place pieces in lines from base line y down, append them to `placed`, and return the last base line."""
     x = float(MARGIN)
     for piece in pieces:
         lines, pad = piece.before.count("\n"), PAD * (piece.fill is not None)
@@ -129,8 +129,9 @@ def _check_height(y: float) -> None:
 
 
 def _split(text: str, size: int) -> Iterator[str]:
-    """Split a text into parts that fit a line each, in time linear in its length: lines are filled by the
-    widths of characters.
+    """Split a text into parts that fit into one line each, in time linear in the length of the text.
+
+    Lines are filled by the widths of single characters.
     """
     room, start, used = ROOM - 2 * PAD, 0, 0.0
     for stop, char in enumerate(text):
@@ -142,7 +143,7 @@ def _split(text: str, size: int) -> Iterator[str]:
 
 
 def _fitting(text: str, size: int, room: float) -> Iterator[str]:
-    """A part whose characters may be wider together than apart, as it is or cut again."""
+    """Yield a part unchanged, or cut again if its characters are wider together than one by one."""
     while (width := _width(text, size)) > room and len(text) > 1:
         count = max(1, min(len(text) - 1, int(len(text) * room / width)))
         yield from _fitting(text[:count], size, room)
@@ -151,19 +152,19 @@ def _fitting(text: str, size: int, room: float) -> Iterator[str]:
 
 
 def _advance(char: str, size: int) -> float:
-    """Width of a character by itself, at least a pixel, so that every line is full at some time."""
+    """Return the width of a single character, at least a pixel, so that every line is full at some time."""
     return 1.0 if unicodedata.category(char) in NARROW else max(1.0, _width(char, size))
 
 
 def _least_height(attributions: Sequence[Scored], merge_words: bool | None) -> float:
-    """A height that the picture will surely have, from the widths of characters alone."""
+    """Return a lower bound of the picture's height, from the widths of characters alone."""
     least = 0.0
     for attribution in attributions:
         units = attribution.units(merge_words)
         letters = Counter(char for unit in units for char in unit.text)
         width = sum(_advance(char, SIZE) * count for char, count in letters.items()) + 2 * PAD * len(units)
         least += LINE * width / ROOM
-    # letters side by side may take a little less than each alone
+    # Letters side by side may be a little narrower than the sum of their widths.
     return 0.9 * least
 
 
@@ -183,7 +184,7 @@ def _renderer():
     return FigureCanvasAgg(Figure(dpi=DPI)).get_renderer()
 
 
-# tokens come again, and a measurement takes a millisecond
+# Tokens repeat, and each measurement takes a millisecond.
 @lru_cache(maxsize=1 << 14)
 def _width(text: str, size: int) -> float:
     return _renderer().get_text_width_height_descent(text, _properties(size), ismath=False)[0]
@@ -234,7 +235,7 @@ def _box(figure: Figure, piece: Piece, height: int) -> None:
 
 def _write(figure: Figure, piece: Piece, height: int) -> None:
     looks = dict(fontproperties=_properties(piece.size), color=_unit(piece.ink), va="baseline", ha="left")
-    # a text's dollar signs are no formulas, whatever the user's settings
+    # Dollar signs in a text are no formulas, whatever the user's settings are.
     looks |= dict(parse_math=False, usetex=False, transform=IdentityTransform())
     figure.text(piece.x + PAD * (piece.fill is not None), height - piece.y, piece.text, **looks)
 

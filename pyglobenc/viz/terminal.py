@@ -1,4 +1,4 @@
-"""Coloured text in a terminal."""
+"""Prints coloured text in a terminal."""
 
 from collections.abc import Sequence
 
@@ -18,16 +18,15 @@ LEGEND_STEPS = 9
 def show(
     attributions: Sequence[Scored], merge_words: bool | None = None, console: Console | None = None
 ) -> None:
-    """Print every attribution: its caption, coloured text, and the tokens or words that count most, with
-    numbers.
+    """Print every attribution: its caption, the coloured text, and a list of the largest scores.
 
     Args:
-        attributions: of one or more texts.
-        merge_words: as in `Attribution.units`.
-        console: where to; None for standard output.
+        attributions: attributions of one or more texts.
+        merge_words: as for `Attribution.units`.
+        console: console to print to; None for standard output.
     """
     console = console or Console(highlight=False)
-    # what doesn't know its width says 0
+    # A console that doesn't know its width says 0.
     console.width = console.width or 80
     for index, attribution in enumerate(attributions):
         if index:
@@ -38,8 +37,12 @@ def show(
 
 
 def picture(attribution: Scored, merge_words: bool | None = None, ascii_only: bool = False) -> RenderableType:
-    """The picture of one attribution; merge_words as in `Attribution.units`, ascii_only for terminals without
-    Unicode.
+    """Return the picture of one attribution for rich to print.
+
+    Args:
+        attribution: the attribution of one text.
+        merge_words: as for `Attribution.units`.
+        ascii_only: the terminal can't show Unicode.
     """
     units = attribution.units(merge_words)
     scale = scale_of(units)
@@ -57,7 +60,7 @@ def _hex(rgb: RGB) -> str:
 
 
 def _style(background: RGB, **more: bool) -> Style:
-    # both colours are set, so that it reads the same on dark and on light terminals
+    # Both colours are set, so that the text looks the same on dark and on light terminals.
     return Style(color=_hex(ink(background)), bgcolor=_hex(background), **more)
 
 

@@ -1,4 +1,4 @@
-"""What a picture shows: tokens or words with their scores, and the facts of the caption."""
+"""The data that a picture shows: tokens or words with their scores, and the facts of the caption."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,9 +7,9 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Unit:
-    """A token, or the tokens of one word merged, as pictures show it."""
+    """A token, or the merged tokens of one word, as pictures show it."""
 
-    text: str  # as the text has it, where the tokenizer says where it stands
+    text: str  # the characters in the text; the token's name if its position isn't known
     before: str  # white space between it and the unit before
     score: float  # sum of its tokens' scores
     special: bool
@@ -17,7 +17,7 @@ class Unit:
 
 
 class Scored(Protocol):
-    """A text with scores, as `pyglobenc.results.Attribution` has them."""
+    """A text with scores; `pyglobenc.results.Attribution` is one."""
 
     text: str
     method: str
@@ -32,4 +32,4 @@ class Scored(Protocol):
     cut: int
 
     def units(self, merge_words: bool | None = None) -> Sequence[Unit]:
-        """Return the tokens, or words, that a picture shows."""
+        """Return the tokens or words that a picture shows."""

@@ -142,7 +142,7 @@ def test_quiet_prints_nothing(run, tmp_path):
         (["a", "--file", "b"], None, "not both"),
         (["a", "--whole"], None, "--whole goes with a file or standard input"),
         (["a", "--png", "-"], None, "--png: must name a file; only --json can be -"),
-        (["a", "--html", "a", "--png", "./a"], None, "a is named twice; it would be written over"),
+        (["a", "--html", "a", "--png", "./a"], None, "a is named twice and would be overwritten"),
         (["--file", __file__, "--json", __file__], None, "test_cli.py is named twice"),
         ([], None, "give a text, --file FILE, or text on standard input"),
     ],
