@@ -1,10 +1,10 @@
-"""Row mode of one long sequence over the ranks of torch.distributed: every rank holds a share of the tokens.
+"""Row mode for one long sequence, shared by the ranks of torch.distributed.
 
-Each rank runs the stock model on its own tokens; an attention layer gathers the keys and values of all, so
-that the forward pass is split as evenly as the rollout. Down the layers a rank takes the rows of the norms of
-its own queries, against the gathered keys and Gram matrices, and one all-reduce of a (T, n) array a layer
-adds the ranks' shares of r @ norms. What a rank keeps of a layer is its own tokens' share; only one layer's
-keys and Gram matrices are whole at a time.
+Each rank holds a share of the tokens and runs the stock model on them. An attention layer gathers the keys
+and values of all ranks, so the forward pass is split as evenly as the rollout. In the rollout a rank computes
+the rows of the norms for its own queries, from the gathered keys and Gram matrices. One all-reduce of a
+(T, n) array for each layer adds up the ranks' parts of r @ norms. A rank keeps only its own tokens' share of
+each layer. The whole keys and Gram matrices exist for one layer at a time.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,13 +36,14 @@ from pyglobenc.ops.attention import BAND, fused_bias, fused_call
 from pyglobenc.scale.sequence_shards import Shares
 
 NAME = "pyglobenc_sharded"
-# these take positions as an argument
+# These architectures take positions as an argument.
 ARCHITECTURES = ("bert", "electra", "roberta", "xlm-roberta", "camembert", "modernbert")
 ARCHITECTURES += ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text")
-# queries whose norms exist at a time: a (block, n) array, no larger than the hidden states of all tokens
+# How many queries have their norms in memory at one time. Their (BLOCK, n) array is no larger than the hidden
+# states of all tokens.
 BLOCK = 256
 
-# attention modules at work -> how the tokens lie on the ranks
+# Maps each attention module that is in use to the distribution of the tokens over the ranks.
 _SHARES: dict[nn.Module, Shares] = {}
 
 
@@ -55,8 +56,23 @@ def sharded_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Own queries (1, H, m, dh) against the keys and values of all ranks, for transformers' attention
-    interface.
+    """Attend from the rank's own queries to the keys and values of all ranks.
+
+    This is the attention function that transformers' attention interface calls.
+
+    Args:
+        module: the attention module.
+        query: the rank's own queries, (1, H, m, dh).
+        key, value: the rank's own keys and values, (1, Hkv, m, dh).
+        attention_mask: not used, since a sequence without padding needs no mask.
+        scaling: factor of the scores. None means dh**-0.5.
+        kwargs: other arguments of the interface.
+
+    Returns:
+        The attention output (1, m, H, dh), and None in place of the attention probabilities.
+
+    Raises:
+        ValueError: the module changes its scores in a way that isn't supported over ranks.
     """
     changes = [name for name in ("position_bias", "s_aux", "softcap") if kwargs.get(name) is not None]
     if changes:
@@ -82,16 +98,18 @@ def sharded_attention(
 def attend(
     q: Tensor, k: Tensor, v: Tensor, rows: slice, window: tuple[int, int], scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention of some of n queries by torch's own kernels, without a mask as long as the keys.
+    """Return the attention of some of n queries, without a mask as long as the keys.
+
+    The function calls torch's own kernels.
 
     Args:
-        q: queries `rows`, (1, H, m, dh).
+        q: the queries `rows`, (1, H, m, dh).
         k, v: all keys and values, (1, H, n, dh).
         rows: which queries these are, at least one.
         window, scaling: as for `pyglobenc.ops.attention`.
 
     Returns:
-        o (1, H, m, dh), lse (1, H, m).
+        o (1, H, m, dh) and lse (1, H, m).
     """
     if window == (-1, -1):
         return fused_call(q, k, v, None, False, scaling)
@@ -99,7 +117,7 @@ def attend(
         own = fused_call(q, k[:, :, rows], v[:, :, rows], None, True, scaling)
         if rows.start == 0:
             return own
-        # every query sees all that comes before the rows
+        # Every query sees all keys before the rows.
         return _merge(own, fused_call(q, k[:, :, : rows.start], v[:, :, : rows.start], None, False, scaling))
     block, parts = min(max(sum(window), BAND[0]), BAND[1]), []
     for start in range(rows.start, rows.stop, block):
@@ -112,14 +130,14 @@ def attend(
 
 
 def _merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Attention over two sets of keys from that over each, o and lse."""
+    """Join the attention over two sets of keys, each o (1, H, m, dh) and lse (1, H, m)."""
     lse = torch.logaddexp(one[1], other[1])
     o = sum(o * (part - lse).exp()[..., None] for o, part in (one, other))
     return o.to(one[0].dtype), lse
 
 
 def _no_mask(**kwargs: Any) -> None:
-    """One sequence without padding needs no mask."""
+    """Return no mask, since one sequence without padding needs none."""
 
 
 AttentionInterface.register(NAME, sharded_attention)
@@ -128,8 +146,9 @@ AttentionMaskInterface.register(NAME, _no_mask)
 
 @dataclass
 class ShardedMatrix:
-    """One layer's norms, rows of the rank's own queries; what `roll_out_rows` asks of a matrix. Fields of
-    `local` hold own tokens.
+    """The norms of one layer, (1, n, n), as a matrix that `roll_out_rows` takes.
+
+    The rank computes the rows of its own queries. The fields of `local` hold its own tokens.
     """
 
     local: NormMatrix
@@ -144,7 +163,7 @@ class ShardedMatrix:
         self._settings = dict(scaling=own.scaling, window=own.window, backend=self.local.backend)
 
     def rows(self, targets: Tensor) -> Tensor:
-        """Rows `targets` (1, T) of the matrix, (1, T, n), on every rank."""
+        """Return the rows `targets` (1, T) of the matrix, (1, T, n), on every rank."""
         mine = sum(
             ((targets[0] >= chunk.start) & (targets[0] < chunk.stop)).long() for chunk in self.shares.own
         ).bool()
@@ -155,8 +174,10 @@ class ShardedMatrix:
         return out
 
     def step(self, r: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-        """r (1, T, n) times the matrix, each row scaled to maximum 1, and the new log_scale (1, T), on every
-        rank.
+        """Multiply r (1, T, n) with the matrix, on every rank, and scale each row to maximum 1.
+
+        Returns:
+            The rows (1, T, n) and the new log_scale (1, T).
         """
         out, axes = torch.zeros_like(r), self.local.inputs.AXES
         for chunk in self.shares.own:
@@ -177,13 +198,14 @@ class ShardedGlobEnc:
     """`GlobEnc` in row mode for one sequence that the ranks of a process group share.
 
     Args:
-        model: of an architecture in ARCHITECTURES, the same on every rank, in evaluation mode; left as it is.
+        model: a model of an architecture in ARCHITECTURES, the same on every rank, in evaluation mode. It is
+            left unchanged.
         backend: as for `GlobEnc`.
-        group: process group of torch.distributed; None is the default group.
+        group: process group of torch.distributed. None means the default group.
 
     Raises:
         RuntimeError: torch.distributed isn't initialised.
-        TypeError, ValueError: another architecture, or as `GlobEnc`.
+        TypeError, ValueError: the architecture is another one, or as `GlobEnc`.
     """
 
     @known_arguments
@@ -214,22 +236,23 @@ class ShardedGlobEnc:
         stage: str | None = None,
         layers: bool = False,
     ) -> RolloutResult:
-        """Attribute target tokens of one sequence to all its tokens; every rank calls it with the same
-        arguments.
+        """Attribute target tokens of one sequence to all its tokens.
+
+        Every rank must make the call with the same arguments. The arithmetic is in the dtype of the model,
+        but at least in float32.
 
         Args:
-            input_ids: (1, n), the whole sequence without padding, n at least the number of ranks.
+            input_ids: (1, n), the whole sequence without padding. n is at least the number of ranks.
             token_type_ids: (1, n), or None.
-            targets: T token positions; None: the first, [CLS], of a causal model the last.
+            targets: T token positions. None means the first token, [CLS], or the last one of a causal model.
             stage, layers: as for `GlobEnc`.
 
         Returns:
-            RolloutResult, the same on every rank, without the model's output. The arithmetic is the model's,
-            float32 at least.
+            RolloutResult with scores (1, T, n), the same on every rank, without the output of the model.
 
         Raises:
-            TypeError, ValueError: an unknown argument, unknown stage, ids, shapes or targets that don't fit,
-                input longer than the model takes, a result that isn't finite.
+            TypeError, ValueError: An argument or the stage is unknown; ids, shapes or targets don't fit; the
+                input is longer than the model takes; or the result isn't finite.
         """
         shares = self._shares(input_ids, targets, stage)
         batch = (
@@ -271,20 +294,21 @@ class ShardedGlobEnc:
         return own_positions("ShardedGlobEnc", self.model, list(input_ids))[0][None].to(input_ids.device)
 
     def _run(self, own: Mapping[str, Tensor], shares: Shares) -> list[LayerTrace]:
-        # a module is in one capture at a time, so its shares are this call's
+        # A module is in one capture at a time, so the shares stored for it belong to this call.
         with (
             capture(self.model, attention=NAME) as trace,
             _sharded(find_layers(self.model), shares),
             callers_autocast(),
         ):
-            # a head's logits are of no use here, and a vocabulary's are wider than all states
+            # The head isn't run. Logits aren't used here, and those of a vocabulary take more memory than all
+            # hidden states.
             self.model.base_model(**own, **output_settings(self.model.base_model))
             return trace.layers
 
 
 @contextmanager
 def _sharded(layers: Sequence[Any], shares: Shares) -> Iterator[None]:
-    """Context, inside `capture`, within which the attention of these layers gathers over the ranks."""
+    """Context, inside `capture`, in which the attention of these layers gathers over the ranks."""
     modules = [layer.attention for layer in layers]
     _SHARES.update(dict.fromkeys(modules, shares))
     try:

@@ -1,5 +1,6 @@
-"""A whole attribution, forward pass included, as one CUDA graph: for short inputs, whose kernels are done
-before the next is launched.
+"""Runs a whole attribution, with the forward pass, as one CUDA graph.
+
+This pays for short inputs, whose kernels finish before the host has launched the next ones.
 """
 
 from collections.abc import Callable
@@ -19,32 +20,34 @@ from pyglobenc.methods.rollout.baselines import Rollout
 from pyglobenc.methods.rollout.globenc import GlobEnc
 from pyglobenc.methods.rollout.rows import RolloutResult
 
-# before a graph is recorded: kernels are compiled, libraries take their workspaces
+# Calls before a graph is recorded. In these, kernels are compiled and libraries allocate their workspaces.
 WARM_UPS = 3
 
-# arguments that say what is explained: numbers, lists or tensors
+# Arguments that select what is explained. They may be numbers, lists or tensors.
 INDICES = ("targets", "target", "contrast", "position")
 
 
 def graphed(method: GlobEnc | Rollout | TransformerAttribution, **example: Any) -> "Graphed":
-    """Record a method's row mode on one batch as a CUDA graph, to be replayed on others of its shape.
+    """Record a method's row mode on one batch as a CUDA graph, which is then replayed on other batches.
 
-        fast = graphed(globenc, **tokenizer(text, padding="max_length", max_length=64,
-        return_tensors="pt").to("cuda"), targets=[0]) result = fast(**tokenizer(other, padding="max_length",
-        max_length=64, return_tensors="pt").to("cuda"), targets=[0])
+        options = dict(padding="max_length", max_length=64, return_tensors="pt")
+        fast = graphed(globenc, **tokenizer(text, **options).to("cuda"), targets=[0])
+        result = fast(**tokenizer(other, **options).to("cuda"), targets=[0])
 
     Args:
-        method: its model on a GPU. The graph reads the weights where they lay: those written there later
-            count, others are refused.
-        example: a batch, and options, as the method takes them. A batch that is to hold padding needs an
-            attention_mask here too, and one whose targets are to change some targets.
+        method: a method whose model is on a GPU. The graph reads the weights at their addresses. So weights
+            that are changed in place count, and weights that are moved are refused.
+        example: a batch and options, as the method takes them, such as input_ids (B, n). If later batches are
+            to hold padding, the example needs an attention_mask. If their targets are to change, it needs
+            targets.
 
     Returns:
-        Graphed, which is called like the method, on batches of the example's shapes; options stay the
-        example's.
+        Graphed, which is called like the method, with batches of the same shapes as the example. The options
+        stay those of the example.
 
     Raises:
-        TypeError, ValueError: as the method, or a method, option or device that no graph can be recorded for.
+        TypeError, ValueError: as the method, or no graph can be recorded for the method, an option or the
+            device.
     """
     if (
         not isinstance(method, GlobEnc | Rollout | TransformerAttribution)
@@ -60,7 +63,7 @@ def graphed(method: GlobEnc | Rollout | TransformerAttribution, **example: Any) 
 
 
 class Graphed:
-    """What `graphed` returns."""
+    """A recorded attribution, as `graphed` returns it."""
 
     def __init__(self, method: GlobEnc | Rollout | TransformerAttribution, example: dict[str, Any]):
         method(**example)
@@ -75,19 +78,18 @@ class Graphed:
 
     @torch.no_grad()
     def __call__(self, **batch: Any) -> RolloutResult | RelevanceResult:
-        """Attribute a batch of the example's shapes.
+        """Attribute a batch of the same shapes as the example.
 
         Args:
             batch: tensors, and targets if the example had some, as the method takes them.
 
         Returns:
-            The method's result, without its warnings. Its output and diagnostics are overwritten by the next
-            call.
+            The method's result, without its warnings. The next call overwrites its output and diagnostics.
 
         Raises:
-            ValueError: other inputs or shapes than the example's, or as the method; weights that were moved,
-                replaced, or whose adapters were merged or switched since the graph was recorded; scores too
-                large for float32, where the method itself would have gone on in float64.
+            ValueError: as the method; the inputs or their shapes differ from those of the example; weights
+                were moved or replaced, or adapters merged or switched, since the graph was recorded; or the
+                scores are too large for float32, where the method itself would have used float64.
         """
         if _places(self._model) != self._places:
             raise ValueError(
@@ -106,7 +108,7 @@ class Graphed:
                 raise ValueError(f"graphed: {name} was recorded as {recorded}, got {came}")
         for name in INDICES:
             if name in given:
-                # the graph would read outside its tensors
+                # An index out of range would make the graph read outside its tensors.
                 of = (
                     self._result.scores
                     if name in ("targets", "position")
@@ -122,7 +124,7 @@ class Graphed:
 
 
 def _places(model: nn.Module) -> list[Any]:
-    """Where the model's tensors lie, and which of its adapters are merged or in use."""
+    """Return the addresses of the model's tensors, and which adapters are merged or in use."""
     out: list[Any] = []
     for module in outside(model, ()):
         out += [
@@ -144,7 +146,10 @@ def _places(model: nn.Module) -> list[Any]:
 
 
 def _tensors(batch: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a batch, its inputs first; targets (B, T) and indices (B,), if given, last, int64."""
+    """Return the tensors of a batch.
+
+    Inputs come first. Targets (B, T) and indices (B,) follow as int64, if they are given.
+    """
     out = {name: value for name, value in batch.items() if isinstance(value, Tensor) and name not in INDICES}
     size = len(next(iter(out.values()), ()))
     for name in INDICES:
@@ -161,8 +166,10 @@ def _tensors(batch: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _record(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any, list[Check]]:
-    """Record a call that waits for nothing: what replays it, what it returned, and the checks to make after
-    each replay.
+    """Record a call that waits for nothing.
+
+    Returns:
+        A function that replays it, what it returned, and the checks to make after each replay.
     """
     if device.type != "cuda":
         raise ValueError(f"graphed: a CUDA graph needs the model on a CUDA GPU, got {device}")
@@ -174,8 +181,8 @@ def _record(run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], 
                 run()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        # a stream of this device, which torch's own need not be, and the one that libraries have their
-        # workspaces for
+        # This stream belongs to this device, which torch's own stream need not. It is also the one that the
+        # libraries have allocated their workspaces for.
         with torch.cuda.graph(graph, stream=aside), checks_put_off() as checks:
             result = run()
 

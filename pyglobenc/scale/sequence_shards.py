@@ -1,7 +1,7 @@
-"""How the tokens of one sequence lie on the ranks of torch.distributed.
+"""Distributes the tokens of one sequence over the ranks of torch.distributed.
 
-They are cut into two chunks a rank, and rank r takes chunk r and chunk 2W - 1 - r: of a causal model the
-first token sees one key and the last one all, and every such pair of chunks sees as many.
+The tokens are cut into two chunks for each of W ranks, and rank r takes chunks r and 2W - 1 - r. In a causal
+model the first token sees one key and the last one sees all. Each pair of chunks sees equally many keys.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shares:
-    """How n tokens lie on the ranks of a group: two chunks each, shares differing by one token at most."""
+    """The distribution of n tokens over the ranks of a group.
+
+    Each rank has two chunks. The numbers of tokens of two ranks differ by one at most.
+    """
 
     n: int
     rank: int
@@ -22,24 +25,25 @@ class Shares:
     group: Any = None
 
     def chunks(self, rank: int) -> list[slice]:
-        """The tokens of a rank's share, in order; chunks may be empty."""
+        """Return the two chunks of tokens of a rank, in order. Chunks may be empty."""
         size, more = divmod(self.n, 2 * self.world)
         starts = [chunk * size + min(chunk, more) for chunk in range(2 * self.world + 1)]
         return [slice(starts[chunk], starts[chunk + 1]) for chunk in (rank, 2 * self.world - 1 - rank)]
 
     @property
     def own(self) -> list[slice]:
+        """Return the two chunks of this rank."""
         return self.chunks(self.rank)
 
     def take(self, t: Tensor, dim: int) -> Tensor:
-        """The rank's own share of a tensor of all tokens."""
+        """Return the rank's share (..., m, ...) of a tensor (..., n, ...) with the tokens on axis `dim`."""
         return torch.cat([t.narrow(dim, chunk.start, chunk.stop - chunk.start) for chunk in self.own], dim)
 
     def gather(self, t: Tensor, dim: int) -> Tensor:
-        """The whole of a tensor whose axis dim is split over the ranks."""
+        """Return the whole tensor (..., n, ...) whose axis `dim` is split over the ranks."""
         largest = -(-self.n // self.world)
         t = t.movedim(dim, 0).contiguous()
-        # every rank must send as much as the others
+        # Every rank must send the same number of tokens.
         mine = t if t.shape[0] == largest else torch.cat([t, t[-1:]])
         parts = t.new_empty(self.world * largest, *t.shape[1:])
         dist.all_gather_into_tensor(parts, mine, group=self.group)
@@ -49,14 +53,20 @@ class Shares:
         return whole.movedim(0, dim)
 
     def place(self, t: Tensor, dim: int) -> Tensor:
-        """A tensor of all tokens' size with the rank's own in their places; the others are never read."""
+        """Return a tensor (..., n, ...) with the rank's own tokens in their places.
+
+        The other entries are 0. They are never read.
+        """
         whole = t.new_zeros(*t.shape[:dim], self.n, *t.shape[dim + 1 :])
         _spread(t, whole, self.own, dim)
         return whole
 
 
 def _spread(part: Tensor, whole: Tensor, chunks: list[slice], dim: int) -> None:
-    """Write what lies side by side in part, and maybe more, to chunks of axis dim of whole."""
+    """Copy entries that are adjacent in `part` to chunks of axis `dim` of `whole`.
+
+    Entries of `part` beyond the size of all chunks are ignored.
+    """
     at = 0
     for chunk in chunks:
         size = chunk.stop - chunk.start
