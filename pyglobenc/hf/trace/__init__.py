@@ -1,1 +1,1 @@
-"""Capture of one forward pass: what is recorded of every layer, and the checks of it."""
+"""Captures one forward pass: records tensors of every layer, and checks them."""

@@ -1,6 +1,6 @@
 """The attention and mask functions that transformers calls while a model is captured.
 
-Registered together: without the mask function transformers passes no mask, even with padding.
+They are registered together. Without the mask function transformers passes no mask, even for padded batches.
 """
 
 from collections.abc import Callable
@@ -20,37 +20,37 @@ from pyglobenc.ops.attention import attention
 
 NAME = "pyglobenc"
 
-# read off without a look at any pair
+# The windows of transformers' own mask functions are known, so these are not called for any pair of tokens.
 PLAIN = {bidirectional_mask_function: (-1, -1), causal_mask_function: (-1, 0)}
 
 
 class Mask(NamedTuple):
-    """What the mask function tells the attention function."""
+    """The mask of one forward pass, as the mask function hands it to the attention function."""
 
-    padding: Tensor | None  # (B, n) bool, None: no padding
-    window: tuple[int, int]  # keys that query i sees, i - left to i + right; -1 is unlimited
+    padding: Tensor | None  # (B, n) bool, True for real tokens; None: no padding
+    window: tuple[int, int]  # query i sees keys i - left to i + right; -1: no limit on that side
     bias: Tensor | None = None  # (1 or B, H, n, n), added to the scores
 
     def __radd__(self, bias: Tensor) -> "Mask":
-        """BEiT adds its relative position bias to the mask."""
+        """Return the mask with a bias of the scores; BEiT adds its relative position bias to the mask."""
         return self._replace(bias=bias)
 
 
 @dataclass(frozen=True)
 class Recorder:
-    """The capture that an attention module takes part in."""
+    """Passes the tensors of an attention module's calls to the capture that registered it."""
 
-    record: Callable[..., None]  # called with what the attention function saw and returned
-    cu_seqlens: Tensor | None = None  # (S + 1,) of the sequences packed into the module's input
+    record: Callable[..., None]  # called with the inputs, settings and outputs of the attention function
+    cu_seqlens: Tensor | None = None  # (S + 1,) int32, where each sequence packed into the input starts
     thread: int = field(default_factory=get_ident)
 
     def __call__(self, **tensors: Any) -> None:
-        """Record a call in the capture's own thread."""
+        """Record a call, if it was made in the capture's own thread."""
         if self.thread == get_ident():
             self.record(**tensors)
 
 
-# by attention module
+# The recorder of each attention module that is being captured.
 RECORDERS: "WeakKeyDictionary[nn.Module, Recorder]" = WeakKeyDictionary()
 
 
@@ -63,8 +63,21 @@ def attention_function(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention with its log-sum-exp; query (B, H, n, dh), key and value (B, Hkv, n, dh), attention_mask from
-    `mask_function`.
+    """Compute attention as transformers asks for it, and record its tensors and its log-sum-exp.
+
+    Args:
+        module: the attention module that calls.
+        query: (B, H, n, dh), floating point.
+        key, value: (B, Hkv, n, dh), the same dtype.
+        attention_mask: the `Mask` that `mask_function` returned, or None.
+        scaling: factor of the scores; None: dh ** -0.5.
+        kwargs: further options of transformers' attention functions.
+
+    Returns:
+        The attention output (B, n, H, dh), the query's dtype; and None in place of the weights.
+
+    Raises:
+        ValueError: dropout, cached or cross attention, an option that isn't supported, or another mask.
     """
     name = type(module).__name__
     for option in ("position_bias", "s_aux"):
@@ -75,7 +88,7 @@ def attention_function(
     if query.shape[2] != key.shape[2]:
         raise ValueError(
             f"capture: {name} attends to {key.shape[2]} keys from {query.shape[2]} queries; cached or cross "
-            f"attention is not supported"
+            "attention is not supported"
         )
     window = window_of(module, kwargs)
     key_mask, bias = _read_mask(name, attention_mask, window, query.shape[2])
@@ -84,7 +97,8 @@ def attention_function(
     cu_seqlens = None if recorder is None or recorder.thread != get_ident() else recorder.cu_seqlens
     if cu_seqlens is not None and bias is not None:
         raise ValueError(
-            f"capture: {name} adds a bias for each pair of positions, which packed sequences don't have"
+            f"capture: {name} adds a bias for each pair of positions, which is not supported for packed "
+            "sequences"
         )
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     settings = dict(
@@ -97,7 +111,11 @@ def attention_function(
 
 
 def window_of(module: nn.Module, options: dict[str, Any]) -> tuple[int, int]:
-    """Window that transformers asks of an attention function by its options."""
+    """Return the window that transformers requests by the options of an attention call.
+
+    Returns:
+        (left, right): query i sees keys i - left to i + right; -1 means no limit on that side.
+    """
     causal = (
         options["is_causal"] if options.get("is_causal") is not None else getattr(module, "is_causal", False)
     )
@@ -108,7 +126,7 @@ def window_of(module: nn.Module, options: dict[str, Any]) -> tuple[int, int]:
 def _read_mask(
     name: str, mask: Any, window: tuple[int, int], n: int
 ) -> tuple[Tensor | None, ScoreMod | None]:
-    """Padding (B, n) or None, and a bias of the scores or None."""
+    """Return the padding mask (B, n) or None, and the bias of the scores or None."""
     if mask is None:
         return None, None
     if not isinstance(mask, Mask):
@@ -116,14 +134,14 @@ def _read_mask(
         raise ValueError(f"capture: {name}: attention_mask must be (B, n) of 0 and 1, got {came}")
     if mask.window != window and _within(mask.window, n) != _within(window, n):
         raise ValueError(
-            f"capture: {name}: the model's mask shows a query its keys in {mask.window}, its attention "
-            f"those in {window}"
+            f"capture: {name}: the model's mask has the window {mask.window}, but its attention call has the "
+            f"window {window}"
         )
     return mask.padding, None if mask.bias is None else StoredBias(mask.bias)
 
 
 def _within(window: tuple[int, int], n: int) -> tuple[int, ...]:
-    """The window with sides that reach over all n tokens as -1."""
+    """Return the window, with -1 for each side that reaches all n tokens."""
     return tuple(-1 if side >= n - 1 else side for side in window)
 
 
@@ -136,8 +154,17 @@ def mask_function(
     q_offset: int = 0,
     **kwargs: Any,
 ) -> Mask:
-    """The padding mask and the window of a mask that transformers describes by a function, so that no (n, n)
-    mask is made.
+    """Return the padding mask and the window of a mask, without creating an (n, n) mask.
+
+    Args:
+        mask_function: transformers' description of the mask: whether a query sees a key.
+        batch_size, q_length: B and n.
+        attention_mask: (B, n), 1 for real tokens and 0 for padding; or None.
+        q_offset: position of the first query; only 0 is supported.
+        kwargs: further options of transformers' mask functions.
+
+    Raises:
+        ValueError: attention uses a cache, or the mask is not bidirectional, causal or a sliding window.
     """
     if q_offset or kwargs.get("kv_length", q_length) != q_length:
         raise ValueError("capture: cached attention is not supported; pass use_cache=False")
@@ -151,12 +178,13 @@ def mask_function(
 
 
 def _window(visible: Callable, batch: int, n: int) -> tuple[int, int]:
-    """Window that a mask function describes, read off the first and the last query and checked for all along
-    the window's edges.
+    """Return the window that a mask function describes.
+
+    It is read from the keys of the first and the last query, and checked for all queries at its edges.
     """
     if visible in PLAIN:
         return PLAIN[visible]
-    # on the CPU, whatever the model's device: the results are looked at
+    # These tensors are on the CPU, whatever the model's device is, because Python reads the results.
     i, b = torch.arange(n, device="cpu")[None], torch.arange(batch, device="cpu")[:, None]
 
     def seen(q: Tensor, kv: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Run a stock transformers model once and keep what attribution needs of every layer."""
+"""Runs a stock transformers model once, and keeps the tensors of every layer that attribution needs."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -28,7 +28,7 @@ _CLAIM = Lock()
 
 
 class Trace:
-    """Tensors of the last forward pass under `capture`."""
+    """The tensors of the last forward pass under `capture`."""
 
     def __init__(self, called: nn.Module, modules: list[LayerModules]):
         self.called, self.modules = called, modules
@@ -44,13 +44,14 @@ class Trace:
         directions = Directions()
         self._layers = [LayerTrace(layer, directions=directions) for layer in self.modules]
         self._running: int | None = None  # index of the layer whose block was called last
-        self._blocks: Counter[nn.Module] = Counter()  # calls in this pass
+        self._blocks: Counter[nn.Module] = Counter()  # number of calls of each block in this pass
         self._io: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
         self._checked = False
 
     def start_layer(self, block: nn.Module) -> LayerTrace:
-        """Layer that this call of a block belongs to: the k-th that has it, at its k-th call, since layers
-        may share modules.
+        """Return the layer that this call of a block belongs to.
+
+        Layers may share a block. Its k-th call belongs to the k-th layer that has it.
         """
         indices = self._order["block", block]
         self._running = indices[self._blocks[block] % len(indices)]
@@ -58,19 +59,19 @@ class Trace:
         return self.layer_of("block", block)
 
     def layer_of(self, part: str, module: nn.Module) -> LayerTrace:
-        """Layer that this call of a module belongs to: the one whose block is at work."""
+        """Return the layer that this call of a module belongs to: the layer whose block is running."""
         indices = self._order[part, module]
         layer = self._layers[self._running if self._running in indices else indices[0]]
         layer.calls[part] += 1
         return layer
 
     def keep_output(self, output: Tensor) -> None:
-        """Keep what the last layer's block returned."""
+        """Keep the projection of the last layer's output (B, n, d)."""
         if self._running == len(self._layers) - 1:
             self._layers[-1].keep("block", output, length=True)
 
     def keep_io(self, module: nn.Module, given: Tensor, returned: Tensor) -> None:
-        """Keep what an extra module was given and returned."""
+        """Keep the input and the output of an extra module's call."""
         pieces = self._io.setdefault(module, [])
         if ("intermediate", module) not in self._order and ("mlp_output", module) not in self._order:
             pieces.clear()
@@ -78,8 +79,9 @@ class Trace:
 
     @property
     def io(self) -> dict[nn.Module, tuple[Tensor, Tensor]]:
-        """Input and output of the extra modules' last calls; of all calls where a layer's MLP takes the
-        tokens in pieces.
+        """Input and output of each extra module, from its last call.
+
+        A layer's MLP may process the tokens in pieces. Its tensors are then those of all calls, joined.
         """
         return {
             module: pieces[0]
@@ -90,17 +92,17 @@ class Trace:
 
     @property
     def inputs(self) -> list[Tensor]:
-        """Inputs of the layers that were called so far; nothing is checked yet."""
+        """Inputs (B, n, d) of the layers that were called so far; the checks have not run yet."""
         return [layer.x for layer in self._layers if layer.x is not None]
 
     @property
     def layers(self) -> list[LayerTrace]:
-        """Every layer's tensors, first to last.
+        """Tensors of every layer, first to last; reading them runs the checks once for each forward pass.
 
         Raises:
-            RuntimeError: no forward pass ran yet, or one that didn't go through the attention function of
-                every layer.
-            ValueError: a layer computed something else than what is decomposed, see `check_layers`.
+            RuntimeError: no forward pass ran yet, or a layer of the last one didn't call the attention
+                function.
+            ValueError: a layer computed something else than the attribution decomposes, see `check_layers`.
         """
         if not any(layer.calls for layer in self._layers):
             raise RuntimeError("capture: nothing captured; run the model's forward pass inside the context")
@@ -108,7 +110,7 @@ class Trace:
         if missing:
             raise RuntimeError(
                 f"capture: layers {missing} never called the attention function; the model ignores "
-                f"transformers' attention interface"
+                "transformers' attention interface"
             )
         if not self._checked:
             check_layers(self.called, self._layers, self.io)
@@ -130,29 +132,28 @@ def capture(
             output = model(**batch)
         trace.layers[0].q  # (B, H, n, dh)
 
-    The model runs torch's fused attention, whatever attention implementation it is set to. On exit, also
-    after an exception, every hook is removed. Meanwhile other threads get the plain model. Tensors stay in
-    the autograd graph when the forward pass records one.
+    The model runs torch's fused attention, whatever its own attention implementation is. Other threads that
+    call the model meanwhile run it uncaptured. On exit, also after an exception, every hook is removed.
+    Captured tensors stay in the autograd graph if the forward pass records one.
 
     Args:
-        model: a known architecture, in evaluation mode; or a module around one, as `called_module` takes it.
-        modules: further modules whose input and output are kept, in `trace.io`.
-        cu_seqlens: of S sequences packed into one, (S + 1,) int32, on the CPU: tokens cu_seqlens[s] to
-            cu_seqlens[s + 1] attend to one another alone. The model must be given position_ids that start
-            anew for each and an attention_mask of ones, without which some architectures make masks of their
-            own. What it does after its layers, such as pooling, sees one sequence.
-        attention: name under which transformers knows the attention function; it records each call by its
-            module in RECORDERS.
+        model: a model of a known architecture, in evaluation mode; or a wrapper that `called_module` accepts.
+        modules: further modules, whose input and output are kept in `trace.io`.
+        cu_seqlens: (S + 1,) int32, on the CPU, for S sequences packed into one. Tokens cu_seqlens[s] to
+            cu_seqlens[s + 1] attend only to one another. The model then needs position_ids that start anew
+            for each sequence, and an attention_mask of ones, since some architectures otherwise make masks of
+            their own. Steps after the layers, such as pooling, see a single sequence.
+        attention: name under which transformers knows the attention function. That function must report each
+            call to its module's recorder in RECORDERS.
 
     Yields:
-        Trace, filled by each forward pass; the next pass replaces what the last one left.
+        Trace, filled by each forward pass. A new pass replaces the tensors of the last one.
 
     Raises:
-        TypeError: model is not a transformers model.
-        ValueError: unknown architecture, dropout is at work, a norm after a residual sum isn't a layer norm,
-            or the model computes attention itself and can't keep packed sequences apart.
-        RuntimeError: the model, or one that shares layers with it, is being captured already, by another
-            thread too.
+        TypeError: the model is not a transformers model.
+        ValueError: the architecture is unknown, dropout is active, a norm after a residual sum isn't a layer
+            norm, or the model computes attention itself and can't keep packed sequences apart.
+        RuntimeError: this or another thread already captures the model, or one that shares layers with it.
     """
     called, model = called_module(model), stock_model(model)
     found = find_layers(model)
@@ -163,7 +164,8 @@ def capture(
         )
     trace = Trace(called, found)
     with ExitStack() as stack:
-        # before anything of the model is changed, and given back last: another thread may want the same one
+        # The capture claims the model before it changes anything, and releases it last, because another
+        # thread may want to capture the same model.
         with _CLAIM:
             if any(layer.attention in RECORDERS for layer in found):
                 raise RuntimeError("capture: the model is being captured already")
@@ -186,7 +188,7 @@ def _hooked(
         handles += _hooks(called, trace, found, extra)
         for part, module in _norms(found):
             if is_stock(module) and "forward" not in vars(module):
-                # past nn.Module's own __setattr__, which takes ten times as long
+                # Assigning through `vars` avoids `nn.Module.__setattr__`, which is about ten times slower.
                 vars(module)["forward"] = _with_stats(trace, part, module)
                 replaced.append(module)
             else:
@@ -228,7 +230,7 @@ def _hooks(
     if not found[-1].pre_norm:
         for module in {layer.mlp_output for layer in found}:
             yield module.register_forward_hook(in_this_thread(keep_mlp))
-    # of any other module the matrix that stands for it is applied, see `checks`
+    # For any other module the checks apply its matrix themselves, so no output is needed.
     for module in [
         module
         for module in {layer.output for layer in found if layer.own_scores is None}
@@ -241,18 +243,19 @@ def _hooks(
 
 
 def _norms(found: list[LayerModules]) -> Iterator[tuple[str, nn.Module]]:
-    """Norms whose input is looked at, each once, and the part they play."""
+    """Yield each norm whose input is needed, once, with the part it plays."""
     for part in NORMS:
         for module in {getattr(layer, part): layer for layer in found if getattr(layer, part) is not None}:
-            # the norm before a pre-norm layer's attention changes no attribution; the error estimate reads
-            # LayerNorm's statistics
+            # The norm before a pre-norm layer's attention changes no attribution. The error estimate reads
+            # its statistics if it is a LayerNorm.
             if part != "attention_norm" or not found[0].pre_norm or isinstance(module, nn.LayerNorm):
                 yield part, module
 
 
 def _with_stats(trace: Trace, part: str, module: nn.LayerNorm):
-    """The module's forward pass, which also keeps the statistics that its kernel returns: a second kernel
-    would read all of z again.
+    """Return a forward pass for the module that also keeps the mean and rstd of its input.
+
+    torch's kernel returns them. A second kernel would read all of the input z again.
     """
     thread = get_ident()
 
@@ -260,8 +263,8 @@ def _with_stats(trace: Trace, part: str, module: nn.LayerNorm):
         if get_ident() != thread:
             return nn.LayerNorm.forward(module, input)
         weight, device = module.weight, input.device.type
-        # on a CPU statistics of half precision are of half precision too; what autocast or a mode widens is
-        # theirs to widen
+        # On a CPU the kernel returns statistics in half precision for inputs in half precision. Where
+        # autocast or a mode changes the dtypes, the module's own forward pass must run.
         full = input.dtype in FULL or device == "cuda"
         if (
             not full
@@ -280,14 +283,14 @@ def _with_stats(trace: Trace, part: str, module: nn.LayerNorm):
 
 
 def _norm_hook(trace: Trace, part: str):
-    """Hook of a norm that is not torch's own, or whose forward pass someone else has replaced."""
+    """Return a hook for a norm that is not torch's own, or whose forward pass has been replaced already."""
 
     def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
         layer, z = trace.layer_of(part, module), args[0] if args else next(iter(kwargs.values()))
         if part == "added_norm":
             layer.add_stats(part, NormStats(None, rms_stats(z, module)))
         elif not layer.modules.pre_norm:
-            # what it computes is read off and compared with what it returned
+            # The norm's parts are estimated from its outputs; the checks compare them with this call.
             try:
                 parts = layer.parts[part] = norm_parts(module, z.shape[-1])
             except ValueError as error:
@@ -306,7 +309,7 @@ def _norm_hook(trace: Trace, part: str):
 
 
 def _keep_norm(layer: LayerTrace, part: str, z: Tensor, y: Tensor, stats: NormStats) -> None:
-    """Keep a layer norm's statistics, and of what it was given and returned what is checked."""
+    """Keep a layer norm's statistics, and the projections of its input and output that are checked."""
     layer.add_stats(part, stats)
     if not layer.modules.pre_norm:
         layer.keep(part, z)
@@ -320,15 +323,16 @@ def _record(trace: Trace, module: nn.Module):
         layer = trace.layer_of("attention", module)
         for name, value in tensors.items():
             setattr(layer, name, value)
-        # a block on another device than the one before it fetches its input inside its forward pass
+        # A block on another device than the block before it moves its input inside its forward pass.
         layer.x = layer.x.to(layer.q.device)
 
     return record
 
 
 def _configs(model: PreTrainedModel, found: list[LayerModules]) -> list[PreTrainedConfig]:
-    """Configs by which the model's parts choose their masks and attention: layers may come from another
-    model, with their own.
+    """Return the configs from which the parts of a model choose their masks and attention.
+
+    Layers may come from another model and then have a config of their own.
     """
     models = [
         module

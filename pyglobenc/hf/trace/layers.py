@@ -1,4 +1,4 @@
-"""Handles to one layer's modules and the tensors of one forward pass through them."""
+"""The modules of one layer, and the tensors that one forward pass computed in them."""
 
 from collections import Counter
 from collections.abc import Callable, Container
@@ -16,17 +16,15 @@ from pyglobenc.hf.weights import dense_weight
 
 @dataclass(frozen=True)
 class OwnScores:
-    """What an attention module that computes its scores itself does to q . k."""
+    """How an attention module that computes its scores itself changes the products q . k."""
 
     scaling: float
-    score_mod: ScoreMod | None
+    score_mod: ScoreMod | None  # changes the scaled scores before the softmax
     key_mask: Tensor | None  # (B, n) bool
 
 
 class LayerModules(NamedTuple):
-    """Modules of one transformer layer, by the part they play; None for a part that the architecture has in
-    another shape.
-    """
+    """The modules of one transformer layer, by the part they play; None for a part without its own module."""
 
     block: nn.Module  # called with the layer's input x
     attention: nn.Module  # the module that transformers hands to the attention function
@@ -39,25 +37,27 @@ class LayerModules(NamedTuple):
     mlp_output: nn.Module
     output_norm: nn.Module  # post-norm: after the MLP's residual sum; pre-norm: before the MLP
     pre_norm: bool = False
-    scale: tuple[nn.Module, str] | None = (
-        None  # module and name of a factor (d,) of the attention's output before the residual sum
-    )
+    # module and name of a parameter (d,) that multiplies the attention's output before the residual sum
+    scale: tuple[nn.Module, str] | None = None
     added_norm: nn.Module | None = None  # RMSNorm of the attention's output before the residual sum
     unit_offset: bool = False  # added_norm multiplies by 1 + its weight
-    # for attention that ignores transformers' interface: reads its arguments by name
+    # for attention that ignores transformers' interface; called with the module and its arguments by name
     own_scores: Callable[[nn.Module, dict[str, Any]], OwnScores] | None = None
 
 
 class NormStats:
-    """Statistics of one norm in the forward pass, each (B, n); rstd includes eps; mean is None for an
-    RMSNorm.
+    """Statistics of one norm in the forward pass, float32 or float64.
+
+    Attributes:
+        mean: (B, n); None for an RMSNorm.
+        rstd: (B, n), the reciprocal standard deviation, including eps.
     """
 
     def __init__(self, mean: Tensor | None, rstd: Tensor):
-        """As norms return them, (B, n, 1)."""
+        """Take the statistics as norms return them, (B, n, 1)."""
         self._mean, self._rstd = mean, rstd
 
-    # most are never read: four views of a layer's norms would take as long as one of its kernels
+    # Views are made on demand, because creating all four for a layer costs as much as one kernel launch.
     @property
     def mean(self) -> Tensor | None:
         return None if self._mean is None else _by_token(self._mean)
@@ -67,7 +67,7 @@ class NormStats:
         return _by_token(self._rstd)
 
     def followed_by(self, more: "NormStats") -> "NormStats":
-        """Statistics of these tokens and of more that come after them."""
+        """Return the statistics of these tokens, followed by those of the tokens in `more`."""
         pairs = ((self._mean, more._mean), (self._rstd, more._rstd))
         return NormStats(*(None if t is None else torch.cat([t, other], 1) for t, other in pairs))
 
@@ -79,7 +79,7 @@ def _by_token(t: Tensor) -> Tensor:
 
 @dataclass
 class LayerTrace:
-    """What one layer saw and computed in the last forward pass; n includes padding."""
+    """The tensors of one layer in the last forward pass; n includes padding."""
 
     modules: LayerModules
     x: Tensor | None = None  # (B, n, d), the layer's input
@@ -89,55 +89,52 @@ class LayerTrace:
     o: Tensor | None = None  # (B, H, n, dh), attention output by head
     lse: Tensor | None = None  # (B, H, n), of the scaled scores; inf where a padded query sees no key
     scaling: float = 1.0
-    key_mask: Tensor | None = None  # (B, n) bool, None: no padding
-    window: tuple[int, int] = (-1, -1)
-    score_mod: ScoreMod | None = None  # what changes the scaled scores before the softmax
-    cu_seqlens: Tensor | None = None  # (S + 1,) int32, of the sequences packed into one, on the CPU
-    norms: dict[str, NormStats] = field(default_factory=dict)  # by the field's name in LayerModules
-    parts: dict[str, NormParts] = field(default_factory=dict)  # the same, of norms that aren't torch's own
-    # what `pyglobenc.hf.trace.checks` compares, and the directions that all layers share
+    key_mask: Tensor | None = None  # (B, n) bool, True for real tokens; None: no padding
+    window: tuple[int, int] = (-1, -1)  # query i sees keys i - left to i + right; -1: no limit
+    score_mod: ScoreMod | None = None  # changes the scaled scores before the softmax
+    cu_seqlens: Tensor | None = None  # (S + 1,) int32, on the CPU: where each packed sequence starts
+    norms: dict[str, NormStats] = field(default_factory=dict)  # by field name of LayerModules
+    parts: dict[str, NormParts] = field(default_factory=dict)  # the same, for norms that aren't torch's own
+    # `pyglobenc.hf.trace.checks` compares these projections; all layers share the directions.
     projections: dict[str, Projection] = field(default_factory=dict)
     directions: Directions = field(default_factory=Directions)
-    calls: Counter[str] = field(
-        default_factory=Counter
-    )  # of the modules, by the field's name in LayerModules
+    calls: Counter[str] = field(default_factory=Counter)  # number of calls, by field name of LayerModules
 
     def add_stats(self, part: str, stats: NormStats) -> None:
-        """Keep a norm's statistics, after those of the tokens before."""
+        """Keep a norm's statistics; those of a second call are appended to those of the first."""
         before = self.norms.get(part)
         self.norms[part] = stats if before is None else before.followed_by(stats)
 
     def project(self, t: Tensor, **options: Any) -> Projection:
-        """A tensor (B, n, d) along the direction that all are compared in; options of
-        `projections.project`.
-        """
+        """Project a tensor (B, n, d) on the direction of the checks, with the options of `project`."""
         return project(t, self.directions, **options)
 
     def keep(self, name: str, t: Tensor, **options: Any) -> None:
-        """Keep a tensor's projection, after that of the tokens before."""
+        """Keep a tensor's projection; that of a second call is appended to that of the first."""
         before, new = self.projections.get(name), self.project(t, **options)
         self.projections[name] = new if before is None else before.followed_by(new)
 
     @property
     def output_weight(self) -> Tensor:
-        """W_O by head, (H, dh, d)."""
+        """Return W_O by head, (H, dh, d)."""
         heads = (self.q.shape[1], self.q.shape[3])
         return dense_weight(self.modules.output, heads[0] * heads[1]).unflatten(0, heads)
 
     def norm_parts(self, name: str) -> NormParts:
-        """Weight, bias and eps of a layer norm, by its field's name in LayerModules."""
+        """Return weight, bias and eps of a layer norm, given its field name in LayerModules."""
         norm = getattr(self.modules, name)
         return norm_parts(norm, self.x.shape[2]) if is_stock(norm) else self.parts[name]
 
     def norm_weight(self, name: str) -> Tensor:
-        """Weight of a layer norm, (d,)."""
+        """Return the weight of a layer norm, (d,); ones if it has none."""
         weight = self.norm_parts(name).weight
         return self.x.new_ones(self.x.shape[2]).detach() if weight is None else weight
 
 
 def outside(model: nn.Module, blocks: Container[nn.Module]) -> list[nn.Module]:
-    """The model and every module in it but the blocks and what is in them; modules() would walk those for
-    most of its time.
+    """Return the model and all modules in it, except the blocks and the modules inside them.
+
+    `model.modules()` would spend most of its time inside the blocks. No tensor is read.
     """
     found = [model]
     for module in found:

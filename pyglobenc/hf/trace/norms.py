@@ -1,5 +1,6 @@
-"""What a norm computes: its weight, bias and eps, read off the stock modules, and of any other from what it
-returns.
+"""Finds the weight, bias and eps of a norm, and computes its statistics.
+
+The parts of torch's own norms are read from their parameters, and those of other norms from their outputs.
 """
 
 from typing import NamedTuple
@@ -10,29 +11,32 @@ from torch import Tensor, nn
 from pyglobenc.backends.shared.launch import HALF
 from pyglobenc.hf.weights import parameter
 
-# probes are this large, where eps is lost beside the variance, and this small, where it isn't
+# Probes have these two sizes: for large ones eps is negligible beside the variance, for small ones it is not.
 LARGE, SMALL = 16.0, 2.0**-10
 
 
 class NormParts(NamedTuple):
-    """A layer norm of single tokens: weight * (z - mean) * rstd + bias."""
+    """The parts of a layer norm of single tokens, weight * (z - mean) * rstd + bias."""
 
     weight: Tensor | None  # (d,); None: ones
     bias: Tensor | None  # (d,); None: zeros
-    eps: float | Tensor  # Tensor: ()
+    eps: float | Tensor  # a Tensor has shape ()
 
 
 def is_stock(norm: nn.Module) -> bool:
-    """Whether a norm is torch's own layer norm, whose parameters can be read."""
+    """Return whether a norm of hidden states (B, n, d) is torch's own LayerNorm, with readable parameters."""
     return type(norm) is nn.LayerNorm
 
 
 def norm_parts(norm: nn.Module, d: int) -> NormParts:
-    """Read the parts of a layer norm over d features.
+    """Return the parts of a norm of hidden states (B, n, d), which is assumed to be a layer norm.
 
-    A norm of another class (adapters around a norm, a fused norm, a user's own) is applied to four tokens. If
-    it computes a layer norm, these tell its weight, bias and eps. Whether it does is checked on the tokens of
-    every call, in `pyglobenc.hf.trace.checks`.
+    A norm of another class (a norm with adapters, a fused norm, a user's own) is applied to four tokens. If
+    the norm is a layer norm, their outputs determine weight, bias and eps. `pyglobenc.hf.trace.checks` tests
+    this assumption on the tokens of every call.
+
+    Returns:
+        NormParts. Weight and bias have the parameters' dtype; for a norm of another class, float32 or float64.
 
     Raises:
         ValueError: the norm does not take single tokens of d features, or torch's own norm averages over more
@@ -41,8 +45,8 @@ def norm_parts(norm: nn.Module, d: int) -> NormParts:
     if is_stock(norm):
         if tuple(norm.normalized_shape) != (d,):
             raise ValueError(
-                f"it normalises over {tuple(norm.normalized_shape)}, and not over the {d} features of "
-                f"single tokens"
+                f"it normalises over {tuple(norm.normalized_shape)}, not over the {d} features of single "
+                "tokens"
             )
         read = {
             name: None if getattr(norm, name) is None else parameter(norm, name)
@@ -57,8 +61,9 @@ def norm_parts(norm: nn.Module, d: int) -> NormParts:
 
 @torch.no_grad()
 def _probed(norm: nn.Module, d: int) -> NormParts:
-    """Parts of a layer norm from what it returns for a pattern of mean 0, large and small, and for its
-    negative.
+    """Compute the parts of a layer norm from its outputs for four probes.
+
+    The probes are a pattern of mean 0 and its negative, each in a large and a small size.
     """
     like = next((p for p in norm.parameters() if p.is_floating_point()), torch.empty(()))
     pattern = torch.ones(d, device=like.device)
@@ -66,12 +71,12 @@ def _probed(norm: nn.Module, d: int) -> NormParts:
     if d % 2:
         pattern[:3] = torch.tensor([1.0, 1.0, -2.0], device=like.device)
     rows = torch.stack([scale * sign * pattern for scale in (LARGE, SMALL) for sign in (1, -1)])
-    # forward alone: hooks are for the tokens of a text
+    # Only `forward` is called, because hooks on the module are meant for the tokens of a text.
     out = norm.forward(rows[None].to(like.dtype))[0]
     out = out.float() if out.dtype in HALF else out
     pattern, variance = pattern.to(out.dtype), pattern.to(out.dtype).square().mean()
     large, small = (out[0] - out[1]) / 2, (out[2] - out[3]) / 2
-    # small / large is SMALL / LARGE times the root of (LARGE^2 variance + eps) / (SMALL^2 variance + eps)
+    # eps solves small / large = SMALL / LARGE * sqrt((LARGE^2 variance + eps) / (SMALL^2 variance + eps)).
     q = ((small * large).sum() / large.square().sum() * (LARGE / SMALL)).square()
     eps = (variance * (LARGE**2 - q * SMALL**2) / (q - 1)).nan_to_num(0.0, 0.0, 0.0).clamp(min=0)
     weight = large / (LARGE * pattern) * (LARGE**2 * variance + eps).sqrt()
@@ -79,17 +84,17 @@ def _probed(norm: nn.Module, d: int) -> NormParts:
 
 
 def layer_norm_stats(z: Tensor, eps: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and rstd of a layer norm of z (B, n, d), (B, n, 1) each, float32 at least."""
+    """Return mean and rstd of a layer norm of z (B, n, d), (B, n, 1) each, in float32 or float64."""
     z = z.detach().float() if z.dtype in HALF else z.detach()
     if isinstance(eps, Tensor):
         variance, mean = torch.var_mean(z, -1, correction=0, keepdim=True)
         return mean, (variance + eps.to(z.dtype)).rsqrt()
-    # twenty times as fast as var_mean on a CPU
+    # On a CPU this is twenty times as fast as var_mean.
     return torch.native_layer_norm(z, z.shape[-1:], None, None, eps)[1:]
 
 
 def rms_stats(z: Tensor, norm: nn.Module) -> Tensor:
-    """rstd (B, n, 1) of an RMSNorm of z (B, n, d), float32 at least."""
+    """Return rstd (B, n, 1) of an RMSNorm of z (B, n, d), in float32 or float64."""
     z = z.detach().float() if z.dtype in HALF else z.detach()
     eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
     return (z.square().mean(-1, keepdim=True) + eps).rsqrt()

@@ -1,9 +1,8 @@
-"""Capture of attention modules that compute their scores themselves and ignore transformers' attention
-interface.
+"""Captures attention modules that compute scores themselves and ignore transformers' attention interface.
 
-Their forward pass runs as it is; queries, keys and values are read off the projections, and the log-sum-exp,
-which such a module doesn't return, is computed again a block of queries at a time. What they hold stays out
-of the autograd graph.
+Their forward pass runs unchanged. Queries, keys and values are taken from the outputs of the projections. The
+module doesn't return the log-sum-exp, so attention is computed a second time, one block of queries at a time.
+The captured tensors are not part of the autograd graph.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,11 +20,12 @@ from pyglobenc.ops.attention import attention
 def own_attention_hooks(
     found: list[LayerModules], recorders: Mapping[nn.Module, Callable[..., None]]
 ) -> Iterator[Any]:
-    """Register the hooks that capture these layers' attention; yields their handles.
+    """Register the hooks that capture the attention of layers, and yield their handles.
 
     Args:
-        found: layers; those without `own_scores` are left alone.
-        recorders: what an attention module's tensors are told to; read when it is called.
+        found: the layers; those without `own_scores` get no hooks.
+        recorders: the function to call for each attention module, looked up when the module is called. It
+            gets q, k, v and o (B, H, n, dh), lse (B, H, n), and the settings of the scores.
     """
     for layer in found:
         if layer.own_scores is None:
@@ -42,7 +42,7 @@ def own_attention_hooks(
 
 def _keep(projected: dict[str, Tensor], name: str):
     def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-        # the same projection may be applied to the position embeddings later in the call
+        # The module may apply the same projection to the position embeddings later in the call.
         projected.setdefault(name, output)
 
     return hook
@@ -51,7 +51,7 @@ def _keep(projected: dict[str, Tensor], name: str):
 def _record(
     layer: LayerModules, projected: dict[str, Tensor], recorders: Mapping[nn.Module, Callable[..., None]]
 ):
-    # of the class: a wrapper around the module's own need not name its arguments
+    # The class's signature is read, because a wrapper around the module's forward need not name arguments.
     arguments = signature(type(layer.attention).forward)
 
     @torch.no_grad()

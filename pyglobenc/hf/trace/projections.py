@@ -1,4 +1,4 @@
-"""Tensors along one fixed direction, by which `pyglobenc.hf.trace.checks` compares them."""
+"""Projects tensors on one fixed direction, so that `pyglobenc.hf.trace.checks` can compare them."""
 
 from typing import NamedTuple
 
@@ -9,35 +9,35 @@ from pyglobenc.backends.shared.launch import HALF
 
 
 class Directions(dict[tuple[int, torch.dtype, torch.device], Tensor]):
-    """The direction u (d,) by its size, dtype and device, made where it is first needed."""
+    """The direction u (d,) for each size, dtype and device, created when it is first needed."""
 
     def __missing__(self, key: tuple[int, torch.dtype, torch.device]) -> Tensor:
         d, dtype, device = key
         k = torch.arange(1, d + 1, dtype=torch.float64, device=device)
-        # sines of squares have no period and no trend, and are the same on every device and at every call
+        # sin(k^2) has no period and no trend, and is the same on every device and in every call.
         self[key] = u = torch.sin(k * k).mul_(2**0.5).to(dtype)
         return u
 
     def of(self, t: Tensor) -> Tensor:
-        """The direction for t (..., d), of float32 or float64."""
+        """Return the direction for a tensor t (..., d) of float32 or float64."""
         return self[t.shape[-1], t.dtype, t.device]
 
 
 class Projection(NamedTuple):
-    """A tensor (B, n, d) along the direction."""
+    """The projection of a tensor (B, n, d) on the direction."""
 
     product: Tensor  # (B, n)
-    length: Tensor | None  # (B, n), of the tensor's tokens
-    eps: float  # of the tensor's dtype
+    length: Tensor | None  # (B, n), L2 norms of the tokens; None if not needed
+    eps: float  # machine epsilon of the tensor's dtype
 
     def followed_by(self, more: "Projection") -> "Projection":
-        """The projection of these tokens and of more that come after them."""
+        """Return the projection of these tokens, followed by that of the tokens in `more`."""
         length = None if self.length is None else torch.cat([self.length, more.length], 1)
         return Projection(torch.cat([self.product, more.product], 1), length, max(self.eps, more.eps))
 
 
 def wide(t: Tensor) -> Tensor:
-    """A tensor outside the autograd graph, float32 at least."""
+    """Return a tensor, such as (B, n, d), outside the autograd graph; half precision becomes float32."""
     t = t.detach()
     return t.float() if t.dtype in HALF else t
 
@@ -45,8 +45,16 @@ def wide(t: Tensor) -> Tensor:
 def project(
     t: Tensor, directions: Directions, length: bool = False, weight: Tensor | None = None
 ) -> Projection:
-    """Project t (B, n, d) on the direction, or on the direction times weight (d,); with the tokens' lengths
-    where asked for.
+    """Project a tensor on the direction.
+
+    Args:
+        t: (B, n, d), floating point.
+        directions: creates and keeps the direction u.
+        length: also compute the L2 norms of the tokens.
+        weight: (d,); t is projected on weight * u instead of u.
+
+    Returns:
+        Projection, with product and length (B, n) in float32 or float64.
     """
     eps, t = torch.finfo(t.dtype).eps, wide(t)
     u = directions.of(t)

@@ -1,8 +1,8 @@
-"""A capture acts in the thread that made it. At the same time every other thread runs the plain model.
+"""Limits a capture to its own thread, while every other thread runs the plain model.
 
-What a capture changes is seen by all threads: hooks, a config's attention implementation, the compiler's
-stance. So hooks ask which thread calls them, a config answers each thread with its own attention
-implementation, and captures that overlap share one stance.
+A capture changes hooks, the config's attention implementation and the compiler's stance, and all threads see
+these changes. Therefore each hook asks which thread calls it. A config returns each thread's own attention
+implementation. Captures that overlap in time share one stance.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -15,17 +15,17 @@ import torch
 from transformers import PreTrainedConfig
 
 _LOCK = Lock()
-# id of a config -> thread -> names of attention implementations, the last one in use
+# id of a config -> thread -> names of attention implementations; the last name is in use
 _IMPLEMENTATIONS: dict[int, dict[int, list[str]]] = {}
-# the stance that all captures share, and how many there are
+# the stance that all captures share, and the number of captures
 _STANCE: list[Any] = [None, 0]
 
 
 def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a module's hook so that it does nothing in other threads than this one.
 
-    Another thread that is calling the module's hooks may find the hook but not the note that it takes keyword
-    arguments.
+    The wrapper takes any arguments. Another thread may call the hook before torch has noted that it takes
+    keyword arguments.
     """
     thread = get_ident()
 
@@ -37,10 +37,13 @@ def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def attention_in_this_thread(configs: Iterable[PreTrainedConfig], name: str) -> Iterator[None]:
-    """Context within which configs name an attention implementation to this thread, and what they named
-    before to all others.
+    """Set the attention implementation of configs for this thread only, inside the context.
+
+    Args:
+        configs: the configs; other threads go on reading their former attention implementation.
+        name: name of the attention implementation, as registered with transformers.
     """
-    # a set would ask the configs for a hash
+    # The configs are collected by id, because a set would need their hash.
     configs, thread = list({id(config): config for config in configs}.values()), get_ident()
     with _LOCK:
         for config in configs:
@@ -64,7 +67,7 @@ def attention_in_this_thread(configs: Iterable[PreTrainedConfig], name: str) -> 
 
 @cache
 def _by_thread(kind: type) -> type:
-    """The class of configs of one kind that answer each thread with its own attention implementation."""
+    """Return a subclass of a config class that returns each thread's own attention implementation."""
 
     class ByThread(kind):
         @property
@@ -77,7 +80,7 @@ def _by_thread(kind: type) -> type:
             kind._attn_implementation.fset(self, value)
 
         def __reduce_ex__(self, protocol: int) -> tuple:
-            # a copy, or what is loaded from a file, is of the plain class
+            # A copy, and a config loaded from a pickle, has the plain class.
             return _new, (kind,), *super().__reduce_ex__(protocol)[2:]
 
     ByThread.__name__, ByThread.__qualname__, ByThread.__module__ = (
@@ -94,7 +97,7 @@ def _new(kind: type) -> Any:
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Context within which models run as they are: compiled code would run without their hooks."""
+    """Run models uncompiled inside the context, because compiled code does not call hooks."""
     with _LOCK:
         if not _STANCE[1]:
             _STANCE[0] = torch.compiler.set_stance("force_eager")
