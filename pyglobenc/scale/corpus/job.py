@@ -1,7 +1,7 @@
-"""A job over a corpus: its shards, in length-bucketed batches, whichever of them are still to be done.
+"""A job over a corpus: it computes the shards that are still missing, in batches of texts of like length.
 
-Shard s holds records s*size to (s+1)*size - 1 and is computed as if it were alone, so that neither the number
-of ranks nor a stop in between changes what is in it.
+Shard s holds records s*size to (s+1)*size - 1 and is computed as if it were the only one. So its content
+depends neither on the number of ranks nor on whether the job was stopped in between.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pyglobenc.scale.corpus.shards import (
 
 log = logging.getLogger("pyglobenc")
 
-# words of the text that settings are tried on, at most, where the model sets no limit
+# The most words in the text that settings are tried on, if the model sets no limit.
 TRIED = 1024
 
 
@@ -47,27 +47,27 @@ class Survey:
 
     @property
     def records(self) -> int:
-        """How many records there are."""
+        """Return the number of records."""
         return sum(part.records for part in self.parts)
 
     @property
     def texts(self) -> str:
-        """SHA-256 of all records' texts."""
+        """Return the SHA-256 of all records' texts."""
         return hashlib.sha256("".join(part.sha256 for part in self.parts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a job does.
+    """The plan of a job.
 
     Attributes:
         source: the corpus.
-        folder: of the output.
-        shard_size: records a shard.
-        batch_tokens: most tokens, padding included, that the model sees at once, unless one text has more.
-        common: what every shard says of itself: method, model fingerprint, dtype, settings.
-        rank, world: this process among those that share the job.
-        survey: of the source; None to read it first.
+        folder: folder of the output.
+        shard_size: number of records in a shard.
+        batch_tokens: the most tokens, with padding, that the model gets at once. One text may have more.
+        common: what every shard stores: method, model fingerprint, dtype and settings.
+        rank, world: index of this process, and number of the processes that share the job.
+        survey: survey of the source, or None to read the source first.
     """
 
     source: Source
@@ -82,8 +82,14 @@ class Plan:
 
 @dataclass
 class Summary:
-    """Records of this run: attributed, left out, and found done before, of which some were left out; and
-    seconds.
+    """Counts of a run.
+
+    Attributes:
+        attributed: number of records attributed in this run.
+        rejected: number of records that this run left out.
+        before: number of records in shards that were complete before this run.
+        before_rejected: how many of these were left out.
+        seconds: duration of the run.
     """
 
     attributed: int = 0
@@ -94,7 +100,7 @@ class Summary:
 
 
 class InputChanged(ValueError):
-    """The input isn't what it was when the job began."""
+    """The input has changed since the job began."""
 
     def __init__(self, source: Source):
         super().__init__(
@@ -104,7 +110,15 @@ class InputChanged(ValueError):
 
 
 def survey_source(source: Source, shard_size: int) -> Survey:
-    """Read a corpus once, to know its shards and to notice later on if it changes."""
+    """Read a corpus once, to find its shards and to notice later if it changes.
+
+    Args:
+        source: the corpus.
+        shard_size: number of records in a shard.
+
+    Returns:
+        Survey of the corpus.
+    """
     sha256 = source.sha256()
     parts = [
         Part(number, records[0].index, len(records), digest(records))
@@ -114,14 +128,21 @@ def survey_source(source: Source, shard_size: int) -> Survey:
 
 
 def run_job(runner: Runner, plan: Plan, progress: Callable[[int], None]) -> Summary:
-    """Do this rank's shards that aren't there yet; progress is called with the number of records that were
-    dealt with.
+    """Compute this rank's shards that aren't complete yet.
 
-    A shard that another process computes is passed over at first and waited for at the end.
+    A shard that another process computes is skipped at first, and waited for at the end.
+
+    Args:
+        runner: the method that is run.
+        plan: the plan of the job.
+        progress: called with a number of records whenever that many have been dealt with.
+
+    Returns:
+        Summary of this run.
 
     Raises:
-        ValueError: the output lies in the input or in the model's folder.
-        InputChanged: the input changed since it was surveyed; shards that are there are of what it was.
+        ValueError: the output would overwrite the input or the model's folder.
+        InputChanged: the input changed since it was surveyed. Shards that were written hold its old content.
         OSError: a shard can't be written.
     """
     model = runner.model.name_or_path
@@ -152,8 +173,10 @@ def _do(
     summary: Summary,
     progress: Callable[[int], None],
 ) -> set[int]:
-    """Do some shards; returns the numbers of those that other processes are at work on, unless they are
-    waited for.
+    """Compute some shards.
+
+    Returns:
+        The numbers of the shards that other processes are computing, unless `wait` says to wait for them.
     """
     busy, seen = set(), 0
     for number, records in _shards(plan.source, plan.shard_size):
@@ -168,7 +191,7 @@ def _do(
         with locked(plan.folder, f"{number:06d}", wait) as held:
             if not held:
                 busy.add(number)
-            # whoever held the lock may have written the shard
+            # The process that held the lock may have written the shard.
             elif not _is_done(plan, part, summary, progress, tell=True):
                 remove_temporary(shard_path(plan.folder, number), rejected_path(plan.folder, number))
                 rows, rejected = attribute_records(runner, records, plan.batch_tokens, progress)
@@ -183,8 +206,9 @@ def _do(
 def _is_done(
     plan: Plan, part: Part, summary: Summary, progress: Callable[[int], None], tell: bool = False
 ) -> bool:
-    """Whether a shard is there and complete, counted if it is; tell: say why one that is there will be
-    computed again.
+    """Tell whether a shard is complete, and count it if it is.
+
+    With `tell`, the reason why an existing shard will be computed again is logged.
     """
     found = look_at_shard(plan.folder, part, plan.common)
     if found.lacks is None:
@@ -204,10 +228,10 @@ def _shards(source: Source, size: int) -> Iterator[tuple[int, list[Record]]]:
 
 
 def try_settings(runner: Runner) -> None:
-    """Run one short text, so that what is wrong with all of them isn't taken for each record's own fault.
+    """Run one short text, to find errors that concern all texts before any record is blamed for them.
 
     Raises:
-        ValueError: the method refuses the model or the settings, whatever the text.
+        ValueError: the method refuses the model or the settings for every text.
     """
     limit = longest(runner.model, runner.tokenizer, runner.options.max_length)
     words = min(abs(runner.options.target or 0) + 1, limit or TRIED)
@@ -217,7 +241,7 @@ def try_settings(runner: Runner) -> None:
     except ValueError:
         if runner.method.target == "class":
             raise
-        # some records may be long enough to hold it
+        # Some records may be long enough to hold this position.
         return
     list(runner.run([one]))
 
@@ -228,8 +252,17 @@ def attribute_records(
     batch_tokens: int,
     progress: Callable[[int], None] = lambda count: None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Attributions of some records and what was left out, both in input order, as `write_shard` takes
-    them.
+    """Attribute some records.
+
+    Args:
+        runner: the method that is run.
+        records: the records.
+        batch_tokens: the most tokens, with padding, that the model gets at once.
+        progress: called with a number of records whenever that many have been dealt with.
+
+    Returns:
+        The rows of the attributed records and the entries of those that were left out. Both are in input
+        order, in the form that `write_shard` takes.
     """
     rows, rejected = [], []
     for portion in _portions(records):
@@ -249,8 +282,9 @@ def attribute_records(
 
 
 def _portions(records: list[Record]) -> Iterator[list[Record]]:
-    """Records in portions of no more characters than one text may have, since only so many are tokenized at a
-    time.
+    """Yield records in portions with no more characters than one text may have.
+
+    Only one portion is tokenized at a time.
     """
     portion: list[Record] = []
     size = 0
@@ -268,7 +302,12 @@ def _portions(records: list[Record]) -> Iterator[list[Record]]:
 def encode_records(
     runner: Runner, records: list[Record]
 ) -> tuple[list[tuple[int, Encoded]], list[dict[str, Any]]]:
-    """Tokens of the records that have some, with their numbers, and what was left out."""
+    """Tokenize records.
+
+    Returns:
+        The number and tokens of each record that has a text, and an entry with the index and reason of each
+        record that was left out.
+    """
     options, texts, rejected = runner.options, [], []
     limit = longest(runner.model, runner.tokenizer, options.max_length)
     for record in records:
@@ -284,8 +323,14 @@ def encode_records(
 
 
 def buckets(texts: list[tuple[int, Encoded]], batch_tokens: int) -> Iterator[list[tuple[int, Encoded]]]:
-    """Texts of like length together: at most batch_tokens tokens with the padding, unless one text has
-    more.
+    """Group texts of like length.
+
+    Args:
+        texts: numbers and tokens of texts, as `encode_records` returns them.
+        batch_tokens: the most tokens, with padding, in a group. One text may have more.
+
+    Yields:
+        Groups of texts, shortest first.
     """
     bucket: list[tuple[int, Encoded]] = []
     windows = 0
@@ -303,8 +348,9 @@ def buckets(texts: list[tuple[int, Encoded]], batch_tokens: int) -> Iterator[lis
 def batch_shapes(
     runner: Runner, source: Source, shard_size: int, batch_tokens: int
 ) -> Iterator[tuple[int, int, int]]:
-    """Of every batch of a job its size B, its tokens n and the texts whose windows it holds; (0, 0, count)
-    for records left out.
+    """Yield (B, n, count) for every batch of a job: its size, its padded length and its number of texts.
+
+    For records that are left out (0, 0, count) is yielded.
     """
     for portion in (portion for _, records in _shards(source, shard_size) for portion in _portions(records)):
         texts, rejected = encode_records(runner, portion)
@@ -320,8 +366,9 @@ def batch_shapes(
 def _attribute(
     runner: Runner, bucket: list[tuple[int, Encoded]], batch_tokens: int
 ) -> Iterator[tuple[int, Encoded, dict[str, Any] | ValueError]]:
-    """Fields of each text; where the method refuses a batch, its texts are tried alone and the culprits'
-    errors returned.
+    """Yield the fields of each text of a bucket.
+
+    If the method refuses the batch, each text is tried alone. A text that is refused alone gets its error.
     """
     width = max(len(window) for _, text in bucket for window in text.windows)
     runner.options = replace(runner.options, batch_size=max(1, batch_tokens // width))
@@ -337,11 +384,11 @@ def _attribute(
 
 
 def most_of_a_text(runner: Runner) -> int:
-    """Characters of a record, at most, for it to be tokenized."""
+    """Return the number of characters above which a record isn't tokenized."""
     options = runner.options
     return most_characters(longest(runner.model, runner.tokenizer, options.max_length), options.long)
 
 
 def make_runner(model: Any, tokenizer: Any, **options: Any) -> Runner:
-    """A method ready to run; options as of `pyglobenc.explain`."""
+    """Return a runner of a method, with the options that `pyglobenc.explain` takes."""
     return Runner(model, tokenizer, Options(**options))

@@ -1,4 +1,7 @@
-"""What a job is: its input, model and settings, kept beside its output so that only the same job goes on."""
+"""The manifest of a job: its input, model and settings, stored with its output.
+
+With the manifest, only the same job can continue in an output folder.
+"""
 
 import hashlib
 import json
@@ -12,16 +15,16 @@ from pyglobenc.scale.corpus.shards import locked, remove_temporary
 
 NAME = "_manifest.json"
 FORMAT = "pyglobenc.corpus"
-# 2: shards tell the records that they hold
+# In version 2 a shard stores which records it holds.
 FORMAT_VERSION = 2
-# may differ between runs of one job
+# These entries may differ between runs of one job.
 FREE = ("info", "complete")
-# in a model's config, but not about what it computes
+# These entries of a config don't change what the model computes.
 PROVENANCE = ("_name_or_path", "transformers_version")
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 of a model's class, config, and every weight's name, dtype, shape and bytes."""
+    """Return the SHA-256 of a model's class, config, and every weight's name, dtype, shape and bytes."""
     import torch
 
     config = {name: value for name, value in model.config.to_dict().items() if name not in PROVENANCE}
@@ -34,7 +37,7 @@ def model_fingerprint(model: PreTrainedModel) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of a tokenizer's class, vocabulary, special tokens, rules and limits."""
+    """Return the SHA-256 of a tokenizer's class, vocabulary, special tokens, rules and limits."""
     told = [
         type(tokenizer).__name__,
         tokenizer.special_tokens_map,
@@ -43,7 +46,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     ]
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        # of the call before, not of the tokenizer
+        # These two are settings of the last call, not properties of the tokenizer.
         told.append({name: value for name, value in rules.items() if name not in ("truncation", "padding")})
     else:
         settings = {
@@ -57,11 +60,11 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write a job's manifest, or check that the folder holds this very job's.
+    """Write a job's manifest, or check that the folder already holds the same manifest.
 
     Args:
-        folder: of the output; made if it isn't there.
-        manifest: JSON values; what is under "info" may differ between runs of one job.
+        folder: folder of the output. It is made if it doesn't exist.
+        manifest: JSON values. The entries under "info" may differ between runs of one job.
 
     Raises:
         ValueError: the folder belongs to another job, or holds shards of an unknown one.
@@ -69,7 +72,7 @@ def check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / NAME
-    # of two jobs that start at once one is told of the other
+    # If two jobs start at the same time, the second one sees the manifest of the first.
     with locked(folder, "manifest", wait=True):
         remove_temporary(path)
         if path.is_symlink():
@@ -96,11 +99,11 @@ def check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def set_complete(folder: Path, complete: bool) -> None:
-    """Write in a job's manifest whether every shard is there, computed from an input that is still the same.
+    """Store in a job's manifest whether every shard is there and the input is still the same.
 
     Raises:
         ValueError: there is no manifest.
-        OSError: it can't be written.
+        OSError: the manifest can't be written.
     """
     path = folder / NAME
     with locked(folder, "manifest", wait=True):

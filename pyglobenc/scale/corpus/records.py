@@ -1,4 +1,7 @@
-"""Texts of a corpus file, one record at a time; a record that can't be read is reported, never fatal."""
+"""Reads the texts of a corpus file, one record at a time.
+
+A record that can't be read is reported and doesn't stop the job.
+"""
 
 import csv
 import hashlib
@@ -12,23 +15,30 @@ from typing import Any
 
 from pyglobenc.inputs.windows import MAX_CHARACTERS
 
-# tried in order where no column is named
+# Column names that are tried in this order if the user names none.
 COLUMNS = ("text", "sentence")
 CHUNK = 1 << 20
-# of Arrow's types, what becomes a str or None
+# The types of Arrow whose values become a str or None.
 TEXTS = ("string", "large_string", "string_view", "null")
-# of a file in UTF-16, which never begin one in UTF-8
+# The first bytes of a file in UTF-16. A file in UTF-8 never begins with them.
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
-# bytes of a line, or of a string of a table; longer ones are left out unread, so that none fills the memory
+# The most bytes in a line or in a string of a table. Longer ones are left out unread, so that none of them
+# fills the memory.
 LONGEST = 1 << 24
-# strings of a table that are copied at a time
+# How many strings of a table are copied at a time.
 STRINGS = 256
 TOO_LONG = ValueError(f"the text takes more than {LONGEST >> 20} MiB with its line")
 
 
 @dataclass(frozen=True)
 class Record:
-    """One record: its number in the input, from 0, and its text, or the reason that there is none."""
+    """One record of a corpus.
+
+    Attributes:
+        index: its number in the input, from 0.
+        text: its text, or None if it can't be used.
+        reason: the reason why there is no text, or None.
+    """
 
     index: int
     text: str | None
@@ -40,12 +50,13 @@ class Source:
     """A corpus that can be read any number of times.
 
     Attributes:
-        path: file or folder.
-        column: name or number of the column read; None for formats without columns.
+        path: the file or folder.
+        column: name or number of the column that holds the texts; None for formats without columns.
         files: the files that hold the data.
-        read: starts over and yields a text for every record, or an exception that says why it can't be read.
-        most: characters of a text, at most; longer ones are left out.
-        listing: the files of a folder as they are now; None where the input is one file.
+        read: function that starts over and yields a text for every record, or an exception with the reason
+            why the record can't be read.
+        most: the most characters a text may have. Longer texts are left out.
+        listing: function that returns the files of a folder as they are now; None for a single file.
     """
 
     path: Path
@@ -56,13 +67,13 @@ class Source:
     listing: Callable[[], tuple[Path, ...]] | None = None
 
     def records(self) -> Iterator[Record]:
-        """Every record, in input order."""
+        """Yield every record, in input order."""
         for index, text in enumerate(self.read()):
             reason = _reason(text, self.most)
             yield Record(index, None if reason else text, reason)
 
     def sha256(self) -> str:
-        """Of the files' contents and order, as they are now; names and places don't count."""
+        """Return the SHA-256 of the files' contents and order, as they are now. Names don't count."""
         total = hashlib.sha256()
         for path in self.listing() if self.listing else self.files:
             one = hashlib.sha256()
@@ -74,7 +85,10 @@ class Source:
 
 
 def digest(records: list[Record]) -> str:
-    """SHA-256 of some records' numbers and texts; of one that has no text, that it has none."""
+    """Return the SHA-256 of the numbers and texts of some records.
+
+    A record without a text counts as such.
+    """
     total = hashlib.sha256()
     for record in records:
         text = None if record.text is None else record.text.encode()
@@ -100,17 +114,21 @@ def _reason(text: Any, most: int) -> str | None:
 
 
 def open_source(path: str | Path, column: str | None = None, header: bool = True) -> Source:
-    """A corpus by its file's suffix: .txt, .csv, .tsv, .jsonl, .parquet, or a folder of Parquet files or of
-    `datasets`' save_to_disk.
+    """Open a corpus by its suffix: .txt, .csv, .tsv, .jsonl, .parquet, or a folder.
+
+    A folder holds Parquet files, or what `save_to_disk` of `datasets` has written.
 
     Args:
-        path: file or folder.
-        column: which column or key holds the text; None for "text", "sentence" or the only one (of JSON, the
-            first object's). A number without a header.
-        header: the first line of a .csv or .tsv names its columns.
+        path: the file or folder.
+        column: name of the column or key that holds the text. None means "text", "sentence" or the only
+            column; for JSON the keys of the first object count. Without a header it is a number.
+        header: whether the first line of a .csv or .tsv names its columns.
+
+    Returns:
+        Source of the texts.
 
     Raises:
-        ValueError: unknown format, no such column, one that doesn't hold texts.
+        ValueError: the format is unknown, there is no such column, or the column doesn't hold texts.
         OSError: the file can't be read.
     """
     path = Path(path)
@@ -142,7 +160,10 @@ def open_source(path: str | Path, column: str | None = None, header: bool = True
 
 
 def _lines(path: Path) -> Iterator[str | Exception]:
-    """Lines without their ends; bytes that aren't UTF-8 become surrogates, which `_reason` names."""
+    """Yield lines without their ends.
+
+    Bytes that aren't UTF-8 become surrogates, which `_reason` reports.
+    """
     with open(path, "rb") as file:
         for number, line in enumerate(_bounded(file, (b"\n",))):
             if line is None:
@@ -153,8 +174,9 @@ def _lines(path: Path) -> Iterator[str | Exception]:
 
 
 def _bounded(file: Any, ends: tuple[Any, ...]) -> Iterator[Any]:
-    """Lines of a file, with their ends, which are one of some; None for a line above LONGEST, of which no
-    more than that is kept.
+    """Yield the lines of a file with their ends, each of which is one of `ends`.
+
+    A line longer than LONGEST yields None. No more than LONGEST of it is read at a time.
     """
     while line := file.readline(LONGEST):
         if len(line) < LONGEST or line.endswith(ends):
@@ -166,7 +188,7 @@ def _bounded(file: Any, ends: tuple[Any, ...]) -> Iterator[Any]:
 
 
 def _json_key(path: Path) -> str:
-    """The key that the first object calls its text by."""
+    """Return the key under which the first object holds its text."""
     for number, line in enumerate(_lines(path)):
         if isinstance(line, Exception):
             continue
@@ -181,7 +203,7 @@ def _json_key(path: Path) -> str:
 
 
 def _json(line: str | Exception) -> Any:
-    """A line's value, None of an empty line, or the exception that says what is wrong with it."""
+    """Return the value of a line, None for an empty line, or the exception that says what is wrong."""
     if isinstance(line, Exception):
         return line
     try:
@@ -204,12 +226,12 @@ def _json_text(line: str | Exception, key: str) -> Any:
 
 
 def _csv(path: Path, column: str | None, header: bool) -> Source:
-    # the csv module refuses fields above its own limit of 128 KiB
+    # The csv module refuses fields larger than its own limit, which is 128 KiB by default.
     csv.field_size_limit(LONGEST)
     names = next(_rows(path), [])
     if isinstance(names, Exception):
         raise ValueError(f"{path}: the first row can't be read: {names}")
-    # a column's name shows what isn't UTF-8 as U+FFFD
+    # In a column's name, bytes that aren't UTF-8 are shown as U+FFFD.
     names = [name.encode(errors="surrogateescape").decode(errors="replace") for name in names]
     if not names:
         raise ValueError(f"{path}: the first row is empty")
@@ -235,8 +257,8 @@ def _csv(path: Path, column: str | None, header: bool) -> Source:
 
 
 def _dialect(path: Path) -> dict[str, Any]:
-    # tab-separated files have no quoting: a lone quote in a text must not swallow the lines after it
-    # elsewhere one that is never closed would swallow them too: strict reports it
+    # Tab-separated files have no quoting, so a lone quote in a text doesn't swallow the lines after it.
+    # In other files `strict` makes the csv module report a quote that is never closed.
     return (
         {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix.lower() == ".tsv" else {"strict": True}
     )
@@ -267,7 +289,11 @@ def _rows(path: Path) -> Iterator[list[str] | Exception]:
 
 
 def choose_column(path: Path, names: list[str], column: str | None) -> str:
-    """The column asked for, or the one that holds texts by its name; ValueError lists what there is."""
+    """Return the column that was asked for, or the one whose name says that it holds texts.
+
+    Raises:
+        ValueError: there is no such column. The message lists those that there are.
+    """
     if column is None:
         column = _likely(names)
         if column is None:
@@ -283,8 +309,10 @@ def _likely(names: list[str]) -> str | None:
 
 
 def load_arrow() -> Any:
-    """Pyarrow, with the modules used here; ImportError, with the command that installs it, where it isn't
-    there.
+    """Return pyarrow, with the modules that are used here.
+
+    Raises:
+        ImportError: pyarrow isn't installed. The message gives the command that installs it.
     """
     try:
         import pyarrow
@@ -315,7 +343,7 @@ def _folder(path: Path, column: str | None) -> Source:
 
 
 def _saved_files(path: Path) -> tuple[Path, ...]:
-    """The files that datasets' save_to_disk names."""
+    """Return the files that `save_to_disk` of datasets has listed."""
     state = path / "state.json"
     try:
         files = tuple(path / entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"])
@@ -335,14 +363,14 @@ def _parquet(path: Path) -> Iterator[tuple[Any, Callable[[str], Iterable[Any]]]]
 @contextmanager
 def _stream(path: Path) -> Iterator[tuple[Any, Callable[[str], Iterable[Any]]]]:
     arrow = load_arrow()
-    # a file in memory that is cut while it is read ends the process
+    # The file isn't mapped into memory: if it were cut while it is read, the process would end.
     with arrow.OSFile(str(path)) as file, arrow.ipc.open_stream(file) as stream:
         yield stream.schema, lambda name: stream
 
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Errors of Arrow, which don't tell the file."""
+    """Context that adds the file's name to errors of Arrow, which don't contain it."""
     try:
         yield
     except (load_arrow().ArrowException, OSError) as error:
@@ -352,7 +380,10 @@ def _named(path: Path) -> Iterator[None]:
 def _table(
     path: Path, files: tuple[Path, ...], column: str | None, contents: Callable[[Path], Any]
 ) -> Source:
-    """A column of files; contents is a context that gives a file's schema and its batches of a column."""
+    """Return the source that reads one column of some files.
+
+    `contents` opens a file as a context and gives its schema and a function that yields batches of a column.
+    """
     with _named(files[0]), contents(files[0]) as (schema, _):
         name = choose_column(path, schema.names, column)
 
@@ -367,14 +398,15 @@ def _table(
 
 
 def _strings(column: Any) -> Iterator[Any]:
-    """Texts of a column, a few at a time; bytes that aren't UTF-8 become surrogates, which `_reason`
-    names.
+    """Yield the texts of a column, and copy only a few at a time.
+
+    Bytes that aren't UTF-8 become surrogates, which `_reason` reports.
     """
     arrow = load_arrow()
     for start in range(0, len(column), STRINGS):
         some = column.slice(start, STRINGS)
         some = some.dictionary_decode() if hasattr(some.type, "index_type") else some
-        # as bytes, since a str of Arrow's must be UTF-8
+        # The values are read as bytes, since a string of Arrow must be UTF-8.
         some = some.cast(arrow.large_binary())
         some.validate(full=True)
         for scalar in some:
@@ -387,7 +419,7 @@ def _strings(column: Any) -> Iterator[Any]:
 
 
 def _check_texts(path: Path, column: Any) -> None:
-    # of a dictionary its values count
+    # In a dictionary type, the type of the values counts.
     kind = column.type.value_type if hasattr(column.type, "index_type") else column.type
     if str(kind) not in TEXTS:
         raise ValueError(f"{path}: the column {column.name!r} must hold strings, it holds {kind}")

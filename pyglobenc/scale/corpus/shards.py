@@ -1,7 +1,7 @@
-"""Parquet shards of attributions, each written whole or not at all, and known as complete by what is in them.
+"""Parquet shards of attributions, each written whole or not at all, whose content shows if it is complete.
 
-Names that readers of a folder of Parquet files pass over start with _ or a dot, so that the folder as it
-stands is one table.
+Other names in the output folder begin with _ or a dot. Readers of a folder of Parquet files ignore these
+names, so the whole folder can be read as one table.
 """
 
 import errno
@@ -21,10 +21,10 @@ from pyglobenc.scale.corpus.records import load_arrow
 try:
     import fcntl
 except ImportError:
-    # Windows: two jobs may compute the same shard, and each writes it whole
+    # Windows has no fcntl. There two jobs may compute the same shard, and each one writes it whole.
     fcntl = None
 
-# what file systems without locks say
+# The errors that file systems without locks give.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 KEY = "pyglobenc"
 MISSING = "it isn't there"
@@ -32,8 +32,13 @@ MISSING = "it isn't there"
 
 @dataclass(frozen=True)
 class Part:
-    """The records of a shard: its number, the number of the first record, how many they are, and the SHA-256
-    of their texts.
+    """The records of a shard.
+
+    Attributes:
+        shard: number of the shard, from 0.
+        first: number of its first record.
+        records: how many records it holds.
+        sha256: SHA-256 of their texts.
     """
 
     shard: int
@@ -44,19 +49,24 @@ class Part:
 
 @dataclass(frozen=True)
 class Found:
-    """What is there of a shard: why it isn't complete, or None; and the rows of a complete one."""
+    """What is found of a shard.
+
+    Attributes:
+        lacks: the reason why the shard isn't complete, or None.
+        rows: number of rows of a complete shard.
+    """
 
     lacks: str | None
     rows: int = 0
 
 
 def shard_path(folder: Path, number: int) -> Path:
-    """Of shard `number`, from 0."""
+    """Return the path of shard `number`, from 0."""
     return folder / f"part-{number:06d}.parquet"
 
 
 def rejected_path(folder: Path, number: int) -> Path:
-    """Of the side file of shard `number`: a JSON line for every record left out."""
+    """Return the path of the side file of shard `number`, with a JSON line for every record left out."""
     return folder / f"_rejected-{number:06d}.jsonl"
 
 
@@ -67,21 +77,21 @@ def write_shard(
     rejected: list[dict[str, Any]],
     common: dict[str, Any],
 ) -> None:
-    """Write a shard's rows and, before it, what was left out of it: a shard that is there is complete, side
-    file and all.
+    """Write a shard's rows and, before them, its side file of the records left out.
 
-    Symbolic links of these names are replaced, not followed.
+    So a shard that exists is complete, with its side file. Symbolic links with these names are replaced, not
+    followed.
 
     Args:
-        folder: of the output.
+        folder: folder of the output.
         part: the records that the shard holds.
-        rows: one a text, in input order: index, text, and fields of `Attribution`, scores (n,) float32 or
-            float64.
+        rows: one row for each text, in input order: index, text and the fields of `Attribution`, with scores
+            (n,) float32 or float64.
         rejected: index and reason of each record left out.
         common: method and model, the same for every row, and settings.
 
     Raises:
-        OSError: not written; what was complete before stays so.
+        OSError: the shard can't be written. Shards that were complete before stay complete.
     """
     side, data = (
         rejected_path(folder, part.shard),
@@ -96,20 +106,21 @@ def write_shard(
 
 
 def look_at_shard(folder: Path, part: Part, common: dict[str, Any]) -> Found:
-    """Tell whether a shard is there and complete, by its footer, its index column and its side file; the rest
-    isn't read.
+    """Find whether a shard exists and is complete.
+
+    Only its footer, its index column and its side file are read.
     """
     path, side = shard_path(folder, part.shard), rejected_path(folder, part.shard)
     if not os.path.lexists(path):
         return Found(MISSING)
-    # a link may lead anywhere
+    # A symbolic link may point to any file, so it isn't read.
     if not _is_regular(path) or (os.path.lexists(side) and not _is_regular(side)):
         return Found("it, or its side file, is no regular file")
     arrow = load_arrow()
     try:
         with arrow.parquet.ParquetFile(path) as file:
             return Found(_why_another(file, path, side, part, common), file.metadata.num_rows)
-    # files that came from anywhere may raise anything
+    # A file of unknown origin may raise any exception.
     except Exception as error:
         return Found(f"it can't be read: {' '.join(str(error).split())}")
 
@@ -119,14 +130,14 @@ def _is_regular(path: Path) -> bool:
 
 
 def _why_another(file: Any, path: Path, side: Path, part: Part, common: dict[str, Any]) -> str | None:
-    """Why a file isn't the shard of these records, or None."""
+    """Return the reason why a file isn't the shard of these records, or None if it is."""
     facts = json.loads((file.schema_arrow.metadata or {}).get(KEY.encode(), b"{}"))
     side_sha256 = facts.pop("rejected_sha256", None)
     if facts != json.loads(json.dumps(_facts(part, common))):
         return "it holds other records, or is of another job"
     if not file.schema_arrow.remove_metadata().equals(_schema(common)):
         return "its columns are others"
-    # the data is followed by the footer, the footer's length and the format's name
+    # The data is followed by the footer, the length of the footer and the name of the format.
     if _end_of_data(file.metadata) + file.metadata.serialized_size + 8 > os.stat(path).st_size:
         return "it is cut"
     data = side.read_bytes() if side.exists() else b""
@@ -152,20 +163,22 @@ def _end_of_data(metadata: Any) -> int:
 
 @contextmanager
 def locked(folder: Path, name: str, wait: bool) -> Iterator[bool]:
-    """Hold the lock called `name` of an output folder; the system lets go of it when the process ends,
-    however it ends.
+    """Hold the lock called `name` of an output folder.
 
-    The lock's file stays: a process that waits for it would otherwise hold another file than one that comes
-    later.
+    The system releases the lock when the process ends, however it ends. The file of the lock stays. If it
+    were removed, a process that waits for it and one that comes later would lock different files.
 
     Args:
-        folder: of the output.
-        name: of the lock.
-        wait: until another process lets go of it.
+        folder: folder of the output.
+        name: name of the lock.
+        wait: whether to wait until another process releases the lock.
 
     Yields:
-        Whether it is held, or the file system has no locks. False if another process holds it and wait is
-        False.
+        True if the lock is held, or if the file system has no locks. False if another process holds it and
+        wait is False.
+
+    Raises:
+        OSError: the file of the lock can't be opened.
     """
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
     path = folder / f".lock-{name}"
@@ -195,7 +208,10 @@ def _lock(handle: int, wait: bool) -> bool:
 
 
 def remove_temporary(*paths: Path) -> None:
-    """Remove what killed writers of some files left, where locks keep the living ones out."""
+    """Remove the temporary files of killed writers of some files.
+
+    On systems without locks nothing is removed, since a writer may still be at work.
+    """
     if fcntl is None:
         return
     for path in paths:
