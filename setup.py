@@ -1,13 +1,13 @@
-"""Builds csrc/ into pyglobenc._cpu and pyglobenc._cuda with ninja; everything declarative is in
-pyproject.toml. Never imports torch.
+"""Builds csrc/ into pyglobenc._cpu and pyglobenc._cuda with ninja. Static metadata is in pyproject.toml.
 
-_cpu: one object a source and instruction set; the module picks the set when it is imported. _cuda: one object
-a source, with code for the architectures asked for and PTX for later ones. Without a compiler, or when
-compiling fails, the install goes on without the module and another backend runs instead. Environment:
+This file never imports torch. pyglobenc._cpu has one object for each source and instruction set, and chooses
+the set when it is imported. pyglobenc._cuda has one object for each source, with code for the chosen
+architectures and PTX for later ones. If there is no compiler, or compiling fails, the package is installed
+without the module, and another backend runs instead. These environment variables are read:
 
 PYGLOBENC_NO_EXTENSIONS=1   leave both modules out
 PYGLOBENC_NO_CUDA=1         leave _cuda out
-PYGLOBENC_CXX_FLAGS         further flags for compiling and linking _cpu, such as -fsanitize=address,undefined
+PYGLOBENC_CXX_FLAGS         more flags for compiling and linking _cpu, such as -fsanitize=address,undefined
 PYGLOBENC_SETS              instruction sets to build, such as portable,avx2
 PYGLOBENC_CUDA_ARCHS        compute capabilities to build, such as 90 (default 80,90)
 CXX                         the compiler
@@ -49,18 +49,19 @@ SETS = {
 }
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"]
 CPU_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wextra"]
-# gcc 12 warns about its own intrinsics; passing vectors by value has no ABI to keep here
+# gcc 12 warns about its own intrinsics, and about the ABI of vectors passed by value, which doesn't matter
+# inside one module.
 QUIET = ["-Wno-maybe-uninitialized", "-Wno-psabi"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 
 def switched_on(name: str) -> bool:
-    """Whether an environment variable is set to something other than 0."""
+    """Return whether an environment variable is set to something other than 0."""
     return os.environ.get(name, "0") not in ("", "0")
 
 
 def find_compiler() -> list[str]:
-    """$CXX, or the first C++ compiler on PATH, as a command; raises CompileError without one."""
+    """Return the C++ compiler's command: $CXX, or the first one on PATH; raise CompileError without one."""
     for command in [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]:
         if shutil.which(shlex.split(command)[0]):
             return shlex.split(command)
@@ -68,7 +69,7 @@ def find_compiler() -> list[str]:
 
 
 def find_ninja() -> str:
-    """Path of ninja: on PATH, or from the package of that name."""
+    """Return the path of ninja, from PATH or from the Python package; raise CompileError without one."""
     found = shutil.which("ninja")
     if found:
         return found
@@ -80,7 +81,7 @@ def find_ninja() -> str:
 
 
 def accepts(compiler: list[str], flag: str, folder: Path) -> bool:
-    """Whether a program compiles and links with a flag."""
+    """Return whether a small program compiles and links with a flag; it is written into the folder."""
     source = folder / "try.cpp"
     source.write_text("int main() { return 0; }\n")
     return (
@@ -92,7 +93,7 @@ def accepts(compiler: list[str], flag: str, folder: Path) -> bool:
 
 
 def instruction_sets() -> list[str]:
-    """Names in SETS that this machine's compiler can target."""
+    """Return the names in SETS to build: those that the user chose, else all for this processor's family."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     wanted = os.environ.get("PYGLOBENC_SETS")
     if wanted:
@@ -101,30 +102,30 @@ def instruction_sets() -> list[str]:
 
 
 def architectures() -> str:
-    """nvcc's flag for the compute capabilities to build, from one PTX that newer ones take too."""
+    """Return nvcc's flag for the compute capabilities to build, with PTX of the lowest one for newer GPUs."""
     archs = sorted(os.environ.get("PYGLOBENC_CUDA_ARCHS", "80,90").split(","), key=int)
     code = ",".join(f"sm_{arch}" for arch in archs)
     return f"-gencode=arch=compute_{archs[0]},code=[{code},compute_{archs[0]}]"
 
 
 def shell(*words: str | Path) -> str:
-    """Words of a command as a build file holds them: quoted for the shell, and $ escaped for ninja."""
+    """Return a command as a build file holds it: quoted for the shell, with $ escaped for ninja."""
     return shlex.join(map(str, words)).replace("$", "$$")
 
 
 def ninja_path(name: str | Path) -> str:
-    """A path as a build statement holds it: ninja takes a space or a colon for the end of a name."""
+    """Return a path as a build file holds it, since a space or a colon would end the name."""
     return re.sub(r"([$ :])", r"$\1", str(name))
 
 
 class BuildFile:
-    """build.ninja of one module: how to compile a source, and the objects to link."""
+    """The build.ninja of one module: how to compile each source, and which objects to link."""
 
     def __init__(self) -> None:
         self.lines, self.objects = [], []
 
     def rule(self, name: str, *command: str) -> None:
-        # ninja quotes $in and $out for the shell itself
+        # ninja itself quotes $in and $out for the shell.
         steps = f"{shell(*command)} $extra -MMD -MF $out.d -c $in -o $out"
         self.lines += [f"rule {name}", f"  command = {steps}", "  depfile = $out.d", "  deps = gcc"]
 
@@ -133,7 +134,7 @@ class BuildFile:
         self.lines += [f"build {name}: {rule} {ninja_path(source.resolve())}", f"  extra = {shell(*extra)}"]
 
     def link(self, output: Path, *command: str) -> str:
-        """Text of the file, its last step included."""
+        """Return the text of the file, with the link step at its end."""
         undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
         step = f"{shell(*command, '-shared', *undefined)} $in -o $out"
         self.lines += [
@@ -145,14 +146,14 @@ class BuildFile:
 
 
 def python_includes() -> list[str]:
-    """Flags that find the headers of Python and pybind11."""
+    """Return the flags that find the headers of Python and pybind11."""
     import pybind11
 
     return ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
 
 
 def cpu_build(output: Path, folder: Path) -> str:
-    """Text of build.ninja for pyglobenc._cpu."""
+    """Return the text of build.ninja for pyglobenc._cpu."""
     compiler = find_compiler()
     sets = [
         name for name in instruction_sets() if all(accepts(compiler, flag, folder) for flag in SETS[name])
@@ -163,7 +164,7 @@ def cpu_build(output: Path, folder: Path) -> str:
         flags.append("-fopenmp")
     file = BuildFile()
     file.rule("compile", *compiler, *flags)
-    # the portable objects come first: of functions that several objects define, the linker takes the first
+    # The portable objects come first: if several objects define a function, the linker takes the first one.
     for isa in sets:
         for op in OPS:
             file.compile("compile", CPU / f"{op}.cpp", f"{op}.{isa}.o", *SETS[isa], f"-DPYGLOBENC_ISA={isa}")
@@ -172,7 +173,7 @@ def cpu_build(output: Path, folder: Path) -> str:
 
 
 def cuda_build(output: Path, folder: Path) -> str:
-    """Text of build.ninja for pyglobenc._cuda."""
+    """Return the text of build.ninja for pyglobenc._cuda."""
     if switched_on("PYGLOBENC_NO_CUDA"):
         raise CompileError("left out, PYGLOBENC_NO_CUDA is set")
     nvcc = shutil.which("nvcc")
@@ -184,15 +185,15 @@ def cuda_build(output: Path, folder: Path) -> str:
     for source in sorted(CUDA.glob("*.cu")):
         file.compile("nvcc", source, f"{source.stem}.o")
     file.compile("compile", CUDA / "bindings.cpp", "bindings.o", *python_includes())
-    # nvcc links its runtime statically
+    # nvcc links the CUDA runtime statically.
     return file.link(output, nvcc)
 
 
 class BuildWithNinja(build_ext):
-    """Compiles the extensions with ninja; failures warn, since they are optional."""
+    """Compiles the extensions with ninja; a failure is only a warning, since the extensions are optional."""
 
     def run(self) -> None:
-        # a module left from an earlier build must not pass for this one
+        # A module left from an earlier build must not be taken for this one.
         for ext in self.extensions:
             Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
         super().run()
@@ -203,7 +204,7 @@ class BuildWithNinja(build_ext):
         try:
             self._build(ext)
         except CompileError as error:
-            # pip shows no warnings; bootstrap.py reads the reason here
+            # pip hides warnings, so bootstrap.py reads the reason from this file.
             failed.parent.mkdir(exist_ok=True)
             failed.write_text(str(error), encoding="utf-8")
             raise

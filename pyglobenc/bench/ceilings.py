@@ -12,14 +12,14 @@ from torch import Tensor
 from pyglobenc.backends.dispatch import load
 from pyglobenc.bench.costs import Ceilings, synchronize
 
-# rows, inner length and columns of the product at which torch is fastest
+# At these numbers of rows, inner length and columns, torch's matrix product is fastest.
 GEMM, GEMM_GPU = (768, 3072, 768), (8192, 8192, 8192)
-# sizes of the arrays: exponentials within a cache, copies outside it
+# The array for exponentials fits in a cache; the array for copies doesn't.
 EXPS, COPY = 1 << 19, 1 << 25
-# seconds: length of the warm-up, and the shortest sample in which the clock itself does not count
+# Seconds of the warm-up, and of the shortest sample in which the time of reading the clock is negligible.
 WARM_UP, SHORT = 0.05, 1e-4
 ROUNDS = (3, 200)
-# bytes: close to the largest block whose release makes glibc keep freed memory
+# A block of this many bytes is close to the largest one whose release makes glibc keep freed memory.
 KEPT = (32 << 20) - (1 << 16)
 
 
@@ -72,7 +72,7 @@ def times(call: Callable[[], object], device: torch.device, seconds: float) -> l
 
 
 def quartiles(samples: list[float]) -> tuple[float, float, float]:
-    """Return the first quartile, the median and the third quartile."""
+    """Return the first quartile, the median and the third quartile of at least two numbers."""
     low, _, high = quantiles(samples, n=4)
     return low, median(samples), high
 
@@ -84,8 +84,9 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, seconds: float) -
     because on a busy machine several threads wait for each other longer than they work.
 
     Args:
-        device, dtype: device, and dtype of the products; exponentials and copies are float32.
-        seconds: time spent on each measurement.
+        device: device to measure.
+        dtype: dtype of the products; exponentials and copies are float32.
+        seconds: time for each measurement.
     """
     found, threads = _measure(device, dtype, seconds), torch.get_num_threads()
     if device.type == "cuda" or threads == 1:
@@ -110,7 +111,7 @@ def _measure(device: torch.device, dtype: torch.dtype, seconds: float) -> Ceilin
 
     gemm = min(times(multiply, device, seconds))
     if device.type == "cuda" and dtype == torch.float32:
-        # The kernels do the same: three tf32 products keep float32's digits.
+        # The kernels do the same: three tf32 products give the precision of float32.
         with _tf32():
             gemm = min(gemm, 3 * min(times(multiply, device, seconds)))
     source = torch.ones(COPY, device=device)

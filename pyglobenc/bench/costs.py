@@ -12,9 +12,7 @@ from pyglobenc.bench.op_table import OP_TABLE, Shape
 
 @dataclass(frozen=True)
 class Ceilings:
-    """The best rates of a device, per second: floating-point operations, exponentials, bytes read or
-    written.
-    """
+    """The best rates of a device per second: floating-point operations, exponentials, and bytes moved."""
 
     flops: float
     exps: float
@@ -29,17 +27,18 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Cost:
-    """The least that a call needs: floating-point operations, exponentials, bytes of arguments and
-    results.
-    """
+    """The least that a call needs: floating-point operations, exponentials, and bytes moved."""
 
     flops: float
     exps: float
     bytes: float
 
     def floor(self, ceilings: Ceilings, overlap: bool) -> float:
-        """Return the least seconds a call can take; overlap: exponentials run beside the products, as on a
-        GPU.
+        """Return the least time of a call in seconds.
+
+        Args:
+            ceilings: the best rates of the device.
+            overlap: exponentials run at the same time as the products, as on a GPU.
         """
         products, exps = self.flops / ceilings.flops, self.exps / ceilings.exps
         return max(max(products, exps) if overlap else products + exps, self.bytes / ceilings.bytes)
@@ -49,12 +48,12 @@ def count(op: str, arguments: Any, result: Any, *, batch: int, heads: int, n: in
     """Return the cost of one call of an op on an encoder layer of width d = heads * dh.
 
     Args:
-        op: its name; "attention" is softmax attention alone.
+        op: name of the op; "attention" is softmax attention alone.
         arguments, result: tensors, or nested lists of them, that are read and written.
-        batch, heads, n, dh: B, H, n and dh of the call.
+        batch, heads, n, dh: B, H, n and dh of q (B, H, n, dh).
 
     Raises:
-        ValueError: an op that isn't in `OP_TABLE`.
+        ValueError: the op is not in `OP_TABLE`.
     """
     shape = Shape(batch, heads, n, dh)
     if op == "attention":

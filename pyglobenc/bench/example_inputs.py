@@ -39,8 +39,8 @@ def try_op(op: str, backend: str) -> tuple[str, str | None]:
     try:
         out = list(flatten(function(*args, backend=backend)))
     except Exception as error:
-        # Triton raises errors of many kinds. The dispatcher's message names op and backend, as the table
-        # already does.
+        # Triton raises errors of many kinds. The dispatcher's message begins with op and backend, which the
+        # table already shows.
         return "no", one_line(error).split("can't run: ")[-1].removeprefix(f"{backend}: ")
     if backend == "reference":
         return "yes", None

