@@ -1,4 +1,4 @@
-"""Binding to transformers: reads tensors and calls, no arithmetic on attributions."""
+"""Binds to transformers: captures the tensors of a stock model, and describes its architecture and inputs."""
 
 from pyglobenc.hf.registry import find_layers
 from pyglobenc.hf.trace.capture import Trace, capture

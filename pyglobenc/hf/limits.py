@@ -1,6 +1,6 @@
-"""What a model can be given: its longest input, its padding.
+"""Finds the limits of a model's inputs, and checks its weights.
 
-What its weights must be: readable, and numbers where a result rests on them.
+Weights must be readable. If a result isn't finite, the error names the parameter that holds NaN or infinity.
 """
 
 from collections.abc import Iterator
@@ -12,44 +12,48 @@ from transformers import PreTrainedModel
 
 from pyglobenc.hf.trace.layers import outside
 
-# their position table starts after the padding index
+# In these architectures the positions of tokens start after the padding index.
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")
 
 
 def first_position(model: PreTrainedModel) -> int:
-    """Position of a text's first token: after the padding index in some tables."""
+    """Return the position of the first token of input_ids (B, n): 0, or the one after the padding index."""
     return model.base_model.embeddings.padding_idx + 1 if model.config.model_type in OFFSET_POSITIONS else 0
 
 
 def max_tokens(model: PreTrainedModel) -> int | None:
-    """Longest input in tokens, special tokens included; None when the architecture sets no limit."""
+    """Return the largest n of input_ids (B, n), special tokens included; None if no limit is set."""
     limit = getattr(model.config, "max_position_embeddings", None)
     return None if limit is None else limit - first_position(model)
 
 
 def vocabulary(model: PreTrainedModel) -> int:
-    """How many token ids the model has embeddings for."""
-    # an adapter around the embeddings doesn't say
+    """Return the number of token ids V, the rows of the embedding table (V, d)."""
+    # An adapter around the embeddings may lack num_embeddings.
     return getattr(model.get_input_embeddings(), "num_embeddings", model.config.vocab_size)
 
 
 def token_types(model: PreTrainedModel) -> int | None:
-    """How many token types the model has embeddings for; None where it looks none up."""
+    """Return the number of ids that token_type_ids (B, n) may hold; None if the model does not use them."""
     if model.config.model_type == "gpt2":
-        # it adds the embedding of a token
+        # GPT-2 looks token types up in its table of token embeddings.
         return vocabulary(model)
     return getattr(model.config, "type_vocab_size", 0) or None
 
 
 def padding_id(model: PreTrainedModel) -> int | None:
-    """Token id that the model's config pads with; None where it names none, or one without an embedding."""
+    """Return the token id that pads input_ids (B, n); None if the config has none with an embedding."""
     padding = model.config.get_text_config().pad_token_id
     return padding if padding is not None and 0 <= padding < vocabulary(model) else None
 
 
 def check_readable(model: nn.Module) -> None:
-    """Raise ValueError if a parameter can't be read outside torch.inference_mode; values aren't looked at."""
-    # `parameters()` takes ten times as long, a part of a short text's forward pass
+    """Check that every parameter can be read outside torch.inference_mode, without reading its values.
+
+    Raises:
+        ValueError: a parameter was created in torch.inference_mode.
+    """
+    # `parameters()` is ten times slower, which is noticeable beside the forward pass of a short text.
     if any(
         p is not None and p.is_inference()
         for module in outside(model, ())
@@ -58,13 +62,14 @@ def check_readable(model: nn.Module) -> None:
         name = next(name for name, parameter in model.named_parameters() if parameter.is_inference())
         raise ValueError(
             f"{type(model).__name__}: parameter {name} was made in torch.inference_mode; load the model "
-            f"outside of it"
+            "outside of it"
         )
 
 
 def not_finite(who: str, model: nn.Module) -> ValueError:
-    """Return the error of a result that isn't finite. It names the first parameter that holds NaN or
-    infinity, if one does.
+    """Return the ValueError for an attribution, such as (B, n), that isn't finite.
+
+    It names the first parameter that holds NaN or infinity, if there is one.
     """
     why = _not_a_number(model) or "the model's activations hold NaN or infinity for this input"
     return ValueError(f"{who}: the attribution is not finite; {why}")
@@ -72,8 +77,9 @@ def not_finite(who: str, model: nn.Module) -> ValueError:
 
 @contextmanager
 def weights_named(model: nn.Module) -> Iterator[None]:
-    """Context within which a ValueError also names the first parameter that holds NaN or infinity: no check
-    passes on such numbers.
+    """Add to a ValueError raised in the context the first parameter that holds NaN or infinity, if any.
+
+    Checks fail on such parameters, so they are the likely cause of the error.
     """
     try:
         yield
@@ -85,11 +91,12 @@ def weights_named(model: nn.Module) -> Iterator[None]:
 
 
 def _not_a_number(model: nn.Module) -> str | None:
-    """Say which parameter holds NaN or infinity, or return None. This takes as long as several forward passes
-    of a short text.
+    """Return a sentence that names the first parameter that holds NaN or infinity; None if there is none.
+
+    This takes as long as several forward passes of a short text, so it runs only after an error.
     """
     for name, parameter in model.named_parameters():
-        # offloaded and quantised weights can't be looked at here
+        # Offloaded and quantised weights can't be read here.
         readable = (
             parameter.is_floating_point()
             and parameter.device.type != "meta"

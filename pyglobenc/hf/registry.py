@@ -1,4 +1,4 @@
-"""Which architectures are known, by the config's model_type."""
+"""Finds the architecture of a model by its config's model_type."""
 
 from importlib import import_module
 from pkgutil import iter_modules
@@ -10,24 +10,29 @@ from pyglobenc.hf import architectures
 from pyglobenc.hf.trace.layers import LayerModules
 from pyglobenc.hf.unwrap import stock_model
 
-# Every module of the folder is an architecture. It has MODEL_TYPES and layers(), and DECODER = True if it
-# generates text.
+# Every module of the folder `architectures` describes one architecture. It has MODEL_TYPES and layers(), and
+# DECODER = True if the architecture generates text.
 MODULES = [
     import_module(f"{architectures.__name__}.{module.name}")
     for module in iter_modules(architectures.__path__)
 ]
 BINDINGS = {model_type: module for module in MODULES for model_type in module.MODEL_TYPES}
 
-# These compute attention themselves. Nothing would be captured, without an error.
+# These architectures compute attention themselves. A capture of them would be empty and raise no error.
 IGNORE_THE_INTERFACE = ("deberta",)
 
 
 def find_layers(model: nn.Module) -> list[LayerModules]:
-    """Modules of every layer of a known architecture, first to last.
+    """Return the modules of every layer of a model, first to last.
+
+    Args:
+        model: a model of a known architecture, or a wrapper that `stock_model` accepts. Its layers map hidden
+            states (B, n, d) to (B, n, d).
 
     Raises:
-        TypeError: not a transformers model.
-        ValueError: an architecture that isn't known, or that ignores transformers' attention interface.
+        TypeError: the model is not a transformers model.
+        ValueError: the architecture is unknown, is an encoder-decoder, or ignores transformers' attention
+            interface.
     """
     model = stock_model(model)
     model_type = model.config.model_type
@@ -35,8 +40,7 @@ def find_layers(model: nn.Module) -> list[LayerModules]:
     if model_type in IGNORE_THE_INTERFACE:
         raise ValueError(
             f"capture: {type(model).__name__} ({model_type}) computes attention itself and ignores "
-            f"transformers' attention interface, "
-            f"so its queries, keys and values can't be captured; {known}"
+            f"transformers' attention interface, so its queries, keys and values can't be captured; {known}"
         )
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(
@@ -49,5 +53,5 @@ def find_layers(model: nn.Module) -> list[LayerModules]:
 
 
 def is_decoder(model: PreTrainedModel) -> bool:
-    """Whether the architecture generates text and so keeps a cache that attribution has no use for."""
+    """Return whether the model generates text, and so keeps keys and values (B, Hkv, n, dh) in a cache."""
     return getattr(BINDINGS.get(model.config.model_type), "DECODER", False)

@@ -5,20 +5,19 @@ from transformers import Pipeline, PreTrainedModel
 
 
 def called_module(model: nn.Module | Pipeline) -> nn.Module:
-    """Return the module whose forward pass gives the model's outputs.
+    """Return the module whose forward pass computes the model's outputs.
 
-    Wrappers that change nothing are taken off: torch.compile, DataParallel, PEFT, sentence-transformers, a
-    transformers pipeline. What remains shares its modules with the wrapper, adapters included. It runs
-    uncompiled, since compiled code runs no hooks.
+    Wrappers that only call the model are removed: torch.compile, DataParallel, PEFT, sentence-transformers
+    and a transformers pipeline. The returned module shares its submodules with the wrapper, adapters
+    included. It runs uncompiled, because compiled code does not call hooks.
 
     Returns:
-        A PreTrainedModel; or the user's own module, if it holds exactly one PreTrainedModel, with a head of
-        its own around it.
+        A PreTrainedModel; or the user's own module, if it contains exactly one PreTrainedModel.
 
     Raises:
-        TypeError: the module holds no transformers model, or more than one.
-        ValueError: a PEFT method that changes the input (prompts, prefixes). The model inside never sees the
-            tokens that it adds.
+        TypeError: the module contains no transformers model, or more than one.
+        ValueError: a PEFT method adds virtual tokens (prompts, prefixes), which the model never
+            sees as its input.
     """
     inner = model
     while not isinstance(inner, PreTrainedModel):
@@ -35,10 +34,10 @@ def called_module(model: nn.Module | Pipeline) -> nn.Module:
                     f"capture: PEFT's {kinds[0]} adds virtual tokens outside the model, which can't be "
                     f"captured"
                 )
-            # a PeftMixedModel lacks get_base_model
+            # PeftMixedModel has no get_base_model.
             inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner.base_model.model
         elif isinstance(inner, nn.Sequential) and len(inner) and hasattr(inner[0], "auto_model"):
-            # sentence-transformers: the first module holds the model
+            # The first module of a sentence-transformers model contains the transformers model.
             inner = inner[0].auto_model
         else:
             _only_model(inner, type(model).__name__)
@@ -47,15 +46,17 @@ def called_module(model: nn.Module | Pipeline) -> nn.Module:
 
 
 def stock_model(model: nn.Module | Pipeline) -> PreTrainedModel:
-    """Return the transformers model inside `called_module(model)`: the module itself, or the encoder that it
-    holds.
+    """Return the transformers model inside `called_module(model)`: that module, or the one it contains.
+
+    Raises:
+        TypeError, ValueError: as `called_module`.
     """
     called = called_module(model)
     return called if isinstance(called, PreTrainedModel) else _only_model(called, type(called).__name__)
 
 
 def _only_model(module: nn.Module, name: str) -> PreTrainedModel:
-    """Return the one outermost PreTrainedModel inside a module; name is the module's, for errors."""
+    """Return the only outermost PreTrainedModel inside a module; errors call the module by `name`."""
     found: dict[int, PreTrainedModel] = {}
     waiting = [module] if isinstance(module, nn.Module) else []
     while waiting:

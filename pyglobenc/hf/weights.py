@@ -1,4 +1,4 @@
-"""The matrix that a linear module applies, whatever form its weights are kept in."""
+"""Reads the matrix and the bias of a linear module, in whatever form its weights are stored."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,34 +10,44 @@ from transformers.pytorch_utils import Conv1D
 
 from pyglobenc.common.deferred import require
 
-# of quantised weights, whose kernels round the inputs too: 8-bit integers
+# The relative rounding of quantised weights. Their kernels also round the inputs, to 8-bit integers.
 QUANTISED_EPS = 2.0**-7
 
 
 def dense_weight(module: nn.Module, inputs: int | None = None) -> Tensor:
-    """Weight of a linear module as the matrix W of `x @ W + b`, (inputs, outputs), detached.
+    """Return the matrix W that a linear module applies as `x @ W + b`.
 
     Args:
-        module: a Linear layer or transformers' Conv1D; one with adapters that aren't merged; one with
-            quantised weights, which are dequantised; one whose weights accelerate keeps elsewhere, which are
-            fetched. Of any other module that is linear the matrix is read off by applying it to the unit
-            vectors.
-        inputs: number of inputs, for a module that does not say.
+        module: a Linear layer or transformers' Conv1D. Adapters that aren't merged are added, quantised
+            weights are dequantised, and weights that accelerate has offloaded are fetched. Any other linear
+            module is applied to the unit vectors, which gives its matrix.
+        inputs: number of inputs, for a module without `in_features`.
+
+    Returns:
+        (inputs, outputs), floating point, detached.
 
     Raises:
-        ValueError: the module isn't linear, so that no matrix describes it.
+        ValueError: the module isn't linear, so no matrix describes it.
     """
     if _is_dense(module):
         return _matrix(module)
     with torch.no_grad(), _present(module):
-        # an offloaded module is dense once its weights are here
+        # An offloaded module may be dense once its weights are fetched.
         if _is_dense(module):
             return _matrix(module)
         return _with_adapters(module, inputs) if hasattr(module, "base_layer") else _quantised(module, inputs)
 
 
 def dense_bias(module: nn.Module, inputs: int) -> Tensor | None:
-    """Bias b of the same `x @ W + b`, (outputs,) or None, detached."""
+    """Return the bias b of a linear module, `x @ W + b` with W (inputs, outputs).
+
+    Args:
+        module: as `dense_weight` takes it.
+        inputs: number of inputs.
+
+    Returns:
+        (outputs,), floating point, detached; or None if a dense module has no bias.
+    """
     if _is_dense(module) and (module.bias is None or is_plain(module.bias)):
         return None if module.bias is None else module.bias.detach()
     with torch.no_grad(), _present(module):
@@ -47,7 +57,7 @@ def dense_bias(module: nn.Module, inputs: int) -> Tensor | None:
 
 
 def rounding_of(module: nn.Module) -> float:
-    """Relative rounding of what a linear module computes beside that of its inputs and outputs."""
+    """Return the relative rounding of a linear module's weights (inputs, outputs): 0 unless quantised."""
     if _is_dense(module):
         return 0.0
     return max(
@@ -57,8 +67,10 @@ def rounding_of(module: nn.Module) -> float:
 
 
 def runs_as_torchs(module: nn.Module) -> bool:
-    """Whether nothing but torch's own forward pass of a Linear layer, or transformers' of a Conv1D, makes
-    what the module returns.
+    """Return whether a module's output is exactly that of torch's Linear or of transformers' Conv1D.
+
+    Its class must be one of these, its weight (outputs, inputs) or (inputs, outputs) an ordinary tensor, and
+    no hook or replaced forward pass may change the output.
     """
     changed = (
         module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or has_global_hooks()
@@ -67,7 +79,7 @@ def runs_as_torchs(module: nn.Module) -> bool:
 
 
 def has_global_hooks() -> bool:
-    """Whether hooks of all modules are registered with torch."""
+    """Return whether torch has hooks registered that run for every module."""
     return bool(nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks)
 
 
@@ -80,13 +92,13 @@ def _matrix(module: nn.Module) -> Tensor:
 
 
 def _zeros(module: nn.Module, inputs: int) -> Tensor:
-    """A token of zeros, (1, inputs), as the module takes it."""
+    """Return a token of zeros, (1, inputs), with the dtype and device of the module's parameters."""
     like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
     return torch.zeros(1, inputs, dtype=like.dtype, device=like.device)
 
 
 def parameter(module: nn.Module, name: str) -> Tensor:
-    """A module's own parameter, detached; fetched if accelerate keeps it elsewhere."""
+    """Return a module's parameter by name, of any shape, detached; an offloaded one is fetched."""
     own = getattr(module, name)
     if own.device.type != "meta":
         return own.detach()
@@ -95,7 +107,7 @@ def parameter(module: nn.Module, name: str) -> Tensor:
 
 
 def is_plain(weight: Any) -> bool:
-    """Whether a weight is an ordinary floating-point tensor that is there."""
+    """Return whether a weight, such as (outputs, inputs), is an ordinary floating-point tensor with data."""
     return (
         type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.device.type != "meta"
     )
@@ -103,7 +115,7 @@ def is_plain(weight: Any) -> bool:
 
 @contextmanager
 def _present(module: nn.Module) -> Iterator[None]:
-    """Weights that accelerate offloaded (they are on the meta device) are brought back inside."""
+    """Fetch the weights that accelerate has offloaded (they are on the meta device) inside the context."""
     if not any(p.device.type == "meta" for p in module.parameters()):
         yield
         return
@@ -114,7 +126,10 @@ def _present(module: nn.Module) -> Iterator[None]:
 
 
 def _with_adapters(module: nn.Module, inputs: int | None) -> Tensor:
-    """PEFT: the layer below and what the active LoRA adapters add; other kinds are read off."""
+    """Return the matrix of a PEFT layer: the base layer's plus those of the active LoRA adapters.
+
+    Layers with other kinds of adapters are applied to the unit vectors.
+    """
     if not hasattr(module, "active_adapters"):
         return _applied(module, inputs)
     if module.merged or module.disable_adapters:
@@ -133,8 +148,8 @@ def _with_adapters(module: nn.Module, inputs: int | None) -> Tensor:
 
 def _quantised(module: nn.Module, inputs: int | None) -> Tensor:
     weight = getattr(module, "weight", None)
-    # bitsandbytes rearranges 4-bit weights for its CPU kernel at the first call, and doesn't dequantise that
-    # layout
+    # bitsandbytes rearranges 4-bit weights for its CPU kernel at the first call. It can't dequantise the new
+    # layout.
     packed = getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False)
     if type(module).__module__.startswith("bitsandbytes") and not packed:
         from transformers.integrations.bitsandbytes import dequantize_bnb_weight
@@ -146,21 +161,23 @@ def _quantised(module: nn.Module, inputs: int | None) -> Tensor:
 
 
 def _applied(module: nn.Module, inputs: int | None) -> Tensor:
-    """The module applied to unit vectors, less its bias; ValueError if it does another thing to other
-    vectors.
+    """Apply a module to the unit vectors and subtract its bias, which gives its matrix (inputs, outputs).
+
+    Raises:
+        ValueError: the module's outputs for two other vectors differ from the matrix's.
     """
     zeros = _zeros(module, inputs or module.in_features)
     units = torch.eye(zeros.shape[1], dtype=zeros.dtype, device=zeros.device)
     bias = module(zeros)
     weight = module(units) - bias
-    # of the size of normalised activations
+    # The test vectors have the size of normalised activations.
     generator = torch.Generator().manual_seed(0)
     other = torch.randn(2, len(units), generator=generator, dtype=torch.float64).to(zeros)
     wide = torch.promote_types(weight.dtype, torch.float32)
     found, expected = (module(other) - bias).to(wide), other.to(wide) @ weight.to(wide)
     error, size = (torch.linalg.vector_norm(t, dim=-1) for t in (found - expected, expected))
     eps = max(torch.finfo(zeros.dtype).eps, torch.finfo(weight.dtype).eps, rounding_of(module))
-    # beside rounding that adds up over the inputs, a step of quantisation
+    # Rounding adds up over the inputs; a quantised module rounds each input once.
     allowed = 4 * eps * (len(units) ** 0.5 if eps < 1e-5 else 4) * size
     require(
         (error <= allowed).all(),

@@ -36,7 +36,7 @@ def norm_parts(norm: nn.Module, d: int) -> NormParts:
     this assumption on the tokens of every call.
 
     Returns:
-        NormParts. Weight and bias have the parameters' dtype; for a norm of another class, float32 or float64.
+        NormParts. Weight and bias have the dtype of the parameters, or at least float32 if they are computed.
 
     Raises:
         ValueError: the norm does not take single tokens of d features, or torch's own norm averages over more
