@@ -79,7 +79,7 @@ uint32_t pack(float low, float high) {
 }
 
 template <class T>
-Twin unpack(uint32_t x) {
+Float2 unpack(uint32_t x) {
     return {widen(T{uint16_t(x)}), widen(T{uint16_t(x >> 16)})};
 }
 

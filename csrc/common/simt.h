@@ -3,44 +3,52 @@
 // a GPU.
 //
 //   KERNEL(threads) name(...)     a kernel: a 1-D grid of 1-D blocks of whole warps, started by launch() of
-//   csrc/cuda/launch.h; a second
-//                                 argument, blocks that a multiprocessor is to hold at least
+//                                 csrc/cuda/launch.h; a second argument, blocks that a multiprocessor
+//                                 is to hold at least
 //   DEVICE                        before every function that kernels call, BOTH if the host does too; UNROLL
-//   or ROLL before a loop block()                       this block; thread(), threads(), warp() and lane():
-//   this thread in it, how many it has, and so on shared()                      the block's dynamic shared
-//   memory, char*, aligned to 128 bytes, filled with NaN when emulated barrier(), warp_barrier()     all
-//   threads of the block, of the warp, arrive here; barrier(id, count) for `count` threads, whole warps,
-//                                 of the block, id 1 to 15
+//                                 or ROLL before a loop
+//   block()                       this block; thread(), threads(), warp() and lane(): this thread in it, how
+//                                 many it has, and so on
+//   shared()                      the block's dynamic shared memory, char*, aligned to 128 bytes, filled with
+//                                 NaN when emulated
+//   barrier(), warp_barrier()     all threads of the block, of the warp, arrive here; barrier(id, count) for
+//                                 `count` threads, whole warps, of the block, id 1 to 15
 //
 // The next are met by all 32 lanes of a warp together:
 //
 //   shuffle(x, from)              x of the lane `from`, x any 4 bytes; shuffle_xor(x, mask) x of the lane
-//   lane() ^ mask any(flag)                     whether flag holds in one lane at least mma<T>(c, a, b) c +=
-//   a b on tensor cores, T bf16, f16 (16x16 by 16x8) or tf32 (16x8 by 8x8); with g = lane() / 4 and
-//                                 t = lane() % 4, c[0..3] are rows g, g, g + 8, g + 8 and columns 2t, 2t + 1,
-//                                 2t, 2t + 1; bf16, f16: a[0..3] pairs at rows g, g + 8, g, g + 8 and columns
-//                                 2t, 2t, 2t + 8, 2t + 8, b[0..1] pairs at rows 2t, 2t + 8 of column g; low
-//                                 half first tf32: a[0..3] floats at rows g, g + 8, g, g + 8, columns t, t, t
-//                                 + 4, t + 4, b[0..1] rows t, t + 4
+//                                 lane() ^ mask
+//   any(flag)                     whether flag holds in one lane at least
+//   mma<T>(c, a, b)               c += a b on tensor cores, T bf16, f16 (16x16 by 16x8) or tf32 (16x8 by
+//                                 8x8); with g = lane() / 4 and t = lane() % 4,
+//                                 c[0..3] are rows g, g, g + 8, g + 8 and columns 2t, 2t + 1, 2t, 2t + 1;
+//                                 bf16, f16: a[0..3] pairs at rows g, g + 8, g, g + 8
+//                                 and columns 2t, 2t, 2t + 8, 2t + 8,
+//                                 b[0..1] pairs at rows 2t, 2t + 8 of column g; low half first
+//                                 tf32: a[0..3] floats at rows g, g + 8, g, g + 8,
+//                                 columns t, t, t + 4, t + 4, b[0..1] rows t, t + 4
 //   load_matrices(r, row)         N = 1, 2 or 4 matrices of 8 rows of 16 bytes from shared memory (ldmatrix):
-//   lane 8 m + i gives the
-//                                 address of row i of matrix m, and r[m] becomes 4 bytes at row g, bytes 4t
-//                                 to 4t + 3; lanes past 8 N are ignored
+//                                 lane 8 m + i gives the address of row i of matrix m, and r[m] becomes
+//                                 4 bytes at row g, bytes 4t to 4t + 3; lanes past 8 N are ignored
 //   load_matrices_transposed      of 2-byte entries: r[m] becomes the pair at rows 2t, 2t + 1 of column g
 //
 // And by one thread alone:
 //
 //   copy_async<BYTES>(to, from, ok)   4, 8 or 16 bytes, aligned, from global to shared memory; zeros unless
-//   ok, when nothing is read commit_copies(), wait_copies<N>() ends a group of copies; waits for this
-//   thread's groups but the N youngest: a barrier() then shows
-//                                     them to the others. When emulated, bytes are NaN until their group was
-//                                     waited for.
-//   load<V>(from)                     the Piece or float at `from`, in global memory that the kernel doesn't
-//   write settled(p)                        p, for load(): the compiler adds to it and doesn't take the sum
-//   that it is apart bf16, f16, tf32                   bf16 and f16 hold bits; tf32 only names a type of mma,
-//   whose operands are floats' bits pack<T>(low, high)                two floats, rounded to bf16 or f16, in
-//   4 bytes; unpack<T>(x) those two, as a Twin Piece                             16 bytes, aligned: one load
-//   or store; Twin the same of two floats bits(x), from_bits(u)             a float as uint32_t and back
+//                                     ok, when nothing is read
+//   commit_copies(), wait_copies<N>() ends a group of copies; waits for this thread's groups but the N
+//                                     youngest: a barrier() then shows them to the others.
+//                                     When emulated, bytes are NaN until their group was waited for.
+//   load<V>(from)                     the Bytes16 or float at `from`, in global memory that the kernel
+//                                     doesn't write
+//   settled(p)                        p, for load(): the compiler adds to it and doesn't take the sum that it
+//                                     is apart
+//   bf16, f16, tf32                   bf16 and f16 hold bits; tf32 only names a type of mma, whose operands
+//                                     are floats' bits
+//   pack<T>(low, high)                two floats, rounded to bf16 or f16, in 4 bytes; unpack<T>(x) those two,
+//                                     as a Float2
+//   Bytes16                             16 bytes, aligned: one load or store; Float2 the same of two floats
+//   bits(x), from_bits(u)             a float as uint32_t and back
 //   round_tf32(x)                     to 11 significant bits; mma cuts off what a float has beyond them
 //   exp2_approx, sqrt_approx          to 2 ulp; results below the normal numbers are 0
 #pragma once
@@ -73,11 +81,11 @@ struct f16 {
 
 struct tf32 {};
 
-struct alignas(16) Piece {
+struct alignas(16) Bytes16 {
     uint32_t word[4];
 };
 
-struct alignas(8) Twin {
+struct alignas(8) Float2 {
     float x, y;
 };
 
@@ -128,8 +136,8 @@ DEVICE float load<float>(const char* from) {
     return out;
 }
 template <>
-DEVICE Piece load<Piece>(const char* from) {
-    Piece out;
+DEVICE Bytes16 load<Bytes16>(const char* from) {
+    Bytes16 out;
     asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
         : "=r"(out.word[0]), "=r"(out.word[1]), "=r"(out.word[2]), "=r"(out.word[3])
         : "l"(from));
@@ -157,14 +165,14 @@ DEVICE uint32_t pack<f16>(float low, float high) {
 }
 
 template <class T>
-DEVICE Twin unpack(uint32_t x);
+DEVICE Float2 unpack(uint32_t x);
 template <>
-DEVICE Twin unpack<bf16>(uint32_t x) {
+DEVICE Float2 unpack<bf16>(uint32_t x) {
     return {from_bits(x << 16), from_bits(x & 0xffff0000u)};
 }
 template <>
-DEVICE Twin unpack<f16>(uint32_t x) {
-    Twin out;
+DEVICE Float2 unpack<f16>(uint32_t x) {
+    Float2 out;
     asm("{.reg .f16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high;}"
         : "=f"(out.x), "=f"(out.y)
         : "r"(x));

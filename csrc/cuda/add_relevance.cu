@@ -39,7 +39,7 @@ DEVICE Share share_of(const AddArgs& args, int most_blocks) {
 }
 
 struct Branches {
-    Four r, a, b;  // R, R_a and R_b before the rescaling
+    Float4 r, a, b;  // R, R_a and R_b before the rescaling
 };
 
 DEVICE Branches branches(const AddArgs& args, int64_t at, int64_t last) {

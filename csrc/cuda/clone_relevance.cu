@@ -15,15 +15,15 @@ clone_relevance_kernel(CloneParts parts,  // each [size]
                        int64_t size) {
     const int64_t at = 4 * (int64_t(block()) * CLONE_THREADS + thread());
     if (at >= size) return;
-    Four total = load_four(parts.each[0], at, size);
+    Float4 total = load_four(parts.each[0], at, size);
     UNROLL
     for (int k = 1; k < CloneParts::MAX_COUNT; ++k) {
         if (k >= parts.count) break;
-        const Four part = load_four(parts.each[k], at, size);
+        const Float4 part = load_four(parts.each[k], at, size);
         UNROLL
         for (int e = 0; e < 4; ++e) total.x[e] += part.x[e];
     }
-    const Four seen = load_four(x, at, size);
+    const Float4 seen = load_four(x, at, size);
     UNROLL
     for (int e = 0; e < 4; ++e) total.x[e] = safe_divide(total.x[e], seen.x[e]) * seen.x[e];
     store_four(out, at, size, total);

@@ -20,7 +20,7 @@ DEVICE T safe_divide(T a, T b, T stabilizer = 0) {
 DEVICE float magnitude(float x) { return from_bits(bits(x) & 0x7fffffffu); }
 DEVICE double magnitude(double x) { return x < 0 ? -x : x; }
 
-struct alignas(16) Four {
+struct alignas(16) Float4 {
     float x[4];
 };
 
@@ -29,17 +29,17 @@ DEVICE bool whole(const float* p, int64_t at, int64_t count) {
 }
 
 // Loads p[at] to p[at + 3], with 0 from p[count] on.
-DEVICE Four load_four(const float* p, int64_t at, int64_t count) {
-    if (whole(p, at, count)) return *reinterpret_cast<const Four*>(p + at);
-    Four out;
+DEVICE Float4 load_four(const float* p, int64_t at, int64_t count) {
+    if (whole(p, at, count)) return *reinterpret_cast<const Float4*>(p + at);
+    Float4 out;
     UNROLL
     for (int e = 0; e < 4; ++e) out.x[e] = at + e < count ? p[at + e] : 0.0f;
     return out;
 }
 
-DEVICE void store_four(float* p, int64_t at, int64_t count, const Four& four) {
+DEVICE void store_four(float* p, int64_t at, int64_t count, const Float4& four) {
     if (whole(p, at, count)) {
-        *reinterpret_cast<Four*>(p + at) = four;
+        *reinterpret_cast<Float4*>(p + at) = four;
         return;
     }
     UNROLL

@@ -2,7 +2,8 @@
 // al., 2021, eq. 5).
 //
 //   S = R / safe(Z), Z = (y - bias + |x| |W|^T) / 2     three reads, one write, where torch makes seven
-//   passes R_in = (x (S W) + |x| (S |W|)) / 2                  three reads, one write
+//                                                       passes
+//   R_in = (x (S W) + |x| (S |W|)) / 2                  three reads, one write
 //
 // Outputs whose Z is a tiny part of |x| |W|^T + |bias| have lost their digits, and S is set to 0 there. The
 // warp that finds such outputs computes Z = sum_e max(x_e w_e, 0) for each of them, stores R / safe(Z) in
@@ -40,9 +41,9 @@ DEVICE float clamped_sum(const LinearArgs& args, int64_t row, int output) {
 }
 
 // Adds the relevance of a strip's nearly dead outputs to this lane's inputs x, from input `at` on.
-DEVICE void add_dead(const LinearArgs& args, int64_t row, int strip, int at, const Four& x, Four& out) {
+DEVICE void add_dead(const LinearArgs& args, int64_t row, int strip, int at, const Float4& x, Float4& out) {
     const int first = strip * LINEAR_STRIP;
-    const Four s = load_four(args.bound + row * args.d_out, first + 4 * lane(), args.d_out);
+    const Float4 s = load_four(args.bound + row * args.d_out, first + 4 * lane(), args.d_out);
     bool dead[4];
     UNROLL
     for (int e = 0; e < 4; ++e) dead[e] = s.x[e] != 0;
@@ -62,12 +63,12 @@ KERNEL(LINEAR_THREADS, 4) linear_quotient_kernel(QuotientArgs args) {
     const int64_t row = block(), start = row * args.d_out;
     for (int strip = warp(); strip < args.strips; strip += LINEAR_THREADS / 32) {
         const int first = strip * LINEAR_STRIP, at = first + 4 * lane();
-        const Four r = load_four(args.r + start, at, args.d_out),
-                   output = load_four(args.output + start, at, args.d_out);
-        const Four bound = load_four(args.bound + start, at, args.d_out);
-        Four bias = {};
+        const Float4 r = load_four(args.r + start, at, args.d_out),
+                     output = load_four(args.output + start, at, args.d_out);
+        const Float4 bound = load_four(args.bound + start, at, args.d_out);
+        Float4 bias = {};
         if (args.bias) bias = load_four(args.bias, at, args.d_out);
-        Four s, alone = {};
+        Float4 s, alone = {};
         bool dead[4];
         UNROLL
         for (int e = 0; e < 4; ++e) {
@@ -95,9 +96,9 @@ KERNEL(LINEAR_THREADS, 4) linear_product_kernel(ProductArgs args) {
     const int64_t row = block(), start = row * args.d_in;
     for (int first = warp() * LINEAR_STRIP; first < args.d_in; first += LINEAR_THREADS / 32 * LINEAR_STRIP) {
         const int at = first + 4 * lane();
-        const Four x = load_four(args.x + start, at, args.d_in),
-                   plain = load_four(args.plain_s + start, at, args.d_in);
-        Four out = load_four(args.out + start, at, args.d_in);
+        const Float4 x = load_four(args.x + start, at, args.d_in),
+                     plain = load_four(args.plain_s + start, at, args.d_in);
+        Float4 out = load_four(args.out + start, at, args.d_in);
         UNROLL
         for (int e = 0; e < 4; ++e) out.x[e] = (x.x[e] * out.x[e] + magnitude(x.x[e]) * plain.x[e]) * 0.5f;
         for (int strip = 0; strip < args.strips; strip += 32) {

@@ -17,7 +17,7 @@ constexpr int SQUARE_THREADS = 128;
 template <class V>
 struct Row {
     static constexpr int HELD = 8, STEP = 4 * 32;
-    Piece held[HELD];
+    Bytes16 held[HELD];
     const V* from;
     int width;
 
@@ -25,7 +25,7 @@ struct Row {
         UNROLL
         for (int k = 0; k < HELD; ++k) {
             const int at = k * STEP + 4 * lane();
-            held[k] = at < width ? load_four(from + at) : Piece{};
+            held[k] = at < width ? load_four(from + at) : Bytes16{};
         }
     }
 
@@ -45,14 +45,14 @@ struct Row {
 
 // Returns four numbers of a row, from column `at`, after the first `passed` maps. Past the end of the row
 // they are 0, since the gammas are.
-DEVICE Four mapped(const SquareArgs& p, const Piece& four, int at,
-                   const float (&means)[SquareArgs::MAX_COUNT], int passed) {
-    Four out;
+DEVICE Float4 mapped(const SquareArgs& p, const Bytes16& four, int at,
+                     const float (&means)[SquareArgs::MAX_COUNT], int passed) {
+    Float4 out;
     for (int e = 0; e < 4; ++e) out.x[e] = from_bits(four.word[e]);
     UNROLL
     for (int k = 0; k < SquareArgs::MAX_COUNT; ++k) {
         if (k >= passed) break;
-        const Piece gamma = load_four(p.gammas[k] + at);
+        const Bytes16 gamma = load_four(p.gammas[k] + at);
         for (int e = 0; e < 4; ++e) out.x[e] = (out.x[e] - means[k]) * from_bits(gamma.word[e]);
     }
     return out;
@@ -69,13 +69,13 @@ mapped_square_kernel(SquareArgs p) {
     UNROLL
     for (int k = 0; k < SquareArgs::MAX_COUNT; ++k) {
         if (k == p.count) break;
-        means[k] = row.sum([&](const Piece& four, int at) {
-            const Four m = mapped(p, four, at, means, k);
+        means[k] = row.sum([&](const Bytes16& four, int at) {
+            const Float4 m = mapped(p, four, at, means, k);
             return (m.x[0] + m.x[1]) + (m.x[2] + m.x[3]);
         }) / float(p.width);
     }
-    const float square = row.sum([&](const Piece& four, int at) {
-        const Four m = mapped(p, four, at, means, p.count);
+    const float square = row.sum([&](const Bytes16& four, int at) {
+        const Float4 m = mapped(p, four, at, means, p.count);
         return fmaf(m.x[0], m.x[0], m.x[1] * m.x[1]) + fmaf(m.x[2], m.x[2], m.x[3] * m.x[3]);
     });
     if (lane() == 0) p.out[i] = square;

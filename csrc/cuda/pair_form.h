@@ -7,10 +7,10 @@
 // plain form takes 360 in all. With shuffles instead of shared memory, a warp's tile would be so small that
 // reading the queries becomes the limit.
 //
-// Counted in sm_90 code for BERT-base in bfloat16, not measured: a pair takes 2.4 instructions up to
-// alpha, 3.5 after it and 0.3 for its tile. At 4 instructions a cycle that is 1.6 cycles of a multiprocessor.
-// Shared memory and L1 move 96 bytes for alpha and 48 each for keys and queries, which at 128 bytes a cycle
-// is 1.5 cycles. The 12 exponentials take 0.75 cycles, the products about 0.6.
+// Counted in sm_90 code for BERT-base in bfloat16, not measured: a pair takes 2.4 instructions up to alpha,
+// 3.5 after it and 0.3 for its tile. At 4 instructions a cycle that is 1.6 cycles of a multiprocessor. Shared
+// memory and L1 move 96 bytes for alpha and 48 each for keys and queries, which at 128 bytes a cycle is 1.5
+// cycles. The 12 exponentials take 0.75 cycles, the products about 0.6.
 #pragma once
 
 #include "pair_tile.h"
@@ -38,14 +38,14 @@ struct Form {
     }
 
     // alpha: address of the first head's value for the two queries and the key.
-    DEVICE Twin operator()(const PairArgs&, const Place&, const Twin* alpha, int) const {
-        Twin a[HEADS], sum = {0, 0};
+    DEVICE Float2 operator()(const PairArgs&, const Place&, const Float2* alpha, int) const {
+        Float2 a[HEADS], sum = {0, 0};
         UNROLL
         for (int h = 0; h < HEADS; ++h) a[h] = alpha[h * (QUERIES / 2 * KEYS)];
         int e = 0;
         UNROLL
         for (int h = 0; h < HEADS; ++h) {
-            Twin row = {of[e] * a[h].x, of[e] * a[h].y};
+            Float2 row = {of[e] * a[h].x, of[e] * a[h].y};
             ++e;
             UNROLL
             for (int g = h + 1; g < HEADS; ++g, ++e)
@@ -55,7 +55,7 @@ struct Form {
         return sum;
     }
 
-    DEVICE void prepare(const PairArgs&, const Place&, const Twin*) {}
+    DEVICE void prepare(const PairArgs&, const Place&, const Float2*) {}
 };
 
 // For more heads than registers hold: the warps divide the blocks of 8 x 8 coefficients, each for all
@@ -66,14 +66,14 @@ struct Form<WIDE, QUERIES> {
 
     DEVICE void load(const float* from) { packed = from; }
 
-    DEVICE static Twin one(const Twin* alpha, const Twin* other, const float (&of)[SIDE][SIDE]) {
-        Twin b[SIDE], sum = {0, 0};
+    DEVICE static Float2 one(const Float2* alpha, const Float2* other, const float (&of)[SIDE][SIDE]) {
+        Float2 b[SIDE], sum = {0, 0};
         UNROLL
         for (int g = 0; g < SIDE; ++g) b[g] = other[g * (QUERIES / 2 * KEYS)];
         UNROLL
         for (int h = 0; h < SIDE; ++h) {
-            const Twin a = alpha[h * (QUERIES / 2 * KEYS)];
-            Twin row = {0, 0};
+            const Float2 a = alpha[h * (QUERIES / 2 * KEYS)];
+            Float2 row = {0, 0};
             UNROLL
             for (int g = 0; g < SIDE; ++g)
                 row = {fmaf(of[h][g], b[g].x, row.x), fmaf(of[h][g], b[g].y, row.y)};
@@ -82,9 +82,9 @@ struct Form<WIDE, QUERIES> {
         return sum;
     }
 
-    DEVICE void prepare(const PairArgs& p, const Place& place, const Twin* alpha) {
+    DEVICE void prepare(const PairArgs& p, const Place& place, const Float2* alpha) {
         const int side = blocks_of(p.heads);
-        Twin* partial = place.at<Twin>(p.tile.partial) + place.warp * (QUERIES / 2 * KEYS);
+        Float2* partial = place.at<Float2>(p.tile.partial) + place.warp * (QUERIES / 2 * KEYS);
         int at = 0;
         for (int row = 0; row < side; ++row)
             for (int col = row; col < side; ++col, ++at) {
@@ -94,21 +94,21 @@ struct Form<WIDE, QUERIES> {
                 for (int e = 0; e < SIDE * SIDE; ++e)
                     of[e / SIDE][e % SIDE] = packed[(at * SIDE * SIDE + e) * KEYS + lane()];
                 for (int pair = 0; pair < QUERIES / 2; ++pair) {
-                    const Twin* here = alpha + pair_at(pair, lane());
-                    const Twin sum = one(here + row * SIDE * (QUERIES / 2 * KEYS),
-                                         here + col * SIDE * (QUERIES / 2 * KEYS), of);
-                    Twin& to = partial[pair * KEYS + lane()];
-                    to = at < p.tile.warps ? sum : Twin{to.x + sum.x, to.y + sum.y};
+                    const Float2* here = alpha + pair_at(pair, lane());
+                    const Float2 sum = one(here + row * SIDE * (QUERIES / 2 * KEYS),
+                                           here + col * SIDE * (QUERIES / 2 * KEYS), of);
+                    Float2& to = partial[pair * KEYS + lane()];
+                    to = at < p.tile.warps ? sum : Float2{to.x + sum.x, to.y + sum.y};
                 }
             }
         barrier(1 + place.group, 32 * p.tile.warps);
     }
 
-    DEVICE Twin operator()(const PairArgs& p, const Place& place, const Twin*, int pair) const {
+    DEVICE Float2 operator()(const PairArgs& p, const Place& place, const Float2*, int pair) const {
         const int side = blocks_of(p.heads), all = side * (side + 1) / 2;
-        Twin sum = {0, 0};
+        Float2 sum = {0, 0};
         for (int w = 0; w < p.tile.warps && w < all; ++w) {
-            const Twin part = place.at<Twin>(p.tile.partial)[(w * (QUERIES / 2) + pair) * KEYS + lane()];
+            const Float2 part = place.at<Float2>(p.tile.partial)[(w * (QUERIES / 2) + pair) * KEYS + lane()];
             sum = {sum.x + part.x, sum.y + part.y};
         }
         return sum;
@@ -116,13 +116,13 @@ struct Form<WIDE, QUERIES> {
 };
 
 // Positions of two queries, -1 for one that is padding.
-struct alignas(8) Couple {
+struct alignas(8) QueryPair {
     int even, odd;
 };
 
 // What the residual adds where the even or the odd query of a pair is the key itself.
 template <int QUERIES>
-DEVICE float own_term(const PairArgs& p, const Place& place, const Twin* alpha, bool odd) {
+DEVICE float own_term(const PairArgs& p, const Place& place, const Float2* alpha, bool odd) {
     const float* own = place.at<float>(p.tile.own) + lane();
     float sum = 0;
     ROLL for (int h = 0; h < p.heads; ++h, own += KEYS, alpha += QUERIES / 2 * KEYS) sum =
@@ -131,14 +131,14 @@ DEVICE float own_term(const PairArgs& p, const Place& place, const Twin* alpha, 
 }
 
 // Queries first to last - 1.
-struct Seen {
+struct QueryRange {
     int first, last;
 
     DEVICE bool has(int query) const { return unsigned(query - first) < unsigned(last - first); }
 
     // The queries that any lane of the warp has.
-    DEVICE Seen of_warp() const {
-        Seen out = {first < last ? first : INT32_MAX, first < last ? last : 0};
+    DEVICE QueryRange of_warp() const {
+        QueryRange out = {first < last ? first : INT32_MAX, first < last ? last : 0};
         UNROLL
         for (int mask = 16; mask; mask /= 2) {
             const int low = shuffle_xor(out.first, mask), high = shuffle_xor(out.last, mask);
@@ -150,14 +150,14 @@ struct Seen {
 };
 
 // Returns the queries that see this lane's key: those in its window and its sequence; none for padding.
-DEVICE Seen seen_from(const PairArgs& p, int b, int key) {
+DEVICE QueryRange queries_of_key(const PairArgs& p, int b, int key) {
     if (key >= p.n || (p.key_mask.data && !element<uint8_t>(p.key_mask, b, key))) return {0, 0};
     const int low = p.spans ? p.spans[key] : 0, high = p.spans ? p.spans[p.n + key] : p.n;
     return {key - p.right > low ? key - p.right : low, key + p.left + 1 < high ? key + p.left + 1 : high};
 }
 
 // Returns one share of these queries, in whole tiles.
-DEVICE Seen share_of(const Seen& all, int share, int shares, int queries) {
+DEVICE QueryRange share_of(const QueryRange& all, int share, int shares, int queries) {
     if (all.last <= all.first) return {0, 0};
     const int first = all.first / queries * queries, tiles = (all.last - first + queries - 1) / queries;
     const int each = (tiles + shares - 1) / shares * queries, start = first + share * each;
@@ -167,26 +167,26 @@ DEVICE Seen share_of(const Seen& all, int share, int shares, int queries) {
 // Computes the norms of the tile's queries with this lane's key and passes them to the result. The first
 // query is row `first` of `rows`.
 template <bool ROLLOUT, int HEADS, int QUERIES>
-DEVICE void take_queries(const PairArgs& p, const Place& place, const Seen& seen, const int* positions,
+DEVICE void take_queries(const PairArgs& p, const Place& place, const QueryRange& seen, const int* positions,
                          const float (&weights)[MAX_ROWS][QUERIES], int first, int rows,
                          const Form<HEADS, QUERIES>& form, float (&sums)[MAX_ROWS]) {
-    const Twin* alpha = place.at<Twin>(p.tile.alpha) + pair_at(place.warp, lane());
+    const Float2* alpha = place.at<Float2>(p.tile.alpha) + pair_at(place.warp, lane());
     // whether one of the tile's queries may be one of the keys; the same for all lanes
     const int ahead = place.block * KEYS - first;
     const bool meets = p.cross.data && (p.rows.data || (-KEYS < ahead && ahead < QUERIES));
     for (int pair = place.warp; pair < QUERIES / 2; pair += p.tile.warps, alpha += p.tile.warps * KEYS) {
-        const Couple at = reinterpret_cast<const Couple*>(positions)[pair];
-        Twin square = form(p, place, alpha, pair);
+        const QueryPair at = reinterpret_cast<const QueryPair*>(positions)[pair];
+        Float2 square = form(p, place, alpha, pair);
         if (meets) {
             if (at.even == place.key) square.x += own_term<QUERIES>(p, place, alpha, false);
             if (at.odd == place.key) square.y += own_term<QUERIES>(p, place, alpha, true);
         }
-        const Twin norm = {seen.has(at.even) ? sqrt_approx(fmaxf(square.x, 0.0f)) : 0.0f,
-                           seen.has(at.odd) ? sqrt_approx(fmaxf(square.y, 0.0f)) : 0.0f};
+        const Float2 norm = {seen.has(at.even) ? sqrt_approx(fmaxf(square.x, 0.0f)) : 0.0f,
+                             seen.has(at.odd) ? sqrt_approx(fmaxf(square.y, 0.0f)) : 0.0f};
         if constexpr (ROLLOUT) {
             UNROLL
             for (int line = 0; line < MAX_ROWS; ++line) {
-                const Twin by = reinterpret_cast<const Twin*>(weights[line])[pair];
+                const Float2 by = reinterpret_cast<const Float2*>(weights[line])[pair];
                 sums[line] = fmaf(norm.y, by.y, fmaf(norm.x, by.x, sums[line]));
                 if (p.n_rows == 1) break;
             }

@@ -93,7 +93,7 @@ DEVICE Place find_place(const PairArgs& p) {
 
 // Loads what the residual adds where a query is the key, [H + 1, KEYS]: cross terms and residual_sq. Padding
 // may hold anything.
-DEVICE void hold_own(const PairArgs& p, const Place& place, const Seen& seen) {
+DEVICE void hold_own(const PairArgs& p, const Place& place, const QueryRange& seen) {
     if (!p.cross.data) return;
     for (int h = place.warp; h <= p.heads; h += p.tile.warps) {
         float* const to = place.at<float>(p.tile.own) + h * KEYS + lane();
@@ -117,11 +117,11 @@ pairs_kernel(PairArgs p) {
     const int heads = p.heads, id = 1 + place.group, count = 32 * p.tile.warps;
     if (place.block >= p.key_blocks) return;
     Listed<QUERIES>* const lists = place.at<Listed<QUERIES>>(p.tile.lists);
-    Twin* const alpha = place.at<Twin>(p.tile.alpha);
+    Float2* const alpha = place.at<Float2>(p.tile.alpha);
     float* const lse = place.at<float>(p.tile.lse) + place.warp * 2 * QUERIES;
-    const Seen seen = seen_from(p, place.b, place.key);
-    const Seen all =
-        share_of(ROLLOUT ? seen.of_warp() : Seen{0, p.n_queries}, place.share, p.shares, QUERIES);
+    const QueryRange seen = queries_of_key(p, place.b, place.key);
+    const QueryRange all =
+        share_of(ROLLOUT ? seen.of_warp() : QueryRange{0, p.n_queries}, place.share, p.shares, QUERIES);
 
     if (p.tile.held) hold_keys(p, place);
     hold_own(p, place, seen);

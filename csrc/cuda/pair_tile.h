@@ -61,7 +61,7 @@ struct Rows {
 // Fragments of 8 queries each: two pieces of row g, and the lse of query lane().
 template <int QUERIES>
 struct Fragments {
-    Piece piece[QUERIES / 8][2];
+    Bytes16 piece[QUERIES / 8][2];
     float lse;
 };
 
@@ -72,32 +72,33 @@ DEVICE void load_queries(const PairArgs& p, const Place& place, const Rows<QUERI
     const bool second = step + 1 < p.steps;
     UNROLL
     for (int n = 0; n < QUERIES / 8; ++n) {
-        const char* from = q + uint64_t(rows.q[n]) * sizeof(Piece);
-        out.piece[n][0] = load<Piece>(from);
-        if (second) out.piece[n][1] = load<Piece>(from + 64);
+        const char* from = q + uint64_t(rows.q[n]) * sizeof(Bytes16);
+        out.piece[n][0] = load<Bytes16>(from);
+        if (second) out.piece[n][1] = load<Bytes16>(from + 64);
     }
     if (step == 0) out.lse = load<float>(rows.lse + int64_t(head) * p.lse_head);
 }
 
 // Copies two steps of 16 keys of a head, rows g and g + 8 from `first`, to `held`, in the order in which
 // products take them.
-DEVICE void fetch_keys(const PairArgs& p, const Place& place, int kv_head, int step, int first, Piece* held) {
+DEVICE void fetch_keys(const PairArgs& p, const Place& place, int kv_head, int step, int first,
+                       Bytes16* held) {
     const char* k = place.k + int64_t(kv_head) * p.k_head + step * 64;
-    Piece rows[2] = {};
+    Bytes16 rows[2] = {};
     UNROLL
     for (int half = 0; half < 2; ++half) {
         const int j = place.block * KEYS + first + 8 * half + lane() / 4;
-        if (j < p.n) rows[half] = *reinterpret_cast<const Piece*>(k + j * p.k_step[2]);
+        if (j < p.n) rows[half] = *reinterpret_cast<const Bytes16*>(k + j * p.k_step[2]);
     }
     UNROLL
     for (int s = 0; s < 2; ++s)
-        held[s * 32 + lane()] = Piece{
+        held[s * 32 + lane()] = Bytes16{
             {rows[0].word[2 * s], rows[1].word[2 * s], rows[0].word[2 * s + 1], rows[1].word[2 * s + 1]}};
 }
 
 // Layout of the pieces of all heads' keys: [kv head][step][16 keys][2][lane].
-DEVICE Piece* held_keys(const PairArgs& p, const Place& place, int kv_head, int step) {
-    return reinterpret_cast<Piece*>(place.memory) + (kv_head * p.steps + step) * 128;
+DEVICE Bytes16* held_keys(const PairArgs& p, const Place& place, int kv_head, int step) {
+    return reinterpret_cast<Bytes16*>(place.memory) + (kv_head * p.steps + step) * 128;
 }
 
 DEVICE void hold_keys(const PairArgs& p, const Place& place) {
@@ -113,11 +114,11 @@ DEVICE int pair_at(int pair, int j) { return pair * KEYS + (j ^ 4 * (pair & 3));
 
 // Adds the products of one step's keys with queries 8 n to 8 (n + AT_ONCE) - 1.
 template <class T, int AT_ONCE, int QUERIES>
-DEVICE void add_step(const Piece* keys, int n, int s, const Fragments<QUERIES>& queries,
+DEVICE void add_step(const Bytes16* keys, int n, int s, const Fragments<QUERIES>& queries,
                      float (&scores)[2][AT_ONCE][4]) {
     UNROLL
     for (int m = 0; m < 2; ++m) {
-        const Piece left[2] = {keys[m * 64 + lane()], keys[m * 64 + 32 + lane()]};
+        const Bytes16 left[2] = {keys[m * 64 + lane()], keys[m * 64 + 32 + lane()]};
         UNROLL
         for (int e = 0; e < AT_ONCE; ++e) product<T>(scores[m][e], left, queries.piece[n + e][s]);
     }
@@ -129,12 +130,12 @@ DEVICE void add_steps(const PairArgs& p, const Place& place, int kv_head, int st
                       const Fragments<QUERIES>& queries, float (&scores)[2][AT_ONCE][4]) {
     const bool second = step + 1 < p.steps;
     if (p.tile.held) {
-        const Piece* keys = held_keys(p, place, kv_head, step);
+        const Bytes16* keys = held_keys(p, place, kv_head, step);
         add_step<T>(keys, n, 0, queries, scores);
         if (second) add_step<T>(keys + 128, n, 1, queries, scores);
         return;
     }
-    Piece* keys = held_keys(p, place, 0, 0) + place.warp * 128;
+    Bytes16* keys = held_keys(p, place, 0, 0) + place.warp * 128;
     UNROLL
     for (int s = 0; s < 2; ++s) {
         if (s && !second) break;
@@ -170,11 +171,11 @@ DEVICE void score(const PairArgs& p, const Place& place, const Rows<QUERIES>& ro
 // `next` have started. lse is a buffer of the warp; the next call takes another one.
 template <class T, int AT_ONCE, int QUERIES>
 DEVICE void head_alpha(const PairArgs& p, const Place& place, const Rows<QUERIES>& rows, int head, int next,
-                       Fragments<QUERIES>& queries, float* lse, Twin* alpha) {
+                       Fragments<QUERIES>& queries, float* lse, Float2* alpha) {
     if (lane() < QUERIES) lse[lane()] = queries.lse * LOG2_E;
     warp_barrier();
-    Twin* const to[2] = {alpha + pair_at(lane() % 4, lane() / 4),
-                         alpha + pair_at(lane() % 4, 8 + lane() / 4)};
+    Float2* const to[2] = {alpha + pair_at(lane() % 4, lane() / 4),
+                           alpha + pair_at(lane() % 4, 8 + lane() / 4)};
     UNROLL
     for (int n = 0; n < QUERIES / 8; n += AT_ONCE) {
         float scores[2][AT_ONCE][4] = {};
@@ -182,13 +183,13 @@ DEVICE void head_alpha(const PairArgs& p, const Place& place, const Rows<QUERIES
         if (n + AT_ONCE == QUERIES / 8 && next < p.heads) load_queries(p, place, rows, next, 0, queries);
         UNROLL
         for (int e = 0; e < AT_ONCE; ++e) {
-            const Twin shift = reinterpret_cast<const Twin*>(lse)[4 * (n + e) + lane() % 4];
+            const Float2 shift = reinterpret_cast<const Float2*>(lse)[4 * (n + e) + lane() % 4];
             UNROLL
             for (int row = 0; row < 4; ++row) {
                 const float* s = scores[row / 2][e] + row % 2 * 2;
                 to[row % 2][row / 2 * 16 + 4 * (n + e) * KEYS] =
-                    Twin{exp2_approx(fmaf(s[0], p.to_base_2, -shift.x)),
-                         exp2_approx(fmaf(s[1], p.to_base_2, -shift.y))};
+                    Float2{exp2_approx(fmaf(s[0], p.to_base_2, -shift.x)),
+                           exp2_approx(fmaf(s[1], p.to_base_2, -shift.y))};
             }
         }
     }

@@ -57,7 +57,7 @@ DEVICE void multiply(float (&c)[4], const uint32_t (&a)[LEFT][2][4], const uint3
 
 // Return the parts of a left factor, and of a right one.
 template <class T>
-DEVICE void split(const Piece (&a)[2], uint32_t (&parts)[PARTS<T>][2][4]) {
+DEVICE void split(const Bytes16 (&a)[2], uint32_t (&parts)[PARTS<T>][2][4]) {
     UNROLL
     for (int at = 0; at < 8; ++at) {
         uint32_t of[PARTS<T>];
@@ -67,7 +67,7 @@ DEVICE void split(const Piece (&a)[2], uint32_t (&parts)[PARTS<T>][2][4]) {
 }
 
 template <class T>
-DEVICE void split(const Piece& b, uint32_t (&parts)[PARTS<T>][4]) {
+DEVICE void split(const Bytes16& b, uint32_t (&parts)[PARTS<T>][4]) {
     UNROLL
     for (int at = 0; at < 4; ++at) {
         uint32_t of[PARTS<T>];
@@ -77,7 +77,7 @@ DEVICE void split(const Piece& b, uint32_t (&parts)[PARTS<T>][4]) {
 }
 
 template <class T>
-DEVICE void product(float (&c)[4], const Piece (&a)[2], const Piece& b) {
+DEVICE void product(float (&c)[4], const Bytes16 (&a)[2], const Bytes16& b) {
     uint32_t left[PARTS<T>][2][4], right[PARTS<T>][4];
     split<T>(a, left);
     split<T>(b, right);

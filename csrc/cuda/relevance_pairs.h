@@ -1,7 +1,7 @@
 // Tiles of relevance through attention, one head at a time: what the kernels over pairs share.
 //
-//   alpha[i,j] = exp(scaling q[i].k[j] - lse[i]),   R_alpha[i,j] = alpha[i,j] <s[i], v[j]> / 2,   A_h =
-//   max(<grad_o[i], v[j]> R_alpha, 0)
+//   alpha[i,j] = exp(scaling q[i].k[j] - lse[i]),   R_alpha[i,j] = alpha[i,j] <s[i], v[j]> / 2, A_h =
+//                                                   max(<grad_o[i], v[j]> R_alpha, 0)
 //
 // (Chefer et al., 2021, eq. 13, and the matmul rule of the published code.) A later division by the scores
 // amplifies their rounding up to 1e7 times, so the products keep float32's digits. Three bfloat16 parts hold
@@ -68,7 +68,7 @@ DEVICE Left left_of(const float* x, int stride) {
     x += lane() / 4 * stride + lane() % 4 * 2;
     UNROLL
     for (int e = 0; e < 4; ++e) {
-        const Twin two = *reinterpret_cast<const Twin*>(x + e % 2 * 8 * stride + e / 2 * 8);
+        const Float2 two = *reinterpret_cast<const Float2*>(x + e % 2 * 8 * stride + e / 2 * 8);
         put(out, e, two.x, two.y);
     }
     return out;
@@ -88,7 +88,7 @@ DEVICE Right right_of(const float* x, int stride) {
     x += lane() / 4 * stride + lane() % 4 * 2;
     UNROLL
     for (int e = 0; e < 2; ++e) {
-        const Twin two = *reinterpret_cast<const Twin*>(x + e * 8);
+        const Float2 two = *reinterpret_cast<const Float2*>(x + e * 8);
         put(out, e, two.x, two.y);
     }
     return out;
@@ -220,7 +220,7 @@ DEVICE void split(const Parts& parts, const float* rows, int count, int head_dim
         // Half a warp stores to rows 4 apart, which lie in different banks; neighbouring rows would not.
         const int row = at / 8 * 8 + at % 2 * 4 + at % 8 / 2;
         for (int d = thread() % 8 * 4; d < width; d += 32) {
-            const Four four = *reinterpret_cast<const Four*>(rows + row * stride + d);
+            const Float4 four = *reinterpret_cast<const Float4*>(rows + row * stride + d);
             Right pairs;
             put(pairs, 0, four.x[0], four.x[1]);
             put(pairs, 1, four.x[2], four.x[3]);

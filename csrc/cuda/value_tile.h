@@ -56,15 +56,15 @@ DEVICE void load_values(const ValueArgs& p, const Tokens<V>& tokens, int start, 
     UNROLL
     for (int c = 0; c < DEPTH / 16; ++c) {
         const int d = start + 16 * c + lane() % 4 * 4;
-        Piece rows[2] = {};
+        Bytes16 rows[2] = {};
         UNROLL
         for (int half = 0; half < 2; ++half)
             if (tokens.row(half) < p.n && d < p.v.shape[3])
                 rows[half] = load_four(tokens.v + tokens.row(half) * p.v.stride[2] + d);
-        Piece left[2];
+        Bytes16 left[2];
         UNROLL
         for (int s = 0; s < 2; ++s)
-            left[s] = Piece{
+            left[s] = Bytes16{
                 {rows[0].word[2 * s], rows[1].word[2 * s], rows[0].word[2 * s + 1], rows[1].word[2 * s + 1]}};
         split<T>(left, out.of[c]);
     }
@@ -103,9 +103,9 @@ DEVICE void hold_piece(const ValueArgs& p, const float* matrix, int64_t stride, 
             split<T>(bits(entries[at][1]), odd);
             uint32_t* const to = held_at<T>(first + at * APART, lane());
             if constexpr (PARTS<T> == 1)
-                *reinterpret_cast<Twin*>(to) = {from_bits(even[0]), from_bits(odd[0])};
+                *reinterpret_cast<Float2*>(to) = {from_bits(even[0]), from_bits(odd[0])};
             else
-                *reinterpret_cast<Piece*>(to) = {{even[0], odd[0], even[1], odd[1]}};
+                *reinterpret_cast<Bytes16*>(to) = {{even[0], odd[0], even[1], odd[1]}};
         }
     }
 }
@@ -121,10 +121,10 @@ DEVICE void multiply_piece(const Values<L>& values, float (&mixed)[COLUMNS / 8][
         for (int pair = 0; pair < 2; ++pair) {
             const uint32_t* from = held_at<T>(16 * c + lane() % 4 * 4 + 2 * pair, 8 * e + lane() / 4);
             if constexpr (PARTS<T> == 1) {
-                const Twin rows = *reinterpret_cast<const Twin*>(from);
+                const Float2 rows = *reinterpret_cast<const Float2*>(from);
                 right[0][2 * pair] = bits(rows.x), right[0][2 * pair + 1] = bits(rows.y);
             } else {
-                const Piece rows = *reinterpret_cast<const Piece*>(from);
+                const Bytes16 rows = *reinterpret_cast<const Bytes16*>(from);
                 for (int at = 0; at < 4; ++at) right[at / 2][2 * pair + at % 2] = rows.word[at];
             }
         }
@@ -158,8 +158,8 @@ DEVICE void add_products(const ValueArgs& p, const Tokens<V>& tokens, const floa
             UNROLL
             for (int e = 0; e < COLUMNS / 8; ++e) {
                 const float x = mixed[e][2 * half], y = mixed[e][2 * half + 1];
-                Twin with = {x, y};
-                if (other) with = row < p.n && first + 8 * e < width ? load_two(from + 8 * e) : Twin{0, 0};
+                Float2 with = {x, y};
+                if (other) with = row < p.n && first + 8 * e < width ? load_two(from + 8 * e) : Float2{0, 0};
                 sums[half] = multiply_add(Sum(y), Sum(with.y), multiply_add(Sum(x), Sum(with.x), sums[half]));
             }
         }

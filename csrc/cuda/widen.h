@@ -7,22 +7,22 @@ namespace pyglobenc {
 namespace {
 
 template <class V>
-DEVICE Twin load_two(const V* from) {
+DEVICE Float2 load_two(const V* from) {
     if constexpr (sizeof(V) == 4)
-        return *reinterpret_cast<const Twin*>(from);
+        return *reinterpret_cast<const Float2*>(from);
     else
         return unpack<V>(*reinterpret_cast<const uint32_t*>(from));
 }
 
 // Returns them as the bits of floats.
 template <class V>
-DEVICE Piece load_four(const V* from) {
+DEVICE Bytes16 load_four(const V* from) {
     if constexpr (sizeof(V) == 4) {
-        return *reinterpret_cast<const Piece*>(from);
+        return *reinterpret_cast<const Bytes16*>(from);
     } else {
-        const Twin both = *reinterpret_cast<const Twin*>(from), low = unpack<V>(bits(both.x)),
-                   high = unpack<V>(bits(both.y));
-        return Piece{{bits(low.x), bits(low.y), bits(high.x), bits(high.y)}};
+        const Float2 both = *reinterpret_cast<const Float2*>(from), low = unpack<V>(bits(both.x)),
+                     high = unpack<V>(bits(both.y));
+        return Bytes16{{bits(low.x), bits(low.y), bits(high.x), bits(high.y)}};
     }
 }
 
