@@ -32,7 +32,7 @@ def called_module(model: nn.Module | Pipeline) -> nn.Module:
             if kinds:
                 raise ValueError(
                     f"capture: PEFT's {kinds[0]} adds virtual tokens outside the model, which can't be "
-                    f"captured"
+                    "captured"
                 )
             # PeftMixedModel has no get_base_model.
             inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner.base_model.model

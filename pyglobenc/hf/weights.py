@@ -69,8 +69,8 @@ def rounding_of(module: nn.Module) -> float:
 def runs_as_torchs(module: nn.Module) -> bool:
     """Return whether a module's output is exactly that of torch's Linear or of transformers' Conv1D.
 
-    Its class must be one of these, its weight (outputs, inputs) or (inputs, outputs) an ordinary tensor, and
-    no hook or replaced forward pass may change the output.
+    The module must be of one of these classes. Its weight, (outputs, inputs) or (inputs, outputs), must be an
+    ordinary tensor. No hook and no replaced forward pass may change the output.
     """
     changed = (
         module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or has_global_hooks()

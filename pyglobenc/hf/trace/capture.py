@@ -141,8 +141,8 @@ def capture(
         modules: further modules, whose input and output are kept in `trace.io`.
         cu_seqlens: (S + 1,) int32, on the CPU, for S sequences packed into one. Tokens cu_seqlens[s] to
             cu_seqlens[s + 1] attend only to one another. The model then needs position_ids that start anew
-            for each sequence, and an attention_mask of ones, since some architectures otherwise make masks of
-            their own. Steps after the layers, such as pooling, see a single sequence.
+            for each sequence. It also needs an attention_mask of ones, because some architectures otherwise
+            make masks of their own. Steps after the layers, such as pooling, see a single sequence.
         attention: name under which transformers knows the attention function. That function must report each
             call to its module's recorder in RECORDERS.
 
@@ -151,8 +151,8 @@ def capture(
 
     Raises:
         TypeError: the model is not a transformers model.
-        ValueError: the architecture is unknown, dropout is active, a norm after a residual sum isn't a layer
-            norm, or the model computes attention itself and can't keep packed sequences apart.
+        ValueError: the architecture is unknown, dropout is active, or a norm after a residual sum isn't a
+            layer norm; or cu_seqlens is given and the model computes attention itself.
         RuntimeError: this or another thread already captures the model, or one that shares layers with it.
     """
     called, model = called_module(model), stock_model(model)

@@ -52,7 +52,7 @@ MARGIN = 4
 
 
 def check_still(called: nn.Module) -> None:
-    """Check that no module of a model acts at random. It takes and gives no tensor.
+    """Check that no module of a model acts at random.
 
     Raises:
         ValueError: the model is in training mode, or a part of it is and has a dropout rate above 0.
