@@ -225,7 +225,8 @@ def detached(output: Any) -> Any:
     """Return the output of a model without its autograd graph.
 
     Args:
-        output: a tensor of any shape, or a mapping, tuple or list of them. A mapping is changed in place.
+        output: a tensor such as logits (B, C), or a mapping, tuple or list of tensors. A mapping is changed
+            in place.
 
     Returns:
         The same containers with detached tensors of the same shapes.
@@ -284,9 +285,7 @@ def tokens_read(
     if not may_look():
         require(
             (count == 1).all(),
-            lambda: refuse(
-                "the head reads not one token, but none or several, which a graph isn't recorded for"
-            ),
+            lambda: refuse("the head doesn't read exactly one token, so no CUDA graph can be recorded"),
         )
     elif not bool((count == 1).all()):
         real = torch.ones_like(read) if key_mask is None else key_mask.to(read.device)
@@ -320,7 +319,7 @@ def rounding(*tensors: Tensor) -> float:
     """Return by how much two results of the same few operations may differ, relative to the largest entry.
 
     Args:
-        tensors: tensors of any shapes. The coarsest of their dtypes counts.
+        tensors: tensors of any shapes, such as (B, n, d). The coarsest of their dtypes counts.
     """
     coarsest = max((t.dtype for t in tensors), key=lambda dtype: torch.finfo(dtype).eps)
     return torch.finfo(coarsest).eps * (HALF_ROUNDINGS if coarsest in HALF else ROUNDINGS)
@@ -345,6 +344,14 @@ def equal_shares(gradient: Tensor, read: Tensor, count: Tensor) -> Tensor:
 
 
 def direction(like: Tensor, seed: int = 1) -> Tensor:
-    """Return numbers from 0.5 to 1.5 without a pattern, in the shape (any) and dtype of `like`."""
+    """Return numbers from 0.5 to 1.5 without a pattern.
+
+    Args:
+        like: a tensor of any shape, such as (B, n, d).
+        seed: selects the numbers.
+
+    Returns:
+        A tensor of the shape, dtype and device of `like`.
+    """
     steps = torch.arange(like.numel(), device=like.device, dtype=torch.float64)
     return (1 + 0.5 * torch.sin(steps * 977 + seed)).to(like.dtype).view(like.shape)

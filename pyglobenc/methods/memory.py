@@ -54,7 +54,7 @@ class Estimate:
     def __str__(self) -> str:
         names = {
             "weights": "weights",
-            "kernels": "made of them",
+            "kernels": "derived from weights",
             "saved": "layers",
             "workspace": "workspace",
             "maps": "maps",

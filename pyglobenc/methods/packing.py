@@ -183,10 +183,13 @@ def of_examples(output: Any, own: slice, size: int) -> Any:
     """Return the part of a model's output that belongs to some of `size` examples.
 
     Args:
-        output: a tensor, a mapping or a tuple. Tensors whose first axis has another length than size, and
-            values of other types, are returned whole.
-        own: which examples. A tensor (B, ...) becomes output[own].
+        output: a tensor, a mapping or a tuple, with logits (B, C) for example. Tensors whose first axis has
+            another length than size, and values of other types, are returned whole.
+        own: which examples. A tensor (B, C) becomes output[own].
         size: B.
+
+    Returns:
+        The same containers, with tensors such as (1, C).
     """
     if isinstance(output, Tensor):
         return output[own] if output.dim() and len(output) == size else output

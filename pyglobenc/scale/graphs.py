@@ -53,12 +53,12 @@ def graphed(method: GlobEnc | Rollout | TransformerAttribution, **example: Any) 
         not isinstance(method, GlobEnc | Rollout | TransformerAttribution)
         or getattr(method, "method", None) == "attention-flow"
     ):
-        known = "GlobEnc, a Rollout but for the flow, or TransformerAttribution"
+        known = "GlobEnc, a Rollout other than attention-flow, or TransformerAttribution"
         raise TypeError(f"graphed: method must be {known}, got {type(method).__name__}")
     if isinstance(method, TransformerAttribution) and method.has_choices(example):
-        raise TypeError("graphed: a choice is made among inputs before the model runs; ask the method itself")
+        raise TypeError("graphed: a graph can't record multiple choice; call the method itself")
     if example.get("maps"):
-        raise ValueError("graphed: records scores, no maps; ask the method itself for them")
+        raise ValueError("graphed: a graph records scores, no maps; call the method itself for maps")
     return Graphed(method, example)
 
 

@@ -345,7 +345,7 @@ def test_the_text_is_found(name, data, options, tmp_path):
 @pytest.mark.parametrize(
     "name, data, options, message",
     [
-        ("a.csv", b"one,two\n1,2\n", {}, "which column holds the text? It has one, two"),
+        ("a.csv", b"one,two\n1,2\n", {}, "name the column that holds the text, one of one, two"),
         ("a.csv", b"one,two\n1,2\n", {"column": "three"}, "no column 'three'; it has one, two"),
         ("a.tsv", b"x\ty\n", {"header": False, "column": "2"}, "number below 2"),
         ("a.xml", b"<a/>", {}, "unknown format '.xml'"),
@@ -821,7 +821,7 @@ def test_a_text_that_is_too_long_is_left_out_unread(suffix, tmp_path, monkeypatc
     finally:
         tracemalloc.stop()
     assert [record.text for record in found] == ["one", None, "two", None, "three"]
-    assert all("the text takes more than" in found[i].reason for i in (1, 3))
+    assert all("the text or its line is longer than" in found[i].reason for i in (1, 3))
     assert peak < 8 * records.LONGEST, "a small part of the line"
 
 

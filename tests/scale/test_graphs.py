@@ -259,7 +259,7 @@ def test_what_cannot_be_recorded():
         graphed(globenc, **batch(), maps=("N",))
     for method in (globenc.model, Rollout(globenc.model, "attention-flow")):
         with pytest.raises(
-            TypeError, match="method must be GlobEnc, a Rollout but for the flow, or TransformerAttribution"
+            TypeError, match="GlobEnc, a Rollout other than attention-flow, or TransformerAttribution"
         ):
             graphed(method, **batch())
 

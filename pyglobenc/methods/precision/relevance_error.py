@@ -197,7 +197,7 @@ class ObservedRules:
         self._sums: Iterator[Tensor] = (
             e for error in reversed(errors) for e in (error.returned, error.attended)
         )
-        # The squared relative error (B, n, 1) of each tensor of relevance. A head adds one rounding.
+        # The squared relative error (B, n, 1) of each tensor of relevance. Others have that of one rounding.
         self._errors = WeakIdKeyDictionary()
         self._row: tuple[Tensor, Tensor] | None = None  # the rollout's row and its squared error, (B, n)
         self._last: Tensor | None = None  # the relevance that was followed last
@@ -212,7 +212,7 @@ class ObservedRules:
     def add(self, r: Tensor, a: Tensor, b: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
         branches = self.rules.add(r, a, b, cu_seqlens)
         divided = next(self._sums, None)
-        # The sum below the layers adds position embeddings to an image, and has no error here.
+        # Below the layers is the sum with an image's position embeddings, which adds one rounding.
         error = self._error(r).to(a.device) + (1 if divided is None else self._bounded(divided))
         if self.rules.rescale:
             share = branches[0] + branches[1]

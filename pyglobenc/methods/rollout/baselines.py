@@ -116,7 +116,7 @@ class Rollout:
         for name in maps:
             result.maps[name] = stack_layers(full) if name == "layers" else roll_out(full)
         if maps:
-            # rows other than the targets' may read what these don't
+            # Maps also hold rows of other tokens. These may hold NaN even if the rows of the targets don't.
             require_finite("Rollout", self.model, result.maps.values())
         return result
 

@@ -64,7 +64,14 @@ def _first_rows(matrix: LayerMatrix, targets: Tensor, cu_seqlens: Tensor | None)
 
 
 def stack_layers(tensors: Sequence[Tensor]) -> Tensor:
-    """Stack one tensor (B, ...) for each of L layers to (B, L, ...), on the device of the first one."""
+    """Stack one tensor for each of L layers along a new second axis, on the device of the first one.
+
+    Args:
+        tensors: L tensors of equal shape, such as (B, n, n).
+
+    Returns:
+        A tensor such as (B, L, n, n).
+    """
     return torch.stack([t.to(tensors[0].device) for t in tensors], dim=1)
 
 

@@ -27,7 +27,7 @@ class Stage:
     """How far through a layer the decomposed vectors are followed."""
 
     residual: bool
-    norms: tuple[str, ...]  # LayerNorms passed, by their name in LayerModules
+    norms: tuple[str, ...]  # names in LayerModules of the LayerNorms that are passed
 
 
 STAGES = {
@@ -39,17 +39,34 @@ STAGES = {
 
 
 def deepest_stage(layer: LayerTrace) -> str:
-    """Return the stage that follows vectors furthest through a layer: N_Enc, or N_Res if it is pre-norm."""
+    """Return the stage that follows vectors furthest: N_Enc, or N_Res if the layer is pre-norm.
+
+    Args:
+        layer: a captured layer, with x (B, n, d). Only the kind of its modules is read.
+    """
     return "N_Res" if layer.modules.pre_norm else "N_Enc"
 
 
 def stages_of(layer: LayerTrace) -> tuple[str, ...]:
-    """Return the names of the stages that a layer has."""
+    """Return the names of the stages that a layer has.
+
+    Args:
+        layer: a captured layer, with x (B, n, d). Only the kind of its modules is read.
+    """
     return tuple(name for name, stage in STAGES.items() if not (layer.modules.pre_norm and stage.norms))
 
 
 def check_stage(who: str, layer: LayerTrace, name: str) -> None:
-    """Raise a ValueError that begins with `who` if a layer has no stage called `name`."""
+    """Check that a layer has the stage called `name`.
+
+    Args:
+        who: name of the method for errors.
+        layer: a captured layer, with x (B, n, d). Only the kind of its modules is read.
+        name: a name in STAGES.
+
+    Raises:
+        ValueError: it has no such stage.
+    """
     if name not in stages_of(layer):
         raise ValueError(
             f"{who}: stage {name} follows vectors through a LayerNorm after the residual sum, and this "

@@ -104,8 +104,8 @@ class InputChanged(ValueError):
 
     def __init__(self, source: Source):
         super().__init__(
-            f"{source.path}: changed while the job ran, so nothing is complete; start again when it stays "
-            f"as it is"
+            f"{source.path}: changed while the job ran, so the output isn't complete; start again once "
+            f"it no longer changes"
         )
 
 

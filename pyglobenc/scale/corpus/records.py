@@ -27,7 +27,7 @@ UTF16 = (b"\xff\xfe", b"\xfe\xff")
 LONGEST = 1 << 24
 # How many strings of a table are copied at a time.
 STRINGS = 256
-TOO_LONG = ValueError(f"the text takes more than {LONGEST >> 20} MiB with its line")
+TOO_LONG = ValueError(f"the text or its line is longer than {LONGEST >> 20} MiB")
 
 
 @dataclass(frozen=True)
@@ -193,9 +193,7 @@ def _json_key(path: Path) -> str:
         if isinstance(line, Exception):
             continue
         if number == 0 and line.lstrip().startswith("["):
-            raise ValueError(
-                f"{path}: begins with a JSON array; what is read is an object, or a string, a line"
-            )
+            raise ValueError(f"{path}: begins with a JSON array; each line must hold one object or string")
         value = _json(line)
         if isinstance(value, dict):
             return _likely(list(value)) or COLUMNS[0]
@@ -297,7 +295,7 @@ def choose_column(path: Path, names: list[str], column: str | None) -> str:
     if column is None:
         column = _likely(names)
         if column is None:
-            raise ValueError(f"{path}: which column holds the text? It has {', '.join(names)}")
+            raise ValueError(f"{path}: name the column that holds the text, one of {', '.join(names)}")
     if column not in names:
         raise ValueError(f"{path}: there is no column {column!r}; it has {', '.join(names)}")
     return column
@@ -348,7 +346,7 @@ def _saved_files(path: Path) -> tuple[Path, ...]:
     try:
         files = tuple(path / entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{state}: doesn't list the data's files as datasets does") from error
+        raise ValueError(f"{state}: doesn't list the files of the data as `datasets` writes them") from error
     if not files:
         raise ValueError(f"{path}: holds no record")
     return files

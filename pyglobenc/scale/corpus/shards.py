@@ -115,7 +115,7 @@ def look_at_shard(folder: Path, part: Part, common: dict[str, Any]) -> Found:
         return Found(MISSING)
     # A symbolic link may point to any file, so it isn't read.
     if not _is_regular(path) or (os.path.lexists(side) and not _is_regular(side)):
-        return Found("it, or its side file, is no regular file")
+        return Found("it or its side file isn't a regular file")
     arrow = load_arrow()
     try:
         with arrow.parquet.ParquetFile(path) as file:
@@ -134,21 +134,21 @@ def _why_another(file: Any, path: Path, side: Path, part: Part, common: dict[str
     facts = json.loads((file.schema_arrow.metadata or {}).get(KEY.encode(), b"{}"))
     side_sha256 = facts.pop("rejected_sha256", None)
     if facts != json.loads(json.dumps(_facts(part, common))):
-        return "it holds other records, or is of another job"
+        return "it holds other records or belongs to another job"
     if not file.schema_arrow.remove_metadata().equals(_schema(common)):
-        return "its columns are others"
+        return "its columns differ"
     # The data is followed by the footer, the length of the footer and the name of the format.
     if _end_of_data(file.metadata) + file.metadata.serialized_size + 8 > os.stat(path).st_size:
-        return "it is cut"
+        return "it is truncated"
     data = side.read_bytes() if side.exists() else b""
     if hashlib.sha256(data).hexdigest() != side_sha256:
-        return f"{side.name} is missing or another"
+        return f"{side.name} is missing or has another content"
     left_out = [json.loads(line)["index"] for line in data.splitlines()]
     index = file.read(["index"]).column(0).to_pylist()
     if index != sorted(index) or sorted(index + left_out) != list(
         range(part.first, part.first + part.records)
     ):
-        return "its rows are others"
+        return "its rows differ"
     return None
 
 
