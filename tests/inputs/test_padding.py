@@ -37,6 +37,8 @@ def classifier(kind, padding):
         changes |= dict(use_bidirectional_attention=False)
     config = getattr(transformers, config)(**(settings | changes))
     config._attn_implementation = "eager" if kind in (*ROUNDED, *UNPACKED) else "sdpa"
+    # torch has no grouped product of float64 for a mixture of experts
+    config._experts_implementation = "eager"
     return randomize(getattr(transformers, f"{kind}ForSequenceClassification")(config)).double().eval()
 
 
