@@ -79,11 +79,11 @@ def run(options: argparse.Namespace) -> int:
         measured = [
             found for op, backend in bar for found in measure(op, backend, options.n, options.seconds, device)
         ]
-    # a machine's speed drifts: its best, before and after
+    # The speed of a machine drifts, so the best rates are measured before and after the ops.
     ceilings = ceilings.best(measure_ceilings(device, torch.float32, options.seconds))
     rows = [row | _share(row, cost, ceilings, device.type) for row, cost in measured]
     if not rows:
-        raise ValueError("bench: no backend of these ops runs here; `pyglobenc doctor` tells why")
+        raise ValueError("bench: no backend of these ops runs here; `pyglobenc doctor` prints the reasons")
     _show(rows, ceilings)
     _write(options, rows)
     if options.save:

@@ -48,7 +48,7 @@ def features(texts: list[str]) -> Tensor:
 
 
 def fit(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return weights (2, d) and bias (2,) of the penalised logistic regression of y (rows,) on x (rows, d)."""
+    """Fit a penalised logistic regression to x (rows, d), y (rows,); return weights (2, d) and bias (2,)."""
     weight, bias = torch.zeros(2, x.shape[1], requires_grad=True), torch.zeros(2, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [weight, bias], max_iter=500, history_size=20, line_search_fn="strong_wolfe"

@@ -1,6 +1,4 @@
-"""What a call allocates, read from torch's allocator itself: inside custom ops and torch's own kernels
-too.
-"""
+"""Measures what a call allocates, with torch's own allocator, so that custom ops and kernels are included."""
 
 import json
 import tempfile
@@ -12,14 +10,14 @@ from torch.profiler import ProfilerActivity, profile
 
 @dataclass
 class Allocations:
-    """Bytes of the largest single allocation, and the highest level reached above the start."""
+    """Bytes of the largest single allocation, and the highest total above the total at the start."""
 
     largest: int
     peak: int
 
 
 def measure_allocations(function) -> Allocations:
-    """Run function() on the CPU and report what it allocated."""
+    """Run function() on the CPU and return what it allocated."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         function()
     with tempfile.TemporaryDirectory() as folder:

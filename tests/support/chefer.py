@@ -1,6 +1,4 @@
-"""The published implementation's cases of transformer attribution, and its rules on materialised arrays for
-any small model.
-"""
+"""The published cases of transformer attribution, and its rules on materialised arrays for small models."""
 
 import json
 
@@ -32,7 +30,10 @@ VIT_NAMES = dict(
 
 
 def chefer_golden(name, dtype=torch.float64):
-    """Model and cases of "chefer_bert" or "chefer_vit": (batch, target, published outputs in float64)."""
+    """Return the model and the cases of "chefer_bert" or "chefer_vit".
+
+    A case is the batch, the target as given, the target class, and the published outputs in float64.
+    """
     settings = json.loads((GOLDEN / f"{name}.config.json").read_text())
     config = dict(settings["config"])
     if name == "chefer_bert":
@@ -62,7 +63,7 @@ def chefer_golden(name, dtype=torch.float64):
 
 
 def relative(out, exact):
-    """Relative L2 error."""
+    """Return the relative L2 error."""
     return float((out.double() - exact).norm() / exact.norm())
 
 
@@ -79,7 +80,7 @@ def linear(r, x, weight):
 
 
 def product(r, equation, a, b):
-    """The rule of a product, by autograd, as the published code has it."""
+    """Return the relevance of both factors of a product, by autograd as in the published code."""
     a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
     with torch.enable_grad():
         z = torch.einsum(equation, a, b)
@@ -110,7 +111,7 @@ def lrp_add(r, a, b):
     return a * s, b * s
 
 
-# the rules of the method and of the LRP baseline: of a Linear module and of a residual sum
+# The rules of a Linear module and of a residual sum, for the method itself and for the LRP baseline.
 OURS, LRP = (linear, add), (lrp_linear, lrp_add)
 
 
@@ -119,12 +120,17 @@ def clone(x, *parts):
 
 
 def direct(model, batch, select, head, position=0, start_layer=0, rules=OURS, weights=None):
-    """Rollout row, (n,), and relevance of the first layer's input, (n, d), of one unpadded example,
-    everything materialised.
+    """Return the rollout row (n,), and the first layer's input relevance (n, d), of one unpadded example.
 
-    select: the explained logit of the model's output. head: the head's Linear modules, top down; the first
-    row is given as its weight. position: the token that the head reads; weights (n,): of a head that reads a
-    sum over tokens, all Linear modules above the sum, and at most a norm of each token below it.
+    Everything is materialised.
+
+    Args:
+        select: returns the explained logit from the model's output.
+        head: the head's Linear modules, from the top down. The first entry is a pair of the module and the
+            explained row of its weight.
+        position: position of the token that the head reads.
+        weights: (n,) weights of a head that reads a sum over tokens. All Linear modules of the head are above
+            the sum, and at most a norm of each token is below it.
     """
     (row, *rest) = head
     found, last = [], []
@@ -137,7 +143,7 @@ def direct(model, batch, select, head, position=0, start_layer=0, rules=OURS, we
             for m in linears
         ],
     )
-    # what is pooled: the last layer's output, through ViT's last norm
+    # The head pools the last layer's output, which passes ViT's last norm first.
     top = getattr(stock.base_model, "layernorm", None) or find_layers(stock)[-1].block
     handles.append(
         top.register_forward_hook(
@@ -163,7 +169,7 @@ def direct(model, batch, select, head, position=0, start_layer=0, rules=OURS, we
         start = torch.eye(hidden.shape[1], dtype=x.dtype)[position]
         hidden[:, position] = clone(x, r)
     else:
-        # each feature's sum is a Linear of n inputs and one output
+        # The sum of each feature is a Linear with n inputs and one output.
         start = weights / weights.sum()
         hidden[0] = through(r.T, last[0][0].T, weights[None].to(x.dtype)).T
     r = hidden
@@ -180,7 +186,7 @@ def direct(model, batch, select, head, position=0, start_layer=0, rules=OURS, we
 
 
 def through_layer(layer, io, grad, r, rules):
-    """Relevance of a layer's input, and its map (n, n), of one example."""
+    """Return the relevance (1, n, d) of a layer's input, and its map (n, n), for one example."""
     (linear, add), m, x = rules, layer.modules, layer.x.detach()
     q, k, v, o = (t.detach() for t in (layer.q, layer.k, layer.v, layer.o))
     attended, mlp = io[m.output][1], io[m.mlp_output][1]

@@ -1,4 +1,4 @@
-"""What the tests of the command line share: a standard input, and a disk that is full."""
+"""Shared by the tests of the command line: a standard input, and a disk that is full."""
 
 import io
 
@@ -6,7 +6,7 @@ FULL = "/dev/full"
 
 
 class Input(io.TextIOWrapper):
-    """Standard input that holds some bytes, a terminal if it holds none."""
+    """A standard input that holds some bytes, or a terminal if the data is None."""
 
     def __init__(self, data):
         super().__init__(io.BytesIO(data or b""))

@@ -1,14 +1,14 @@
-"""Corpus jobs killed at every write, two at once, and without room on the disk; each is compared with an
-undisturbed one.
+"""Runs corpus jobs that are killed at every write, that run at once, or that have no room on the disk.
 
     PYTHONPATH=tests/support python tests/support/corpus_faults.py FOLDER
 
-Children are forked from a process that has everything imported, so a run takes a fraction of a second.
+The result of each job is compared with that of an undisturbed one. Child processes are forked from a process
+that has imported everything, so that each run takes a fraction of a second.
 """
 
 import os
 
-# forked processes can't use the threads of the one they came from
+# A forked process can't use its parent's threads.
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import argparse
@@ -32,7 +32,7 @@ SHARD = 4
 
 
 def start(arguments, prepare=lambda: None, **environment):
-    """Process id of a child that runs the command line after prepare."""
+    """Return the process id of a child that calls prepare() and then runs the command line."""
     child = os.fork()
     if child == 0:
         status = 99
@@ -46,7 +46,7 @@ def start(arguments, prepare=lambda: None, **environment):
 
 
 def wait(child):
-    """Exit status; that of a killed process is negative."""
+    """Return a child's exit status; it is negative if a signal killed the child."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -55,8 +55,10 @@ def contents(folder):
 
 
 def kill_at(count, step):
-    """Make the process kill itself at a call of os.fsync, with a temporary file written, or os.replace,
-    before or after it.
+    """Return a function that makes the process kill itself at one of its writes.
+
+    The writes are calls of os.fsync and os.replace. `step` names the function, and whether the process dies
+    before or after the call.
     """
 
     def prepare():

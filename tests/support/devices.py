@@ -1,7 +1,6 @@
-"""Several devices on one CPU: every tensor lies somewhere, and an operation on tensors that lie apart raises,
-as it does between GPUs.
+"""Simulates several devices on one CPU: an operation on tensors of different devices raises, as between GPUs.
 
-Tensors are the CPU's own, so kernels, autograd and values are real; where each lies is kept beside it, by its
+All tensors are CPU tensors, so kernels, autograd and values are real. The simulated device is kept for each
 storage.
 """
 
@@ -19,13 +18,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 HOST = torch.device("cpu")
 ATEN = torch.ops.aten
-# torch lets the host's indices, the second argument, into other devices' tensors
+# torch allows the indices, which are the second argument, to be on the host.
 INDEXING = (ATEN.index.Tensor, ATEN.index_put.default, ATEN.index_put_.default, ATEN._index_put_impl_.default)
 
 
 class Devices:
-    """Where tensors lie: on "cpu", the host, or on "cpu:1", "cpu:2"... which are apart inside `with
-    devices.apart():`.
+    """The device of every tensor: the host "cpu", or "cpu:1", "cpu:2" and so on.
+
+    Inside `with devices.apart():` these are separate devices.
     """
 
     def __init__(self):
@@ -43,14 +43,14 @@ class Devices:
         return HOST if found is None else found[1]
 
     def put(self, t: Tensor, device: torch.device) -> Tensor:
-        """Say where a tensor lies."""
+        """Set the device of a tensor."""
         storage = t.untyped_storage()
-        # the reference keeps the address from being given to another storage
+        # The reference keeps the storage's address from being reused.
         self._places[storage._cdata] = (StorageWeakRef(storage), device)
         return t
 
     def move(self, t: Tensor, device: torch.device) -> Tensor:
-        """t where it lies already, or a copy."""
+        """Return the tensor itself if it lies on the device, else a copy there."""
         return t if self.of(t) == device else _Move.apply(t, self, device)
 
     def spread(
@@ -60,8 +60,9 @@ class Devices:
         rest: torch.device,
         places: Sequence[torch.device],
     ) -> None:
-        """Put blocks in turn on places, what is left of the model on rest; modules fetch what they are given,
-        as by accelerate.
+        """Place blocks on the devices in turn, and the rest of the model on `rest`.
+
+        Modules move their arguments to their own device, as with accelerate.
         """
         where = {module: rest for module in model.modules()}
         where |= {
@@ -86,7 +87,7 @@ class _Move(torch.autograd.Function):
 
 
 class _Arguments(TorchFunctionMode):
-    """Answers `.device`, and moves to, or makes on, the device that is asked for."""
+    """Makes `.device`, and functions that move or create tensors, use the simulated devices."""
 
     def __init__(self, devices: Devices):
         super().__init__()
@@ -107,7 +108,7 @@ class _Arguments(TorchFunctionMode):
         return out if device is None else self.devices.move(out, torch.device(device))
 
     def _plain(self, args: tuple, device: Any) -> tuple[tuple, Any]:
-        """Arguments of `Tensor.to` without the device, and the device."""
+        """Return the arguments of `Tensor.to` without the device, and the device."""
         kept = list(args[:1])
         for arg in args[1:]:
             if isinstance(arg, (str, torch.device)):
@@ -121,8 +122,9 @@ class _Arguments(TorchFunctionMode):
 
 
 class _Operations(TorchDispatchMode):
-    """Lets an operation have tensors of one device and single numbers of the host; what it returns lies there
-    too.
+    """Checks that an operation's tensors lie on one device, and places its result there.
+
+    Single numbers may lie on the host.
     """
 
     def __init__(self, devices: Devices):
@@ -133,7 +135,7 @@ class _Operations(TorchDispatchMode):
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         free = {id(t) for t in tree_leaves(args[1])} if func in INDEXING else set()
         if func.namespace == "pyglobenc":
-            # cu_seqlens of packed sequences are the host's by contract
+            # By contract, cu_seqlens of packed sequences lie on the host.
             free = {id(t) for t in tensors if t.dtype == torch.int32}
         places = {
             place for t in tensors if (place := self.devices.of(t)) != HOST or (t.dim() and id(t) not in free)
@@ -149,9 +151,7 @@ class _Operations(TorchDispatchMode):
 
 
 def _fetching(forward: Callable, device: torch.device, back: bool) -> Callable:
-    """A module's forward pass on what it is given, moved to its device; back: what it returns is moved to
-    where that was.
-    """
+    """Return a module's forward pass that moves its arguments to its device; back: the result moves back."""
 
     def moved(tree: Any, device: torch.device) -> Any:
         return tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, tree)

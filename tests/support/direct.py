@@ -1,6 +1,4 @@
-"""The papers' definitions, word for word: every decomposed vector of every (query, key) pair is formed. Small
-cases only.
-"""
+"""The papers' definitions, word for word, with the decomposed vector of every pair, for small cases."""
 
 import torch
 from torch import Tensor
@@ -9,8 +7,9 @@ from torch import Tensor
 def attention_probabilities(
     q: Tensor, k: Tensor, key_mask: Tensor | None, scaling: float, window: tuple[int, int]
 ) -> Tensor:
-    """Softmax over the keys that each query sees: q (B, H, n, dh), k (B, Hkv, n, dh) -> (B, H, n, n); rows of
-    padding too.
+    """Return the softmax (B, H, n, n) over the keys that each query sees; q (B, H, n, dh), k (B, Hkv, n, dh).
+
+    Rows of padding are computed too.
     """
     n = q.shape[2]
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
@@ -26,7 +25,7 @@ def attention_probabilities(
 
 
 def stage_matrix(d: int, gammas: list[Tensor]) -> Tensor:
-    """M of a stage, (d, d): centering and scaling by each gamma (d,), in order."""
+    """Return the matrix (d, d) of a stage: centering and scaling by each gamma (d,), in order."""
     centering = torch.eye(d, dtype=torch.float64) - 1 / d
     out = torch.eye(d, dtype=torch.float64)
     for gamma in gammas:
@@ -37,8 +36,14 @@ def stage_matrix(d: int, gammas: list[Tensor]) -> Tensor:
 def decomposed_vectors(
     alpha: Tensor, v: Tensor, weight: Tensor, x: Tensor | None, gammas: list[Tensor], rstd: Tensor | None
 ) -> Tensor:
-    """Vectors of one stage, (B, n, n, d): alpha (B, H, n, n), v (B, Hkv, n, dh), weight (H, dh, d), x (B, n,
-    d) or None, rstd (B, n).
+    """Return the decomposed vectors of one stage, (B, n, n, d).
+
+    Args:
+        alpha: (B, H, n, n) attention probabilities.
+        v: (B, Hkv, n, dh) values.
+        weight: (H, dh, d) output projection.
+        x: (B, n, d) input of the layer, or None.
+        rstd: (B, n) reciprocal standard deviation of the LayerNorm.
     """
     v = v.repeat_interleave(weight.shape[0] // v.shape[1], dim=1)
     vectors = torch.einsum("bhij,bhjc,hcd->bijd", alpha, v, weight)

@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels for the CPU, every thread of a block in turn: csrc/common/fibers.h."""
+"""Builds the CUDA kernels for the CPU, where one thread runs all threads of a block: csrc/common/fibers.h."""
 
 import importlib.util
 import shutil
@@ -27,7 +27,7 @@ KINDS = {".cu": ["-O1", "-fsanitize=thread"], ".cpp": ["-O0"], "races.cpp": ["-O
 
 
 def link(sources: list[Path], folder: Path) -> Path:
-    """A library of sources with kernels that run on CPU tensors; skips where it can't be built."""
+    """Return a library built from sources, whose kernels run on CPU tensors; skip if it can't be built."""
     compiler = shutil.which("g++")
     if compiler is None or not sys.platform.startswith("linux"):
         pytest.skip("the emulator needs g++ on Linux")
@@ -61,8 +61,8 @@ def link(sources: list[Path], folder: Path) -> Path:
 
 
 def build(folder: Path) -> ModuleType:
-    """Module pyglobenc._cuda, emulated."""
-    # of functions that several objects define the linker takes the first, here the fastest
+    """Return the emulated module pyglobenc._cuda."""
+    # If several objects define a function, the linker takes the first one, so the fastest comes first.
     path = link([COMMON / "races.cpp", CUDA / "bindings.cpp", *sorted(CUDA.glob("*.cu"))], folder)
     spec = importlib.util.spec_from_file_location("_cuda", path)
     module = importlib.util.module_from_spec(spec)

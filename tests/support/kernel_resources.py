@@ -1,8 +1,7 @@
-"""Compiles the Triton kernels for GPUs that aren't there and reads registers, spills and shared memory; run
-as a script, prints JSON.
+"""Compiles the Triton kernels for GPUs that aren't present, and reads registers, spills and shared memory.
 
-Launchers are called on meta tensors with their kernels replaced by a recorder, so what is compiled is what
-they would launch. Never in a process that interprets Triton.
+Run as a script, it prints JSON. Launchers are called on meta tensors while a recorder stands in for their
+kernels, so exactly what they would launch is compiled. This doesn't work in a process that interprets Triton.
 """
 
 import contextlib
@@ -31,7 +30,7 @@ AMD, AMD_COUNTS = "gfx942", dict(registers="vgpr_count", spilled="vgpr_spill_cou
 
 
 class Recorder:
-    """Stands in for a kernel: keeps what it was launched with."""
+    """Takes a kernel's place, and keeps the arguments that it was launched with."""
 
     def __init__(self, kernel):
         self.kernel, self.launches = kernel, []
@@ -41,13 +40,13 @@ class Recorder:
 
 
 def _launcher(op: str):
-    """The function that launches an op's kernels."""
+    """Return the function that launches an op's kernels."""
     module = importlib.import_module(f"pyglobenc.kernels.{op}")
     return getattr(module, "run", None) or getattr(module, op)
 
 
 def record(op: str, args: tuple) -> list[tuple]:
-    """(kernel, args, kwargs) of each launch of an op on meta tensors."""
+    """Return (kernel, args, kwargs) of each launch of an op on meta tensors."""
     function = _launcher(op)
     modules = [vars(module) for name, module in sys.modules.items() if name.startswith("pyglobenc.kernels")]
     saved = [(names, *item) for names in modules for item in names.items() if item[0].endswith("_kernel")]
@@ -63,8 +62,9 @@ def record(op: str, args: tuple) -> list[tuple]:
 
 
 def specialised(value, closely: bool = True) -> tuple[str, bool]:
-    """Triton's type of an argument, and whether it is known to be a multiple of 16, which only a look at an
-    integer's value tells.
+    """Return Triton's type of an argument, and whether the argument is known to be a multiple of 16.
+
+    Only the value of an integer tells the latter.
     """
     if isinstance(value, torch.Tensor):
         return POINTERS[value.dtype], True
@@ -76,9 +76,7 @@ def specialised(value, closely: bool = True) -> tuple[str, bool]:
 
 
 def compile_launch(kernel, args: tuple, kwargs: dict, capability: int | str) -> dict:
-    """Compile one recorded launch: registers, spilled bytes, shared memory in bytes, tensor-core
-    instructions.
-    """
+    """Compile a recorded launch; return registers, spilled and shared bytes, tensor-core instructions."""
     options = {name: kwargs[name] for name in OPTIONS if name in kwargs}
     given = dict(zip(kernel.arg_names, args, strict=False)) | {
         name: value for name, value in kwargs.items() if name not in OPTIONS
@@ -114,7 +112,7 @@ def compile_launch(kernel, args: tuple, kwargs: dict, capability: int | str) -> 
 
 
 def nvidia_resources(ptx: str, capability: int) -> dict:
-    """What ptxas makes of PTX: registers, spilled bytes, tensor-core instructions."""
+    """Return the registers, spilled bytes and tensor-core instructions that ptxas makes of PTX."""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
@@ -129,14 +127,14 @@ def nvidia_resources(ptx: str, capability: int) -> dict:
 
 
 def amd_resources(asm: str) -> dict:
-    """What AMD's assembly says of itself: vector registers, spilled ones, matrix-core instructions."""
+    """Return the vector registers, spilled registers and matrix-core instructions that AMD's assembly has."""
     counts = {name: int(re.search(rf"\.{key}:\s+(\d+)", asm).group(1)) for name, key in AMD_COUNTS.items()}
     return dict(**counts, mma=len(re.findall("mfma", asm)))
 
 
 @contextlib.contextmanager
 def pretend(capability: int | str, precision: str):
-    """Launchers see a GPU of this capability and a caller who chose this float32 precision."""
+    """Within this context launchers see a GPU of this capability, and this float32 precision is set."""
     limits = _device.SMALLEST_LIMIT if capability == AMD else _device.SHARED_LIMITS[capability]
     patched = {
         "shared_limit": lambda device: limits,
@@ -159,7 +157,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def pair_arguments(case: dict, cu_seqlens: torch.Tensor | None, n: int = 1024) -> PairInputs:
-    """The layer of a case."""
+    """Return the arguments of the pair ops for a layer of this shape."""
     heads, kv_heads, head_dim, dtype = (
         case["heads"],
         case["kv_heads"],
@@ -173,7 +171,7 @@ def pair_arguments(case: dict, cu_seqlens: torch.Tensor | None, n: int = 1024) -
 
 
 def relevance_arguments(case: dict, cu_seqlens: torch.Tensor | None, n: int = 1024) -> RelevanceInputs:
-    """The layer of a case; of packed sequences it has no mask."""
+    """Return the arguments of the relevance ops for a layer of this shape; packed sequences have no mask."""
     t = meta(1 if case["packed"] else 2, case["heads"], n, case["head_dim"])
     mask = meta(2, n, dtype=torch.bool) if case["full"] and not case["packed"] else None
     window = (128, 0) if case["full"] else (-1, -1)
@@ -184,7 +182,7 @@ def relevance_arguments(case: dict, cu_seqlens: torch.Tensor | None, n: int = 10
 
 
 def arguments(case: dict, n: int = 1024) -> tuple:
-    """Meta tensors in the place of an op's arguments; "full" turns every optional one on."""
+    """Return meta tensors as an op's arguments; "full" sets every optional argument."""
     op, full, r = case["op"], case["full"], meta(2, case["rows"], n)
     cu_seqlens = torch.tensor([0, n], dtype=torch.int32) if full and case["packed"] else None
     x, weight = meta(2, n, 768), meta(3072, 768)
@@ -218,8 +216,9 @@ def arguments(case: dict, n: int = 1024) -> tuple:
 
 
 def measure(case: dict) -> list[dict]:
-    """Resources of every launch of a case: {op, capability, precision, heads, kv_heads, head_dim, dtype,
-    rows, full}.
+    """Return the resources of every launch of a case.
+
+    A case is {op, capability, precision, heads, kv_heads, head_dim, dtype, rows, full}.
     """
     importlib.import_module(f"pyglobenc.kernels.{case['op']}")
     with pretend(case["capability"], case["precision"]):

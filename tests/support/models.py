@@ -115,16 +115,14 @@ IMAGES = {
         IMAGE | dict(use_shared_relative_position_bias=True, layer_scale_init_value=0.0),
     ),
 }
-# transformers has no sdpa for them
+# transformers has no sdpa attention for these models.
 EAGER_ALONE = ("gemma2", "mpnet", *DEBERTAS)
 OWN_SCORES = ("mpnet", *DEBERTAS)
 CAUSAL = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "qwen3-moe", "phi3", "gemma", "gemma2", "gemma3")
 
 
 def build(name: str, dtype: torch.dtype = torch.float64, attention: str = "sdpa", **changes):
-    """Random model of an architecture, weights large enough that attention is peaked and the LayerNorms
-    matter.
-    """
+    """Return a random model of an architecture, whose weights make attention peaked and LayerNorms matter."""
     config_class, model_class, settings = (ARCHITECTURES | PRE_NORM | IMAGES)[name]
     config = getattr(transformers, config_class)(**(settings | changes))
     config._attn_implementation = "eager" if name in EAGER_ALONE else attention
@@ -135,7 +133,7 @@ def build(name: str, dtype: torch.dtype = torch.float64, attention: str = "sdpa"
 
 
 def randomize(model, std: float = 0.12):
-    """Fill every parameter anew; LayerNorm weights around 1."""
+    """Fill every parameter with random numbers; LayerNorm weights lie around 1."""
     generator = torch.Generator().manual_seed(1 + SEED)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator) * std
@@ -146,7 +144,7 @@ def randomize(model, std: float = 0.12):
 def random_batch(
     model, batch: int, n: int, pads: list[int] | None = None, side: str = "right"
 ) -> dict[str, torch.Tensor]:
-    """Random token ids above the special ones; pads[b] padding tokens in example b, on one side."""
+    """Return random token ids above the special ones, with pads[b] padding tokens at one end of example b."""
     if model.main_input_name == "pixel_values":
         size = model.config.image_size
         return {"pixel_values": torch.randn(batch, 3, size, size, dtype=model.dtype)}
@@ -159,7 +157,7 @@ def random_batch(
 
 
 def golden(name: str):
-    """Model in float64 and outputs of a published GlobEnc case."""
+    """Return the model in float64 and the outputs of a published GlobEnc case."""
     settings = json.loads((GOLDEN / f"{name}.config.json").read_text())
     settings.pop("torch_dtype")
     kind = "Electra" if "electra" in name else "Bert"

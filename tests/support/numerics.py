@@ -22,12 +22,12 @@ MAX_ABOVE = 10
 
 
 def assert_as_good_as_torch(out: Tensor, exact: Tensor, torch_out: Tensor, factor: float = 2.0) -> None:
-    """Asserts the error rule for one result of at least 1,000 numbers. `until_enough` and `pooled` are for
-    tests of fewer.
+    """Assert the error rule for one result of at least 1,000 numbers; for fewer see `until_enough`, `pooled`.
 
     The root mean square of the errors of `out` is at most `factor` times that of plain torch, plus half an
-    ulp of the largest number. At most 10 errors exceed `factor` times torch's largest by more than that. A
-    single wrong number among N fails unless its error is below sqrt(N) times the allowed root mean square.
+    ulp of the largest number. At most 10 errors exceed `factor` times torch's largest error by more than
+    that. A single wrong number among N fails unless its error is below sqrt(N) times the allowed root mean
+    square.
 
     Args:
         out: result under test.
@@ -54,21 +54,21 @@ class Pool:
         return sum(map(len, self.ours))
 
     def add(self, out: Tensor, exact: Tensor, torch_out: Tensor) -> None:
-        """Arguments as for `assert_as_good_as_torch`."""
+        """Add the errors of one draw or case; arguments as for `assert_as_good_as_torch`."""
         assert out.shape == exact.shape, f"shape {tuple(out.shape)}, expected {tuple(exact.shape)}"
         assert torch.isfinite(out).all(), (
             f"{(~torch.isfinite(out)).sum()} of {out.numel()} entries are not finite"
         )
         if not exact.numel():
             return
-        # where all numbers are 0, an error is infinite
+        # If all exact numbers are 0, an error is infinite.
         largest = exact.abs().max()
         self.ours.append(((out.double() - exact).abs() / largest).nan_to_num(0).flatten().cpu())
         self.torchs.append(((torch_out.double() - exact).abs() / largest).nan_to_num(0).flatten().cpu())
         self.half_ulp = max(self.half_ulp, 0.5 * torch.finfo(out.dtype).eps)
 
     def judge(self) -> None:
-        """Asserts the error rule for all errors together."""
+        """Assert the error rule for all errors together."""
         if not self.ours:
             return
         assert self.size >= ENOUGH, (
@@ -87,14 +87,13 @@ class Pool:
 
 
 def until_enough(factor: float = 2.0) -> Iterator[Callable[..., None]]:
-    """Repeats the body of a loop, which draws its inputs anew, until the error rule can judge all that it
-    compares.
+    """Repeat the body of a loop, which draws new inputs, until there are enough numbers for the error rule.
 
         for compare in until_enough():
             args = draw()
             compare(op(args), exact(args), torch_out(args))
 
-    Each call of compare in the body, in order, has a pool of its own. Its arguments are those of
+    Each call of compare in the body has its own pool, in the order of the calls. Its arguments are those of
     `assert_as_good_as_torch`.
     """
     pools: list[Pool] = []
@@ -121,10 +120,9 @@ def until_enough(factor: float = 2.0) -> Iterator[Callable[..., None]]:
 
 @contextmanager
 def pooled(factor: float = 2.0) -> Iterator[Callable[[Tensor, Tensor, Tensor], None]]:
-    """Gives a function compare() of the arguments of `assert_as_good_as_torch`, for many results of one
-    block.
+    """Yield a function compare() for the results of one block; arguments as for `assert_as_good_as_torch`.
 
-    A result of at least 1,000 numbers is judged by itself, and the smaller ones together when the block ends.
+    A result of at least 1,000 numbers is judged by itself. Smaller ones are judged together at the end.
     """
     small = Pool(factor)
 
@@ -139,7 +137,8 @@ def pooled(factor: float = 2.0) -> Iterator[Callable[[Tensor, Tensor, Tensor], N
 
 
 def with_scale(scores: Tensor, log_scale: Tensor, exact_log_scale: Tensor) -> Tensor:
-    """Scores (..., n), times what their scale (...) is of the exact one: one result for the error rule, wrong
-    where either is wrong.
+    """Return scores (..., n) times the ratio of their scale (...) to the exact scale.
+
+    The product is one result for the error rule, and is wrong if the scores or the scale are.
     """
     return (scores.double() * (log_scale.double() - exact_log_scale).exp()[..., None]).to(scores.dtype)

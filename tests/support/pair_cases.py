@@ -1,4 +1,4 @@
-"""Inputs of `pair_norms` and `rollout_step`, and the backends they are tested on."""
+"""Inputs of `pair_norms` and `rollout_step`, and the backends that they are tested on."""
 
 import math
 from contextlib import contextmanager
@@ -17,8 +17,9 @@ SETS = ("avx512bf16", "avx512", "avx2", "portable")
 
 
 def cpu_params():
-    """One parameter for each instruction set, fastest first, those that can't run skipped; or one with the
-    reason that nothing loads.
+    """Return one parameter for each instruction set, the fastest first; those that can't run are skipped.
+
+    If the module can't be loaded, return one parameter that is skipped with the reason.
     """
     module, reason = load("pair_norms", "cpu")
     if module is None:
@@ -36,7 +37,7 @@ KERNELS = cpu_params()
 
 @contextmanager
 def running(kernel: str):
-    """Name of the backend of a parameter such as "cpu-avx2", with that instruction set in use."""
+    """Yield the backend's name of a parameter such as "cpu-avx2", while that instruction set is in use."""
     backend, _, name = kernel.partition("-")
     if not name:
         yield backend
@@ -51,15 +52,16 @@ def running(kernel: str):
 
 
 def factor(kernel: str) -> float:
-    """Of the error rule: 2, or 4 for the portable build, which has no fused multiply-add and so rounds every
-    step twice.
+    """Return the factor of the error rule: 2, or 4 for the portable build.
+
+    The portable build has no fused multiply-add, so it rounds every step twice.
     """
     return 4.0 if kernel == "cpu-portable" else 2.0
 
 
 @dataclass(frozen=True)
 class Case:
-    """Shape of a layer and what hides keys from its queries."""
+    """Shape of a layer, and what hides keys from its queries."""
 
     B: int = 2
     H: int = 4
@@ -82,7 +84,7 @@ class Case:
 
 
 def key_mask(kind: str, B: int, n: int):
-    """(B, n) bool of a kind of padding: none, right, left, holes, or single real tokens; None for none."""
+    """Return a mask (B, n) bool for padding of the kind right, left, holes or single; None for "none"."""
     if kind == "none":
         return None
     real = torch.randint(1, n + 1, (B, 1))
@@ -98,7 +100,7 @@ def key_mask(kind: str, B: int, n: int):
 
 
 def layer(case: Case) -> dict:
-    """Random tensors of a layer in float64, q and k already rounded to the case's dtype."""
+    """Return random tensors of a layer in float64; q and k are rounded to the case's dtype."""
     B, H, Hkv, n, dh, d = case.B, case.H, case.Hkv, case.n, case.dh, case.d
     make = dict(dtype=torch.float64)
     q = (torch.randn(B, n, H, dh, **make) * case.peak).transpose(1, 2).to(case.dtype)
@@ -114,8 +116,9 @@ def layer(case: Case) -> dict:
 
 
 def pair_args(case: Case, made: dict | None = None) -> dict:
-    """Keyword arguments of `pair_norms`, rounded to float32 (q and k to the case's dtype), for a random layer
-    or the one given.
+    """Return keyword arguments of `pair_norms` for a random layer, or for the one given.
+
+    They are rounded to float32, but q and k are rounded to the case's dtype.
     """
     t = layer(case) if made is None else made
     seen = {name: t[name] for name in ("key_mask", "scaling", "window")}
@@ -132,7 +135,7 @@ def pair_args(case: Case, made: dict | None = None) -> dict:
 
 
 def doubled(args: dict) -> dict:
-    """The same arguments with every floating-point tensor in float64."""
+    """Return the same arguments with every floating-point tensor in float64."""
     return {
         name: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
         for name, t in args.items()
@@ -142,9 +145,10 @@ def doubled(args: dict) -> dict:
 def product(
     r: torch.Tensor, args: dict, backend: str, cu_seqlens: torch.Tensor | None = None, top: float = 1.0
 ) -> torch.Tensor:
-    """r @ norms from the rows of `rollout_step` and their scales, in the dtype of r.
+    """Return r @ norms in the dtype of r, from the rows of `rollout_step` and their scales.
 
-    top: its largest entry, about; a logarithm near 0 is rounded less than what it is the logarithm of.
+    top: the approximate largest entry. r is scaled by it so that log_scale is near 0, where rounding is
+    small.
     """
     unit = 2.0 ** -math.frexp(top)[1]
     size = len(r) if cu_seqlens is None else len(cu_seqlens) - 1

@@ -1,6 +1,4 @@
-"""GlobEnc as published: every n*n*d decomposed vector formed, from the model's own eager attention and hidden
-states.
-"""
+"""GlobEnc as published: all decomposed vectors, from the model's eager attention and hidden states."""
 
 from collections import defaultdict
 from contextlib import contextmanager
@@ -14,9 +12,7 @@ from pyglobenc.hf import find_layers
 
 
 class Float64Throughout(TorchFunctionMode):
-    """Inside, what models compute in float32 whatever their dtype (softmax, RMSNorm, rotation) is computed in
-    float64.
-    """
+    """Computes in float64 what models compute in float32 whatever their dtype: softmax, RMSNorm, rotation."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -24,7 +20,7 @@ class Float64Throughout(TorchFunctionMode):
         narrows = func is Tensor.float or (
             func is Tensor.to and torch.float32 in (*args[1:], *kwargs.values())
         )
-        # positions are integers that become angles
+        # Positions are integers that are converted to angles.
         if narrows and dtype in (torch.float64, torch.int64):
             return args[0].double()
         wide = dtype == torch.float64
@@ -49,8 +45,9 @@ def _eager(model):
 
 @torch.no_grad()
 def published_maps(model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All maps (B, L, ...) of a float64 model, the attention probabilities among them; rows of padding are
-    0.
+    """Return all maps (B, L, ...) of a float64 model by name, attention probabilities included.
+
+    Rows of padding are 0.
     """
     seen = defaultdict(list)
     modules = find_layers(model)
@@ -85,9 +82,7 @@ def published_maps(model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _value(m) -> nn.Module:
-    """The module whose output ends with the values: that of the values, or the one of queries, keys and
-    values together.
-    """
+    """Return the module whose output ends with the values: their own, or that of queries, keys and values."""
     if m.value is not None:
         return m.value
     (fused,) = (
@@ -112,7 +107,7 @@ def _layer(m, alpha: Tensor, x: Tensor, value: Tensor, sums: dict) -> dict[str, 
     weight = m.output.weight if isinstance(m.output, Conv1D) else m.output.weight.T
     weight = weight.unflatten(0, (heads, -1))  # (H, dh, d)
     if m.value is None:
-        # queries take as many numbers as the attention output, keys and values share the rest
+        # The queries are as wide as the attention output, and keys and values share the rest.
         value = value[..., (value.shape[-1] + weight.shape[:2].numel()) // 2 :]
     value = value.unflatten(-1, (-1, weight.shape[1]))  # (B, n, Hkv, dh)
     value = value.repeat_interleave(heads // value.shape[2], dim=2)
@@ -147,7 +142,7 @@ def _normalize(t: Tensor, z: Tensor, norm) -> Tensor:
 
 
 def published_rollout(layers: Tensor) -> Tensor:
-    """Rollout up to every layer of matrices (B, L, n, n): the same shape."""
+    """Return the rollout up to every layer, (B, L, n, n), of matrices (B, L, n, n)."""
     out = [layers[:, 0]]
     for index in range(1, layers.shape[1]):
         out.append(layers[:, index] @ out[-1])

@@ -1,4 +1,4 @@
-"""Random arguments of the relevance ops of attention, and their map on materialised arrays."""
+"""Random arguments of the relevance ops of attention, and their map computed from materialised arrays."""
 
 import torch
 
@@ -16,7 +16,7 @@ def inputs(n, dtype=torch.float64, pads=0, heads=3, dh=8):
 
 
 def exact_map(t, mask):
-    """mean_h max(<grad_o, v> R_alpha, 0), materialised."""
+    """Return mean_h max(<grad_o, v> R_alpha, 0), (B, n, n), from materialised arrays."""
     scores = t["q"] @ t["k"].transpose(2, 3) * t["q"].shape[3] ** -0.5
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None, None], float("-inf"))

@@ -1,6 +1,4 @@
-"""A tokenizer and models small enough to explain many texts a second, and the real model that comes as a
-package.
-"""
+"""A small tokenizer and models that explain many texts per second, and a real model from a package."""
 
 from functools import cache
 
@@ -28,8 +26,9 @@ VOCABULARY = [
 
 
 def tokenizer(**changes) -> PreTrainedTokenizerFast:
-    """WordPiece over letters and a few words, which cuts at the end of 8 tokens unless told not to, as some
-    published ones do.
+    """Return a WordPiece tokenizer of letters and a few words, which truncates at 8 tokens by default.
+
+    Some published tokenizers do the same.
     """
     inner = Tokenizer(WordPiece({token: index for index, token in enumerate(VOCABULARY)}, unk_token="[UNK]"))
     inner.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -48,13 +47,13 @@ def tokenizer(**changes) -> PreTrainedTokenizerFast:
 
 @cache
 def classifier():
-    """BertForSequenceClassification with two labels and 40 positions, float64."""
+    """Return a BertForSequenceClassification with two labels and 40 positions, in float64."""
     return build("bert-classifier", id2label={0: "BAD", 1: "GOOD"}, label2id={"BAD": 0, "GOOD": 1})
 
 
 @cache
 def minilm():
-    """The real model and its tokenizer; skips the test where they aren't installed."""
+    """Return the real model and its tokenizer; skip the test if they aren't installed."""
     try:
         model_folder("minilm")
     except ValueError as error:
