@@ -1,6 +1,4 @@
-"""What the Triton launchers share: the device's limits, the caller's precision, and why a kernel can't
-run.
-"""
+"""Code that the Triton launchers share: the device's limits, the caller's precision, reasons to refuse."""
 
 import contextlib
 import os
@@ -16,8 +14,8 @@ from pyglobenc.backends.shared.launch import capability, is_current
 MAX_HEADS = 64
 MAX_HEAD_DIM = 256
 
-# bytes of shared memory for one program, by compute capability (CUDA C++ programming guide, table of
-# technical specifications)
+# Bytes of shared memory for one program, by compute capability (CUDA C++ programming guide, table of
+# technical specifications).
 SHARED_LIMITS = {
     80: 166_912,
     86: 101_376,
@@ -28,7 +26,8 @@ SHARED_LIMITS = {
     103: 232_448,
     120: 101_376,
 }
-SMALLEST_LIMIT = 65_536  # of AMD's compute units, and below every NVIDIA GPU since Ampere
+# The limit of AMD's compute units. Every NVIDIA GPU since Ampere has more.
+SMALLEST_LIMIT = 65_536
 INTERPRETED_LIMIT = SHARED_LIMITS[90]
 
 # Triton compiles a kernel anew for arguments equal to 1 and for multiples of 16. These arguments depend on
@@ -72,7 +71,7 @@ def processors(device: torch.device) -> int:
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Context in which launches go to a tensor's device."""
+    """Return a context in which launches go to a tensor's device."""
     return contextlib.nullcontext() if is_current(device) else torch.cuda.device(device)
 
 
@@ -105,7 +104,7 @@ def driver_problem() -> str | None:
 
 
 def device_reasons(tensors: dict[str, Tensor | None]) -> list[str]:
-    """Return why a Triton kernel can't take these tensors together, apart from their dtypes."""
+    """Return why a Triton kernel can't take these tensors, of any shape and dtype, together."""
     given = {name: t for name, t in tensors.items() if t is not None}
     devices = {t.device for t in given.values()}
     if len(devices) > 1:
@@ -140,7 +139,10 @@ def example(CU_SEQLENS, number, n, PACKED: tl.constexpr):
 
 @triton.jit
 def real_tokens(MASK, b, stride_b, stride_n, rows, ok, HAS_MASK: tl.constexpr):
-    """Return which of the rows that are ok hold real tokens of example b; padding is never loaded."""
+    """Return (rows,) bool, True for rows that are ok and hold real tokens of example b.
+
+    Rows that are not ok are never loaded.
+    """
     if HAS_MASK:
         ok = ok & (tl.load(MASK + b * stride_b + rows.to(tl.int64) * stride_n, mask=ok, other=0) != 0)
     return ok

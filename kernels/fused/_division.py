@@ -1,4 +1,4 @@
-"""The guarded division of the relevance rules in Triton, and reasons that the elementwise rules share."""
+"""The guarded division of the relevance rules in Triton, and the dtype check of the elementwise kernels."""
 
 from functools import partial
 
@@ -29,8 +29,9 @@ def safe_divide(a, b, stabilizer, STABILIZED: tl.constexpr):
 
 @triton.jit
 def safe_divide_rn(a, b, stabilizer, STABILIZED: tl.constexpr):
-    """Return the same for float32, rounded to nearest like torch's division; this costs nothing where memory
-    is the limit.
+    """Return a / safe(b) for float32, rounded to nearest like torch's division.
+
+    This costs nothing in kernels that are limited by memory.
     """
     return tl.where(b == 0, 0.0, tl.div_rn(a, safe_denominator(b, stabilizer, STABILIZED)))
 

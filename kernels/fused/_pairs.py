@@ -1,7 +1,7 @@
-"""Tiles of the norms of decomposed vectors, all heads at once: what `pair_norms` and `rollout_step` share.
+"""Tiles of the norms of decomposed vectors for all heads, which `pair_norms` and `rollout_step` share.
 
-    norm[i, j]^2 = a^T G[j] a + (i == j) (2 a . c[i] + residual_sq[i]),   a = alpha[:, i, j] = exp(scaling
-    q[:, i] . k[:, j] - lse[:, i])
+    norm[i, j]^2 = a^T G[j] a + (i == j) (2 a . c[i] + residual_sq[i])
+    a = alpha[:, i, j] = exp(scaling q[:, i] . k[:, j] - lse[:, i])
 
 A program holds BLOCK_J keys and streams BLOCK_I queries. One 3-D product, batched over heads, gives the
 scores. A second one, batched over keys, multiplies alpha by G. So both run on tensor cores, and no list of
@@ -36,14 +36,16 @@ from pyglobenc.kernels._device import (
 )
 
 BLOCK_I = 16
-START = 3  # cost of loading a program's keys and G, in tiles; estimated from the bytes
+# Cost of loading a program's keys and G, in tiles; estimated from the bytes.
+START = 3
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def high_bits(x):
-    """Return x rounded to tf32. Truncation would bias the part that three products drop: 2^-20 instead of
-    2^-24.
+    """Return x rounded to tf32.
+
+    With truncation, the part that three products drop would be biased, and 2^-20 instead of 2^-24.
     """
     return ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
 
@@ -80,8 +82,9 @@ def settled(x, FORM: tl.constexpr):
 
 @triton.jit
 def probability(scores, lse):
-    """Return exp(scores - lse). lse is subtracted before the change of base, or the rounding would grow with
-    lse.
+    """Return exp(scores - lse).
+
+    lse is subtracted before the change of base. Otherwise the rounding error would grow with lse.
     """
     # Unlike tl.exp, exp2 does not treat subnormal results apart, which saves 96 of 607 instructions a tile.
     return tl.exp2((scores - lse) * LOG2E)
@@ -105,7 +108,7 @@ def load_heads(
 
 @triton.jit
 def load_gram(G, stride_n, stride_h, stride_g, heads, head_ok, j, j_ok):
-    """Load G[j] as (keys, heads, heads); 0 outside, so that padded heads count nothing."""
+    """Load G[j] as (keys, heads, heads). It is 0 outside, so that padded heads add nothing."""
     offsets = (
         j.to(tl.int64)[:, None, None] * stride_n
         + heads[None, :, None] * stride_h
@@ -219,8 +222,9 @@ def launch(
 def shared_bytes(
     heads: int, block_i: int, block_j: int, block_d: int, held: bool, itemsize: int, precision: str
 ) -> int:
-    """Return an upper bound of a tile's shared memory: G, the held keys, and in turn alpha and the other
-    operands.
+    """Return an upper bound of a tile's shared memory in bytes.
+
+    It holds G, the keys if they are held, and one after the other alpha and the other operands.
     """
     split = 2 if precision == "tf32x3" else 1
     row = heads * block_d * itemsize
@@ -231,8 +235,9 @@ def shared_bytes(
 
 
 def pair_arguments(inputs: PairInputs) -> dict[str, Any]:
-    """Return the arguments that all kernels over pairs take: tensors, sizes, strides, flags and tile
-    sizes.
+    """Return the arguments that all kernels over pairs take, by name.
+
+    These are tensors, sizes, strides, flags and tile sizes.
     """
     precision = float32_precision()
     q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (inputs.q, inputs.k))

@@ -1,8 +1,8 @@
-"""Tiles of relevance through attention, one head at a time: what the three relevance kernels over pairs
-share.
+"""Tiles of relevance through attention for one head, which the three relevance kernels over pairs share.
 
-    alpha[i,j] = exp(scaling q[i].k[j] - lse[i]),   R_alpha[i,j] = alpha[i,j] <s[i], v[j]> / 2,   A_h =
-    max(<grad_o[i], v[j]> R_alpha, 0)
+    alpha[i,j]   = exp(scaling q[i].k[j] - lse[i])
+    R_alpha[i,j] = alpha[i,j] <s[i], v[j]> / 2
+    A_h[i,j]     = max(<grad_o[i], v[j]> R_alpha[i,j], 0)
 
 (Chefer et al., 2021, eq. 13, and the matmul rule of the published code.) A later division by the scores
 amplifies their rounding up to 1e7 times. So the scores are always float32 products on CUDA cores; the other
@@ -90,8 +90,9 @@ def relevance_reasons(inputs: RelevanceInputs, other: Tensor | None) -> list[str
 
 
 def by_head(t: Tensor | None, like: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """Return t (B, H, n, dh) with its last axis contiguous, and its first three strides; None: `like`
-    instead.
+    """Return t (B, H, n, dh) with its last axis contiguous, and its first three strides.
+
+    If t is None, `like` takes its place.
     """
     t = like if t is None else t
     t = t if t.stride(-1) == 1 else t.contiguous()

@@ -1,11 +1,11 @@
-"""Relevance through a residual sum a + b in two passes (Chefer et al., 2021, eq. 9 and 10; the published
-code's Add).
+"""Relevance through a residual sum a + b in two passes (Chefer et al., 2021, eq. 9 and 10).
 
-    S = R / safe(a + b),   R_a = a S,   R_b = b S,   each rescaled, per example, to its share of the total
+    S = R / safe(a + b),   R_a = a S,   R_b = b S
 
-The first pass writes each block's sums of R_a, R_b and R in float64, because their terms cancel up to a
-millionfold. The second pass adds the blocks in a fixed order and writes both branches. r, a and b are read
-twice and two results written: 8 floats an element, against about 20 in plain torch.
+Then each branch is rescaled, per example, to its share of the total relevance. The first pass writes each
+block's sums of R_a, R_b and R in float64, because their terms cancel up to a millionfold. The second pass
+adds the blocks in a fixed order and writes both branches. r, a and b are read twice and two results are
+written. That is 8 floats for each element; plain torch takes about 20.
 """
 
 import torch
@@ -18,9 +18,8 @@ from pyglobenc.kernels._device import COUNTS, example, on
 from pyglobenc.kernels._division import float32_reasons, safe_divide, safe_divide_rn
 
 BLOCK = 2048
-MAX_BLOCKS = (
-    256  # blocks an example: enough to fill a GPU, and few enough that one program adds up their sums
-)
+# Number of blocks for an example. They fill a GPU, and one program can still add up their sums.
+MAX_BLOCKS = 256
 
 
 @triton.jit
@@ -38,9 +37,9 @@ def _add_relevance_sums_kernel(
     R,  # (batch, size)
     A,  # (batch, size)
     B,  # (batch, size)
-    # (S + 1,): where each of the sequences packed into one begins, and n; size is then a token's, batch S
+    # (S + 1,): ends of packed sequences. batch is then S, and size the number of entries of one token.
     CU_SEQLENS,
-    SUMS,  # (batch, 3, blocks) float64: of R_a, R_b and R
+    SUMS,  # (batch, 3, blocks) float64: sums of R_a, R_b and R
     stabilizer, size, per_block, blocks, PACKED: tl.constexpr, STABILIZED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     block, number = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
@@ -67,7 +66,7 @@ def _add_relevance_kernel(
     R,  # (batch, size)
     A,  # (batch, size)
     B,  # (batch, size)
-    # (S + 1,): where each of the sequences packed into one begins, and n; size is then a token's, batch S
+    # (S + 1,): ends of packed sequences. batch is then S, and size the number of entries of one token.
     CU_SEQLENS,
     SUMS,  # (batch, 3, blocks) float64
     R_A,  # (batch, size)

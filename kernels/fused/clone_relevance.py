@@ -1,7 +1,7 @@
-"""Relevance of a tensor that several branches read, in one pass: R = x * sum_k R_k / safe(x) (the published
-code's Clone).
+"""Relevance of a tensor that several branches read, in one pass: R = x * sum_k R_k / safe(x).
 
-Reads x and each part once and writes the result; torch makes one pass for every operation.
+This is the Clone module of the published code of Chefer et al., 2021. The kernel reads x and each part once
+and writes the result, while torch makes one pass for each operation.
 """
 
 from collections.abc import Sequence

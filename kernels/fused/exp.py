@@ -1,6 +1,4 @@
-"""Exponentials in registers, as the kernels over pairs compute them, to measure the rate of the hardware
-unit.
-"""
+"""Measures the rate of the hardware unit for exponentials, as the kernels over pairs use it."""
 
 import torch
 import triton
@@ -9,7 +7,7 @@ import triton.language as tl
 from pyglobenc.kernels._device import on, processors
 
 BLOCK, CHAIN = 2048, 1024
-# programs a multiprocessor: several times as many as run at once
+# Programs for each multiprocessor, several times as many as run at once.
 PROGRAMS = 64
 
 
@@ -23,7 +21,7 @@ def _exp_kernel(OUT, CHAIN: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def exp(device: torch.device) -> int:
-    """Compute exponentials on a GPU and return their number."""
+    """Compute exponentials on a GPU, and return how many were computed."""
     programs = PROGRAMS * processors(device)
     out = torch.empty(programs * BLOCK, dtype=torch.float32, device=device)
     with on(device):

@@ -1,10 +1,12 @@
-"""Gram matrices over heads of the transformed vectors, fused: G[j][h, g] = v[h,j] K[h,g] v[g,j]^T, c[j][h] =
-v[h,j] P[h] x[j]^T.
+"""Gram matrices over heads of the transformed vectors, in one fused kernel.
+
+    G[j][h, g] = v[h, j] K[h, g] v[g, j]^T,   c[j][h] = v[h, j] P[h] x[j]^T
 
 (Modarressi et al., 2022, eq. 6 to 10, with the square expanded over heads.) A program takes one head's values
-of a block of tokens and goes through the heads after it, then through x. n*d^2/2 multiply-adds for G and
-n*d^2 for c, as torch's GEMMs; those need a launch or two for every head (about 60 a layer for BERT-base,
-which bind below a few thousand tokens) and write v K, n*d floats a head, that here stay on chip.
+of a block of tokens. It goes through the heads after it, then through x. G takes n*d^2/2 multiply-adds and c
+takes n*d^2, as with torch's GEMMs. These need one or two launches for each head, about 60 a layer for
+BERT-base, which limit the speed below a few thousand tokens. They also write v K, n*d floats for each head,
+which stays on chip here.
 """
 
 import triton
@@ -17,7 +19,7 @@ from pyglobenc.kernels._division import float32_reasons
 
 @triton.jit
 def load_block(X, stride_row, rows, row_ok, columns, column_ok):
-    """X[row, column] as float32, 0 outside; columns are contiguous."""
+    """Load X[row, column] as float32, (rows, columns); 0 outside. Columns are contiguous."""
     at = X + rows.to(tl.int64)[:, None] * stride_row + columns[None, :]
     return tl.load(at, mask=row_ok[:, None] & column_ok[None, :], other=0.0).to(tl.float32)
 
@@ -36,7 +38,7 @@ def transform(
     BLOCK_D: tl.constexpr,
     PRODUCTS: tl.constexpr,
 ):
-    """v @ w for tokens j and columns e: (tokens, columns)."""
+    """Return v @ w for tokens j and columns e, (tokens, columns)."""
     out = tl.zeros((j.shape[0], e.shape[0]), tl.float32)
     for start in range(0, HEAD_DIM, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
@@ -58,7 +60,7 @@ def _head_gram_kernel(
     HAS_CROSS: tl.constexpr,
     PRODUCTS: tl.constexpr,
 ):  # fmt: skip
-    # heads with the most others after them first
+    # The first heads have the most heads after them, so their programs start first.
     block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     batch = tl.num_programs(0) // (blocks * n_heads)
     b, h = (rest % batch).to(tl.int64), rest // batch
@@ -106,8 +108,9 @@ def _head_gram_kernel(
 
 
 def launch(head_dim: int) -> dict[str, int]:
-    """Tile sizes and warps: enough programs at 512 tokens (16 blocks a head) to fill a card; 64 columns of
-    the kernel at a time.
+    """Return tile sizes and warps for a head size.
+
+    With 512 tokens there are 16 blocks for each head, which are enough programs to fill a GPU.
     """
     return dict(
         BLOCK_N=32, BLOCK_D=min(64, power_of_two(head_dim, 16)), BLOCK_E=32, num_warps=4, num_stages=1
@@ -115,7 +118,7 @@ def launch(head_dim: int) -> dict[str, int]:
 
 
 def width_reasons(v: Tensor) -> list[str]:
-    """Why a kernel over the values v (B, Hkv, n, dh) can't run on heads of their width."""
+    """Return why a kernel can't run on values v (B, Hkv, n, dh) of this head size; empty if it can."""
     return [f"takes heads of up to {MAX_HEAD_DIM}, got {v.shape[3]}"] if v.shape[3] > MAX_HEAD_DIM else []
 
 

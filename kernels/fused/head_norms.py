@@ -1,6 +1,7 @@
 """Norms of the transformed vectors f[h, j] = v[h, j] W_O[h], fused (Kobayashi et al., 2020, eq. 5).
 
-Takes n*d^2 multiply-adds. f, n*d floats a head, stays on chip, and one launch replaces two for every head.
+The kernel takes n*d^2 multiply-adds. f, which has n*d floats for each head, stays on chip. One launch
+replaces two for each head.
 """
 
 import triton
@@ -27,7 +28,7 @@ def _head_norms_kernel(
     j_ok = j < n
     V += b * stride_vb + (h // group).to(tl.int64) * stride_vh
     WEIGHT += h.to(tl.int64) * HEAD_DIM * width
-    # squares of float32 numbers can lie outside its range
+    # Squares of float32 numbers can lie outside the range of float32.
     acc = tl.zeros((BLOCK_N,), tl.float64)
     for start in range(0, width, BLOCK_E):
         e = start + tl.arange(0, BLOCK_E)

@@ -1,13 +1,14 @@
-"""Relevance through a Linear layer: the fused elementwise passes around torch's GEMMs (Chefer et al., 2021,
-eq. 5).
+"""Relevance through a Linear layer: the fused elementwise passes around torch's GEMMs.
 
-    Z = (y - b + |x| |W|^T) / 2,   S = R / safe(Z)       one pass with three reads and one write; torch makes
-    seven R_in = (x (S W) + |x| (S |W|)) / 2                    one pass with three reads and one write
+(Chefer et al., 2021, eq. 5.) There are two passes, each with three reads and one write:
 
-Outputs whose Z is a tiny part of |x| |W|^T + |b| have lost their digits, and S is set to 0 there. The program
-that finds such outputs computes Z = sum_e max(x_e w_e, 0) for each of them, stores R / safe(Z) in place of
-|x| |W|^T, and sets the flag of its strip. The second pass then adds R / safe(Z) max(x_e w_e, 0). So the host
-reads nothing about these outputs.
+    Z = (y - b + |x| |W|^T) / 2,   S = R / safe(Z)
+    R_in = (x (S W) + |x| (S |W|)) / 2
+
+torch would make seven passes for the first line. Where Z is a tiny fraction of |x| |W|^T + |b|, it has lost
+its digits, and the first pass sets S to 0. For each such output it computes Z = sum_e max(x_e w_e, 0), stores
+R / safe(Z) in place of |x| |W|^T, and sets the flag of the strip. The second pass then adds R / safe(Z)
+max(x_e w_e, 0). So the host reads nothing about these outputs.
 """
 
 import torch
@@ -19,7 +20,8 @@ from pyglobenc.backends.shared.dead_outputs import DEAD, around_gemms
 from pyglobenc.kernels._device import device_reasons, on, power_of_two
 from pyglobenc.kernels._division import float32_reasons, safe_divide_rn
 
-STRIP = 256  # columns of a token that one program takes: 32 bytes a thread
+# Number of columns of a token that one program takes: 32 bytes for each thread.
+STRIP = 256
 DEAD_PART = tl.constexpr(DEAD[torch.float32])
 
 
@@ -39,7 +41,7 @@ def clamped_sum(X, W, d_in, stride_wi, BLOCK: tl.constexpr):
 def _quotient_kernel(
     X,  # (rows, d_in)
     W,  # (d_out, d_in)
-    BOUND,  # (rows, d_out): |x| |W|^T; in flagged strips then R / safe(Z) of dead outputs, 0 at others
+    BOUND,  # (rows, d_out): |x| |W|^T, overwritten in flagged strips
     FLAGS,  # (rows, strips) int32
     R,  # (rows, d_out)
     Y,  # (rows, d_out)
@@ -77,9 +79,9 @@ def _quotient_kernel(
 def _product_kernel(
     X,  # (rows, d_in)
     W,  # (d_out, d_in)
-    ALONE,  # (rows, d_out): BOUND as the first pass left it
+    ALONE,  # (rows, d_out): BOUND after the first pass
     FLAGS,  # (rows, strips) int32
-    OUT,  # (rows, d_in): S W, then R_in
+    OUT,  # (rows, d_in): S W on entry, R_in on exit
     UNSIGNED,  # (rows, d_in): S |W|
     d_in, d_out, in_strips, strips, stride_wo, stride_wi, STRIP: tl.constexpr, STRIPS: tl.constexpr,
 ):  # fmt: skip
@@ -134,7 +136,7 @@ def run(
 
 
 def quotient(common: tuple[Tensor, ...], own: tuple[Tensor | None, ...]) -> None:
-    """Launch the first pass, as `around_gemms` calls it."""
+    """Launch the first pass; `around_gemms` gives the shapes of its arguments."""
     (x, weight, _, flags), (r, _, bias, _) = common, own
     sizes = (x.shape[-1], r.shape[-1], flags.shape[1], *weight.stride())
     _quotient_kernel[(flags.numel(),)](
@@ -143,7 +145,7 @@ def quotient(common: tuple[Tensor, ...], own: tuple[Tensor | None, ...]) -> None
 
 
 def product(common: tuple[Tensor, ...], own: tuple[Tensor, ...]) -> None:
-    """Launch the second pass, as `around_gemms` calls it."""
+    """Launch the second pass; `around_gemms` gives the shapes of its arguments."""
     x, weight, bound, flags = common
     in_strips, strips = -(-x.shape[-1] // STRIP), flags.shape[1]
     sizes = (x.shape[-1], bound.shape[-1], in_strips, strips, *weight.stride())

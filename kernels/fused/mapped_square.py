@@ -1,8 +1,8 @@
-"""Squared norms of rows mapped by a stage, fused: |x[i] M|^2, M = (C diag(gamma_1)) (C diag(gamma_2)), C the
-centering matrix.
+"""Squared norms |x[i] M|^2 of rows after the linear map of a stage, in one fused kernel.
 
-(Modarressi et al., 2022, eq. 6 to 10, applied to the residual.) Each mean needs one pass over the row, and
-the squares one more; all passes but the first read from cache. One launch replaces seven of torch's.
+M = (C diag(gamma_1)) (C diag(gamma_2)), with C the centering matrix (Modarressi et al., 2022, eq. 6 to 10,
+applied to the residual). Each mean needs one pass over the row, and the squares one more. All passes but the
+first read from cache. One launch replaces seven launches of torch.
 """
 
 from collections.abc import Sequence
@@ -61,7 +61,7 @@ def _mapped_square_kernel(
 
 
 def launch(width: int) -> dict[str, int]:
-    """Return tile sizes and warps: one warp a row, 32 numbers of it a lane at a time."""
+    """Return tile sizes and warps: one warp takes a row, and each lane 32 of its entries at a time."""
     return dict(BLOCK_N=4, BLOCK_D=min(1024, power_of_two(width, 32)), num_warps=4)
 
 

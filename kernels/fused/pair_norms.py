@@ -1,9 +1,10 @@
-"""Norms of all (query, key) pairs, or of chosen queries: the norms of `_pairs`, scaled by row and written
-once.
+"""Norms of all (query, key) pairs, or of chosen queries.
+
+The kernel scales the norms of `_pairs` by row and writes each of them once.
 
 (Modarressi et al., 2022, eq. 6 to 10, expanded over heads.) A program takes BLOCK_J keys and a share of the
 queries. A pair takes H*(dh + H) multiply-adds on tensor cores and H exponentials, with the heads padded to a
-power of two, and writes one float32.
+power of two. One float32 is written for each pair.
 """
 
 import triton

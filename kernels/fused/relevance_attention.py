@@ -1,13 +1,15 @@
-"""Relevance through softmax attention with one step of the rollout of its maps, like flash attention's
-backward pass.
+"""Relevance through softmax attention, with one step of the rollout of its maps.
 
-    R_q = q (U k) / 2,   R_k = k (U^T q) / 2,   R_v = v (alpha^T s) / 2,   U = R' / safe(q.k),   r_out = w (I
-    + mean_h A_h)
+    U     = R' / safe(q.k)
+    R_q   = q (U k) / 2
+    R_k   = k (U^T q) / 2
+    R_v   = v (alpha^T s) / 2
+    r_out = w (I + mean_h A_h)
 
-(Chefer et al., 2021, eq. 7, 13 and 14, and the matmul and add rules of the published code.) A pass over rows
-computes R_q, the row sums of A, and with an additive mask the sums that its factor needs. A pass over columns
-computes R_k, R_v and each head's part of the step. Together they take 9 n^2 d multiply-adds. They store no
-(n, n) array and use no atomics.
+The kernels are built like the backward pass of flash attention. (Chefer et al., 2021, eq. 7, 13 and 14, and
+the matmul and add rules of the published code.) A pass over rows computes R_q, the row sums of A, and with an
+additive mask the sums that its factor needs. A pass over columns computes R_k, R_v and each head's part of
+the step. Together they take 9 n^2 d multiply-adds. They store no (n, n) array and use no atomics.
 """
 
 import triton
@@ -59,7 +61,7 @@ def _relevance_rows_kernel(
     MASK,  # (B, n)
     CU_SEQLENS,  # (S + 1,): where each of the sequences packed into one begins, and n
     R_Q,  # (B, H, n, dh)
-    # (1, B, H, n) float64: of A_h's rows; with an additive mask (3, B, H, n), also of R_alpha's and R''s
+    # (1, B, H, n) float64: row sums of A_h. With an additive mask (3, B, H, n), also those of R_alpha and R'.
     SUMS,
     scaling, stabilizer, n, n_heads, left, right, blocks, total_rows,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
@@ -250,7 +252,7 @@ class TritonPasses(Passes):
     def _launch(
         self, kernel, block: str, relevance: bool, tensors: tuple, sizes: tuple, more: tuple = (), **flags
     ) -> None:
-        """Launch one program for each head and block; sizes and more follow the common sizes and strides."""
+        """Launch a program for each head and block; sizes and more follow the common sizes and strides."""
         given = self.inputs
         _, heads, n, head_dim = given.q.shape
         cu_seqlens, examples, longest = self.examples
@@ -275,7 +277,8 @@ class TritonPasses(Passes):
 
 
 def run(inputs: RelevanceInputs, r: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """See `pyglobenc.ops.relevance_attention`: -> R_q, R_k, R_v (B, H, n, dh), row_sums (B, n), r_out (B, T,
-    n) or None.
+    """See `pyglobenc.ops.relevance_attention`.
+
+    Returns R_q, R_k, R_v (B, H, n, dh), row_sums (B, n), and r_out (B, T, n) or None.
     """
     return TritonPasses(inputs).relevance(r)

@@ -1,8 +1,7 @@
-"""The map of one layer that the rollout multiplies, A = mean_h max(<grad_o[i], v[j]> R_alpha[i,j], 0) (Chefer
-et al., 2021, eq. 13).
+"""The map of one layer that the rollout multiplies, A[i,j] = mean_h max(<grad_o[i], v[j]> R_alpha[i,j], 0).
 
-A program computes one tile of the map and loops over the heads: 3 n^2 d multiply-adds, one float32 written a
-pair.
+(Chefer et al., 2021, eq. 13.) A program computes one tile of the map and loops over the heads. The map takes
+3 n^2 d multiply-adds, and one float32 is written for each pair.
 """
 
 import triton

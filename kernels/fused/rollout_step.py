@@ -1,8 +1,7 @@
-"""One layer of the rollout in row mode: out[t, j] = sum_i r[t, i] rstd[i] norm0[i, j], without storing the
-norms.
+"""One layer of the rollout in row mode: out[t, j] = sum_i r[t, i] rstd[i] norm0[i, j].
 
-The norms are those of `_pairs` (Modarressi et al., 2022, eq. 6 to 10, expanded over heads). A program takes
-BLOCK_J keys and a share of the queries. A second kernel adds the shares and scales the rows, so that no
+The norms norm0 are those of `_pairs` and are not stored (Modarressi et al., 2022, eq. 6 to 10). A program
+takes BLOCK_J keys and a share of the queries. A second kernel adds the shares and scales the rows, so that no
 atomics are needed and results repeat bit for bit. A pair takes H*(dh + H) multiply-adds on tensor cores and H
 exponentials, with the heads padded to a power of two. q is read once for every block of keys, everything else
 once.
@@ -37,8 +36,9 @@ BLOCK = 1024
 
 @triton.jit
 def _sequences(CU_SEQLENS, sequences, j, j_ok, n, STEPS: tl.constexpr):
-    """Return the first token, and the last + 1, of each key's sequence, (keys,) each; n and 0 for keys not
-    ok.
+    """Return the start and the end of the tokens of each key's sequence, (keys,) each.
+
+    Keys that are not ok get n and 0.
     """
     if STEPS:
         low = tl.zeros_like(j)
@@ -59,8 +59,9 @@ def _sequences(CU_SEQLENS, sequences, j, j_ok, n, STEPS: tl.constexpr):
 def _queries(
     block, start_j, stop_j, left, right, share, shares, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr
 ):
-    """Return the first query, and the last + 1, of a share of those that see a key of the block, in whole
-    tiles.
+    """Return the start and the end of one share of the queries that see a key of the block.
+
+    A share is a whole number of tiles.
     """
     first = tl.maximum(tl.min(start_j, 0), block * BLOCK_J - right) // BLOCK_I * BLOCK_I
     last = tl.maximum(first, tl.minimum(tl.max(stop_j, 0), (block + 1) * BLOCK_J + left))
@@ -168,11 +169,11 @@ def _total(PARTS, at, ok, shares, step):
 
 @triton.jit(do_not_specialize=COUNTS)
 def _finish_kernel(
-    PARTS,  # (shares, B, T, n), OUT itself where there is one share
-    LOG_SCALE,  # (B, T), of packed sequences (S, T)
-    CU_SEQLENS,  # (S + 1,), as above
+    PARTS,  # (shares, B, T, n); the same memory as OUT if there is one share
+    LOG_SCALE,  # (B, T), or (S, T) for packed sequences
+    CU_SEQLENS,  # (S + 1,)
     OUT,  # (B, T, n)
-    OUT_SCALE,  # as LOG_SCALE
+    OUT_SCALE,  # (B, T), or (S, T) for packed sequences
     n, n_rows, shares, batch, PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # Each program scales one row of an example or packed sequence, like rescale_rows of the reference.
@@ -200,8 +201,9 @@ def why_not(inputs: PairInputs, r: Tensor, log_scale: Tensor) -> list[str]:
 
 
 def run(inputs: PairInputs, r: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """See `pyglobenc.ops.rollout_step`: -> r @ norms (B, T, n), each row scaled to maximum 1, and log_scale
-    (B, T).
+    """See `pyglobenc.ops.rollout_step`.
+
+    Returns r @ norms (B, T, n), with each row scaled to maximum 1, and log_scale (B, T).
     """
     batch, n_rows, n = r.shape
     out, out_scale = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (r, log_scale))

@@ -1,1 +1,1 @@
-"""Backends of the ops: how one is picked, and the code of each."""
+"""The backends of the ops, and the code that picks one for each call."""

@@ -111,12 +111,12 @@ def deit_base_patch16_224(pretrained: bool = False, num_classes: int = 1000) -> 
 
 
 def vit_new_base_patch16_224(pretrained: bool = False, num_classes: int = 1000) -> BaselineVisionTransformer:
-    """Return the ViT-Base classifier of ViT_new, with the arguments of `vit_base_patch16_224`."""
+    """Return the ViT_new classifier for images (B, 3, 224, 224); arguments as `vit_base_patch16_224`."""
     return _vit(BaselineVisionTransformer, "google/vit-base-patch16-224", pretrained, num_classes)
 
 
 def vit_orig_base_patch16_224(pretrained: bool = False, num_classes: int = 1000) -> OrigVisionTransformer:
-    """Return the ViT-Base classifier of ViT_orig_LRP, with the arguments of `vit_base_patch16_224`."""
+    """Return the ViT_orig_LRP classifier for images (B, 3, 224, 224); arguments as `vit_base_patch16_224`."""
     return _vit(OrigVisionTransformer, "google/vit-base-patch16-224", pretrained, num_classes)
 
 

@@ -9,7 +9,18 @@ FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def check_shape(op: str, name: str, t: Tensor | None, symbols: str, sizes: dict[str, int]) -> None:
-    """Check the shape of t against symbols such as "B H n dh", and add new symbols to sizes; None passes."""
+    """Check the shape of a tensor t against symbols.
+
+    Args:
+        op: name of the op, for the message.
+        name: name of the argument, for the message.
+        t: the tensor, or None, which passes.
+        symbols: the expected axes, such as "B H n dh" for (B, H, n, dh).
+        sizes: known size of each symbol; new symbols are added.
+
+    Raises:
+        ValueError: the number of axes differs, or a size differs from the known one.
+    """
     if t is None:
         return
     expected, came = symbols.split(), t.shape
@@ -30,7 +41,7 @@ def check_shape(op: str, name: str, t: Tensor | None, symbols: str, sizes: dict[
 
 
 def check_floats(op: str, **tensors: Tensor | None) -> None:
-    """Check that all given tensors have the same floating-point dtype."""
+    """Check that the given tensors, of any shape, have one floating-point dtype; TypeError otherwise."""
     met = {t.dtype for t in tensors.values() if t is not None}
     if len(met) < 2 and met <= FLOATS:
         return
@@ -44,10 +55,9 @@ def check_floats(op: str, **tensors: Tensor | None) -> None:
 
 
 def check_widened(op: str, inputs: dict[str, Tensor | None], weights: dict[str, Tensor | None]) -> None:
-    """Check that all given tensors have one dtype, or that the inputs are in half precision and the weights
-    float32.
+    """Check that all tensors have one dtype, or that inputs have half precision and weights float32.
 
-    The first of the inputs must not be None.
+    The tensors may have any shape. The first of the inputs must not be None. Raises TypeError otherwise.
     """
     if next(iter(inputs.values())).dtype in HALF and all(
         t is None or t.dtype == torch.float32 for t in weights.values()
@@ -58,7 +68,7 @@ def check_widened(op: str, inputs: dict[str, Tensor | None], weights: dict[str, 
 
 
 def check_heads(op: str, heads: int, kv_heads: int) -> None:
-    """Check that the query heads are divided evenly among the key-value heads."""
+    """Check that the number of query heads is a multiple of that of key-value heads; ValueError otherwise."""
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(
             f"{op}: the number of query heads must be a multiple of that of key-value heads, got {heads} "
@@ -74,8 +84,9 @@ def check_mask(op: str, key_mask: Tensor | None, sizes: dict[str, int]) -> None:
 
 
 def check_window(op: str, window: tuple[int, int]) -> None:
-    """Check that a window is (left, right), each -1 for unlimited or at least 0: a query always sees
-    itself.
+    """Check that a window is (left, right), each -1 for unlimited or at least 0; ValueError otherwise.
+
+    So a query always sees itself.
     """
     if len(window) != 2 or min(window) < -1:
         raise ValueError(
@@ -86,8 +97,10 @@ def check_window(op: str, window: tuple[int, int]) -> None:
 def check_cu_seqlens(
     op: str, cu_seqlens: Tensor | None, key_mask: Tensor | None, sizes: dict[str, int]
 ) -> None:
-    """Check cu_seqlens, (S + 1,) int32 on the CPU, increasing from 0 to n, in a batch of 1 without
-    padding.
+    """Check the ends of packed sequences, cu_seqlens (S + 1,) int32 on the CPU; None passes.
+
+    They must increase from 0 to n, and the batch must be 1 without a key_mask (B, n). S is added to sizes.
+    Raises ValueError otherwise.
     """
     if cu_seqlens is None:
         return

@@ -1,5 +1,6 @@
-"""Makes and checks the arguments that several ops share; each error names the op, what it expects and what
-came.
+"""Makes and checks the arguments that several ops share.
+
+Each error names the op, what it expects and what it got.
 """
 
 from typing import Any
@@ -20,7 +21,14 @@ from pyglobenc.ops._checks import (
 
 
 def pair_inputs(op: str, **arguments: Any) -> PairInputs:
-    """Check the arguments of an op over pairs, fields of `PairInputs`; scaling may be None for dh ** -0.5.
+    """Check the arguments of an op over pairs.
+
+    Args:
+        op: name of the op, for the messages.
+        arguments: fields of `PairInputs`, such as q (B, H, n, dh). scaling may be None for dh ** -0.5.
+
+    Returns:
+        The checked arguments.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that don't fit.
@@ -44,8 +52,15 @@ def pair_inputs(op: str, **arguments: Any) -> PairInputs:
 
 
 def relevance_inputs(op: str, **arguments: Any) -> RelevanceInputs:
-    """Check the arguments of a relevance op of attention, fields of `RelevanceInputs`; scaling may be None
-    for dh ** -0.5.
+    """Check the arguments of a relevance op of attention.
+
+    Args:
+        op: name of the op, for the messages.
+        arguments: fields of `RelevanceInputs`, such as q (B, H, n, dh). scaling may be None for dh ** -0.5,
+            and lse (B, H, n) may have any float dtype.
+
+    Returns:
+        The checked arguments, with lse in the dtype of q.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that don't fit.
@@ -64,7 +79,7 @@ def relevance_inputs(op: str, **arguments: Any) -> RelevanceInputs:
 
 
 def check_rows(op: str, rows: Tensor | None, q: Tensor) -> None:
-    """Check which queries are computed: rows (B, T) int64 in [0, n), or None; q is (B, H, n, dh)."""
+    """Check the chosen queries: rows (B, T) int64 in [0, n), or None, for q (B, H, n, dh)."""
     if rows is None:
         return
     check_shape(op, "rows", rows, "B T", {"B": q.shape[0]})
@@ -74,8 +89,9 @@ def check_rows(op: str, rows: Tensor | None, q: Tensor) -> None:
 
 
 def check_rollout(op: str, r: Tensor, like: Tensor, inputs: Inputs, log_scale: Tensor | None = None) -> None:
-    """Check rows of a rollout r (B, T, n), of the dtype of `like`, and their log_scale (B, T), of packed
-    sequences (S, T).
+    """Check rows of a rollout r (B, T, n), which must have the dtype of `like`.
+
+    Their log_scale is (B, T), or (S, T) for packed sequences, or None.
     """
     sizes = {"B": inputs.q.shape[0], "n": inputs.q.shape[2]}
     check_shape(op, "r", r, "B T n", sizes)
@@ -88,7 +104,7 @@ def check_rollout(op: str, r: Tensor, like: Tensor, inputs: Inputs, log_scale: T
 def _made(kind: type[Inputs], arguments: dict[str, Any]) -> Inputs:
     if arguments["scaling"] is None:
         q = arguments["q"]
-        # a q of another rank is refused by its shape
+        # A q of another rank is refused later, when its shape is checked.
         arguments["scaling"] = q.shape[-1] ** -0.5 if q.dim() and q.shape[-1] else 1.0
     arguments["scaling"] = float(arguments["scaling"])
     return kind(**arguments)

@@ -16,17 +16,20 @@ PLAIN = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str}
 def register(
     name: str, schema: str | None = None, inputs: type[Inputs] | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator that registers a function without side effects as the op pyglobenc::name.
+    """Return a decorator that registers a function without side effects as the op pyglobenc::name.
 
-    The dispatcher takes 25 us. A call with plain tensors, without tracing and without gradients, goes to the
-    function directly; any other call, such as under torch.compile or on fake tensors, goes through the
-    registered op.
+    torch's dispatcher takes 25 us. A call with plain tensors, without tracing and without gradients, goes to
+    the function directly. Any other call, such as one under torch.compile or on fake tensors, goes through
+    the registered op. The function's tensors may have any shape.
 
     Args:
         name: name of the op.
-        schema: the arguments after those of inputs, and the results, as torch.library writes them; None:
-            taken from the annotations.
-        inputs: class of the function's first argument; the registered op takes its fields instead.
+        schema: the arguments after those of inputs, and the results, as torch.library writes them. None
+            means that they are taken from the annotations.
+        inputs: class of the function's first argument. The registered op takes its fields instead.
+
+    Returns:
+        The decorator. The decorated function has `register_fake`, as the ops of torch.library have.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:

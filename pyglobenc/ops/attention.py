@@ -1,4 +1,4 @@
-"""Op `attention`: softmax attention and its log-sum-exp, with torch's own kernels where they return both."""
+"""Op `attention`: softmax attention and its log-sum-exp, with those torch kernels that return both."""
 
 import torch
 import torch.nn.functional as F
@@ -38,19 +38,20 @@ def attention(
     score_mod: ScoreMod | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute softmax attention and the log-sum-exp of its scaled scores; differentiable.
+    """Compute softmax attention and the log-sum-exp of its scaled scores.
 
-    Without an autograd graph the memory is linear in n.
-
+    The op is differentiable. Without an autograd graph, its memory is linear in n.
 
     Args:
         q: queries (B, H, n, dh), any float dtype.
         k, v: keys and values (B, Hkv, n, dh), H a multiple of Hkv.
         key_mask: (B, n) bool, True for the keys that may be attended to; None: all.
-        scaling: factor of q . k, default dh ** -0.5.
-        window: keys that query i sees, i - left to i + right; -1 is unlimited; causal is (-1, 0).
-        score_mod: change of the scaled scores before the softmax; computed by the reference.
-        cu_seqlens: of packed sequences, as for `rollout_step`: each sequence attends only to itself.
+        scaling: factor of q . k; the default is dh ** -0.5.
+        window: (left, right): query i sees the keys i - left to i + right. -1 is unlimited, and (-1, 0) is
+            causal.
+        score_mod: change of the scaled scores before the softmax. The reference computes it.
+        cu_seqlens: ends of packed sequences, (S + 1,), as for `rollout_step`. Each sequence attends only to
+            itself.
 
     Returns:
         o (B, H, n, dh), the dtype of q, and lse (B, H, n), natural logarithm, float32 or float64. A query
@@ -89,8 +90,9 @@ def attention(
 def _packed(
     q: Tensor, k: Tensor, v: Tensor, scaling: float, window, score_mod, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Compute each sequence alone: one flash-attention call on a GPU, else one call for each run of equal
-    lengths.
+    """Compute the attention of each packed sequence alone.
+
+    A GPU takes one flash-attention call; otherwise each run of sequences of equal length takes one call.
     """
     if q.device.type == "cuda" and score_mod is None and _takes_flash(q):
         ends, longest = on_device(cu_seqlens, q.device)
@@ -135,7 +137,10 @@ def _fused(
 
 
 def fused_bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a mask as a bias, finite so that a query that sees no key does not divide by zero."""
+    """Turn a mask hidden, of any shape such as (B, 1, m, J), into an additive bias of the same shape.
+
+    The bias is finite, so that a query that sees no key does not divide by zero.
+    """
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(
         hidden, torch.finfo(dtype).min / 2
     )
@@ -155,7 +160,11 @@ def fused_call(
 def gpu_call(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """Run `fused_call` on a GPU, whose kernels read every row in steps of 16 bytes."""
+    """Run torch's kernel on a GPU, where rows are read in steps of 16 bytes.
+
+    q is (B, H, m, dh), k and v are (B, H, J, dh), bias is (1 or B, 1, 1 or m, J) or None. Returns o (B, H, m,
+    dh) and lse (B, H, m).
+    """
     m, width, keys = q.shape[2], q.shape[3], k.shape[2]
     short = -width % (16 // q.element_size())
     if short:
@@ -187,14 +196,15 @@ def _has_kernel(q: Tensor) -> bool:
 
 
 def since_ampere(device: torch.device) -> bool:
-    """Return whether a GPU has flash attention and bfloat16 products; all AMD GPUs that torch supports have
-    them.
+    """Return whether a GPU has flash attention and bfloat16 products.
+
+    All AMD GPUs that torch supports have both.
     """
     return torch.version.hip is not None or capability(device) >= (8, 0)
 
 
 def _sees_nothing(key_mask: Tensor, window: tuple[int, int]) -> Tensor | None:
-    """Return which queries have no real key in their window, (B, n) bool; None if there can be none."""
+    """Return (B, n) bool, True for queries without a real key in their window; None if there are none."""
     left, right = window
     n = key_mask.shape[1]
     if left < 0 and right < 0:

@@ -13,7 +13,9 @@ BACKENDS = ("triton", "cuda", "cpu", "reference")
 
 
 def clone_relevance(parts: Sequence[Tensor], x: Tensor, *, backend: str = "auto") -> Tensor:
-    """Add the relevances of the copies of x: x * sum_k R_k / safe(x), safe(x) = x + 1e-9, and 0 where x is 0.
+    """Add the relevances R_k of the copies of x: R = x * sum_k R_k / safe(x).
+
+    Here safe(x) = x + 1e-9, or 1e-9 where that is 0. R is 0 where x is 0.
 
     Args:
         parts: relevance of each copy, (B, n, d), at least one; float32 or float64.

@@ -20,8 +20,9 @@ def linear_relevance(
     bias: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Propagate relevance from a Linear layer's output to its input, with alpha = 1, beta = 0, ignoring the
-    bias.
+    """Propagate relevance from a Linear layer's output to its input, with alpha = 1 and beta = 0.
+
+    The bias gets no relevance.
 
         Z = x+ W+^T + x- W-^T        S = R / safe(Z)        R_in = x+ (S W+) + x- (S W-)
 
@@ -33,7 +34,7 @@ def linear_relevance(
         r: relevance of the output, (B, n, d_out), float32 or float64.
         x: input of the forward pass, (B, n, d_in), the dtype of r.
         weight: (d_out, d_in), any float dtype, cast to that of r.
-        abs_weight: |weight|, if it is at hand; same shape.
+        abs_weight: |weight|, (d_out, d_in), if the caller has it; None: the op computes it.
         output: x W^T + bias of the forward pass, (B, n, d_out), the dtype of r; None: the op computes it.
         bias: (d_out,), contained in output; None: no bias.
         backend: "auto" or a backend's name.

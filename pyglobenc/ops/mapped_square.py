@@ -14,7 +14,9 @@ MAX_NORMS = 2
 
 
 def mapped_square(x: Tensor, gammas: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
-    """Compute |x[i] M|^2 of each row, M = (C diag(gamma_1)) (C diag(gamma_2)), C the centering matrix.
+    """Compute the squared norm |x[i] M|^2 of each row.
+
+    M = (C diag(gamma_1)) (C diag(gamma_2)) is the linear map of the stage, with C the centering matrix.
 
     Args:
         x: residual input of a layer, (B, n, d), any float dtype.
@@ -23,7 +25,7 @@ def mapped_square(x: Tensor, gammas: Sequence[Tensor], *, backend: str = "auto")
         backend: "auto" or a backend's name.
 
     Returns:
-        (B, n) in the dtype of gammas. Without gammas it is the dtype of x, or float32 for half precision.
+        (B, n), in the dtype of gammas. Without gammas the dtype is that of x, or float32 for half precision.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that don't fit, or a backend that can't run.

@@ -1,4 +1,4 @@
-"""Op `mixing_ratio`: how much of a token's output comes from other tokens."""
+"""Op `mixing_ratio`: the share of a token's output that comes from other tokens."""
 
 from torch import Tensor
 
@@ -23,9 +23,11 @@ def mixing_ratio(
     score_mod: ScoreMod | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Compute which share of each token's output comes from other tokens.
+    """Compute the share of each token's output that comes from other tokens.
 
         ratio[i] = |S[i] - t_ii| / (|S[i] - t_ii| + |t_ii|),   S[i] = sum_j t_ij
+
+    Here t_ij is the decomposed vector of query i and key j, of size d.
 
     Args:
         q, o: queries and attention output, (B, H, n, dh), any float dtype.
@@ -59,7 +61,7 @@ def mixing_ratio(
     scaling = sizes["dh"] ** -0.5 if scaling is None else float(scaling)
     args = (q, k, v, o, lse, mapped_weight, mapped_x, scaling)
     if score_mod is not None:
-        # torch.library has no type for it
+        # torch.library has no type for a score_mod.
         return run(op, backend, BACKENDS, *args, score_mod)
     return _mixing_ratio(*args, backend)
 

@@ -1,4 +1,4 @@
-"""Op `norm_terms`: what the squared norms of a stage are made of, from the weights as they are."""
+"""Op `norm_terms`: the terms of a stage's squared norms, computed from the weights themselves."""
 
 from collections.abc import Sequence
 
@@ -20,25 +20,25 @@ def norm_terms(
     *,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gram matrix over heads of each token's transformed vectors, their products with the residual, and the
-    residual's squared norm.
+    """Compute the three terms of which a stage's squared norms consist.
 
         G[j][h, h'] = <f[h, j] M, f[h', j] M>        c[i][h] = <f[h, i] M, x[i] M>        |x[i] M|^2
 
-    with f[h, j] = v[h, j] W_O[h] and M = (C diag(gamma_1)) (C diag(gamma_2)), C the centering matrix. The
-    result is that of `head_gram` and `mapped_square`, without a matrix that depends on the weights alone:
-    n*d^2 + n*d*H^2/2 multiply-adds.
+    Here f[h, j] = v[h, j] W_O[h] and M = (C diag(gamma_1)) (C diag(gamma_2)), with C the centering matrix.
+    The results are those of `head_gram` and `mapped_square`. This op needs no matrix that is prepared from
+    the weights, and takes n*d^2 + n*d*H^2/2 multiply-adds.
 
     Args:
         v: values with their bias, (B, Hkv, n, dh), any float dtype.
         weight: W_O by head, (H, dh, d); the dtype of v, or float32 where that is half precision.
         x: residual input of the layer, (B, n, d), the dtype of v, or None for a stage without it.
-        gammas: weights (d,) of the LayerNorms that the stage passes, in order, two at most; without any M is
-            the identity. The dtype of weight.
+        gammas: weights (d,) of the LayerNorms of the stage, in order, at most two; without any, M is the
+            identity. They have the dtype of weight.
         backend: "auto" or a backend's name.
 
     Returns:
-        G (B, n, H, H), and c (B, n, H) and |x M|^2 (B, n), or None for both without x; the dtype of weight.
+        G (B, n, H, H), c (B, n, H) and |x M|^2 (B, n), in the dtype of weight. Without x, the last two are
+        None.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that don't fit, or a backend that can't run.

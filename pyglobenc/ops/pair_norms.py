@@ -30,18 +30,19 @@ def pair_norms(
     """Compute the norms of one stage's decomposed vectors, from quadratic forms in the attention
     probabilities.
 
-        norm[i, j]^2 = rstd[i]^2 * (a^T G[j] a + (i == j) (2 a . c[i] + residual_sq[i])),   a[h] = alpha[h, i,
-        j]
+        norm[i, j]^2 = rstd[i]^2 * (a^T G[j] a + (i == j) (2 a . c[i] + residual_sq[i]))
+        a[h] = alpha[h, i, j]
 
     Args:
-        q, k, lse, gram, cross, residual_sq, rstd, key_mask, window, score_mod: as
-        `pyglobenc.backends.inputs.PairInputs` has them.
+        q, k, lse, gram, cross, residual_sq, rstd, key_mask, window, score_mod: fields of
+            `pyglobenc.backends.inputs.PairInputs`, which gives their shapes.
         rows: queries to compute, (B, T) int64, or None for all n.
-        scaling: factor of q . k, default dh ** -0.5.
+        scaling: factor of q . k; the default is dh ** -0.5.
         backend: "auto" or a backend's name.
 
     Returns:
-        norms (B, n, n), one row a query i, one column a key j; (B, T, n) with rows. The dtype of gram.
+        Norms (B, n, n), with a row for each query i and a column for each key j; (B, T, n) with rows. They
+        have the dtype of gram.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that don't fit, or a backend that can't run.

@@ -2,18 +2,23 @@
 
 For each example and head, with s = R_o / safe(o) and D = q k^T (unscaled):
 
-    alpha[i,j] = exp(scaling D[i,j] - lse[i])                       0 where the key is masked or outside the
-    window R_alpha[i,j] = alpha[i,j] <s[i], v[j]> / 2                       R_v[j] = v[j] sum_i alpha[i,j]
-    s[i] / 2 R'[i,j] = R_alpha[i,j]                                           without additive_mask
-    R'[i,j] = c t R_alpha[i,j] / safe(t), t = scaling D[i,j]         with it
-    U[i,j] = R'[i,j] / safe(D[i,j])
-    R_q[i] = q[i] sum_j U[i,j] k[j] / 2                              R_k[j] = k[j] sum_i U[i,j] q[i] / 2
+    alpha[i,j]   = exp(scaling D[i,j] - lse[i]), and 0 where the key is masked or outside the window
+    R_alpha[i,j] = alpha[i,j] <s[i], v[j]> / 2
+    R_v[j]       = v[j] sum_i alpha[i,j] s[i] / 2
+    R'[i,j]      = R_alpha[i,j]                                without additive_mask
+    R'[i,j]      = c t R_alpha[i,j] / safe(t), t = scaling D[i,j]    with additive_mask
+    U[i,j]       = R'[i,j] / safe(D[i,j])
+    R_q[i]       = q[i] sum_j U[i,j] k[j] / 2
+    R_k[j]       = k[j] sum_i U[i,j] q[i] / 2
 
-over all heads of an example:
+Over all heads of an example, with quotient(a, b) = a / safe(b):
 
-    c = quotient(quotient(|K|, |K|) * P, K),  P = sum R_alpha,  K = sum t R_alpha / safe(t),  quotient(a, b) =
-    a / safe(b) A[i,j] = mean_h max(<grad_o[i], v[j]> R_alpha[i,j], 0)           row_sums[i] = sum_j A[i,j]
-    r_out = w (I + A),  w[i] = r[i], or r[i] / (1 + row_sums[i]) with normalize
+    P           = sum R_alpha
+    K           = sum t R_alpha / safe(t)
+    c           = quotient(quotient(|K|, |K|) * P, K)
+    A[i,j]      = mean_h max(<grad_o[i], v[j]> R_alpha[i,j], 0)
+    row_sums[i] = sum_j A[i,j]
+    r_out       = w (I + A), with w[i] = r[i], or w[i] = r[i] / (1 + row_sums[i]) with normalize
 
 safe(b) = b + 1e-9, 1e-9 where that is 0; a quotient is 0 where b is 0.
 """
@@ -53,14 +58,14 @@ def relevance_attention(
 
     Args:
         q, k, v, lse, grad_o, s, key_mask, scaling, window, additive_mask, normalize, stabilizer, rescale,
-        cu_seqlens: as
-            `pyglobenc.backends.inputs.RelevanceInputs` has them; lse in any float dtype, scaling None for dh
-            ** -0.5.
+            cu_seqlens: fields of `pyglobenc.backends.inputs.RelevanceInputs`, which gives their shapes. lse
+            may have any float dtype; scaling None means dh ** -0.5.
         r: rows of the rollout of the layers above, (B, T, n), or None.
         backend: "auto" or a backend's name.
 
     Returns:
-        R_q, R_k, R_v (B, H, n, dh), row_sums (B, n), r_out (B, T, n) or None without r; the dtype of q.
+        R_q, R_k and R_v (B, H, n, dh), row_sums (B, n), and r_out (B, T, n) or None without r. They have the
+        dtype of q.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that don't fit, or a backend that can't run.

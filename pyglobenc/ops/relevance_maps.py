@@ -24,16 +24,17 @@ def relevance_maps(
     window: tuple[int, int] = (-1, -1),
     backend: str = "auto",
 ) -> Tensor:
-    """Compute and store A[i,j] = mean_h max(<grad_o[i], v[j]> R_alpha[i,j], 0), as `relevance_attention`
-    defines it.
+    """Compute the map A[i,j] = mean_h max(<grad_o[i], v[j]> R_alpha[i,j], 0) of one layer.
+
+    The module docstring of `relevance_attention` defines R_alpha.
 
     Args:
         rows: queries to compute, (B, T) int64, or None for all n.
-        q, k, v, lse, grad_o, s, key_mask, scaling, window, backend: as for `relevance_attention`. Without
-            grad_o, A is the mean of max(R_alpha, 0).
+        q, k, v, lse, grad_o, s, key_mask, scaling, window, backend: as for `relevance_attention`. If grad_o
+            is None, A is the mean of max(R_alpha, 0).
 
     Returns:
-        A (B, n, n), one row a query; (B, T, n) with rows. The dtype of q.
+        A (B, n, n), with a row for each query; (B, T, n) with rows. It has the dtype of q.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that don't fit, or a backend that can't run.

@@ -33,7 +33,7 @@ def relevance_rollout_step(
     Args:
         r: rows of the rollout of the layers above, (B, T, n), the dtype of q.
         q, k, v, lse, grad_o, s, key_mask, scaling, window, normalize, cu_seqlens, backend: as for
-        `relevance_attention`.
+            `relevance_attention`.
 
     Returns:
         r (I + A), (B, T, n); with normalize each row of I + A is divided by its sum.

@@ -39,7 +39,7 @@ def rollout_step(
         r: rows of the rollout of the layers above, (B, T, n), non-negative, the dtype of gram.
         log_scale: natural logarithm of the scale of each row, (B, T).
         q, k, lse, gram, cross, residual_sq, rstd, key_mask, scaling, window, score_mod, backend: as for
-        `pair_norms`.
+            `pair_norms`.
         cu_seqlens: (S + 1,) int32 on the CPU, for S sequences packed into one. Sequence s is tokens
             cu_seqlens[s] to cu_seqlens[s + 1] of N. Then B is 1, r (1, T, N) holds T rows of each sequence at
             its own tokens, and log_scale is (S, T). None: not packed.

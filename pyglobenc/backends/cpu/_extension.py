@@ -18,10 +18,11 @@ INPUTS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def limits(arithmetic: Tensor, *inputs: Tensor) -> list[str]:
-    """Return why the kernels can't run.
+    """Return the reasons why the kernels can't run on these tensors, which may have any shape.
 
-    arithmetic: a tensor with the dtype of the result. inputs: tensors that the kernels convert to it when
-    they load them.
+    Args:
+        arithmetic: a tensor with the dtype of the result, which must be float32.
+        inputs: tensors in float32, float16 or bfloat16, which the kernels convert when they load them.
     """
     reasons = []
     devices = {t.device.type for t in (arithmetic, *inputs)}

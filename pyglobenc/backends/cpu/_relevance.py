@@ -1,6 +1,4 @@
-"""Tiles that the relevance ops of attention share: torch's GEMMs, and one pass of C++ for what lies
-between.
-"""
+"""Tiles that the relevance ops of attention share: torch's GEMMs, and one pass of C++ between them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,24 +13,31 @@ from pyglobenc.backends.shared.relevance_tiles import MIN_QUERIES, TILE_FLOATS, 
 
 @dataclass
 class Tile:
-    """All pairs of a block of queries with the keys."""
+    """The pairs of a block of I queries with all keys.
+
+    Attributes:
+        rows: the range of the queries.
+        alpha: attention probabilities, (B, H, I, n), undefined without sums.
+        u: U of `relevance_attention`, (B, H, I, n), undefined without sums.
+        weighted: A, (B, I, n).
+    """
 
     rows: slice
-    alpha: Tensor  # (B, H, I, n), only where sums are taken
-    u: Tensor  # (B, H, I, n), only where sums are taken
-    weighted: Tensor  # A, (B, I, n)
+    alpha: Tensor
+    u: Tensor
+    weighted: Tensor
 
 
 def query_tiles(
     inputs: RelevanceInputs, positions: Tensor | None = None, sums: Tensor | None = None
 ) -> Iterator[Tile]:
-    """Blocks of queries against all keys.
+    """Yield the tiles of blocks of queries with all keys.
 
     Args:
         inputs: tensors of the layer.
         positions: the queries, (B, m) int64; None: all.
-        sums: (B, 2) float64, to which the sums of R_alpha and of t R_alpha / safe(t) are added; None: alpha
-            and U are not computed.
+        sums: (B, 2) float64. The sums of R_alpha and of t R_alpha / safe(t) are added to it. None: alpha and
+            U are not computed.
 
     Yields:
         Tiles of I queries with all keys. The next tile overwrites alpha and u.

@@ -1,7 +1,7 @@
 """Gram matrices of the heads' transformed vectors and their cross terms in C++: csrc/cpu/head_gram.cpp.
 
-Both are summed in registers; torch's GEMMs would write and read n*d*H/2 products for G and n*d for c, and
-pack the weights anew each call.
+The kernel adds up both in registers. With torch's GEMMs, n*d*H/2 products for G and n*d for c would be
+written and read, and the weights would be packed again in each call.
 """
 
 import torch
@@ -11,7 +11,7 @@ from pyglobenc.backends.cpu._extension import kernels, limits
 
 
 def why_not(v, kernel, x=None, cross_kernel=None) -> list[str]:
-    """Reasons that these arguments of `pyglobenc.ops.head_gram` can't run here."""
+    """Return why these arguments of `pyglobenc.ops.head_gram` can't run here."""
     return limits(kernel, v)
 
 
@@ -24,7 +24,7 @@ def run(
     v, x = v.float(), None if x is None else x.float()
     gram, cross = v.new_zeros(B, n, heads, heads), None if x is None else v.new_zeros(B, n, heads)
     if gram.numel():
-        # rows of both kernels are read as they lie
+        # The kernel reads contiguous rows of both matrices.
         kernel, cross_kernel = (
             t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (kernel, cross_kernel)
         )

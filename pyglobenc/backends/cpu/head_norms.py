@@ -1,9 +1,9 @@
-"""Norms of the heads' transformed vectors as quadratic forms, |v W_O|^2 = v (W_O W_O^T) v^T:
-csrc/cpu/head_gram.cpp, a head at a time.
+"""Norms of the heads' transformed vectors as quadratic forms, |v W_O|^2 = v (W_O W_O^T) v^T.
 
-n*d*dh + d^2*dh multiply-adds for the n*d^2 of the vectors themselves. A form loses digits where v lies near
-the null space of W_O, and float32 doesn't hold squares of very large or very small numbers. Only those
-vectors are formed whose norms the forms don't give.
+csrc/cpu/head_gram.cpp computes them for one head at a time. They take n*d*dh + d^2*dh multiply-adds, while
+the vectors themselves would take n*d^2. A form loses digits where v lies near the null space of W_O. Also,
+the squares of very large or very small numbers lie outside the range of float32. In both cases the vector is
+formed, and its norm is computed from it.
 """
 
 import torch
@@ -12,16 +12,17 @@ from torch import Tensor
 from pyglobenc.backends.cpu._extension import kernels, limits
 from pyglobenc.backends.reference.head_norms import vector_norms
 
-# Least part of |v|^2 |W_O W_O^T|, with the root mean square of the eigenvalues as that norm, which a form
-# must be. The form's rounding is that of its largest terms: at a sixteenth its root was off by 6e-7 of itself
-# at most, on random matrices with singular values from 1 to 1e-4 and heads of 1 to 256.
+# A form is used if it is at least this fraction of |v|^2 |W_O W_O^T|, where the last norm is the root mean
+# square of the eigenvalues. The rounding error of a form depends on its largest terms. At a sixteenth, the
+# relative error of its root was at most 6e-7, on random matrices with singular values from 1 to 1e-4 and head
+# sizes from 1 to 256.
 LEAST = 1 / 16
-# a form between these bounds has neither overflowed nor lost a product that counts
+# A form between these bounds has not overflowed, and no product that matters has underflowed.
 TINY, HUGE = 2.0**-100, 2.0**100
 
 
 def why_not(v, weight) -> list[str]:
-    """Reasons that these arguments of `pyglobenc.ops.head_norms` can't run here."""
+    """Return why these arguments of `pyglobenc.ops.head_norms` can't run here."""
     return limits(v, weight)
 
 
@@ -46,8 +47,9 @@ def run(v: Tensor, weight: Tensor) -> Tensor:
 
 
 def trusted(squares: Tensor, v: Tensor, forms: Tensor) -> Tensor:
-    """Whether each form has float32's digits, (B, n, H) bool: squares (B, n, H), v (B, Hkv, n, dh), forms (H,
-    dh, dh).
+    """Return (B, n, H) bool, True for each form that is as precise as float32 allows.
+
+    squares are the forms' values (B, n, H), v is (B, Hkv, n, dh), and forms are W_O W_O^T, (H, dh, dh).
     """
     sizes = (
         torch.linalg.vector_norm(forms, dim=(1, 2), dtype=torch.float64)
@@ -58,5 +60,5 @@ def trusted(squares: Tensor, v: Tensor, forms: Tensor) -> Tensor:
     lengths = (
         v.square().sum(-1).transpose(1, 2).repeat_interleave(len(forms) // v.shape[1], dim=2)
     )  # (B, n, H)
-    # a comparison with NaN is false
+    # A comparison with NaN is false, so a form that is NaN is not trusted.
     return (squares >= (LEAST * sizes * lengths).clamp_(min=TINY)) & (squares <= HUGE)

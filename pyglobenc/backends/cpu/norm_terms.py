@@ -1,7 +1,7 @@
-"""What the squared norms of a stage are made of, in C++: csrc/cpu/norm_terms.cpp.
+"""The terms of a stage's squared norms, in C++: csrc/cpu/norm_terms.cpp.
 
-The transformed vectors stay in the first-level cache, a few features at a time; torch's GEMMs would write and
-read n*H*d of them.
+A few features of the transformed vectors at a time stay in the first-level cache. With torch's GEMMs, n*H*d
+numbers would be written and read.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def run(
     out = (gram, cross, residual)
     if gram.numel() == 0 or dh == 0 or weight.shape[2] == 0:
         return tuple(t if t is None else t.zero_() for t in out)
-    # as a Linear layer keeps it, a row for each output; other layouts are copied
+    # The kernel reads W_O as a Linear layer stores it, with a row for each output. Other layouts are copied.
     rows = weight.flatten(0, 1).T
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     gamma = torch.stack(tuple(gammas)) if gammas else None

@@ -16,8 +16,9 @@ __all__ = ["run", "why_not"]
 
 
 def run(inputs: RelevanceInputs, r: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """See `pyglobenc.ops.relevance_attention`: -> R_q, R_k, R_v (B, H, n, dh), row_sums (B, n), r_out (B, T,
-    n) or None.
+    """See `pyglobenc.ops.relevance_attention`.
+
+    Returns R_q, R_k, R_v (B, H, n, dh), row_sums (B, n), and r_out (B, T, n) or None.
     """
     if inputs.cu_seqlens is not None:
         return tuple(each_run(run, inputs, (r,), (2,), (2, 2, 2, 1, 2)))

@@ -1,5 +1,6 @@
-"""One layer of the rollout of relevance maps, a block of queries at a time:
-csrc/cpu/relevance_attention.cpp.
+"""One layer of the rollout of relevance maps, for a block of queries at a time.
+
+The kernel is in csrc/cpu/relevance_attention.cpp.
 """
 
 from torch import Tensor

@@ -14,8 +14,9 @@ def why_not(inputs: PairInputs, r: Tensor, log_scale: Tensor) -> list[str]:
 
 
 def run(inputs: PairInputs, r: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """See `pyglobenc.ops.rollout_step`: -> r @ norms (B, T, n), each row scaled to maximum 1, and log_scale
-    (B, T).
+    """See `pyglobenc.ops.rollout_step`.
+
+    Returns r @ norms (B, T, n), with each row scaled to maximum 1, and log_scale (B, T).
     """
     out = r.new_zeros(r.shape)
     if out.numel():
@@ -24,7 +25,7 @@ def run(inputs: PairInputs, r: Tensor, log_scale: Tensor) -> tuple[Tensor, Tenso
 
 
 def kernel_arguments(inputs: PairInputs, rows: Tensor | None = None) -> tuple:
-    """Return a layer's pairs as csrc/cpu takes them; rows (B, T): the queries wanted, None for all."""
+    """Return the arguments of the kernels in csrc/cpu; rows (B, T) are the chosen queries, None for all."""
     ends = None if inputs.cu_seqlens is None else inputs.cu_seqlens.long()
     matrix = (
         inputs.q,

@@ -1,4 +1,4 @@
-"""The compiled module of CUDA kernels, where its launches go, and the reasons why they can't run."""
+"""The compiled module of CUDA kernels: whether it can run, and on which device and stream it launches."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,7 +21,7 @@ OLDEST = (8, 0)
 
 
 def device_reasons(tensors: dict[str, Tensor | None]) -> list[str]:
-    """Return why a CUDA kernel can't take these tensors together, apart from their dtypes."""
+    """Return why a CUDA kernel can't take these tensors, of any shape and dtype, together."""
     if kernels is None:
         return [missing]
     devices = {t.device for t in tensors.values() if t is not None}
@@ -44,7 +44,7 @@ def device_reasons(tensors: dict[str, Tensor | None]) -> list[str]:
 
 
 def launching(device: torch.device) -> AbstractContextManager[int]:
-    """Context in which launches go to a device; yields torch's current stream there."""
+    """Return a context in which launches go to a device; it yields torch's current stream there."""
     if device.type != "cuda":
         return nullcontext(0)
     # The public function creates a Stream object, which takes longer than the launch needs.

@@ -1,5 +1,6 @@
-"""What the launchers of the kernels over (query, key) pairs share; the kernels' tiles:
-csrc/cuda/pair_tile.h.
+"""Code that the launchers of the kernels over (query, key) pairs share.
+
+The tiles of the kernels are in csrc/cuda/pair_tile.h.
 """
 
 import math
@@ -42,8 +43,9 @@ def pair_reasons(inputs: PairInputs, **others: Tensor | None) -> list[str]:
 
 @cache
 def pair_tile(device: torch.device, heads: int, kv_heads: int, head_dim: int, size: int) -> tuple[int, int]:
-    """Return a block's keys and a tile's queries, for entries of `size` bytes; (0, 0) if no tile fits the
-    device.
+    """Return the number of keys of a block and of queries of a tile, for entries of `size` bytes.
+
+    It is (0, 0) if no tile fits the device.
     """
     with _extension.launching(device):
         return _extension.kernels.pair_tile(heads, kv_heads, head_dim, size)
@@ -57,8 +59,9 @@ def processors(device: torch.device) -> int:
 
 
 def in_pieces(t: Tensor, unit: int = PIECE) -> Tensor:
-    """Return t if each row is a whole number of `unit` bytes and aligned to PIECE bytes, else a padded
-    copy.
+    """Return t (..., dh) if its rows are multiples of `unit` bytes and aligned to PIECE bytes.
+
+    Otherwise return a contiguous copy with padded rows.
     """
     size, (*steps, last) = t.element_size(), t.stride()
     if (
@@ -71,8 +74,9 @@ def in_pieces(t: Tensor, unit: int = PIECE) -> Tensor:
 
 
 def near(t: Tensor) -> Tensor:
-    """Return t, copied if its heads lie 2 GiB or more apart: the kernels use 32-bit offsets within a
-    head.
+    """Return t (B, H, n, ...), copied if its heads lie 2 GiB or more apart.
+
+    The kernels use 32-bit offsets within a head.
     """
     return t if t.stride(1) * t.element_size() < 2**31 else t.contiguous()
 
@@ -83,9 +87,11 @@ def run_pairs(
     """Launch the kernel of an op over pairs.
 
     Args:
+        op: name of the kernel.
         inputs: tensors of the layer.
-        own: rows, r, the cu_seqlens on the device, and log_scale; None for those that the op does not have.
-        outs: the result, and the new log_scale of a rollout step or None.
+        own: rows (B, T), r (B, T, n), the cu_seqlens (S + 1,) on the device, and log_scale (B, T). Those that
+            the op does not have are None.
+        outs: the result, (B, n, n) or (B, T, n), and the new log_scale (B, T) of a rollout step or None.
         longest: largest number of queries that one key meets.
     """
     rows, r, cu_seqlens, _ = own

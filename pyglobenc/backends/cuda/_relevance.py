@@ -1,4 +1,4 @@
-"""What the launchers of the relevance rules share."""
+"""Code that the launchers of the relevance rules share."""
 
 from functools import partial
 

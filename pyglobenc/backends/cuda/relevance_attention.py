@@ -33,8 +33,11 @@ class CudaPasses(Passes):
     ) -> None:
         """Run a kernel.
 
-        rows: (B, m), the queries; None: all. w: rows of the rollout, (B, T, n). outputs: by their names in
-        OUTPUTS.
+        Args:
+            kernel: name of the kernel.
+            rows: the queries, (B, m) int64; None: all.
+            w: rows of the rollout, (B, T, n), or None.
+            outputs: the tensors that the kernel fills, by their names in OUTPUTS.
         """
         given = self.inputs
         by_head = (given.q, given.k, given.v, given.s, given.grad_o)
@@ -54,7 +57,8 @@ class CudaPasses(Passes):
 
 
 def run(inputs: RelevanceInputs, r: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """See `pyglobenc.ops.relevance_attention`: -> R_q, R_k, R_v (B, H, n, dh), row_sums (B, n), r_out (B, T,
-    n) or None.
+    """See `pyglobenc.ops.relevance_attention`.
+
+    Returns R_q, R_k, R_v (B, H, n, dh), row_sums (B, n), and r_out (B, T, n) or None.
     """
     return CudaPasses(inputs).relevance(r)

@@ -1,7 +1,6 @@
-"""One layer of the rollout of relevance maps in row mode, r (I + A), with the passes of
-`relevance_attention`.
+"""One layer of the rollout of relevance maps in row mode, r (I + A), by the passes of `relevance_attention`.
 
-With normalize a pass over rows first computes the row sums of A; the pass over columns computes the product.
+With normalize, a pass over rows first computes the row sums of A. The pass over columns computes the product.
 Each takes 3 n^2 d multiply-adds.
 """
 

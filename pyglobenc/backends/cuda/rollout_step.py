@@ -14,8 +14,9 @@ def why_not(inputs: PairInputs, r: Tensor, log_scale: Tensor) -> list[str]:
 
 
 def run(inputs: PairInputs, r: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """See `pyglobenc.ops.rollout_step`: -> r @ norms (B, T, n), each row scaled to maximum 1, and log_scale
-    (B, T).
+    """See `pyglobenc.ops.rollout_step`.
+
+    Returns r @ norms (B, T, n), with each row scaled to maximum 1, and log_scale (B, T).
     """
     out, out_scale = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (r, log_scale))
     if out.numel() == 0:

@@ -1,5 +1,6 @@
-"""Relevance of a tensor that several branches read: R = x * sum_k R_k / safe(x) (the published code's
-Clone).
+"""Relevance of a tensor that several branches read: R = x * sum_k R_k / safe(x).
+
+Source: the Clone module of the code of Chefer et al., 2021.
 """
 
 from collections.abc import Sequence

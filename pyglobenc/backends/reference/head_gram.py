@@ -1,11 +1,10 @@
-"""Gram matrices of the heads' transformed vectors, from the values and a matrix that depends on weights
-alone.
+"""Gram matrices of the heads' transformed vectors, from the values and matrices of the weights.
 
     G[j][h, h'] = v[h, j] K[h, h'] v[h', j]^T,   K[h, h'] = (W_O[h] M) (W_O[h'] M)^T
     c[i][h]     = v[h, i] P[h] x[i]^T,           P[h]     = W_O[h] M M^T
 
-so no transformed vector is formed. G is symmetric: n*d^2/2 multiply-adds, the cross terms n*d^2, n*d floats
-at a time.
+No transformed vector is formed. Since G is symmetric, it takes n*d^2/2 multiply-adds. The cross terms c take
+n*d^2, and the memory at a time is n*d floats.
 """
 
 from torch import Tensor
@@ -14,14 +13,16 @@ from pyglobenc.backends.reference.stage_map import stage_map, stage_map_transpos
 
 
 def gram_weights(weight: Tensor, gammas: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Matrices of `head_gram` that depend on the layer's weights alone.
+    """Compute the matrices K and P of `head_gram`, which depend on the layer's weights alone.
 
     Args:
         weight: W_O by head, (H, dh, d).
         gammas: LayerNorm weights (d,) of the stage, in order.
 
     Returns:
-        K (H, dh, H, dh) and P (H, dh, d), contiguous, since kernels read their rows.
+        K (H, dh, H, dh) and P (H, dh, d), contiguous, because kernels read their rows.
+
+    Source: Modarressi et al., 2022, eq. 6 to 10, with the square expanded over heads.
     """
     mapped = stage_map(weight, gammas)
     rows = mapped.flatten(0, 1)

@@ -1,5 +1,6 @@
-"""Norms of the transformed vectors f[h, j] = v[h, j] W_O[h] (Kobayashi et al., 2020, eq. 5). Takes n*d^2
-multiply-adds and n*d floats.
+"""Norms of the transformed vectors f[h, j] = v[h, j] W_O[h] (Kobayashi et al., 2020, eq. 5).
+
+They take n*d^2 multiply-adds and n*d floats of memory.
 """
 
 import torch
@@ -13,7 +14,8 @@ def run(v: Tensor, weight: Tensor) -> Tensor:
 
 
 def vector_norms(f: Tensor) -> Tensor:
-    """Norms over the last axis; the squares are float64's, since those of float32 numbers can lie outside its
-    range.
+    """Return the norms of f (*, d) over its last axis, in the dtype of f.
+
+    The squares are computed in float64, because those of float32 numbers can lie outside its range.
     """
     return torch.linalg.vector_norm(f, dim=-1, dtype=torch.float64).to(f.dtype)

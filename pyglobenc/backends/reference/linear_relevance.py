@@ -1,5 +1,6 @@
-"""Relevance through a Linear layer, alpha = 1 and beta = 0, bias ignored (Chefer et al., 2021, eq. 5; the
-published code's Linear).
+"""Relevance through a Linear layer with alpha = 1 and beta = 0; the bias gets none.
+
+This is the Linear module of the published code (Chefer et al., 2021, eq. 5).
 
     Z = x+ W+^T + x- W-^T,   S = R / safe(Z),   R_in = x+ (S W+) + x- (S W-)
 

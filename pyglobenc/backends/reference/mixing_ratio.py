@@ -1,10 +1,9 @@
-"""Share of a token's output that comes from other tokens (Kobayashi et al., 2021, eq. 7; the published
-GlobEnc code's ratios).
+"""The share of a token's output that comes from other tokens (Kobayashi et al., 2021, eq. 7).
 
     ratio[i] = |S[i] - t_ii| / (|S[i] - t_ii| + |t_ii|),   S[i] = sum_j t_ij
 
-The scale of the row cancels, and S[i] - t_ii = (o[i] - alpha_ii v[i]) W_O M. So no pair is needed: n*d^2
-multiply-adds.
+The scale of the row cancels, and S[i] - t_ii = (o[i] - alpha_ii v[i]) W_O M. So no vector of another pair is
+needed, and the ratios take n*d^2 multiply-adds. They are the ratios of the published GlobEnc code.
 """
 
 import torch

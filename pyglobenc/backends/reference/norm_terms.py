@@ -1,10 +1,12 @@
-"""What the squared norms of a stage are made of, from the heads' transformed vectors themselves.
+"""The terms of a stage's squared norms, computed from the heads' transformed vectors themselves.
 
-    f[h, j] = v[h, j] W_O[h] M,   G[j][h, h'] = <f[h, j], f[h', j]>,   c[i][h] = <f[h, i], x[i] M>,   |x[i]
-    M|^2
+    f[h, j]     = v[h, j] W_O[h] M
+    G[j][h, h'] = <f[h, j], f[h', j]>
+    c[i][h]     = <f[h, i], x[i] M>
+    and the residual term |x[i] M|^2
 
-n*d^2 multiply-adds for f, n*d*H^2/2 for G, n*d*H for c, and nothing of the weights alone but the d^2 entries
-of W_O M.
+f takes n*d^2 multiply-adds, G takes n*d*H^2/2, and c takes n*d*H. The only matrix that is prepared from the
+weights is W_O M, with d^2 entries.
 """
 
 from collections.abc import Sequence
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from pyglobenc.backends.reference.stage_map import stage_map
 
-# tokens whose f exist at a time, at least; more where f still holds no more numbers than x
+# The smallest number of tokens whose f exist at a time. It is larger if f still has no more entries than x.
 MIN_TOKENS = 32
 
 

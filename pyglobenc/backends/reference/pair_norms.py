@@ -1,7 +1,7 @@
 """Norms of the decomposed vectors of every (query, key) pair, by the head-Gram identity.
 
-    norm[i, j]^2 = rstd[i]^2 * (a^T G[j] a + (i == j) (2 a . c[i] + residual_sq[i])),   a = alpha[:, i, j] in
-    R^H
+    norm[i, j]^2 = rstd[i]^2 * (a^T G[j] a + (i == j) (2 a . c[i] + residual_sq[i]))
+    a = alpha[:, i, j], a vector of H entries
 
 (Modarressi et al., 2022, eq. 6 to 10, with the square expanded over heads.) A pair takes H*(dh + H)
 multiply-adds and H exponentials. The work is tiled over keys so that a tile of probabilities holds about as
@@ -38,14 +38,15 @@ def run(inputs: PairInputs, rows: Tensor | None = None) -> Tensor:
 
 
 def widened(inputs: PairInputs) -> PairInputs:
-    """Return the inputs with q, k and lse in the dtype of gram."""
+    """Return the inputs with q (B, H, n, dh), k and lse in the dtype of gram."""
     dtype = inputs.gram.dtype
     return inputs.replace(q=inputs.q.to(dtype), k=inputs.k.to(dtype), lse=inputs.lse.to(dtype))
 
 
 def diagonal_sq(inputs: PairInputs) -> Tensor:
-    """Return the squared norm of each token's own vector, with the residual and without the row scale, (B,
-    n).
+    """Return the squared norm of each token's own vector, (B, n).
+
+    It includes the residual but not the scale of the row.
     """
     a = own_attention(inputs.q, inputs.k, inputs.lse, inputs.scaling, inputs.score_mod).transpose(
         1, 2
@@ -58,11 +59,14 @@ def diagonal_sq(inputs: PairInputs) -> Tensor:
 def key_tiles(
     inputs: PairInputs, diagonal: Tensor | None, rows: Tensor | None = None
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield the first key and the squared norms (B, J, m) of J keys for m queries, without row scale and
-    padding.
+    """Yield for each tile of J keys the first key, and the squared norms (B, J, m) for m queries.
 
-    diagonal: (B, n), replaces each query's norm with its own key, or None. rows: (B, m), the queries; None:
-    all.
+    They do not include the scale of the row. Keys that are padding get 0.
+
+    Args:
+        inputs: tensors of the layer, in one dtype.
+        diagonal: (B, n), replaces each query's squared norm with its own key; None: nothing is replaced.
+        rows: the queries, (B, m) int64; None: all.
     """
     q, k, lse, score_mod = inputs.q, inputs.k, inputs.lse, inputs.score_mod
     if rows is not None:
@@ -94,7 +98,5 @@ def key_tiles(
 
 
 def block_of_keys(n: int, m: int, dh: int) -> int:
-    """Return the keys of a tile, such that its H*J*m probabilities are at most as many as the values,
-    H*n*dh.
-    """
+    """Return the number of keys J of a tile, with at most as many probabilities H*J*m as values H*n*dh."""
     return max(1, min(n, n * dh // max(m, 1), 64))

@@ -1,14 +1,18 @@
 """Relevance through softmax attention, with the map that the rollout uses, a block of queries at a time.
 
-    alpha[i,j] = exp(scaling q[i].k[j] - lse[i])
-    R_alpha[i,j] = alpha[i,j] <s[i], v[j]> / 2             R_v[j] = v[j] sum_i alpha[i,j] s[i] / 2,      s =
-    R_o / safe(o) U = R'[i,j] / safe(q[i].k[j])                          R_q = q (U k) / 2,   R_k = k (U^T q)
-    / 2 A[i,j] = mean_h max(<grad_o[i], v[j]> R_alpha[i,j], 0)
+    s            = R_o / safe(o)
+    alpha[i,j]   = exp(scaling q[i].k[j] - lse[i])
+    R_alpha[i,j] = alpha[i,j] <s[i], v[j]> / 2
+    U[i,j]       = R'[i,j] / safe(q[i].k[j])
+    A[i,j]       = mean_h max(<grad_o[i], v[j]> R_alpha[i,j], 0)
+    R_q          = q (U k) / 2
+    R_k          = k (U^T q) / 2
+    R_v          = v (alpha^T s) / 2
 
-(Chefer et al., 2021, eq. 7, 13 and the published code's matmul rules). R' is R_alpha, or, after BERT's
-additive mask, c R_alpha t / safe(t) with t = scaling q.k and c the add rule's factor for the example. c
-multiplies R_q and R_k, so it is applied at the end and one pass over the pairs does everything: 9 n^2 d
-multiply-adds, tiles of n*d floats, no n*n array.
+(Chefer et al., 2021, eq. 7 and 13, and the matmul rules of the published code.) R' is R_alpha. After BERT's
+additive mask it is c R_alpha t / safe(t), with t = scaling q.k and c the factor of the add rule for the
+example. Since c only multiplies R_q and R_k, it is applied at the end, and one pass over the pairs suffices.
+The pass takes 9 n^2 d multiply-adds and tiles of n*d floats, and stores no (n, n) array.
 """
 
 from collections.abc import Iterator
@@ -25,18 +29,27 @@ from pyglobenc.backends.shared.safe_division import safe_divide
 
 @dataclass
 class Tile:
-    """All pairs of a block of queries with the keys; dots, alpha and relevance are (B, H, I, n)."""
+    """The pairs of a block of I queries with all keys.
+
+    Attributes:
+        rows: the range of the queries.
+        dots: unscaled q . k, (B, H, I, n).
+        alpha: attention probabilities, (B, H, I, n), 0 for masked keys.
+        relevance: R_alpha, (B, H, I, n).
+        weighted: A, (B, I, n).
+    """
 
     rows: slice
-    dots: Tensor  # q . k, unscaled
-    alpha: Tensor  # 0 for masked keys
-    relevance: Tensor  # R_alpha
-    weighted: Tensor  # A, (B, I, n)
+    dots: Tensor
+    alpha: Tensor
+    relevance: Tensor
+    weighted: Tensor
 
 
 def run(inputs: RelevanceInputs, r: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """See `pyglobenc.ops.relevance_attention`: -> R_q, R_k, R_v (B, H, n, dh), row_sums (B, n), r_out (B, T,
-    n) or None.
+    """See `pyglobenc.ops.relevance_attention`.
+
+    Returns R_q, R_k, R_v (B, H, n, dh), row_sums (B, n), and r_out (B, T, n) or None.
     """
     if inputs.cu_seqlens is not None:
         return tuple(each_run(run, inputs, (r,), (2,), (2, 2, 2, 1, 2)))
@@ -68,7 +81,7 @@ def run(inputs: RelevanceInputs, r: Tensor | None) -> tuple[Tensor, Tensor, Tens
 
 
 def query_tiles(inputs: RelevanceInputs, positions: Tensor | None = None) -> Iterator[Tile]:
-    """Yield tiles over blocks of the queries at positions (B, m); None: of all queries."""
+    """Yield the tiles of the queries at positions (B, m), or of all queries if positions is None."""
     q, lse, s, grad_o = of_queries(inputs, positions)
     values = inputs.v.transpose(2, 3)
     for rows, dots, alpha in probability_tiles(

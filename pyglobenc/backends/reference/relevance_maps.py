@@ -1,7 +1,7 @@
 """The map of one layer that the rollout multiplies, A[i,j] = mean_h max(<grad_o[i], v[j]> R_alpha[i,j], 0).
 
-(Chefer et al., 2021, eq. 13 without the identity.) Takes 3 n^2 d multiply-adds; stores the map and tiles of
-n*d floats.
+(Chefer et al., 2021, eq. 13 without the identity.) The map takes 3 n^2 d multiply-adds. Besides it, tiles of
+n*d floats are stored.
 """
 
 from torch import Tensor

@@ -1,8 +1,7 @@
-"""One layer of the rollout of relevance maps in row mode: r (I + A), with A rebuilt a block of queries at a
-time.
+"""One layer of the rollout of relevance maps in row mode: r (I + A).
 
-A is that of `relevance_attention`. This op is for a layer below which no relevance is needed. It takes 3 n^2
-d multiply-adds and tiles of n*d floats.
+A is that of `relevance_attention`, and is rebuilt for a block of queries at a time. This op is for a layer
+below which no relevance is needed. It takes 3 n^2 d multiply-adds and tiles of n*d floats.
 """
 
 import torch

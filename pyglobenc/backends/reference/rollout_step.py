@@ -13,8 +13,9 @@ from pyglobenc.backends.shared.rows import rescale_rows
 
 
 def run(inputs: PairInputs, r: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """See `pyglobenc.ops.rollout_step`: -> r @ norms (B, T, n), each row scaled to maximum 1, and log_scale
-    (B, T).
+    """See `pyglobenc.ops.rollout_step`.
+
+    Returns r @ norms (B, T, n), with each row scaled to maximum 1, and log_scale (B, T).
     """
     if inputs.cu_seqlens is None:
         return rescale_rows(_product(inputs, r), log_scale)

@@ -1,5 +1,4 @@
-"""Relevance through a Linear layer: the steps around torch's GEMMs, and the outputs that need the clamped
-form.
+"""Relevance through a Linear layer: the steps around the GEMMs, and the outputs that need the clamped form.
 
 Z = (x W^T + |x| |W|^T) / 2 loses its digits where nearly all contributions to an output are negative. Such an
 output is called nearly dead here, and its sum is computed from its positive terms alone.
@@ -40,11 +39,11 @@ def around_gemms(
     Args:
         r, x, weight, abs_weight, output, bias: as `pyglobenc.ops.linear_relevance` takes them.
         strip: number of a token's outputs that share a flag.
-        quotient: called with (x, weight, bound, flags) and (r, y, bias, s), where bound = |x| |W|^T, y = x
-            W^T + bias and s are (B, n, d_out), bias is (d_out,) or None, and flags is (B n, strips) int32. It
-            fills s with S, and with 0 at nearly dead outputs. It sets the flag of each strip that holds such
-            outputs; there it overwrites bound with R / safe(Z), Z the clamped sum, and with 0 at the other
-            outputs.
+        quotient: called with (x, weight, bound, flags) and (r, y, bias, s). Here bound = |x| |W|^T,
+            y = x W^T + bias and s are (B, n, d_out), bias is (d_out,) or None, and flags is (B n, strips)
+            int32. It fills s with S, and with 0 at nearly dead outputs. It sets the flag of each strip that
+            holds such outputs. In these strips it overwrites bound with R / safe(Z) at nearly dead outputs, Z
+            being the clamped sum, and with 0 at the others.
         product: called with the same (x, weight, bound, flags) and with (S W, S |W|), (B, n, d_in) each. It
             turns S W into R_in.
 
@@ -85,8 +84,9 @@ def clamped_relevance(r: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def add_single_outputs(out: Tensor, dead: Tensor, r: Tensor, x: Tensor, weight: Tensor) -> None:
-    """Add the relevance of the outputs marked in dead (B, n, d_out) to out (B, n, d_in), by their clamped
-    sums.
+    """Add the relevance of the outputs marked in dead (B, n, d_out) to out (B, n, d_in).
+
+    Their sums are clamped. r is (B, n, d_out), x (B, n, d_in) and weight (d_out, d_in).
     """
     flat_out, flat_x, flat_r = out.flatten(0, 1), x.flatten(0, 1), r.flatten(0, 1)
     index = dead.flatten(0, 1).nonzero()

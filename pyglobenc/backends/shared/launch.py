@@ -1,4 +1,4 @@
-"""What launchers of kernels share: dtypes, questions to the GPU, and how the work over pairs is divided."""
+"""Code that the kernel launchers share: dtypes, properties of the GPU, and how work over pairs is divided."""
 
 from collections.abc import Callable
 from functools import cache, lru_cache
@@ -23,12 +23,12 @@ def float32_reasons(
     widened: dict[str, Tensor | None] | None = None,
     **tensors: Tensor | None,
 ) -> list[str]:
-    """Return why a float32 kernel can't take these tensors.
+    """Return the reasons why a float32 kernel can't take these tensors, which may have any shape.
 
     Args:
-        device_reasons: returns why a backend's kernels can't take tensors, by name, apart from their dtypes.
+        device_reasons: function that gives the reasons other than dtypes, for tensors by name.
         widened: tensors that the kernel converts from half precision.
-        tensors: the others. Integer tensors and None pass.
+        tensors: the other tensors. Integer tensors and None pass.
     """
     given = {**(widened or {}), **tensors}
     others = {
@@ -42,8 +42,7 @@ def float32_reasons(
 
 @lru_cache(maxsize=4096)
 def query_shares(blocks: int, tiles: int, places: int, start: int) -> int:
-    """Return into how many parts, up to MAX_SHARES, the queries are divided so that the last block finishes
-    soonest.
+    """Return the number of parts of the queries, up to MAX_SHARES, with which the last block ends soonest.
 
     For BERT-base, one sequence of 512 tokens gives only 8 blocks of keys, and a GPU has over a hundred
     multiprocessors.

@@ -32,8 +32,9 @@ def outside_window(ahead: Tensor, window: tuple[int, int]) -> Tensor | None:
 def hidden_keys(
     rows: slice, cols: slice, window: tuple[int, int], key_mask: Tensor | None, device: torch.device
 ) -> Tensor | None:
-    """Return which pairs are hidden by the window or by padding, bool (1 or B, 1, m, J); None if there are
-    none.
+    """Return the pairs that the window or padding hides, bool (1 or B, 1, m, J); None if nothing is hidden.
+
+    rows and cols are the ranges of the m queries and of the J keys; key_mask is (B, n) bool or None.
     """
     hidden = None
     if max(window) >= 0:

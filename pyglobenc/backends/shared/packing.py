@@ -13,15 +13,13 @@ from torch import Tensor
 
 
 def slices(cu_seqlens: Tensor) -> list[slice]:
-    """Return the range of tokens of every sequence."""
+    """Return the range of tokens of each sequence, for cu_seqlens (S + 1,)."""
     ends = cu_seqlens.tolist()
     return [slice(start, stop) for start, stop in zip(ends, ends[1:], strict=False)]
 
 
 def on_device(cu_seqlens: Tensor, device: torch.device) -> tuple[Tensor, int]:
-    """Return the cu_seqlens on a device, and the length of the longest sequence, without waiting for the
-    device.
-    """
+    """Copy cu_seqlens (S + 1,) to a device without waiting, and return the longest sequence's length too."""
     return cu_seqlens.contiguous().to(device, non_blocking=True), int(cu_seqlens.diff().max())
 
 
@@ -39,13 +37,13 @@ def position_of(cu_seqlens: Tensor, device: torch.device) -> Tensor:
 
 
 def real_tokens(cu_seqlens: Tensor) -> Tensor:
-    """Which tokens of the sequences in a padded batch are real, (S, n) bool, n those of the longest."""
+    """Return (S, n) bool, True for the real tokens of a padded batch; n is the longest sequence's length."""
     lengths = cu_seqlens.diff()
     return torch.arange(int(lengths.max()), device=cu_seqlens.device) < lengths[:, None]
 
 
 def padded(t: Tensor, cu_seqlens: Tensor, fill: float = 0) -> Tensor:
-    """Packed t (1, N, ...) as a padded batch, (S, n, ...)."""
+    """Return the packed t (1, N, ...) as a padded batch (S, n, ...), with `fill` as padding."""
     real = real_tokens(cu_seqlens).to(t.device, non_blocking=True)
     return t.new_full((*real.shape, *t.shape[2:]), fill).index_put(tuple(real.nonzero().T), t[0])
 
@@ -109,8 +107,10 @@ def each_run(
     other_axes: Sequence[int],
     out_axes: Sequence[int],
 ) -> list[Tensor | None]:
-    """Call `by_runs` with function(inputs, *others), inputs of `pyglobenc.backends.inputs`, without their
-    cu_seqlens.
+    """Call `by_runs` with function(inputs, *others), where inputs no longer have cu_seqlens.
+
+    inputs are those of `pyglobenc.backends.inputs`. others are (1, ..., N, ...) or None, with the tokens
+    along other_axes.
     """
     given = inputs.of_tokens()
     axes = [inputs.AXES[name] for name in given]
@@ -133,7 +133,7 @@ def _packed(t: Tensor, axis: int) -> Tensor:
 
 
 def take(tensors: Sequence[Tensor | None], axes: Sequence[int], tokens: slice) -> list[Tensor | None]:
-    """Return the part of every tensor that belongs to one sequence, along its axis of tokens."""
+    """Return the part of each tensor, (1, ..., N, ...) or None, that belongs to the range of tokens."""
     narrowed = zip(tensors, axes, strict=True)
     return [
         t if t is None else t.narrow(axis, tokens.start, tokens.stop - tokens.start) for t, axis in narrowed

@@ -28,8 +28,9 @@ class Passes:
 
     @cached_property
     def examples(self) -> tuple[Tensor | None, int, int]:
-        """Offsets on the device or None, the number of examples or packed sequences, and the longest one's
-        tokens.
+        """Return cu_seqlens on the device or None, the number of examples, and the longest one's length.
+
+        Each packed sequence counts as an example.
         """
         if self.inputs.cu_seqlens is None:
             return None, self.inputs.q.shape[0], self.inputs.q.shape[2]
@@ -94,8 +95,9 @@ class Passes:
         return self._columns(r, self._rows()[0] if self.inputs.normalize else None)
 
     def _rows(self, r_q: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the row sums of A, (B, n), and with an additive mask those of R_alpha and R', (2, B, H, n)
-        float64.
+        """Return the row sums of A, (B, n), and those of R_alpha and R' in float64.
+
+        The latter are (2, B, H, n) with an additive mask, and (0, B, H, n) without one.
         """
         sums = self.inputs.q.new_empty(
             3 if self.inputs.additive_mask else 1, *self.inputs.q.shape[:3], dtype=torch.float64
@@ -106,8 +108,9 @@ class Passes:
     def _columns(
         self, r: Tensor | None, row_sums: Tensor | None, r_k: Tensor | None = None, r_v: Tensor | None = None
     ) -> Tensor | None:
-        """Return w (I + A), (B, T, n), with w = r or, given row_sums, r / (1 + row_sums); fill r_k and r_v if
-        given.
+        """Return w (I + A), (B, T, n), and fill r_k and r_v if they are given.
+
+        w is r, or r / (1 + row_sums) if row_sums is given.
         """
         if r is None:
             self.launch_columns(None, r_k, r_v, None)

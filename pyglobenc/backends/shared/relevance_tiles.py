@@ -1,4 +1,4 @@
-"""Blocks of queries against all keys, for relevance through attention, and what is done with their sums."""
+"""Tiles of a block of queries with all keys, for relevance through attention, and the use of their sums."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -28,8 +28,9 @@ def rescale_scores(r_q: Tensor, r_k: Tensor, total: Tensor, kept: Tensor) -> Non
 
 
 def roll_rows(r_out: Tensor, r: Tensor, tile: Any, row_sums: Tensor, normalize: bool) -> None:
-    """Add a tile's share of r (I + A) to r_out (B, T, n); with normalize each row of I + A is divided by its
-    sum.
+    """Add a tile's share of r (I + A) to r_out (B, T, n), for r (B, T, n).
+
+    With normalize, each row of I + A is divided by its sum; row_sums (B, I) are those of A.
     """
     weights = r[:, :, tile.rows]
     if normalize:
@@ -59,9 +60,16 @@ def probability_tiles(
     window: tuple[int, int],
     positions: Tensor | None = None,
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield blocks of queries: their range, q . k and alpha, (B, H, I, n) each.
+    """Yield for each block of I queries its range, and q . k and alpha, (B, H, I, n) each.
 
-    positions: (B, m), the query that each of the m rows of q is; None: row i is query i.
+    Args:
+        q: queries, (B, H, m, dh).
+        k: keys, (B, H, n, dh).
+        lse: log-sum-exp of the queries' scaled scores, (B, H, m).
+        key_mask: (B, n) bool, True for real tokens, or None.
+        scaling: factor of q . k.
+        window: keys that a query sees, as `RelevanceInputs` has it.
+        positions: position of each row of q among the n tokens, (B, m); None: row i is query i.
     """
     batch, heads, m, _ = q.shape
     n = k.shape[2]

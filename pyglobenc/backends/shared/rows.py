@@ -27,8 +27,9 @@ def own_attention(
 
 
 def rescale_rows(r: Tensor, log_scale: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Scale each row of r (B, T, n) to maximum 1 and add its scale to log_scale (B, T); rows of zeros stay
-    zero.
+    """Scale each row of r (B, T, n) to maximum 1, and add the logarithm of its scale to log_scale (B, T).
+
+    Rows of zeros stay zero.
 
     With cu_seqlens (S + 1,), each packed sequence's part of a row has its own scale: r is (1, T, N),
     log_scale (S, T).

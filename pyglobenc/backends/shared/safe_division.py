@@ -13,11 +13,13 @@ def safe_divide(a: Tensor, b: Tensor, stabilizer: float = 0.0) -> Tensor:
     exactly, because on random weights a sign-aware guard of the same size changes the results.
 
     Args:
-        a, b: tensors that broadcast.
+        a, b: tensors whose shapes broadcast.
         stabilizer: 0 for the published guard; e > 0 for safe(b) = b + e * sign(b).
 
     Returns:
-        the quotient, of the broadcast shape.
+        The quotient, of the broadcast shape.
+
+    Source: safe_divide of the code of Chefer et al., 2021.
     """
     if stabilizer:
         den = torch.where(b < 0, b - stabilizer, b + stabilizer)

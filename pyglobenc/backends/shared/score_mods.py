@@ -21,18 +21,20 @@ class ScoreMod(Protocol):
     """A change of the scaled scores before the softmax."""
 
     def bind(self, q: Tensor, k: Tensor) -> Tile:
-        """Return the function that maps tiles, for queries q (B, H, m, dh) and keys k (B, H, n, dh), both
-        unscaled.
+        """Return the function that maps tiles of scores.
+
+        q (B, H, m, dh) and k (B, H, n, dh) are the unscaled queries and keys.
         """
 
     def diagonal(self, scores: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        """Return the new scores (B, H, n) of each query with its own key, from scores (B, H, n), q and k (B,
-        H, n, dh).
+        """Return the new scores (B, H, n) of each query with its own key.
+
+        scores are (B, H, n); q and k are (B, H, n, dh).
         """
 
 
 def to_dtype(mod: Mod, dtype: torch.dtype) -> Mod:
-    """Return the score mod with its floating-point tensors detached and in another dtype."""
+    """Return the score mod with its floating-point tensors, of any shape, detached and in another dtype."""
     tensors = {f.name: getattr(mod, f.name) for f in fields(mod)}
     return replace(
         mod,

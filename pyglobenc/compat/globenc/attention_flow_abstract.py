@@ -17,7 +17,7 @@ class AttentionFlow(abc.ABC):
         output_hidden_states: bool = False,
         num_cpus: int = 4,
     ) -> list[np.ndarray]:
-        """Return an array for each example's matrices (L, n, n): (L, n, n), or (1, n, n) of the last layer."""
+        """Return an array for each example's matrices (L, n, n): (L, n, n), or the last layer's (1, n, n)."""
 
     def pre_process(self, att_mat: np.ndarray) -> np.ndarray:
         """Return the matrices (L, n, n) that are aggregated; a subclass may change them here."""
