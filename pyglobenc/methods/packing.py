@@ -314,7 +314,7 @@ def _positions(who: str, targets: Any, packed: Packed, layer: LayerTrace, read: 
     rows = target_positions(who, torch.as_tensor(targets, device="cpu"), len(packed.order))[packed.order]
     if bool(((rows < 0) | (rows >= lengths)).any()):
         raise ValueError(
-            f"{who}: targets must lie in [0, n), n the tokens of their sequence, the shortest "
+            f"{who}: targets must lie in [0, n) for a sequence of n tokens; the shortest has "
             f"{int(lengths.min())}"
         )
     return starts + rows

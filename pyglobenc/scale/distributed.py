@@ -278,7 +278,7 @@ class ShardedGlobEnc:
             raise ValueError(f"ShardedGlobEnc: stage must be one of {', '.join(STAGES)}, got {stage!r}")
         if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < world:
             raise ValueError(
-                f"ShardedGlobEnc: input_ids must be (1, n) with n at least {world}, the ranks, got "
+                f"ShardedGlobEnc: input_ids must be (1, n) with n at least the number of ranks {world}, got "
                 f"{tuple(input_ids.shape)}"
             )
         n, limit = input_ids.shape[1], max_tokens(self.model)

@@ -202,7 +202,7 @@ def test_wrong_input():
             "position_ids can't be honoured: packed sequences get the positions",
         ),
         (dict(output_hidden_states=True), "output_hidden_states can't be honoured"),
-        (dict(targets=[1]), "targets must lie in .0, n., n the tokens of their sequence, the shortest 1"),
+        (dict(targets=[1]), "targets must lie in .0, n. for a sequence of n tokens; the shortest has 1"),
         (dict(targets=[[0], [0], [0]]), "T positions or .B, T. with B=2"),
         (dict(stage="N_Out"), "stage must be one of"),
     ):

@@ -24,8 +24,7 @@ def attention_flow(
     Returns:
         (B, L, T, n) in the dtype of matrices, 0 at padding. L is 1 if `layers` is False.
 
-    Source:
-        Abnar and Zuidema, ACL 2020.
+    Source: Abnar and Zuidema, 2020.
     """
     batch, depth, n, _ = matrices.shape
     tops = range(1, depth + 1) if layers else [depth]

@@ -92,6 +92,8 @@ class GlobEnc:
                 a target is out of range or padding, the input is longer than the model takes, an example has
                 no real token, or the result isn't finite. The last error names the parameter that holds NaN
                 or infinity.
+
+        Source: Modarressi et al., 2022.
         """
         batch = model_inputs("GlobEnc", self.model, batch, GlobEnc.__call__)
         if stage is not None and stage not in STAGES:

@@ -33,8 +33,7 @@ def roll_out_rows(
         1 if `layers` is False. Packed sequences give scores (1, L, T, N), where each sequence's scores are
         at its own tokens, and log_scale (S, L, T).
 
-    Source:
-        Abnar and Zuidema, ACL 2020.
+    Source: Abnar and Zuidema, 2020.
     """
     count = targets.shape[1]
     r = log_scale = None

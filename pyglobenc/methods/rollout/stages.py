@@ -158,13 +158,22 @@ class StageOps:
         return out
 
     def norm_matrix(self, layer: LayerTrace, name: str) -> NormMatrix:
-        """Return the norms of stage `name` as a (B, n, n) matrix that isn't stored."""
+        """Return the norms of stage `name` as a (B, n, n) matrix that isn't stored.
+
+        Raises:
+            ValueError: the layer has no such stage.
+
+        Source: Modarressi et al., 2022, eq. 6 to 10; Kobayashi et al., 2021.
+        """
         check_stage("norm_matrix", layer, name)
         stage = STAGES[name]
         return self._matrix(layer, *self._terms(layer, stage), self.rstd(layer, stage))
 
     def attention_matrix(self, layer: LayerTrace) -> NormMatrix:
-        """Return the mean of attention over heads as a matrix: its Gram matrix is 1/H^2 everywhere."""
+        """Return the mean of attention over heads as a (B, n, n) matrix that isn't stored.
+
+        It is the norm whose Gram matrix is 1/H^2 everywhere.
+        """
         batch, heads, n, _ = layer.q.shape
         gram = torch.full((), heads**-2, dtype=self.dtype_of(layer), device=layer.q.device).expand(
             batch, n, heads, heads
@@ -178,7 +187,10 @@ class StageOps:
         return NormMatrix(PairInputs(q, k, lse, gram, cross, residual_sq, rstd, *seen), self.backend)
 
     def head_maps(self, layer: LayerTrace) -> Tensor:
-        """Return head_N, the norm of every head's weighted vector, (B, H, n, n)."""
+        """Return head_N, the norm of every head's weighted vector, (B, H, n, n), 0 in rows of padding.
+
+        Source: Kobayashi et al., 2020.
+        """
         dtype = self.dtype_of(layer)
         norms = head_norms(layer.v.detach().to(dtype), self._weight(layer), backend=self.backend).transpose(
             1, 2
@@ -207,7 +219,13 @@ class StageOps:
         return (scores if hidden is None else scores.masked_fill_(hidden, float("-inf"))).exp_()
 
     def mixing_ratio(self, layer: LayerTrace, name: str) -> Tensor:
-        """Return the mixing ratio of stage `name`, (B, n), 0 at padding."""
+        """Return the mixing ratio of stage `name`, (B, n), 0 at padding.
+
+        Raises:
+            ValueError: the layer has no such stage.
+
+        Source: Kobayashi et al., 2021, eq. 7.
+        """
         check_stage("mixing_ratio", layer, name)
         stage, dtype = STAGES[name], self.dtype_of(layer)
         gammas = self._gammas(layer, stage)
