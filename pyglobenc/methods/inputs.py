@@ -132,9 +132,9 @@ def check_batch(who: str, model: nn.Module, batch: Mapping[str, Any]) -> None:
             (B, channels, height, width).
 
     Raises:
-        TypeError, ValueError: The model is in training mode; there is no input, or its shape is wrong; an id,
-            token type or position has no embedding; the text is empty or too long; an example has no real
-            token; or a classifier would read padding.
+        TypeError, ValueError: The model is in training mode. There is no input, or its shape is wrong. An id,
+            token type or position has no embedding. The text is empty or too long. An example has no real
+            token. A classifier would read padding.
     """
     stock = stock_model(model)
     if model.training or stock.training:

@@ -1,7 +1,7 @@
 """Estimates the memory of an attribution before it runs, from the model's config and the batch's shape.
 
-The peak of the rollout family is at one of three moments: the MLP in the forward pass of the last layer, the
-norm after it, or the rollout of a layer. All that is saved for the rollout exists at each of them. The peak
+The peak of the rollout family is at one of three moments: the last layer's MLP in the forward pass, the norm
+after it, or the rollout of a layer. All that is saved for the rollout exists at each of them. The peak
 of the methods that explain a class is in the pass down. There autograd's graph of every layer and the
 relevance exist at the same time. Sizes are counted as numbers a token (d, the MLP's width, H...) times the
 tokens of the batch, B*n.

@@ -243,9 +243,9 @@ def pack(who: str, model: nn.Module, batch: Mapping[str, Any]) -> Packed:
         Packed, with inputs (1, N) on the device of the model.
 
     Raises:
-        TypeError, ValueError: The model can't keep sequences apart, or is in training mode; there is nothing
-            to pack, or padding; the inputs of a sequence differ in length; or a sequence is too long for the
-            model.
+        TypeError, ValueError: The model can't keep sequences apart, or is in training mode. There is nothing
+            to pack, or there is padding. The inputs of a sequence differ in length. A sequence is too long
+            for the model.
     """
     check_packable(who, model)
     if model.training:

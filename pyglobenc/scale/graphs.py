@@ -87,9 +87,9 @@ class Graphed:
             The method's result, without its warnings. The next call overwrites its output and diagnostics.
 
         Raises:
-            ValueError: as the method; the inputs or their shapes differ from those of the example; weights
-                were moved or replaced, or adapters merged or switched, since the graph was recorded; or the
-                scores are too large for float32, where the method itself would have used float64.
+            ValueError: as the method. The inputs or their shapes differ from those of the example. Weights
+                were moved or replaced, or adapters merged or switched, since the graph was recorded. The
+                scores are too large for float32; the method itself would have used float64 for them.
         """
         if _places(self._model) != self._places:
             raise ValueError(

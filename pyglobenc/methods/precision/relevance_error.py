@@ -124,11 +124,11 @@ def _attention_error(layer: LayerTrace, read: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sample(layer: LayerTrace) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return a sample of the queries and which tokens are real.
+    """Return a sample of the queries, and which tokens are real.
 
     Returns:
-        Rows (B, SAMPLED) spread evenly over the real tokens; a mask (B, 1, 1, n) that is True at padding, or
-        None; and 1 / the number of real tokens at each of them, (B, 1, 1, n).
+        Rows (B, SAMPLED) are spread evenly over the real tokens. The mask (B, 1, 1, n) is True at padding, or
+        it is None. The shares (B, 1, 1, n) are 1 / the number of real tokens at each of them.
     """
     x, mask = layer.x, layer.key_mask
     steps = torch.arange(SAMPLED, device=x.device)
@@ -155,6 +155,7 @@ def _after_sum(a: Tensor, b: Tensor, at_b: Tensor, read: Tensor, module: nn.Line
 
 
 def _after_norm(error: Tensor, layer: LayerTrace, norm: str, returned: Tensor) -> Tensor:
+    """Return the error of a LayerNorm's output, (B, n, d), given that of its input and what it returned."""
     scale = (
         layer.norm_weight(norm).to(error.dtype).square()
         * layer.norms[norm].rstd.to(error.dtype).square()[..., None]
@@ -297,6 +298,7 @@ class ObservedRules:
         self._row = after, moved if self._row is None else moved + self._row[1].to(moved.device)
 
     def _joined(self, parts: list[Tensor], total: Tensor) -> Tensor:
+        """Store the error of `total`, a sum of independent parts, and return it."""
         return self._keep(total, sum(self._error(part) * _size(part) for part in parts) / _size(total))
 
     def _bounded(self, squared: Tensor) -> Tensor:
@@ -304,10 +306,12 @@ class ObservedRules:
         return squared / (1 + squared * self._unit**2)
 
     def _error(self, r: Tensor) -> Tensor:
+        """Return the squared error (B, n, 1) of a tensor of relevance, or 1 if none was stored."""
         found = self._errors.get(r)
         return r.new_ones(1, 1, 1) if found is None else found
 
     def _keep(self, r: Tensor, error: Tensor) -> Tensor:
+        """Store the squared error (B, n, 1) of a tensor of relevance, and return the tensor."""
         self._last, self._errors[r] = r, error
         return r
 

@@ -73,9 +73,9 @@ class GlobEnc:
             stage: the stage whose norms are rolled out: "N", "N_Res", "N_ResLN" or "N_Enc". None means N_Enc.
                 A pre-norm model only has N and N_Res, and None means N_Res. This extends the paper.
             layers: whether to also return the rollout up to every layer.
-            maps: names of maps to return: "head_N" (B, L, H, n, n); "N", "N_Res", "N_ResLN", "N_Enc"
-                (B, L, n, n); "mix_" followed by the name of a stage (B, L, n); "rollout" (B, n, n) in
-                float64, not normalised. Rows of padding are 0.
+            maps: names of maps to return. "head_N" is (B, L, H, n, n). "N", "N_Res", "N_ResLN" and "N_Enc"
+                are (B, L, n, n). "mix_" followed by the name of a stage is (B, L, n). "rollout" is (B, n, n)
+                in float64, not normalised. Rows of padding are 0.
             reliability: "off" or "measured". With "measured" the model runs a second time, with every layer's
                 input and the outputs of its attention and MLP moved by one rounding unit. `error` tells how
                 far the scores moved. A PrecisionWarning is given if it is above 1e-2 or unknown (NaN), as
@@ -88,10 +88,10 @@ class GlobEnc:
             RolloutResult with scores (B, T, n).
 
         Raises:
-            TypeError, ValueError: An argument is unknown or can't be honoured, the stage or a map is unknown,
-                a target is out of range or padding, the input is longer than the model takes, an example has
-                no real token, or the result isn't finite. The last error names the parameter that holds NaN
-                or infinity.
+            TypeError, ValueError: An argument, the stage or a map is unknown. An argument can't be honoured.
+                A target is out of range or padding. The input is longer than the model takes, or an example
+                has no real token. The result isn't finite; this error names the parameter that holds NaN or
+                infinity.
 
         Source: Modarressi et al., 2022.
         """
