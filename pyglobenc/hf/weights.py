@@ -12,6 +12,7 @@ from pyglobenc.common.deferred import require
 
 # The relative rounding of quantised weights. Their kernels also round the inputs, to 8-bit integers.
 QUANTISED_EPS = 2.0**-7
+_FORWARD = nn.Linear.forward
 
 
 def dense_weight(module: nn.Module, inputs: int | None = None) -> Tensor:
@@ -76,6 +77,27 @@ def runs_as_torchs(module: nn.Module) -> bool:
         module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or has_global_hooks()
     )
     return type(module) in (nn.Linear, Conv1D) and is_plain(module.weight) and not changed
+
+
+def versions(module: nn.Module) -> list[tuple[Tensor, int]] | None:
+    """Return a module's own parameters, each with torch's count of the writes to it.
+
+    None if torch doesn't count them (inference tensors), or if someone changed how Linear modules compute.
+    """
+    parameters = [p for p in module._parameters.values() if p is not None]
+    patched = nn.Linear.forward is not _FORWARD or nn.functional.linear is not torch._C._nn.linear
+    # a function mode may replace any of torch's functions
+    if patched or torch._C._is_torch_function_mode_enabled() or any(p.is_inference() for p in parameters):
+        return None
+    return [(p, p._version) for p in parameters]
+
+
+def same_versions(before: list[tuple[Tensor, int]], module: nn.Module) -> bool:
+    """Return whether a module has the parameters it had before, and nothing was written to them since."""
+    now = [p for p in module._parameters.values() if p is not None]
+    return len(now) == len(before) and all(
+        p is q and p._version == version for (p, version), q in zip(before, now, strict=True)
+    )
 
 
 def has_global_hooks() -> bool:

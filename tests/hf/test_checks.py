@@ -436,6 +436,63 @@ def test_relevance_goes_through_the_modules_that_ran(name, where):
         TransformerAttribution(model)(**batch)
 
 
+def around(monkeypatch, module, before=None, after=None):
+    """Act before and after each call of a module, where no hook of the module tells."""
+    call = nn.Linear.__call__
+
+    def changed(called, *args):
+        if called is module and before:
+            before()
+        out = call(called, *args)
+        if called is module and after:
+            after(out)
+        return out
+
+    monkeypatch.setattr(nn.Linear, "__call__", changed)
+
+
+def swapped_weight(module, monkeypatch):
+    # for the time of the call, as torch.func.functional_call does
+    weight, other = module.weight, nn.Parameter(module.weight.detach() * 1.01)
+    around(
+        monkeypatch,
+        module,
+        lambda: setattr(module, "weight", other),
+        lambda out: setattr(module, "weight", weight),
+    )
+
+
+def written_weight(module, monkeypatch):
+    weight = module.weight.detach()
+    around(monkeypatch, module, lambda: weight.mul_(1.01), lambda out: weight.div_(1.01))
+
+
+def written_output(module, monkeypatch):
+    # torch doesn't count this write, nor one by another library's kernel
+    around(monkeypatch, module, after=lambda out: out.data.mul_(1.01))
+
+
+def other_product(module, monkeypatch):
+    linear = nn.functional.linear
+
+    def changed(x, weight, bias=None):
+        return linear(x, weight * 1.01 if weight is module.weight else weight, bias)
+
+    monkeypatch.setattr(nn.functional, "linear", changed)
+
+
+@pytest.mark.parametrize("change", [swapped_weight, written_weight, written_output, other_product])
+@pytest.mark.parametrize("where", ["query", "value", "intermediate", "mlp_output", "output"])
+@pytest.mark.parametrize("name", ["bert-classifier", "vit"])
+def test_relevance_goes_through_the_weights_of_the_call(name, where, change, monkeypatch):
+    model = build(name)
+    batch = random_batch(model, batch=1, n=7)
+    module = getattr(find_layers(model)[1], where)
+    change(module, monkeypatch)
+    with pytest.raises(ValueError, match=path(model, module).replace(".", r"\.")):
+        TransformerAttribution(model)(**batch)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, "autocast"])
 def test_rounding_is_not_refused(dtype):
     """Outlier features and tokens, as trained models have them, in every precision."""

@@ -13,7 +13,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from pyglobenc.common.arguments import known_arguments
 from pyglobenc.hf.registry import find_layers
 from pyglobenc.hf.trace.attention import NAME, RECORDERS, Recorder
-from pyglobenc.hf.trace.checks import attended_weight, check_layers, check_still, describe
+from pyglobenc.hf.trace.checks import (
+    LINEAR,
+    LinearCall,
+    attended_weight,
+    check_layers,
+    check_still,
+    describe,
+    linear_call,
+)
 from pyglobenc.hf.trace.layers import LayerModules, LayerTrace, NormStats, outside
 from pyglobenc.hf.trace.norms import is_stock, layer_norm_stats, norm_parts, rms_stats
 from pyglobenc.hf.trace.own_attention import own_attention_hooks
@@ -41,11 +49,12 @@ class Trace:
 
     def clear(self) -> None:
         """Forget the last forward pass."""
-        directions = Directions()
-        self._layers = [LayerTrace(layer, directions=directions) for layer in self.modules]
+        self.directions = Directions()
+        self._layers = [LayerTrace(layer, directions=self.directions) for layer in self.modules]
         self._running: int | None = None  # index of the layer whose block was called last
         self._blocks: Counter[nn.Module] = Counter()  # number of calls of each block in this pass
         self._io: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+        self._calls: dict[nn.Module, LinearCall | None] = {}  # of Linear modules
         self._checked = False
 
     def start_layer(self, block: nn.Module) -> LayerTrace:
@@ -76,6 +85,11 @@ class Trace:
         if ("intermediate", module) not in self._order and ("mlp_output", module) not in self._order:
             pieces.clear()
         pieces.append((given, returned))
+
+    def keep_call(self, module: nn.Module, given: Tensor, returned: Tensor) -> None:
+        """Keep a record of a Linear module's call, (B, n, features) each; of a second call None."""
+        again = module in self._calls
+        self._calls[module] = None if again else linear_call(module, given, returned, self.directions)
 
     @property
     def io(self) -> dict[nn.Module, tuple[Tensor, Tensor]]:
@@ -113,7 +127,7 @@ class Trace:
                 "transformers' attention interface"
             )
         if not self._checked:
-            check_layers(self.called, self._layers, self.io)
+            check_layers(self.called, self._layers, self.io, self._calls)
             self._checked = True
         return self._layers
 
@@ -221,8 +235,14 @@ def _hooks(
         layer.keep("output given", args[0], length=True)
 
     def keep_io(module: nn.Module, args: tuple, output: Tensor) -> None:
-        trace.keep_io(module, args[0].to(output.device), output)
+        given = args[0].to(output.device)
+        trace.keep_io(module, given, output)
+        if module in plain:
+            trace.keep_call(module, given, output)
 
+    linear, extra = {getattr(layer, part) for layer in found for part in LINEAR}, list(extra)
+    # before any hook of these is registered
+    plain = {module for module in extra if module in linear and runs_as_torchs(module)}
     yield called.register_forward_pre_hook(in_this_thread(lambda module, args: trace.clear()))
     for module in {layer.block for layer in found}:
         yield module.register_forward_pre_hook(in_this_thread(keep_input), with_kwargs=True)

@@ -31,14 +31,15 @@ wait for the device.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pyglobenc.common.deferred import require
 from pyglobenc.hf.trace.layers import LayerModules, LayerTrace
-from pyglobenc.hf.trace.projections import Projection, wide
-from pyglobenc.hf.weights import dense_bias, dense_weight, parameter, rounding_of
+from pyglobenc.hf.trace.projections import Directions, Projection, project, wide
+from pyglobenc.hf.weights import dense_bias, dense_weight, parameter, rounding_of, same_versions, versions
 
 InputsOutputs = Mapping[nn.Module, tuple[Tensor, Tensor]]
 Comparison = tuple[Tensor, Tensor, Callable[[nn.Module, LayerTrace], str]]
@@ -87,7 +88,53 @@ def describe(called: nn.Module, module: nn.Module) -> str:
     return f"{path} ({type(module).__name__})" if path else type(module).__name__
 
 
-def check_layers(called: nn.Module, layers: Sequence[LayerTrace], io: InputsOutputs) -> None:
+class LinearCall(NamedTuple):
+    """One call of a Linear module that ran torch's own forward pass."""
+
+    given: Tensor  # (B, n), the input along u
+    returned: Tensor  # (B, n), the output along u
+    parameters: list[tuple[Tensor, int]]  # as `versions` returned them
+
+
+def linear_call(
+    module: nn.Module, given: Tensor, returned: Tensor, directions: Directions
+) -> LinearCall | None:
+    """Return a record of a module's call, or None if torch can't tell later whether the weights changed.
+
+    Args:
+        module: a module for which `runs_as_torchs` holds.
+        given: its input (B, n, inputs).
+        returned: its output (B, n, outputs).
+        directions: those of the layers.
+    """
+    parameters = versions(module)
+    if parameters is None:
+        return None
+    return LinearCall(project(given, directions).product, project(returned, directions).product, parameters)
+
+
+class _Once:
+    """Projects each tensor once, with the lengths of its tokens, however many comparisons read it."""
+
+    def __init__(self, directions: Directions):
+        self._directions = directions
+        self._kept: dict[int, tuple[Tensor, Projection]] = {}
+
+    def __call__(self, t: Tensor) -> Projection:
+        """Return the projection of t, (B, n, d), or (B, H, n, dh) by head."""
+        if id(t) not in self._kept:
+            tokens = t if t.dim() == 3 else t.transpose(1, 2).flatten(2)
+            # The tensor is kept too: another one may get its id once it is gone.
+            self._kept[id(t)] = t, project(tokens, self._directions, length=True)
+        return self._kept[id(t)][1]
+
+
+def check_layers(
+    called: nn.Module,
+    layers: Sequence[LayerTrace],
+    io: InputsOutputs,
+    calls: Mapping[nn.Module, LinearCall | None],
+) -> None:
     """Check that every layer of a forward pass computed what the attribution decomposes.
 
     Args:
@@ -95,15 +142,19 @@ def check_layers(called: nn.Module, layers: Sequence[LayerTrace], io: InputsOutp
         layers: the captured layers, first to last.
         io: input and output of further modules, each (B, n, features). If every Linear module of the layers
             is among them, each one is checked separately.
+        calls: the calls of those Linear modules that ran torch's own forward pass once. Their product with
+            the weights isn't computed again. Instead the weights, the input and the output must still be
+            those of the call.
 
     Raises:
         ValueError: a layer computed something else; the error names the module.
     """
     _check_calls(called, layers)
     with torch.no_grad():
-        compared = list(_comparisons(called, layers))
+        once = _Once(layers[0].directions)
+        compared = list(_comparisons(called, layers, once))
         if all(getattr(layer.modules, part) in io for layer in layers for part in LINEAR):
-            compared += _module_comparisons(layers, io)
+            compared += _module_comparisons(layers, io, calls, once)
         holds = torch.stack(
             [~(difference.abs() > allowed) for difference, allowed, _ in compared]
         )  # (C, L, B, n)
@@ -145,7 +196,7 @@ def _check_calls(called: nn.Module, layers: Sequence[LayerTrace]) -> None:
                 )
 
 
-def _comparisons(called: nn.Module, layers: Sequence[LayerTrace]) -> Iterator[Comparison]:
+def _comparisons(called: nn.Module, layers: Sequence[LayerTrace], once: _Once) -> Iterator[Comparison]:
     """Yield differences and the rounding that each may have, (L, B, n) each, with the text of its error."""
     home, d, post = layers[0].x.device, layers[0].x.shape[2], not layers[0].modules.pre_norm
 
@@ -162,7 +213,7 @@ def _comparisons(called: nn.Module, layers: Sequence[LayerTrace]) -> Iterator[Co
         return (mean.square() + rstd.pow(-2)).sqrt() * d**0.5
 
     x, after = (
-        [layer.project(layer.x, length=True) for layer in layers],
+        [once(layer.x) for layer in layers],
         "attention_norm" if post else "output_norm",
     )
     eps = _eps(layers, x)
@@ -174,7 +225,7 @@ def _comparisons(called: nn.Module, layers: Sequence[LayerTrace]) -> Iterator[Co
         # about s rounding units.
         allowed = allowed * (1 + stack([layer.lse.abs().amax(1).nan_to_num(posinf=0.0) for layer in layers]))
     yield products(after) - inputs - attended, allowed, _not_the_sum
-    differences, sizes_given = zip(*map(_given_difference, layers), strict=True)
+    differences, sizes_given = zip(*(_given_difference(layer, once) for layer in layers), strict=True)
     yield stack(differences), eps * stack(sizes_given), _not_the_sum
     if not post:
         return
@@ -200,9 +251,11 @@ def _comparisons(called: nn.Module, layers: Sequence[LayerTrace]) -> Iterator[Co
             )
 
 
-def _module_comparisons(layers: Sequence[LayerTrace], io: InputsOutputs) -> Iterator[Comparison]:
+def _module_comparisons(
+    layers: Sequence[LayerTrace], io: InputsOutputs, calls: Mapping[nn.Module, LinearCall], once: _Once
+) -> Iterator[Comparison]:
     """Yield the comparisons of each Linear module's output and input, as `_comparisons` does."""
-    home, eps = layers[0].x.device, _eps(layers, [layer.project(layer.x) for layer in layers])
+    home, eps = layers[0].x.device, _eps(layers, [once(layer.x) for layer in layers])
 
     def compare(text: str, part: str, pairs: Iterator[tuple[Tensor, Tensor]]) -> Comparison:
         differences, sizes = zip(*pairs, strict=True)
@@ -210,32 +263,40 @@ def _module_comparisons(layers: Sequence[LayerTrace], io: InputsOutputs) -> Iter
         return differences, eps * sizes, lambda called, layer: _not_the_module(called, layer, part, text)
 
     for part in LINEAR:
-        yield compare("return W x + b", part, (_linear_difference(layer, part, io) for layer in layers))
+        yield compare(
+            "return W x + b", part, (_linear_difference(layer, part, io, calls, once) for layer in layers)
+        )
         if part != "mlp_output":
             yield compare(
                 "receive the output of the module before it",
                 part,
-                (_input_difference(layer, part, io) for layer in layers),
+                (_input_difference(layer, part, io, once) for layer in layers),
             )
         if part in ("query", "key", "value"):
             yield compare(
                 "pass its output to the attention function",
                 part,
-                (_head_difference(layer, part, io) for layer in layers),
+                (_head_difference(layer, part, io, once) for layer in layers),
             )
     if layers[0].modules.pre_norm:
-        yield compare("pass its output to its layer", "mlp_output", _output_differences(layers, io))
+        yield compare("pass its output to its layer", "mlp_output", _output_differences(layers, io, once))
 
 
-def _distance(one: Tensor, other: Tensor, layer: LayerTrace) -> tuple[Tensor, Tensor]:
+def _distance(one: Projection, other: Projection) -> tuple[Tensor, Tensor]:
     """Return the difference of two tensors (B, n, d) along u, and the length of the first, (B, n) each."""
-    one, other = layer.project(one, length=True), layer.project(other)
     return one.product - other.product.to(one.product.device), one.length
 
 
-def _linear_difference(layer: LayerTrace, part: str, io: InputsOutputs) -> tuple[Tensor, Tensor]:
+def _linear_difference(
+    layer: LayerTrace, part: str, io: InputsOutputs, calls: Mapping[nn.Module, LinearCall], once: _Once
+) -> tuple[Tensor, Tensor]:
     module = getattr(layer.modules, part)
-    x, out = wide(io[module][0]), layer.project(io[module][1], length=True)
+    out, call = once(io[module][1]), calls.get(module)
+    if call is not None and same_versions(call.parameters, module):
+        given = once(io[module][0])
+        changed = (given.product - call.given).abs() + (out.product - call.returned).abs()
+        return changed, given.length + out.length
+    x = wide(io[module][0])
     weight = dense_weight(module, x.shape[2]).to(x.dtype)
     u = layer.directions.of(weight)
     w, bias = (weight @ u).to(x.device), dense_bias(module, x.shape[2])
@@ -245,35 +306,33 @@ def _linear_difference(layer: LayerTrace, part: str, io: InputsOutputs) -> tuple
     return out.product - expected.to(out.product.device), out.length + size.to(out.length.device)
 
 
-def _input_difference(layer: LayerTrace, part: str, io: InputsOutputs) -> tuple[Tensor, Tensor]:
+def _input_difference(layer: LayerTrace, part: str, io: InputsOutputs, once: _Once) -> tuple[Tensor, Tensor]:
     """Return the difference between a Linear module's input and the output of the module before it."""
-    m, given = layer.modules, io[getattr(layer.modules, part)][0]
+    m, given = layer.modules, once(io[getattr(layer.modules, part)][0])
     if part == "output":
-        return _distance(given, layer.o.transpose(1, 2).flatten(2), layer)
+        return _distance(given, once(layer.o))
     if m.pre_norm:
         norm = "output_norm" if part == "intermediate" else "attention_norm"
         z = layer.x if part != "intermediate" else layer.x + io[m.output][1].to(layer.x.device)
-        given = layer.project(given, length=True)
         expected, size = _layer_norm(layer, norm, layer.project(z, weight=layer.norm_weight(norm)).product)
         return given.product.to(expected.device) - expected, given.length.to(size.device) + size
     if part != "intermediate":
-        return _distance(given, layer.x, layer)
-    given = layer.project(given, length=True)
-    return given.product - layer.projections["attention_norm returned"].product.to(
-        given.product.device
-    ), given.length
+        return _distance(given, once(layer.x))
+    return _distance(given, layer.projections["attention_norm returned"])
 
 
-def _head_difference(layer: LayerTrace, part: str, io: InputsOutputs) -> tuple[Tensor, Tensor]:
+def _head_difference(layer: LayerTrace, part: str, io: InputsOutputs, once: _Once) -> tuple[Tensor, Tensor]:
     heads = {"query": layer.q, "key": layer.k, "value": layer.v}[part]
-    return _distance(heads.transpose(1, 2).flatten(2), io[getattr(layer.modules, part)][1], layer)
+    return _distance(once(heads), once(io[getattr(layer.modules, part)][1]))
 
 
-def _output_differences(layers: Sequence[LayerTrace], io: InputsOutputs) -> Iterator[tuple[Tensor, Tensor]]:
+def _output_differences(
+    layers: Sequence[LayerTrace], io: InputsOutputs, once: _Once
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield each pre-norm layer's output minus the residual sum and the MLP's output, along u."""
-    above = [*(layer.project(layer.x, length=True) for layer in layers[1:]), layers[-1].projections["block"]]
+    above = [*(once(layer.x) for layer in layers[1:]), layers[-1].projections["block"]]
     for layer, x in zip(layers, above, strict=True):
-        z, mlp = layer.projections["output_norm"], layer.project(io[layer.modules.mlp_output][1])
+        z, mlp = layer.projections["output_norm"], once(io[layer.modules.mlp_output][1])
         expected = z.product + mlp.product.to(z.product.device)
         yield x.product - expected.to(x.product.device), x.length + z.length.to(x.length.device)
 
@@ -350,7 +409,7 @@ def _applied(called: nn.Module, layer: LayerTrace) -> Tensor:
     return out if bias is None else out + (bias.to(o.dtype) @ u).to(o.device)
 
 
-def _given_difference(layer: LayerTrace) -> tuple[Tensor, Tensor]:
+def _given_difference(layer: LayerTrace, once: _Once) -> tuple[Tensor, Tensor]:
     """Return the difference between W_O's input and the attention output along u, and the input's length.
 
     Both are zeros, (B, n), where `_applied` computed the product: it reads the attention output itself.
@@ -359,9 +418,7 @@ def _given_difference(layer: LayerTrace) -> tuple[Tensor, Tensor]:
     if given is None:
         zeros = torch.zeros_like(layer.o[:, 0, :, 0], dtype=torch.float32)
         return zeros, zeros
-    return given.product - layer.project(layer.o.transpose(1, 2).flatten(2)).product.to(
-        given.product.device
-    ), given.length
+    return _distance(given, once(layer.o))
 
 
 def _norm_difference(layer: LayerTrace, part: str) -> tuple[Tensor, Tensor]:
