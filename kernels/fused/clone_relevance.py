@@ -42,7 +42,7 @@ def _clone_relevance_kernel(
 
 
 def why_not(parts: Sequence[Tensor], x: Tensor) -> list[str]:
-    """Return why the kernel can't run on these arguments; empty if it can."""
+    """Return why these arguments of `pyglobenc.ops.clone_relevance` can't run here; empty if they can."""
     reasons = float32_reasons(x=x, **{f"parts[{index}]": part for index, part in enumerate(parts)})
     if len(parts) > MAX_PARTS:
         reasons.append(f"takes up to {MAX_PARTS} parts, got {len(parts)}")

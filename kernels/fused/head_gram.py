@@ -125,7 +125,7 @@ def width_reasons(v: Tensor) -> list[str]:
 def why_not(
     v: Tensor, kernel: Tensor, x: Tensor | None = None, cross_kernel: Tensor | None = None
 ) -> list[str]:
-    """Return why the kernel can't run on these arguments; empty if it can."""
+    """Return why these arguments of `pyglobenc.ops.head_gram` can't run here; empty if they can."""
     return float32_reasons({"v": v, "x": x}, kernel=kernel, cross_kernel=cross_kernel) + width_reasons(v)
 
 

@@ -40,7 +40,7 @@ def _head_norms_kernel(
 
 
 def why_not(v: Tensor, weight: Tensor) -> list[str]:
-    """Return why the kernel can't run on these arguments; empty if it can."""
+    """Return why these arguments of `pyglobenc.ops.head_norms` can't run here; empty if they can."""
     return float32_reasons(v=v, weight=weight) + width_reasons(v)
 
 

@@ -116,7 +116,7 @@ def why_not(
     output: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> list[str]:
-    """Return why the kernel can't run on these arguments; empty if it can."""
+    """Return why these arguments of `pyglobenc.ops.linear_relevance` can't run here; empty if they can."""
     # The weights may have any floating-point dtype.
     weights = dict(x=x, weight=weight, abs_weight=abs_weight, bias=bias)
     return float32_reasons(r=r, x=x, output=output) or device_reasons(weights)

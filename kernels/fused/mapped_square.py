@@ -66,7 +66,7 @@ def launch(width: int) -> dict[str, int]:
 
 
 def why_not(x: Tensor, gammas: Sequence[Tensor]) -> list[str]:
-    """Return why the kernel can't run on these arguments; empty if it can."""
+    """Return why these arguments of `pyglobenc.ops.mapped_square` can't run here; empty if they can."""
     return float32_reasons({"x": x}, **{f"gammas[{index}]": gamma for index, gamma in enumerate(gammas)})
 
 

@@ -92,7 +92,7 @@ def _pair_norms_kernel(
 
 
 def why_not(inputs: PairInputs, rows: Tensor | None) -> list[str]:
-    """Return why the kernel can't run on these arguments; empty if it can."""
+    """Return why these arguments of `pyglobenc.ops.pair_norms` can't run here; empty if they can."""
     return pair_reasons(inputs, rows=rows)
 
 

@@ -74,7 +74,8 @@ def run(inputs: RelevanceInputs, rows: Tensor | None) -> Tensor:
     if out.numel() == 0:
         return out
     tiles = launch(head_dim)
-    del tiles["BLOCK_D"]  # this kernel has no product over keys
+    # This kernel has no product over keys.
+    del tiles["BLOCK_D"]
     given, steps = zip(*(by_head(t, q) for t in (q, inputs.k, inputs.v, inputs.s, grad_o)), strict=True)
     row_blocks, key_blocks = -(-m // tiles["BLOCK_I"]), -(-n // tiles["BLOCK_J"])
     with on(q.device):

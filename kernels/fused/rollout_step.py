@@ -43,7 +43,7 @@ def _sequences(CU_SEQLENS, sequences, j, j_ok, n, STEPS: tl.constexpr):
     if STEPS:
         low = tl.zeros_like(j)
         high = low + sequences
-        # Unrolled, since with a real loop the kernel takes 255 registers instead of 162 and spills.
+        # The loop is unrolled. Otherwise the kernel takes 255 registers instead of 162, and spills.
         for _ in tl.static_range(STEPS):
             middle = (low + high) // 2
             after = tl.load(CU_SEQLENS + middle, mask=j_ok, other=0) > j
@@ -196,7 +196,7 @@ def _finish_kernel(
 
 
 def why_not(inputs: PairInputs, r: Tensor, log_scale: Tensor) -> list[str]:
-    """Return why the kernel can't run on these arguments; empty if it can."""
+    """Return why these arguments of `pyglobenc.ops.rollout_step` can't run here; empty if they can."""
     return pair_reasons(inputs, r=r, log_scale=log_scale)
 
 

@@ -50,10 +50,10 @@ def reasons(op: str, backend: str, args: tuple) -> list[str]:
 
 
 def pick(op: str, backend: str, available: tuple[str, ...], args: tuple) -> Callable:
-    """Return the function of the backend asked for, or with "auto" of the first one in `available` that can
-    run.
+    """Return the function with which a backend runs the op on these arguments.
 
-    "auto" tries the fastest backend first where the device has been measured
+    It is that of the backend asked for. With "auto" it is that of the first backend in `available` that can
+    run. "auto" tries the fastest backend first where the device has been measured
     (`pyglobenc.backends.measurements`).
 
     Raises:
@@ -75,7 +75,13 @@ def pick(op: str, backend: str, available: tuple[str, ...], args: tuple) -> Call
 
 
 def run(op: str, backend: str, available: tuple[str, ...], *args: Any) -> Any:
-    """Run an op on the backend that `pick` finds for its arguments."""
+    """Run an op on the backend that `pick` finds for its arguments, and return its result.
+
+    The arguments are those of the op, in the order in which its backends take them.
+
+    Raises:
+        ValueError: no backend can run. The message gives the reasons.
+    """
     return pick(op, backend, available, args)(*args)
 
 

@@ -14,23 +14,23 @@ from pyglobenc.backends.shared.score_mods import ScoreMod
 
 Own = TypeVar("Own", bound="Inputs")
 
-# Reasons that every compiled backend gives: only the reference has these two.
+# Reasons that every compiled backend gives, because only the reference computes these two cases.
 NO_SCORE_MOD = "has no kernel for scores with a bias or a soft cap"
 NO_LRP = "has no kernel for the LRP baseline's rule of an additive mask"
 
-# Python type of a field -> type in a torch.library schema
+# The type in a torch.library schema for each Python type of a field.
 SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", bool: "bool"}
 
 
 class Inputs:
     """Base class of `PairInputs` and `RelevanceInputs`; the first field is q."""
 
-    # For each tensor with one value per token: which axis runs over the tokens.
+    # The axis of the tokens, for each tensor that has one.
     AXES: ClassVar[dict[str, int]]
 
     @property
     def device(self) -> torch.device:
-        """The device of q."""
+        """Return the device of q."""
         return self.q.device
 
     def tensors(self) -> dict[str, Tensor]:
@@ -100,7 +100,8 @@ class PairInputs(Inputs):
             1.
         key_mask: (B, n) bool, True for real tokens; rows and columns of the others are 0. None: all real.
         scaling: factor of q . k.
-        window: keys that query i sees, i - left to i + right; -1 is unlimited; causal is (-1, 0).
+        window: (left, right): query i sees the keys i - left to i + right. -1 is unlimited, and (-1, 0) is
+            causal.
         cu_seqlens: (S + 1,) int32 on the CPU, for S sequences packed into one. Sequence s is tokens
             cu_seqlens[s] to cu_seqlens[s + 1]; B is 1 and key_mask is None. None: the sequences are not
             packed.
@@ -130,16 +131,16 @@ class RelevanceInputs(Inputs):
     Attributes:
         q, k, v: (B, H, n, dh), float32 or float64.
         lse: log-sum-exp of each query's scaled scores, natural logarithm, (B, H, n), the dtype of q.
-        grad_o: gradient of the explained logit with respect to the attention output, (B, H, n, dh); None: the
-            gradient is left out.
+        grad_o: gradient of the explained logit with respect to the attention output, (B, H, n, dh). If it is
+            None, the maps are not multiplied by a gradient.
         s: relevance of the attention output over safe(that output), (B, H, n, dh).
         key_mask: (B, n) bool, True for real tokens; None: all.
         scaling: factor of q . k.
-        window: keys that query i sees, i - left to i + right; -1 is unlimited; causal is (-1, 0).
-        additive_mask: the scores went through BERT's sum with a mask, which is a node of the add rule.
+        window: (left, right), as in `PairInputs`.
+        additive_mask: the model adds a mask to the scores, as BERT does. The add rule applies to that sum.
         normalize: divide each row of I + A by its sum in a rollout step.
-        stabilizer: 0 for the published guard of the division by q . k; e > 0 divides by q . k + e * sign(q .
-            k) instead.
+        stabilizer: 0 for the published guard of the division by t = q . k. With e > 0 the divisor is
+            t + e * sign(t).
         rescale: apply the factor c of the additive mask. False is the LRP baseline's rule; only the reference
             computes it.
         cu_seqlens: as in `PairInputs`.

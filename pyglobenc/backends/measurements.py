@@ -1,5 +1,4 @@
-"""The table of measurements that backend="auto" goes by: for each device and op, the backends from fastest to
-slowest.
+"""The table of measurements that backend="auto" uses: for each device and op, the backends by speed.
 
 `pyglobenc bench --save` writes a JSON file, {device: {op: [backends]}}, to the path in PYGLOBENC_TABLE, or to
 the user's cache folder. Where that file has no entry, the measurements that come with the package count, and
@@ -57,7 +56,7 @@ def preferred(op: str, available: tuple[str, ...], kind: str) -> tuple[str, ...]
     measured = table.get(device_name(kind), {}).get(op, []) if table else []
     first = [name for name in measured if name in available]
     rest = [name for name in available if name not in first]
-    # For CPU tensors the CPU kernels come first, so that no other backend is asked in vain.
+    # For CPU tensors the CPU kernels come first, because the GPU backends would refuse them.
     return (*first, *(sorted(rest, key=lambda name: name != "cpu") if kind == "cpu" else rest))
 
 

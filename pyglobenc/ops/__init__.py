@@ -15,7 +15,7 @@ from pyglobenc.ops.relevance_maps import relevance_maps
 from pyglobenc.ops.relevance_rollout_step import relevance_rollout_step
 from pyglobenc.ops.rollout_step import rollout_step
 
-# Another name of the op.
+# The op is also known under this name.
 token_norms = pair_norms
 
 __all__ = [

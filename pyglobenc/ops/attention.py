@@ -21,8 +21,8 @@ from pyglobenc.ops._checks import (
 
 aten = torch.ops.aten
 
-# With a local window, this many queries share one call and one mask: the width of the window, within these
-# limits.
+# With a local window, a block of queries shares one call and one mask. Its size is the width of the window,
+# within these limits.
 BAND = (64, 512)
 
 
@@ -168,7 +168,7 @@ def gpu_call(
     m, width, keys = q.shape[2], q.shape[3], k.shape[2]
     short = -width % (16 // q.element_size())
     if short:
-        # Zeros add nothing to a score.
+        # Padding with zeros does not change a score.
         o, lse = gpu_call(*(F.pad(t, (0, short)) for t in (q, k, v)), bias, causal, scaling)
         return o[..., :width], lse
     if bias is None and _takes_flash(q):
@@ -209,7 +209,8 @@ def _sees_nothing(key_mask: Tensor, window: tuple[int, int]) -> Tensor | None:
     n = key_mask.shape[1]
     if left < 0 and right < 0:
         return None
-    before = F.pad(key_mask.long().cumsum(1), (1, 0))  # real keys before position j, (B, n + 1)
+    # The number of real keys before each position.
+    before = F.pad(key_mask.long().cumsum(1), (1, 0))  # (B, n + 1)
     i = torch.arange(n, device=key_mask.device)
     stop = torch.full_like(i, n) if right < 0 else (i + right + 1).clamp(max=n)
     start = torch.zeros_like(i) if left < 0 else (i - left).clamp(min=0)

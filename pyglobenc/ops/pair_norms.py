@@ -27,8 +27,9 @@ def pair_norms(
     score_mod: ScoreMod | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Compute the norms of one stage's decomposed vectors, from quadratic forms in the attention
-    probabilities.
+    """Compute the norms of a stage's decomposed vectors for all (query, key) pairs, or for chosen queries.
+
+    They are quadratic forms in the attention probabilities:
 
         norm[i, j]^2 = rstd[i]^2 * (a^T G[j] a + (i == j) (2 a . c[i] + residual_sq[i]))
         a[h] = alpha[h, i, j]

@@ -15,7 +15,7 @@ def why_not(
     rescale: bool = True,
     cu_seqlens: Tensor | None = None,
 ) -> list[str]:
-    """Return why these arguments of `pyglobenc.ops.add_relevance` can't run here."""
+    """Return why these arguments of `pyglobenc.ops.add_relevance` can't run here; empty if they can."""
     return single(r, a, b)
 
 

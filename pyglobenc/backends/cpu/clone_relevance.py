@@ -9,7 +9,7 @@ from pyglobenc.backends.cpu._extension import kernels, single
 
 
 def why_not(parts: Sequence[Tensor], x: Tensor) -> list[str]:
-    """Return why these arguments of `pyglobenc.ops.clone_relevance` can't run here."""
+    """Return why these arguments of `pyglobenc.ops.clone_relevance` can't run here; empty if they can."""
     return single(x, *parts)
 
 

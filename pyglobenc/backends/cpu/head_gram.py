@@ -11,7 +11,7 @@ from pyglobenc.backends.cpu._extension import kernels, limits
 
 
 def why_not(v, kernel, x=None, cross_kernel=None) -> list[str]:
-    """Return why these arguments of `pyglobenc.ops.head_gram` can't run here."""
+    """Return why these arguments of `pyglobenc.ops.head_gram` can't run here; empty if they can."""
     return limits(kernel, v)
 
 

@@ -22,7 +22,7 @@ TINY, HUGE = 2.0**-100, 2.0**100
 
 
 def why_not(v, weight) -> list[str]:
-    """Return why these arguments of `pyglobenc.ops.head_norms` can't run here."""
+    """Return why these arguments of `pyglobenc.ops.head_norms` can't run here; empty if they can."""
     return limits(v, weight)
 
 

@@ -1,7 +1,7 @@
-"""Relevance through a Linear layer: torch's GEMMs, and csrc/cpu/linear_relevance.cpp for the passes around
-them.
+"""Relevance through a Linear layer: torch's GEMMs, and C++ passes around them.
 
-Nearly dead outputs are left out of the GEMMs and computed as in the reference.
+The passes are in csrc/cpu/linear_relevance.cpp. Nearly dead outputs are left out of the GEMMs and computed as
+in the reference.
 """
 
 import torch
@@ -13,7 +13,7 @@ from pyglobenc.common.deferred import may_look
 
 
 def why_not(r, x, weight, abs_weight=None, output=None, bias=None) -> list[str]:
-    """Return why these arguments of `pyglobenc.ops.linear_relevance` can't run here."""
+    """Return why these arguments of `pyglobenc.ops.linear_relevance` can't run here; empty if they can."""
     return single(*(t for t in (r, x, output) if t is not None))
 
 

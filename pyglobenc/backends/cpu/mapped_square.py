@@ -11,13 +11,13 @@ from torch import Tensor
 
 from pyglobenc.backends.reference.mapped_square import result_dtype
 
-# Small beside any variance. It keeps the scale of a constant row finite; such a row is all zeros after
-# centering.
+# EPS is small compared with any variance. It keeps the scale of a constant row finite. Such a row is all
+# zeros after centering.
 EPS = 1e-12
 
 
 def why_not(x: Tensor, gammas: Sequence[Tensor]) -> list[str]:
-    """Return why these arguments of `pyglobenc.ops.mapped_square` can't run here."""
+    """Return why these arguments of `pyglobenc.ops.mapped_square` can't run here; empty if they can."""
     reasons = [] if x.device.type == "cpu" else [f"tensors must be on the CPU, got {x.device.type}"]
     dtype = result_dtype(x, gammas)
     return reasons if dtype == torch.float32 else [*reasons, f"computes in float32, got {dtype}"]

@@ -13,7 +13,7 @@ from pyglobenc.backends.cpu._extension import kernels, limits
 
 
 def why_not(v: Tensor, weight: Tensor, x: Tensor | None = None, gammas: Sequence[Tensor] = ()) -> list[str]:
-    """Return why these arguments of `pyglobenc.ops.norm_terms` can't run here."""
+    """Return why these arguments of `pyglobenc.ops.norm_terms` can't run here; empty if they can."""
     return limits(weight, v)
 
 

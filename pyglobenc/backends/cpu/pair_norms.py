@@ -9,7 +9,7 @@ from pyglobenc.backends.inputs import PairInputs
 
 
 def why_not(inputs: PairInputs, rows: Tensor | None) -> list[str]:
-    """Return why these arguments of `pyglobenc.ops.pair_norms` can't run here."""
+    """Return why these arguments of `pyglobenc.ops.pair_norms` can't run here; empty if they can."""
     return pair_limits(inputs)
 
 

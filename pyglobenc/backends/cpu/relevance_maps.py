@@ -8,7 +8,7 @@ from pyglobenc.backends.inputs import RelevanceInputs
 
 
 def why_not(inputs: RelevanceInputs, rows: Tensor | None) -> list[str]:
-    """Return why these arguments of `pyglobenc.ops.relevance_maps` can't run here."""
+    """Return why these arguments of `pyglobenc.ops.relevance_maps` can't run here; empty if they can."""
     return relevance_limits(inputs)
 
 

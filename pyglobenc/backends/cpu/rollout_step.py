@@ -9,7 +9,7 @@ from pyglobenc.backends.shared.rows import rescale_rows
 
 
 def why_not(inputs: PairInputs, r: Tensor, log_scale: Tensor) -> list[str]:
-    """Return why these arguments of `pyglobenc.ops.rollout_step` can't run here."""
+    """Return why these arguments of `pyglobenc.ops.rollout_step` can't run here; empty if they can."""
     return pair_limits(inputs)
 
 

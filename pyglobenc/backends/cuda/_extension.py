@@ -11,7 +11,7 @@ from pyglobenc.backends.shared.launch import capability, is_current
 try:
     from pyglobenc import _cuda as kernels
 except ImportError as error:
-    # Not an error here, since the tests replace the module by an emulated one.
+    # A missing module is no error here, because the tests replace it by an emulated one.
     kernels, missing = (
         None,
         f"the compiled module pyglobenc._cuda doesn't load ({error}); reinstall with nvcc on PATH",

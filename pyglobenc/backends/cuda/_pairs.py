@@ -17,8 +17,10 @@ from pyglobenc.backends.shared.masks import sides
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
-PIECE, STEP = 16, 64  # bytes that one lane, and four lanes together, load at once
-START = 2  # cost of loading a block's keys and Gram matrices, in tiles; an estimate
+# The bytes that one lane loads at once, and those that four lanes load together.
+PIECE, STEP = 16, 64
+# The cost of loading a block's keys and Gram matrices, in tiles. This is an estimate.
+START = 2
 
 
 def pair_reasons(inputs: PairInputs, **others: Tensor | None) -> list[str]:

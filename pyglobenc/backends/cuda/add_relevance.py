@@ -16,7 +16,7 @@ def why_not(
     rescale: bool = True,
     cu_seqlens: Tensor | None = None,
 ) -> list[str]:
-    """Return why the kernel can't run on these arguments; empty if it can."""
+    """Return why these arguments of `pyglobenc.ops.add_relevance` can't run here; empty if they can."""
     return float32_reasons(r=r, a=a, b=b)
 
 

@@ -9,7 +9,7 @@ from pyglobenc.backends.cuda._relevance import float32_reasons
 
 
 def why_not(v: Tensor, weight: Tensor) -> list[str]:
-    """Return why the kernel can't run on these arguments; empty if it can."""
+    """Return why these arguments of `pyglobenc.ops.head_norms` can't run here; empty if they can."""
     return float32_reasons(v=v, weight=weight)
 
 

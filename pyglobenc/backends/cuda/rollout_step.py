@@ -9,7 +9,7 @@ from pyglobenc.backends.shared.packing import on_device
 
 
 def why_not(inputs: PairInputs, r: Tensor, log_scale: Tensor) -> list[str]:
-    """Return why the kernel can't run on these arguments; empty if it can."""
+    """Return why these arguments of `pyglobenc.ops.rollout_step` can't run here; empty if they can."""
     return pair_reasons(inputs, r=r, log_scale=log_scale)
 
 

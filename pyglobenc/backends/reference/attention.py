@@ -31,7 +31,7 @@ def attention(
             scores = modify(scores, rows, torch.arange(n, device=q.device)[None, rows], cols)
         hidden = hidden_keys(rows, cols, window, key_mask, q.device)
         if hidden is not None:
-            # Finite, so that a query that sees no key does not divide by zero.
+            # The value is finite, so that a query that sees no key does not divide by zero.
             scores = scores.masked_fill_(hidden, torch.finfo(scores.dtype).min / 2)
         # Both results share one pass of exponentials.
         top = scores.detach().amax(-1, keepdim=True)

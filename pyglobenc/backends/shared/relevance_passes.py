@@ -23,7 +23,7 @@ class Passes:
 
     inputs: RelevanceInputs
 
-    # Number of rows of the rollout that one pass over columns handles.
+    # The number of rows of the rollout that one pass over columns handles.
     most_rows: ClassVar[int]
 
     @cached_property
@@ -84,7 +84,7 @@ class Passes:
         # Each token stands for an example, with the sums of its sequence.
         sums = torch.stack([sequence_sums(t.sum(1), self.inputs.cu_seqlens) for t in totals])
         lengths = self.inputs.cu_seqlens.diff().to(sums.device, non_blocking=True)
-        # Given the size, torch does not wait for the device.
+        # With output_size, torch does not wait for the device.
         sums = sums.repeat_interleave(lengths, 1, output_size=totals.shape[3])
         rescale_scores(r_q.movedim(2, 0), r_k.movedim(2, 0), *sums)
 
@@ -121,6 +121,6 @@ class Passes:
             step = part.new_empty(*self.inputs.q.shape[:2], part.shape[1], self.inputs.q.shape[2])
             self.launch_columns(part, r_k, r_v, step)
             steps.append(step.mean(1))
-            # The first pass has filled them.
+            # The first pass has already filled r_k and r_v.
             r_k = r_v = None
         return torch.cat(steps, 1) + w

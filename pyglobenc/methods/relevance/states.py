@@ -236,7 +236,8 @@ def _captured(
     def change_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         return moved(output, places[module])
 
-    # Perturbed are the layers' inputs and the branches added to them. The first input also starts the graph.
+    # The second run perturbs the layers' inputs and the branches added to them. The first layer's input also
+    # starts the graph.
     blocks, added = (
         [m.block for m in found[: len(found) if twice else 1]],
         [t for m in found for t in (m.output, m.mlp_output)],
