@@ -217,11 +217,29 @@ class Attribution:
         Attributions([self]).show(merge_words)
 
     def to_html(self, path: str | Path | None = None, merge_words: bool | None = None) -> str:
-        """Return a self-contained HTML page, and write it to path if given; merge_words as for `units`."""
+        """Return a self-contained HTML page, and write it to path if given.
+
+        Args:
+            path: file to write; None writes nothing.
+            merge_words: as for `units`.
+
+        Raises:
+            ValueError: words are asked for and word_ids is None, or path lies in the model's folder.
+            OSError: the file can't be written.
+        """
         return Attributions([self]).to_html(path, merge_words)
 
     def to_png(self, path: str | Path | None = None, merge_words: bool | None = None) -> bytes:
-        """Return a PNG picture, and write it to path if given; merge_words as for `units`."""
+        """Return a PNG picture, and write it to path if given.
+
+        Args:
+            path: file to write; None writes nothing.
+            merge_words: as for `units`.
+
+        Raises:
+            ValueError: as for `to_html`, or there is too much text for a picture.
+            OSError: the file can't be written.
+        """
         return Attributions([self]).to_png(path, merge_words)
 
     def _repr_html_(self) -> str:
@@ -244,7 +262,7 @@ class Attributions(list):
         terminal.show(self, merge_words)
 
     def to_html(self, path: str | Path | None = None, merge_words: bool | None = None) -> str:
-        """Return one HTML page of all attributions, and write it to path if given."""
+        """Return one HTML page of all attributions, as `Attribution.to_html` does of one."""
         from pyglobenc.viz import html
 
         page = html.page(self, merge_words)
@@ -253,7 +271,7 @@ class Attributions(list):
         return page
 
     def to_png(self, path: str | Path | None = None, merge_words: bool | None = None) -> bytes:
-        """Return one PNG picture of all attributions, and write it to path if given."""
+        """Return one PNG picture of all attributions, as `Attribution.to_png` does of one."""
         from pyglobenc.viz import png
 
         picture = png.picture(self, merge_words)
@@ -386,8 +404,8 @@ def _check_header(document: Any) -> None:
         raise ValueError(f"attributions must be a list, got {shown(entries)}")
     if not isinstance(single, bool) or (single and len(entries) != 1):
         raise ValueError(
-            f"single must be true of one attribution or false, got {shown(single)} and {len(entries)} "
-            f"attributions"
+            f"single must be true or false, and true only for one attribution, got {shown(single)} and "
+            f"{len(entries)} attributions"
         )
 
 

@@ -61,7 +61,7 @@ def count(op: str, arguments: Any, result: Any, *, batch: int, heads: int, n: in
     elif op in OP_TABLE:
         multiply_adds, exponentials = OP_TABLE[op].multiply_adds(shape), OP_TABLE[op].exponentials
     else:
-        raise ValueError(f"count: known for attention, {', '.join(OP_TABLE)}, got {op!r}")
+        raise ValueError(f"count: op must be one of attention, {', '.join(OP_TABLE)}, got {op!r}")
     moved = sum(t.numel() * t.element_size() for part in (arguments, result) for t in flatten(part))
     return Cost(2 * multiply_adds, shape.pairs * heads if exponentials else 0, moved)
 

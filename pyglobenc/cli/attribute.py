@@ -235,7 +235,7 @@ def _run_job(options: argparse.Namespace, plan: Any, runner: Any, manifest: dict
         summary.rejected + summary.before_rejected
         and not summary.attributed + summary.before - summary.before_rejected
     ):
-        raise ValueError(f"not one record could be attributed; {folder}/_rejected-*.jsonl says why of each")
+        raise ValueError(f"not one record could be attributed; {folder}/_rejected-*.jsonl gives the reasons")
     return 0
 
 
@@ -274,7 +274,7 @@ def _dry_run(options: argparse.Namespace, plan: Any, runner: Any) -> int:
                      for size, n in set(batches)]  # fmt: skip
         worst, size, n = max(estimates, key=lambda one: one[0].peak)
         print(
-            f"memory: {worst} at the largest batch, {size} x {n} tokens, beside what Python and torch take "
-            f"themselves"
+            f"memory: {worst} at the largest batch, {size} x {n} tokens, without what Python and torch "
+            f"need themselves"
         )
     return 0

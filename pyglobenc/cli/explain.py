@@ -200,9 +200,9 @@ def _texts(options: argparse.Namespace) -> list[Text]:
             "give texts as arguments or in a file, not both; --whole goes with a file or standard input"
         )
     if options.pair and options.whole:
-        options.error("--pair reads two columns a line, --whole one text")
+        options.error("--pair and --whole exclude each other: a pair is one line with two columns")
     if options.pair and len(options.text) % 2:
-        options.error(f"--pair takes texts two by two, got {len(options.text)}")
+        options.error(f"--pair needs an even number of texts, got {len(options.text)}")
     if options.text:
         return list(zip(options.text[::2], options.text[1::2], strict=True)) if options.pair else options.text
     if options.file not in (None, "-"):

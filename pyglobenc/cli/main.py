@@ -126,7 +126,7 @@ def _prepare_streams() -> None:
 
 @contextmanager
 def _one_line_each() -> Iterator[None]:
-    """Within this context every warning and log record is printed as one line without control characters."""
+    """Print every warning and log record within the context as one line without control characters."""
     log, handler = logging.getLogger("pyglobenc"), logging.Handler(logging.WARNING)
     handler.emit = lambda record: _say(one_line(record.getMessage()))
     log.addHandler(handler)

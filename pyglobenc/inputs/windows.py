@@ -162,8 +162,8 @@ def _tokenize(
     order = iter([0] * counts[0] + [1] * counts[1])
     if special.count(False) != sum(counts):
         raise ValueError(
-            f"explain: {type(tokenizer).__name__} joins the texts of a pair to other tokens than each text "
-            f"has alone"
+            f"explain: {type(tokenizer).__name__} tokenizes the texts of a pair differently from each text "
+            f"alone"
         )
     return found, special, [None if flag else next(order) for flag in special]
 
@@ -180,7 +180,7 @@ def _check_long_pair(n: int, special: list[bool], name: str, limit: int, long: s
         raise ValueError(f"explain: {name} has {n} tokens and at most {limit} fit; {way}")
     if limit < added + 2:
         raise ValueError(
-            f"explain: max_length must leave room for a token of each text beside {added} special ones, got "
+            f"explain: max_length must leave room for one token of each text and {added} special tokens, got "
             f"{limit}"
         )
 

@@ -152,7 +152,7 @@ def _load_config(folder: str, trust: bool) -> PreTrainedConfig:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     layers = getattr(config, "num_hidden_layers", 0)
     if isinstance(layers, int) and layers > MAX_LAYERS:
-        raise ValueError(f"its config.json names {layers:.3g} layers, and {MAX_LAYERS} are taken at most")
+        raise ValueError(f"its config.json names {layers:.3g} layers, but at most {MAX_LAYERS} are accepted")
     return config
 
 

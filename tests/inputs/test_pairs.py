@@ -112,7 +112,7 @@ def test_long_pairs():
     ):
         explain(model, tok(), ["a", LONG], long="windows")
     with pytest.raises(
-        ValueError, match="max_length must leave room for a token of each text beside 3 special ones, got 4"
+        ValueError, match="max_length must leave room for one token of each text and 3 special tokens, got 4"
     ):
         explain(model, tok(), LONG, long="truncate", max_length=4)
     a = explain(model, tok(), LONG, long="truncate", max_length=16)
@@ -173,8 +173,8 @@ def test_command_line(tmp_path, capsys):
     assert main(["explain", "--pair", "--file", str(file)]) == 1
     assert "pair 2 must be two texts with a tab between, got 1 columns" in capsys.readouterr().err
     for wrong, message in (
-        (["a", "b", "c"], "two by two, got 3"),
-        (["--whole"], "--whole one text"),
+        (["a", "b", "c"], "an even number of texts, got 3"),
+        (["--whole"], "--pair and --whole exclude each other"),
         (["--image", "x.png"], "--pair"),
     ):
         with pytest.raises(SystemExit):
