@@ -247,8 +247,7 @@ def tokens_read(
 
     Args:
         who: name of the method for errors.
-        model: the model that ran.
-        record: the record of its forward pass.
+        model, record: the model that ran, and the record of its forward pass.
         logits: (B, C).
         key_mask: (B, n) bool, True for real tokens, or None.
 
