@@ -1,13 +1,11 @@
-"""Set-up of every test: a fixed seed, uninitialised memory filled with NaN, Triton interpreted where there is
-no GPU.
-"""
+"""The set-up of every test: a fixed seed, new memory filled with NaN, and Triton interpreted on a CPU."""
 
 import os
 
 import torch
 
 if not torch.cuda.is_available():
-    # triton reads it when it is imported, and transformers imports triton
+    # triton reads this variable when it is imported, and transformers imports triton.
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
@@ -24,7 +22,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seeded_and_poisoned():
     torch.manual_seed(SEED)
-    # tensors are small: a second thread mostly waits at barriers, long on a busy machine
+    # Tensors are small, so a second thread mostly waits at barriers, which takes long on a busy machine.
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield

@@ -31,7 +31,7 @@ def test_transformer_attribution_explains_it():
     )
     words = dict(zip(a.tokens, a.scores.tolist(), strict=True))
     assert a.label == "positive"
-    # the encoder is frozen: the subject may rank beside the praise
+    # The encoder is frozen, so the subject may rank as high as the praise.
     assert max((token for token in words if token[0] != "["), key=words.get) in (
         "wonderful",
         "moving",

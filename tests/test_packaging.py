@@ -1,4 +1,4 @@
-"""What the repository looks like to pip, to Python's import system and to transformers."""
+"""How pip, Python's import system and transformers see the repository."""
 
 import ast
 import os
@@ -29,7 +29,7 @@ def python(code, cwd, **env):
 
 
 def test_kernels_folder_never_is_a_package():
-    """transformers imports a package called kernels where it finds one; ours must not be it."""
+    """transformers imports any package called kernels that it finds, so our folder must not be one."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
     for path in (ROOT / "kernels").rglob("*"):
         assert path.stem not in ("triton", "torch")
@@ -40,9 +40,7 @@ def test_transformers_imports_from_the_repository_root():
 
 
 def test_transformers_imports_beside_the_other_kernels_package(tmp_path):
-    """A stand-in for the package of that name, as installed: found before or after our folder, models
-    import.
-    """
+    """Models import whether a stand-in for the package "kernels" is found before or after our folder."""
     other = tmp_path / "kernels"
     other.mkdir()
     (other / "__init__.py").write_text(
@@ -76,7 +74,7 @@ def test_import_loads_no_backend():
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Wheel built from the sdist, without compiled extensions, so that it takes seconds."""
+    """Return the wheel built from the sdist, without compiled extensions, so that it takes seconds."""
     out = tmp_path_factory.mktemp("dist")
     env = os.environ | {"PYGLOBENC_NO_EXTENSIONS": "1"}
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
@@ -113,7 +111,7 @@ def test_wheel_runs(wheel, tmp_path):
     assert printed.count(str(tmp_path)) == 2
 
 
-# a compiler that makes every file it is told to
+# This compiler creates every output file empty.
 COMPILER = """#!/bin/sh
 while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done
 """
@@ -121,7 +119,7 @@ while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A copy of what setup.py needs, in a folder whose name the shell and ninja would both misread."""
+    """Return a copy of what setup.py needs, in a folder whose name the shell and ninja would both misread."""
     folder = tmp_path / "it's a: $checkout"
     for name in ("csrc", "pyglobenc", "kernels", "benchmarks/results"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "*.png"))
@@ -197,7 +195,7 @@ def test_the_lock_names_every_requirement_for_every_python():
             one.name: one.specifier for one in locked if one.marker is None or one.marker.evaluate(machine)
         }
         for one in map(Requirement, wanted):
-            # bootstrap.py names torch itself
+            # bootstrap.py names torch itself.
             if one.name != "torch":
                 exact = str(chosen[one.name]).removeprefix("==")
                 assert one.specifier.contains(exact), (version, one.name, exact)

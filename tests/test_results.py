@@ -13,7 +13,7 @@ from pyglobenc.common import files
 from pyglobenc.common.files import check_writable, decode, one_line, write_file
 from pyglobenc.results import Attribution, Attributions, save
 
-# the smallest subnormal of float32, its largest number, a third, and minus zero
+# These are the smallest subnormal of float32, its largest number, a third, and minus zero.
 AWKWARD = [1e-45, 3.4028234e38, 1 / 3, -0.0, -1e-8, 1.0]
 
 
@@ -353,7 +353,7 @@ def test_check_writable_names_what_is_wrong(tmp_path):
 
 
 def test_check_writable_sees_permissions(tmp_path, monkeypatch):
-    # root may write anywhere, so the system's answer is replaced
+    # Root may write anywhere, so the system's answer is replaced.
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(PermissionError, match="not writable"):
         check_writable(tmp_path / "new")

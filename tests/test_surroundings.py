@@ -1,6 +1,4 @@
-"""What a caller may have set for all of torch around a call: autocast, another default dtype, another default
-device.
-"""
+"""Global settings of torch around a call: autocast, another default dtype, another default device."""
 
 from contextlib import contextmanager
 
@@ -36,14 +34,15 @@ def half_as_default():
 
 @pytest.fixture(params=[half_as_default, lambda: torch.device("meta")], ids=["dtype", "device"])
 def elsewhere(request):
-    """An array made without a thought for its dtype or device has half the bytes that kernels expect, or
-    none.
+    """Return a context with other defaults.
+
+    An array made without a dtype or device then has half the bytes that kernels expect, or none.
     """
     return request.param
 
 
 def check_same(call, given, elsewhere):
-    """A call's scores among other defaults are those without."""
+    """Check that a call returns the same scores with other defaults."""
     expected = call(**given)
     with elsewhere():
         found = call(**given)

@@ -1,6 +1,4 @@
-"""Saved attributions changed at random: what is loaded can be used, and anything else is refused with the
-file's name.
-"""
+"""Saved attributions changed at random: a file that loads can be used, and any other is refused by name."""
 
 import copy
 import json
@@ -13,8 +11,8 @@ from safetensors.numpy import save as to_safetensors
 import pyglobenc
 from pyglobenc.results import FORMAT, Attribution, Attributions
 
-# each is wrong for most fields: other types, numbers beyond 64 bits and beyond floats, steering and lone
-# characters
+# Each value is wrong for most fields: another type, a number too large for 64 bits or for a float, a control
+# character or a lone surrogate.
 VALUES = [
     None, True, False, 0, -1, 1, 3, 2**31, 2**63, 10**30, 10**400, -0.0, 0.5, 1e39, 1e308, float("nan"),
     float("inf"),
@@ -48,7 +46,7 @@ def document(several=True):
 
 
 def places(value, path=()):
-    """Every place of a JSON value, as keys from the top."""
+    """Return the path to every entry of a JSON value, as keys from the top."""
     yield path
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, entry in inner:
@@ -56,7 +54,7 @@ def places(value, path=()):
 
 
 def changed(value, chance):
-    """A JSON value with one entry replaced, removed, doubled or added."""
+    """Return a JSON value with one entry replaced, removed, doubled or added."""
     value = copy.deepcopy(value)
     *path, key = chance.choice([path for path in places(value) if path])
     holder = value
@@ -75,7 +73,7 @@ def changed(value, chance):
 
 
 def damaged(data, chance):
-    """Bytes with some of them changed, cut or doubled."""
+    """Return bytes with some of them changed, cut or doubled."""
     data, at = bytearray(data), chance.randrange(len(data))
     way = chance.randrange(3)
     if way == 0:
@@ -88,7 +86,7 @@ def damaged(data, chance):
 
 
 def as_safetensors(value, chance):
-    """A file with the document's scores as tensors, now and then of another type, shape, name or number."""
+    """Return a file with the scores as tensors; some have another dtype, shape, name or number."""
     entries = value.get("attributions")
     entries = entries if isinstance(entries, list) else []
     tensors = {}
@@ -114,7 +112,7 @@ def as_safetensors(value, chance):
 
 
 def tampered(seed):
-    """The suffix and bytes of a file."""
+    """Return the suffix and the bytes of a file."""
     chance = random.Random(seed)
     value = document(several=chance.random() < 0.5)
     for _ in range(chance.choice([0, 1, 1, 1, 2])):
@@ -125,7 +123,7 @@ def tampered(seed):
 
 
 def use(found):
-    """Everything that is done with an attribution short of slow pictures."""
+    """Do everything that can be done with an attribution, except slow pictures."""
     several = found if isinstance(found, Attributions) else Attributions([found])
     several.to_html()
     several.show()
@@ -135,7 +133,7 @@ def use(found):
 
 
 def check(seeds, folder):
-    """How many of the files were refused."""
+    """Return how many of the files were refused."""
     refused = 0
     for seed in seeds:
         suffix, data = tampered(seed)

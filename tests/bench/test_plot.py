@@ -1,6 +1,4 @@
-"""benchmarks/plot.py: lines, floors and files from CSVs as the benchmarks and `pyglobenc bench` write
-them.
-"""
+"""benchmarks/plot.py: lines, floors and files, from CSV files of the benchmarks and of `pyglobenc bench`."""
 
 import csv
 
@@ -46,7 +44,7 @@ ROWS = [
 
 
 def drawn(figure):
-    """Points of every named line of the one panel."""
+    """Return the points of every named line in the single panel."""
     (axes,) = figure.axes
     return points_of(axes)
 
@@ -60,7 +58,7 @@ def test_time_with_its_floor():
     found = drawn(plot.picture(ROWS, "median_s", "s", [MACHINE], "title"))
     assert found.pop("cpu") == [(128, 1.0), (512, 2.0)], "in the order of n"
     assert found.pop("reference") == [(128, 2.0)]
-    # 4000 bytes at 1000 a second; 50 operations at 100 a second and 5 exponentials at 10
+    # 4000 bytes take 4 s at 1000 a second. 50 operations at 100 a second and 5 exponentials at 10 take 1 s.
     assert found == {"floor by operations and bytes": [(128, 4.0), (512, 1.0)]}
 
 
@@ -72,9 +70,7 @@ def test_no_floor_from_other_machines(change):
 
 
 def test_panels_and_floors_of_an_op_suite():
-    """A panel a dtype and batch; the ceilings of the row itself; the floor is the op's, not that of the
-    attention beside it.
-    """
+    """Each dtype and batch has a panel; ceilings come from the row, and the floor is the op's own."""
     reached = {"gemm_flops": "10", "exp_rate": "10", "copy_bytes": "1000", "exps": "0", "bytes": "1"}
     rows = [
         row(128, "cpu", 9.0, dtype="float32", batch="1", flops="20", **reached),
@@ -89,7 +85,7 @@ def test_panels_and_floors_of_an_op_suite():
 
 
 def test_every_length_has_a_tick():
-    """In every panel, whatever the last one has; nothing between."""
+    """Every panel has a tick at each length and nowhere else, even if the last panel lacks that length."""
     rows = [
         row(n, "cpu", 1.0, dtype="float32", batch=batch) for n, batch in ((128, "1"), (512, "1"), (128, "8"))
     ]

@@ -1,4 +1,4 @@
-"""`pyglobenc bench`: what it counts, what it leaves behind, and what backend="auto" makes of it."""
+"""`pyglobenc bench`: what it counts, which files it writes, and how backend="auto" uses its table."""
 
 import csv
 import json
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
-    """A table of the test's own, read anew."""
+    """Return the path of this test's own table, which is read anew."""
     path = tmp_path / "cache" / "backends.json"
     monkeypatch.setenv("PYGLOBENC_TABLE", str(path))
     monkeypatch.setattr(device_table, "SHIPPED", (tmp_path / "shipped.json",))
@@ -65,9 +65,7 @@ def test_unknown_op_and_unwritable_file(table, tmp_path, capsys):
 
 @pytest.mark.parametrize("op", list(OP_TABLE))
 def test_counts_grow_as_the_formulas_say(op):
-    """Twice the tokens: four times the pairs' work, twice the tokens', and what the weights alone take
-    once.
-    """
+    """For twice the tokens, work on pairs grows four times, on tokens twice, and on weights not at all."""
     small, middle, large = (count(op, [], [], batch=1, heads=H, n=n, dh=DH) for n in (128, 256, 512))
     factor = (
         4
@@ -82,16 +80,14 @@ def test_counts_grow_as_the_formulas_say(op):
 
 
 def test_head_norms_count_the_shorter_way():
-    """From some length on the quadratic forms, whose matrices are made once, take fewer operations than the
-    vectors.
-    """
+    """For long inputs the quadratic forms, whose matrices are made once, cost less than the vectors."""
     short, long = (count("head_norms", [], [], batch=1, heads=H, n=n, dh=DH).flops for n in (48, 512))
     assert short == 2 * 48 * (H * DH) ** 2 and long == 2 * (512 * H * DH**2 + H * DH**2 * H * DH)
 
 
 @pytest.mark.parametrize("op", ["head_norms", "head_gram", "linear_relevance"])
 def test_counts_of_products_are_those_that_torch_counts(op):
-    """An upper bound from what the reference multiplies, which takes no shorter way."""
+    """The counts are at most those of the reference, which takes no shorter way."""
     from torch.utils.flop_counter import FlopCounterMode
 
     args = OP_TABLE[op].arguments(tensors("cpu", 48))
@@ -121,7 +117,7 @@ def test_floor():
 
 
 def test_ceilings_are_the_best_of_all_samples(monkeypatch):
-    """Of every sample, with all threads and with one: a busy machine only ever makes calls slower."""
+    """The best of all samples counts, with all threads and with one, as a busy machine only slows calls."""
     taken = []
 
     def times(call, device, seconds):
@@ -137,7 +133,7 @@ def test_ceilings_are_the_best_of_all_samples(monkeypatch):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
-    # products, exponentials each way, copies
+    # The measurements are products, exponentials by each function, and copies.
     each = 2 + len(ceilings._exponentials(CPU))
     assert taken == [2] * each + [1] * each
     assert found == Ceilings(2 * prod(ceilings.GEMM), ceilings.EXPS, 2 * 4 * ceilings.COPY)
@@ -162,9 +158,7 @@ def test_every_exponential_is_one():
     ],
 )
 def test_samples(monkeypatch, once, seconds, repeats, rounds):
-    """Short calls several at once, as many samples as the time allows, within limits; a long call is warmed
-    up once.
-    """
+    """Short calls share a sample, and the number of samples follows the time; long calls warm up once."""
     clock, calls = [0.0], [0]
 
     def call():
@@ -183,7 +177,7 @@ def test_samples(monkeypatch, once, seconds, repeats, rounds):
 
 
 def test_measured_calls_come_after_a_large_block_was_released(monkeypatch):
-    """glibc keeps the pages of blocks up to the size of the largest that was released, of up to 32 MB."""
+    """glibc keeps freed memory up to the size of the largest block that was released, up to 32 MB."""
     events = []
     monkeypatch.setattr(ceilings.torch, "empty", lambda *size, **options: events.append(size))
     ceilings.prepare(lambda: events.append("call"), CPU, 0.0)
@@ -192,7 +186,7 @@ def test_measured_calls_come_after_a_large_block_was_released(monkeypatch):
 
 
 def test_auto_goes_by_the_table(table):
-    """Without a table an op's own order; with one the order measured, on that device alone."""
+    """Without a table, an op's own order counts; with one, the measured order, on that device only."""
 
     def chosen():
         device_table._table.cache_clear()

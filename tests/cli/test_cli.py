@@ -30,7 +30,7 @@ LONG = "film " * 60
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
-    """Folder of a small classifier and its tokenizer."""
+    """Return the folder of a small classifier and its tokenizer."""
     folder = tmp_path_factory.mktemp("model")
     classifier().save_pretrained(folder)
     tokenizer().save_pretrained(folder)
@@ -39,7 +39,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def run(model, monkeypatch, capsys):
-    """Exit status, output and errors of `pyglobenc explain` on the small classifier."""
+    """Return a function that runs `pyglobenc explain` and returns exit status, output and errors."""
 
     def run(*args, stdin=None, model=model):
         monkeypatch.setattr(sys, "stdin", Input(stdin))
@@ -206,7 +206,7 @@ def test_models_that_cannot_be_loaded(run, tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_without_its_weights_is_refused(run, tmp_path):
-    # the encoder's checkpoint under a classifier's name: its head would be random
+    # The encoder's checkpoint has a classifier's name here, so the head would be random.
     classifier().base_model.save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     assert run("a", model=str(tmp_path))[0] == 0
@@ -225,7 +225,7 @@ def test_a_checkpoint_without_its_weights_is_refused(run, tmp_path):
 
 
 def test_a_checkpoint_without_its_tokenizer_is_refused(run, model, tmp_path):
-    # transformers makes one that knows nothing but special tokens
+    # transformers makes a tokenizer that knows only special tokens.
     shutil.copytree(model, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("tokenizer*"))
     fails(run("a", model=str(tmp_path)), "tokenizer")
 
@@ -254,7 +254,7 @@ def test_a_full_disk_keeps_the_other_outputs(run, tmp_path):
 
 @pytest.fixture
 def third_batch(monkeypatch):
-    """Lets the third batch end otherwise than computed."""
+    """Return a function that makes the third batch raise an error."""
     compute, seen = Runner._rows, []
 
     def end_with(error):
@@ -360,7 +360,7 @@ def test_real_model_in_a_process_of_its_own(tmp_path):
 
 def test_ctrl_c_in_a_process_of_its_own(model, tmp_path):
     path = tmp_path / "a.json"
-    # a shell's background job is started with the signal ignored
+    # A shell starts background jobs with this signal ignored.
     heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = command(
         "explain",
@@ -374,7 +374,7 @@ def test_ctrl_c_in_a_process_of_its_own(model, tmp_path):
         preexec_fn=heard,
     )
     progress = ""
-    # the bar shows that texts are being computed
+    # The progress bar shows that texts are being computed.
     while "/3000" not in progress or " 0/3000" in progress[-60:]:
         progress += process.stderr.read(1)
     process.send_signal(signal.SIGINT)
@@ -403,13 +403,13 @@ def test_standard_output_that_is_full_or_gone(run, monkeypatch, output, message)
     with open(FULL if output == FULL else writer, "w", encoding="utf-8") as file:
         monkeypatch.setattr(sys, "stdout", file)
         status, _, err = run("film")
-        # and nothing more is complained of when the file is closed
+        # Closing the file must not print another error.
     assert (status, err) == (1, message)
 
 
 @pytest.fixture
 def doctor(monkeypatch, capsys):
-    """Exit status and output of `pyglobenc doctor`, with inputs small enough for interpreted kernels."""
+    """Return a function that runs `pyglobenc doctor` on small inputs: exit status and output."""
     for name, size in (("H", 2), ("N", 16), ("DH", 16)):
         monkeypatch.setattr(example_inputs, name, size)
     example_inputs.tensors.cache_clear()
@@ -442,7 +442,7 @@ def test_doctor_tries_every_op(doctor):
     ):
         assert name in lines, name
     for op in example_inputs.op_names():
-        # a backend that the op has either ran or is explained
+        # For every backend of the op, the report shows that it ran or why it didn't.
         for room, cell in zip(backends.ROOMS, lines[op], strict=True):
             assert cell != "no" or f"\n{room}: " in out
 

@@ -1,7 +1,7 @@
-"""Commands given nonsense: every one ends with a status and a line that says why, never with a traceback.
+"""Commands with wrong options or files end with a status and one line that says why, never a traceback.
 
-Cases are fixed. The long sweeps over options and files take minutes and are marked slow; a sample of them
-runs always.
+The cases are fixed. The long sweeps over options and files take minutes and are marked slow. A sample of them
+always runs.
 """
 
 import json
@@ -71,13 +71,13 @@ VALUES = [
         "\x00",
     ),
 ]
-# of the 1,700 cases those that are run always, and those that a slow run adds
+# Of the 1,700 cases, these many always run, and a slow run adds these many.
 SAMPLE, LONG = 30, 630
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """Folder of a small classifier and its tokenizer."""
+    """Return the folder of a small classifier and its tokenizer."""
     folder = tmp_path_factory.mktemp("faults")
     classifier().float().save_pretrained(folder)
     classifier().double()
@@ -87,7 +87,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """Run a command in an empty folder, and check how it ends: status, output, errors."""
+    """Return a function that runs a command in an empty folder and checks its status, output and errors."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts.txt").write_text("a film\nthe deep film\n")
 
@@ -111,13 +111,13 @@ def run(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """What measures the machine is left out: here it matters that it is reached."""
+    """Leave out the measurements of the machine; the test only needs to reach them."""
     monkeypatch.setattr(bench, "run", lambda options: 0)
     monkeypatch.setattr(doctor, "run", lambda options: 0)
 
 
 def options_of(command):
-    """The option strings of a command, and whether each takes a value."""
+    """Return the option strings of a command, and whether each takes a value."""
     parser = next(iter(_parser()._subparsers._group_actions)).choices[command]
     return [
         (action.option_strings[0], action.nargs != 0)
@@ -127,7 +127,7 @@ def options_of(command):
 
 
 def command_with(command, option, value, model):
-    """A short job of a command, with one option set to a value."""
+    """Return a short job of a command, with one option set to a value."""
     jobs = {
         "explain": ["a film", "--quiet", "--model", str(model)],
         "attribute": ["--input", "texts.txt", "--output", "out", "--quiet", "--model", str(model)],
@@ -139,11 +139,11 @@ def command_with(command, option, value, model):
 
 
 def every_case():
-    """(command, option, value) for every option and value, in an order that depends on nothing."""
+    """Return (command, option, value) for every option and value, in a fixed shuffled order."""
     cases = []
     for command in ("explain", "attribute", "bench", "doctor"):
         for option, valued in options_of(command):
-            # what writes where it likes, and what shows tracebacks because it was asked to
+            # One option shows tracebacks on purpose, and the other lets a model's code run.
             if option not in ("--traceback", "--trust-remote-code"):
                 cases += [(command, option, value) for value in (VALUES if valued else [None])]
     random.Random(0).shuffle(cases)
@@ -223,7 +223,7 @@ def test_labels_of_any_kind(run, model, tmp_path, labels, method):
     status, out, _ = run(
         "explain", "a film", "--model", "model", "--method", method, "--html", "a.html", "--png", "a.png"
     )
-    # transformers takes the number of labels for the number of classes
+    # transformers takes the number of labels as the number of classes.
     assert (status == 0 and "predicted" in out) or len(labels) != 2
     assert status or "\x1b" not in (tmp_path / "a.html").read_text()
 
@@ -257,7 +257,7 @@ def check_model(run, model, tmp_path, name, data):
 
 
 def damaged(model):
-    """(file, contents): each file of a model replaced, cut, or with a few bytes changed."""
+    """Return (file, contents) with each file of a model replaced, cut, or with a few bytes changed."""
     cases, chance = [], random.Random(1)
     for name in files_of(model):
         data = (model / name).read_bytes()
@@ -266,7 +266,7 @@ def damaged(model):
         for _ in range(12):
             changed = bytearray(data)
             for _ in range(3):
-                # of weights the header is what is read
+                # Only the beginning changes, because of a weights file mostly the header is checked.
                 changed[chance.randrange(min(len(data), 2000))] = chance.randrange(256)
             cases.append((name, bytes(changed)))
     chance.shuffle(cases)
@@ -277,7 +277,7 @@ SETTINGS = [None, -1, 0, 1, 3.5, "x", [], {}, True, [1, 2], 10**30, "\x1b[31m"]
 
 
 def tampered(model):
-    """(file, contents): config.json with one field changed."""
+    """Return (file, contents) of config.json with one field changed."""
     config = json.loads((model / "config.json").read_text())
     cases = [
         ("config.json", json.dumps(config | {key: value}).encode()) for key in config for value in SETTINGS
@@ -303,8 +303,8 @@ def test_damaged_models(run, model, tmp_path, part):
         check_model(run, model, tmp_path, name, data)
 
 
-# redirections of a shell, the command and its status; --json - loses what it prints where there is no
-# standard output
+# Each entry is a command with a shell's redirections, and its status. `--json -` fails if there is no
+# standard output.
 STREAMS = [
     ("--help >&-", 0),
     (f"--help >{FULL}", 0),
@@ -329,6 +329,6 @@ def test_standard_streams_that_are_closed(model, tmp_path, line, status):
         and "Exception ignored" not in done.stderr
     )
     if "a.json" in line:
-        # what is meant for a closed stream doesn't end up in a file
+        # The text meant for a closed stream must not end up in a file.
         assert json.loads((tmp_path / "a.json").read_text())["attributions"]
     assert os.listdir(tmp_path) in ([], ["a.json", "b.safetensors"], ["b.safetensors", "a.json"])

@@ -22,7 +22,7 @@ SETTINGS = dict(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A small ViT classifier with its image processor."""
+    """Return the folder of a small ViT classifier with its image processor."""
     path = tmp_path_factory.mktemp("vit")
     torch.manual_seed(0)
     ViTForImageClassification(ViTConfig(**SETTINGS, id2label={0: "cat", 1: "dog", 2: "owl"})).save_pretrained(
@@ -115,7 +115,7 @@ def test_images_that_cannot_be_read(folder, cat, tmp_path, monkeypatch, capsys):
 
     (tmp_path / "half.png").write_bytes(Path(cat).read_bytes()[:1000])
     fails(tmp_path / "half.png", f"can't read image '{tmp_path}/half.png': ")
-    # Pillow would cut its values off at 255
+    # Pillow would clip its values at 255.
     Image.fromarray(np.full((4, 4), 30_000, dtype=np.uint16)).save(tmp_path / "deep.png")
     fails(tmp_path / "deep.png", "must have 8 bits a channel")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)

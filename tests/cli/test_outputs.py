@@ -1,4 +1,4 @@
-"""No output is written over, or into, what a command reads."""
+"""No output is written over, or into, a file or folder that a command reads."""
 
 import os
 
@@ -24,7 +24,7 @@ def model(tmp_path):
 
 @pytest.fixture
 def never_loaded(monkeypatch):
-    """Nothing is done before a command refuses its outputs."""
+    """Fail if a command loads a model before it refuses its outputs."""
 
     def load(*args, **options):
         raise AssertionError("the model was loaded")
@@ -36,7 +36,7 @@ def contents(folder):
     return {path: (path.read_bytes(), path.lstat().st_ino) for path in folder.rglob("*") if path.is_file()}
 
 
-# ways to name the file or folder `name` of a folder
+# Each function names the file or folder `name` of a folder in another way.
 WAYS = {
     "plain": lambda folder, name: folder / name,
     "dots": lambda folder, name: folder / "inner" / ".." / name,

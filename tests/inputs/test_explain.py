@@ -23,7 +23,7 @@ LONG = " ".join(["the", "deep", "good", "film", "a", "b", "c"] * 10)
 
 
 def alone(model, ids, target=0, method="globenc"):
-    """Row of one example, (n,) float64, and its log_scale, straight from the method."""
+    """Return the scores (n,) float64 and the log_scale of one example, directly from the method."""
     attribute = GlobEnc(model) if method == "globenc" else Rollout(model, method)
     result = attribute(input_ids=torch.tensor([ids]), targets=[target])
     return result.scores[0, 0].numpy(), float(result.log_scale[0, 0])
@@ -52,7 +52,7 @@ def test_real_model():
 
 def test_real_tokenizer_does_not_cut():
     model, tok = minilm()
-    # its tokenizer.json asks for truncation at 128 and padding to 128
+    # The model's tokenizer.json asks for truncation at 128 and padding to 128.
     a = explain(model, tok, "word " * 150)
     assert len(a) == 152 and a.cut == 0 and len(explain(model, tok, "word")) == 3
 
@@ -90,7 +90,7 @@ def test_every_architecture_has_the_target_of_its_method(name):
 
 
 def test_wrapped_models_are_the_models_inside():
-    # as sentence-transformers does
+    # sentence-transformers wraps a model in this way.
     inner = torch.nn.Module()
     inner.auto_model = build("bert")
     wrapped = torch.nn.Sequential(inner)
@@ -240,7 +240,7 @@ def test_truncation_keeps_the_length_it_cut():
 
 
 def joined_by_hand(ids, size, stride, target):
-    """Mean share over windows, each computed by itself, in plain loops."""
+    """Return the mean share over windows that are computed one by one, in plain loops."""
     body, shares = len(ids) - 2, [[] for _ in ids]
     starts, used = [], []
     for start in [*range(0, body - size, stride), body - size]:

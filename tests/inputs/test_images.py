@@ -17,10 +17,9 @@ from pyglobenc.viz.image import overlay, to_unit, upscale
 
 @pytest.fixture(scope="module")
 def digits():
-    """A ViT with 4 x 4 patches of 2 x 2 pixels, trained for some seconds, and 300 digits that it didn't see,
-    (300, 1, 8, 8).
+    """Return a ViT with 4 x 4 patches of 2 x 2 pixels, trained for seconds, and new digits (300, 1, 8, 8).
 
-    Ink is 1 and paper -1, as image processors have it.
+    Ink is 1 and paper is -1, as image processors make it.
     """
     torch.manual_seed(0)
     data = load_digits()
@@ -57,7 +56,7 @@ def logit(model, pixels, target):
 
 
 def without(pixels, patches):
-    """Images whose `patches` (B, k) are blank paper."""
+    """Return the images with the patches in `patches` (B, k) made blank paper."""
     gone = torch.zeros(len(pixels), 16).scatter_(1, patches, 1).view(-1, 1, 4, 4)
     return pixels.masked_fill(gone.repeat_interleave(2, 2).repeat_interleave(2, 3) > 0, -1)
 
@@ -80,7 +79,7 @@ def test_deleting_the_patches_it_names_hurts_most(digits):
     )
     assert (drop > random.mean(0)).float().mean() >= 0.8
     assert drop.mean() > 2 * random.mean()
-    # on the strokes: the patches named hold more ink than the others
+    # The largest scores lie on the strokes, so these patches hold more ink than the others.
     ink = torch.nn.functional.avg_pool2d(images, 2).flatten(1)
     assert ink.gather(1, top).mean() > ink.mean() + 0.3
 
@@ -104,7 +103,7 @@ def test_picture(digits, tmp_path):
     png = a.to_png(tmp_path / "a.png")
     assert png == (tmp_path / "a.png").read_bytes() == a._repr_png_()
     picture = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
-    # white margins, and colours from the overlay
+    # The picture has white margins, and colours from the overlay.
     assert (picture == 255).all(-1).mean() < 0.9 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 30
     full = explain_image(model, None, images[1], variant="full")
     assert full.scores[full.predicted].shape == (8, 8)
@@ -156,7 +155,7 @@ def test_a_list_of_images_is_a_batch(name, method):
     assert not np.allclose(
         alone[0].scores[next(iter(alone[0].scores))], alone[1].scores.get(next(iter(alone[0].scores)), 0)
     )
-    # as the model takes them, and as an array
+    # The images are given as the model's input, and as an array.
     pixels = torch.cat([processor(images=image, return_tensors="pt")["pixel_values"] for image in images])
     arrays = np.stack([np.asarray(image.resize((12, 12))) for image in images])
     several = [
@@ -170,7 +169,7 @@ def test_a_list_of_images_is_a_batch(name, method):
 
 
 def test_images_of_several_sizes():
-    # DINOv2 interpolates its positions
+    # DINOv2 interpolates its position embeddings.
     model = build("dinov2")
     pixels = [torch.randn(3, size, 12, dtype=torch.float64) for size in (12, 20, 12, 16, 20)]
     found = explain_image(model, None, pixels, targets=[0, 2])

@@ -1,6 +1,4 @@
-"""Labels, probabilities and scores of texts in batches, packed, or cut into windows are those of each text
-alone.
-"""
+"""Texts in batches, packed or in windows get the same labels, probabilities and scores as each text alone."""
 
 from functools import cache
 
@@ -15,7 +13,7 @@ from pyglobenc.hf.labels import predict
 from pyglobenc.inputs.windows import encode
 from pyglobenc.scale.corpus.job import make_runner
 
-# of several lengths; [PAD] is token 0, # the unknown token 1, and every text ends with [SEP], 3
+# The texts have several lengths. [PAD] is token 0, # is the unknown token 1, and each text ends with [SEP].
 TEXTS = ["a", "# the [SEP] film [PAD] good", "deep # [PAD]", "the [PAD] [SEP] #"]
 LONG = ["the deep good film a b c # " * 3 + "[PAD] [PAD]", "a [PAD] b", "deep [SEP] # " * 5]
 PADDING = {"[PAD]": 0, "#": 1, "[SEP]": 3}
@@ -23,7 +21,7 @@ KINDS = {
     config.removesuffix("Config"): (config, settings)
     for config, _, settings in (ARCHITECTURES | PRE_NORM).values()
 }
-# eager attention of a float64 model, which they have alone, rounds probabilities to float32
+# These models have eager attention only, which rounds probabilities to float32 even in a float64 model.
 ROUNDED = {"Gemma2": dict(rtol=1e-4, atol=1e-4)}
 UNPACKED = ("MPNet", "DebertaV2")
 
@@ -33,7 +31,7 @@ def classifier(kind, padding):
     config, settings = KINDS[kind]
     changes = dict(pad_token_id=padding, num_labels=3)
     if kind == "Gemma3Text":
-        # the last entry is that of an encoder
+        # The last entry of KINDS is an encoder.
         changes |= dict(use_bidirectional_attention=False)
     config = getattr(transformers, config)(**(settings | changes))
     config._attn_implementation = "eager" if kind in (*ROUNDED, *UNPACKED) else "sdpa"
@@ -43,7 +41,7 @@ def classifier(kind, padding):
 
 
 def tok(**changes):
-    """A tokenizer that pads with another token than the model, on the left."""
+    """Return a tokenizer that pads on the left, with another token than the model."""
     return tokenizer(padding_side="left", pad_token="[MASK]", **changes)
 
 
@@ -82,7 +80,7 @@ def test_windows(kind):
                 for w in one.windows
             ]
             if len(one.windows) > 1:
-                # those that hold the target alone
+                # Only windows that contain the target count.
                 logits = [row for row, window in zip(logits, one.windows, strict=True) if a.target in window]
         expected = predict(model.config, torch.stack(logits).mean(0))
         close = ROUNDED.get(kind, {}).get("rtol", 1e-9)
@@ -94,7 +92,7 @@ def test_windows(kind):
 def test_without_a_padding_id_texts_go_one_by_one(kind, padding):
     if padding == -1:
         model = classifier(kind, 0)
-        # an id without an embedding can only be set afterwards
+        # An id without an embedding can only be set afterwards.
         model.config.pad_token_id = padding
     else:
         model = classifier(kind, None)

@@ -1,6 +1,4 @@
-"""Sentence pairs: the tokenizer's own encoding with token types, and what shows which text a token is
-from.
-"""
+"""Sentence pairs: their encoding with token types, and which text each token comes from."""
 
 import json
 
@@ -122,7 +120,7 @@ def test_long_pairs():
     )
     torch.testing.assert_close(torch.tensor(a.scores), GlobEnc(model)(**batch).scores[0, 0])
     assert "the last tokens of both texts, 34 in all" in a.to_html()
-    # the tokenizer's own truncation isn't left behind
+    # The tokenizer's own truncation setting must be the same afterwards.
     assert len(explain(model, tok(), PAIR, long="windows")) == len(explain(model, tok(), PAIR))
 
 

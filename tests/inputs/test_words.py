@@ -41,7 +41,7 @@ def fast(inner):
 
 
 def legacy_llama():
-    """As its tokenizer.json had it: a normalizer, no pre-tokenizer."""
+    """Return a tokenizer like Llama's older tokenizer.json: with a normalizer, without a pre-tokenizer."""
     inner = Tokenizer(BPE(pieces(["<unk>"]), PAIRS, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     return fast(inner)
@@ -70,7 +70,7 @@ def byte_level(regex):
 
 
 def characters():
-    """WordPiece whose words are characters, white space among them: nothing splits the text."""
+    """Return a WordPiece tokenizer whose words are characters, white space included; texts stay whole."""
     vocabulary = ["<unk>", " ", *LETTERS, *(f"##{letter}" for letter in [" ", *LETTERS])]
     inner = Tokenizer(WordPiece({piece: index for index, piece in enumerate(vocabulary)}, unk_token="<unk>"))
     return fast(inner)
@@ -88,7 +88,7 @@ ALL = UNSPLIT | dict(metaspace=metaspace, gpt2=lambda: byte_level(True))
 
 
 def words(tokenizer, text):
-    """Units of an attribution whose scores are 1, 2, 4... and so tell what they are the sum of."""
+    """Return the units of an attribution with scores 1, 2, 4...; each sum tells which tokens it contains."""
     one = encode(tokenizer, text, "text", None)
     scores = np.arange(1.0, len(one.tokens) + 1)
     columns = dict(word_ids=one.word_ids, offsets=one.offsets, merge_words=True)
@@ -116,7 +116,7 @@ def words(tokenizer, text):
 )
 def test_white_space_makes_words(name, text):
     units = words(ALL[name](), text)
-    # a token that isn't in the vocabulary is shown by its name
+    # A token that isn't in the vocabulary is shown by its name.
     if name != "wordpiece" or all(char in " ".join(LETTERS) for char in text):
         assert [unit.text for unit in units] == text.split()
         assert "".join(unit.before + unit.text for unit in units).strip() == text.strip()

@@ -58,7 +58,7 @@ def plain(attributions, encoding="utf-8"):
 
 
 class Page(HTMLParser):
-    """Texts and attributes of a page's elements, by class."""
+    """The texts and attributes of a page's elements, by class."""
 
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
@@ -87,7 +87,7 @@ def test_colors_darken_evenly_and_their_ink_is_readable():
     for sign in (1, -1):
         luminance = [contrast(color(sign * value), (0, 0, 0)) for value in values]
         assert all(a > b for a, b in zip(luminance, luminance[1:], strict=False))
-        # what WCAG 2.2 asks for, level AA
+        # WCAG 2.2, level AA, requires this contrast.
         assert min(contrast(ink(color(sign * value)), color(sign * value)) for value in values) >= 4.5
     assert (
         color(0.0) == (255, 255, 255)
@@ -97,7 +97,7 @@ def test_colors_darken_evenly_and_their_ink_is_readable():
 
 
 def test_colors_for_and_against_differ_for_colour_blind_eyes():
-    # deuteranopia and protanopia in linear RGB, Vienot et al. 1999: red and green collapse, blue stays
+    # Deuteranopia and protanopia in linear RGB merge red and green and keep blue (Vienot et al. 1999).
     for weights in ((0.29275, 0.70725), (0.11238, 0.88762)):
         for value in (0.5, 1.0):
             seen = []
@@ -297,7 +297,7 @@ def test_png_measures_a_long_word_in_linear_time(monkeypatch, word):
         warnings.simplefilter("ignore")
         parts = list(png._split(text, png.SIZE))
         assert "".join(parts) == text and all(png._width(part, png.SIZE) <= png.ROOM for part in parts)
-    # every character once for its own width, once with its line, and once more where a line is cut again
+    # Every character is measured once alone, once with its line, and once more if the line is cut again.
     assert sum(measured) <= 3 * len(text)
 
 
