@@ -65,7 +65,7 @@ def pick(op: str, backend: str, available: tuple[str, ...], args: tuple) -> Call
     for name in preferred(op, available, _device(args)) if backend == "auto" else (backend,):
         why = reasons(op, name, args) if name in available else [f"{op} has no {name} kernel"]
         if not why and backend == "auto" and name == "triton" and INTERPRETED:
-            why = ["runs interpreted, only when asked for by name"]
+            why = ["runs interpreted, and so only if it is asked for by name"]
         if not why:
             if refused and backend == "auto":
                 log_once(f"{op}: running on {name}; " + "; ".join(refused))

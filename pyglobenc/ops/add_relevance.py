@@ -25,19 +25,20 @@ def add_relevance(
         S = R / safe(a + b),   R_a = a S,   R_b = b S,   share_a = |sum R_a| / safe(|sum R_a| + |sum R_b|)
         R_a *= share_a sum R / safe(sum R_a),   R_b likewise
 
-    where the sums run over n and d of one example. safe(t) = t + 1e-9, or 1e-9 where that is 0; the quotient
-    is 0 where t is 0. (The published code sums over the batch, so it is right for a single example only.)
+    The sums run over n and d of one example. safe(t) = t + 1e-9, or 1e-9 where that is 0. A quotient is 0
+    where t is 0. The published code sums over the batch, so it is right for a single example only.
 
     Args:
         r: relevance of the sum a + b, (B, n, d), float32 or float64.
         a, b: values of the two branches in the forward pass, (B, n, d), the dtype of r.
-        stabilizer: 0 for the guard above in S; e > 0 divides by a + b + e * sign(a + b) instead.
-        rescale: False leaves out the second line; that is the LRP baseline's rule.
-        cu_seqlens: of packed sequences, as for `rollout_step`; the sums then run over each sequence.
+        stabilizer: 0 for the guard above in S. With e > 0 the divisor is a + b + e * sign(a + b).
+        rescale: False leaves out the second line, as in the rule of the LRP baseline.
+        cu_seqlens: ends of packed sequences, (S + 1,), as for `rollout_step`. The sums then run over each
+            sequence.
         backend: "auto" or a backend's name.
 
     Returns:
-        R_a and R_b, (B, n, d).
+        R_a and R_b, (B, n, d) each, the dtype of r.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that don't fit, or a backend that can't run.

@@ -18,12 +18,12 @@ def clone_relevance(parts: Sequence[Tensor], x: Tensor, *, backend: str = "auto"
     Here safe(x) = x + 1e-9, or 1e-9 where that is 0. R is 0 where x is 0.
 
     Args:
-        parts: relevance of each copy, (B, n, d), at least one; float32 or float64.
-        x: value of the tensor in the forward pass, (B, n, d), same dtype.
+        parts: relevance of each copy, (B, n, d), at least one, float32 or float64.
+        x: value of the tensor in the forward pass, (B, n, d), the dtype of the parts.
         backend: "auto" or a backend's name.
 
     Returns:
-        (B, n, d), the sum of the parts up to the guard.
+        The relevance of x, (B, n, d). Up to the guard it is the sum of the parts.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that don't fit, or a backend that can't run.

@@ -16,11 +16,11 @@ def head_norms(v: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
 
     Args:
         v: values with their bias, (B, Hkv, n, dh), any float dtype.
-        weight: W_O by head, (H, dh, d), same dtype; H a multiple of Hkv.
+        weight: W_O by head, (H, dh, d), the dtype of v; H is a multiple of Hkv.
         backend: "auto" or a backend's name.
 
     Returns:
-        (B, n, H), the dtype of v.
+        Norms (B, n, H), the dtype of v.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that don't fit, or a backend that can't run.

@@ -36,7 +36,7 @@ def mapped_square(x: Tensor, gammas: Sequence[Tensor], *, backend: str = "auto")
     op, sizes = "mapped_square", {}
     named = {f"gammas[{index}]": gamma for index, gamma in enumerate(gammas)}
     if len(named) > MAX_NORMS:
-        raise ValueError(f"{op}: gammas must be of {MAX_NORMS} LayerNorms at most, got {len(named)}")
+        raise ValueError(f"{op}: gammas must have at most {MAX_NORMS} entries, got {len(named)}")
     check_shape(op, "x", x, "B n d", sizes)
     for name, gamma in named.items():
         check_shape(op, name, gamma, "d", sizes)

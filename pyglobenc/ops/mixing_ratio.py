@@ -31,16 +31,16 @@ def mixing_ratio(
 
     Args:
         q, o: queries and attention output, (B, H, n, dh), any float dtype.
-        k, v: keys and values, (B, Hkv, n, dh); same dtype.
+        k, v: keys and values, (B, Hkv, n, dh), the dtype of q.
         lse: log-sum-exp of each query's scaled scores, (B, H, n).
         mapped_weight: W_O[h] M of the stage, (H, dh, d); the arithmetic is done in its dtype.
         mapped_x: x M, (B, n, d), or None for the stage without residual.
-        scaling: factor of q . k, default dh ** -0.5.
+        scaling: factor of q . k; the default is dh ** -0.5.
         score_mod: change of the scaled scores before the softmax.
         backend: "auto" or a backend's name.
 
     Returns:
-        (B, n), in [0, 1], the dtype of mapped_weight; 0 for a token that receives nothing from others.
+        Ratios (B, n) in [0, 1], the dtype of mapped_weight. A token that receives nothing from others gets 0.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that don't fit, or a backend that can't run.

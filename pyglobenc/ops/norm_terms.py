@@ -48,7 +48,7 @@ def norm_terms(
     op, sizes = "norm_terms", {}
     named = {f"gammas[{index}]": gamma for index, gamma in enumerate(gammas)}
     if len(named) > MAX_NORMS:
-        raise ValueError(f"{op}: gammas must be of {MAX_NORMS} LayerNorms at most, got {len(named)}")
+        raise ValueError(f"{op}: gammas must have at most {MAX_NORMS} entries, got {len(named)}")
     check_shape(op, "v", v, "B Hkv n dh", sizes)
     check_shape(op, "weight", weight, "H dh d", sizes)
     check_shape(op, "x", x, "B n d", sizes)

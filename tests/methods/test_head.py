@@ -300,7 +300,7 @@ class Refused(Wrapped):
 SHARES = "unequal shares"
 # what the relevance rules say, and GlobEnc, or the token that it takes
 REFUSALS = {
-    "two_heads": ("several ways side by side, through top and other", 0),
+    "two_heads": ("several Linear modules in parallel, top and other", 0),
     "residual": ("between hidden.0 and top it mixes features", 0),
     "gated": ("between hidden.0 and top it mixes features", 0),
     "probabilities": ("isn't an output of top", 0),
@@ -315,11 +315,11 @@ REFUSALS = {
         "can't be followed to the last layer's output",
         "can't be followed to the last layer's output",
     ),
-    "attention": ("reads several tokens in another way", SHARES),
-    "maximum": ("reads several tokens in another way", SHARES),
-    "weighted": ("reads several tokens in another way", SHARES),
-    "two_tokens": ("reads several tokens in another way", SHARES),
-    "squares": ("reads several tokens in another way", SHARES),
+    "attention": ("reads several tokens, but neither their sum nor their mean", SHARES),
+    "maximum": ("reads several tokens, but neither their sum nor their mean", SHARES),
+    "weighted": ("reads several tokens, but neither their sum nor their mean", SHARES),
+    "two_tokens": ("reads several tokens, but neither their sum nor their mean", SHARES),
+    "squares": ("reads several tokens, but neither their sum nor their mean", SHARES),
     "token_logits": ("isn't one token's output of top", "mean"),
     "padding": ("reads padding tokens", "reads padding tokens"),
     "last_of_all": ("reads padding tokens", "reads padding tokens"),

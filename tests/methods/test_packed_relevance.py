@@ -113,12 +113,12 @@ def test_nothing_is_left_behind():
         (
             "bert-classifier",
             dict(variant="attn_gradcam"),
-            "attn_gradcam reads attention alone, and no packed sequences",
+            "attn_gradcam only reads attention, and cannot take packed sequences",
         ),
         (
             "bert-classifier",
             dict(reliability="estimated"),
-            "the error of packed sequences can be 'measured', or 'off'",
+            "for packed sequences reliability must be measured, off or auto",
         ),
         (
             "bert-classifier",

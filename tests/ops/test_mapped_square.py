@@ -80,7 +80,7 @@ def test_arguments_are_checked():
         mapped_square(x[0], gammas)
     with pytest.raises(ValueError, match=r"mapped_square: gammas\[1\] must be \(d\) with d=6, got \(5,\)"):
         mapped_square(x, [gammas[0], gammas[1][:5]])
-    with pytest.raises(ValueError, match="2 LayerNorms at most, got 3"):
+    with pytest.raises(ValueError, match="at most 2 entries, got 3"):
         mapped_square(x, [*gammas, gammas[0]])
     for wrong in (x.float(), x.bfloat16()):
         with pytest.raises(TypeError, match="one dtype"):

@@ -182,7 +182,7 @@ def test_arguments_are_checked():
         norm_terms(v[0], weight)
     with pytest.raises(ValueError, match=r"norm_terms: gammas\[1\] must be \(d\)"):
         norm_terms(v, weight, x, [gammas[0], gammas[1][1:]])
-    with pytest.raises(ValueError, match="2 LayerNorms at most, got 3"):
+    with pytest.raises(ValueError, match="at most 2 entries, got 3"):
         norm_terms(v, weight, x, [*gammas, gammas[0]])
     with pytest.raises(ValueError, match="multiple of that of key-value heads"):
         norm_terms(v[:, :3], weight)

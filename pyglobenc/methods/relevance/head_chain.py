@@ -18,7 +18,7 @@ from pyglobenc.hf.limits import not_finite
 from pyglobenc.hf.weights import is_plain
 from pyglobenc.methods.head import Call, HeadRecord, direction, equal_shares, rounding
 
-SELECTED = "the head reads several tokens, which a graph isn't recorded for"
+SELECTED = "the head reads several tokens, and no CUDA graph can be recorded for such a head"
 
 
 @dataclass
@@ -189,7 +189,7 @@ class _Chain:
         ]
         if len(beside) > 1:
             names = " and ".join(dict.fromkeys(self.names.get(call.module, "a Linear") for call in beside))
-            return f"the logit is computed on several ways side by side, through {names}"
+            return f"the logit is computed through several Linear modules in parallel, {names}"
         return "no Linear module returns the logit"
 
     def _top(self, point: _Point, contrast: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -229,7 +229,7 @@ class _Chain:
                 f"the weights of {self.names[module]} aren't a plain matrix; load the model unquantised"
             )
         if call.given._version != call.versions[0]:
-            raise _refusal(f"the input of {self.names[module]} is changed in place afterwards")
+            raise _refusal(f"the input of {self.names[module]} is changed in place after the call")
         # accelerate may move the input to the module's device inside the call.
         given, returned = call.given.detach().to(call.returned.device), call.returned.detach()
         if call.returned._version != call.versions[1]:
@@ -247,7 +247,7 @@ class _Chain:
             expected = nn.LayerNorm.forward(norm, given.to(returned.device))
             error = (expected - returned).abs().amax()
             bound = rounding(expected) * expected.abs().amax()
-            self.checks.append((error <= bound, f"{self.names[norm]} is no layer norm"))
+            self.checks.append((error <= bound, f"{self.names[norm]} does not compute a layer norm"))
 
     def _check_entries(self, upper: _Point, lower: _Point, where: str) -> None:
         """Check that each entry of upper is a function of the same entry of lower.
@@ -287,12 +287,12 @@ class _Chain:
         if not may_look():
             self.checks.append(((count == 1).all(), SELECTED))
         elif bool((count == 0).any()):
-            raise _refusal(f"{where} passes no gradient on for this input")
+            raise _refusal(f"{where} has no gradient for this input")
         elif bool((count > 1).any()):
             size = seeds[0].square().sum((1, 2))
             weight = (products[0] * seeds[0]).sum((1, 2)) / (count * size)
             weights = weight[:, None] * read
-            what = f"{where} reads several tokens in another way than their sum or mean"
+            what = f"{where} reads several tokens, but neither their sum nor their mean"
             self._equal(products[0], weights[..., None] * seeds[0], rounding(upper.t, lower.t), what)
             terms = weights[..., None] * lower.t.detach()
             error = (terms.sum(1) - upper.t.detach().to(terms.device).view(batch, d)).abs()

@@ -178,10 +178,10 @@ class TransformerAttribution:
         who, chosen = "TransformerAttribution", self._variant(variant, start_layer, (), reliability)
         batch = packed_inputs(who, batch, TransformerAttribution.packed)
         if chosen.kind not in FOLLOWED:
-            raise ValueError(f"{who}: {variant} reads attention alone, and no packed sequences")
+            raise ValueError(f"{who}: {variant} only reads attention, and cannot take packed sequences")
         if reliability == "estimated":
             raise ValueError(
-                f"{who}: the error of packed sequences can be 'measured', or 'off', not estimated"
+                f"{who}: for packed sequences reliability must be measured, off or auto, got 'estimated'"
             )
         with torch.inference_mode(False):
             packed = pack(who, self.model, batch)
