@@ -34,8 +34,8 @@ def prepare(
         seconds: time that the measurement should take.
 
     Returns:
-        A function that takes one sample (several calls if they are short, until the device is done), the
-        number of calls in it, and the number of samples to take.
+        A function that takes one sample and waits for the device, the number of calls in a sample, and the
+        number of samples to take. A sample has several calls if they are short.
     """
     # Until such a block has been released, glibc returns the pages of short-lived tensors to the system at
     # unpredictable moments, and getting them back takes up to 40 % of a call. A process that has run a long

@@ -67,7 +67,7 @@ def count(op: str, arguments: Any, result: Any, *, batch: int, heads: int, n: in
 
 
 def flatten(part: Any) -> Iterator[Tensor]:
-    """Yield every tensor in nested lists and tuples."""
+    """Yield every tensor, of any shape, in nested lists and tuples."""
     if isinstance(part, Tensor):
         yield part
     elif isinstance(part, (list, tuple)):

@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def backends_of(op: str) -> tuple[str, ...]:
-    """Return the names of an op's backends, in the order in which backend="auto" tries them."""
+    """Return the names of an op's backends, in the op's own order."""
     from importlib import import_module
 
     return import_module(f"pyglobenc.ops.{op}").BACKENDS

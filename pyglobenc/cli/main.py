@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="pyglobenc", description="Token attribution for transformers at the price of the forward pass."
+        prog="pyglobenc", description="Token attribution for transformers, with fused kernels."
     )
     parser.add_argument("--version", action="version", version=f"pyglobenc {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

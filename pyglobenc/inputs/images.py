@@ -58,7 +58,7 @@ def explain_image(
             `pyglobenc.methods.rollout.baselines.METHODS`, for any image encoder. None chooses
             "transformer-attribution" if the model supports it, else "globenc".
         targets: the classes to explain; None for the predicted class. For a rollout method: token positions;
-            None for 0, the [CLS] token, whatever tokens the model's head reads.
+            None for 0, the [CLS] token, even if the model's head reads other tokens.
         variant, start_layer: as for `TransformerAttribution`.
         backend, dtype: as for `GlobEnc`.
         max_pixels: largest number of pixels of an image. A larger image is refused before it is decoded.
