@@ -124,7 +124,8 @@ class Generator:
     """Explains a BERT classifier. Each method returns scores of the tokens, (B, n).
 
     The methods take input_ids and attention_mask, (B, n), and index, the class explained: one for all
-    examples, (B,), or None for the predicted class.
+    examples, (B,), or None for the predicted class. As in the published code, `generate_LRP` sets the first
+    token's score to the smallest one, and the other methods set it to 0.
     """
 
     def __init__(self, model: PreTrainedModel, backend: str = "auto"):
@@ -140,7 +141,7 @@ class Generator:
     def generate_LRP(
         self, input_ids: Tensor, attention_mask: Tensor, index: Any = None, start_layer: int = 11
     ) -> Tensor:
-        """Return transformer attribution, (B, n), with the pooled token's own score set to the smallest one.
+        """Return transformer attribution, (B, n).
 
         start_layer is the lowest layer of the rollout. The default, 11, is the last layer of BERT-base.
         """

@@ -63,7 +63,7 @@ def relevance_result(
     """Return the result for given scores.
 
     Args:
-        model: the stock model, whose name and weights the error message uses.
+        model: the model or the user's module around it; the error message names its broken weights.
         states: tensors of the forward pass.
         scores: (B, n), or (1, N) for S packed sequences; for images as `RelevanceResult` has them.
         nothing: (B,) bool, or (S,), True where no relevance reaches any token.
@@ -91,7 +91,7 @@ def add_layers(
     """Add the diagnostics, and the maps and relevances that were kept for each layer, to a result.
 
     Args:
-        model: the stock model, whose name and weights the error message uses.
+        model: the model or the user's module around it; the error message names its broken weights.
         result: the result that is completed.
         propagation: the finished pass; it holds token sums (B, n) and maps (B, n, n) for each layer.
         layers: also add the relevance of each layer's input, (B, L, n).
