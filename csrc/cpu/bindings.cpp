@@ -15,8 +15,8 @@ namespace py = pybind11;
 
 namespace pyglobenc {
 
-// Of blocks that small the last one released is kept for the next call: the system clears new memory, which
-// takes longer than a short text's kernel. Its size lies before it.
+// The last released block of at most KEPT bytes is kept for the next call. Otherwise the system would clear
+// new memory, which takes longer than the kernel of a short text. The size of a block is stored before it.
 constexpr size_t KEPT = size_t(8) << 20, HEADER = 64;
 static std::atomic<char*> kept{nullptr};
 

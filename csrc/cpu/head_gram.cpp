@@ -1,8 +1,8 @@
 // head_gram: G[j][g, h] = v[g, j] K[g, h] v[h, j]^T for g <= h, mirrored, and c[j][h] = v[h, j] P[h] x[j]^T.
 //
-// A register tile holds V vectors of tokens times J entries of K v or P x, which are multiplied by v and
-// summed without being stored: n*d^2/2 multiply-adds for G, n*d^2 for c; n*d floats of packed values and of
-// x.
+// A register tile holds J entries of K v or P x for V vectors of tokens. They are multiplied by v and summed
+// without being stored. G takes n*d^2/2 multiply-adds, and c takes n*d^2. The packed values and x take n*d
+// floats each.
 #include "ops.h"
 #include "parallel.h"
 #include "products.h"
@@ -10,8 +10,8 @@
 namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
-constexpr int64_t SHARED =
-    4 << 20;  // bytes of packed tokens, at most, that go past one K[g, h] before the next
+// The largest number of bytes of packed tokens that are multiplied by one K[g, h] before the next one.
+constexpr int64_t SHARED = 4 << 20;
 
 struct GramArgs {
     const View& v;             // [B, Hkv, n, dh]
@@ -26,13 +26,12 @@ struct GramArgs {
     int64_t width() const { return x ? x.shape[2] : 0; }
     int64_t tokens() const { return v.shape[0] * v.shape[2]; }
     int64_t block_size() const { return (v.shape[1] * dh() + width()) * I; }
-    int64_t value(int64_t h) const {
-        return h / (heads() / v.shape[1]) * dh() * I;
-    }  // where a packed block holds it
+    // Returns the offset of a head's values in a packed block.
+    int64_t value(int64_t h) const { return h / (heads() / v.shape[1]) * dh() * I; }
 };
 
-// Tokens of a block, at most I: where each one's part of a tensor starts. strides: of the batch's and the
-// token's axis.
+// The tokens of a block, at most I. start holds the offset of each token in a tensor, whose strides along the
+// batch and the tokens are of_batch and of_token.
 struct Tokens {
     int64_t count, start[I];
 
@@ -46,7 +45,7 @@ struct Tokens {
     }
 };
 
-// A block of tokens to out: the values [Hkv, dh, I], then x [d, I].
+// Packs a block of tokens to out: the values [Hkv, dh, I], then x [d, I].
 static void pack_block(const GramArgs& args, int64_t block, float* out) {
     const int64_t Hkv = args.v.shape[1], dh = args.dh();
     Tokens values(args, block, args.v.stride[0], args.v.stride[2]);
@@ -59,7 +58,7 @@ static void pack_block(const GramArgs& args, int64_t block, float* out) {
     pack_tokens(args.x, Unit::single, inputs.start, inputs.count, args.x.stride[2], args.width(), out);
 }
 
-// sum over C rows of (rows left) * right, added to total.
+// Adds the sum of (rows left) * right over C rows to total.
 template <int C>
 __attribute__((noinline)) static void add_rows(const float* left,  // [width, I]
                                                const float* rows,  // [C, width]
@@ -68,14 +67,14 @@ __attribute__((noinline)) static void add_rows(const float* left,  // [width, I]
                                                Floats total[V]) {
     Floats acc[C][V];
     products<C, V, Unit::single>(left, rows, step, width, acc);
-    // summed within the tile first: fewer roundings at the size of the total
+    // The sum within the tile comes first, because this rounds the large total less often.
     Floats part[V] = {};
     UNROLL for (int j = 0; j < C; ++j) UNROLL for (int v = 0; v < V; ++v) part[v] +=
         acc[j][v] * load(right + j * I + v * W);
     UNROLL for (int v = 0; v < V; ++v) total[v] += part[v];
 }
 
-// right^T (matrix left) of every token, to out [I]: a bilinear form. The last rows are taken in twos.
+// Writes the bilinear form right^T (matrix left) of each token to out [I]. The last rows are taken in pairs.
 static void bilinear(const float* left,    // [width, I]
                      const float* matrix,  // [count, width]
                      int64_t step, int64_t width,
@@ -83,7 +82,7 @@ static void bilinear(const float* left,    // [width, I]
                      int64_t count, float* out) {
     Floats total[V] = {};
     for (; count >= J; count -= J, matrix += J * step, right += J * I) {
-        // between two calls the forward pass of a layer has driven the weights out of the caches
+        // Between two calls, the forward pass of a layer has displaced the weights from the caches.
         for (int64_t j = J; j < 2 * J && j < count; ++j)
             for (int64_t c = 0; c < width; c += 16) __builtin_prefetch(matrix + j * step + c);
         add_rows<J>(left, matrix, step, width, right, total);
@@ -94,7 +93,7 @@ static void bilinear(const float* left,    // [width, I]
     std::memcpy(out, total, sizeof total);
 }
 
-// Row g of the upper triangle of G, and c of head g, for the packed blocks [first, last).
+// Computes row g of the upper triangle of G, and c of head g, for the packed blocks [first, last).
 static void gram_row(const GramArgs& args, const float* packed, int64_t first, int64_t last, int64_t g) {
     const int64_t H = args.heads(), dh = args.dh(), width = args.width(), down = args.gram.stride[2],
                   right = args.gram.stride[3];
@@ -128,7 +127,7 @@ void head_gram(const View& v, const View& kernel, const View& x, const View& cro
                const View& cross, int threads) {
     const GramArgs args{v, kernel, x, cross_kernel, gram, cross};
     const int64_t H = args.heads(), width = H * args.dh(), blocks = (args.tokens() + I - 1) / I;
-    // with one group of blocks the H rows of the triangle are the tasks: enough for H / 4 threads
+    // With one group of blocks, the H rows of the triangle are the tasks. They suffice for H / 4 threads.
     const int64_t share = blocks * H / (4 * threads) + 1, fits = SHARED / 4 / args.block_size() + 1,
                   most = share < fits ? share : fits;
     const int64_t groups = (blocks + most - 1) / most;
@@ -140,7 +139,7 @@ void head_gram(const View& v, const View& kernel, const View& x, const View& cro
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < blocks; ++block)
             pack_block(args, block, packed + block * args.block_size());
-        // the longest rows of the triangle first
+        // The longest rows of the triangle come first.
 #pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < H * groups; ++item) {
             const int64_t first = item % groups * most, last = blocks < first + most ? blocks : first + most;

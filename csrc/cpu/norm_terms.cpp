@@ -1,10 +1,15 @@
-// norm_terms: what the squared norms of a stage are made of, from the transformed vectors f[h] = v[h] (W_O[h]
-// M) of every token: G[g][h] = <f[g], f[h]> for g <= h, mirrored, c[h] = <f[h], x M> and |x M|^2.
+// norm_terms: computes the terms of a stage's squared norms from each token's transformed vectors
 //
-// A block holds V vectors of tokens. J features at a time of all heads' f are computed in registers and left
-// in the first-level cache, where the products of the heads take them: n*d^2 + n*d*H^2/2 multiply-adds, and
-// no more than H*J numbers of f a token at once. The rows of W M are made once a call. They take d^2 floats,
-// and the packed values and inputs n*d each.
+//   f[h]    = v[h] W_O[h] M
+//   G[g][h] = <f[g], f[h]>, computed for g <= h and mirrored
+//   c[h]    = <f[h], x M>
+//
+// and the residual term |x M|^2.
+//
+// A block holds V vectors of tokens. J features of all heads' f are computed at a time. They stay in the
+// first-level cache, from which the products of the heads read them, so that a token never has more than H*J
+// entries of f. In total this takes n*d^2 + n*d*H^2/2 multiply-adds. The rows of W M are computed once for
+// each call. They take d^2 floats, and the packed values and inputs take n*d floats each.
 #include "ops.h"
 #include "parallel.h"
 #include "products.h"
@@ -12,10 +17,12 @@
 namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
-constexpr int64_t CHUNK =
-    32;  // rows that are summed before they are added to a total: fewer roundings at its size
-constexpr int64_t ENOUGH =
-    8;  // tasks that keep threads busy; fewer blocks are split by features, by their number alone
+// The number of rows that are summed before the sum is added to a total. This rounds the large total less
+// often.
+constexpr int64_t CHUNK = 32;
+// The number of tasks that keep the threads busy. If there are fewer blocks, their features are divided. The
+// division depends on the number of blocks alone.
+constexpr int64_t ENOUGH = 8;
 
 struct TermsArgs {
     const View& v;         // [B, Hkv, n, dh]
@@ -30,15 +37,13 @@ struct TermsArgs {
     int64_t dh() const { return v.shape[3]; }
     int64_t width() const { return heads() * dh(); }
     int64_t features() const { return weight.shape[0]; }
-    int64_t rows() const {
-        return (features() + J - 1) / J * J;
-    }  // a tile is full: rows of zeros follow the last
+    // The last tile is filled up with rows of zeros.
+    int64_t rows() const { return (features() + J - 1) / J * J; }
     int64_t tokens() const { return v.shape[0] * v.shape[2]; }
     int64_t blocks() const { return (tokens() + I - 1) / I; }
     int64_t block_size() const { return (v.shape[1] * dh() + (x ? rows() : 0)) * I; }
-    int64_t values(int64_t h) const {
-        return h / (heads() / v.shape[1]) * dh() * I;
-    }  // where a packed block holds them
+    // Returns the offset of a head's values in a packed block.
+    int64_t values(int64_t h) const { return h / (heads() / v.shape[1]) * dh() * I; }
     int64_t pairs() const { return heads() * (heads() + 1) / 2 + (x ? heads() : 0); }
     int64_t stages() const { return gammas ? gammas.shape[0] : 0; }
     const float* gamma(int64_t stage) const {
@@ -49,8 +54,8 @@ struct TermsArgs {
     }
 };
 
-// Tokens of a block, at most I: where each one's part of a tensor starts. strides: of the batch's and the
-// token's axis.
+// The tokens of a block, at most I. start holds the offset of each token in a tensor, whose strides along the
+// batch and the tokens are of_batch and of_token.
 struct BlockTokens {
     int64_t count, start[I];
 
@@ -64,7 +69,7 @@ struct BlockTokens {
     }
 };
 
-// Sums over CHUNK rows of W, and of W times the first gamma, to out [2, width].
+// Writes the sums over CHUNK rows of W, and of W times the first gamma, to out [2, width].
 static void sum_rows(const TermsArgs& args, int64_t first, float* out) {
     const int64_t width = args.width(),
                   last = first + CHUNK < args.features() ? first + CHUNK : args.features();
@@ -80,7 +85,8 @@ static void sum_rows(const TermsArgs& args, int64_t first, float* out) {
     }
 }
 
-// Means over all rows: of W to out[0], of (W - mean) * gamma to out[1]; sums [chunks, 2, width] of sum_rows.
+// Writes the mean of W over all rows to out[0], and that of (W - mean) * gamma to out[1]. sums, [chunks, 2,
+// width], come from sum_rows.
 static void column_means(const TermsArgs& args, const float* sums, int64_t chunks, float* out) {
     const int64_t width = args.width(), d = args.features();
     std::memset(out, 0, sizeof(float) * 2 * width);
@@ -95,7 +101,7 @@ static void column_means(const TermsArgs& args, const float* sums, int64_t chunk
     }
 }
 
-// Row e of W M; means [2, width].
+// Writes row e of W M to out [width]. means, [2, width], come from column_means.
 static void map_row(const TermsArgs& args, int64_t e, const float* means, float* out) {
     const int64_t width = args.width(), stages = args.stages();
     if (e >= args.features()) {
@@ -115,7 +121,7 @@ static void map_row(const TermsArgs& args, int64_t e, const float* means, float*
             out[c] = ((row[c] - means[c]) * first - means[width + c]) * second;
 }
 
-// Centers every token's x [d, I] and multiplies it by a gamma.
+// Centers the x [d, I] of each token and multiplies it by a gamma.
 static void center(float* x, const float* gamma, int64_t d) {
     Floats mean[V] = {};
     for (int64_t first = 0; first < d; first += CHUNK) {
@@ -130,8 +136,8 @@ static void center(float* x, const float* gamma, int64_t d) {
             store(x + e * I + v * W, (load(x + e * I + v * W) - mean[v]) * splat(gamma[e]));
 }
 
-// A block of tokens to out: the values [Hkv, dh, I], then x M [rows, I], whose squared norms are written to
-// args.residual.
+// Packs a block of tokens to out: the values [Hkv, dh, I], then x M [rows, I]. Also writes the squared norms
+// of x M to args.residual.
 static void pack_block(const TermsArgs& args, int64_t block, float* out) {
     const int64_t Hkv = args.v.shape[1], dh = args.dh(), d = args.features();
     BlockTokens values(args, block, args.v.stride[0], args.v.stride[2]);
@@ -160,7 +166,7 @@ static void pack_block(const TermsArgs& args, int64_t block, float* out) {
     for (int64_t l = 0; l < to.count; ++l) static_cast<float*>(args.residual.data)[to.start[l]] = lanes[l];
 }
 
-// J features of one head's f for VT vectors of tokens, to out [J, I].
+// Writes J features of one head's f, for VT vectors of tokens, to out [J, I].
 template <int VT>
 __attribute__((noinline)) static void transform(const float* values,  // [dh, I]
                                                 const float* rows,    // [J, dh], `step` apart
@@ -171,7 +177,7 @@ __attribute__((noinline)) static void transform(const float* values,  // [dh, I]
         store(out + j * I + v * W, acc[j][v]);
 }
 
-// total[h] += sum over J features of left * right[h], for `count` heads.
+// Adds the sum of left * right[h] over J features to total[h], for `count` heads.
 template <int VT>
 __attribute__((noinline)) static void add_products(const float* left,              // [J, I]
                                                    const float* right,             // [count, J, I]
@@ -188,7 +194,8 @@ __attribute__((noinline)) static void add_products(const float* left,           
     }
 }
 
-// Sums over the rows [first, last) of the triangle of G, row by row, then of c, to out [pairs, I].
+// Writes a block's sums over the features [first, last) to out [pairs, I]: the upper triangle of G, row by
+// row, and then c.
 template <int VT>
 static void block_terms(const TermsArgs& args, const float* packed, const float* rows, int64_t first,
                         int64_t last, float* f, float* out) {
@@ -205,7 +212,7 @@ static void block_terms(const TermsArgs& args, const float* packed, const float*
     }
 }
 
-// Sums of `parts` runs [pairs, I], `step` apart, to the tensors.
+// Adds up `parts` runs of sums [pairs, I], which lie `step` apart, and writes the totals to the tensors.
 static void write_terms(const TermsArgs& args, int64_t block, const float* sums, int64_t parts,
                         int64_t step) {
     const int64_t H = args.heads(), down = args.gram.stride[2], right = args.gram.stride[3];
@@ -239,7 +246,7 @@ void norm_terms(const View& v, const View& weight, const View& x, const View& ga
     const TermsArgs args{v, weight, x, gammas, gram, cross, residual};
     const int64_t width = args.width(), rows = args.rows(), blocks = args.blocks(), tiles = rows / J,
                   pairs = args.pairs() * I;
-    // the sums' order must not depend on the threads
+    // The order of the sums must not depend on the number of threads.
     const int64_t wanted = blocks < ENOUGH ? ENOUGH / blocks : 1, parts = wanted < tiles ? wanted : tiles;
     const int64_t chunks = args.stages() ? (args.features() + CHUNK - 1) / CHUNK : 0,
                   tile = args.heads() * J * I;

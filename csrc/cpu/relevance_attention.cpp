@@ -35,8 +35,8 @@ static inline void add_lanes(double* total, Floats x) {
     for (int l = 0; l < W; ++l) *total += double(x[l]);
 }
 
-// One row of the map and, with pass, alpha over D and U over P; sums: R_alpha and what the mask's add rule
-// keeps of it.
+// Computes one row of the map. With pass, alpha overwrites D and U overwrites P. The sums of R_alpha, and of
+// R_alpha after the add rule of the mask, are added to sums [2].
 static void tile_row(const RelevanceTile& tile, int64_t b, int64_t row, double* sums) {
     const int64_t H = tile.dots.shape[1], I_ = tile.dots.shape[2], n = tile.dots.shape[3], plane = I_ * n;
     const int64_t i =
@@ -50,7 +50,7 @@ static void tile_row(const RelevanceTile& tile, int64_t b, int64_t row, double* 
     const Visible visible{tile, b, i};
     const bool all = visible.all();
     vectors(0, n, [&](int64_t j, int64_t count) {
-        // lanes past the last key hold no score, and their exponential may be infinite
+        // Lanes past the last key hold no score, and their exponential may be infinite.
         const Ints seen = all && count == W ? Ints{} - 1 : visible.lanes(j, count);
         Floats total = {};
         for (int64_t h = 0; h < H; ++h) {
