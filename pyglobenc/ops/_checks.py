@@ -8,21 +8,27 @@ from pyglobenc.backends.shared.launch import HALF
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
-def check_shape(op: str, name: str, t: Tensor | None, symbols: str, sizes: dict[str, int]) -> None:
-    """Check the shape of a tensor t against symbols.
+def check_shape(
+    op: str, name: str, t: Tensor | None, symbols: str, sizes: dict[str, int], optional: bool = False
+) -> None:
+    """Check that t is a tensor whose shape fits symbols.
 
     Args:
         op: name of the op, for the message.
         name: name of the argument, for the message.
-        t: the tensor, or None, which passes.
+        t: the tensor.
         symbols: the expected axes, such as "B H n dh" for (B, H, n, dh).
         sizes: known size of each symbol; new symbols are added.
+        optional: whether t may be None, which passes.
 
     Raises:
+        TypeError: t is not a tensor.
         ValueError: the number of axes differs, or a size differs from the known one.
     """
-    if t is None:
+    if t is None and optional:
         return
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
     expected, came = symbols.split(), t.shape
     ok = len(came) == len(expected)
     if ok:
@@ -68,17 +74,17 @@ def check_widened(op: str, inputs: dict[str, Tensor | None], weights: dict[str, 
 
 
 def check_heads(op: str, heads: int, kv_heads: int) -> None:
-    """Check that the number of query heads is a multiple of that of key-value heads; ValueError otherwise."""
-    if kv_heads == 0 or heads % kv_heads:
+    """Check that the number of query heads is a positive multiple of that of key-value heads."""
+    if not heads or not kv_heads or heads % kv_heads:
         raise ValueError(
-            f"{op}: the number of query heads must be a multiple of that of key-value heads, got {heads} "
-            f"and {kv_heads}"
+            f"{op}: the number of query heads must be a positive multiple of that of key-value heads, "
+            f"got {heads} and {kv_heads}"
         )
 
 
 def check_mask(op: str, key_mask: Tensor | None, sizes: dict[str, int]) -> None:
     """Check that key_mask is a (B, n) bool tensor, True for real tokens."""
-    check_shape(op, "key_mask", key_mask, "B n", sizes)
+    check_shape(op, "key_mask", key_mask, "B n", sizes, optional=True)
     if key_mask is not None and key_mask.dtype != torch.bool:
         raise TypeError(f"{op}: key_mask must be bool, True for real tokens, got {key_mask.dtype}")
 
@@ -104,6 +110,8 @@ def check_cu_seqlens(
     """
     if cu_seqlens is None:
         return
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"{op}: cu_seqlens must be a tensor, got {type(cu_seqlens).__name__}")
     if (
         cu_seqlens.dim() != 1
         or len(cu_seqlens) < 2

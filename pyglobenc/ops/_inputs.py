@@ -39,9 +39,9 @@ def pair_inputs(op: str, **arguments: Any) -> PairInputs:
     check_heads(op, sizes["H"], sizes["Hkv"])
     check_shape(op, "lse", inputs.lse, "B H n", sizes)
     check_shape(op, "gram", inputs.gram, "B n H H", sizes)
-    check_shape(op, "cross", inputs.cross, "B n H", sizes)
+    check_shape(op, "cross", inputs.cross, "B n H", sizes, optional=True)
     for name in ("residual_sq", "rstd"):
-        check_shape(op, name, getattr(inputs, name), "B n", sizes)
+        check_shape(op, name, getattr(inputs, name), "B n", sizes, optional=True)
     _check_seen(op, inputs, sizes)
     check_floats(op, q=inputs.q, k=inputs.k)
     check_floats(op, gram=inputs.gram, cross=inputs.cross, residual_sq=inputs.residual_sq, rstd=inputs.rstd)
@@ -68,7 +68,7 @@ def relevance_inputs(op: str, **arguments: Any) -> RelevanceInputs:
     inputs, sizes = _made(RelevanceInputs, arguments), {}
     q, lse = inputs.q, inputs.lse
     for name in ("q", "k", "v", "grad_o", "s"):
-        check_shape(op, name, getattr(inputs, name), "B H n dh", sizes)
+        check_shape(op, name, getattr(inputs, name), "B H n dh", sizes, optional=name == "grad_o")
     check_shape(op, "lse", lse, "B H n", sizes)
     _check_seen(op, inputs, sizes)
     check_floats(op, q=q, k=inputs.k, v=inputs.v, grad_o=inputs.grad_o, s=inputs.s)
@@ -88,24 +88,25 @@ def check_rows(op: str, rows: Tensor | None, q: Tensor) -> None:
     check_range(op, "rows", rows, q.shape[2])
 
 
-def check_rollout(op: str, r: Tensor, like: Tensor, inputs: Inputs, log_scale: Tensor | None = None) -> None:
-    """Check rows of a rollout r (B, T, n), which must have the dtype of `like`.
+def check_rollout(op: str, r: Tensor, like: Tensor, inputs: Inputs) -> dict[str, int]:
+    """Check rows of a rollout r (B, T, n), of the dtype of `like`.
 
-    Their log_scale is (B, T), or (S, T) for packed sequences, or None.
+    Returns the sizes B, T and n, and S of packed sequences.
     """
     sizes = {"B": inputs.q.shape[0], "n": inputs.q.shape[2]}
     check_shape(op, "r", r, "B T n", sizes)
     if inputs.cu_seqlens is not None:
         sizes["S"] = len(inputs.cu_seqlens) - 1
-    check_shape(op, "log_scale", log_scale, "B T" if inputs.cu_seqlens is None else "S T", sizes)
     check_floats(op, r=r, like=like)
+    return sizes
 
 
 def _made(kind: type[Inputs], arguments: dict[str, Any]) -> Inputs:
     if arguments["scaling"] is None:
         q = arguments["q"]
-        # A q of another rank is refused later, when its shape is checked.
-        arguments["scaling"] = q.shape[-1] ** -0.5 if q.dim() and q.shape[-1] else 1.0
+        # `check_shape` refuses any other q.
+        known = isinstance(q, Tensor) and q.dim() and q.shape[-1]
+        arguments["scaling"] = q.shape[-1] ** -0.5 if known else 1.0
     arguments["scaling"] = float(arguments["scaling"])
     return kind(**arguments)
 

@@ -43,15 +43,14 @@ def register(
 
         @wraps(function)
         def call(first: Any, *others: Any) -> Any:
-            if inputs is None:
-                args = (first, *others)
-            elif getattr(first, "score_mod", None) is not None:
+            args = (first, *others) if inputs is None else (*first.flat(), *others)
+            flat = _flat(args)
+            _check_device(name, flat)
+            if getattr(first, "score_mod", None) is not None:
                 # torch.library has no type for a score_mod.
                 return function(first, *others)
-            else:
-                args = (*first.flat(), *others)
             watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-            return op(*args) if watched or not _plain(args) else function(first, *others)
+            return op(*args) if watched or not _plain(flat) else function(first, *others)
 
         call.register_fake = lambda fake: op.register_fake(fake if inputs is None else _unflat(fake, inputs))
         return call
@@ -69,10 +68,26 @@ def _unflat(function: Callable[..., Any], inputs: type[Inputs]) -> Callable[...,
     return call
 
 
+def _flat(args: Sequence[Any]) -> Sequence[Any]:
+    """Return the arguments with the entries of lists in place of the lists."""
+    if list not in map(type, args):
+        return args
+    return [*chain.from_iterable(arg if isinstance(arg, list) else (arg,) for arg in args)]
+
+
+def _check_device(name: str, args: Sequence[Any]) -> None:
+    """Raise ValueError unless all tensors are on one device. Only cu_seqlens, which is int32, stays on the
+    CPU.
+    """
+    devices = {arg.device for arg in args if isinstance(arg, Tensor) and arg.dtype != torch.int32}
+    if len(devices) > 1:
+        raise ValueError(
+            f"{name}: tensors must be on one device, got {' and '.join(sorted(map(str, devices)))}"
+        )
+
+
 def _plain(args: Sequence[Any]) -> bool:
-    """Return whether all tensors are plain ones without gradient recording; entries of lists count too."""
-    if list in map(type, args):
-        args = [*chain.from_iterable(arg if isinstance(arg, list) else (arg,) for arg in args)]
+    """Return whether all tensors are plain ones without gradient recording."""
     if not PLAIN.issuperset(map(type, args)):
         return False
     return not (

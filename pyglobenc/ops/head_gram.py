@@ -45,8 +45,8 @@ def head_gram(
     op, sizes = "head_gram", {}
     check_shape(op, "v", v, "B Hkv n dh", sizes)
     check_shape(op, "kernel", kernel, "H dh H dh", sizes)
-    check_shape(op, "x", x, "B n d", sizes)
-    check_shape(op, "cross_kernel", cross_kernel, "H dh d", sizes)
+    check_shape(op, "x", x, "B n d", sizes, optional=True)
+    check_shape(op, "cross_kernel", cross_kernel, "H dh d", sizes, optional=True)
     check_heads(op, sizes["H"], sizes["Hkv"])
     check_widened(op, {"v": v, "x": x}, {"kernel": kernel, "cross_kernel": cross_kernel})
     if (x is None) != (cross_kernel is None):

@@ -51,9 +51,9 @@ def linear_relevance(
     check_shape(op, "r", r, "B n d_out", sizes)
     check_shape(op, "x", x, "B n d_in", sizes)
     check_shape(op, "weight", weight, "d_out d_in", sizes)
-    check_shape(op, "abs_weight", abs_weight, "d_out d_in", sizes)
-    check_shape(op, "output", output, "B n d_out", sizes)
-    check_shape(op, "bias", bias, "d_out", sizes)
+    check_shape(op, "abs_weight", abs_weight, "d_out d_in", sizes, optional=True)
+    check_shape(op, "output", output, "B n d_out", sizes, optional=True)
+    check_shape(op, "bias", bias, "d_out", sizes, optional=True)
     check_floats(op, r=r, x=x, output=output)
     if r.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{op}: r must be float32 or float64, got {r.dtype}")

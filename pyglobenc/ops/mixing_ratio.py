@@ -55,7 +55,7 @@ def mixing_ratio(
     check_heads(op, sizes["H"], sizes["Hkv"])
     check_shape(op, "lse", lse, "B H n", sizes)
     check_shape(op, "mapped_weight", mapped_weight, "H dh d", sizes)
-    check_shape(op, "mapped_x", mapped_x, "B n d", sizes)
+    check_shape(op, "mapped_x", mapped_x, "B n d", sizes, optional=True)
     check_floats(op, q=q, k=k, v=v, o=o)
     check_floats(op, mapped_weight=mapped_weight, mapped_x=mapped_x)
     scaling = sizes["dh"] ** -0.5 if scaling is None else float(scaling)

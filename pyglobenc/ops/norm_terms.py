@@ -51,7 +51,7 @@ def norm_terms(
         raise ValueError(f"{op}: gammas must have at most {MAX_NORMS} entries, got {len(named)}")
     check_shape(op, "v", v, "B Hkv n dh", sizes)
     check_shape(op, "weight", weight, "H dh d", sizes)
-    check_shape(op, "x", x, "B n d", sizes)
+    check_shape(op, "x", x, "B n d", sizes, optional=True)
     for name, gamma in named.items():
         check_shape(op, name, gamma, "d", sizes)
     check_heads(op, sizes["H"], sizes["Hkv"])

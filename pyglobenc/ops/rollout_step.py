@@ -6,6 +6,7 @@ from torch import Tensor
 from pyglobenc.backends.dispatch import run
 from pyglobenc.backends.inputs import PairInputs
 from pyglobenc.backends.shared.score_mods import ScoreMod
+from pyglobenc.ops._checks import check_floats, check_shape
 from pyglobenc.ops._inputs import check_rollout, pair_inputs
 from pyglobenc.ops._registered import register
 
@@ -61,7 +62,9 @@ def rollout_step(
     inputs = pair_inputs(
         op, **layer, scaling=scaling, window=window, cu_seqlens=cu_seqlens, score_mod=score_mod
     )
-    check_rollout(op, r, gram, inputs, log_scale)
+    sizes = check_rollout(op, r, gram, inputs)
+    check_shape(op, "log_scale", log_scale, "B T" if cu_seqlens is None else "S T", sizes)
+    check_floats(op, log_scale=log_scale)
     # A log_scale of another dtype, such as float64, keeps that dtype.
     own = log_scale.dtype == r.dtype
     out, scale = _rollout_step(
