@@ -1,10 +1,10 @@
 // linear_relevance: the two steps around the GEMMs of the Linear rule, one pass over memory each (Chefer et
 // al., 2021, eq. 5).
 //
-//   S = R / safe(Z), Z = (y - bias + |x| |W|^T) / 2     three reads, one write, where torch makes seven
-//                                                       passes
-//   R_in = (x (S W) + |x| (S |W|)) / 2                  three reads, one write
+//   S = R / safe(Z), Z = (y - bias + |x| |W|^T) / 2
+//   R_in = (x (S W) + |x| (S |W|)) / 2
 //
+// Each pass has three reads and one write. torch would make seven passes for the first one.
 // Outputs whose Z is a tiny part of |x| |W|^T + |bias| have lost their digits, and S is set to 0 there. The
 // warp that finds such outputs computes Z = sum_e max(x_e w_e, 0) for each of them, stores R / safe(Z) in
 // place of |x| |W|^T, and sets the flag of its strip. The second pass then adds R / safe(Z) max(x_e w_e, 0).

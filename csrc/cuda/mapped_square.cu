@@ -1,7 +1,8 @@
-// mapped_square: |x[i] M|^2, M = (C diag(gamma_1)) (C diag(gamma_2)), C the centering matrix (Modarressi et
-// al., 2022, eq. 6 to 10, of the residual).
+// mapped_square: computes |x[i] M|^2, where M = (C diag(gamma_1)) (C diag(gamma_2)) and C is the centering
+// matrix (Modarressi et al., 2022, eq. 6 to 10, applied to the residual).
 //
-// A warp takes a row. Each mean is taken after the maps before it. The n * d numbers are read once.
+// A warp takes a row. Each mean is computed after the maps before it have been applied. The n * d numbers are
+// read once.
 #include "division.h"
 #include "launch.h"
 #include "ops.h"

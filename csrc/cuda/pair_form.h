@@ -171,7 +171,7 @@ DEVICE void take_queries(const PairArgs& p, const Place& place, const QueryRange
                          const float (&weights)[MAX_ROWS][QUERIES], int first, int rows,
                          const Form<HEADS, QUERIES>& form, float (&sums)[MAX_ROWS]) {
     const Float2* alpha = place.at<Float2>(p.tile.alpha) + pair_at(place.warp, lane());
-    // whether one of the tile's queries may be one of the keys; the same for all lanes
+    // True if one of the tile's queries may be one of the keys. It is the same for all lanes.
     const int ahead = place.block * KEYS - first;
     const bool meets = p.cross.data && (p.rows.data || (-KEYS < ahead && ahead < QUERIES));
     for (int pair = place.warp; pair < QUERIES / 2; pair += p.tile.warps, alpha += p.tile.warps * KEYS) {

@@ -1,5 +1,9 @@
-// Norms of (query, key) pairs, tile by tile, all heads: norm[i, j]^2 = a^T G[j] a + (i == j) (2 a . c[i] +
-// residual_sq[i]), a = alpha[:, i, j] (Modarressi et al., 2022, eq. 6 to 10, expanded over heads).
+// Norms of (query, key) pairs, tile by tile, for all heads
+//
+//   norm[i, j]^2 = a^T G[j] a + (i == j) (2 a . c[i] + residual_sq[i])
+//   a            = alpha[:, i, j]
+//
+// (Modarressi et al., 2022, eq. 6 to 10, expanded over heads).
 //
 // A group of warps takes 32 keys and streams queries. First the warps divide the heads. They compute scores
 // by mma: query fragments come directly from global memory (in pieces of 16 bytes, with the order of d

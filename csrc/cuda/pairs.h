@@ -1,4 +1,4 @@
-// What rollout_step and pair_norms share; pair_tile.h describes the kernel.
+// Code that rollout_step and pair_norms share; pair_tile.h describes the kernel.
 #pragma once
 
 #include <cstdint>

@@ -1,8 +1,8 @@
 // relevance_maps: computes and stores A = mean_h max(<grad_o[i], v[j]> R_alpha[i,j], 0) (Chefer et al., 2021,
 // eq. 13).
 //
-// A block computes one tile of the map and loops over the heads: 3 n^2 d multiply-adds, one float written a
-// pair.
+// A block computes one tile of the map and loops over the heads. The map takes 3 n^2 d multiply-adds, and one
+// float is written for each pair.
 #include "launch.h"
 #include "relevance_pairs.h"
 

@@ -1,7 +1,8 @@
-// Tiles of relevance through attention, one head at a time: what the kernels over pairs share.
+// Tiles of relevance through attention for one head, which the kernels over pairs share.
 //
-//   alpha[i,j] = exp(scaling q[i].k[j] - lse[i]),   R_alpha[i,j] = alpha[i,j] <s[i], v[j]> / 2, A_h =
-//                                                   max(<grad_o[i], v[j]> R_alpha, 0)
+//   alpha[i,j]   = exp(scaling q[i].k[j] - lse[i])
+//   R_alpha[i,j] = alpha[i,j] <s[i], v[j]> / 2
+//   A_h[i,j]     = max(<grad_o[i], v[j]> R_alpha[i,j], 0)
 //
 // (Chefer et al., 2021, eq. 13, and the matmul rule of the published code.) A later division by the scores
 // amplifies their rounding up to 1e7 times, so the products keep float32's digits. Three bfloat16 parts hold
