@@ -8,7 +8,7 @@ from models import build
 
 from pyglobenc import GlobEnc, TransformerAttribution
 from pyglobenc.backends.shared.score_mods import SoftCap
-from pyglobenc.methods.rollout.baselines import METHODS, Rollout
+from pyglobenc.methods.rollout.baselines import ROLLOUTS, Rollout
 from pyglobenc.ops import linear_relevance, relevance_attention
 from pyglobenc.ops.attention import attention
 
@@ -51,7 +51,7 @@ def check_same(call, given, elsewhere):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ROLLOUTS)
 def test_defaults_in_the_family(method, backend, elsewhere):
     check_same(Rollout(build("bert").float(), method, backend=backend), batch(), elsewhere)
 

@@ -31,9 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "With --pair each line holds two texts, separated by a tab. "
         "After Ctrl-C or an error, the output files hold the texts that were finished."
     )
-    parser.add_argument(
-        "text", nargs="*", help="texts (default: read --file or standard input)"
-    )
+    parser.add_argument("text", nargs="*", help="texts (default: read --file or standard input)")
     parser.add_argument(
         "--pair",
         action="store_true",

@@ -35,12 +35,12 @@ def run(options: argparse.Namespace) -> int:
 
     from pyglobenc.cli.outputs import check_outputs
     from pyglobenc.inputs.images import CLASSES, explain_image, open_image
-    from pyglobenc.methods.rollout.baselines import METHODS
+    from pyglobenc.methods.rollout.baselines import ROLLOUTS
     from pyglobenc.models.pretrained import load_image_model
 
-    if options.method not in (None, CLASSES, *METHODS):
+    if options.method not in (None, CLASSES, *ROLLOUTS):
         options.error(
-            f"--image: --method must be one of {', '.join((CLASSES, *METHODS))}, got {options.method!r}"
+            f"--image: --method must be one of {', '.join((CLASSES, *ROLLOUTS))}, got {options.method!r}"
         )
     check_outputs(files, options.model, options.image)
     images = [open_image(name, options.max_pixels) for name in options.image]

@@ -91,9 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="pyglobenc", description="Token attribution for transformers, with fused kernels."
-    )
+    parser = Parser(prog="pyglobenc", description="Token attribution for transformers, with fused kernels.")
     parser.add_argument("--version", action="version", version=f"pyglobenc {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:

@@ -28,7 +28,7 @@ from pyglobenc.methods.relevance.states import run_forward
 from pyglobenc.methods.relevance.transformer_attribution import TransformerAttribution
 
 # The published method names, and the variants that they compute.
-METHODS = {
+VARIANT_OF = {
     "transformer_attribution": "transformer_attribution",
     "grad": "transformer_attribution",
     "rollout": "rollout",
@@ -231,16 +231,18 @@ class LRP:
         Raises:
             ValueError: the method is unknown.
         """
-        if method not in METHODS:
-            raise ValueError(f"LRP: method must be one of {', '.join(METHODS)}, got {method!r}")
-        variant = METHODS[method] + ("_ablation" if is_ablation and method in WITH_ABLATION else "")
+        if method not in VARIANT_OF:
+            raise ValueError(f"LRP: method must be one of {', '.join(VARIANT_OF)}, got {method!r}")
+        variant = VARIANT_OF[method] + ("_ablation" if is_ablation and method in WITH_ABLATION else "")
         scores = self._attribute(
             pixel_values=input,
             target=_class(index, self._attribute),
             variant=variant,
             start_layer=start_layer,
         ).scores
-        return scores if METHODS[method] in ("transformer_attribution", "rollout", "full") else _one(scores)
+        return (
+            scores if VARIANT_OF[method] in ("transformer_attribution", "rollout", "full") else _one(scores)
+        )
 
 
 class Baselines:

@@ -55,7 +55,7 @@ def explain_image(
             processor takes. A list of images, or an array with one more axis in front, is a batch. Of an
             animation the current frame is explained.
         method: "transformer-attribution", for classifiers of the ViT and DeiT family; or a name in
-            `pyglobenc.methods.rollout.baselines.METHODS`, for any image encoder. None chooses
+            `pyglobenc.methods.rollout.baselines.ROLLOUTS`, for any image encoder. None chooses
             "transformer-attribution" if the model supports it, else "globenc".
         targets: the classes to explain; None for the predicted class. For a rollout method: token positions;
             None for 0, the [CLS] token, even if the model's head reads other tokens.

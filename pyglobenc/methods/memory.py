@@ -15,15 +15,14 @@ from transformers import PreTrainedModel
 
 from pyglobenc.backends.shared.relevance_tiles import MIN_QUERIES, TILE_FLOATS
 from pyglobenc.methods.precision.reliability import measured
-from pyglobenc.methods.rollout.baselines import METHODS as ROLLOUT_FAMILY
-from pyglobenc.methods.rollout.baselines import OF_STAGE
+from pyglobenc.methods.rollout.baselines import OF_STAGE, ROLLOUTS
 
 # Attention flow reads the whole map of every layer. For one example at a time, numpy and scipy hold this many
 # bytes for each entry of its maps.
 FLOW, EDGE = "attention-flow", 64
 FLOAT32, FLOAT64 = 4, 8
 RELEVANCE = ("transformer-attribution", "lrp", "partial-lrp", "attention-gradcam")
-ESTIMATED = (*ROLLOUT_FAMILY, *RELEVANCE)
+ESTIMATED = (*ROLLOUTS, *RELEVANCE)
 # How many tiles of (query, key) pairs the relevance ops hold, and the most numbers in all of them together.
 # The float32 entry is for the CPU kernels, and the float64 entry for the reference.
 TILES = {FLOAT32: (4, 1 << 20), FLOAT64: (8, 3 << 20)}

@@ -286,9 +286,7 @@ def _check_device(device: str | None) -> str:
 def _check_weights(info: dict[str, Any], missing: Iterable[str]) -> None:
     """Refuse a checkpoint that would leave some weights random."""
     for key, found, expected in info["mismatched_keys"]:
-        raise ValueError(
-            f"the checkpoint's {key} is {tuple(found)}, but the config says {tuple(expected)}"
-        )
+        raise ValueError(f"the checkpoint's {key} is {tuple(found)}, but the config says {tuple(expected)}")
     missing = sorted(missing)
     if missing:
         raise ValueError(

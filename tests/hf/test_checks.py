@@ -15,7 +15,7 @@ from torch import nn
 
 from pyglobenc import GlobEnc, TransformerAttribution, capture
 from pyglobenc.hf import find_layers
-from pyglobenc.methods.rollout.baselines import METHODS, Rollout
+from pyglobenc.methods.rollout.baselines import ROLLOUTS, Rollout
 
 # one of each binding, and those of the same modules, which are left to the sweep
 EACH = [
@@ -259,7 +259,7 @@ def test_a_block_called_twice_is_refused(name):
         rows(GlobEnc(model), batch)
 
 
-@pytest.mark.parametrize("method", [*METHODS, "packed", "compat", "relevance"])
+@pytest.mark.parametrize("method", [*ROLLOUTS, "packed", "compat", "relevance"])
 def test_every_method_refuses(method):
     if method == "compat":
         from pyglobenc.compat.globenc.modeling.modeling_bert import BertForSequenceClassification

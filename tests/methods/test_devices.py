@@ -10,7 +10,7 @@ from models import build, random_batch
 from pyglobenc import GlobEnc, TransformerAttribution
 from pyglobenc.hf import find_layers
 from pyglobenc.methods.relevance.transformer_attribution import VARIANTS
-from pyglobenc.methods.rollout.baselines import METHODS, Rollout
+from pyglobenc.methods.rollout.baselines import ROLLOUTS, Rollout
 
 ONE, TWO = torch.device("cpu:1"), torch.device("cpu:2")
 # where embeddings and head lie, and where the batch does; in the first no two neighbours lie together
@@ -85,7 +85,7 @@ def test_globenc(name, rest, given):
         equal(out.maps[kind], exact.maps[kind])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ROLLOUTS)
 def test_family(method):
     devices, model = scattered("bert-classifier")
     plain = build("bert-classifier")

@@ -6,7 +6,7 @@ from models import build, random_batch
 from published import Float64Throughout, published_maps, published_rollout
 
 from pyglobenc import GlobEnc, Rollout
-from pyglobenc.methods.rollout.baselines import METHODS, OF_STAGE
+from pyglobenc.methods.rollout.baselines import OF_STAGE, ROLLOUTS
 
 
 def with_residual(matrix, ratio, measured=False):
@@ -40,7 +40,7 @@ def published_layers(method, maps, b, n):
     return torch.stack(layers)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "attention-flow"])
+@pytest.mark.parametrize("method", [name for name in ROLLOUTS if name != "attention-flow"])
 @pytest.mark.parametrize("name", ["bert", "gemma2", "mpnet"])
 def test_equals_published_definition(name, method):
     if name == "gemma2" and method == "n-resln":

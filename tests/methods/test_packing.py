@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pyglobenc import GlobEnc
 from pyglobenc.hf.trace.attention import RECORDERS
-from pyglobenc.methods.rollout.baselines import METHODS, Rollout
+from pyglobenc.methods.rollout.baselines import ROLLOUTS, Rollout
 
 # unsorted, two of one length, one of one token
 LENGTHS = (7, 3, 12, 3, 1, 20)
@@ -113,7 +113,7 @@ def test_a_head_reads_the_mean_of_every_sequence():
     assert batch.targets is None and all(one.targets is None for one in found)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "attention-flow"])
+@pytest.mark.parametrize("method", [name for name in ROLLOUTS if name != "attention-flow"])
 def test_the_family(method):
     rollout = Rollout(build("bert"), method)
     ids, padded = sequences()

@@ -12,7 +12,7 @@ import pyglobenc.hf.trace.attention
 import pyglobenc.scale.graphs
 from pyglobenc import GlobEnc, TransformerAttribution, graphed
 from pyglobenc.common.deferred import checks_put_off, look, require
-from pyglobenc.methods.rollout.baselines import METHODS, Rollout
+from pyglobenc.methods.rollout.baselines import ROLLOUTS, Rollout
 from pyglobenc.ops import linear_relevance
 
 WAITS = (
@@ -109,7 +109,7 @@ def test_nothing_is_read_without_a_mask(name, nothing_is_read, monkeypatch):
     torch.testing.assert_close(found.scores, expected.scores, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "attention-flow"])
+@pytest.mark.parametrize("method", [name for name in ROLLOUTS if name != "attention-flow"])
 def test_nothing_is_read_in_the_family(method, nothing_is_read):
     check_nothing_is_read(nothing_is_read, Rollout(build("bert").float(), method), layers=True)
 

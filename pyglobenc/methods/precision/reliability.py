@@ -27,7 +27,7 @@ from pyglobenc.common.deferred import may_look
 from pyglobenc.hf.trace.layers import LayerModules
 from pyglobenc.hf.trace.threads import in_this_thread
 
-METHODS = ("auto", "measured", "estimated", "off")
+MODES = ("auto", "measured", "estimated", "off")
 
 # "auto" measures an input if its forward pass takes fewer multiply-adds than this. On two CPU cores the
 # second run then adds at most half of the attribution's time. On a GPU the limit is where kernels begin to

@@ -22,7 +22,7 @@ from pyglobenc.methods.inputs import check_batch, check_model
 from pyglobenc.methods.packing import Packed, pack
 from pyglobenc.methods.precision.relevance_error import ObservedRules
 from pyglobenc.methods.precision.reliability import (
-    METHODS,
+    MODES,
     distance,
     known,
     measured,
@@ -275,10 +275,9 @@ class TransformerAttribution:
                 f"TransformerAttribution: maps must be a sequence of names among {', '.join(MAPS)}, got "
                 f"{maps!r}"
             )
-        if reliability not in METHODS:
+        if reliability not in MODES:
             raise ValueError(
-                f"TransformerAttribution: reliability must be one of {', '.join(METHODS)}, got "
-                f"{reliability!r}"
+                f"TransformerAttribution: reliability must be one of {', '.join(MODES)}, got {reliability!r}"
             )
         chosen = VARIANTS[name]
         if chosen.layer is not None and chosen.layer >= depth:

@@ -28,7 +28,7 @@ from pyglobenc.methods.rollout.rows import (
 )
 from pyglobenc.methods.rollout.stages import STAGES, StageOps, check_stage, deepest_stage
 
-METHODS = {
+ROLLOUTS = {
     "raw-attention": "attention of the last layer, averaged over heads",
     "attention-rollout": "rollout of attention with a fixed residual of one half (W-FixedRes; Abnar and "
     "Zuidema, 2020)",
@@ -53,7 +53,7 @@ class Rollout:
     Args:
         model: a model of a known architecture, or a module with its own head around one, in evaluation
             mode. It is left unchanged.
-        method: a name in METHODS, which gives the source of each method.
+        method: a name in ROLLOUTS, which gives the source of each method.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
         dtype: dtype of the attribution arithmetic. None means float32, or float64 for a float64 model.
 
@@ -70,8 +70,8 @@ class Rollout:
         backend: str = "auto",
         dtype: torch.dtype | None = None,
     ):
-        if method not in METHODS:
-            raise ValueError(f"Rollout: method must be one of {', '.join(METHODS)}, got {method!r}")
+        if method not in ROLLOUTS:
+            raise ValueError(f"Rollout: method must be one of {', '.join(ROLLOUTS)}, got {method!r}")
         self.model = check_model("Rollout", model, backend, dtype)
         self.method, self.dtype = method, dtype
         self.ops = StageOps(backend)
