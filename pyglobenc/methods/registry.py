@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from pyglobenc.methods.head import find_logits
 from pyglobenc.methods.relevance.transformer_attribution import TransformerAttribution
 from pyglobenc.methods.relevance.variants import FOLLOWED, VARIANTS
-from pyglobenc.methods.rollout import baselines
+from pyglobenc.methods.rollout.baselines import ROLLOUTS, Rollout
 from pyglobenc.methods.rollout.globenc import GlobEnc
 
 
@@ -54,9 +54,7 @@ class Method:
 
 def _rollout(name: str, model: PreTrainedModel, backend: str, dtype: torch.dtype | None) -> Run:
     """Build a method that returns a `RolloutResult`."""
-    attribute = (
-        GlobEnc(model, backend, dtype) if name == "globenc" else baselines.Rollout(model, name, backend, dtype)
-    )
+    attribute = GlobEnc(model, backend, dtype) if name == "globenc" else Rollout(model, name, backend, dtype)
 
     def run(batch: Mapping[str, Any], targets: Tensor | str | None) -> Rows:
         rows = targets[:, None] if isinstance(targets, Tensor) else targets
@@ -126,7 +124,7 @@ RELEVANCE = {
 
 METHODS = {
     name: Method(name, summary, partial(_rollout, name), supports_packing=name != "attention-flow")
-    for name, summary in baselines.ROLLOUTS.items()
+    for name, summary in ROLLOUTS.items()
 }
 METHODS |= {
     name: Method(

@@ -326,7 +326,7 @@ def test_refusals(call, message):
 def test_refused_models():
     with pytest.raises(ValueError, match="no head to explain"):
         TransformerAttribution(BertModel(BertConfig(**SMALL)).eval())(input_ids=torch.tensor([[5, 6]]))
-    with pytest.raises(ValueError, match="through cls_classifier and distillation_classifier"):
+    with pytest.raises(ValueError, match="in parallel, cls_classifier and distillation_classifier"):
         model = DeiTForImageClassificationWithTeacher(DeiTConfig(**IMAGE)).eval()
         TransformerAttribution(model)(pixel_values=torch.randn(1, 3, 12, 12))
     with pytest.raises(ValueError, match="training mode"):
