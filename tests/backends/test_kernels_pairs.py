@@ -4,6 +4,8 @@ else Triton's interpreter.
 The CUDA backend takes these tests over in cuda/test_pairs.py.
 """
 
+from itertools import cycle
+
 import pytest
 import torch
 from numerics import assert_as_good_as_torch, pooled
@@ -96,10 +98,11 @@ def test_rows_are_those_of_the_full_matrix(case, backend):
     )
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_rollout_step(count, backend):
+@pytest.mark.parametrize("counts", [(1, 3), pytest.param((3, 1), marks=pytest.mark.slow)], ids=str)
+def test_rollout_step(counts, backend):
+    """Cases in turn with the first and the second number of rows."""
     with pooled(factor(backend)) as compare:
-        for case in CASES:
+        for case, count in zip(CASES, cycle(counts), strict=False):
             check_step(backend, rows_of(case, count)[0], moved(pair_args(case)), compare)
 
 
