@@ -149,6 +149,14 @@ def heads_masked(model, m):
     return m.output
 
 
+def heads_masked_in_place(model, m):
+    def mask(module, args):
+        args[0].mul_(torch.arange(args[0].shape[-1]).lt(12))
+
+    m.output.register_forward_pre_hook(mask)
+    return m.output
+
+
 def forward_of_w_o(model, m):
     forward = m.output.forward
     m.output.forward = lambda x: forward(x).tanh()
@@ -206,6 +214,7 @@ REFUSED = [
     hook_on_w_o,
     one_feature_of_one_token,
     heads_masked,
+    heads_masked_in_place,
     forward_of_w_o,
     attention_twice,
     dropout_of_attention,

@@ -21,6 +21,7 @@ from pyglobenc.hf.trace.checks import (
     check_still,
     describe,
     linear_call,
+    shares_memory,
 )
 from pyglobenc.hf.trace.layers import LayerModules, LayerTrace, NormStats, outside
 from pyglobenc.hf.trace.norms import is_stock, layer_norm_stats, norm_parts, rms_stats
@@ -232,7 +233,8 @@ def _hooks(
     def keep_attended(module: nn.Module, args: tuple, output: Tensor) -> None:
         layer = trace.layer_of("output", module)
         layer.keep("output", output, weight=attended_weight(layer.modules))
-        layer.keep("output given", args[0], length=True)
+        if not layer.writes or not shares_memory(args[0], layer.o):
+            layer.keep("output given", args[0], length=True)
 
     def keep_io(module: nn.Module, args: tuple, output: Tensor) -> None:
         given = args[0].to(output.device)
@@ -343,6 +345,8 @@ def _record(trace: Trace, module: nn.Module):
         layer = trace.layer_of("attention", module)
         for name, value in tensors.items():
             setattr(layer, name, value)
+        if not layer.o.is_inference():
+            layer.writes = {name: getattr(layer, name)._version for name in ("q", "k", "v", "o")}
         # A block on another device than the block before it moves its input inside its forward pass.
         layer.x = layer.x.to(layer.q.device)
 

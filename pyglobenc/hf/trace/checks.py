@@ -113,6 +113,18 @@ def linear_call(
     return LinearCall(project(given, directions).product, project(returned, directions).product, parameters)
 
 
+def shares_memory(given: Tensor, o: Tensor) -> bool:
+    """Return whether a tensor (B, n, H * dh) is the attention output o (B, H, n, dh) itself, by token."""
+    tokens = o.transpose(1, 2)
+    return (
+        given.data_ptr() == o.data_ptr()
+        and given.dtype == o.dtype
+        and given.is_contiguous()
+        and tokens.is_contiguous()
+        and given.shape == tokens.flatten(2).shape
+    )
+
+
 class _Once:
     """Projects each tensor once, with the lengths of its tokens, however many comparisons read it."""
 
@@ -225,8 +237,9 @@ def _comparisons(called: nn.Module, layers: Sequence[LayerTrace], once: _Once) -
         # about s rounding units.
         allowed = allowed * (1 + stack([layer.lse.abs().amax(1).nan_to_num(posinf=0.0) for layer in layers]))
     yield products(after) - inputs - attended, allowed, _not_the_sum
-    differences, sizes_given = zip(*(_given_difference(layer, once) for layer in layers), strict=True)
-    yield stack(differences), eps * stack(sizes_given), _not_the_sum
+    if any("output given" in layer.projections or _written_to(layer) for layer in layers):
+        differences, sizes_given = zip(*(_given_difference(layer, once) for layer in layers), strict=True)
+        yield stack(differences), eps * stack(sizes_given), _not_the_sum
     if not post:
         return
     returned = stack([layer.projections["attention_norm returned"].length for layer in layers])
@@ -409,14 +422,21 @@ def _applied(called: nn.Module, layer: LayerTrace) -> Tensor:
     return out if bias is None else out + (bias.to(o.dtype) @ u).to(o.device)
 
 
+def _written_to(layer: LayerTrace) -> bool:
+    """Return whether someone wrote to the attention's tensors after the call: W_O may share their memory."""
+    return any(getattr(layer, name)._version != count for name, count in layer.writes.items())
+
+
 def _given_difference(layer: LayerTrace, once: _Once) -> tuple[Tensor, Tensor]:
     """Return the difference between W_O's input and the attention output along u, and the input's length.
 
-    Both are zeros, (B, n), where `_applied` computed the product: it reads the attention output itself.
+    Both are zeros, (B, n), where they are one tensor, and where `_applied` computed the product.
     """
     given = layer.projections.get("output given")
+    zeros = layer.x.new_zeros(layer.x.shape[:2], dtype=torch.float32)
+    if _written_to(layer):
+        return zeros + float("inf"), zeros
     if given is None:
-        zeros = torch.zeros_like(layer.o[:, 0, :, 0], dtype=torch.float32)
         return zeros, zeros
     return _distance(given, once(layer.o))
 

@@ -97,6 +97,8 @@ class LayerTrace:
     parts: dict[str, NormParts] = field(default_factory=dict)  # the same, for norms that aren't torch's own
     # `pyglobenc.hf.trace.checks` compares these projections; all layers share the directions.
     projections: dict[str, Projection] = field(default_factory=dict)
+    # torch's counts of the writes to q, k, v and o when they were kept; none in inference mode
+    writes: dict[str, int] = field(default_factory=dict)
     directions: Directions = field(default_factory=Directions)
     calls: Counter[str] = field(default_factory=Counter)  # number of calls, by field name of LayerModules
 

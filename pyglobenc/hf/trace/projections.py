@@ -38,7 +38,7 @@ class Projection(NamedTuple):
 
 def wide(t: Tensor) -> Tensor:
     """Return a tensor, such as (B, n, d), outside the autograd graph; half precision becomes float32."""
-    t = t.detach()
+    t = t.detach() if t.requires_grad else t
     return t.float() if t.dtype in HALF else t
 
 
