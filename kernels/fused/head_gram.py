@@ -137,7 +137,7 @@ def run(
     gram = kernel.new_empty(batch, n, heads, heads)
     cross = None if x is None else kernel.new_empty(batch, n, heads)
     if gram.numel() == 0 or head_dim == 0:
-        return gram.zero_(), cross
+        return gram.zero_(), None if cross is None else cross.zero_()
     tiles = launch(head_dim)
     blocks = -(-n // tiles["BLOCK_N"])
     v = v if v.stride(-1) == 1 else v.contiguous()

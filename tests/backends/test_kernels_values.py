@@ -129,6 +129,13 @@ def test_strided(backend):
         check(backend, op, lambda op=op, dtype=dtype: draw(op, dtype))
 
 
+def test_heads_without_features(backend):
+    v, _, x, *_ = inputs(2, 4, 2, 5, 16, 24)
+    kernel, cross_kernel = v.new_zeros(4, 0, 4, 0), v.new_zeros(4, 0, 24)
+    gram, cross = head_gram(v[..., :0], kernel, x, cross_kernel, backend=backend)
+    assert not gram.any() and not cross.any()
+
+
 @pytest.mark.parametrize("B, n", [(0, 3), (2, 0)])
 def test_empty(B, n, backend):
     v, weight = torch.zeros(B, 2, n, 16, device=DEVICE), torch.zeros(2, 16, 8, device=DEVICE)
