@@ -114,7 +114,7 @@ def test_more_rows_than_a_pass_takes(backend):
 
 def cut_in(shares, monkeypatch):
     """Launchers cut the queries into so many parts."""
-    for launcher in ("kernels.rollout_step", "kernels.pair_norms", "cuda._pairs"):
+    for launcher in ("kernels.rollout_step", "kernels.pair_norms", "backends.cuda._pairs"):
         monkeypatch.setattr(f"pyglobenc.{launcher}.query_shares", lambda *args: shares)
 
 
