@@ -32,7 +32,7 @@ def find_layers(model: nn.Module) -> list[LayerModules]:
     Raises:
         TypeError: the model is not a transformers model.
         ValueError: the architecture is unknown, is an encoder-decoder, or ignores transformers' attention
-            interface.
+            interface; or the model has no layers.
     """
     model = stock_model(model)
     model_type = model.config.model_type
@@ -49,7 +49,10 @@ def find_layers(model: nn.Module) -> list[LayerModules]:
         )
     if model_type not in BINDINGS:
         raise ValueError(f"capture: unknown architecture {model_type!r} ({type(model).__name__}); {known}")
-    return BINDINGS[model_type].layers(model.base_model)
+    layers = BINDINGS[model_type].layers(model.base_model)
+    if not layers:
+        raise ValueError(f"capture: {type(model).__name__} has no layers, so there is nothing to attribute")
+    return layers
 
 
 def is_decoder(model: PreTrainedModel) -> bool:

@@ -66,7 +66,7 @@ def test_no_sanitizer_complains(tmp_path):
         f"import sys, pytest, pyglobenc._cpu as m; assert m.__file__ == {str(built[0])!r}; "
         f"sys.exit(pytest.main(sys.argv[1:]))"
     )
-    tests = [str(ROOT / "tests" / name) for name in FILES]
+    tests = [str(ROOT / "tests" / "ops" / name) for name in FILES]
     options = [
         "-q",
         "-x",

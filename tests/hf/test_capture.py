@@ -8,6 +8,7 @@ from models import ARCHITECTURES, CAUSAL, IMAGES, OWN_SCORES, PRE_NORM, build, r
 from published import Float64Throughout
 
 from pyglobenc import capture
+from pyglobenc.hf import find_layers
 from pyglobenc.hf.trace.attention import RECORDERS
 
 
@@ -248,3 +249,9 @@ def test_model_is_freed():
     del model, trace
     gc.collect()
     assert alive() is None
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "llama"])
+def test_a_model_without_layers_is_refused(name):
+    with pytest.raises(ValueError, match="has no layers"):
+        find_layers(build(name, num_hidden_layers=0))
