@@ -20,7 +20,7 @@ from pyglobenc import GlobEnc, TransformerAttribution
 from pyglobenc.hf.trace.layers import LayerTrace
 
 MINILM = dict(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
-METHODS = {
+CALLS = {
     "globenc": (GlobEnc, {}),
     "transformer-attribution": (TransformerAttribution, {"reliability": "off"}),
 }
@@ -45,12 +45,12 @@ def seconds(call):
 
 
 @pytest.mark.parametrize("shape, n, rounds", SHAPES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CALLS)
 def bench_call(benchmark, method, shape, n, rounds):
     config = BertConfig(**(MINILM if shape == "minilm" else {}), attn_implementation="sdpa")
     model = BertForSequenceClassification(config).eval()
     ids = torch.randint(1000, 30000, (1, n))
-    kind, options = METHODS[method]
+    kind, options = CALLS[method]
     attribute = kind(model)
 
     def call():

@@ -30,31 +30,12 @@ struct GramArgs {
     int64_t value(int64_t h) const { return h / (heads() / v.shape[1]) * dh() * I; }
 };
 
-// The tokens of a block, at most I. start holds the offset of each token in a tensor, whose strides along the
-// batch and the tokens are of_batch and of_token.
-struct Tokens {
-    int64_t count, start[I];
-
-    Tokens(const GramArgs& args, int64_t block, int64_t of_batch, int64_t of_token) {
-        const int64_t n = args.v.shape[2], first = block * I, rest = args.tokens() - first;
-        count = rest < I ? rest : I;
-        for (int64_t l = 0, b = first / n, j = first % n; l < count; ++l) {
-            start[l] = b * of_batch + j * of_token;
-            if (++j == n) j = 0, ++b;
-        }
-    }
-};
-
 // Packs a block of tokens to out: the values [Hkv, dh, I], then x [d, I].
 static void pack_block(const GramArgs& args, int64_t block, float* out) {
-    const int64_t Hkv = args.v.shape[1], dh = args.dh();
-    Tokens values(args, block, args.v.stride[0], args.v.stride[2]);
-    for (int64_t h = 0; h < Hkv; ++h, out += dh * I) {
-        pack_tokens(args.v, Unit::single, values.start, values.count, args.v.stride[3], dh, out);
-        for (int64_t l = 0; l < values.count; ++l) values.start[l] += args.v.stride[1];
-    }
+    pack_values(args.v, block, out);
     if (!args.x) return;
-    const Tokens inputs(args, block, args.x.stride[0], args.x.stride[1]);
+    out += args.v.shape[1] * args.dh() * I;
+    const BlockTokens inputs(args.v, block, args.x.stride[0], args.x.stride[1]);
     pack_tokens(args.x, Unit::single, inputs.start, inputs.count, args.x.stride[2], args.width(), out);
 }
 
@@ -106,7 +87,7 @@ static void gram_row(const GramArgs& args, const float* packed, int64_t first, i
             const float* const matrix = kernel + at(args.kernel, g, 0, h);
             bilinear(values + args.value(h), matrix, args.kernel.stride[1], dh, values + args.value(g), dh,
                      lanes);
-            const Tokens to(args, block, args.gram.stride[0], args.gram.stride[1]);
+            const BlockTokens to(args.v, block, args.gram.stride[0], args.gram.stride[1]);
             for (int64_t l = 0; l < to.count; ++l)
                 gram[to.start[l] + g * down + h * right] = gram[to.start[l] + h * down + g * right] =
                     lanes[l];
@@ -117,7 +98,7 @@ static void gram_row(const GramArgs& args, const float* packed, int64_t first, i
         const float* const values = packed + block * args.block_size();
         bilinear(values + args.v.shape[1] * dh * I, matrix, args.cross_kernel.stride[1], width,
                  values + args.value(g), dh, lanes);
-        const Tokens to(args, block, args.cross.stride[0], args.cross.stride[1]);
+        const BlockTokens to(args.v, block, args.cross.stride[0], args.cross.stride[1]);
         for (int64_t l = 0; l < to.count; ++l)
             static_cast<float*>(args.cross.data)[to.start[l] + g * args.cross.stride[2]] = lanes[l];
     }

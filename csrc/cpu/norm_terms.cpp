@@ -54,21 +54,6 @@ struct TermsArgs {
     }
 };
 
-// The tokens of a block, at most I. start holds the offset of each token in a tensor, whose strides along the
-// batch and the tokens are of_batch and of_token.
-struct BlockTokens {
-    int64_t count, start[I];
-
-    BlockTokens(const TermsArgs& args, int64_t block, int64_t of_batch, int64_t of_token) {
-        const int64_t n = args.v.shape[2], first = block * I, rest = args.tokens() - first;
-        count = rest < I ? rest : I;
-        for (int64_t l = 0, b = first / n, j = first % n; l < count; ++l) {
-            start[l] = b * of_batch + j * of_token;
-            if (++j == n) j = 0, ++b;
-        }
-    }
-};
-
 // Writes the sums over CHUNK rows of W, and of W times the first gamma, to out [2, width].
 static void sum_rows(const TermsArgs& args, int64_t first, float* out) {
     const int64_t width = args.width(),
@@ -139,14 +124,11 @@ static void center(float* x, const float* gamma, int64_t d) {
 // Packs a block of tokens to out: the values [Hkv, dh, I], then x M [rows, I]. Also writes the squared norms
 // of x M to args.residual.
 static void pack_block(const TermsArgs& args, int64_t block, float* out) {
-    const int64_t Hkv = args.v.shape[1], dh = args.dh(), d = args.features();
-    BlockTokens values(args, block, args.v.stride[0], args.v.stride[2]);
-    for (int64_t h = 0; h < Hkv; ++h, out += dh * I) {
-        pack_tokens(args.v, Unit::single, values.start, values.count, args.v.stride[3], dh, out);
-        for (int64_t l = 0; l < values.count; ++l) values.start[l] += args.v.stride[1];
-    }
+    const int64_t d = args.features();
+    pack_values(args.v, block, out);
     if (!args.x) return;
-    const BlockTokens inputs(args, block, args.x.stride[0], args.x.stride[1]);
+    out += args.v.shape[1] * args.dh() * I;
+    const BlockTokens inputs(args.v, block, args.x.stride[0], args.x.stride[1]);
     pack_tokens(args.x, Unit::single, inputs.start, inputs.count, args.x.stride[2], d, out);
     std::memset(out + d * I, 0, sizeof(float) * (args.rows() - d) * I);
     for (int64_t stage = 0; stage < args.stages(); ++stage) center(out, args.gamma(stage), d);
@@ -160,7 +142,7 @@ static void pack_block(const TermsArgs& args, int64_t block, float* out) {
             }
         for (int v = 0; v < V; ++v) square[v] += part[v];
     }
-    const BlockTokens to(args, block, args.residual.stride[0], args.residual.stride[1]);
+    const BlockTokens to(args.v, block, args.residual.stride[0], args.residual.stride[1]);
     float lanes[I];
     std::memcpy(lanes, square, sizeof lanes);
     for (int64_t l = 0; l < to.count; ++l) static_cast<float*>(args.residual.data)[to.start[l]] = lanes[l];
@@ -216,7 +198,7 @@ static void block_terms(const TermsArgs& args, const float* packed, const float*
 static void write_terms(const TermsArgs& args, int64_t block, const float* sums, int64_t parts,
                         int64_t step) {
     const int64_t H = args.heads(), down = args.gram.stride[2], right = args.gram.stride[3];
-    const BlockTokens to(args, block, args.gram.stride[0], args.gram.stride[1]);
+    const BlockTokens to(args.v, block, args.gram.stride[0], args.gram.stride[1]);
     float lanes[I];
     const auto add = [&]() {
         std::memcpy(lanes, sums, sizeof lanes);
@@ -233,7 +215,7 @@ static void write_terms(const TermsArgs& args, int64_t block, const float* sums,
                     lanes[l];
         }
     if (!args.x) return;
-    const BlockTokens own(args, block, args.cross.stride[0], args.cross.stride[1]);
+    const BlockTokens own(args.v, block, args.cross.stride[0], args.cross.stride[1]);
     for (int64_t h = 0; h < H; ++h) {
         add();
         for (int64_t l = 0; l < own.count; ++l)

@@ -70,6 +70,30 @@ static void pack_tokens(const View& x, Unit unit, const int64_t* first, int64_t 
         }
 }
 
+// The tokens of a block, at most I, of a tensor v (B, Hkv, n, dh). start holds the offset of each token in
+// another tensor, whose strides along the batch and the tokens are of_batch and of_token.
+struct BlockTokens {
+    int64_t count, start[I];
+
+    BlockTokens(const View& v, int64_t block, int64_t of_batch, int64_t of_token) {
+        const int64_t n = v.shape[2], first = block * I, rest = v.shape[0] * n - first;
+        count = rest < I ? rest : I;
+        for (int64_t l = 0, b = first / n, j = first % n; l < count; ++l) {
+            start[l] = b * of_batch + j * of_token;
+            if (++j == n) j = 0, ++b;
+        }
+    }
+};
+
+// Packs the values of a block of tokens, v (B, Hkv, n, dh), to out [Hkv, dh, I].
+static inline void pack_values(const View& v, int64_t block, float* out) {
+    BlockTokens values(v, block, v.stride[0], v.stride[2]);
+    for (int64_t h = 0; h < v.shape[1]; ++h, out += v.shape[3] * I) {
+        pack_tokens(v, Unit::single, values.start, values.count, v.stride[3], v.shape[3], out);
+        for (int64_t l = 0; l < values.count; ++l) values.start[l] += v.stride[1];
+    }
+}
+
 // One example of the batch: the positions of its real keys, in order, and of its queries.
 struct Example {
     int64_t b;

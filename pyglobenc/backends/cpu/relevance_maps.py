@@ -5,6 +5,7 @@ from torch import Tensor
 from pyglobenc.backends.cpu._extension import relevance_limits
 from pyglobenc.backends.cpu._relevance import query_tiles
 from pyglobenc.backends.inputs import RelevanceInputs
+from pyglobenc.backends.shared.relevance_tiles import collect_maps
 
 
 def why_not(inputs: RelevanceInputs, rows: Tensor | None) -> list[str]:
@@ -14,8 +15,4 @@ def why_not(inputs: RelevanceInputs, rows: Tensor | None) -> list[str]:
 
 def run(inputs: RelevanceInputs, rows: Tensor | None) -> Tensor:
     """See `pyglobenc.ops.relevance_maps`: -> (B, n, n), or (B, T, n) with rows."""
-    batch, _, n, _ = inputs.q.shape
-    out = inputs.q.new_empty(batch, n if rows is None else rows.shape[1], n)
-    for tile in query_tiles(inputs, rows):
-        out[:, tile.rows] = tile.weighted
-    return out
+    return collect_maps(query_tiles(inputs, rows), inputs, rows)

@@ -39,6 +39,23 @@ def roll_rows(r_out: Tensor, r: Tensor, tile: Any, row_sums: Tensor, normalize: 
     r_out[:, :, tile.rows] += weights
 
 
+def collect_maps(tiles: Iterator[Any], inputs: RelevanceInputs, rows: Tensor | None) -> Tensor:
+    """Return the map A of the queries of all tiles, (B, n, n), or (B, T, n) of the queries rows (B, T)."""
+    batch, _, n, _ = inputs.q.shape
+    out = inputs.q.new_empty(batch, n if rows is None else rows.shape[1], n)
+    for tile in tiles:
+        out[:, tile.rows] = tile.weighted
+    return out
+
+
+def roll_out(tiles: Iterator[Any], r: Tensor, normalize: bool) -> Tensor:
+    """Return r (I + A), (B, T, n), for r (B, T, n) and the map A of all tiles, as `roll_rows` adds it up."""
+    out = r.new_zeros(r.shape)
+    for tile in tiles:
+        roll_rows(out, r, tile, tile.weighted.sum(-1), normalize)
+    return out
+
+
 def of_queries(
     inputs: RelevanceInputs, positions: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
