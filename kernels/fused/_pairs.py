@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyglobenc.backends.inputs import NO_SCORE_MOD, PairInputs
+from pyglobenc.backends.inputs import PairInputs
 from pyglobenc.backends.shared.launch import HALF
 from pyglobenc.backends.shared.masks import sides
 from pyglobenc.kernels._device import (
@@ -292,8 +292,7 @@ def strides(t: Tensor | None, axes: str) -> dict[str, int]:
 def pair_reasons(inputs: PairInputs, **others: Tensor | None) -> list[str]:
     """Return why a kernel over pairs can't run on these inputs and the op's other tensors."""
     reasons, q, gram = device_reasons({**inputs.tensors(), **others}), inputs.q, inputs.gram
-    if inputs.score_mod is not None:
-        reasons.append(NO_SCORE_MOD)
+    reasons += inputs.reference_alone()
     if gram.dtype != torch.float32 or q.dtype not in (*HALF, torch.float32):
         reasons.append(
             f"needs gram in float32 and q in float16, bfloat16 or float32, got {gram.dtype} and {q.dtype}"

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyglobenc.backends.inputs import NO_LRP, RelevanceInputs
+from pyglobenc.backends.inputs import RelevanceInputs
 from pyglobenc.kernels._device import MAX_HEAD_DIM, power_of_two, registers
 from pyglobenc.kernels._division import float32_reasons
 
@@ -82,8 +82,7 @@ def launch(head_dim: int) -> dict[str, int]:
 def relevance_reasons(inputs: RelevanceInputs, other: Tensor | None) -> list[str]:
     """Return why a relevance kernel over pairs can't run on these inputs and the op's other tensor."""
     reasons, head_dim = float32_reasons(**inputs.tensors(), other=other), inputs.q.shape[3]
-    if not inputs.rescale:
-        reasons.append(NO_LRP)
+    reasons += inputs.reference_alone()
     if head_dim > MAX_HEAD_DIM:
         reasons.append(f"takes heads of up to {MAX_HEAD_DIM}, got {head_dim}")
     return reasons

@@ -14,10 +14,6 @@ from pyglobenc.backends.shared.score_mods import ScoreMod
 
 Own = TypeVar("Own", bound="Inputs")
 
-# Reasons that every compiled backend gives, because only the reference computes these two cases.
-NO_SCORE_MOD = "has no kernel for scores with a bias or a soft cap"
-NO_LRP = "has no kernel for the LRP baseline's rule of an additive mask"
-
 # The type in a torch.library schema for each Python type of a field.
 SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", bool: "bool"}
 
@@ -32,6 +28,10 @@ class Inputs:
     def device(self) -> torch.device:
         """Return the device of q."""
         return self.q.device
+
+    def reference_alone(self) -> list[str]:
+        """Return the reasons why no compiled backend can run; only the reference computes these cases."""
+        return [] if self.score_mod is None else ["has no kernel for scores with a bias or a soft cap"]
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that are not None, by name."""
@@ -143,7 +143,7 @@ class RelevanceInputs(Inputs):
             t + e * sign(t).
         rescale: apply the factor c of the additive mask. False is the LRP baseline's rule; only the reference
             computes it.
-        cu_seqlens: as in `PairInputs`.
+        cu_seqlens, score_mod: as in `PairInputs`.
     """
 
     AXES = {"q": 2, "k": 2, "v": 2, "lse": 2, "grad_o": 2, "s": 2}
@@ -162,3 +162,11 @@ class RelevanceInputs(Inputs):
     stabilizer: float = 0.0
     rescale: bool = True
     cu_seqlens: Tensor | None = None
+    score_mod: ScoreMod | None = None
+
+    def reference_alone(self) -> list[str]:
+        """Return the reasons why no compiled backend can run; only the reference computes these cases."""
+        reasons = super().reference_alone()
+        if not self.rescale:
+            reasons.append("has no kernel for the LRP baseline's rule of an additive mask")
+        return reasons

@@ -78,6 +78,15 @@ def relevance_inputs(op: str, **arguments: Any) -> RelevanceInputs:
     return inputs if lse.dtype == q.dtype else inputs.replace(lse=lse.to(q.dtype))
 
 
+def by_query_head(op: str, q: Tensor, t: Tensor) -> Tensor:
+    """Return keys or values t (B, Hkv, n, dh) with one entry for each head of q (B, H, n, dh)."""
+    sizes: dict[str, int] = {}
+    check_shape(op, "q", q, "B H n dh", sizes)
+    check_shape(op, "k and v", t, "B Hkv n dh", sizes)
+    check_heads(op, sizes["H"], sizes["Hkv"])
+    return t if sizes["H"] == sizes["Hkv"] else t.repeat_interleave(sizes["H"] // sizes["Hkv"], 1)
+
+
 def check_rows(op: str, rows: Tensor | None, q: Tensor) -> None:
     """Check the chosen queries: rows (B, T) int64 in [0, n), or None, for q (B, H, n, dh)."""
     if rows is None:

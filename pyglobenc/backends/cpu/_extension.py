@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pyglobenc.backends.inputs import NO_LRP, NO_SCORE_MOD, PairInputs, RelevanceInputs
+from pyglobenc.backends.inputs import PairInputs, RelevanceInputs
 
 try:
     from pyglobenc import _cpu as kernels
@@ -39,14 +39,14 @@ def limits(arithmetic: Tensor, *inputs: Tensor) -> list[str]:
 def pair_limits(inputs: PairInputs) -> list[str]:
     """Return why the kernels over (query, key) pairs can't run."""
     reasons = limits(inputs.gram, inputs.q, inputs.k)
-    return reasons if inputs.score_mod is None else [*reasons, NO_SCORE_MOD]
+    return reasons + inputs.reference_alone()
 
 
 def relevance_limits(inputs: RelevanceInputs, *others: Tensor | None) -> list[str]:
     """Return why the kernels of relevance through attention can't run; others: further tensors of the op."""
     given = inputs.of_tokens().values()
     reasons = single(*given, *(t for t in others if t is not None))
-    return reasons if inputs.rescale else [*reasons, NO_LRP]
+    return reasons + inputs.reference_alone()
 
 
 def single(*tensors: Tensor) -> list[str]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyglobenc.backends.cuda import _extension
-from pyglobenc.backends.inputs import NO_SCORE_MOD, PairInputs
+from pyglobenc.backends.inputs import PairInputs
 from pyglobenc.backends.shared.launch import query_shares
 from pyglobenc.backends.shared.masks import sides
 
@@ -26,8 +26,7 @@ START = 2
 def pair_reasons(inputs: PairInputs, **others: Tensor | None) -> list[str]:
     """Return why a kernel over pairs can't run on these inputs and the op's other tensors."""
     reasons = _extension.device_reasons({**inputs.tensors(), **others})
-    if inputs.score_mod is not None:
-        reasons.append(NO_SCORE_MOD)
+    reasons += inputs.reference_alone()
     q, k, gram = inputs.q, inputs.k, inputs.gram
     (_, heads, _, head_dim), kernels = q.shape, _extension.kernels
     if gram.dtype != torch.float32 or q.dtype not in DTYPES:

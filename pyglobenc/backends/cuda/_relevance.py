@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyglobenc.backends.cuda import _extension
-from pyglobenc.backends.inputs import NO_LRP, RelevanceInputs
+from pyglobenc.backends.inputs import RelevanceInputs
 from pyglobenc.backends.shared import launch
 
 # Returns why a float32 kernel can't run on tensors; see `pyglobenc.backends.shared.launch.float32_reasons`.
@@ -21,8 +21,7 @@ def new_like(t: Tensor) -> Tensor:
 def relevance_reasons(inputs: RelevanceInputs, other: Tensor | None) -> list[str]:
     """Return why a relevance kernel over pairs can't run on these inputs and the op's other tensor."""
     reasons = float32_reasons(**inputs.tensors(), other=other)
-    if not inputs.rescale:
-        reasons.append(NO_LRP)
+    reasons += inputs.reference_alone()
     if not reasons:
         head_dim = inputs.q.shape[3]
         with _extension.launching(inputs.device):

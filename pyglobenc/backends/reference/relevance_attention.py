@@ -85,7 +85,7 @@ def query_tiles(inputs: RelevanceInputs, positions: Tensor | None = None) -> Ite
     q, lse, s, grad_o = of_queries(inputs, positions)
     values = inputs.v.transpose(2, 3)
     for rows, dots, alpha in probability_tiles(
-        q, inputs.k, lse, inputs.key_mask, inputs.scaling, inputs.window, positions
+        q, inputs.k, lse, inputs.key_mask, inputs.scaling, inputs.window, positions, inputs.score_mod
     ):
         relevance = (s[:, :, rows] @ values).mul_(alpha).mul_(0.5)
         weighted = (

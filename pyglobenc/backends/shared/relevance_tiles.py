@@ -10,6 +10,7 @@ from pyglobenc.backends.inputs import RelevanceInputs
 from pyglobenc.backends.shared.masks import outside_window
 from pyglobenc.backends.shared.rows import take_queries
 from pyglobenc.backends.shared.safe_division import safe_divide
+from pyglobenc.backends.shared.score_mods import ScoreMod
 
 # Smaller blocks make slow GEMMs; larger ones no longer fit the cache.
 TILE_FLOATS = 1 << 18
@@ -76,6 +77,7 @@ def probability_tiles(
     scaling: float,
     window: tuple[int, int],
     positions: Tensor | None = None,
+    score_mod: ScoreMod | None = None,
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yield for each block of I queries its range, and q . k and alpha, (B, H, I, n) each.
 
@@ -87,22 +89,27 @@ def probability_tiles(
         scaling: factor of q . k.
         window: keys that a query sees, as `RelevanceInputs` has it.
         positions: position of each row of q among the n tokens, (B, m); None: row i is query i.
+        score_mod: change of the scaled scores before the softmax, or None.
     """
     batch, heads, m, _ = q.shape
     n = k.shape[2]
     keys = k.transpose(2, 3)
     hidden = None if key_mask is None else ~key_mask[:, None, None, :]
+    modify = None if score_mod is None else score_mod.bind(q, k)
     block = max(MIN_QUERIES, TILE_FLOATS // max(1, batch * heads * n))
     for start in range(0, m, block):
         rows = slice(start, min(m, start + block))
         dots = q[:, :, rows] @ keys
-        alpha = torch.mul(dots, scaling).sub_(lse[:, :, rows, None])
+        i = (
+            torch.arange(rows.start, rows.stop, device=q.device)[None]
+            if positions is None
+            else positions[:, rows]
+        )
+        alpha = torch.mul(dots, scaling)
+        if modify is not None:
+            alpha = modify(alpha, rows, i, slice(0, n))
+        alpha.sub_(lse[:, :, rows, None])
         if max(window) >= 0:
-            i = (
-                torch.arange(rows.start, rows.stop, device=q.device)[None]
-                if positions is None
-                else positions[:, rows]
-            )
             ahead = torch.arange(n, device=q.device) - i[..., None]
             alpha.masked_fill_(outside_window(ahead, window)[:, None], float("-inf"))
         alpha.exp_()

@@ -1,7 +1,6 @@
 """Runs the forward pass with gradients, checks the layers, and keeps the tensors that the rules read."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,21 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from pyglobenc.backends.shared.packing import per_token, real_tokens
-from pyglobenc.common.autocast import callers_autocast
-from pyglobenc.hf import LayerModules, LayerTrace, Trace, capture, find_layers
+from pyglobenc.hf import LayerModules, LayerTrace, Trace, find_layers
 from pyglobenc.hf.limits import weights_named
 from pyglobenc.hf.trace.checks import LINEAR
 from pyglobenc.hf.trace.layers import outside
-from pyglobenc.hf.trace.threads import in_this_thread
 from pyglobenc.hf.unwrap import stock_model
 from pyglobenc.hf.weights import is_plain
-from pyglobenc.methods.arguments import run_model
-from pyglobenc.methods.head import HeadRecord, recorded_head
-from pyglobenc.methods.packing import Packed, of_examples, run_packed
-from pyglobenc.methods.precision.float64_forward import WideParameters
-from pyglobenc.methods.precision.reliability import nudge
+from pyglobenc.methods.differentiable import attention_gradients, doubled, graph_inputs, record_forward
+from pyglobenc.methods.packing import Packed, of_examples
 from pyglobenc.methods.relevance.head_chain import Head, follow_head
 from pyglobenc.methods.relevance.target import Index, Target, find_target
+
+WHO = "TransformerAttribution"
 
 
 @dataclass
@@ -143,14 +139,11 @@ def run_forward(
     with weights_named(model), torch.inference_mode(False), torch.enable_grad():
         packed = isinstance(batch, Packed)
         if not packed:
-            # A tensor that was made in inference mode cannot be part of a graph.
-            batch = {
-                name: value.clone() if isinstance(value, Tensor) and value.is_inference() else value
-                for name, value in batch.items()
-            }
+            batch = graph_inputs(batch)
         if twice:
-            batch = batch.twice() if packed else _doubled(stock, batch)
-        trace, record, output = _captured(model, found, batch, arithmetic, twice)
+            batch = batch.twice() if packed else doubled(stock, batch)
+        run = record_forward(WHO, model, batch, _ruled(stock, found), arithmetic == torch.float64, twice)
+        trace, record, output = run.trace, run.record, run.output
         check_layers(found, trace.layers)
         mask = real = real_tokens(batch.cu_seqlens) if packed else trace.layers[0].key_mask
         if twice:
@@ -159,7 +152,7 @@ def run_forward(
             output, mask = of_examples(output, half, size), mask if mask is None else mask[half]
         chosen = find_target(output, *target, mask)
         head = follow_head(model, record, chosen.logit, chosen.contrast is not None, real)
-        grads = _attention_gradients(chosen.logit, trace.layers, lowest)
+        grads = attention_gradients(chosen.logit, run, lowest)
     chosen.logit = chosen.logit.detach()
     if twice:
         axis = 2 if packed else 0
@@ -178,84 +171,14 @@ def run_forward(
     )
 
 
-def _doubled(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the batch with all its examples repeated after them."""
-    main = batch.get(model.main_input_name)
-    size = len(batch["inputs_embeds"] if main is None else main)
-    return {
-        name: torch.cat([value, value])
-        if isinstance(value, Tensor) and value.dim() and len(value) == size
-        else value
-        for name, value in batch.items()
-    }
-
-
-def _captured(
-    model: nn.Module,
-    found: list[LayerModules],
-    batch: Mapping[str, Any] | Packed,
-    dtype: torch.dtype,
-    twice: bool,
-) -> tuple[Trace, HeadRecord, Any]:
-    """Run the model with the first layer's input as a leaf of the graph, in float64 if dtype is float64.
-
-    With twice, the second half of the batch is perturbed in every layer.
-    """
-    stock = stock_model(model)
-    within = [
-        getattr(m, part)
-        for m in found
-        for part in ("query", "key", "value", "output", "intermediate", "mlp_output")
-    ]
+def _ruled(stock: nn.Module, found: Sequence[LayerModules]) -> list[nn.Module]:
+    """Return the modules whose inputs and outputs the relevance rules read."""
+    parts = ("query", "key", "value", "output", "intermediate", "mlp_output")
+    within = [getattr(m, part) for m in found for part in parts]
     # A ViT has one convolution outside its layers, which embeds the patches.
-    within += [
+    return within + [
         module for module in outside(stock, {layer.block for layer in found}) if isinstance(module, nn.Conv2d)
     ]
-    cu_seqlens = batch.cu_seqlens if isinstance(batch, Packed) else None
-
-    def moved(x: Tensor, place: int) -> Tensor:
-        if not twice:
-            return x
-        axis, own = (0, None) if cu_seqlens is None else (1, cu_seqlens[: len(cu_seqlens) // 2 + 1])
-        first, second = x.chunk(2, axis)
-        return torch.cat([first, nudge(second, own, place)], axis)
-
-    def change(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if torch.is_inference_mode_enabled():
-            raise ValueError(
-                "TransformerAttribution: the model runs in torch.inference_mode, which has no gradients; "
-                "use torch.no_grad"
-            )
-        # A user's module may run its encoder under torch.no_grad.
-        torch.set_grad_enabled(True)
-        x = args[0] if args else kwargs["hidden_states"]
-        place = places[module]
-        x = moved(x, place) if place else moved(x.detach(), place).requires_grad_()
-        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
-
-    def change_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        return moved(output, places[module])
-
-    # The second run perturbs the layers' inputs and the branches added to them. The first layer's input also
-    # starts the graph.
-    blocks, added = (
-        [m.block for m in found[: len(found) if twice else 1]],
-        [t for m in found for t in (m.output, m.mlp_output)],
-    )
-    places = {module: place for place, module in enumerate([*blocks, *added])}
-    with ExitStack() as stack:
-        trace = stack.enter_context(capture(stock, modules=within, cu_seqlens=cu_seqlens))
-        record = stack.enter_context(recorded_head(model, stock, trace, leaf=False))
-        for block in blocks:
-            handle = block.register_forward_pre_hook(in_this_thread(change), prepend=True, with_kwargs=True)
-            stack.callback(handle.remove)
-        for module in added if twice else ():
-            stack.callback(module.register_forward_hook(in_this_thread(change_output), prepend=True).remove)
-        if dtype == torch.float64 and next(stock.parameters()).dtype != torch.float64:
-            stack.enter_context(WideParameters(torch.float64))
-        stack.enter_context(callers_autocast())
-        output = run_model(model, batch) if cu_seqlens is None else run_packed(model, batch, record)
-        return trace, record, output
 
 
 def _detach(trace: Trace, dtype: torch.dtype) -> dict[nn.Module, tuple[Tensor, Tensor]]:
@@ -268,16 +191,6 @@ def _detach(trace: Trace, dtype: torch.dtype) -> dict[nn.Module, tuple[Tensor, T
             t.detach().to(dtype) for t in (layer.x, layer.q, layer.k, layer.v, layer.o, layer.lse)
         )
     return {module: (given.detach(), returned.detach()) for module, (given, returned) in trace.io.items()}
-
-
-def _attention_gradients(logit: Tensor, layers: list[LayerTrace], lowest: int) -> list[Tensor | None]:
-    """Return the gradient of the logits with respect to each layer's attention output, (B, H, n, dh) each.
-
-    The sum of the logits has the same gradients, because no example depends on another one.
-    """
-    wanted = [layer.o for layer in layers[lowest:]]
-    grads = torch.autograd.grad(logit.sum(), wanted) if wanted else ()
-    return [None] * min(lowest, len(layers)) + list(grads)
 
 
 def check_layers(found: Sequence[LayerModules], captured: Sequence[LayerTrace] = ()) -> None:

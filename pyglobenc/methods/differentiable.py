@@ -1,0 +1,169 @@
+"""Runs a model with an autograd graph from the explained logit down to the first layer's input."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyglobenc.common.autocast import callers_autocast
+from pyglobenc.hf import LayerModules, LayerTrace, Trace, capture, find_layers
+from pyglobenc.hf.trace.threads import in_this_thread
+from pyglobenc.hf.unwrap import stock_model
+from pyglobenc.methods.arguments import run_model
+from pyglobenc.methods.head import HeadRecord, recorded_head
+from pyglobenc.methods.packing import Packed, run_packed
+from pyglobenc.methods.precision.float64_forward import WideParameters
+from pyglobenc.methods.precision.reliability import nudge
+
+
+@dataclass
+class Recorded:
+    """One forward pass whose tensors are part of the autograd graph.
+
+    Attributes:
+        trace: the captured layers.
+        record: what the model did after its last layer.
+        output: the output of the model.
+        attended: the attention output of each layer, as its output projection gets it, (B, n, H * dh), for
+            layers that compute attention themselves. Their `o` is not part of the graph.
+    """
+
+    trace: Trace
+    record: HeadRecord
+    output: Any
+    attended: dict[int, Tensor]
+
+
+def graph_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a batch whose tensors, of any shapes, may be part of an autograd graph.
+
+    A tensor that was made in inference mode can't be, so it is copied.
+    """
+    return {
+        name: value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+        for name, value in batch.items()
+    }
+
+
+def doubled(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the batch, such as input_ids (B, n), with all its examples repeated after them."""
+    main = batch.get(model.main_input_name)
+    size = len(batch["inputs_embeds"] if main is None else main)
+    return {
+        name: torch.cat([value, value])
+        if isinstance(value, Tensor) and value.dim() and len(value) == size
+        else value
+        for name, value in batch.items()
+    }
+
+
+def record_forward(
+    who: str,
+    model: nn.Module,
+    batch: Mapping[str, Any] | Packed,
+    modules: Iterable[nn.Module] = (),
+    wide: bool = False,
+    twice: bool = False,
+) -> Recorded:
+    """Run a model with the first layer's input as a leaf of the graph.
+
+    The parameters get no gradient, and keep their flags. Call this with gradients enabled.
+
+    Args:
+        who: name of the method for errors.
+        model: a known architecture, or the user's module around one, in evaluation mode.
+        batch: the model's checked inputs, such as input_ids (B, n), or packed sequences.
+        modules: further modules whose inputs and outputs the trace keeps.
+        wide: run the forward pass of a narrower model in float64.
+        twice: the second half of the batch, or of the packed sequences, is perturbed by a rounding unit in
+            every layer.
+
+    Returns:
+        The tensors of the forward pass.
+
+    Raises:
+        ValueError: the model runs in inference mode.
+    """
+    stock, found = stock_model(model), find_layers(stock_model(model))
+    cu_seqlens = batch.cu_seqlens if isinstance(batch, Packed) else None
+    attended: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        trace = stack.enter_context(capture(stock, modules=modules, cu_seqlens=cu_seqlens))
+        record = stack.enter_context(recorded_head(model, stock, trace, leaf=False))
+        stack.enter_context(_changed(who, found, twice, cu_seqlens))
+        for index, layer in enumerate(found):
+            if layer.own_scores is not None:
+                hook = in_this_thread(lambda module, args, index=index: attended.update({index: args[0]}))
+                stack.callback(layer.output.register_forward_pre_hook(hook).remove)
+        if wide and next(stock.parameters()).dtype != torch.float64:
+            stack.enter_context(WideParameters(torch.float64))
+        stack.enter_context(callers_autocast())
+        output = run_model(model, batch) if cu_seqlens is None else run_packed(model, batch, record)
+        return Recorded(trace, record, output, attended)
+
+
+@contextmanager
+def _changed(
+    who: str, found: Sequence[LayerModules], twice: bool, cu_seqlens: Tensor | None
+) -> Iterator[None]:
+    """Context in which the first layer's input is a leaf of the graph, and the second run is perturbed."""
+
+    def moved(x: Tensor, place: int) -> Tensor:
+        if not twice:
+            return x
+        axis, own = (0, None) if cu_seqlens is None else (1, cu_seqlens[: len(cu_seqlens) // 2 + 1])
+        first, second = x.chunk(2, axis)
+        return torch.cat([first, nudge(second, own, place)], axis)
+
+    started = False
+
+    def change(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        nonlocal started
+        if torch.is_inference_mode_enabled():
+            raise ValueError(
+                f"{who}: the model runs in torch.inference_mode, which has no gradients; use torch.no_grad"
+            )
+        # A user's module may run its encoder under torch.no_grad.
+        torch.set_grad_enabled(True)
+        x = args[0] if args else kwargs["hidden_states"]
+        x = moved(x, places[module]) if started else moved(x.detach(), places[module]).requires_grad_()
+        started = True
+        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+
+    def change_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return moved(output, places[module])
+
+    # The second run perturbs the layers' inputs and the branches added to them. The first layer's input also
+    # starts the graph.
+    blocks = [m.block for m in found[: len(found) if twice else 1]]
+    added = [t for m in found for t in (m.output, m.mlp_output)] if twice else []
+    places = {module: place for place, module in enumerate([*blocks, *added])}
+    with ExitStack() as stack:
+        for block in dict.fromkeys(blocks):
+            handle = block.register_forward_pre_hook(in_this_thread(change), prepend=True, with_kwargs=True)
+            stack.callback(handle.remove)
+        for module in added:
+            stack.callback(module.register_forward_hook(in_this_thread(change_output), prepend=True).remove)
+        yield
+
+
+def attention_gradients(logit: Tensor, run: Recorded, lowest: int) -> list[Tensor | None]:
+    """Return the gradient of the logits (B,) with respect to each layer's attention output, (B, H, n, dh).
+
+    The sum of the logits has the same gradients, because no example depends on another one. Layers below
+    `lowest` get None.
+    """
+    layers = run.trace.layers
+    wanted = [run.attended.get(index, layers[index].o) for index in range(lowest, len(layers))]
+    grads = torch.autograd.grad(logit.sum(), wanted) if wanted else ()
+    return [None] * min(lowest, len(layers)) + [
+        by_head(grad, layer) for grad, layer in zip(grads, layers[lowest:], strict=True)
+    ]
+
+
+def by_head(grad: Tensor, layer: LayerTrace) -> Tensor:
+    """Return a gradient (B, H, n, dh) or (B, n, H * dh) as (B, H, n, dh)."""
+    return grad if grad.dim() == 4 else grad.unflatten(2, (layer.q.shape[1], -1)).transpose(1, 2)
