@@ -17,7 +17,8 @@ import torch
 from measure import paired_ratio
 
 from pyglobenc.models.pretrained import SENTIMENT, load_pretrained
-from pyglobenc.scale.corpus.job import Plan, attribute_records, buckets, encode_records, make_runner, run_job
+from pyglobenc.inputs.batching import buckets
+from pyglobenc.scale.corpus.job import Plan, attribute_records, encode_records, make_runner, run_job
 from pyglobenc.scale.corpus.records import open_source
 
 SENTENCES, SHARD_SIZE, ROUNDS = {"globenc": 2000, "transformer-attribution": 500}, 1000, 3

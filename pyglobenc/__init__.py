@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import Any
 
 from pyglobenc._version import __version__
+from pyglobenc.evaluate import EvaluationTable, evaluate
 from pyglobenc.explain import explain
 from pyglobenc.results import Attribution, load
 
@@ -19,11 +20,13 @@ _MODULES = {
 
 __all__ = [
     "Attribution",
+    "EvaluationTable",
     "GlobEnc",
     "Rollout",
     "TransformerAttribution",
     "__version__",
     "capture",
+    "evaluate",
     "explain",
     "explain_image",
     "graphed",

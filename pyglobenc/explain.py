@@ -114,7 +114,7 @@ def explain_each(
 
     refuse_unknown("explain", options.keys() - NAMES, NAMES)
     chosen = Options(**options)
-    names = _check_texts(texts)
+    names = check_texts(texts)
     runner = Runner(model, tokenizer, chosen)
     limit = longest(runner.model, tokenizer, chosen.max_length)
     encoded = [
@@ -139,7 +139,7 @@ def _attributions(runner: Runner, encoded: list[Encoded], options: Options) -> I
         yield Attribution(one.text, one.tokens, cut=one.cut, settings=settings, **columns, **common, **scored)
 
 
-def _check_texts(texts: Sequence[Text]) -> list[str]:
+def check_texts(texts: Sequence[Text]) -> list[str]:
     """Check the texts, and return the name of each one for error messages."""
     if not isinstance(texts, Sequence) or isinstance(texts, (str, bytes)):
         raise TypeError(f"explain: text must be a string or a list of strings, got {type(texts).__name__}")

@@ -25,6 +25,7 @@ RANKS = {
     "inputs": 5,
     "explain": 6,
     "compat": 7,
+    "evaluate": 7,
     "scale": 7,
     "cli": 8,
     "memory": 8,

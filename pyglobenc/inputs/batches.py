@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -177,13 +177,16 @@ class Runner:
             return str(error)
         return None
 
-    def run(self, texts: list[Encoded]) -> Iterator[dict[str, Any]]:
+    def run(self, texts: list[Encoded], classes: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
         """Yield the results of each text as fields of `Attribution`.
 
-        They are scores (n,), log_scale, target, windows and the model's prediction.
+        They are scores (n,), log_scale, target, windows and the model's prediction. The arguments are the
+        texts and, for a method that explains a class, the class of each text; None for the options' target.
         """
         jobs, waiting, done = [], 0, defaultdict(list)
         plans = [self._plan(text) for text in texts]
+        if classes is not None:
+            plans = [(target, windows) for target, (_, windows) in zip(classes, plans, strict=True)]
         for index, (_, windows) in enumerate(plans):
             jobs += [(index, window) for window in windows]
         width, options = max((len(window) for _, window in jobs), default=0), self.options

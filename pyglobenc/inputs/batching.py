@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pyglobenc.hf.unwrap import stock_model
+from pyglobenc.inputs.windows import Encoded
 from pyglobenc.methods.memory import ESTIMATED, estimate_memory
 
 log = logging.getLogger("pyglobenc")
@@ -63,6 +64,29 @@ def fitting_batch(
             available >> 20,
         )
     return max(1, min(most, fit))
+
+
+def buckets(texts: list[tuple[int, Encoded]], batch_tokens: int) -> Iterator[list[tuple[int, Encoded]]]:
+    """Group texts of like length.
+
+    Args:
+        texts: the number of each text, and its tokens.
+        batch_tokens: the most tokens, with padding, in a group. One text may have more.
+
+    Yields:
+        Groups of texts, shortest first.
+    """
+    bucket: list[tuple[int, Encoded]] = []
+    windows = 0
+    for item in sorted(texts, key=lambda item: (len(item[1].windows[0]), item[0])):
+        width, more = len(item[1].windows[0]), len(item[1].windows)
+        if bucket and (windows + more) * width > batch_tokens:
+            yield bucket
+            bucket, windows = [], 0
+        bucket.append(item)
+        windows += more
+    if bucket:
+        yield bucket
 
 
 def in_batches(

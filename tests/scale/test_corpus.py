@@ -21,6 +21,7 @@ from models import build
 import pyglobenc
 from pyglobenc.cli.main import main
 from pyglobenc.common import files
+from pyglobenc.inputs.batching import buckets
 from pyglobenc.methods.memory import estimate_memory
 from pyglobenc.scale.corpus import job, manifest, records, shards
 from pyglobenc.scale.corpus.records import Record, open_source
@@ -202,7 +203,7 @@ def test_buckets_hold_like_lengths_within_the_budget():
     runner = job.make_runner(tiny.classifier(), tiny.tokenizer())
     records = [Record(i, "a " * (1 + i * 7 % 30)) for i in range(60)]
     texts, _ = job.encode_records(runner, records)
-    found = list(job.buckets(texts, 128))
+    found = list(buckets(texts, 128))
     assert sorted(index for bucket in found for index, _ in bucket) == list(range(60))
     for bucket in found:
         widths = [len(text.tokens) for _, text in bucket]

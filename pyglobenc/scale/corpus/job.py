@@ -18,6 +18,7 @@ from typing import Any
 
 from pyglobenc.common.files import check_apart
 from pyglobenc.inputs.batches import Runner, check_target, longest
+from pyglobenc.inputs.batching import buckets
 from pyglobenc.inputs.options import Options
 from pyglobenc.inputs.windows import MAX_CHARACTERS, Encoded, encode, most_characters
 from pyglobenc.scale.corpus.records import Record, Source, digest
@@ -320,29 +321,6 @@ def encode_records(
         except ValueError as error:
             rejected.append({"index": record.index, "reason": str(error).removeprefix("explain: ")})
     return texts, rejected
-
-
-def buckets(texts: list[tuple[int, Encoded]], batch_tokens: int) -> Iterator[list[tuple[int, Encoded]]]:
-    """Group texts of like length.
-
-    Args:
-        texts: numbers and tokens of texts, as `encode_records` returns them.
-        batch_tokens: the most tokens, with padding, in a group. One text may have more.
-
-    Yields:
-        Groups of texts, shortest first.
-    """
-    bucket: list[tuple[int, Encoded]] = []
-    windows = 0
-    for item in sorted(texts, key=lambda item: (len(item[1].windows[0]), item[0])):
-        width, more = len(item[1].windows[0]), len(item[1].windows)
-        if bucket and (windows + more) * width > batch_tokens:
-            yield bucket
-            bucket, windows = [], 0
-        bucket.append(item)
-        windows += more
-    if bucket:
-        yield bucket
 
 
 def batch_shapes(

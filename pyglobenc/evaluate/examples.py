@@ -1,0 +1,160 @@
+"""What a metric is given: an example, the scores of a method for it, and the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pyglobenc.inputs.windows import Encoded
+
+REMOVALS = ("mask", "delete", "pad")
+# A unit that is never removed has this number.
+KEPT = -1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings that metrics read; see `pyglobenc.evaluate`."""
+
+    fractions: tuple[float, ...]
+    remove: str = "mask"
+    mask_id: int | None = None
+    words: bool = False
+    seed: int = 0
+    protocol: str | None = None
+
+
+@dataclass(frozen=True)
+class Example:
+    """One text or image, before any method ran.
+
+    Attributes:
+        index: its number among the texts or images.
+        inputs: the model's inputs of a text, each of n numbers; or the pixels (C, height, width) of an image.
+        units: (n,) int64, the unit of each token, from 0 to m - 1. A unit is a token or a word; of an image
+            it is a pixel or a patch. KEPT marks tokens that are never removed: special tokens, and the unit
+            of the token that the head reads.
+        target: the class that is explained.
+        probabilities: (classes,) float64, of the whole input.
+        label: the true class, or None.
+        encoded: the tokens, words and offsets of a text.
+        rationale: (n,) bool, the tokens that people marked.
+        mask: (height, width) bool, or int8 with -1 for pixels that don't count: the true segmentation.
+    """
+
+    index: int
+    inputs: dict[str, list[int]] | Tensor
+    units: np.ndarray
+    target: int
+    probabilities: np.ndarray
+    label: int | None = None
+    encoded: Encoded | None = None
+    rationale: np.ndarray | None = None
+    mask: np.ndarray | None = None
+
+    @property
+    def count(self) -> int:
+        """Return the number of units, m."""
+        return int(self.units.max(initial=KEPT)) + 1
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of one method for one example.
+
+    Attributes:
+        tokens: (n,) float64, the scores of all tokens, with those that are never removed.
+        units: (m,) float64, the score of each unit: the sum of its tokens' scores.
+        order: (m,) int64, the units from the highest score to the lowest. Equal scores are in random order.
+        references: scores of other methods by name, for metrics that compare with them.
+        layers: (L, n) float64, scores after each layer; None where no metric needs them.
+    """
+
+    tokens: np.ndarray
+    units: np.ndarray
+    order: np.ndarray
+    references: dict[str, Scores] = field(default_factory=dict)
+    layers: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric.
+
+    Attributes:
+        name: the name that users give.
+        summary: one line, with the paper.
+        value: function of an example, a method's scores, the probabilities (queries, classes) of the masked
+            copies, and the settings. It returns a number, or a dict of numbers: the number at key becomes the
+            row name.key, and the one at "" becomes the row name. NaN leaves the example out and counts it.
+        queries: function of an example, scores and settings. It returns the masked copies that the metric
+            needs, each as (m,) bool, True for units that stay. None: the metric needs no forward pass.
+        needs: what must be there, of "labels", "rationales", "masks", "classifier" and "decoder".
+        references: names of methods whose scores are computed too, for `Scores.references`.
+        single: whether the metric is also defined for an example with fewer than two units.
+    """
+
+    name: str
+    summary: str
+    value: Callable[[Example, Scores, np.ndarray, Settings], float | dict[str, float]]
+    queries: Callable[[Example, Scores, Settings], list[np.ndarray]] | None = None
+    needs: frozenset[str] = frozenset()
+    references: tuple[str, ...] = ()
+    single: bool = False
+
+
+def ranked(units: np.ndarray, seed: Sequence[int]) -> np.ndarray:
+    """Return the units from the highest score to the lowest, with equal scores in random order.
+
+    Args:
+        units: (m,) scores.
+        seed: numbers that choose the order of equal scores.
+
+    Returns:
+        (m,) int64.
+    """
+    return np.lexsort((np.random.default_rng(seed).random(len(units)), -units))
+
+
+def make_scores(example: Example, tokens: np.ndarray, seed: int, draw: int = 0, **fields: Any) -> Scores:
+    """Return the scores of an example's tokens (n,) with those of its units, ranked.
+
+    Args:
+        example: the example.
+        tokens: (n,) scores.
+        seed, draw: choose the order of equal scores, with the example's index.
+        fields: other fields of `Scores`.
+    """
+    tokens = np.asarray(tokens, dtype=np.float64)
+    inside = example.units != KEPT
+    units = np.bincount(example.units[inside], tokens[inside], minlength=example.count)
+    return Scores(tokens, units, ranked(units, (seed, example.index, draw)), **fields)
+
+
+def text_units(encoded: Encoded, explained: int | None, words: bool) -> np.ndarray:
+    """Return the unit of each token of a text, (n,) int64, for `Example.units`.
+
+    Args:
+        encoded: the text's tokens.
+        explained: position of the token that the head reads; None for a mean over tokens.
+        words: units are words.
+
+    Raises:
+        ValueError: words are asked for, and the tokenizer doesn't say which tokens form one.
+    """
+    if words and encoded.word_ids is None:
+        raise ValueError("evaluate: words=True needs a fast tokenizer, which knows its words")
+    groups = encoded.word_ids if words else range(len(encoded.tokens))
+    left_out = None if explained is None else groups[explained]
+    numbers: dict[int, int] = {}
+    units = np.full(len(encoded.tokens), KEPT)
+    for position, group in enumerate(groups):
+        if group is not None and not encoded.special[position] and group != left_out:
+            units[position] = numbers.setdefault(group, len(numbers))
+    return units

@@ -1,0 +1,79 @@
+"""The result of `pyglobenc.evaluate`: a row for each method and metric, and the numbers of every text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+COLUMNS = ("method", "metric", "mean", "low", "high", "n", "seconds_per_text")
+# The limits of a 95 % interval, in per cent.
+LIMITS = (2.5, 97.5)
+# So many resampled numbers are in memory at a time.
+RESAMPLED = 1 << 22
+
+
+def bootstrap_interval(values: np.ndarray, resamples: int, seed: int) -> tuple[float, float]:
+    """Return the 95 % interval of a mean, by the percentiles of means over resampled values.
+
+    Args:
+        values: (n,) float64.
+        resamples: number of samples of n values, drawn with replacement.
+        seed: makes the interval the same in every call.
+
+    Returns:
+        The lower and the upper limit; NaN without values or without resamples.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3.
+    """
+    n = len(values)
+    if not n or not resamples:
+        return np.nan, np.nan
+    generator, means = np.random.default_rng(seed), []
+    block = max(1, RESAMPLED // n)
+    for start in range(0, resamples, block):
+        chosen = generator.integers(0, n, (min(block, resamples - start), n))
+        means.append(values[chosen].mean(1))
+    low, high = np.percentile(np.concatenate(means), LIMITS)
+    return float(low), float(high)
+
+
+class EvaluationTable:
+    """The metrics of several methods.
+
+    Attributes:
+        rows: list of dicts with method, metric, mean, low, high (95 % bootstrap over texts), n (texts that
+            count), seconds_per_text (of the attribution), skipped (texts that don't count), ties (texts in
+            which two units have the same score) and zeros (texts whose scores are all zero).
+        per_text: maps (method, metric) to (texts,) float64, with NaN for texts that don't count.
+        notes: sentences on what was left out or replaced.
+        info: settings, and the counts and rate of the forward passes.
+    """
+
+    def __init__(
+        self,
+        per_text: Mapping[tuple[str, str], np.ndarray],
+        of_method: Mapping[str, Mapping[str, float]],
+        bootstrap: int,
+        seed: int,
+        notes: list[str],
+        info: dict[str, Any],
+    ):
+        self.per_text, self.notes, self.info = dict(per_text), notes, info
+        self.rows = []
+        for (method, metric), values in self.per_text.items():
+            counted = values[~np.isnan(values)]
+            low, high = bootstrap_interval(counted, bootstrap, seed)
+            row = {"method": method, "metric": metric}
+            row |= {"mean": float(counted.mean()) if len(counted) else np.nan, "low": low, "high": high}
+            row |= {"n": len(counted), "seconds_per_text": of_method[method]["seconds_per_text"]}
+            self.rows.append(
+                row
+                | {"skipped": len(values) - len(counted)}
+                | {name: value for name, value in of_method[method].items() if name not in row}
+            )
+
+    def __repr__(self) -> str:
+        methods, metrics = (len({key[i] for key in self.per_text}) for i in (0, 1))
+        return f"EvaluationTable({methods} methods, {metrics} metrics)"
