@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from models import build
+from models import ARCHITECTURES, IMAGES, PRE_NORM, build, random_batch
 
 from pyglobenc import GlobEnc, TransformerAttribution
 from pyglobenc.backends.shared.score_mods import SoftCap
@@ -87,6 +87,22 @@ def test_autocast_is_the_forward_pass_alone(backend):
             torch.equal(found.output.logits, expected.logits) and found.output.logits.dtype == torch.bfloat16
         )
         assert found.scores.dtype == torch.float32 and torch.isfinite(found.scores).all()
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *PRE_NORM, *IMAGES])
+def test_autocast_rounds_every_architecture(name):
+    """Rotary embeddings, norms and products have different dtypes; the scores move by rounding alone.
+
+    Each of three layers rounds its residual sum, attention output and MLP output once, at random.
+    """
+    model = build(name, torch.float32)
+    given = random_batch(model, 2, 9, pads=[0, 3])
+    globenc = GlobEnc(model)
+    exact = globenc(**given).scores
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            found = globenc(**given).scores
+        assert (found - exact).norm() <= 3 * torch.finfo(dtype).eps * exact.norm()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -11,6 +11,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch import Tensor
 
 KINDS = ("cpu", "cuda")
 
@@ -44,3 +45,15 @@ def callers_autocast() -> Iterator[None]:
         for kind, dtype in (_CALLERS.get() or {}).items():
             stack.enter_context(torch.autocast(kind, dtype))
         yield
+
+
+def cast_by_autocast(*tensors: Tensor) -> list[Tensor]:
+    """Return tensors of any shapes, such as q, k and v (B, H, n, dh), as autocast casts them for attention.
+
+    Rotary embeddings and norms return float32 under autocast, while values stay in half precision. torch's
+    attention then takes all of them in half precision, except float64.
+    """
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind) or any(t.dtype == torch.float64 for t in tensors):
+        return list(tensors)
+    return [t.to(torch.get_autocast_dtype(kind)) for t in tensors]

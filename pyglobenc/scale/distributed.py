@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from pyglobenc.backends.shared.masks import hidden_keys, visible_keys
 from pyglobenc.backends.shared.rows import rescale_rows
 from pyglobenc.common.arguments import known_arguments
-from pyglobenc.common.autocast import callers_autocast, outside_autocast
+from pyglobenc.common.autocast import callers_autocast, cast_by_autocast, outside_autocast
 from pyglobenc.hf import LayerTrace, capture, find_layers
 from pyglobenc.hf.limits import max_tokens
 from pyglobenc.hf.positions import own_positions
@@ -81,6 +81,7 @@ def sharded_attention(
         )
     shares, window = _SHARES[module], window_of(module, kwargs)
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
+    query, key, value = cast_by_autocast(query, key, value)
     k, v = (
         shares.gather(t, 2).repeat_interleave(query.shape[1] // key.shape[1], dim=1) for t in (key, value)
     )

@@ -230,3 +230,15 @@ def test_refusals(tmp_path):
     finally:
         dist.destroy_process_group()
     assert not os.environ.get("RANK")
+
+
+def test_autocast(tmp_path):
+    """Rotated queries and keys are float32 under autocast, and values are not."""
+    model, arguments = call(("llama", torch.float32, None))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            found, expected = ShardedGlobEnc(model)(**arguments), GlobEnc(model)(**arguments)
+    finally:
+        dist.destroy_process_group()
+    assert_as_good_as_torch(found.scores, GlobEnc(model)(**arguments).scores.double(), expected.scores)

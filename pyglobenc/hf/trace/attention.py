@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from pyglobenc.backends.shared.score_mods import ScoreMod, SoftCap, StoredBias
+from pyglobenc.common.autocast import cast_by_autocast
 from pyglobenc.common.deferred import may_look
 from pyglobenc.ops.attention import attention
 
@@ -68,7 +69,7 @@ def attention_function(
     Args:
         module: the attention module that calls.
         query: (B, H, n, dh), floating point.
-        key, value: (B, Hkv, n, dh), the same dtype.
+        key, value: (B, Hkv, n, dh), the same dtype. Under autocast the dtypes may differ.
         attention_mask: the `Mask` that `mask_function` returned, or None.
         scaling: factor of the scores; None: dh ** -0.5.
         kwargs: further options of transformers' attention functions.
@@ -101,6 +102,7 @@ def attention_function(
             "sequences"
         )
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
+    query, key, value = cast_by_autocast(query, key, value)
     settings = dict(
         key_mask=key_mask, scaling=scaling, window=window, score_mod=score_mod, cu_seqlens=cu_seqlens
     )
