@@ -32,7 +32,7 @@ def find_layers(model: nn.Module) -> list[LayerModules]:
     Raises:
         TypeError: the model is not a transformers model.
         ValueError: the architecture is unknown, is an encoder-decoder, or ignores transformers' attention
-            interface; or the model has no layers.
+            interface; the model has no layers, or has other modules than its architecture.
     """
     model = stock_model(model)
     model_type = model.config.model_type
@@ -44,12 +44,18 @@ def find_layers(model: nn.Module) -> list[LayerModules]:
         )
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(
-            f"capture: {type(model).__name__} ({model_type}) is an encoder-decoder, whose cross attention "
-            f"is not supported; {known}"
+            f"capture: {type(model).__name__} ({model_type}) belongs to an encoder-decoder; such "
+            f"architectures are not supported, with or without the decoder; {known}"
         )
     if model_type not in BINDINGS:
         raise ValueError(f"capture: unknown architecture {model_type!r} ({type(model).__name__}); {known}")
-    layers = BINDINGS[model_type].layers(model.base_model)
+    try:
+        layers = BINDINGS[model_type].layers(model.base_model)
+    except AttributeError as error:
+        raise ValueError(
+            f"capture: {type(model).__name__} has not the modules of the architecture that its config names, "
+            f"{model_type!r} ({error})"
+        ) from error
     if not layers:
         raise ValueError(f"capture: {type(model).__name__} has no layers, so there is nothing to attribute")
     return layers

@@ -1,5 +1,7 @@
 """Finds the transformers model inside the wrappers that users put around it."""
 
+from typing import Any
+
 from torch import nn
 from transformers import Pipeline, PreTrainedModel
 
@@ -12,7 +14,7 @@ def called_module(model: nn.Module | Pipeline) -> nn.Module:
     included. It runs uncompiled, because compiled code does not call hooks.
 
     Returns:
-        A PreTrainedModel; or the user's own module, if it contains exactly one PreTrainedModel.
+        A stock PreTrainedModel, see `is_stock_model`; or the user's own module, if it contains exactly one.
 
     Raises:
         TypeError: the module contains no transformers model, or more than one.
@@ -20,7 +22,7 @@ def called_module(model: nn.Module | Pipeline) -> nn.Module:
             sees as its input.
     """
     inner = model
-    while not isinstance(inner, PreTrainedModel):
+    while not is_stock_model(inner):
         if hasattr(inner, "_orig_mod"):
             inner = inner._orig_mod
         elif isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
@@ -52,7 +54,27 @@ def stock_model(model: nn.Module | Pipeline) -> PreTrainedModel:
         TypeError, ValueError: as `called_module`.
     """
     called = called_module(model)
-    return called if isinstance(called, PreTrainedModel) else _only_model(called, type(called).__name__)
+    return called if is_stock_model(called) else _only_model(called, type(called).__name__)
+
+
+def is_stock_model(model: Any) -> bool:
+    """Tell whether a module is a transformers model that has the layers itself, or in its `base_model`.
+
+    A user's class may extend PreTrainedModel and keep a whole model under a name of its own. Such a class
+    counts as the user's own module around that model.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return False
+    if model.base_model is not model or any(_is_architecture(kind) for kind in type(model).__mro__):
+        return True
+    return not any(isinstance(module, PreTrainedModel) and module is not model for module in model.modules())
+
+
+def _is_architecture(kind: type) -> bool:
+    """Tell whether a class is a whole model of transformers, not an abstract class such as that of BERT."""
+    return kind.__module__.startswith("transformers.models.") and not kind.__name__.endswith(
+        "PreTrainedModel"
+    )
 
 
 def _only_model(module: nn.Module, name: str) -> PreTrainedModel:

@@ -72,8 +72,12 @@ def check_target(runner: Runner, encoded: Encoded, name: str) -> None:
         name: name of the text for the message.
     """
     target, kind = runner.options.target, runner.method.target
-    # Only the logits tell how many classes a user's own module has, and a base model has none.
-    known_head = isinstance(runner.called, PreTrainedModel) and runner.called is not runner.called.base_model
+    # Only the logits tell how many classes a user's own head has, and a base model has none.
+    known_head = (
+        runner.called is runner.model
+        and runner.model is not runner.model.base_model
+        and type(runner.model).__module__.startswith("transformers.")
+    )
     classes = class_count(runner.model) if known_head else None
     if kind == "class" and target is not None and classes is not None and not 0 <= target < classes:
         raise ValueError(f"explain: target must be a class in [0, {classes}), got {target}")

@@ -8,11 +8,10 @@ from threading import get_ident
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from pyglobenc.common.arguments import argument_names, refuse_unknown
 from pyglobenc.common.deferred import require
-from pyglobenc.hf.unwrap import stock_model
+from pyglobenc.hf.unwrap import is_stock_model, stock_model
 
 # Inputs that a stock model may be given, if its forward pass names them.
 TENSORS = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"})
@@ -62,7 +61,7 @@ def model_inputs(
         ValueError: an argument of transformers' models can't be honoured.
     """
     named, others = _forward_names(model)
-    if not isinstance(model, PreTrainedModel):
+    if not is_stock_model(model):
         images = stock_model(model).main_input_name == "pixel_values"
         return _checked(
             who, batch, named | ((IMAGES if images else TENSORS) if others else set()), REFUSED, method
@@ -106,9 +105,7 @@ def takes(model: nn.Module, name: str) -> bool:
     For a stock head the forward pass of the model inside counts too. Only signatures are read, no tensors.
     """
     named, others = _forward_names(model)
-    return name in named or (
-        others and isinstance(model, PreTrainedModel) and name in _forward_names(model.base_model)[0]
-    )
+    return name in named or (others and is_stock_model(model) and name in _forward_names(model.base_model)[0])
 
 
 def accepts(model: nn.Module, name: str) -> bool:
@@ -117,7 +114,7 @@ def accepts(model: nn.Module, name: str) -> bool:
     The model is a stock model, or the user's module around one. The function reads signatures, no tensors.
     """
     named, others = _forward_names(model)
-    if isinstance(model, PreTrainedModel):
+    if is_stock_model(model):
         return takes(model, name)
     return name in named or (others and takes(stock_model(model), name))
 
@@ -129,7 +126,9 @@ def output_settings(model: nn.Module) -> dict[str, Any]:
     """
     # A cache would store every key and value a second time.
     settings = {"return_dict": True, "output_attentions": False, "use_cache": False}
-    always = ("return_dict", "output_attentions") if isinstance(model, PreTrainedModel) else ()
+    # The models of transformers take these two, whether their signatures name them or not.
+    takes_all = type(model).__module__.startswith("transformers.") or _forward_names(model)[1]
+    always = ("return_dict", "output_attentions") if takes_all and is_stock_model(model) else ()
     return {name: value for name, value in settings.items() if name in always or takes(model, name)}
 
 
@@ -142,7 +141,7 @@ def run_model(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     """
     with ExitStack() as stack:
         if (
-            isinstance(model, PreTrainedModel)
+            is_stock_model(model)
             and model.base_model is not model
             and not getattr(model.config, "return_dict", True)
         ):

@@ -19,6 +19,7 @@ from pyglobenc.hf.labels import classifies
 from pyglobenc.hf.limits import max_tokens, padding_id, token_types
 from pyglobenc.hf.positions import own_positions
 from pyglobenc.hf.registry import is_decoder
+from pyglobenc.hf.unwrap import is_stock_model
 from pyglobenc.methods.arguments import output_settings
 from pyglobenc.methods.head import HeadRecord, detached, find_logits, recorded_head
 from pyglobenc.methods.inputs import check_ids, read_by_head, target_positions, unnamed_rows
@@ -204,7 +205,7 @@ def check_packable(who: str, model: nn.Module) -> None:
     Raises:
         ValueError: it can't. The message begins with `who` and gives the reason.
     """
-    if not isinstance(model, PreTrainedModel):
+    if not is_stock_model(model):
         raise ValueError(
             f"{who}: packed sequences need a transformers model; {type(model).__name__} has a head of its "
             f"own around one"

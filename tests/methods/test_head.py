@@ -205,6 +205,40 @@ def test_a_module_around_an_encoder(name, pool):
         check_relevance(model, batch, [model.top, *model.hidden], read, select)
 
 
+class OwnSubclass(transformers.BertPreTrainedModel):
+    """A user's class that extends transformers' own, with its encoder and its head under names of its own.
+
+    Args:
+        where: "bert", the name that transformers uses; or another name; or "list", inside another module.
+        pool: what the head reads.
+    """
+
+    def __init__(self, config, where, pool):
+        super().__init__(config)
+        inner = nn.ModuleList([encoder("bert")]) if where == "list" else encoder("bert")
+        self.add_module(where, inner)
+        self.where, self.pool, self.top = where, pool, nn.Linear(config.hidden_size, CLASSES)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask):
+        inner = getattr(self, self.where)
+        inner = inner[0] if self.where == "list" else inner
+        return self.top(self.pool(inner(input_ids, attention_mask=attention_mask)[0], attention_mask))
+
+
+@pytest.mark.parametrize("pool", [first, mean])
+@pytest.mark.parametrize("where", ["bert", "encoder", "list"])
+def test_a_user_s_subclass_of_pretrained_model(where, pool):
+    model = randomize(OwnSubclass(transformers.BertConfig(**SMALL), where, pool)).double().eval()
+    batch = random_batch(stock_model(model), batch=2, n=11, pads=[0, 4])
+
+    def read(b):
+        return reading(pool, batch, b, int(batch["attention_mask"][b].sum()))
+
+    check_rows(model, batch, read)
+    check_relevance(model, batch, [model.top], read, lambda out: out)
+
+
 class Refused(Wrapped):
     """A head without a relevance rule, by name."""
 
