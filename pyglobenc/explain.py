@@ -29,6 +29,7 @@ def explain(
     method: str = "globenc",
     *,
     target: int | str | None = None,
+    start_layer: int = 0,
     merge_words: bool = False,
     long: str = "error",
     max_length: int | None = None,
@@ -50,6 +51,8 @@ def explain(
         target: what is explained. Most methods explain a token: its position, which counts special tokens and
             may be negative to count from the end; "mean" for the mean of all tokens' rows; or None for the
             default of `GlobEnc`. Other methods explain a class: its index, or None for the predicted class.
+        start_layer: the lowest layer of the rollout, for methods that have it, as for
+            `TransformerAttribution`. Other methods refuse a number above 0.
         merge_words: pictures show words instead of tokens, with the sum of their tokens' scores. Words are
             the tokenizer's, or are split at white space if the tokenizer doesn't split texts. The result
             keeps the tokens.
@@ -79,6 +82,7 @@ def explain(
         [text] if single else text,
         method=method,
         target=target,
+        start_layer=start_layer,
         merge_words=merge_words,
         long=long,
         max_length=max_length,

@@ -16,7 +16,8 @@ class ImageAttribution:
 
     Attributes:
         image: (height, width, 3) the image that the model read, in [0, 1].
-        scores: for each target, (rows, columns) scores of patches, or (height, width) scores of pixels.
+        scores: for each target, (rows, columns) scores of patches, or (height, width) scores of pixels. A
+            target is a class, the position of a token, or "mean" for the mean of several tokens' rows.
         labels: for each target, its name: a class with its probability, a regression's output with its value,
             or a token.
         probabilities: (classes,) probabilities of the model's classes, by softmax or sigmoid as the config's
@@ -28,14 +29,14 @@ class ImageAttribution:
     """
 
     image: np.ndarray
-    scores: dict[int, np.ndarray]
-    labels: dict[int, str]
+    scores: dict[int | str, np.ndarray]
+    labels: dict[int | str, str]
     probabilities: np.ndarray | None
     predicted: int | None
     predictions: list[tuple[str, float]] | None = None
-    error: dict[int, float] = field(default_factory=dict)
+    error: dict[int | str, float] = field(default_factory=dict)
 
-    def heat(self, target: int) -> np.ndarray:
+    def heat(self, target: int | str) -> np.ndarray:
         """Return a target's scores at every pixel, (height, width) in [0, 1], by bilinear interpolation."""
         from pyglobenc.viz.image import to_unit, upscale
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pyglobenc.backends.dispatch import BACKENDS
 from pyglobenc.cli.explain import DTYPES, WEIGHT_DTYPES
-from pyglobenc.cli.options import add_trust, environment_number, integer, positive
+from pyglobenc.cli.options import add_trust, environment_number, natural, positive, token_or_class
 from pyglobenc.common.characters import printable
 from pyglobenc.inputs.windows import LONG
 
@@ -56,8 +56,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--target",
-        type=integer,
-        help="token position (negative: from the end) or class index (default: what the head reads)",
+        type=token_or_class,
+        help="token position (negative: from the end), mean (of all tokens' rows), or class index (default: "
+        "what the head reads, or the predicted class)",
+    )
+    parser.add_argument(
+        "--start-layer",
+        type=natural,
+        default=0,
+        help="lowest layer of transformer-attribution's rollout (default 0)",
     )
     parser.add_argument(
         "--long",
@@ -162,7 +169,7 @@ def _runner(options: argparse.Namespace) -> Any:
     model, tokenizer = load_pretrained(
         options.model, dtypes[options.model_dtype], device, options.trust_remote_code, head
     )
-    names = ("method", "target", "long", "max_length", "stride", "backend", "packed")
+    names = ("method", "target", "start_layer", "long", "max_length", "stride", "backend", "packed")
     return make_runner(
         model, tokenizer, dtype=dtypes[options.dtype], **{name: getattr(options, name) for name in names}
     )
@@ -175,6 +182,7 @@ def _manifest(options: argparse.Namespace, source: Any, survey: Any, runner: Any
     names = (
         "method",
         "target",
+        "start_layer",
         "long",
         "max_length",
         "stride",

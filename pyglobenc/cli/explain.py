@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pyglobenc.backends.dispatch import BACKENDS
 from pyglobenc.cli import explain_image
-from pyglobenc.cli.options import add_trust, integer, positive
+from pyglobenc.cli.options import add_trust, natural, positive, token_or_class
 from pyglobenc.common.files import check_writable, decode, one_line, read_at_most, write_file
 from pyglobenc.explain import explain_each
 from pyglobenc.inputs.images import MAX_PIXELS
@@ -62,8 +62,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", help=f"attribution method ({default}); 'help' lists them")
     parser.add_argument(
         "--target",
-        type=integer,
-        help="token position (negative: from the end) or class index (default: what the head reads)",
+        type=token_or_class,
+        help="token position (negative: from the end), mean (of all tokens' rows), or class index (default: "
+        "what the head reads, or the predicted class)",
+    )
+    parser.add_argument(
+        "--start-layer",
+        type=natural,
+        default=0,
+        help="lowest layer of transformer-attribution's rollout (default 0; the published code for images "
+        "takes 1 in its tests, that for text the last layer)",
     )
     parser.add_argument(
         "--merge-words", action="store_true", help="show words, with the sum of their tokens' scores"
@@ -148,7 +156,17 @@ def run(options: argparse.Namespace) -> int:
     model, tokenizer = load_pretrained(
         options.model, dtypes[options.model_dtype], options.device, options.trust_remote_code, head
     )
-    names = ("method", "target", "merge_words", "long", "max_length", "stride", "batch_size", "backend")
+    names = (
+        "method",
+        "target",
+        "start_layer",
+        "merge_words",
+        "long",
+        "max_length",
+        "stride",
+        "batch_size",
+        "backend",
+    )
     chosen = {name: getattr(options, name) for name in names} | {
         "dtype": dtypes[options.dtype],
         "progress": not options.quiet,

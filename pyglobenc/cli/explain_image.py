@@ -34,24 +34,23 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from pyglobenc.cli.outputs import check_outputs
-    from pyglobenc.inputs.images import CLASSES, explain_image, open_image
-    from pyglobenc.methods.rollout.baselines import ROLLOUTS
+    from pyglobenc.inputs.images import explain_image, open_image
+    from pyglobenc.methods.registry import METHODS
     from pyglobenc.models.pretrained import load_image_model
 
-    if options.method not in (None, CLASSES, *ROLLOUTS):
-        options.error(
-            f"--image: --method must be one of {', '.join((CLASSES, *ROLLOUTS))}, got {options.method!r}"
-        )
+    if options.method not in (None, *METHODS):
+        options.error(f"--method: must be one of {', '.join(METHODS)}, got {options.method!r}")
     check_outputs(files, options.model, options.image)
     images = [open_image(name, options.max_pixels) for name in options.image]
     # A rollout needs no classifier. If the model has one, the default target is the token that it reads.
-    head = True if options.method == CLASSES else None
+    head = True if options.method is not None and METHODS[options.method].target == "class" else None
     model, processor = load_image_model(options.model, options.device, head, options.trust_remote_code)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    targets = None if options.target is None else [options.target]
+    targets = options.target if options.target in (None, "mean") else [options.target]
     chosen = dict(
         method=options.method,
         targets=targets,
+        start_layer=options.start_layer,
         backend=options.backend,
         dtype=dtype,
         max_pixels=options.max_pixels,
@@ -61,7 +60,9 @@ def run(options: argparse.Namespace) -> int:
         result.to_png(file)
     if not options.quiet:
         for name, result in zip(options.image, results, strict=True):
-            label = "; ".join(f"{target}: {text}" for target, text in result.labels.items())
+            label = "; ".join(
+                text if text == target else f"{target}: {text}" for target, text in result.labels.items()
+            )
             predicted = (
                 ""
                 if not result.predictions

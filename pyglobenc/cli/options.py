@@ -17,6 +17,19 @@ def integer(text: str) -> int:
     return value
 
 
+def token_or_class(text: str) -> int | str:
+    """Return the target in an option's text: an integer, or the word "mean"."""
+    return text if text == "mean" else integer(text)
+
+
+def natural(text: str) -> int:
+    """Return the integer in an option's text; it must be at least 0."""
+    value = integer(text)
+    if value < 0:
+        raise ValueError
+    return value
+
+
 def positive(text: str) -> int:
     """Return the integer in an option's text; it must be at least 1."""
     value = integer(text)
@@ -47,8 +60,8 @@ def seconds(text: str) -> float:
 
 
 # argparse names the type in its error messages.
-integer.__name__, positive.__name__, threads.__name__, seconds.__name__ = (
-    "int",
+integer.__name__, token_or_class.__name__, natural.__name__ = "int", "int or mean", "number of at least 0"
+positive.__name__, threads.__name__, seconds.__name__ = (
     "positive integer",
     "number of threads",
     "number",

@@ -117,7 +117,7 @@ class Runner:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: Options):
         self.method = find_method(options.method)
-        self._run = self.method.build(model, options.backend, options.dtype)
+        self._run = self.method.run("explain", model, options.backend, options.dtype, options.start_layer)
         self.called = called_module(model)
         model = stock_model(self.called)
         if model.main_input_name != "input_ids":

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +15,15 @@ from pyglobenc.image_results import ImageAttribution, ImageAttributions
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
+    from torch import nn
     from transformers import PreTrainedModel
+
+    from pyglobenc.methods.registry import Method, Run
 
 # The default method explains classes. Models without classes, or whose head has no relevance rules, take the
 # second one.
 CLASSES, TOKENS = "transformer-attribution", "globenc"
+DEFAULT_VARIANT = "transformer_attribution"
 # Only formats with widely used decoders are read. Pillow's other formats may contain programs, or their
 # decoders are rarely tested.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
@@ -37,8 +40,8 @@ def explain_image(
     image: Any,
     *,
     method: str | None = None,
-    targets: Sequence[int] | None = None,
-    variant: str = "transformer_attribution",
+    targets: Sequence[int] | str | None = None,
+    variant: str = DEFAULT_VARIANT,
     start_layer: int = 0,
     backend: str = "auto",
     dtype: torch.dtype | None = None,
@@ -54,12 +57,15 @@ def explain_image(
         image: a PIL image with 8 bits per channel, which is rotated as its EXIF data says; or what the
             processor takes. A list of images, or an array with one more axis in front, is a batch. Of an
             animation the current frame is explained.
-        method: "transformer-attribution", for classifiers of the ViT and DeiT family; or a name in
-            `pyglobenc.methods.rollout.baselines.ROLLOUTS`, for any image encoder. None chooses
-            "transformer-attribution" if the model supports it, else "globenc".
-        targets: the classes to explain; None for the predicted class. For a rollout method: token positions;
-            None for 0, the [CLS] token, even if the model's head reads other tokens.
-        variant, start_layer: as for `TransformerAttribution`.
+        method: a name in `pyglobenc.methods.registry.METHODS`. Methods that explain a class need a classifier
+            of the ViT and DeiT family, others any image encoder. None chooses "transformer-attribution" if
+            the model supports it, else "globenc".
+        targets: the classes to explain; None for the predicted class. For a method that explains tokens:
+            positions of tokens; "mean" for the mean of all tokens' rows; or None for the default of
+            `GlobEnc`, which is what the model's head reads.
+        variant: of the method "transformer-attribution", as for `TransformerAttribution`.
+        start_layer: the lowest layer of the rollout, for methods that have it, as for
+            `TransformerAttribution`.
         backend, dtype: as for `GlobEnc`.
         max_pixels: largest number of pixels of an image. A larger image is refused before it is decoded.
 
@@ -69,45 +75,42 @@ def explain_image(
 
     Raises:
         TypeError, ValueError: the method, architecture, backend or target is unknown; an image has more than
-            8 bits per channel or too many pixels; classes are asked for and the model has no classifier; or
-            the method refuses the input for another reason.
+            8 bits per channel or too many pixels; classes are asked for and the model has no classifier;
+            the method has no variants or no start_layer and one is given; or the method refuses the input for
+            another reason.
     """
     # These imports take seconds.
     import torch
 
     from pyglobenc.hf.unwrap import called_module, stock_model
-    from pyglobenc.methods.relevance.transformer_attribution import TransformerAttribution
-    from pyglobenc.methods.rollout.baselines import Rollout
+    from pyglobenc.methods.registry import find_method, relevance
 
-    inner = stock_model(model)
-    own_head = called_module(model) is not inner
+    called = called_module(model)
+    inner = stock_model(called)
+    own_head = called is not inner
     if inner.main_input_name != "pixel_values":
         raise ValueError(f"explain_image: {type(inner).__name__} takes {inner.main_input_name}, not images")
     if method is None:
         method = CLASSES if _has_rules(inner, own_head) else TOKENS
-    if method == CLASSES and inner.base_model is inner and not own_head:
+    chosen = find_method(method, "explain_image")
+    if chosen.target == "class" and inner.base_model is inner and not own_head:
         raise ValueError(
             f"explain_image: {type(inner).__name__} has no classes to explain; method={TOKENS!r} explains "
             f"its [CLS] token"
         )
-    if targets is not None and not len(targets):
-        raise ValueError("explain_image: there is no target, got an empty list")
-    if method == CLASSES:
-        attribute = TransformerAttribution(model, backend, dtype)
-        explain = partial(
-            _explain_classes, attribute, targets=targets, variant=variant, start_layer=start_layer
-        )
+    targets = _targets(targets, chosen)
+    if variant == DEFAULT_VARIANT:
+        run = chosen.run("explain_image", model, backend, dtype, start_layer)
+    elif method == CLASSES:
+        run = relevance(variant, model, backend, dtype, start_layer)
     else:
-        explain = partial(
-            _explain_tokens,
-            Rollout(model, method, backend, dtype),
-            targets=[0] if targets is None else targets,
-        )
+        raise ValueError(f"explain_image: variant belongs to method={CLASSES!r}; {method} has none")
     images, single = _images(image)
     pixels = [_pixels(inner, processor, one, max_pixels) for one in images]
     done: dict[int, ImageAttribution] = {}
-    for rows in _batches(pixels, max(1, BATCH // len(targets or [0]))):
-        done.update(zip(rows, explain(torch.stack([pixels[row] for row in rows])), strict=True))
+    for rows in _batches(pixels, max(1, BATCH // _count(targets))):
+        batch = torch.stack([pixels[row] for row in rows])
+        done.update(zip(rows, _explained(called, chosen.target, run, batch, targets), strict=True))
     return done[0] if single else ImageAttributions(done[row] for row in range(len(pixels)))
 
 
@@ -220,74 +223,80 @@ def _has_rules(model: PreTrainedModel, own_head: bool) -> bool:
     return (named or own_head) and model.config.model_type in vit.MODEL_TYPES
 
 
-def _explain_classes(
-    attribute: Callable, pixels: torch.Tensor, targets: Sequence[int] | None, **options: Any
+def _targets(targets: Sequence[int] | str | None, method: Method) -> list[int] | str | None:
+    if isinstance(targets, str):
+        if targets != "mean" or method.target == "class":
+            wanted = "classes" if method.target == "class" else "token positions or 'mean'"
+            raise TypeError(f"explain_image: targets of {method.name} must be {wanted}, got {targets!r}")
+        return targets
+    if targets is not None and not len(targets):
+        raise ValueError("explain_image: there is no target, got an empty list")
+    return None if targets is None else list(targets)
+
+
+def _count(targets: list[int] | str | None) -> int:
+    return len(targets) if isinstance(targets, list) else 1
+
+
+def _explained(
+    model: nn.Module, kind: str, run: Run, pixels: torch.Tensor, targets: list[int] | str | None
 ) -> list[ImageAttribution]:
-    """Return the attributions of images (B, channels, height, width) by a `TransformerAttribution`."""
+    """Return the attributions of images (B, channels, height, width).
+
+    Args:
+        model: the model, or the user's module around it.
+        kind: "class" or "token", what the targets are.
+        run: a method that is built for the model.
+        pixels: the images.
+        targets: classes or positions, "mean", or None.
+    """
     import torch
 
-    from pyglobenc.methods.head import find_logits
-
-    count = 1 if targets is None else len(targets)
-    chosen = None if targets is None else torch.tensor(list(targets) * len(pixels), device=pixels.device)
-    result = attribute(pixel_values=pixels.repeat_interleave(count, 0), target=chosen, **options)
-    classes, error = result.target.tolist(), None if result.error is None else result.error.tolist()
-    out, logits = [], find_logits(result.output)
-    for index in range(len(pixels)):
-        rows = range(index * count, (index + 1) * count)
-        scores = {classes[row]: result.scores[row] for row in rows}
-        found = {} if error is None else {classes[row]: error[row] for row in rows}
-        out.append(_attribution(attribute.stock, pixels[index], logits[index * count], scores, True, found))
-    return out
-
-
-def _explain_tokens(
-    attribute: Callable, pixels: torch.Tensor, targets: Sequence[int]
-) -> list[ImageAttribution]:
-    """Return the attributions of images (B, channels, height, width) by a `Rollout`."""
     from pyglobenc.hf.unwrap import stock_model
-    from pyglobenc.methods.head import find_logits
+    from pyglobenc.methods.inputs import require_finite
 
-    model = stock_model(attribute.model)
-    result = attribute(pixel_values=pixels, targets=list(targets))
-    patch_height, patch_width = _patch(model)
-    count = (pixels.shape[2] // patch_height) * (pixels.shape[3] // patch_width)
-    found = find_logits(result.output)
-    logits = found if found is not None and found.dim() == 2 else [None] * len(pixels)
-    # Special tokens come first and are left out.
-    scores = [
-        {target: row[-count:] for target, row in zip(targets, rows, strict=True)} for rows in result.scores
-    ]
-    return [_attribution(model, *one, False, {}) for one in zip(pixels, logits, scores, strict=True)]
+    count = _count(targets)
+    wanted = (
+        torch.tensor(targets * len(pixels), device=pixels.device) if isinstance(targets, list) else targets
+    )
+    rows = run({"pixel_values": pixels.repeat_interleave(count, 0)}, wanted)
+    names = ["mean"] * len(rows.scores) if rows.targets is None else rows.targets.tolist()
+    error = None if rows.error is None else rows.error.tolist()
+    logits = [None] * len(names)
+    if rows.logits is not None and rows.logits.dim() == 2:
+        # A NaN weight may affect the logits but not the scores.
+        require_finite("explain_image", model, (rows.logits,))
+        logits = list(rows.logits.detach().double().cpu())
+    stock, out = stock_model(model), []
+    for index, image in enumerate(pixels):
+        own = range(index * count, (index + 1) * count)
+        scores = {names[row]: _grid(rows.scores[row], image.shape[1:], stock) for row in own}
+        found = {} if error is None else {names[row]: error[row] for row in own}
+        out.append(_attribution(stock, image, logits[own[0]], scores, kind == "class", found))
+    return out
 
 
 def _attribution(
     model: PreTrainedModel,
     pixels: torch.Tensor,
     logits: torch.Tensor | None,
-    scores: dict[int, torch.Tensor],
+    scores: dict[int | str, torch.Tensor],
     classes: bool,
-    error: dict[int, float],
+    error: dict[int | str, float],
 ) -> ImageAttribution:
     from pyglobenc.hf.labels import class_name, predict, probabilities
 
-    chances = None
-    if logits is not None:
-        logits = logits.detach().double().cpu()
-        chances = probabilities(model.config, logits)
+    chances = None if logits is None else probabilities(model.config, logits)
 
-    def label(target: int) -> str:
+    def label(target: int | str) -> str:
         if not classes:
-            return "[CLS]" if target == 0 else f"token {target}"
+            return "[CLS]" if target == 0 else "mean" if target == "mean" else f"token {target}"
         number = f"{logits[target]:.4g}" if chances is None else f"{chances[target]:.1%}"
         return f"{class_name(model.config, target)} ({number})"
 
     return ImageAttribution(
         image=_shown(pixels),
-        scores={
-            target: _grid(row, pixels.shape[1:], model).double().cpu().numpy()
-            for target, row in scores.items()
-        },
+        scores={target: grid.detach().double().cpu().numpy() for target, grid in scores.items()},
         labels={target: label(target) for target in scores},
         probabilities=None if chances is None else chances.numpy(),
         predicted=None if logits is None else int(logits.argmax()),
@@ -303,11 +312,18 @@ def _patch(model: PreTrainedModel) -> tuple[int, int]:
 
 
 def _grid(scores: torch.Tensor, size: Sequence[int], model: PreTrainedModel) -> torch.Tensor:
-    """Return scores of patches as (rows, columns); scores of pixels (height, width) stay unchanged."""
+    """Return the scores of one image as a map (rows, columns).
+
+    Args:
+        scores: (n,), those of special tokens and then of the patches; or (height, width) of the pixels, which
+            stay unchanged.
+        size: the height and width of the image in pixels.
+        model: the image model.
+    """
     if scores.dim() == 2:
         return scores
-    height, width = _patch(model)
-    return scores.view(size[0] // height, size[1] // width)
+    rows, columns = (whole // part for whole, part in zip(size, _patch(model), strict=True))
+    return scores[-rows * columns :].view(rows, columns)
 
 
 def _shown(pixels: torch.Tensor) -> np.ndarray:

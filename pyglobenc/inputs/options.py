@@ -17,6 +17,7 @@ class Options:
 
     method: str = "globenc"
     target: int | str | None = None
+    start_layer: int = 0
     merge_words: bool = False
     long: str = "error"
     max_length: int | None = None
@@ -30,7 +31,7 @@ class Options:
     def __post_init__(self):
         if self.long not in LONG:
             raise ValueError(f"explain: long must be one of {', '.join(LONG)}, got {self.long!r}")
-        for name in ("target", "max_length", "stride", "batch_size"):
+        for name in ("target", "start_layer", "max_length", "stride", "batch_size"):
             value = getattr(self, name)
             if name == "target" and value == "mean":
                 continue
@@ -41,7 +42,7 @@ class Options:
 
     def record(self) -> dict[str, Any]:
         """Return the options that an attribution keeps, as JSON values."""
-        names = ("target", "long", "max_length", "stride", "batch_size", "backend")
+        names = ("target", "start_layer", "long", "max_length", "stride", "batch_size", "backend")
         return {name: getattr(self, name) for name in names} | {
             "dtype": None if self.dtype is None else str(self.dtype).split(".")[-1]
         }

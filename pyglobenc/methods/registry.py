@@ -21,10 +21,14 @@ from pyglobenc.methods.rollout.globenc import GlobEnc
 class Rows:
     """One row of scores for each example."""
 
-    scores: Tensor  # (B, n), 0 at padding
+    # (B, n), 0 at padding. Of images: the patches, with or without the special tokens before them, or
+    # (B, height, width) if the method scores pixels.
+    scores: Tensor
     log_scale: Tensor  # (B,); the method's own value is scores * exp(log_scale)
     targets: Tensor | None  # (B,) int64, the targets explained; None for a mean over tokens
     logits: Tensor | None  # (B, ...); None without a head, or if the head wasn't run
+    error: Tensor | None = None  # (B,), as `RelevanceResult.error` of a batch; None if it isn't known
+    nothing: Tensor | None = None  # (B,) bool, True where the method finds nothing and all scores are 0
 
 
 # A call of a method. The first argument is a batch of tensors, or of lists that are packed. The second one is
@@ -39,17 +43,35 @@ class Method:
     Attributes:
         name: the name that users give.
         summary: one line, with the paper.
-        build: function of model, backend and dtype, as `GlobEnc` takes them. It returns a function that
-            computes the `Rows` of a batch.
+        build: function of model, backend and dtype, as `GlobEnc` takes them, and of start_layer if the method
+            has one. It returns a function that computes the `Rows` of a batch.
         target: "token" if targets are positions, "class" if they are classes of a sequence classifier.
         supports_packing: whether the method also takes packed sequences.
+        has_start_layer: whether the method takes start_layer, the lowest layer of its rollout.
     """
 
     name: str
     summary: str
-    build: Callable[[PreTrainedModel, str, torch.dtype | None], Run]
+    build: Callable[..., Run]
     target: str = "token"
     supports_packing: bool = False
+    has_start_layer: bool = False
+
+    def run(
+        self, who: str, model: PreTrainedModel, backend: str, dtype: torch.dtype | None, start_layer: int = 0
+    ) -> Run:
+        """Return the function that computes the `Rows` of a batch.
+
+        Raises:
+            ValueError: the method has no start_layer, and one above 0 is given. The message begins with
+                `who`.
+        """
+        if self.has_start_layer:
+            return self.build(model, backend, dtype, start_layer=start_layer)
+        if start_layer != 0:
+            having = ", ".join(name for name, method in METHODS.items() if method.has_start_layer)
+            raise ValueError(f"{who}: start_layer belongs to {having}; {self.name} has none")
+        return self.build(model, backend, dtype)
 
 
 def _rollout(name: str, model: PreTrainedModel, backend: str, dtype: torch.dtype | None) -> Run:
@@ -58,7 +80,7 @@ def _rollout(name: str, model: PreTrainedModel, backend: str, dtype: torch.dtype
 
     def run(batch: Mapping[str, Any], targets: Tensor | str | None) -> Rows:
         rows = targets[:, None] if isinstance(targets, Tensor) else targets
-        if not isinstance(batch["input_ids"], Tensor):
+        if _is_packed(batch):
             results = attribute.packed(**batch, targets=rows)
             scores = pad_sequence([one.scores[0, 0] for one in results], batch_first=True)
             explained = (
@@ -77,26 +99,42 @@ def _rollout(name: str, model: PreTrainedModel, backend: str, dtype: torch.dtype
     return run
 
 
+def _is_packed(batch: Mapping[str, Any]) -> bool:
+    """Tell whether a batch holds lists of sequences to be packed, instead of tensors (B, n)."""
+    return isinstance(batch.get("input_ids"), list)
+
+
 def _logits(outputs: Sequence[Any]) -> Tensor | None:
     """Join the logits of S sequences, one output each, to (S, classes), or return None without logits."""
     return None if outputs[0] is None else torch.cat([find_logits(output) for output in outputs])
 
 
-def _relevance(variant: str, model: PreTrainedModel, backend: str, dtype: torch.dtype | None) -> Run:
-    """Build a variant of `TransformerAttribution`."""
+def relevance(
+    variant: str,
+    model: PreTrainedModel,
+    backend: str = "auto",
+    dtype: torch.dtype | None = None,
+    start_layer: int = 0,
+) -> Run:
+    """Build a variant of `TransformerAttribution`; its `Rows` hold scores (B, n), of images (B, patches)."""
     attribute = TransformerAttribution(model, backend, dtype)
+    chosen = dict(variant=variant, start_layer=start_layer)
 
     def run(batch: Mapping[str, Any], targets: Tensor | None) -> Rows:
-        if not isinstance(batch["input_ids"], Tensor):
-            results = attribute.packed(**batch, target=targets, variant=variant)
-            scores = pad_sequence([one.scores[0] for one in results], batch_first=True)
-            classes = torch.cat([one.target for one in results])
-            return Rows(
-                scores, torch.zeros_like(scores[:, 0]), classes, _logits([one.output for one in results])
-            )
-        result = attribute(**batch, target=targets, variant=variant)
+        if not _is_packed(batch):
+            one = attribute(**batch, target=targets, **chosen)
+            none = one.scores.new_zeros(len(one.scores))
+            return Rows(one.scores, none, one.target, find_logits(one.output), one.error, one.nothing)
+        results = attribute.packed(**batch, target=targets, **chosen)
+        scores = pad_sequence([one.scores[0] for one in results], batch_first=True)
+        known = results[0].error is not None
         return Rows(
-            result.scores, torch.zeros_like(result.scores[:, 0]), result.target, find_logits(result.output)
+            scores,
+            torch.zeros_like(scores[:, 0]),
+            torch.cat([one.target for one in results]),
+            _logits([one.output for one in results]),
+            torch.cat([one.error for one in results]) if known else None,
+            torch.cat([one.nothing for one in results]),
         )
 
     return run
@@ -130,20 +168,21 @@ METHODS |= {
     name: Method(
         name,
         summary,
-        partial(_relevance, variant),
+        partial(relevance, variant),
         target="class",
         supports_packing=VARIANTS[variant].kind in FOLLOWED,
+        has_start_layer=VARIANTS[variant].kind == "rollout" and VARIANTS[variant].layer is None,
     )
     for name, (variant, summary) in RELEVANCE.items()
 }
 
 
-def find_method(name: str) -> Method:
+def find_method(name: str, who: str = "explain") -> Method:
     """Return the method of this name.
 
     Raises:
-        ValueError: there is no such method. The message lists those that there are.
+        ValueError: there is no such method. The message begins with `who` and lists those that there are.
     """
     if name not in METHODS:
-        raise ValueError(f"explain: method must be one of {', '.join(METHODS)}, got {name!r}")
+        raise ValueError(f"{who}: method must be one of {', '.join(METHODS)}, got {name!r}")
     return METHODS[name]

@@ -131,7 +131,7 @@ def test_quiet_prints_nothing(run, tmp_path):
         (["a", "--method", "magic"], None, "--method: must be one of raw-attention"),
         (["a", "--backend", "gpu"], None, "invalid choice: 'gpu'"),
         (["a", "--long", "cut"], None, "invalid choice: 'cut'"),
-        (["a", "--target", "film"], None, "invalid int value: 'film'"),
+        (["a", "--target", "film"], None, "invalid int or mean value: 'film'"),
         (["a", "--max-length", "0"], None, "invalid positive integer value: '0'"),
         (["a", "--nonsense"], None, "unrecognized arguments: --nonsense"),
         (

@@ -39,7 +39,19 @@ def cat(tmp_path):
     return str(tmp_path / "cat.png")
 
 
-@pytest.mark.parametrize("extra, label", [([], ""), (["--target", "2", "--dtype", "float64"], "owl (")])
+@pytest.mark.parametrize(
+    "extra, label",
+    [
+        ([], ""),
+        (["--target", "2", "--dtype", "float64"], "owl ("),
+        (["--start-layer", "1"], ""),
+        (["--method", "lrp"], ""),
+        (["--method", "partial-lrp", "--target", "1"], "1: dog ("),
+        (["--method", "attention-gradcam"], ""),
+        (["--method", "attention-rollout"], "0: [CLS]"),
+        (["--method", "globenc", "--target", "mean"], "mean; predicted: "),
+    ],
+)
 def test_image_in_overlay_out(folder, cat, tmp_path, capsys, extra, label):
     out = tmp_path / "out.png"
     command = [
@@ -72,6 +84,8 @@ def test_refusals(folder, cat, tmp_path, capsys):
     wrongs = (
         ["a text"],
         ["--method", "norms"],
+        ["--start-layer", "-1"],
+        ["--target", "most"],
         ["--html", "a.html"],
         ["--merge-words"],
         ["--long", "windows"],

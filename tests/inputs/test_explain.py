@@ -116,6 +116,18 @@ def test_every_variant_is_explained_as_it_computes(method, target):
     assert a.target_name == a.label or target is not None
 
 
+def test_the_start_layer_is_the_methods():
+    model = classifier()
+    attribute = TransformerAttribution(model)
+    for start_layer in (0, 1):
+        a = explain(model, tokenizer(), TEXT, "transformer-attribution", start_layer=start_layer)
+        exact = attribute(input_ids=torch.tensor([a.token_ids]), start_layer=start_layer).scores[0]
+        assert np.array_equal(a.scores, exact.numpy()) and a.settings["start_layer"] == start_layer
+    for method in ("globenc", "lrp", "attention-gradcam"):
+        with pytest.raises(ValueError, match=f"start_layer belongs to .*; {method} has none"):
+            explain(model, tokenizer(), TEXT, method, start_layer=1)
+
+
 def test_classes_of_several_texts_are_those_of_each_alone():
     texts = [TEXT, LONG, "good", LONG[5:200], "a b"]
     options = dict(method="transformer-attribution", long="windows")

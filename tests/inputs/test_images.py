@@ -11,7 +11,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from pyglobenc import GlobEnc, TransformerAttribution, explain_image
+from pyglobenc import GlobEnc, Rollout, TransformerAttribution, explain_image
+from pyglobenc.methods.precision.reliability import NoRelevanceWarning
+from pyglobenc.methods.registry import METHODS
 from pyglobenc.viz.image import overlay, to_unit, upscale
 
 
@@ -168,6 +170,96 @@ def test_a_list_of_images_is_a_batch(name, method):
     assert len(explain_image(model, processor, arrays, method=method)) == 3
 
 
+CLASS_METHODS = [name for name, method in METHODS.items() if method.target == "class"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_of_text_takes_images(method):
+    model = build("vit")
+    pixels = torch.randn(3, 3, 12, 12, dtype=torch.float64)
+    if method == "n-resln":
+        with pytest.raises(ValueError, match="this model normalises before it"):
+            explain_image(model, None, pixels, method=method)
+        return
+    found = explain_image(model, None, pixels, method=method)
+    for one, image in zip(found, pixels, strict=True):
+        same(one, explain_image(model, None, image, method=method))
+    targets = None if METHODS[method].target == "class" else torch.zeros(3, dtype=torch.long)
+    rows = METHODS[method].run("test", model, "auto", None)({"pixel_values": pixels}, targets)
+    for one, row, explained in zip(found, rows.scores, rows.targets.tolist(), strict=True):
+        assert list(one.scores) == [explained]
+        shape = (3, 3) if row.dim() == 1 else (12, 12)
+        exact = row[-9:].view(shape) if row.dim() == 1 else row
+        assert np.abs(one.scores[explained] - exact.detach().numpy()).max() <= 1e-12 * float(
+            exact.abs().max()
+        )
+
+
+class Pooled(torch.nn.Module):
+    """A user's classifier that reads the mean of all tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = build("deit")
+        self.classifier = torch.nn.Linear(48, 3).double()
+
+    def forward(self, pixel_values):
+        return self.classifier(self.encoder(pixel_values).last_hidden_state.mean(1))
+
+
+@pytest.mark.parametrize("method", ["globenc", "attention-rollout"])
+def test_the_default_target_is_what_the_head_reads(method):
+    model = Pooled().eval()
+    pixels = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    read = explain_image(model, None, pixels, method=method)
+    rows = Rollout(model, method)(pixel_values=pixels).scores[:, 0]
+    for one, named, row in zip(
+        read, explain_image(model, None, pixels, method=method, targets="mean"), rows, strict=True
+    ):
+        assert list(one.labels.items()) == [("mean", "mean")]
+        same(one, named)
+        assert np.array_equal(one.scores["mean"].ravel(), row[-9:].numpy())
+    first = explain_image(model, None, pixels, method=method, targets=[0])
+    assert not np.allclose(first[0].scores[0], read[0].scores["mean"])
+
+
+def test_the_start_layer_and_variants():
+    model, pixels = build("vit"), torch.randn(3, 12, 12, dtype=torch.float64)
+    attribute = TransformerAttribution(model)
+    for start_layer in (0, 1):
+        a = explain_image(model, None, pixels, start_layer=start_layer)
+        exact = attribute(pixel_values=pixels[None], start_layer=start_layer).scores[0]
+        assert np.array_equal(a.scores[a.predicted].ravel(), exact.numpy())
+    a = explain_image(model, None, pixels, variant="last_layer")
+    exact = attribute(pixel_values=pixels[None], variant="last_layer").scores[0]
+    assert np.array_equal(a.scores[a.predicted].ravel(), exact.numpy())
+    for wrong in (dict(method="globenc", start_layer=1), dict(method="lrp", start_layer=1)):
+        with pytest.raises(ValueError, match="explain_image: start_layer belongs to transformer-attribution"):
+            explain_image(model, None, pixels, **wrong)
+    with pytest.raises(ValueError, match=r"start_layer must lie in \[0, 3\)"):
+        explain_image(model, None, pixels, start_layer=3)
+    with pytest.raises(ValueError, match="variant belongs to method='transformer-attribution'"):
+        explain_image(model, None, pixels, method="globenc", variant="full")
+    with pytest.raises(ValueError, match="explain_image: method must be one of"):
+        explain_image(model, None, pixels, method="norms")
+    for method in CLASS_METHODS:
+        with pytest.raises(TypeError, match="must be classes, got 'mean'"):
+            explain_image(model, None, pixels, method=method, targets="mean")
+
+
+def test_grad_cam_without_a_positive_entry_is_zeros_with_a_note():
+    model, pixels = build("vit", num_labels=2), torch.randn(3, 12, 12, dtype=torch.float64)
+    # The two classes have opposite weights, so each entry of Grad-CAM is positive for one of them.
+    with torch.no_grad():
+        model.classifier.weight[1] = -model.classifier.weight[0]
+        # One head alone: the attention is positive, so the sign is that of the head's mean gradient.
+        for layer in model.vit.layers:
+            layer.attention.o_proj.weight[:, 12:] = 0
+    with pytest.warns(NoRelevanceWarning, match="reaches any token in 1 of 2 examples, whose scores are 0"):
+        a = explain_image(model, None, pixels, method="attention-gradcam", targets=[0, 1])
+    assert sorted(float(np.abs(scores).max()) for scores in a.scores.values()) == [0.0, 1.0]
+
+
 def test_images_of_several_sizes():
     # DINOv2 interpolates its position embeddings.
     model = build("dinov2")
@@ -223,8 +315,9 @@ def test_a_model_without_a_head_explains_its_first_token(name):
         assert list(one.labels.values()) == ["[CLS]"]
         assert one.probabilities is one.predicted is one.predictions is None
         assert np.array_equal(one.scores[0].ravel(), row[-9:].numpy())
-    with pytest.raises(ValueError, match="has no classes to explain; method='globenc' explains its"):
-        explain_image(model, None, pixels, method="transformer-attribution")
+    for method in CLASS_METHODS:
+        with pytest.raises(ValueError, match="has no classes to explain; method='globenc' explains its"):
+            explain_image(model, None, pixels, method=method)
 
 
 def test_what_is_no_image_is_refused():
