@@ -17,6 +17,8 @@ REMOVALS = ("mask", "delete", "pad")
 # A unit that is never removed has this number.
 KEPT = -1
 
+Span = tuple[int, int]
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -28,6 +30,24 @@ class Settings:
     words: bool = False
     seed: int = 0
     protocol: str | None = None
+    top_k: int | float | None = None
+
+
+@dataclass(frozen=True)
+class Marked:
+    """The words of a text, and which of them people marked.
+
+    Attributes:
+        words: W pairs (start, stop) of characters, ascending.
+        spans: the numbers of the words that each highlighted span touches, without duplicates.
+        truth: (W,) bool, the highlighted words.
+        unknown: (n,) bool, True for tokens that the tokenizer doesn't know.
+    """
+
+    words: list[Span]
+    spans: list[range]
+    truth: np.ndarray
+    unknown: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -44,7 +64,7 @@ class Example:
         probabilities: (classes,) float64, of the whole input.
         label: the true class, or None.
         encoded: the tokens, words and offsets of a text.
-        rationale: (n,) bool, the tokens that people marked.
+        rationale: the words of a text that people marked; None without highlights.
         mask: (height, width) bool, or int8 with -1 for pixels that don't count: the true segmentation.
     """
 
@@ -55,7 +75,7 @@ class Example:
     probabilities: np.ndarray
     label: int | None = None
     encoded: Encoded | None = None
-    rationale: np.ndarray | None = None
+    rationale: Marked | None = None
     mask: np.ndarray | None = None
 
     @property

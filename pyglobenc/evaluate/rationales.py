@@ -9,14 +9,99 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from math import ceil
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pyglobenc.evaluate.examples import KEPT, Example, Marked, Metric, Scores, Settings, Span, ranked
 from pyglobenc.inputs.words import unspaced
 
-Span = tuple[int, int]
+if TYPE_CHECKING:
+    from pyglobenc.inputs.windows import Encoded
+
+NEEDS = frozenset({"rationales"})
+# The published evaluation on movie reviews selects so many words.
+MOVIE_WORDS = tuple(range(5, 85, 5))
 # A run of words matches a highlighted span if their intersection is at least this share of their union.
 IOU_THRESHOLD = 0.5
+
+
+def check_options(metrics: Sequence[Metric], rationales: Any, top_k: Any) -> None:
+    """Raise ValueError or TypeError if a metric lacks its rationales, or top_k is out of range."""
+    names = [metric.name for metric in metrics if "rationales" in metric.needs]
+    if names and rationales is None:
+        raise ValueError(f"evaluate: {', '.join(names)} needs rationales, which weren't given")
+    if top_k is None:
+        return
+    if type(top_k) not in (int, float):
+        raise TypeError(f"evaluate: top_k must be a number or None, got {top_k!r}")
+    if not (top_k >= 1 if type(top_k) is int else 0 < top_k < 1):
+        raise ValueError(
+            f"evaluate: top_k must be a number of words, at least 1, or a share of them as a float between 0 "
+            f"and 1, got {top_k!r}"
+        )
+
+
+def mark_all(encoded: Sequence[Encoded], rationales: Any, unknown_id: int | None) -> list[Marked | None]:
+    """Check the highlights of all texts, and return them by words.
+
+    Args:
+        encoded: the tokens of N texts.
+        rationales: for each text, pairs (start, stop) of characters, or None for a text without highlights;
+            or None for all texts.
+        unknown_id: the id of the tokenizer's unknown token, or None.
+
+    Returns:
+        N entries, None for a text without highlights.
+
+    Raises:
+        TypeError, ValueError: there are fewer or more rationales than texts; a span isn't a pair of integers,
+            or lies outside its text; a text is a pair of texts; or the tokenizer doesn't tell the characters
+            of its tokens. The message names the text.
+    """
+    if rationales is None:
+        return [None] * len(encoded)
+    if not _is_list(rationales):
+        raise TypeError(
+            f"evaluate: rationales must be a list of one list for each text, got {type(rationales).__name__}"
+        )
+    if len(rationales) != len(encoded):
+        raise ValueError(f"evaluate: there are {len(encoded)} texts and {len(rationales)} rationales")
+    return [
+        None if rationale is None else _mark(one, rationale, unknown_id, f"text {number}")
+        for number, (one, rationale) in enumerate(zip(encoded, rationales, strict=True), 1)
+    ]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _mark(encoded: Encoded, rationale: Any, unknown_id: int | None, name: str) -> Marked | None:
+    """Check the highlights of one text; return None if they touch no word."""
+    if encoded.text_pair is not None:
+        raise ValueError(f"evaluate: {name} is a pair of texts, and rationales belong to a single text")
+    if encoded.offsets is None:
+        raise ValueError("evaluate: rationales need a fast tokenizer, which knows its tokens' characters")
+    if not _is_list(rationale):
+        raise TypeError(f"evaluate: rationale of {name} must be a list or None, got {rationale!r}")
+    for span in rationale:
+        if not _is_list(span) or len(span) != 2 or any(type(number) is not int for number in span):
+            raise TypeError(
+                f"evaluate: rationale of {name} must hold pairs (start, stop) of characters, got {span!r}"
+            )
+        if not 0 <= span[0] < span[1] <= len(encoded.text):
+            raise ValueError(
+                f"evaluate: rationale of {name} has the span {tuple(span)}, which doesn't lie in the text's "
+                f"{len(encoded.text)} characters"
+            )
+    words = split_words(encoded.text)
+    spans = highlighted(words, rationale)
+    truth = np.zeros(len(words), dtype=bool)
+    for span in spans:
+        truth[span.start : span.stop] = True
+    unknown = np.equal(encoded.inputs["input_ids"], -1 if unknown_id is None else unknown_id)
+    return Marked(words, spans, truth, unknown) if spans else None
 
 
 def split_words(text: str) -> list[Span]:
@@ -124,3 +209,68 @@ def iou_f1(selected: np.ndarray, spans: Sequence[range]) -> dict[str, float]:
 def _iou(one: range, other: range) -> float:
     shared = max(0, min(one.stop, other.stop) - max(one.start, other.start))
     return shared / (len(one) + len(other) - shared)
+
+
+def _words(example: Example, scores: Scores, movies: bool = False) -> np.ndarray:
+    """Return the scores of an example's words (W,); NaN for words that aren't ranked.
+
+    Special tokens count for no word, nor does the token that the head reads. As published for movie reviews,
+    unknown tokens don't count either, and negative scores are set to 0.
+    """
+    marked = example.rationale
+    left_out = (example.units == KEPT) | (marked.unknown if movies else False)
+    tokens = np.where(left_out, np.nan, scores.tokens.clip(min=0) if movies else scores.tokens)
+    return word_scores(marked.words, example.encoded.offsets, tokens)
+
+
+def _top(example: Example, words: np.ndarray, count: int, settings: Settings) -> np.ndarray:
+    """Return (W,) bool, True for the words with the highest scores; equal scores are in random order."""
+    order, top = ranked(words, (settings.seed, example.index)), np.zeros(len(words), dtype=bool)
+    top[order[: min(count, int(np.count_nonzero(~np.isnan(words))))]] = True
+    return top
+
+
+def token_f1(example: Example, scores: Scores, probabilities: np.ndarray, settings: Settings) -> Any:
+    """Return F1, precision and recall of the highest words against the highlighted ones."""
+    if (marked := example.rationale) is None:
+        return dict.fromkeys(("", "precision", "recall"), np.nan)
+    count = count_of_words(settings.top_k, marked.truth)
+    top = _top(example, _words(example, scores), count, settings)
+    return precision_recall_f1((top & marked.truth).sum(), top.sum(), marked.truth.sum())
+
+
+def iou(example: Example, scores: Scores, probabilities: np.ndarray, settings: Settings) -> Any:
+    """Return F1, precision and recall of the runs of the highest words against the highlighted spans."""
+    if (marked := example.rationale) is None:
+        return dict.fromkeys(("", "precision", "recall"), np.nan)
+    count = count_of_words(settings.top_k, marked.truth)
+    return iou_f1(_top(example, _words(example, scores), count, settings), marked.spans)
+
+
+def area(example: Example, scores: Scores, probabilities: np.ndarray, settings: Settings) -> float:
+    """Return the area under the precision-recall curve of an example's words."""
+    if (marked := example.rationale) is None:
+        return np.nan
+    return auprc(_words(example, scores), marked.truth)
+
+
+METRICS = (
+    Metric(
+        "token-f1",
+        "F1 of the highest words against human highlights (DeYoung et al., 2020); higher is better",
+        token_f1,
+        needs=NEEDS,
+    ),
+    Metric(
+        "auprc",
+        "area under the precision-recall curve against human highlights (DeYoung et al., 2020)",
+        area,
+        needs=NEEDS,
+    ),
+    Metric(
+        "iou-f1",
+        "F1 of runs of the highest words that overlap a highlighted span by half (DeYoung et al., 2020)",
+        iou,
+        needs=NEEDS,
+    ),
+)

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 from sklearn.metrics import auc, f1_score, precision_recall_curve
-
 from pyglobenc.evaluate.rationales import (
     auprc,
     count_of_words,
