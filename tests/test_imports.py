@@ -25,14 +25,14 @@ RANKS = {
     "inputs": 5,
     "explain": 6,
     "compat": 7,
-    "evaluate": 7,
+    "evaluate": 8,
     "scale": 7,
-    "cli": 8,
+    "cli": 9,
     "memory": 8,
     "windows": 8,
     "distributed": 8,
-    "__init__": 9,
-    "__main__": 9,
+    "__init__": 10,
+    "__main__": 10,
 }
 # The Triton kernels are installed as pyglobenc.kernels, and both sides need what the other defines for
 # launches.

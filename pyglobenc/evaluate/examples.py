@@ -155,26 +155,3 @@ def make_scores(example: Example, tokens: np.ndarray, seed: int, draw: int = 0, 
     inside = example.units != KEPT
     units = np.bincount(example.units[inside], tokens[inside], minlength=example.count)
     return Scores(tokens, units, ranked(units, (seed, example.index, draw)), **fields)
-
-
-def text_units(encoded: Encoded, explained: int | None, words: bool) -> np.ndarray:
-    """Return the unit of each token of a text, (n,) int64, for `Example.units`.
-
-    Args:
-        encoded: the text's tokens.
-        explained: position of the token that the head reads; None for a mean over tokens.
-        words: units are words.
-
-    Raises:
-        ValueError: words are asked for, and the tokenizer doesn't say which tokens form one.
-    """
-    if words and encoded.word_ids is None:
-        raise ValueError("evaluate: words=True needs a fast tokenizer, which knows its words")
-    groups = encoded.word_ids if words else range(len(encoded.tokens))
-    left_out = None if explained is None else groups[explained]
-    numbers: dict[int, int] = {}
-    units = np.full(len(encoded.tokens), KEPT)
-    for position, group in enumerate(groups):
-        if group is not None and not encoded.special[position] and group != left_out:
-            units[position] = numbers.setdefault(group, len(numbers))
-    return units

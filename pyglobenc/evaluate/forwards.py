@@ -1,28 +1,45 @@
-"""Runs many short inputs through the plain model: each one once, and those of like length together."""
+"""Runs masked copies through the plain model: each one once, and those of like length together."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyglobenc.evaluate.examples import Example, Metric, Scores, Settings
+from pyglobenc.hf.labels import probabilities
 from pyglobenc.hf.limits import padding_id
 from pyglobenc.hf.unwrap import called_module, stock_model
 from pyglobenc.inputs.batching import in_batches
 from pyglobenc.methods.arguments import accepts, run_model
 from pyglobenc.methods.head import find_logits
+from pyglobenc.methods.inputs import require_finite
 
 Sequences = Sequence[dict[str, list[int]]]
+Progress = Callable[[int], Any]
+# The value of a metric by method, name of the row, and index of the example.
+Values = dict[tuple[str, str, int], float]
+
+
+class NoClasses(ValueError):
+    """The model has no classes with probabilities."""
 
 
 class Forwards:
     """The plain model, and a count of its forward passes.
 
+    Args:
+        model: a transformers model, or a module around one.
+        batch_tokens: the most tokens, with padding, in a batch. One sequence may have more.
+
     Attributes:
+        masks: whether the model takes an attention mask.
+        why_no_classes: the reason why the model has no classes; "" before `whole` found one.
         asked, done: number of inputs that were asked for, and of those that were run. Equal ones run once.
         seconds, in_model: seconds in `logits`, and in the model alone.
     """
@@ -31,10 +48,36 @@ class Forwards:
         self.called, self.batch_tokens = called_module(model), batch_tokens
         self.model = stock_model(self.called)
         self.padding, self.masks = padding_id(self.model), accepts(self.called, "attention_mask")
+        self.why_no_classes = ""
         self.asked = self.done = 0
         self.seconds = self.in_model = 0.0
 
-    def logits(self, sequences: Sequences, progress: Callable[[int], Any] = lambda count: None) -> np.ndarray:
+    def check_removal(self, remove: str) -> None:
+        """Raise ValueError if the model can't hide tokens, as remove="pad" does."""
+        if remove == "pad" and not self.masks:
+            name = type(self.called).__name__
+            raise ValueError(f"evaluate: remove='pad' needs an attention mask, and {name} takes none")
+
+    def whole(self, sequences: Sequences) -> np.ndarray | None:
+        """Return the class probabilities of whole inputs, (N, classes).
+
+        None if the model has no classes. The reason is then in `why_no_classes`.
+        """
+        try:
+            return self.probabilities(sequences)
+        except NoClasses as error:
+            self.why_no_classes = str(error)
+            return None
+
+    def probabilities(self, sequences: Sequences, progress: Progress = lambda count: None) -> np.ndarray:
+        """Return the class probabilities of sequences, (N, classes); arguments and errors as for `logits`."""
+        logits = torch.from_numpy(self.logits(sequences, progress))
+        chances = probabilities(self.model.config, logits)
+        if chances is None:
+            raise NoClasses(f"the head of {type(self.model).__name__} is a regression")
+        return chances.numpy()
+
+    def logits(self, sequences: Sequences, progress: Progress = lambda count: None) -> np.ndarray:
         """Return the logits of sequences.
 
         Args:
@@ -45,7 +88,8 @@ class Forwards:
             (N, classes) float64. A sequence without tokens gets NaN.
 
         Raises:
-            ValueError: the model has no head with logits (B, classes).
+            NoClasses: the model has no head with logits (B, classes).
+            ValueError: logits aren't finite.
         """
         start = time.perf_counter()
         numbers: dict[Any, int] = {}
@@ -92,7 +136,8 @@ class Forwards:
         start = time.perf_counter()
         logits = find_logits(run_model(self.called, batch))
         if logits is None or logits.dim() != 2:
-            raise ValueError(f"evaluate: {type(self.called).__name__} has no head that classifies texts")
+            raise NoClasses(f"{type(self.called).__name__} has no head that classifies texts")
+        require_finite("evaluate", self.called, (logits,))
         rows = list(logits.double().cpu().numpy())
         self.in_model += time.perf_counter() - start
         return rows
@@ -114,6 +159,97 @@ class Forwards:
             ]
             batch["attention_mask"] = torch.tensor(rows, device=self.model.device)
         return batch
+
+
+def masked_copy(example: Example, stays: np.ndarray, settings: Settings) -> dict[str, list[int]]:
+    """Return the model's inputs of a text without some of its units.
+
+    Args:
+        example: the text.
+        stays: (m,) bool, True for units that stay.
+        settings: "mask" replaces the tokens by the mask token. "delete" takes them out, so that later tokens
+            move up. "pad" hides them through the attention mask, and the other tokens keep their positions.
+
+    Returns:
+        The inputs by name, with at most n numbers each.
+    """
+    # The last entry belongs to KEPT, which is -1.
+    present = np.append(stays, True)[example.units].tolist()
+    if settings.remove == "delete":
+        return {
+            name: [value for value, here in zip(column, present, strict=True) if here]
+            for name, column in example.inputs.items()
+        }
+    if settings.remove == "pad":
+        return example.inputs | {"attention_mask": [int(here) for here in present]}
+    ids = example.inputs["input_ids"]
+    return example.inputs | {
+        "input_ids": [value if here else settings.mask_id for value, here in zip(ids, present, strict=True)]
+    }
+
+
+def measure(
+    forwards: Forwards,
+    examples: Sequence[Example],
+    scores: Mapping[str, Sequence[list[Scores]]],
+    metrics: Sequence[Metric],
+    settings: Settings,
+    progress: Callable[[int, int], Any] = lambda count, total: None,
+) -> Values:
+    """Compute metrics of some examples, with the masked copies of all of them and all methods in one pool.
+
+    Args:
+        forwards: the plain model.
+        examples: the examples.
+        scores: for each method the scores of each example: one entry, or several draws, whose values are
+            averaged.
+        metrics: the metrics.
+        settings: the settings.
+        progress: called with a number of masked copies whenever that many are done, and with their total.
+
+    Returns:
+        The values. An example that can't be measured has none.
+    """
+    asked: list[tuple[str, Metric, Example, Scores, list[int]]] = []
+    pool: list[dict[str, list[int]]] = []
+    for place, one in enumerate(examples):
+        # Different metrics and methods often ask for the same copy.
+        known: dict[bytes, int] = {}
+        for method, of_examples in scores.items():
+            for draw in of_examples[place]:
+                for metric in metrics:
+                    if one.count > 1 or metric.single:
+                        copies = _places(one, draw, metric, settings, known, pool)
+                        asked.append((method, metric, one, draw, copies))
+    forwards.asked += sum(len(places) for *_, places in asked) - len(pool)
+    report = partial(progress, total=len(pool))
+    chances = forwards.probabilities(pool, report) if pool else np.zeros((0, 0))
+    draws: dict[tuple[str, str, int], list[float]] = {}
+    for method, metric, one, draw, places in asked:
+        value = metric.value(one, draw, chances[places], settings)
+        for key, number in (value if isinstance(value, dict) else {"": value}).items():
+            name = f"{metric.name}.{key}" if key else metric.name
+            draws.setdefault((method, name, one.index), []).append(number)
+    return {key: float(np.mean(numbers)) for key, numbers in draws.items()}
+
+
+def _places(
+    example: Example,
+    scores: Scores,
+    metric: Metric,
+    settings: Settings,
+    known: dict[bytes, int],
+    pool: list[dict[str, list[int]]],
+) -> list[int]:
+    """Return the places in the pool of a metric's masked copies; those that aren't there yet are added."""
+    places = []
+    for stays in metric.queries(example, scores, settings) if metric.queries else []:
+        key = stays.tobytes()
+        if key not in known:
+            known[key] = len(pool)
+            pool.append(masked_copy(example, stays, settings))
+        places.append(known[key])
+    return places
 
 
 def _key(sequence: dict[str, list[int]]) -> Any:

@@ -2,42 +2,38 @@
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pyglobenc.common.arguments import known_arguments
-from pyglobenc.evaluate import perturbation
-from pyglobenc.evaluate.examples import (
-    Example,
-    Metric,
-    Scores,
-    Settings,
-    make_scores,
-    text_units,
+from pyglobenc.evaluate.choices import (
+    ALL,
+    FRACTIONS,
+    check_count,
+    check_protocol,
+    choose_metrics,
+    make_settings,
+    wanted_methods,
 )
+from pyglobenc.evaluate.examples import Example, Metric, Settings
+from pyglobenc.evaluate.kept import Arrays, Kept, kept_steps
 from pyglobenc.evaluate.table import EvaluationTable
-from pyglobenc.inputs.windows import Encoded, Text, encode
+from pyglobenc.inputs.windows import Text
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from pyglobenc.evaluate.attributions import Attributed, Attributor
     from pyglobenc.evaluate.forwards import Forwards
 
-log = logging.getLogger("pyglobenc")
-
-METRICS: dict[str, Metric] = {metric.name: metric for metric in (*perturbation.METRICS,)}
-RANDOM = "random"
-# The method "random" is the mean over this many random orders.
-DRAWS = 10
-ALL = "all"
-# The masked copies of so many tokens, at least, are in memory at a time.
-PORTION = 1 << 18
+# Masked copies of about this many tokens are in memory at a time.
+PORTION = 1 << 22
+# What is counted of the forward passes.
+COUNTS = ("asked", "done", "seconds", "in_model")
 
 
 @known_arguments
@@ -46,13 +42,14 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[Text],
     *,
-    methods: str | Sequence[str] = ("globenc", "transformer-attribution", RANDOM),
+    methods: str | Sequence[str] = ("globenc", "transformer-attribution", "random"),
     metrics: str | Sequence[str] = ("comprehensiveness", "sufficiency"),
-    fractions: Sequence[float] = (0.01, 0.05, 0.1, 0.2, 0.5),
+    fractions: Sequence[float] = FRACTIONS,
     remove: str = "mask",
     words: bool = False,
-    target: int | None = None,
-    labels: Sequence[int] | None = None,
+    target: int | str | None = None,
+    labels: Sequence[int | str] | None = None,
+    protocol: str | None = None,
     long: str = "error",
     max_length: int | None = None,
     bootstrap: int = 1000,
@@ -60,154 +57,223 @@ def evaluate(
     batch_tokens: int = 4096,
     backend: str = "auto",
     dtype: torch.dtype | None = None,
+    output: str | Path | None = None,
     progress: bool = True,
 ) -> EvaluationTable:
-    """Measure attribution methods on a model and data."""
-    from pyglobenc.evaluate.forwards import Forwards
-    from pyglobenc.hf.labels import probabilities
+    """Measure how faithful attribution methods are to a model, on data.
 
-    settings = Settings(tuple(fractions), remove, tokenizer.mask_token_id, words, seed)
-    job = Job(model, tokenizer, settings, batch_tokens, backend, dtype)
-    forwards = Forwards(model, batch_tokens)
-    encoded = job.encode(texts, max_length, long)
-    logits = forwards.logits([text.inputs for text in encoded])
-    chances = probabilities(forwards.model.config, _tensor(logits)).numpy()
-    targets = chances.argmax(1) if target is None else np.full(len(texts), target)
-    explained = job.explained(encoded)
-    examples = [
-        Example(
-            index,
-            text.inputs,
-            text_units(text, explained[index], words),
-            int(targets[index]),
-            chances[index],
-            None if labels is None else labels[index],
-            text,
-        )
-        for index, text in enumerate(encoded)
-    ]
-    chosen = [METRICS[name] for name in metrics]
-    per_text: dict[tuple[str, str], np.ndarray] = {}
-    found = {method: job.scores(method, examples) for method in methods}
-    for part in portions(examples, 10):
-        measure(forwards, part, {m: [f.scores[e.index] for e in part] for m, f in found.items()}, chosen,
-                settings, per_text, len(examples))  # fmt: skip
-    of_method = {
-        method: {"seconds_per_text": one.seconds / len(texts), "ties": one.ties, "zeros": one.zeros}
-        for method, one in found.items()
-    }
-    return EvaluationTable(per_text, of_method, bootstrap, seed, [], {})
+    Args:
+        model: a transformers model, as for `pyglobenc.explain`.
+        tokenizer: the model's tokenizer.
+        texts: texts, or pairs of texts as tuples.
+        methods: names in `pyglobenc.methods.registry.METHODS`, "random" (the mean of 10 random rankings), or
+            "all". "all" leaves out methods that refuse the model.
+        metrics: names in METRICS, or "all". "all" leaves out metrics that lack what they need.
+        fractions: the fractions of a text's units that are removed or kept. A fraction of m units is rounded
+            up, and is at least 1 unit. Units are tokens or words. Special tokens are never removed, and
+            neither is the unit of the token that the head reads.
+        remove: how units are removed. "mask" replaces their tokens by the mask token; a tokenizer without one
+            gets "delete" instead, with a note. "delete" takes the tokens out. "pad" hides them through the
+            attention mask.
+        words: units are words, with the sum of their tokens' scores.
+        target: the class that is explained: its index, "label" for the text's own label, or None for the
+            class predicted on the whole text.
+        labels: the true class of each text, as an index or a name of the model's config.
+        protocol: name of a published protocol in PROTOCOLS, whose settings are then required.
+        long: what happens to a text of more than max_length tokens: "error" or "truncate".
+        max_length: largest number of tokens, special tokens included. None: the limit of model and tokenizer.
+        bootstrap: number of resamples for the 95 % intervals; 0 for none.
+        seed: makes the resamples, the random rankings and the order of equal scores the same in every call.
+        batch_tokens: the most tokens, with padding, that the model gets at once. One text may have more.
+        backend: as for `GlobEnc`.
+        dtype: dtype of the attributions. None: float64 for methods that explain a class, else their default.
+        output: folder where finished steps are kept. The same call goes on where it was stopped.
+        progress: show progress bars on stderr.
 
+    Returns:
+        EvaluationTable, with a row for each method and metric, and (texts,) float64 numbers for each of them.
 
-def _tensor(array: np.ndarray) -> torch.Tensor:
-    import torch
-
-    return torch.from_numpy(array)
-
-
-@dataclass
-class Found:
-    """The scores of one method.
-
-    Attributes:
-        scores: for each example its scores, one or several draws.
-        seconds: seconds of the attribution.
-        ties: number of examples in which two units have the same score.
-        zeros: number of examples whose scores are all zero.
+    Raises:
+        TypeError, ValueError: an argument is invalid, a metric lacks what it needs, a method refuses the
+            model or every text, or the output folder belongs to another evaluation.
     """
+    # These imports take seconds.
+    from pyglobenc.evaluate.attributions import Attributor
+    from pyglobenc.evaluate.forwards import Forwards
+    from pyglobenc.evaluate.texts import encode_texts, text_examples
 
-    scores: list[list[Scores]]
-    seconds: float
-    ties: int
-    zeros: int
-
-
-class Job:
-    """What all methods share: the model, the tokenizer and the settings."""
-
-    def __init__(self, model, tokenizer, settings, batch_tokens, backend, dtype):
-        self.model, self.tokenizer, self.settings = model, tokenizer, settings
-        self.batch_tokens, self.backend, self.dtype = batch_tokens, backend, dtype
-
-    def runner(self, method: str) -> Any:
-        """Return a runner of a method; methods that explain a class compute in float64 by default."""
-        import torch
-
-        from pyglobenc.inputs.batches import Runner
-        from pyglobenc.inputs.options import Options
-        from pyglobenc.methods.registry import find_method
-
-        dtype = self.dtype
-        if dtype is None and find_method(method).target == "class":
-            dtype = torch.float64
-        return Runner(
-            self.model, self.tokenizer, Options(method, backend=self.backend, dtype=dtype, packed=None)
+    check_protocol(protocol, {"fractions": tuple(fractions), "target": target})
+    check_count("bootstrap", bootstrap, 0)
+    check_count("batch_tokens", batch_tokens, 1)
+    settings, notes = make_settings(tokenizer, fractions, remove, words, seed, protocol)
+    wanted = wanted_methods(methods)
+    forwards = Forwards(model, batch_tokens)
+    forwards.check_removal(settings.remove)
+    attributor = Attributor(model, tokenizer, batch_tokens, backend, dtype)
+    encoded = encode_texts(attributor, texts, max_length, long)
+    examples, note = text_examples(attributor, forwards, encoded, labels, target, settings)
+    chosen, left_out = choose_metrics(metrics, examples, forwards.why_no_classes)
+    described = {
+        "settings": vars(settings)
+        | {"target": target, "long": long, "max_length": max_length, "batch_tokens": batch_tokens}
+        | {"backend": backend, "dtype": None if dtype is None else str(dtype).split(".")[-1]},
+        "methods": wanted,
+        "metrics": [metric.name for metric in chosen],
+    }
+    with kept_steps(output, attributor, examples, described) as kept:
+        attributed, refused = attribute_all(
+            attributor, wanted, methods == ALL, chosen, examples, kept, progress
         )
-
-    def encode(self, texts: Sequence[Text], max_length: int | None, long: str) -> list[Encoded]:
-        """Tokenize all texts."""
-        from pyglobenc.explain import check_texts
-        from pyglobenc.hf.unwrap import stock_model
-        from pyglobenc.inputs.batches import longest
-
-        names = check_texts(texts)
-        limit = longest(stock_model(self.model), self.tokenizer, max_length)
-        return [
-            encode(self.tokenizer, text, name, limit, long) for text, name in zip(texts, names, strict=True)
-        ]
-
-    def fields(
-        self, method: str, encoded: Sequence[Encoded], targets: Sequence[int] | None = None
-    ) -> list[dict[str, Any]]:
-        """Return the fields of the attribution of each text, computed in batches of texts of like length."""
-        from dataclasses import replace
-
-        from pyglobenc.inputs.batching import buckets
-
-        runner, found = self.runner(method), [None] * len(encoded)
-        for bucket in buckets(list(enumerate(encoded)), self.batch_tokens):
-            width = max(len(text.tokens) for _, text in bucket)
-            runner.options = replace(runner.options, batch_size=max(1, self.batch_tokens // width))
-            classes = None
-            if targets is not None and runner.method.target == "class":
-                classes = [int(targets[index]) for index, _ in bucket]
-            results = runner.run([text for _, text in bucket], classes)
-            for (index, _), fields in zip(bucket, results, strict=True):
-                found[index] = fields
-        return found
-
-    def explained(self, encoded: Sequence[Encoded]) -> list[int | None]:
-        """Return the position of the token that the head reads in each text; None for a mean over tokens."""
-        return [
-            fields["target"] if fields["target_kind"] == "token" else None
-            for fields in self.fields("raw-attention", encoded)
-        ]
-
-    def scores(self, method: str, examples: Sequence[Example]) -> Found:
-        """Return a method's scores for all examples."""
-        start, seed = time.perf_counter(), self.settings.seed
-        if method == RANDOM:
-            rows = [
-                np.random.default_rng((seed, one.index)).random((DRAWS, len(one.units))) for one in examples
-            ]
-        else:
-            targets = [one.target for one in examples]
-            rows = [f["scores"][None] for f in self.fields(method, [e.encoded for e in examples], targets)]
-        seconds = time.perf_counter() - start
-        scores = [
-            [make_scores(one, row, seed, draw) for draw, row in enumerate(some)]
-            for one, some in zip(examples, rows, strict=True)
-        ]
-        ties = sum(any(len(np.unique(s.units)) < len(s.units) for s in some) for some in scores)
-        zeros = sum(any(not s.tokens.any() for s in some) for some in scores)
-        return Found(scores, seconds, ties, zeros)
+        shown = {method: attributed[method] for method in wanted if method in attributed}
+        per_text, passes = measure_all(
+            forwards, examples, shown, attributed, chosen, settings, kept, progress
+        )
+    of_method = {name: one.summary(examples, settings.seed) for name, one in shown.items()}
+    info = described | {"methods": list(shown), "texts": len(examples), "forward_passes": passes}
+    return EvaluationTable(per_text, of_method, bootstrap, seed, [*notes, note, *left_out, *refused], info)
 
 
-def portions(examples: Sequence[Example], copies: int):
+def attribute_all(
+    attributor: Attributor,
+    wanted: Sequence[str],
+    everything: bool,
+    metrics: Sequence[Metric],
+    examples: Sequence[Example],
+    kept: Kept,
+    progress: bool,
+) -> tuple[dict[str, Attributed], list[str]]:
+    """Attribute the examples by each method, and by those that metrics refer to.
+
+    With `everything`, methods that refuse the model are left out, and a note says so.
+    """
+    from tqdm import tqdm
+
+    from pyglobenc.evaluate.attributions import Attributed
+
+    names = list(dict.fromkeys([*wanted, *(name for metric in metrics for name in metric.references)]))
+    found, notes = {}, []
+    with tqdm(total=len(names) * len(examples), desc="attribute", unit="text", disable=not progress) as bar:
+        for number, name in enumerate(names, start=1):
+            bar.set_postfix_str(name)
+
+            def attribute(name: str = name) -> Arrays:
+                return attributor.attribute(name, examples, bar.update).arrays()
+
+            try:
+                found[name] = Attributed.of(examples, kept.step(f"method-{name}", attribute))
+            except (TypeError, ValueError) as error:
+                if not everything:
+                    raise
+                notes.append(f"{name} is left out: {str(error).removeprefix('explain: ')}.")
+            else:
+                notes += found[name].notes(name)
+            bar.update(number * len(examples) - bar.n)
+    return found, notes
+
+
+def measure_all(
+    forwards: Forwards,
+    examples: Sequence[Example],
+    shown: Mapping[str, Attributed],
+    attributed: Mapping[str, Attributed],
+    metrics: Sequence[Metric],
+    settings: Settings,
+    kept: Kept,
+    progress: bool,
+) -> tuple[dict[tuple[str, str], np.ndarray], dict[str, float]]:
+    """Compute the metrics of the methods in `shown`, portion by portion.
+
+    Returns:
+        (N,) float64 for each method and row, with NaN for examples that don't count; and the counts and rates
+        of the forward passes.
+    """
+    from tqdm import tqdm
+
+    columns = {
+        (method, metric.name): np.full(len(examples), np.nan) for method in shown for metric in metrics
+    }
+    counts = np.zeros(len(COUNTS))
+    with tqdm(total=0, desc="evaluate", unit=" passes", disable=not progress) as bar:
+        for number, part in enumerate(_portions(examples, shown, metrics, settings)):
+            begun, left = bar.n, len(examples) - part[0].index
+
+            def report(count: int, total: int, begun: int = begun, share: float = left / len(part)) -> None:
+                # The other portions are taken to need as many forward passes as this one.
+                bar.total = begun + round(total * share)
+                bar.update(count)
+
+            def compute(part: Sequence[Example] = part, report: Any = report) -> Arrays:
+                return _measure_portion(forwards, part, shown, attributed, metrics, settings, report)
+
+            arrays = kept.step(f"part-{number:05d}", compute)
+            counts += arrays["counts"]
+            for (method, row), values in zip(arrays["rows"].tolist(), arrays["values"], strict=True):
+                column = columns.setdefault((method, row), np.full(len(examples), np.nan))
+                column[[one.index for one in part]] = values
+    order = [(method, metric.name) for method in shown for metric in metrics]
+    per_text = {
+        key: columns[key]
+        for key in sorted(columns, key=lambda key: order.index((key[0], key[1].partition(".")[0])))
+    }
+    passes = dict(zip(COUNTS, counts.tolist(), strict=True))
+    if passes["seconds"]:
+        passes["per_second"] = passes["done"] / passes["seconds"]
+        passes["share_of_plain_rate"] = passes["in_model"] / passes["seconds"]
+    return per_text, passes
+
+
+def _measure_portion(
+    forwards: Forwards,
+    part: Sequence[Example],
+    shown: Mapping[str, Attributed],
+    attributed: Mapping[str, Attributed],
+    metrics: Sequence[Metric],
+    settings: Settings,
+    report: Callable[[int, int], Any],
+) -> Arrays:
+    """Return the names of rows (R, 2), their values (R, examples of the portion), and counts as in COUNTS."""
+    from pyglobenc.evaluate.forwards import measure
+
+    before = np.array([getattr(forwards, name) for name in COUNTS])
+    scores: dict[str, list[Any]] = {method: [] for method in shown}
+    for one in part:
+        references = {
+            name: drawn[0]
+            for metric in metrics
+            for name in metric.references
+            if (drawn := attributed[name].scores(one, settings.seed))
+        }
+        for method in shown:
+            scores[method].append(shown[method].scores(one, settings.seed, references=references))
+    values = measure(forwards, part, scores, metrics, settings, report)
+    rows = list(dict.fromkeys((method, row) for method, row, _ in values))
+    table = [[values.get((*row, one.index), np.nan) for one in part] for row in rows]
+    return {
+        "rows": np.array(rows, dtype=str).reshape(-1, 2),
+        "values": np.array(table, dtype=np.float64).reshape(-1, len(part)),
+        "counts": np.array([getattr(forwards, name) for name in COUNTS]) - before,
+    }
+
+
+def _portions(
+    examples: Sequence[Example],
+    shown: Mapping[str, Attributed],
+    metrics: Sequence[Metric],
+    settings: Settings,
+) -> Iterator[list[Example]]:
     """Yield examples in portions whose masked copies have about PORTION tokens."""
     part: list[Example] = []
     size = 0
     for one in examples:
+        # Every method needs as many copies of an example as any other, for each draw.
+        draws = [one_method.scores(one, settings.seed) for one_method in shown.values()]
+        copies = sum(
+            len(metric.queries(one, draw, settings))
+            for some in draws
+            for draw in some
+            for metric in metrics
+            if metric.queries
+        )
         more = copies * len(one.units)
         if part and size + more > PORTION:
             yield part
@@ -216,44 +282,3 @@ def portions(examples: Sequence[Example], copies: int):
         size += more
     if part:
         yield part
-
-
-def measure(
-    forwards: Forwards,
-    examples: Sequence[Example],
-    scores: dict[str, list[list[Scores]]],
-    metrics: Sequence[Metric],
-    settings: Settings,
-    per_text: dict[tuple[str, str], np.ndarray],
-    total: int,
-) -> None:
-    """Compute the metrics of some examples for all methods, and put them into `per_text`."""
-    import torch
-
-    from pyglobenc.evaluate.perturbation import masked_copy
-    from pyglobenc.hf.labels import probabilities
-
-    asked: list[tuple[str, Metric, Example, Scores, int]] = []
-    copies: list[dict[str, list[int]]] = []
-    for method, of_examples in scores.items():
-        for one, draws in zip(examples, of_examples, strict=True):
-            for metric in metrics:
-                if one.count < 2 and not metric.single:
-                    continue
-                for draw in draws:
-                    queries = metric.queries(one, draw, settings) if metric.queries else []
-                    copies += [masked_copy(one, stays, settings) for stays in queries]
-                    asked.append((method, metric, one, draw, len(queries)))
-    logits = forwards.logits(copies)
-    chances = probabilities(forwards.model.config, torch.from_numpy(logits)).numpy()
-    start = 0
-    values: dict[tuple[str, str, int], list[float]] = {}
-    for method, metric, one, draw, count in asked:
-        value = metric.value(one, draw, chances[start : start + count], settings)
-        start += count
-        for key, number in (value if isinstance(value, dict) else {"": value}).items():
-            name = f"{metric.name}.{key}" if key else metric.name
-            values.setdefault((method, name, one.index), []).append(number)
-    for (method, name, index), numbers in values.items():
-        column = per_text.setdefault((method, name), np.full(total, np.nan))
-        column[index] = np.mean(numbers)

@@ -59,19 +59,20 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+def check_manifest(folder: Path, manifest: dict[str, Any], form: str = FORMAT) -> None:
     """Write a job's manifest, or check that the folder already holds the same manifest.
 
     Args:
         folder: folder of the output. It is made if it doesn't exist.
         manifest: JSON values. The entries under "info" may differ between runs of one job.
+        form: name of the manifest's format.
 
     Raises:
         ValueError: the folder belongs to another job, or holds shards of an unknown one.
         OSError: the folder can't be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / NAME
+    path, manifest = folder / NAME, {"format": form, "format_version": FORMAT_VERSION} | manifest
     # If two jobs start at the same time, the second one sees the manifest of the first.
     with locked(folder, "manifest", wait=True):
         remove_temporary(path)
@@ -85,7 +86,7 @@ def check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
                 )
             _write(path, manifest, complete=False)
             return
-        old, new = _flat(_read(path)), _flat(_header(manifest))
+        old, new = _flat(_read(path)), _flat(manifest)
         changed = [
             f"{name} {old.get(name)!r}, now {new.get(name)!r}"
             for name in sorted(old | new)
@@ -112,12 +113,8 @@ def set_complete(folder: Path, complete: bool) -> None:
             _write(path, manifest, complete)
 
 
-def _header(manifest: dict[str, Any]) -> dict[str, Any]:
-    return {"format": FORMAT, "format_version": FORMAT_VERSION} | manifest
-
-
 def _write(path: Path, manifest: dict[str, Any], complete: bool) -> None:
-    data = json.dumps(_header(manifest) | {"complete": complete}, indent=1) + "\n"
+    data = json.dumps(manifest | {"complete": complete}, indent=1) + "\n"
     write_file(path, data.encode(), follow=False)
 
 

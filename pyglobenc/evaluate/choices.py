@@ -1,0 +1,127 @@
+"""Checks the arguments of `evaluate`: methods, metrics, settings and protocols."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pyglobenc.evaluate.examples import REMOVALS, Example, Metric, Settings
+from pyglobenc.evaluate.metrics import METRICS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger("pyglobenc")
+
+FRACTIONS = (0.01, 0.05, 0.1, 0.2, 0.5)
+ALL = "all"
+# The arguments that a published protocol sets. Any other value of them is refused.
+PROTOCOLS: dict[str, dict[str, Any]] = {"eraser": {"fractions": FRACTIONS, "target": None, "words": False}}
+# What a metric may need, in words.
+NEEDS = {
+    "labels": "labels (labels=), and none were given",
+    "classifier": "the probabilities of classes",
+    "rationales": "rationales (rationales=), and none were given",
+    "masks": "masks (masks=), and none were given",
+}
+
+
+def check_protocol(protocol: str | None, given: Mapping[str, Any]) -> None:
+    """Refuse an unknown protocol, and arguments that it sets to another value.
+
+    Raises:
+        ValueError: as said. The message names the argument.
+    """
+    if protocol is None:
+        return
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"evaluate: protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
+    for name, value in PROTOCOLS[protocol].items():
+        if given[name] != value:
+            raise ValueError(f"evaluate: protocol {protocol!r} needs {name}={value!r}, got {given[name]!r}")
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """Raise TypeError or ValueError unless a value is an integer of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"evaluate: {name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"evaluate: {name} must be at least {least}, got {value}")
+
+
+def make_settings(
+    tokenizer: PreTrainedTokenizerBase,
+    fractions: Sequence[float],
+    remove: str,
+    words: bool,
+    seed: int,
+    protocol: str | None,
+) -> tuple[Settings, list[str]]:
+    """Check the arguments that metrics read; return them, and a note if `remove` had to change.
+
+    Raises:
+        TypeError, ValueError: an argument is invalid.
+    """
+    if remove not in REMOVALS:
+        raise ValueError(f"evaluate: remove must be one of {', '.join(REMOVALS)}, got {remove!r}")
+    fractions = tuple(float(fraction) for fraction in fractions)
+    if not fractions or not all(0 < fraction <= 1 for fraction in fractions):
+        raise ValueError(f"evaluate: fractions must lie above 0 and be at most 1, got {fractions}")
+    check_count("seed", seed, 0)
+    notes, mask_id = [], tokenizer.mask_token_id
+    if remove == "mask" and mask_id is None:
+        notes.append("The tokenizer has no mask token, so removed tokens are deleted (remove='delete').")
+        log.warning("evaluate: the tokenizer has no mask token, so removed tokens are deleted")
+        remove = "delete"
+    return Settings(fractions, remove, mask_id, words, seed, protocol), notes
+
+
+def wanted_methods(methods: str | Sequence[str]) -> list[str]:
+    """Return the names of the methods that are asked for; ValueError if one is unknown."""
+    from pyglobenc.evaluate.attributions import RANDOM
+    from pyglobenc.methods.registry import METHODS
+
+    return _names("methods", methods, [*METHODS, RANDOM])
+
+
+def _names(what: str, asked: str | Sequence[str], known: Sequence[str]) -> list[str]:
+    """Return each of the names once; "all" stands for all known ones."""
+    names = list(known) if asked == ALL else [asked] if isinstance(asked, str) else list(asked)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"evaluate: {what} must be {ALL!r} or of {', '.join(known)}, got {name!r}")
+    if not names:
+        raise ValueError(f"evaluate: {what} is empty")
+    return list(dict.fromkeys(names))
+
+
+def choose_metrics(
+    asked: str | Sequence[str], examples: Sequence[Example], why_no_classes: str
+) -> tuple[list[Metric], list[str]]:
+    """Return the metrics that are asked for, and notes on those that "all" leaves out.
+
+    Raises:
+        ValueError: a metric is unknown, or lacks what it needs.
+    """
+    there = {
+        "labels": examples[0].label is not None,
+        "classifier": examples[0].probabilities is not None,
+        "rationales": any(one.rationale is not None for one in examples),
+        "masks": any(one.mask is not None for one in examples),
+    }
+    chosen, notes = [], []
+    for name in _names("metrics", asked, list(METRICS)):
+        missing = sorted(need for need in METRICS[name].needs if not there[need])
+        if not missing:
+            chosen.append(METRICS[name])
+            continue
+        reason = NEEDS[missing[0]]
+        if missing[0] == "classifier":
+            reason += f"; {why_no_classes}"
+        if asked != ALL:
+            raise ValueError(f"evaluate: the metric {name} needs {reason}")
+        notes.append(f"The metric {name} is left out: it needs {reason}.")
+    if not chosen:
+        raise ValueError("evaluate: no metric is left; " + " ".join(notes))
+    return chosen, notes

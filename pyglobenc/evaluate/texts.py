@@ -1,0 +1,121 @@
+"""Makes the examples of texts: their tokens, the units that are removed, and the explained class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pyglobenc.evaluate.attributions import Attributor
+from pyglobenc.evaluate.examples import KEPT, Example, Settings
+from pyglobenc.evaluate.forwards import Forwards
+from pyglobenc.explain import check_texts
+from pyglobenc.hf.unwrap import stock_model
+from pyglobenc.inputs.batches import longest
+from pyglobenc.inputs.windows import Encoded, Text, encode
+
+LABEL = "label"
+
+
+def encode_texts(
+    attributor: Attributor, texts: Sequence[Text], max_length: int | None, long: str
+) -> list[Encoded]:
+    """Tokenize texts.
+
+    Raises:
+        TypeError, ValueError: a text is empty, too long or no string, or the tokenizer isn't the model's.
+    """
+
+    if long not in ("error", "truncate"):
+        raise ValueError(f"evaluate: long must be error or truncate, got {long!r}")
+    names = check_texts(texts)
+    limit = longest(stock_model(attributor.model), attributor.tokenizer, max_length)
+    return [
+        encode(attributor.tokenizer, text, name, limit, long) for text, name in zip(texts, names, strict=True)
+    ]
+
+
+def text_examples(
+    attributor: Attributor,
+    forwards: Forwards,
+    encoded: Sequence[Encoded],
+    labels: Sequence[int | str] | None,
+    target: int | str | None,
+    settings: Settings,
+) -> tuple[list[Example], str]:
+    """Return the examples of texts, and a note on the token that the head reads.
+
+    Raises:
+        TypeError, ValueError: the number of labels is wrong, a label or the target is no class, or a label is
+            missing.
+    """
+    if labels is not None and len(labels) != len(encoded):
+        raise ValueError(
+            f"evaluate: labels must hold one label for each of {len(encoded)} texts, got {len(labels)}"
+        )
+    chances = forwards.whole([text.inputs for text in encoded])
+    if chances is None and (target is not None or labels is not None):
+        raise ValueError(f"evaluate: target and labels need classes; {forwards.why_no_classes}")
+    classes = 0 if chances is None else chances.shape[1]
+    truth = (
+        [None] * len(encoded)
+        if labels is None
+        else [class_index(forwards.model.config, label, classes) for label in labels]
+    )
+    if target == LABEL and labels is None:
+        raise ValueError("evaluate: target='label' needs labels (labels=), and none were given")
+    if target is not None and target != LABEL:
+        target = class_index(forwards.model.config, target, classes)
+    explained, note = attributor.explained(encoded)
+    examples = []
+    for index, (text, own) in enumerate(zip(encoded, truth, strict=True)):
+        units = text_units(text, explained[index], settings.words)
+        whole = None if chances is None else chances[index]
+        aim = None if whole is None else int(whole.argmax())
+        aim = own if target == LABEL else aim if target is None else target
+        examples.append(Example(index, text.inputs, units, aim, whole, own, text))
+    return examples, note
+
+
+def class_index(config: Any, label: int | str, classes: int) -> int:
+    """Return the index of a class, given as an index or as a name of the config's label2id.
+
+    Raises:
+        TypeError, ValueError: there is no such class.
+    """
+    known = getattr(config, "label2id", None) or {}
+    if isinstance(label, str):
+        index = known.get(label, int(label) if label.isdecimal() else None)
+        if index is None:
+            raise ValueError(f"evaluate: a class must be of {', '.join(map(str, known))}, got {label!r}")
+    elif isinstance(label, int | np.integer) and not isinstance(label, bool):
+        index = int(label)
+    else:
+        raise TypeError(f"evaluate: a class must be an index or a name, got {label!r}")
+    if not 0 <= index < classes:
+        raise ValueError(f"evaluate: a class must lie in [0, {classes}), got {label!r}")
+    return index
+
+
+def text_units(encoded: Encoded, explained: int | None, words: bool) -> np.ndarray:
+    """Return the unit of each token of a text, (n,) int64, for `Example.units`.
+
+    Args:
+        encoded: the text's tokens.
+        explained: position of the token that the head reads; None for a mean over tokens.
+        words: units are words.
+
+    Raises:
+        ValueError: words are asked for, and the tokenizer doesn't say which tokens form one.
+    """
+    if words and encoded.word_ids is None:
+        raise ValueError("evaluate: words=True needs a fast tokenizer, which knows its words")
+    groups = encoded.word_ids if words else range(len(encoded.tokens))
+    left_out = None if explained is None else groups[explained]
+    numbers: dict[int, int] = {}
+    units = np.full(len(encoded.tokens), KEPT)
+    for position, group in enumerate(groups):
+        if group is not None and not encoded.special[position] and group != left_out:
+            units[position] = numbers.setdefault(group, len(numbers))
+    return units
