@@ -16,8 +16,8 @@ import pytest
 import torch
 from measure import paired_ratio
 
-from pyglobenc.models.pretrained import SENTIMENT, load_pretrained
 from pyglobenc.inputs.batching import buckets
+from pyglobenc.models.pretrained import SENTIMENT, load_pretrained
 from pyglobenc.scale.corpus.job import Plan, attribute_records, encode_records, make_runner, run_job
 from pyglobenc.scale.corpus.records import open_source
 
