@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyglobenc.evaluate.examples import REMOVALS, Example, Metric, Settings
 from pyglobenc.evaluate.metrics import METRICS
+from pyglobenc.evaluate.metrics.rationales import check_top_k
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,6 +58,7 @@ def make_settings(
     words: bool,
     seed: int,
     protocol: str | None,
+    top_k: int | float | None = None,
 ) -> tuple[Settings, list[str]]:
     """Check the arguments that metrics read; return them, and a note if `remove` had to change.
 
@@ -69,12 +71,13 @@ def make_settings(
     if not fractions or not all(0 < fraction <= 1 for fraction in fractions):
         raise ValueError(f"evaluate: fractions must lie above 0 and be at most 1, got {fractions}")
     check_count("seed", seed, 0)
+    check_top_k(top_k)
     notes, mask_id = [], tokenizer.mask_token_id
     if remove == "mask" and mask_id is None:
         notes.append("The tokenizer has no mask token, so removed tokens are deleted (remove='delete').")
         log.warning("evaluate: the tokenizer has no mask token, so removed tokens are deleted")
         remove = "delete"
-    return Settings(fractions, remove, mask_id, words, seed, protocol), notes
+    return Settings(fractions, remove, mask_id, words, seed, protocol, top_k), notes
 
 
 def wanted_methods(methods: str | Sequence[str]) -> list[str]:

@@ -49,6 +49,10 @@ class Marked:
     truth: np.ndarray
     unknown: np.ndarray
 
+    def listed(self) -> list[list[int]]:
+        """Return the first word of each span, and the one after its last."""
+        return [[span.start, span.stop] for span in self.spans]
+
 
 @dataclass(frozen=True)
 class Example:

@@ -95,7 +95,10 @@ def kept_steps(
     from pyglobenc.scale.corpus.manifest import check_manifest, model_fingerprint, tokenizer_fingerprint
     from pyglobenc.scale.corpus.shards import locked
 
-    rows = [(one.inputs, one.units.tolist(), one.target, one.label) for one in examples]
+    rows = [
+        (one.inputs, one.units.tolist(), one.target, one.label, one.rationale and one.rationale.listed())
+        for one in examples
+    ]
     data = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
     prints = {
         "sha256": model_fingerprint(attributor.model),

@@ -18,8 +18,9 @@ from pyglobenc.evaluate.choices import (
     make_settings,
     wanted_methods,
 )
-from pyglobenc.evaluate.examples import Example, Metric, Settings
+from pyglobenc.evaluate.examples import Example, Metric, Settings, Span
 from pyglobenc.evaluate.kept import Arrays, Kept, kept_steps
+from pyglobenc.evaluate.metrics.rationales import with_rationales
 from pyglobenc.evaluate.table import EvaluationTable
 from pyglobenc.inputs.windows import Text
 
@@ -49,6 +50,8 @@ def evaluate(
     words: bool = False,
     target: int | str | None = None,
     labels: Sequence[int | str] | None = None,
+    rationales: Sequence[Sequence[Span] | None] | None = None,
+    top_k: int | float | None = None,
     protocol: str | None = None,
     long: str = "error",
     max_length: int | None = None,
@@ -79,6 +82,10 @@ def evaluate(
         target: the class that is explained: its index, "label" for the text's own label, or None for the
             class predicted on the whole text.
         labels: the true class of each text, as an index or a name of the model's config.
+        rationales: for each text, the characters that people marked as the reason for its label: a list of
+            pairs (start, stop), or None. `pyglobenc.evaluate.readers` reads published data sets.
+        top_k: how many words are compared with the rationale: a number of words; a share of the text's words
+            as a float below 1; or None for as many words as the text's rationale holds.
         protocol: name of a published protocol in PROTOCOLS, whose settings are then required.
         long: what happens to a text of more than max_length tokens: "error" or "truncate".
         max_length: largest number of tokens, special tokens included. None: the limit of model and tokenizer.
@@ -105,13 +112,14 @@ def evaluate(
     check_protocol(protocol, {"fractions": tuple(fractions), "target": target})
     check_count("bootstrap", bootstrap, 0)
     check_count("batch_tokens", batch_tokens, 1)
-    settings, notes = make_settings(tokenizer, fractions, remove, words, seed, protocol)
+    settings, notes = make_settings(tokenizer, fractions, remove, words, seed, protocol, top_k)
     wanted = wanted_methods(methods)
     forwards = Forwards(model, batch_tokens)
     forwards.check_removal(settings.remove)
     attributor = Attributor(model, tokenizer, batch_tokens, backend, dtype)
     encoded = encode_texts(attributor, texts, max_length, long)
     examples, note = text_examples(attributor, forwards, encoded, labels, target, settings)
+    examples = with_rationales(examples, rationales, tokenizer.unk_token_id)
     chosen, left_out = choose_metrics(metrics, examples, forwards.why_no_classes)
     described = {
         "settings": vars(settings)

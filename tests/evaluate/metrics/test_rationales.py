@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 from sklearn.metrics import auc, f1_score, precision_recall_curve
-from pyglobenc.evaluate.rationales import (
+from tiny import classifier, tokenizer
+
+import pyglobenc
+from pyglobenc.evaluate.metrics.rationales import (
     auprc,
     count_of_words,
     highlighted,
@@ -15,6 +18,11 @@ from pyglobenc.evaluate.rationales import (
 )
 
 NAN = np.nan
+
+
+@pytest.fixture
+def classes():
+    return classifier(), tokenizer()
 
 
 @pytest.mark.parametrize(
@@ -112,3 +120,83 @@ def test_iou_f1_by_hand():
     assert iou_f1(selected, [range(1, 5), range(6, 8)]) == {"": 0.5, "precision": 0.5, "recall": 0.5}
     assert iou_f1(selected, [range(1, 6)])["precision"] == 0.0
     assert iou_f1(np.zeros(8, dtype=bool), [range(2)])[""] == 0.0
+
+
+TEXTS = ["a deep film. the ending is good!", "dull", "good, the film is deep and the plot is quick"]
+
+
+def test_evaluate_joins_tokens_to_words(classes):
+    """A plain loop over the attributions, one text at a time."""
+    rationales = [[(2, 11), (27, 31)], None, [(5, 14), (5, 14), (35, 38)]]
+    metrics = ("token-f1", "auprc", "iou-f1")
+    model, tokenizer = classes
+    table = pyglobenc.evaluate(
+        model, tokenizer, TEXTS, methods=("globenc", "random"), metrics=metrics, rationales=rationales
+    )
+    for index in (0, 2):
+        words = TEXTS[index].split()
+        found = pyglobenc.explain(model, tokenizer, TEXTS[index])
+        starts = np.cumsum([0, *(len(word) + 1 for word in words)])
+        scores, truth = np.zeros(len(words)), np.zeros(len(words), dtype=bool)
+        for word, (start, name) in enumerate(zip(starts, words, strict=False)):
+            own = [
+                score
+                for score, special, (low, high) in zip(
+                    found.scores, found.special, found.offsets, strict=True
+                )
+                if not special and low >= start and high <= start + len(name)
+            ]
+            scores[word] = max(own)
+            truth[word] = any(low < start + len(name) and high > start for low, high in rationales[index])
+        top = np.argsort(-scores)[: truth.sum()]
+        precision, recall, _ = precision_recall_curve(truth, scores)
+        chosen = np.isin(np.arange(len(words)), top)
+        spans = [range(1, 3), range(6, 7)] if index == 0 else [range(1, 3), range(7, 8)]
+        hits, runs, true = plain_iou_f1(chosen, spans)
+        expected = {
+            "token-f1": truth[top].mean(),
+            "token-f1.precision": truth[top].mean(),
+            "auprc": auc(recall, precision),
+            "iou-f1": 2 * hits / (runs + true),
+            "iou-f1.recall": hits / true,
+        }
+        for name, value in expected.items():
+            assert table.per_text["globenc", name][index] == pytest.approx(value, abs=1e-6), name
+    assert all(np.isnan(values[1]) for values in table.per_text.values())
+    assert {row["n"] for row in table.rows} == {2}
+
+
+def test_words_beyond_the_cut_count_in_the_recall(classes):
+    model, tokenizer = classes
+    text = "deep film " + "x " * 30
+    options = dict(methods=("globenc",), metrics=("token-f1", "auprc"), long="truncate", max_length=10)
+    beyond = [(text.index("x") + 40, text.index("x") + 41)]
+    table = pyglobenc.evaluate(model, tokenizer, [text], rationales=[[(0, 4), *beyond]], top_k=8, **options)
+    # The 8 tokens that are read are 8 words; one of the two highlighted words is among them.
+    values = {name: values[0] for (_, name), values in table.per_text.items()}
+    assert values["token-f1.recall"] == 0.5 and values["token-f1.precision"] == 1 / 8
+    alone = pyglobenc.evaluate(model, tokenizer, [text], rationales=[beyond], **options)
+    # All unread words come last, together: 1 of 32 words is right, after the first point's precision of 0.
+    assert alone.per_text["globenc", "auprc"][0] == pytest.approx(1 / 32 / 2)
+    assert alone.per_text["globenc", "token-f1"][0] == 0
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({}, ValueError, "the metric auprc needs rationales"),
+        ({"rationales": "ab"}, TypeError, "rationales must be a list of one list for each text, got str"),
+        ({"rationales": [[]]}, ValueError, "there are 2 texts and 1 rationales"),
+        ({"rationales": [[], 3]}, TypeError, "rationale of text 2 must be a list or None, got 3"),
+        ({"rationales": [[(0, 1)], [(0,)]]}, TypeError, r"rationale of text 2 must hold pairs"),
+        ({"rationales": [[(0, 1.0)], []]}, TypeError, r"rationale of text 1 must hold pairs"),
+        ({"rationales": [[(0, 10)], []]}, ValueError, r"text 1 has the span \(0, 10\), which doesn't lie in"),
+        ({"rationales": [[(1, 1)], []]}, ValueError, r"text 1 has the span \(1, 1\)"),
+        ({"rationales": [[], []], "top_k": 0}, ValueError, "top_k must be a number of words, at least 1"),
+        ({"rationales": [[], []], "top_k": 1.0}, ValueError, "as a float between 0 and 1, got 1.0"),
+        ({"rationales": [[], []], "top_k": True}, TypeError, "top_k must be a number or None, got True"),
+    ],
+)
+def test_evaluate_refuses_what_are_no_rationales(classes, options, error, message):
+    with pytest.raises(error, match=f"evaluate: .*{message}"):
+        pyglobenc.evaluate(*classes, ["a film", "deep"], methods=("random",), metrics=("auprc",), **options)

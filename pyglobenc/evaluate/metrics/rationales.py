@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from math import ceil
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pyglobenc.evaluate.examples import KEPT, Example, Marked, Metric, Scores, Settings, Span, ranked
+from pyglobenc.evaluate.metrics.perturbation import count_of
 from pyglobenc.inputs.words import unspaced
 
 if TYPE_CHECKING:
@@ -26,11 +27,8 @@ MOVIE_WORDS = tuple(range(5, 85, 5))
 IOU_THRESHOLD = 0.5
 
 
-def check_options(metrics: Sequence[Metric], rationales: Any, top_k: Any) -> None:
-    """Raise ValueError or TypeError if a metric lacks its rationales, or top_k is out of range."""
-    names = [metric.name for metric in metrics if "rationales" in metric.needs]
-    if names and rationales is None:
-        raise ValueError(f"evaluate: {', '.join(names)} needs rationales, which weren't given")
+def check_top_k(top_k: Any) -> None:
+    """Raise TypeError or ValueError unless top_k is a number of words, a share of them, or None."""
     if top_k is None:
         return
     if type(top_k) not in (int, float):
@@ -42,17 +40,19 @@ def check_options(metrics: Sequence[Metric], rationales: Any, top_k: Any) -> Non
         )
 
 
-def mark_all(encoded: Sequence[Encoded], rationales: Any, unknown_id: int | None) -> list[Marked | None]:
-    """Check the highlights of all texts, and return them by words.
+def with_rationales(
+    examples: Sequence[Example], rationales: Any, unknown_id: int | None
+) -> Sequence[Example]:
+    """Check the highlights of all texts, and return the examples with them.
 
     Args:
-        encoded: the tokens of N texts.
+        examples: N texts.
         rationales: for each text, pairs (start, stop) of characters, or None for a text without highlights;
             or None for all texts.
         unknown_id: the id of the tokenizer's unknown token, or None.
 
     Returns:
-        N entries, None for a text without highlights.
+        N examples; `Example.rationale` is None without highlights.
 
     Raises:
         TypeError, ValueError: there are fewer or more rationales than texts; a span isn't a pair of integers,
@@ -60,16 +60,18 @@ def mark_all(encoded: Sequence[Encoded], rationales: Any, unknown_id: int | None
             of its tokens. The message names the text.
     """
     if rationales is None:
-        return [None] * len(encoded)
+        return examples
     if not _is_list(rationales):
         raise TypeError(
             f"evaluate: rationales must be a list of one list for each text, got {type(rationales).__name__}"
         )
-    if len(rationales) != len(encoded):
-        raise ValueError(f"evaluate: there are {len(encoded)} texts and {len(rationales)} rationales")
+    if len(rationales) != len(examples):
+        raise ValueError(f"evaluate: there are {len(examples)} texts and {len(rationales)} rationales")
     return [
-        None if rationale is None else _mark(one, rationale, unknown_id, f"text {number}")
-        for number, (one, rationale) in enumerate(zip(encoded, rationales, strict=True), 1)
+        one
+        if rationale is None
+        else replace(one, rationale=_mark(one.encoded, rationale, unknown_id, f"text {number}"))
+        for number, (one, rationale) in enumerate(zip(examples, rationales, strict=True), 1)
     ]
 
 
@@ -160,8 +162,7 @@ def count_of_words(top_k: int | float | None, truth: np.ndarray) -> int:
     """
     if top_k is None:
         return int(truth.sum())
-    # A product such as 0.07 * 100 may lie above the whole number that it stands for.
-    return max(1, ceil(round(top_k * len(truth), 9))) if isinstance(top_k, float) else top_k
+    return count_of(top_k, len(truth)) if isinstance(top_k, float) else top_k
 
 
 def precision_recall_f1(hits: float, selected: float, true: float) -> dict[str, float]:
