@@ -1,0 +1,157 @@
+"""Sanity checks (Adebayo et al., NeurIPS 2018): do the scores change when the model's weights are random?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+from torch import nn
+
+from pyglobenc.evaluate.examples import Example
+from pyglobenc.hf.registry import find_layers
+from pyglobenc.hf.unwrap import stock_model
+
+if TYPE_CHECKING:
+    from pyglobenc.evaluate.attributions import Attributed, Attributor
+
+NAME = "sanity"
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Weights that are randomised in one step.
+
+    Attributes:
+        name: "head", "layer 3" (counted from 1 at the input) or "embeddings".
+        parameters: names of the model's parameters.
+    """
+
+    name: str
+    parameters: list[str]
+
+
+def depths(model: nn.Module) -> list[Depth]:
+    """Return the parameters of a model in steps from the top: the head, each layer, and the embeddings.
+
+    The head is everything above the last layer, the embeddings are everything below the first one. Weights
+    that several layers share belong to the first of them in the list. Weights that the head shares with the
+    embeddings belong to the embeddings. A step without weights is left out.
+
+    Args:
+        model: a transformers model of a known architecture, or a wrapper around one.
+
+    Raises:
+        TypeError, ValueError: as `find_layers`.
+    """
+    base = stock_model(model).base_model
+    blocks = [layer.block for layer in find_layers(model)]
+    steps: dict[int, str] = {}
+    for number in range(len(blocks), 0, -1):
+        for parameter in blocks[number - 1].parameters():
+            steps.setdefault(id(parameter), f"layer {number}")
+    # The modules are registered in the order of the forward pass, so those up to the layers feed them.
+    children = list(base.children())
+    inner = {id(module) for module in blocks}
+    last = max(i for i, child in enumerate(children) if inner & {id(module) for module in child.modules()})
+    below = [base.parameters(recurse=False), *(child.parameters() for child in children[: last + 1])]
+    for parameters in below:
+        for parameter in parameters:
+            steps.setdefault(id(parameter), "embeddings")
+    names = ["head", *(f"layer {number}" for number in range(len(blocks), 0, -1)), "embeddings"]
+    found: dict[str, list[str]] = {name: [] for name in names}
+    for name, parameter in model.named_parameters():
+        found[steps.get(id(parameter), "head")].append(name)
+    return [Depth(name, parameters) for name, parameters in found.items() if parameters]
+
+
+def randomised(model: nn.Module, seed: int) -> Iterator[tuple[str, nn.Module]]:
+    """Yield a copy of a model with random weights, once for each of its `depths`.
+
+    The first copy has a random head, the next one also a random last layer, and so on. A weight is drawn from
+    the normal distribution with the mean and the standard deviation of its own tensor, so that activations
+    keep their size, and constant tensors stay as they are. The model itself isn't changed.
+
+    Args:
+        model: as for `depths`.
+        seed: makes the weights the same in every call.
+
+    Yields:
+        The name of the depth, and the copy, which is changed again by the next step.
+
+    Raises:
+        ValueError: a weight isn't floating point.
+    """
+    copy = deepcopy(model)
+    weights, generator = dict(copy.named_parameters()), torch.Generator().manual_seed(seed)
+    for depth in depths(copy):
+        for name in depth.parameters:
+            weight = weights[name].data
+            if not weight.is_floating_point():
+                raise ValueError(f"evaluate: sanity needs floating-point weights, {name} is {weight.dtype}")
+            drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float32).to(weight.device)
+            whole = weight.float()
+            weight.copy_(drawn * whole.std(correction=0) + whole.mean())
+        yield depth.name, copy
+
+
+def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
+    """Return Spearman's correlation of two rows of numbers (m,), with average ranks for equal ones.
+
+    It is NaN if a row is constant.
+    """
+    ranks = [rankdata(row) - (len(row) + 1) / 2 for row in (one, other)]
+    size = np.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum())
+    return float(ranks[0] @ ranks[1] / size) if size else float("nan")
+
+
+def sanity_checks(
+    attributor: Attributor,
+    methods: Mapping[str, Attributed],
+    examples: Sequence[Example],
+    seed: int,
+    step: Callable[[str, Callable[[], Any]], Any],
+    progress: Callable[[int], Any] = lambda count: None,
+) -> tuple[dict[tuple[str, str], np.ndarray], list[str]]:
+    """Correlate scores with those of models whose weights are random, from the top layer downwards.
+
+    Args:
+        attributor: attributes by the model itself.
+        methods: the scores of each method for all N examples. Methods without scores, such as random orders,
+            are left out.
+        examples: N texts. The classes explained stay those of the model itself.
+        seed: makes the weights the same in every call.
+        step: function of a name and a computation, which may return the result of an earlier run.
+        progress: called with a number of examples whenever that many are done.
+
+    Returns:
+        For each method and depth k, counted from 1, the rank correlations (N,) of the units' scores, under
+        the name sanity.k; NaN for examples with constant scores or that are refused. And a note.
+    """
+    from pyglobenc.evaluate.attributions import Attributed
+
+    found, names = {}, []
+    scored = {method: own for method, own in methods.items() if own.tokens is not None}
+    for number, (name, model) in enumerate(randomised(attributor.model, seed), 1):
+        names.append(f"{NAME}.{number} {name}")
+        for method, own in scored.items():
+
+            def attribute(method: str = method, model: nn.Module = model) -> Any:
+                return attributor.of(model).attribute(method, examples, progress).arrays()
+
+            other = Attributed.of(examples, step(f"{NAME}-{number}-{method}", attribute))
+            found[method, f"{NAME}.{number}"] = np.array(
+                [_correlation(own, other, example, seed) for example in examples]
+            )
+    order = {method: i for i, method in enumerate(scored)}
+    rows = dict(sorted(found.items(), key=lambda item: order[item[0][0]]))
+    return rows, [f"The sanity checks randomise, one after another: {', '.join(names)}."]
+
+
+def _correlation(own: Attributed, other: Attributed, example: Example, seed: int) -> float:
+    rows = [drawn[0].units for drawn in (own.scores(example, seed), other.scores(example, seed)) if drawn]
+    return rank_correlation(*rows) if len(rows) == 2 and example.count > 1 else float("nan")

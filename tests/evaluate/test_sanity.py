@@ -1,0 +1,68 @@
+"""Sanity checks: copies of the model with random weights from the top; the model itself stays as it is."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from models import ARCHITECTURES, IMAGES, PRE_NORM, build
+from scipy.stats import spearmanr
+
+from pyglobenc.evaluate.sanity import depths, randomised, rank_correlation
+
+EVERY = {**ARCHITECTURES, **PRE_NORM, **IMAGES}
+
+
+def fingerprints(model) -> dict[str, str]:
+    return {
+        name: hashlib.sha256(weight.detach().numpy().tobytes()).hexdigest()
+        for name, weight in model.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_every_weight_is_randomised_once_from_the_top(kind):
+    model = build(kind)
+    before, steps = fingerprints(model), depths(model)
+    names = [step.name for step in steps]
+    layers = [name for name in names if name.startswith("layer")]
+    assert sorted(before) == sorted(name for step in steps for name in step.parameters)
+    assert layers == sorted(layers, key=lambda name: -int(name.split()[1]))
+    assert names == [*(["head"] if names[0] == "head" else []), *layers, "embeddings"]
+    # The embeddings are read by the first layer, so they are no part of the head.
+    assert not any(
+        "embed" in name or "wte" in name for name in (steps[0].parameters if names[0] == "head" else ())
+    )
+    last = before
+    for step, (name, copy) in zip(steps, randomised(model, 0), strict=True):
+        now = fingerprints(copy)
+        changed = {name for name in now if now[name] != last[name]}
+        # Constant tensors, such as biases of 0, stay as they are.
+        varied = {n for n in step.parameters if model.get_parameter(n).detach().std(correction=0) > 0}
+        assert name == step.name and varied <= changed <= set(step.parameters)
+        last = now
+    assert fingerprints(model) == before
+
+
+def test_random_weights_keep_mean_and_deviation_and_follow_the_seed():
+    model = build("bert-classifier")
+    weights = [[*randomised(model, seed)][-1][1].state_dict() for seed in (0, 0, 1)]
+    for name, weight in model.named_parameters():
+        assert torch.equal(weights[0][name], weights[1][name])
+        if weight.numel() > 1000:
+            assert not torch.equal(weights[0][name], weights[2][name])
+            deviation = weight.detach().std()
+            # The mean and deviation of so many numbers lie within 6 of their standard errors.
+            error = 6 * deviation / weight.numel() ** 0.5
+            assert abs(weights[0][name].mean() - weight.detach().mean()) < error
+            assert abs(weights[0][name].std() - deviation) < error
+
+
+def test_rank_correlation_equals_scipy():
+    generator = np.random.default_rng(0)
+    for size in (2, 3, 17):
+        one, other = generator.integers(0, 5, (2, size)) + np.array([[0.5], [0]])
+        one[0] += 7
+        other[-1] -= 7
+        assert rank_correlation(one, other) == pytest.approx(spearmanr(one, other).statistic, abs=1e-12)
+    assert np.isnan(rank_correlation(np.ones(3), np.arange(3)))
