@@ -115,6 +115,10 @@ class Attributor:
         self.model, self.tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
         self.backend, self.dtype = backend, dtype
 
+    def of(self, model: PreTrainedModel) -> Attributor:
+        """Return an attributor of another model, with the same settings."""
+        return Attributor(model, self.tokenizer, self.batch_tokens, self.backend, self.dtype)
+
     def runner(self, method: str) -> Runner:
         """Return the runner of a method.
 

@@ -53,6 +53,7 @@ def evaluate(
     rationales: Sequence[Sequence[Span] | None] | None = None,
     top_k: int | float | None = None,
     protocol: str | None = None,
+    sanity: bool = False,
     long: str = "error",
     max_length: int | None = None,
     bootstrap: int = 1000,
@@ -87,6 +88,8 @@ def evaluate(
         top_k: how many words are compared with the rationale: a number of words; a share of the text's words
             as a float below 1; or None for as many words as the text's rationale holds.
         protocol: name of a published protocol in PROTOCOLS, whose settings are then required.
+        sanity: also make the weights of a copy of the model random, from the head downwards, and correlate
+            the scores with the model's own. The rows sanity.1, sanity.2 and so on hold Spearman correlations.
         long: what happens to a text of more than max_length tokens: "error" or "truncate".
         max_length: largest number of tokens, special tokens included. None: the limit of model and tokenizer.
         bootstrap: number of resamples for the 95 % intervals; 0 for none.
@@ -107,6 +110,7 @@ def evaluate(
     # These imports take seconds.
     from pyglobenc.evaluate.attributions import Attributor
     from pyglobenc.evaluate.forwards import Forwards
+    from pyglobenc.evaluate.sanity import sanity_checks
     from pyglobenc.evaluate.texts import encode_texts, text_examples
 
     check_protocol(protocol, {"fractions": tuple(fractions), "target": target})
@@ -127,6 +131,7 @@ def evaluate(
         | {"backend": backend, "dtype": None if dtype is None else str(dtype).split(".")[-1]},
         "methods": wanted,
         "metrics": [metric.name for metric in chosen],
+        "sanity": sanity,
     }
     with kept_steps(output, attributor, examples, described) as kept:
         attributed, refused = attribute_all(
@@ -136,6 +141,9 @@ def evaluate(
         per_text, passes = measure_all(
             forwards, examples, shown, attributed, chosen, settings, kept, progress
         )
+        if sanity:
+            rows, more = sanity_checks(attributor, shown, examples, settings.seed, kept, progress)
+            per_text, refused = per_text | rows, [*refused, *more]
     of_method = {name: one.summary(examples, settings.seed) for name, one in shown.items()}
     info = described | {"methods": list(shown), "texts": len(examples), "forward_passes": passes}
     return EvaluationTable(per_text, of_method, bootstrap, seed, [*notes, note, *left_out, *refused], info)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from pyglobenc.hf.unwrap import stock_model
 
 if TYPE_CHECKING:
     from pyglobenc.evaluate.attributions import Attributed, Attributor
+    from pyglobenc.evaluate.kept import Kept
 
 NAME = "sanity"
 
@@ -114,42 +115,55 @@ def sanity_checks(
     methods: Mapping[str, Attributed],
     examples: Sequence[Example],
     seed: int,
-    step: Callable[[str, Callable[[], Any]], Any],
-    progress: Callable[[int], Any] = lambda count: None,
+    kept: Kept,
+    progress: bool,
 ) -> tuple[dict[tuple[str, str], np.ndarray], list[str]]:
     """Correlate scores with those of models whose weights are random, from the top layer downwards.
 
     Args:
         attributor: attributes by the model itself.
-        methods: the scores of each method for all N examples. Methods without scores, such as random orders,
-            are left out.
-        examples: N texts. The classes explained stay those of the model itself.
+        methods: the scores of each method for all N examples. Random orders are left out, because they don't
+            read the model.
+        examples: N texts. The explained classes stay those of the model itself.
         seed: makes the weights the same in every call.
-        step: function of a name and a computation, which may return the result of an earlier run.
-        progress: called with a number of examples whenever that many are done.
+        kept: the finished steps of an earlier run.
+        progress: show a progress bar.
 
     Returns:
         For each method and depth k, counted from 1, the rank correlations (N,) of the units' scores, under
-        the name sanity.k; NaN for examples with constant scores or that are refused. And a note.
+        the name sanity.k; NaN for examples with constant scores or that are refused. And notes on the depths
+        and on refusals.
     """
+    from tqdm import tqdm
+
     from pyglobenc.evaluate.attributions import Attributed
 
-    found, names = {}, []
     scored = {method: own for method, own in methods.items() if own.tokens is not None}
-    for number, (name, model) in enumerate(randomised(attributor.model, seed), 1):
-        names.append(f"{NAME}.{number} {name}")
-        for method, own in scored.items():
+    found = {method: {} for method in scored}
+    names, notes = [depth.name for depth in depths(attributor.model)], []
+    total = len(names) * len(scored) * len(examples)
+    with tqdm(total=total, desc=NAME, unit="text", disable=not progress) as bar:
+        for number, (_, model) in enumerate(randomised(attributor.model, seed), 1):
+            for method, own in scored.items():
 
-            def attribute(method: str = method, model: nn.Module = model) -> Any:
-                return attributor.of(model).attribute(method, examples, progress).arrays()
+                def attribute(method: str = method, model: nn.Module = model) -> Any:
+                    return attributor.of(model).attribute(method, examples, bar.update).arrays()
 
-            other = Attributed.of(examples, step(f"{NAME}-{number}-{method}", attribute))
-            found[method, f"{NAME}.{number}"] = np.array(
-                [_correlation(own, other, example, seed) for example in examples]
-            )
-    order = {method: i for i, method in enumerate(scored)}
-    rows = dict(sorted(found.items(), key=lambda item: order[item[0][0]]))
-    return rows, [f"The sanity checks randomise, one after another: {', '.join(names)}."]
+                column = found[method][f"{NAME}.{number}"] = np.full(len(examples), np.nan)
+                try:
+                    other = Attributed.of(examples, kept.step(f"{NAME}-{number}-{method}", attribute))
+                except ValueError as error:
+                    reason = str(error).removeprefix("explain: ")
+                    notes.append(f"{method} refuses the random weights of {NAME}.{number}: {reason}.")
+                    continue
+                for place, example in enumerate(examples):
+                    column[place] = _correlation(own, other, example, seed)
+    rows = {(method, row): column for method, of_method in found.items() for row, column in of_method.items()}
+    steps = ", ".join(f"{NAME}.{number} the {name}" for number, name in enumerate(names, 1))
+    return rows, [
+        f"Weights are made random from the top, each step keeping the ones before: {steps}.",
+        *notes,
+    ]
 
 
 def _correlation(own: Attributed, other: Attributed, example: Example, seed: int) -> float:

@@ -7,7 +7,10 @@ import pytest
 import torch
 from models import ARCHITECTURES, IMAGES, PRE_NORM, build
 from scipy.stats import spearmanr
+from tiny import classifier, tokenizer
 
+import pyglobenc
+from pyglobenc.evaluate.attributions import Attributor
 from pyglobenc.evaluate.sanity import depths, randomised, rank_correlation
 
 EVERY = {**ARCHITECTURES, **PRE_NORM, **IMAGES}
@@ -66,3 +69,59 @@ def test_rank_correlation_equals_scipy():
         other[-1] -= 7
         assert rank_correlation(one, other) == pytest.approx(spearmanr(one, other).statistic, abs=1e-12)
     assert np.isnan(rank_correlation(np.ones(3), np.arange(3)))
+
+
+TEXTS = ["a deep film", "good, the film is deep", "dull", "the ending is the good one"]
+METHODS = ("globenc", "attention-rollout", "transformer-attribution", "random")
+
+
+def test_evaluate_correlates_scores_of_random_models():
+    """A plain loop over `explain`, with the classes that the model itself predicts."""
+    model, tokens = classifier(), tokenizer()
+    before = fingerprints(model)
+    options = dict(methods=METHODS, sanity=True, progress=False, dtype=torch.float64)
+    table = pyglobenc.evaluate(model, tokens, TEXTS, **options)
+    classes = [
+        int(model(**tokens(text, truncation=False, return_tensors="pt")).logits.argmax()) for text in TEXTS
+    ]
+    for number, (_, copy) in enumerate(randomised(model, 0), 1):
+        for method in METHODS[:3]:
+            target = classes if method.startswith("transformer") else [None] * len(TEXTS)
+            for index, (text, own) in enumerate(zip(TEXTS, target, strict=True)):
+                rows = []
+                for one in (model, copy):
+                    found = pyglobenc.explain(
+                        one, tokens, text, method, target=own, dtype=torch.float64, progress=False
+                    )
+                    rows.append(found.scores[~np.array(found.special)])
+                expected = spearmanr(*rows).statistic
+                value = table.per_text[method, f"sanity.{number}"][index]
+                assert value == pytest.approx(expected, abs=1e-6), (method, number, text)
+    assert number == 5
+    assert not any(method == "random" and row.startswith("sanity") for method, row in table.per_text)
+    assert any("sanity.1 the head, sanity.2 the layer 3" in note for note in table.notes)
+    assert fingerprints(model) == before
+    again = pyglobenc.evaluate(model, tokens, TEXTS, **options)
+    for key, values in table.per_text.items():
+        np.testing.assert_array_equal(values, again.per_text[key])
+
+
+def test_the_model_stays_as_it_is_when_the_checks_are_stopped(monkeypatch):
+    model = classifier()
+    before, flags = fingerprints(model), [weight.requires_grad for weight in model.parameters()]
+    calls = []
+
+    def stop(self, method, examples, progress):
+        calls.append(method)
+        raise KeyboardInterrupt
+
+    def interrupted(self, model):
+        monkeypatch.setattr(Attributor, "attribute", stop)
+        return self
+
+    monkeypatch.setattr(Attributor, "of", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pyglobenc.evaluate(model, tokenizer(), TEXTS, methods=("globenc",), sanity=True, progress=False)
+    assert calls == ["globenc"]
+    assert fingerprints(model) == before
+    assert [weight.requires_grad for weight in model.parameters()] == flags
