@@ -21,7 +21,13 @@ from pyglobenc.methods.rollout.baselines import OF_STAGE, ROLLOUTS
 # bytes for each entry of its maps.
 FLOW, EDGE = "attention-flow", 64
 FLOAT32, FLOAT64 = 4, 8
-RELEVANCE = ("transformer-attribution", "lrp", "partial-lrp", "attention-gradcam")
+RELEVANCE = (
+    "transformer-attribution",
+    "transformer-attribution-last",
+    "lrp",
+    "partial-lrp",
+    "attention-gradcam",
+)
 ESTIMATED = (*ROLLOUTS, *RELEVANCE)
 # How many tiles of (query, key) pairs the relevance ops hold, and the most numbers in all of them together.
 # The float32 entry is for the CPU kernels, and the float64 entry for the reference.
@@ -154,6 +160,9 @@ def _relevance(
     workspace = {
         "transformer-attribution": max(
             tokens * (7 * s.d + 4 * s.mlp), tokens * 7 * s.d + min(tiles * pairs, most)
+        ),
+        "transformer-attribution-last": max(
+            tokens * (5 * s.d + 4.5 * s.mlp), 5 * pairs if wide == FLOAT64 else 0
         ),
         "lrp": max(clamped, tokens * 8 * s.d + 7 * tile + 4 * before),
         "partial-lrp": clamped,

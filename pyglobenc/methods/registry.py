@@ -146,6 +146,10 @@ RELEVANCE = {
         "transformer_attribution",
         "relevance times attention gradients, rolled out (Chefer et al., CVPR 2021)",
     ),
+    "transformer-attribution-last": (
+        "transformer_attribution_last",
+        "transformer attribution from the last layer alone, the published default for BERT-base",
+    ),
     "lrp": (
         "lrp",
         "layer-wise relevance of the input tokens, summed over the hidden size; signed (Binder et al., 2016)",

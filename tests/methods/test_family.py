@@ -33,7 +33,7 @@ def published_layers(method, maps, b, n):
         elif method == "n-fixedres":
             norms = maps["N"][b, index, :n, :n]
             layers.append(with_residual(norms / norms.sum(1, keepdim=True), half))
-        elif method == "raw-attention":
+        elif method in ("raw-attention", "w"):
             layers.append(matrix)
         else:
             layers.append(with_residual(matrix, half))

@@ -85,6 +85,17 @@ def test_vit_equals_published_outputs(model_dtype, dtype, tolerance):
 
 
 @pytest.mark.parametrize("name", ["chefer_bert", "chefer_vit"])
+def test_last_layer_alone_starts_there(name):
+    model, cases = chefer_golden(name)
+    ta = TransformerAttribution(model)
+    for batch, target, _, _ in cases:
+        last = ta(**batch, target=target, variant="transformer_attribution_last").scores
+        whole = ta(**batch, target=target, start_layer=ta.depth - 1).scores
+        assert torch.equal(last, whole)
+        assert not torch.equal(last, ta(**batch, target=target).scores)
+
+
+@pytest.mark.parametrize("name", ["chefer_bert", "chefer_vit"])
 def test_float32_rules_on_shared_activations(name):
     # the forward pass in float32 for both, so that only the rules' own rounding is left
     model, cases = chefer_golden(name, torch.float32)

@@ -74,7 +74,7 @@ def test_globenc(settings, batch, n, backend):
 
 
 @pytest.mark.parametrize(
-    "method", ["raw-attention", "attention-rollout", "w-res", "n-fixedres", "n", "n-res", "n-resln"]
+    "method", ["raw-attention", "w", "attention-rollout", "w-res", "n-fixedres", "n", "n-res", "n-resln"]
 )
 def test_family(method):
     model = make(BERT)
@@ -125,7 +125,9 @@ def test_transformer_attribution(settings, batch, n, dtype):
 
 
 @pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.PrecisionWarning")
-@pytest.mark.parametrize("method", ["lrp", "partial-lrp", "attention-gradcam"])
+@pytest.mark.parametrize(
+    "method", ["transformer-attribution-last", "lrp", "partial-lrp", "attention-gradcam"]
+)
 @pytest.mark.parametrize(
     "settings, batch, n, dtype",
     [(BERT, 1, 512, torch.float32), (WIDE, 2, 256, torch.float32), (BERT, 2, 200, torch.bfloat16)],

@@ -17,7 +17,7 @@ from pyglobenc.hf.weights import is_plain
 from pyglobenc.methods.differentiable import attention_gradients, doubled, graph_inputs, record_forward
 from pyglobenc.methods.packing import Packed, of_examples
 from pyglobenc.methods.relevance.head_chain import Head, follow_head
-from pyglobenc.methods.relevance.target import Index, Target, find_target
+from pyglobenc.methods.target import Index, Target, find_target
 
 WHO = "TransformerAttribution"
 
@@ -150,7 +150,7 @@ def run_forward(
             size = len(record.top)
             half = slice(0, size // 2)
             output, mask = of_examples(output, half, size), mask if mask is None else mask[half]
-        chosen = find_target(output, *target, mask)
+        chosen = find_target(WHO, output, *target, mask)
         head = follow_head(model, record, chosen.logit, chosen.contrast is not None, real)
         grads = attention_gradients(chosen.logit, run, lowest)
     chosen.logit = chosen.logit.detach()

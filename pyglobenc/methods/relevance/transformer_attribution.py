@@ -33,8 +33,8 @@ from pyglobenc.methods.relevance.propagation import MAPS, RelevancePropagation
 from pyglobenc.methods.relevance.result import RelevanceResult, add_layers, of_sequences, relevance_result
 from pyglobenc.methods.relevance.rules import LrpRules, Rules
 from pyglobenc.methods.relevance.states import States, run_forward
-from pyglobenc.methods.relevance.target import Index
 from pyglobenc.methods.relevance.variants import FOLLOWED, PUBLISHED, VARIANTS, Variant, variant_scores
+from pyglobenc.methods.target import Index
 
 WHO = "TransformerAttribution"
 
@@ -116,7 +116,8 @@ class TransformerAttribution:
                 logits for every token. For question answering the default is the token with the largest
                 logit.
             start_layer: the lowest layer of the rollout. The default of the published BERT code is 11, and
-                that of its notebook and of the published ViT code is 0.
+                that of its notebook and of the published ViT code is 0. Variants without a rollout, and that
+                of the last layer alone, ignore it.
             variant: a name in VARIANTS or PUBLISHED; see `relevance_variants`.
             layers: also return the relevance of each layer's input.
             maps: any of "map" (B, L, n, n), the matrix A that the rollout adds to the identity; "alpha",

@@ -134,7 +134,8 @@ class Variant:
         kind: what the scores are: a "rollout" of relevance maps, the map of one "layer", or relevance of the
             "input". The kinds "attention", "attention_rollout" and "grad_cam" only read attention.
         gradient: multiply the maps by the gradient of the logit.
-        layer: number of the layer whose map is read; negative numbers count from the last one.
+        layer: number of the layer whose map is read, or from which a rollout starts; negative numbers count
+            from the last one. None for a rollout from the start_layer of the call.
         lrp: use the rules of the LRP baseline.
     """
 
@@ -148,15 +149,22 @@ class Variant:
         if not self.gradient:
             return depth
         if self.kind == "rollout":
-            return start_layer
+            return self.start(start_layer, depth)
         return depth - 1 if self.layer is None else self.layer % depth
 
+    def start(self, start_layer: int, depth: int) -> int:
+        """Return the lowest layer of a rollout, of `depth` layers; start_layer is that of the call."""
+        return start_layer if self.layer is None else self.layer % depth
 
-# "rollout" rolls out relevance without gradients. "last_layer" and "second_layer" are the pooled token's row
-# of that layer's map, and "_ablation" multiplies it by the gradient. "full" is the relevance of the input
-# tokens or pixels, and "lrp" the same by the LRP baseline's rules. The last three only read attention.
+
+# "transformer_attribution_last" is the method on the last layer alone, the default of the published BERT code
+# for models of 12 layers. "rollout" rolls out relevance without gradients. "last_layer" and "second_layer"
+# are the pooled token's row of that layer's map, and "_ablation" multiplies it by the gradient. "full" is the
+# relevance of the input tokens or pixels, and "lrp" the same by the LRP baseline's rules. The last three only
+# read attention.
 VARIANTS = {
     "transformer_attribution": Variant("rollout", gradient=True),
+    "transformer_attribution_last": Variant("rollout", gradient=True, layer=-1),
     "rollout": Variant("rollout"),
     "last_layer": Variant("layer", layer=-1),
     "last_layer_ablation": Variant("layer", gradient=True, layer=-1),
@@ -247,7 +255,8 @@ def _scores(
             )
         return grad_cam_patches(last, states.grads[-1], prefix)
     if chosen.kind == "rollout":
-        row, _ = propagation.roll_out(start_layer, start_layer + 1)
+        start = chosen.start(start_layer, depth)
+        row, _ = propagation.roll_out(start, start + 1)
     elif chosen.kind == "layer":
         row = propagation.layer_row(chosen.layer % depth)
     elif chosen.kind == "attention":

@@ -30,6 +30,7 @@ from pyglobenc.methods.rollout.stages import STAGES, StageOps, check_stage, deep
 
 ROLLOUTS = {
     "raw-attention": "attention of the last layer, averaged over heads",
+    "w": "rollout of attention without a residual (W; Modarressi et al., 2022)",
     "attention-rollout": "rollout of attention with a fixed residual of one half (W-FixedRes; Abnar and "
     "Zuidema, 2020)",
     "w-res": "rollout of attention with the measured mixing ratio as residual (W-Res; Modarressi et al., "
@@ -186,7 +187,7 @@ class Rollout:
             weight = torch.where(sums > 0, 0.5 / sums, sums)
             return ResidualMatrix(norms, weight, None, self._half(layer, weight))
         attention = self.ops.attention_matrix(layer)
-        if self.method == "raw-attention":
+        if self.method in ("raw-attention", "w"):
             return attention
         if self.method == "w-res":
             return self._measured(layer, attention)

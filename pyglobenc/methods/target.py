@@ -1,4 +1,4 @@
-"""Finds the logit that transformer attribution explains."""
+"""Finds the logit that a method explains."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,21 +23,24 @@ class Target:
         index: (B,) int64, the class explained. For question answering, 0 is the start and 1 the end.
         contrast: (B,) int64, the class whose logit is subtracted, or None.
         logit: (B,), the explained value, in the autograd graph.
+        position: (B,) int64, the token whose logit is explained; None if an example has one set of logits.
     """
 
     index: Tensor
     contrast: Tensor | None
     logit: Tensor
+    position: Tensor | None = None
 
 
 def find_target(
-    output: Any, target: Any, contrast: Index, position: Index, key_mask: Tensor | None
+    who: str, output: Any, target: Any, contrast: Index, position: Index, key_mask: Tensor | None
 ) -> Target:
     """Find the explained logit in the model's output; see `TransformerAttribution.__call__`.
 
     Without a target, the class with the largest logit is explained.
 
     Args:
+        who: name of the method for errors.
         output: the output of the model, with logits (B, C) or (B, n, C), or start_logits and end_logits
             (B, n).
         target, contrast, position: arguments of the user's call.
@@ -50,85 +53,86 @@ def find_target(
         TypeError, ValueError: the output has no logits, or the arguments name none of them.
     """
     if isinstance(output, Mapping) and all(f"{name}_logits" in output for name in SPANS):
-        return _span(output, target, contrast, position, key_mask)
+        return _span(who, output, target, contrast, position, key_mask)
     logits = find_logits(output)
     if logits is None:
         raise ValueError(
-            "TransformerAttribution: the model has no head to explain; it must return logits (B, C) or (B, "
+            f"{who}: the model has no head to explain; it must return logits (B, C) or (B, "
             "n, C), alone or as 'logits', "
             "or start_logits and end_logits"
         )
     batch, device = logits.shape[0], logits.device
+    at = None
     if logits.dim() == 3:
         if position is None:
             raise ValueError(
-                "TransformerAttribution: this model has logits for every token; name the token: position=i, "
+                f"{who}: this model has logits for every token; name the token: position=i, "
                 "or one for each example"
             )
-        at = _indices("position", position, batch, logits.shape[1], device)
-        _check_real(at, key_mask)
+        at = _indices(who, "position", position, batch, logits.shape[1], device)
+        _check_real(who, at, key_mask)
         logits = logits.gather(1, at[:, None, None].expand(-1, 1, logits.shape[2]))[:, 0]
     elif position is not None:
         raise ValueError(
-            "TransformerAttribution: position names a token's logit; this model has one set of logits for "
-            "an example"
+            f"{who}: position names a token's logit; this model has one set of logits for an example"
         )
     if isinstance(target, str):
-        raise TypeError(f"TransformerAttribution: target must be a class index, got {target!r}")
+        raise TypeError(f"{who}: target must be a class index, got {target!r}")
     index = (
-        logits.argmax(-1) if target is None else _indices("target", target, batch, logits.shape[-1], device)
+        logits.argmax(-1)
+        if target is None
+        else _indices(who, "target", target, batch, logits.shape[-1], device)
     )
     logit = logits.gather(1, index[:, None])[:, 0]
     if contrast is None:
-        return Target(index, None, logit)
-    other = _indices("contrast", contrast, batch, logits.shape[-1], device)
+        return Target(index, None, logit, at)
+    other = _indices(who, "contrast", contrast, batch, logits.shape[-1], device)
     require(
         (other != index).all(),
-        lambda: ValueError("TransformerAttribution: contrast must be another class than target"),
+        lambda: ValueError(f"{who}: contrast must be another class than target"),
     )
-    return Target(index, other, logit - logits.gather(1, other[:, None])[:, 0])
+    return Target(index, other, logit - logits.gather(1, other[:, None])[:, 0], at)
 
 
-def _span(output: Any, target: Any, contrast: Index, position: Index, key_mask: Tensor | None) -> Target:
+def _span(
+    who: str, output: Any, target: Any, contrast: Index, position: Index, key_mask: Tensor | None
+) -> Target:
     """Return the start logit (by default) or the end logit of a question answering model.
 
     Without a position, it is the largest one of the real tokens.
     """
     which = SPANS[0] if target is None else target
     if which not in SPANS:
-        raise ValueError(
-            f"TransformerAttribution: target must be 'start' or 'end' for question answering, got {target!r}"
-        )
+        raise ValueError(f"{who}: target must be 'start' or 'end' for question answering, got {target!r}")
     if contrast is not None:
-        raise ValueError("TransformerAttribution: contrast needs classes; question answering has none")
+        raise ValueError(f"{who}: contrast needs classes; question answering has none")
     logits = output.start_logits if which == "start" else output.end_logits
     if position is None:
         real = logits if key_mask is None else logits.masked_fill(~key_mask.to(logits.device), float("-inf"))
         at = real.argmax(-1)
     else:
-        at = _indices("position", position, *logits.shape, logits.device)
-    _check_real(at, key_mask)
-    return Target(torch.full_like(at, SPANS.index(which)), None, logits.gather(1, at[:, None])[:, 0])
+        at = _indices(who, "position", position, *logits.shape, logits.device)
+    _check_real(who, at, key_mask)
+    return Target(torch.full_like(at, SPANS.index(which)), None, logits.gather(1, at[:, None])[:, 0], at)
 
 
-def _indices(name: str, value: Any, batch: int, size: int, device: torch.device) -> Tensor:
+def _indices(who: str, name: str, value: Any, batch: int, size: int, device: torch.device) -> Tensor:
     """Return value as a (B,) int64 tensor, and check that it lies in [0, size)."""
     index = torch.as_tensor(value, device=device)
     if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
-        raise TypeError(f"TransformerAttribution: {name} must be integers, got {index.dtype}")
+        raise TypeError(f"{who}: {name} must be integers, got {index.dtype}")
     if index.dim() == 0:
         index = index.expand(batch)
     if tuple(index.shape) != (batch,):
         shape = tuple(index.shape)
         raise ValueError(
-            f"TransformerAttribution: {name} must be one integer or one for each of {batch} examples, got "
-            f"shape {shape}"
+            f"{who}: {name} must be one integer or one for each of {batch} examples, got shape {shape}"
         )
-    check_range("TransformerAttribution", name, index, size)
+    check_range(who, name, index, size)
     return index.long()
 
 
-def _check_real(at: Tensor, key_mask: Tensor | None) -> None:
+def _check_real(who: str, at: Tensor, key_mask: Tensor | None) -> None:
     if key_mask is not None:
         real = key_mask.gather(1, at[:, None].to(key_mask.device)).all()
-        require(real, lambda: ValueError("TransformerAttribution: position is a padding token"))
+        require(real, lambda: ValueError(f"{who}: position is a padding token"))
