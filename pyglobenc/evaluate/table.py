@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
+import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-COLUMNS = ("method", "metric", "mean", "low", "high", "n", "seconds_per_text")
+from pyglobenc.common.files import write_file
+
+FORMAT, FORMAT_VERSION = "pyglobenc.evaluation", 1
 # The limits of a 95 % interval, in per cent.
 LIMITS = (2.5, 97.5)
 # So many resampled numbers are in memory at a time.
@@ -77,3 +84,76 @@ class EvaluationTable:
     def __repr__(self) -> str:
         methods, metrics = (len({key[i] for key in self.per_text}) for i in (0, 1))
         return f"EvaluationTable({methods} methods, {metrics} metrics)"
+
+    def show(self) -> None:
+        """Print a table for each metric, and the notes. Points of curves are left out."""
+        from pyglobenc.viz.evaluation import show
+
+        show(self.rows, self.notes)
+
+    def to_csv(self, path: str | Path | None = None) -> str:
+        """Return the rows as CSV, with numbers to their last digit, and write them to path if given.
+
+        Raises:
+            OSError: the file can't be written.
+        """
+        out = io.StringIO()
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        writer = csv.DictWriter(out, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        return self._written(path, out.getvalue())
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Return rows, numbers of every text, notes and settings as JSON, and write it to path if given.
+
+        NaN becomes null.
+
+        Raises:
+            OSError: the file can't be written.
+        """
+        per_text = [
+            {"method": method, "metric": metric, "values": values.tolist()}
+            for (method, metric), values in self.per_text.items()
+        ]
+        document = {"format": FORMAT, "format_version": FORMAT_VERSION, "rows": self.rows}
+        document |= {"per_text": per_text, "notes": self.notes, "info": self.info}
+        return self._written(path, json.dumps(_without_nan(document), indent=1, allow_nan=False) + "\n")
+
+    def to_png(self, path: str | Path | None = None) -> bytes:
+        """Return a PNG chart of all rows, and write it to path if given.
+
+        Raises:
+            OSError: the file can't be written.
+        """
+        from pyglobenc.viz.evaluation import png
+
+        picture = png(self.rows)
+        if path is not None:
+            write_file(path, picture)
+        return picture
+
+    def to_html(self, path: str | Path | None = None) -> str:
+        """Return an HTML page with the chart, tables, notes and settings, and write it to path if given.
+
+        Raises:
+            OSError: the file can't be written.
+        """
+        from pyglobenc.viz.evaluation import page
+
+        return self._written(path, page(self.rows, self.notes, self.info))
+
+    @staticmethod
+    def _written(path: str | Path | None, text: str) -> str:
+        if path is not None:
+            write_file(path, text.encode())
+        return text
+
+
+def _without_nan(value: Any) -> Any:
+    """Return a JSON value with None for every NaN."""
+    if isinstance(value, dict):
+        return {name: _without_nan(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
