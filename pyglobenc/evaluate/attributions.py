@@ -117,7 +117,7 @@ class Attributor:
 
     def of(self, model: PreTrainedModel) -> Attributor:
         """Return an attributor of another model, with the same settings."""
-        return Attributor(model, self.tokenizer, self.batch_tokens, self.backend, self.dtype)
+        return type(self)(model, self.tokenizer, self.batch_tokens, self.backend, self.dtype)
 
     def runner(self, method: str) -> Runner:
         """Return the runner of a method.
@@ -171,20 +171,26 @@ class Attributor:
             progress(len(examples))
             return Attributed(None, starts)
         begun, tokens, reasons = time.perf_counter(), np.full(starts[-1], np.nan), {}
-        runner = self.runner(method)
-        classes = [one.target for one in examples] if runner.method.target == "class" else None
-        if classes is not None and None in classes:
-            classes = None
-        for index, fields in self._each(runner, [one.encoded for one in examples], classes):
-            if isinstance(fields, ValueError):
-                reasons[index] = fields
+        for index, row in self._rows(self.runner(method), examples):
+            if isinstance(row, ValueError):
+                reasons[index] = row
             else:
-                tokens[starts[index] : starts[index + 1]] = fields["scores"]
+                tokens[starts[index] : starts[index + 1]] = row
             progress(1)
         if len(reasons) == len(examples):
             raise reasons[0]
         reason = str(reasons[min(reasons)]).removeprefix("explain: ") if reasons else ""
         return Attributed(tokens, starts, time.perf_counter() - begun, reason)
+
+    def _rows(
+        self, runner: Runner, examples: Sequence[Example]
+    ) -> Iterator[tuple[int, np.ndarray | ValueError]]:
+        """Yield the scores (n,) of each example, or the error of an example that is refused."""
+        classes = [one.target for one in examples] if runner.method.target == "class" else None
+        if classes is not None and None in classes:
+            classes = None
+        for index, fields in self._each(runner, [one.encoded for one in examples], classes):
+            yield index, fields if isinstance(fields, ValueError) else fields["scores"]
 
     def _each(
         self, runner: Runner, texts: Sequence[Encoded], classes: Sequence[int] | None

@@ -23,6 +23,9 @@ PROTOCOLS: dict[str, dict[str, Any]] = {"eraser": {"fractions": FRACTIONS, "targ
 NEEDS = {
     "labels": "labels (labels=), and none were given",
     "classifier": "the probabilities of classes",
+    "classes": "the probabilities of classes",
+    "decoder": "a language model with its head (ForCausalLM)",
+    "needles": "needles (needles=), and none were given",
     "rationales": "rationales (rationales=), and none were given",
     "masks": "masks (masks=), and none were given",
 }
@@ -77,7 +80,8 @@ def make_settings(
         notes.append("The tokenizer has no mask token, so removed tokens are deleted (remove='delete').")
         log.warning("evaluate: the tokenizer has no mask token, so removed tokens are deleted")
         remove = "delete"
-    return Settings(fractions, remove, mask_id, words, seed, protocol, top_k), notes
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return Settings(fractions, remove, mask_id, pad_id, words, seed, protocol, top_k), notes
 
 
 def wanted_methods(methods: str | Sequence[str]) -> list[str]:
@@ -110,7 +114,10 @@ def choose_metrics(
     there = {
         "labels": examples[0].label is not None,
         "classifier": examples[0].probabilities is not None,
+        "classes": examples[0].probabilities is not None and examples[0].answer is None,
+        "decoder": examples[0].answer is not None,
         "rationales": any(one.rationale is not None for one in examples),
+        "needles": any(one.needle is not None for one in examples),
         "masks": any(one.mask is not None for one in examples),
     }
     chosen, notes = [], []
@@ -120,7 +127,7 @@ def choose_metrics(
             chosen.append(METRICS[name])
             continue
         reason = NEEDS[missing[0]]
-        if missing[0] == "classifier":
+        if missing[0] in ("classifier", "classes") and why_no_classes:
             reason += f"; {why_no_classes}"
         if asked != ALL:
             raise ValueError(f"evaluate: the metric {name} needs {reason}")

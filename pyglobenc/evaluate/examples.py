@@ -27,6 +27,7 @@ class Settings:
     fractions: tuple[float, ...]
     remove: str = "mask"
     mask_id: int | None = None
+    pad_id: int | None = None
     words: bool = False
     seed: int = 0
     protocol: str | None = None
@@ -67,8 +68,12 @@ class Example:
         target: the class that is explained.
         probabilities: (classes,) float64, of the whole input.
         label: the true class, or None.
-        encoded: the tokens, words and offsets of a text.
+        encoded: the tokens, words and offsets of a text. For a language model, the prompt is followed by the
+            answer without its last token.
+        answer: ids of the answer's tokens, for a language model. The probabilities then hold the answer's
+            alone, as class 0.
         rationale: the words of a text that people marked; None without highlights.
+        needle: (m,) bool, the units that the answer is known to depend on, or None.
         mask: (height, width) bool, or int8 with -1 for pixels that don't count: the true segmentation.
     """
 
@@ -79,7 +84,9 @@ class Example:
     probabilities: np.ndarray
     label: int | None = None
     encoded: Encoded | None = None
+    answer: tuple[int, ...] | None = None
     rationale: Marked | None = None
+    needle: np.ndarray | None = None
     mask: np.ndarray | None = None
 
     @property
@@ -115,11 +122,14 @@ class Metric:
         name: the name that users give.
         summary: one line, with the paper.
         value: function of an example, a method's scores, the probabilities (queries, classes) of the masked
-            copies, and the settings. It returns a number, or a dict of numbers: the number at key becomes the
-            row name.key, and the one at "" becomes the row name. NaN leaves the example out and counts it.
+            copies, and the settings. A metric that needs a decoder gets the answer's log-probabilities
+            (queries, 1) instead, because the probability of a long answer may be 0 in float64. It returns a
+            number, or a dict of numbers: the number at key becomes the row name.key, and the one at "" becomes
+            the row name. NaN leaves the example out and counts it.
         queries: function of an example, scores and settings. It returns the masked copies that the metric
             needs, each as (m,) bool, True for units that stay. None: the metric needs no forward pass.
-        needs: what must be there, of "labels", "rationales", "masks", "classifier" and "decoder".
+        needs: what must be there, of "labels", "rationales", "needles", "masks", "classifier" (the
+            probability of what is explained), "classes" (those of all classes) and "decoder".
         references: names of methods whose scores are computed too, for `Scores.references`.
         single: whether the metric is also defined for an example with fewer than two units.
     """

@@ -52,9 +52,9 @@ class Forwards:
         self.asked = self.done = 0
         self.seconds = self.in_model = 0.0
 
-    def check_removal(self, remove: str) -> None:
+    def check_removal(self, settings: Settings) -> None:
         """Raise ValueError if the model can't hide tokens, as remove="pad" does."""
-        if remove == "pad" and not self.masks:
+        if settings.remove == "pad" and not self.masks:
             name = type(self.called).__name__
             raise ValueError(f"evaluate: remove='pad' needs an attention mask, and {name} takes none")
 
@@ -71,8 +71,11 @@ class Forwards:
 
     def probabilities(self, sequences: Sequences, progress: Progress = lambda count: None) -> np.ndarray:
         """Return the class probabilities of sequences, (N, classes); arguments and errors as for `logits`."""
-        logits = torch.from_numpy(self.logits(sequences, progress))
-        chances = probabilities(self.model.config, logits)
+        return self.chances(self.logits(sequences, progress))
+
+    def chances(self, logits: np.ndarray) -> np.ndarray:
+        """Return the class probabilities of logits (N, classes); NoClasses if there are none."""
+        chances = probabilities(self.model.config, torch.from_numpy(logits))
         if chances is None:
             raise NoClasses(f"the head of {type(self.model).__name__} is a regression")
         return chances.numpy()
@@ -168,7 +171,8 @@ def masked_copy(example: Example, stays: np.ndarray, settings: Settings) -> dict
         example: the text.
         stays: (m,) bool, True for units that stay.
         settings: "mask" replaces the tokens by the mask token. "delete" takes them out, so that later tokens
-            move up. "pad" hides them through the attention mask, and the other tokens keep their positions.
+            move up. "pad" hides them through the attention mask, and the other tokens keep their positions;
+            for a language model it replaces them by the padding token, as FlashTrace does.
 
     Returns:
         The inputs by name, with at most n numbers each.
@@ -180,11 +184,12 @@ def masked_copy(example: Example, stays: np.ndarray, settings: Settings) -> dict
             name: [value for value, here in zip(column, present, strict=True) if here]
             for name, column in example.inputs.items()
         }
-    if settings.remove == "pad":
+    if settings.remove == "pad" and example.answer is None:
         return example.inputs | {"attention_mask": [int(here) for here in present]}
     ids = example.inputs["input_ids"]
+    other = settings.pad_id if settings.remove == "pad" else settings.mask_id
     return example.inputs | {
-        "input_ids": [value if here else settings.mask_id for value, here in zip(ids, present, strict=True)]
+        "input_ids": [value if here else other for value, here in zip(ids, present, strict=True)]
     }
 
 
@@ -223,10 +228,12 @@ def measure(
                         asked.append((method, metric, one, draw, copies))
     forwards.asked += sum(len(places) for *_, places in asked) - len(pool)
     report = partial(progress, total=len(pool))
-    chances = forwards.probabilities(pool, report) if pool else np.zeros((0, 0))
+    logits = forwards.logits(pool, report) if pool else np.zeros((0, 0))
+    chances = forwards.chances(logits) if pool else logits
     draws: dict[tuple[str, str, int], list[float]] = {}
     for method, metric, one, draw, places in asked:
-        value = metric.value(one, draw, chances[places], settings)
+        given = logits if "decoder" in metric.needs else chances
+        value = metric.value(one, draw, given[places], settings)
         for key, number in (value if isinstance(value, dict) else {"": value}).items():
             name = f"{metric.name}.{key}" if key else metric.name
             draws.setdefault((method, name, one.index), []).append(number)

@@ -96,7 +96,8 @@ def kept_steps(
     from pyglobenc.scale.corpus.shards import locked
 
     rows = [
-        (one.inputs, one.units.tolist(), one.target, one.label, one.rationale and one.rationale.listed())
+        (one.inputs, one.units.tolist(), one.target, one.label)
+        + (one.rationale and one.rationale.listed(), None if one.needle is None else one.needle.tolist())
         for one in examples
     ]
     data = hashlib.sha256(json.dumps(rows).encode()).hexdigest()

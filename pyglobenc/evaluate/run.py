@@ -52,6 +52,8 @@ def evaluate(
     labels: Sequence[int | str] | None = None,
     rationales: Sequence[Sequence[Span] | None] | None = None,
     top_k: int | float | None = None,
+    answers: Sequence[str] | None = None,
+    needles: Sequence[Sequence[Span] | None] | None = None,
     protocol: str | None = None,
     sanity: bool = False,
     long: str = "error",
@@ -87,6 +89,11 @@ def evaluate(
             pairs (start, stop), or None. `pyglobenc.evaluate.readers` reads published data sets.
         top_k: how many words are compared with the rationale: a number of words; a share of the text's words
             as a float below 1; or None for as many words as the text's rationale holds.
+        answers: for a language model, the text that follows each of the texts; the probability of all its
+            tokens is explained. None: that of the next token, which is the most probable one, or the id that
+            `target` names.
+        needles: for each text, the characters that the answer is known to depend on: a list of pairs (start,
+            stop), or None.
         protocol: name of a published protocol in PROTOCOLS, whose settings are then required.
         sanity: also make the weights of a copy of the model random, from the head downwards, and correlate
             the scores with the model's own. The rows sanity.1, sanity.2 and so on hold Spearman correlations.
@@ -108,6 +115,13 @@ def evaluate(
             model or every text, or the output folder belongs to another evaluation.
     """
     # These imports take seconds.
+    from pyglobenc.evaluate.answers import (
+        AnswerAttributor,
+        AnswerForwards,
+        answer_examples,
+        is_language_model,
+        with_needles,
+    )
     from pyglobenc.evaluate.attributions import Attributor
     from pyglobenc.evaluate.forwards import Forwards
     from pyglobenc.evaluate.sanity import sanity_checks
@@ -118,11 +132,21 @@ def evaluate(
     check_count("batch_tokens", batch_tokens, 1)
     settings, notes = make_settings(tokenizer, fractions, remove, words, seed, protocol, top_k)
     wanted = wanted_methods(methods)
-    forwards = Forwards(model, batch_tokens)
-    forwards.check_removal(settings.remove)
-    attributor = Attributor(model, tokenizer, batch_tokens, backend, dtype)
+    language = is_language_model(model)
+    if answers is not None and not language:
+        raise ValueError("evaluate: answers need a language model with its head (ForCausalLM)")
+    forwards = (AnswerForwards if language else Forwards)(model, batch_tokens)
+    forwards.check_removal(settings)
+    attributor_kind = AnswerAttributor if language else Attributor
+    attributor = attributor_kind(model, tokenizer, batch_tokens, backend, dtype)
     encoded = encode_texts(attributor, texts, max_length, long)
-    examples, note = text_examples(attributor, forwards, encoded, labels, target, settings)
+    if language:
+        examples, note = answer_examples(
+            attributor, forwards, encoded, answers, target, labels, settings, max_length
+        )
+    else:
+        examples, note = text_examples(attributor, forwards, encoded, labels, target, settings)
+    examples = with_needles(examples, needles)
     examples = with_rationales(examples, rationales, tokenizer.unk_token_id)
     chosen, left_out = choose_metrics(metrics, examples, forwards.why_no_classes)
     described = {

@@ -1,8 +1,10 @@
 """The metrics by name. A new one is a function, and a line in its module's METRICS."""
 
 from pyglobenc.evaluate.examples import Metric
-from pyglobenc.evaluate.metrics import perturbation, rationales
+from pyglobenc.evaluate.metrics import decoders, perturbation, rationales
 
-METRICS: dict[str, Metric] = {metric.name: metric for metric in (*perturbation.METRICS, *rationales.METRICS)}
+METRICS: dict[str, Metric] = {
+    metric.name: metric for metric in (*perturbation.METRICS, *rationales.METRICS, *decoders.METRICS)
+}
 
 __all__ = ["METRICS"]

@@ -110,7 +110,7 @@ METRICS = (
         "higher is better",
         flips,
         without_tops,
-        CLASSIFIER,
+        CLASSIFIER | {"classes"},
     ),
     Metric(
         "positive-perturbation",

@@ -55,48 +55,16 @@ def with_rationales(
         N examples; `Example.rationale` is None without highlights.
 
     Raises:
-        TypeError, ValueError: there are fewer or more rationales than texts; a span isn't a pair of integers,
-            or lies outside its text; a text is a pair of texts; or the tokenizer doesn't tell the characters
-            of its tokens. The message names the text.
+        TypeError, ValueError: as `checked_spans`.
     """
-    if rationales is None:
-        return examples
-    if not _is_list(rationales):
-        raise TypeError(
-            f"evaluate: rationales must be a list of one list for each text, got {type(rationales).__name__}"
-        )
-    if len(rationales) != len(examples):
-        raise ValueError(f"evaluate: there are {len(examples)} texts and {len(rationales)} rationales")
     return [
-        one
-        if rationale is None
-        else replace(one, rationale=_mark(one.encoded, rationale, unknown_id, f"text {number}"))
-        for number, (one, rationale) in enumerate(zip(examples, rationales, strict=True), 1)
+        replace(one, rationale=_mark(one.encoded, spans, unknown_id)) if spans else one
+        for one, spans in zip(examples, checked_spans(examples, rationales, "rationales"), strict=True)
     ]
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
-
-
-def _mark(encoded: Encoded, rationale: Any, unknown_id: int | None, name: str) -> Marked | None:
-    """Check the highlights of one text; return None if they touch no word."""
-    if encoded.text_pair is not None:
-        raise ValueError(f"evaluate: {name} is a pair of texts, and rationales belong to a single text")
-    if encoded.offsets is None:
-        raise ValueError("evaluate: rationales need a fast tokenizer, which knows its tokens' characters")
-    if not _is_list(rationale):
-        raise TypeError(f"evaluate: rationale of {name} must be a list or None, got {rationale!r}")
-    for span in rationale:
-        if not _is_list(span) or len(span) != 2 or any(type(number) is not int for number in span):
-            raise TypeError(
-                f"evaluate: rationale of {name} must hold pairs (start, stop) of characters, got {span!r}"
-            )
-        if not 0 <= span[0] < span[1] <= len(encoded.text):
-            raise ValueError(
-                f"evaluate: rationale of {name} has the span {tuple(span)}, which doesn't lie in the text's "
-                f"{len(encoded.text)} characters"
-            )
+def _mark(encoded: Encoded, rationale: Sequence[Span], unknown_id: int | None) -> Marked | None:
+    """Return the highlights of one text by words; None if they touch no word."""
     words = split_words(encoded.text)
     spans = highlighted(words, rationale)
     truth = np.zeros(len(words), dtype=bool)
@@ -104,6 +72,62 @@ def _mark(encoded: Encoded, rationale: Any, unknown_id: int | None, name: str) -
         truth[span.start : span.stop] = True
     unknown = np.equal(encoded.inputs["input_ids"], -1 if unknown_id is None else unknown_id)
     return Marked(words, spans, truth, unknown) if spans else None
+
+
+def checked_spans(examples: Sequence[Example], given: Any, what: str) -> list[list[Span]]:
+    """Check the spans of characters that a user gave for each text, and return them.
+
+    Args:
+        examples: N texts.
+        given: for each text, pairs (start, stop) of characters, or None; or None for all texts.
+        what: name of the argument for messages.
+
+    Returns:
+        N lists of pairs.
+
+    Raises:
+        TypeError, ValueError: there are fewer or more entries than texts; a span isn't a pair of integers, or
+            lies outside its text; a text is a pair of texts; or the tokenizer doesn't tell the characters of
+            its tokens. The message names the text.
+    """
+    if given is None:
+        return [[] for _ in examples]
+    if not _is_list(given):
+        raise TypeError(
+            f"evaluate: {what} must be a list of one list for each text, got {type(given).__name__}"
+        )
+    if len(given) != len(examples):
+        raise ValueError(f"evaluate: there are {len(examples)} texts and {len(given)} {what}")
+    return [
+        [] if spans is None else _checked(one.encoded, spans, f"{what[:-1]} of text {number}", what)
+        for number, (one, spans) in enumerate(zip(examples, given, strict=True), 1)
+    ]
+
+
+def _checked(encoded: Encoded, spans: Any, name: str, what: str) -> list[Span]:
+    if encoded.text_pair is not None:
+        raise ValueError(f"evaluate: {name} belongs to a pair of texts; {what} are for single texts")
+    if encoded.offsets is None:
+        raise ValueError(f"evaluate: {what} need a fast tokenizer, which knows its tokens' characters")
+    if not _is_list(spans):
+        raise TypeError(f"evaluate: {name} must be a list or None, got {spans!r}")
+    for span in spans:
+        if not _is_list(span) or len(span) != 2 or not all(_is_integer(number) for number in span):
+            raise TypeError(f"evaluate: {name} must hold pairs (start, stop) of characters, got {span!r}")
+        if not 0 <= span[0] < span[1] <= len(encoded.text):
+            raise ValueError(
+                f"evaluate: {name} has the span ({span[0]}, {span[1]}), which doesn't lie in the text's "
+                f"{len(encoded.text)} characters"
+            )
+    return [(int(start), int(stop)) for start, stop in spans]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def split_words(text: str) -> list[Span]:
