@@ -286,6 +286,14 @@ def pack(who: str, model: nn.Module, batch: Mapping[str, Any]) -> Packed:
     )
 
 
+def in_order(index: Any, order: list[int]) -> Any:
+    """Return the classes (S,) in the order in which the sequences are packed; one class stays as it is."""
+    if index is None or isinstance(index, str):
+        return index
+    index = torch.as_tensor(index)
+    return index[order] if index.shape == (len(order),) else index
+
+
 def _check_types(who: str, model: PreTrainedModel, columns: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the columns, without token types if the model doesn't take them and they are all 0."""
     if "token_type_ids" in signature(model.base_model.forward).parameters:

@@ -19,7 +19,7 @@ from pyglobenc.hf.unwrap import stock_model
 from pyglobenc.methods.arguments import model_inputs, packed_inputs, run_model
 from pyglobenc.methods.head import find_logits
 from pyglobenc.methods.inputs import check_batch, check_model
-from pyglobenc.methods.packing import Packed, pack
+from pyglobenc.methods.packing import Packed, in_order, pack
 from pyglobenc.methods.precision.relevance_error import ObservedRules
 from pyglobenc.methods.precision.reliability import (
     MODES,
@@ -186,7 +186,7 @@ class TransformerAttribution:
             )
         with torch.inference_mode(False):
             packed = pack(who, self.model, batch)
-        explained = (*(_in_order(index, packed.order) for index in (target, contrast)), None)
+        explained = (*(in_order(index, packed.order) for index in (target, contrast)), None)
         how = self._error_method(reliability, chosen, packed.inputs)
         whole = self._attribute(
             packed, explained, chosen, start_layer, layers, (), None if how == "estimated" else how
@@ -348,11 +348,3 @@ class TransformerAttribution:
             )
         rows = torch.arange(first.shape[0], device=first.device)
         return {**batch, **{name: value[rows, index][:, None] for name, value in inputs.items()}}, 0, None
-
-
-def _in_order(index: Any, order: list[int]) -> Any:
-    """Return the classes (S,) in the order in which the sequences are packed; one class stays as it is."""
-    if index is None or isinstance(index, str):
-        return index
-    index = torch.as_tensor(index)
-    return index[order] if index.shape == (len(order),) else index

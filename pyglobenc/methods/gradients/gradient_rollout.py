@@ -1,0 +1,206 @@
+"""Gradient-weighted rollout of attention (Chefer, Gur and Wolf, ICCV 2021), for every known architecture.
+
+    A = mean_h max(alpha * grad_alpha, 0),    R = (I + A_L) ... (I + A_1)
+
+alpha are the attention probabilities and grad_alpha the gradient of the explained logit with respect to them
+(eq. 5 and 6 of "Generic attention-model explainability", the rule of self-attention). The scores are the row
+of R of the token that the head reads. The paper applies the rule to encoders; here it also stands for causal
+masks, windows, grouped queries and soft caps, which it covers without change.
+
+The method takes one forward and one backward pass, and one pass over the pairs. grad_alpha[i,j] is
+<grad_o[i], v[j]>, so that no (n, n) array is stored.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyglobenc.backends.shared.packing import per_token, real_tokens, sequence_sums
+from pyglobenc.backends.shared.score_mods import to_dtype
+from pyglobenc.common.arguments import known_arguments
+from pyglobenc.common.autocast import outside_autocast
+from pyglobenc.hf import LayerTrace, find_layers
+from pyglobenc.hf.limits import weights_named
+from pyglobenc.methods.arguments import model_inputs, packed_inputs
+from pyglobenc.methods.differentiable import Recorded, attention_gradients, graph_inputs, record_forward
+from pyglobenc.methods.head import detached, find_logits, tokens_read
+from pyglobenc.methods.inputs import check_batch, check_model, default_rows, require_finite, unnamed_rows
+from pyglobenc.methods.packing import Packed, in_order, pack
+from pyglobenc.methods.precision.reliability import warn_of_nothing
+from pyglobenc.methods.relevance.result import RelevanceResult, of_sequences
+from pyglobenc.methods.relevance.target import Index, Target, find_target
+from pyglobenc.ops import relevance_rollout_step
+
+WHO = "GradientRollout"
+
+
+class GradientRollout:
+    """Gradient-weighted rollout of a model of any known architecture (Chefer et al., ICCV 2021).
+
+    Args:
+        model: a model with a head, or a user's module with a head of its own around one, in evaluation mode.
+            It is not changed.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+        dtype: dtype of the rollout's arithmetic. None means float32, or float64 for a float64 model. The
+            model itself runs in its own dtype.
+
+    Raises:
+        TypeError, ValueError: an unknown architecture or backend, or a model in training mode.
+    """
+
+    @known_arguments
+    def __init__(self, model: nn.Module, backend: str = "auto", dtype: torch.dtype | None = None):
+        self.model = check_model(WHO, model, backend, dtype)
+        self.depth = len(find_layers(self.model))
+        self.backend, self.dtype = backend, dtype
+
+    @outside_autocast
+    def __call__(
+        self,
+        *,
+        target: Any = None,
+        contrast: Index = None,
+        position: Index = None,
+        start_layer: int = 0,
+        **batch: Any,
+    ) -> RelevanceResult:
+        """Attribute one logit of each example to its tokens.
+
+        Args:
+            target, contrast, position: as for `TransformerAttribution`. The default position of a causal
+                language model is the last real token, whose logits are those of the next token.
+            start_layer: the lowest layer of the rollout.
+            batch: the model's inputs, as its tokenizer or image processor returns them: input_ids and
+                attention_mask (B, n), or pixel_values (B, channels, height, width).
+
+        Returns:
+            RelevanceResult with scores (B, n), the row of R of the token that the head reads. For a head
+            that reads a mean of tokens it is the mean of their rows, and for the heads of transformers that
+            read otherwise it is the default row of `GlobEnc`. For images n counts the special tokens too.
+
+        Raises:
+            TypeError, ValueError: an index is out of range, the model can't take the input, the head reads
+                tokens in unequal shares, or a score or a logit is not finite.
+        """
+        batch = model_inputs(WHO, self.model, batch, GradientRollout.__call__)
+        self._check_layer(start_layer)
+        check_batch(WHO, self.model, batch)
+        return self._attribute(graph_inputs(batch), (target, contrast, position), start_layer)
+
+    @outside_autocast
+    def packed(
+        self, *, target: Any = None, contrast: Index = None, start_layer: int = 0, **batch: Any
+    ) -> list[RelevanceResult]:
+        """Attribute one logit of each of S sequences, packed end to end so that there is no padding.
+
+        Args:
+            target, contrast: classes, one for all sequences or (S,).
+            start_layer: as for a batch.
+            batch: the model's inputs by name, each a list with one entry for each sequence.
+
+        Returns:
+            S results of batch size 1, with scores (1, n), in the order of the sequences. Each is what the
+            sequence gives alone.
+
+        Raises:
+            TypeError, ValueError: as for a batch, or the model can't take packed sequences or has no single
+                set of logits for a sequence.
+        """
+        batch = packed_inputs(WHO, batch, GradientRollout.packed)
+        self._check_layer(start_layer)
+        with torch.inference_mode(False):
+            packed = pack(WHO, self.model, batch)
+        explained = (in_order(target, packed.order), in_order(contrast, packed.order), None)
+        return of_sequences(self._attribute(packed, explained, start_layer), packed)
+
+    def _check_layer(self, start_layer: int) -> None:
+        if isinstance(start_layer, bool) or not isinstance(start_layer, int):
+            raise TypeError(f"{WHO}: start_layer must be an integer, got {start_layer!r}")
+        if not 0 <= start_layer < self.depth:
+            raise ValueError(
+                f"{WHO}: start_layer must lie in [0, {self.depth}), the model's layers, got {start_layer}"
+            )
+
+    def _attribute(
+        self, batch: Mapping[str, Any] | Packed, explained: tuple[Any, Index, Index], start_layer: int
+    ) -> RelevanceResult:
+        with weights_named(self.model), torch.inference_mode(False), torch.enable_grad():
+            run = record_forward(WHO, self.model, batch)
+            layers = run.trace.layers
+            cu_seqlens = layers[0].cu_seqlens
+            mask = layers[0].key_mask if cu_seqlens is None else real_tokens(cu_seqlens)
+            chosen = self._target(run, explained, mask)
+            rows = self._rows(run, chosen, mask)
+            grads = attention_gradients(chosen.logit, run, start_layer)
+        with torch.no_grad():
+            start = _unit_rows(rows, layers[-1], self._arithmetic(layers[-1]))
+            row = self._roll_out(layers[start_layer:], grads[start_layer:], start)
+            reached = (row != start)[:, 0]
+            if cu_seqlens is None:
+                nothing = ~reached.any(1)
+                unreached = nothing[:, None]
+            else:
+                nothing = sequence_sums(reached.double(), cu_seqlens) == 0
+                unreached = per_token(nothing[:, None], cu_seqlens)[:, 0]
+            scores = row[:, 0].masked_fill(unreached, 0)
+        logit = chosen.logit.detach()
+        require_finite(WHO, self.model, (scores, logit))
+        warn_of_nothing(WHO, nothing)
+        return RelevanceResult(
+            scores, chosen.index, _positions(rows, cu_seqlens), logit, nothing, output=detached(run.output)
+        )
+
+    def _target(self, run: Recorded, explained: tuple[Any, Index, Index], mask: Tensor | None) -> Target:
+        """Return the explained logit; a causal model's token logits are those of the last real token."""
+        target, contrast, position = explained
+        logits, last = find_logits(run.output), run.trace.layers[-1]
+        if position is None and logits is not None and logits.dim() == 3 and last.window[1] == 0:
+            position = default_rows(last)[:, 0]
+        return find_target(run.output, target, contrast, position, mask)
+
+    def _rows(self, run: Recorded, chosen: Target, mask: Tensor | None) -> Tensor:
+        """Return the rows of R that the head reads, as `unnamed_rows` returns them."""
+        logits = find_logits(run.output)
+        # One logit of a token is followed alone, since the other tokens' logits read other rows.
+        followed = logits if logits is not None and logits.dim() == 2 else chosen.logit[:, None]
+        read = tokens_read(WHO, self.model, run.record, followed, mask)
+        return unnamed_rows(WHO, None, run.trace.layers[-1], read)
+
+    def _arithmetic(self, layer: LayerTrace) -> torch.dtype:
+        return self.dtype or (torch.float64 if layer.q.dtype == torch.float64 else torch.float32)
+
+    def _roll_out(self, layers: list[LayerTrace], grads: list[Tensor], r: Tensor) -> Tensor:
+        """Multiply r (B, 1, n) by I + A of each layer, last layer first."""
+        for layer, grad in zip(reversed(layers), reversed(grads), strict=True):
+            tensors = (t.detach().to(r.dtype) for t in (layer.q, layer.k, layer.v, layer.lse, grad))
+            mod = layer.score_mod
+            r = relevance_rollout_step(
+                r.to(grad.device),
+                *tensors,
+                None,
+                key_mask=layer.key_mask,
+                scaling=layer.scaling,
+                window=layer.window,
+                cu_seqlens=layer.cu_seqlens,
+                score_mod=None if mod is None else to_dtype(mod, r.dtype),
+                backend=self.backend,
+            )
+        return r
+
+
+def _unit_rows(rows: Tensor, layer: LayerTrace, dtype: torch.dtype) -> Tensor:
+    """Return the rows of the identity at positions rows, or the mean that rows gives, (B, 1, n)."""
+    if rows.is_floating_point():
+        return rows.to(dtype)
+    size, n = layer.q.shape[0], layer.q.shape[2]
+    index = rows[:, None] if layer.cu_seqlens is None else rows.T[None].to(layer.q.device)
+    return torch.zeros(size, 1, n, dtype=dtype, device=layer.q.device).scatter_(2, index, 1)
+
+
+def _positions(rows: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
+    """Return the position in its own sequence of each row (B, 1), or None for a mean of tokens."""
+    if rows.is_floating_point():
+        return None
+    return rows[:, 0] if cu_seqlens is None else rows[:, 0] - cu_seqlens[:-1].to(rows.device)
