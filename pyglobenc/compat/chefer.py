@@ -336,7 +336,7 @@ def _grad_cam(layer: LayerTrace, grad_o: Tensor) -> Tensor:
     n = layer.q.shape[2]
     weights = (grad_o.sum(2) * layer.v.sum(2)).sum(-1)[..., None, None] / n**2
     tiles = probability_tiles(layer.q, layer.k, layer.lse, layer.key_mask, layer.scaling, layer.window)
-    maps = [(alpha * weights).mean(1).clamp(min=0) for _, _, alpha in tiles]
+    maps = [(alpha * weights).mean(1).clamp(min=0) for *_, alpha in tiles]
     low = torch.stack([m.amin((1, 2)) for m in maps]).amin(0)[:, None]
     high = torch.stack([m.amax((1, 2)) for m in maps]).amax(0)[:, None]
     return (maps[0][:, 0] - low) / (high - low)

@@ -37,7 +37,7 @@ class Recorded:
     attended: dict[int, Tensor]
 
 
-def graph_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+def _graph_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return a batch whose tensors, of any shapes, may be part of an autograd graph.
 
     A tensor that was made in inference mode can't be, so it is copied.
@@ -101,7 +101,10 @@ def record_forward(
         if wide and next(stock.parameters()).dtype != torch.float64:
             stack.enter_context(WideParameters(torch.float64))
         stack.enter_context(callers_autocast())
-        output = run_model(model, batch) if cu_seqlens is None else run_packed(model, batch, record)
+        if cu_seqlens is None:
+            output = run_model(model, _graph_inputs(batch))
+        else:
+            output = run_packed(model, batch, record)
         return Recorded(trace, record, output, attended)
 
 

@@ -241,7 +241,12 @@ def detached(output: Any) -> Any:
 
 
 def tokens_read(
-    who: str, model: nn.Module, record: HeadRecord, logits: Tensor, key_mask: Tensor | None
+    who: str,
+    model: nn.Module,
+    record: HeadRecord,
+    logits: Tensor,
+    key_mask: Tensor | None,
+    advice: str = "; name the tokens: targets=[0], or targets='mean'",
 ) -> Tensor | None:
     """Find what a head reads of the last layer's output, if it returns one set of logits an example.
 
@@ -250,6 +255,7 @@ def tokens_read(
         model, record: the model that ran, and the record of its forward pass.
         logits: (B, C).
         key_mask: (B, n) bool, True for real tokens, or None.
+        advice: end of an error message, on what the user can do.
 
     Returns:
         The position of the one token that is read, (B, 1) int64. For a mean or sum of several tokens, the
@@ -261,7 +267,7 @@ def tokens_read(
     """
 
     def refuse(reason: str) -> ValueError:
-        return ValueError(f"{who}: {reason}; name the tokens: targets=[0], or targets='mean'")
+        return ValueError(f"{who}: {reason}{advice}")
 
     why = record.way(logits)
     if why is not None:

@@ -1,12 +1,14 @@
-"""Gradient-weighted rollout equals the paper's equations on the attention probabilities that a model returns."""
+"""Gradient-weighted rollout equals the paper's equations on stored attention probabilities."""
 
 import pytest
 import torch
+import transformers
 from models import ARCHITECTURES, CAUSAL, IMAGES, PRE_NORM, build, random_batch
 from published import Float64Throughout
 from torch import nn
 
 from pyglobenc.methods.gradients.gradient_rollout import GradientRollout
+from pyglobenc.methods.precision.reliability import NoRelevanceWarning
 
 ALL = [*ARCHITECTURES, *PRE_NORM, *IMAGES]
 
@@ -92,3 +94,93 @@ def test_a_mean_of_tokens_is_the_mean_of_their_rows(name):
         result = GradientRollout(model)(**batch, target=2)
         assert result.position is None
         assert_equal(result.scores, direct(model, batch, 2))
+
+
+@pytest.mark.parametrize("name", [name for name in CAUSAL if not name.startswith(("qwen3", "gemma"))])
+def test_a_language_model_explains_its_next_token(name):
+    model = build(name)
+    batch = random_batch(model, batch=2, n=9, pads=[0, 3])
+    explain = GradientRollout(model)
+    result = explain(**batch)
+    assert result.position.tolist() == [8, 5]
+    assert (
+        result.target.tolist()
+        == result.output.logits[torch.tensor([0, 1]), result.position].argmax(-1).tolist()
+    )
+    earlier = explain(**batch, position=[3, 4], target=7)
+    # A query sees no later key, and its row of R has no entry there.
+    assert (earlier.scores[0, 4:] == 0).all() and (earlier.scores[1, 5:] == 0).all()
+    for row, end in ((0, 4), (1, 5)):
+        alone = {key: value[row : row + 1, :end] for key, value in batch.items()}
+        assert_equal(earlier.scores[row, :end], explain(**alone, target=7).scores[0])
+
+
+@pytest.mark.parametrize("name", ["roberta", "nomic-bert", "modernbert"])
+def test_packed_and_padded_sequences_get_what_each_gets_alone(name):
+    model = build(name)
+    lengths = [11, 5, 8]
+    batch = random_batch(model, batch=3, n=11, pads=[0, 6, 3])
+    explain = GradientRollout(model)
+    padded = explain(**batch, target=1)
+    lists = [row[:length].tolist() for row, length in zip(batch["input_ids"], lengths, strict=True)]
+    packed = explain.packed(input_ids=lists, target=1)
+    for index, ids in enumerate(lists):
+        alone = explain(input_ids=torch.tensor([ids]), target=1)
+        assert_equal(padded.scores[index, : len(ids)], alone.scores[0])
+        assert (padded.scores[index, len(ids) :] == 0).all()
+        assert_equal(packed[index].scores[0], alone.scores[0])
+        assert torch.equal(packed[index].position, alone.position)
+
+
+def test_the_model_is_left_as_it_was():
+    model = build("llama", torch.float32)
+    model.get_output_embeddings().weight.requires_grad_(False)
+    flags = [p.requires_grad for p in model.parameters()]
+    with torch.inference_mode():
+        batch = random_batch(model, batch=1, n=6)
+        GradientRollout(model)(**batch)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_half_precision_and_float64_arithmetic():
+    exact_model = build("llama", torch.float64)
+    batch = random_batch(exact_model, batch=2, n=9)
+    exact = GradientRollout(exact_model)(**batch, target=3)
+    for dtype, digits in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32)):
+        scores = GradientRollout(build("llama", dtype))(**batch, target=3).scores
+        assert scores.dtype == digits
+    assert (
+        GradientRollout(build("llama", torch.float32), dtype=torch.float64)(**batch).scores.dtype
+        == torch.float64
+    )
+    single = GradientRollout(build("llama", torch.float32))(**batch, target=3).scores
+    assert_equal(single.double(), exact.scores, 1e-4)
+
+
+def test_no_gradient_is_no_relevance():
+    model = classifier("bert", "first")
+    for layer in model.encoder.encoder.layer:
+        torch.nn.init.zeros_(layer.attention.output.dense.weight)
+    with pytest.warns(NoRelevanceWarning):
+        result = GradientRollout(model)(**random_batch(model.encoder, batch=2, n=7), target=0)
+    assert result.nothing.all() and (result.scores == 0).all()
+
+
+def test_refusals():
+    model = classifier("bert", "first")
+    batch = random_batch(model.encoder, batch=2, n=7)
+    explain = GradientRollout(model)
+    for arguments, message in (
+        (dict(start_layer=3), "start_layer must lie in"),
+        (dict(target=3), "target"),
+        (dict(position=0), "position names a token's logit"),
+        (dict(layer=1), "layer"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            explain(**batch, **arguments)
+    with pytest.raises(ValueError, match="no head to explain"):
+        GradientRollout(model.encoder)(**batch)
+    with pytest.raises(ValueError, match="name the token: position"):
+        masked = transformers.BertForMaskedLM(model.encoder.config).double().eval()
+        GradientRollout(masked)(**batch)

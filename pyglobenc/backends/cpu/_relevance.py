@@ -1,5 +1,6 @@
 """Tiles that the relevance ops of attention share: torch's GEMMs, and one pass of C++ between them."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -8,21 +9,23 @@ from torch import Tensor
 
 from pyglobenc.backends.cpu._extension import kernels
 from pyglobenc.backends.inputs import RelevanceInputs
+from pyglobenc.backends.shared.masks import visible_keys
 from pyglobenc.backends.shared.relevance_tiles import MIN_QUERIES, TILE_FLOATS, of_queries
 
 
 @dataclass
 class Tile:
-    """The pairs of a block of I queries with all keys.
+    """The pairs of a block of I queries with the J keys that their window reaches.
 
     Attributes:
-        rows: the range of the queries.
-        alpha: attention probabilities, (B, H, I, n), undefined without sums.
-        u: U of `relevance_attention`, (B, H, I, n), undefined without sums.
-        weighted: A, (B, I, n).
+        rows, cols: the ranges of the queries and of the keys.
+        alpha: attention probabilities, (B, H, I, J), undefined without sums.
+        u: U of `relevance_attention`, (B, H, I, J), undefined without sums.
+        weighted: A, (B, I, J).
     """
 
     rows: slice
+    cols: slice
     alpha: Tensor
     u: Tensor
     weighted: Tensor
@@ -31,7 +34,7 @@ class Tile:
 def query_tiles(
     inputs: RelevanceInputs, positions: Tensor | None = None, sums: Tensor | None = None
 ) -> Iterator[Tile]:
-    """Yield the tiles of blocks of queries with all keys.
+    """Yield the tiles of blocks of queries with the keys that they see.
 
     Args:
         inputs: tensors of the layer.
@@ -40,7 +43,7 @@ def query_tiles(
             U are not computed.
 
     Yields:
-        Tiles of I queries with all keys. The next tile overwrites alpha and u.
+        Tiles of I queries. The next tile overwrites alpha and u.
     """
     q, lse, s, grad_o = of_queries(inputs, positions)
     (batch, heads, m, _), n = q.shape, inputs.k.shape[2]
@@ -50,18 +53,20 @@ def query_tiles(
     memory = [q.new_empty(batch * heads * block * n) for _ in range(2 if grad_o is None else 3)]
 
     def product(slot: int, a: Tensor, b: Tensor) -> Tensor:
-        return torch.matmul(
-            a, b, out=memory[slot][: batch * heads * a.shape[2] * n].view(batch, heads, a.shape[2], n)
-        )
+        sizes = (batch, heads, a.shape[2], b.shape[3])
+        return torch.matmul(a, b, out=memory[slot][: math.prod(sizes)].view(sizes))
 
     for start in range(0, m, max(1, block)):
         part = slice(start, min(m, start + block))
-        dots, relevance = product(0, q[:, :, part], keys), product(1, s[:, :, part], values)
-        gradient = None if grad_o is None else product(2, grad_o[:, :, part], values)
-        weighted = q.new_empty(batch, part.stop - start, n)
+        cols = slice(0, n) if positions is not None else visible_keys(part, n, inputs.window)
+        seen_keys, seen_values = keys[..., cols], values[..., cols]
+        dots, relevance = product(0, q[:, :, part], seen_keys), product(1, s[:, :, part], seen_values)
+        gradient = None if grad_o is None else product(2, grad_o[:, :, part], seen_values)
+        weighted = q.new_empty(batch, part.stop - start, cols.stop - cols.start)
         if weighted.numel():
             own = None if positions is None else positions[:, part]
-            tensors = (dots, relevance, gradient, lse[:, :, part], weighted, inputs.key_mask, own)
+            mask = None if inputs.key_mask is None else inputs.key_mask[:, cols]
+            tensors = (dots, relevance, gradient, lse[:, :, part], weighted, mask, own)
             rules = (inputs.scaling, inputs.window, inputs.additive_mask, inputs.stabilizer)
-            kernels.relevance_tile(tensors, start, *rules, sums, torch.get_num_threads())
-        yield Tile(part, dots, relevance, weighted)
+            kernels.relevance_tile(tensors, start - cols.start, *rules, sums, torch.get_num_threads())
+        yield Tile(part, cols, dots, relevance, weighted)

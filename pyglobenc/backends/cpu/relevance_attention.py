@@ -29,14 +29,15 @@ def run(inputs: RelevanceInputs, r: Tensor | None) -> tuple[Tensor, Tensor, Tens
     sums = q.new_zeros(q.shape[0], 2, dtype=torch.float64)
     product = torch.empty_like(r_k)
     for tile in query_tiles(inputs, sums=sums):
-        rows = tile.rows
+        rows, cols = tile.rows, tile.cols
         row_sums[:, rows] = tile.weighted.sum(-1)
         if r is not None:
             roll_rows(r_out, r, tile, row_sums[:, rows], inputs.normalize)
-        torch.matmul(tile.u, k, out=r_q[:, :, rows])
+        torch.matmul(tile.u, k[:, :, cols], out=r_q[:, :, rows])
         # baddbmm would add the product term by term, which rounds more than adding it at once.
-        r_k += torch.matmul(tile.u.transpose(2, 3), q[:, :, rows], out=product)
-        r_v += torch.matmul(tile.alpha.transpose(2, 3), s[:, :, rows], out=product)
+        of_keys = product[:, :, cols]
+        r_k[:, :, cols] += torch.matmul(tile.u.transpose(2, 3), q[:, :, rows], out=of_keys)
+        r_v[:, :, cols] += torch.matmul(tile.alpha.transpose(2, 3), s[:, :, rows], out=of_keys)
     for out, operand in ((r_q, q), (r_k, k), (r_v, v)):
         out.mul_(operand).mul_(0.5)
     if inputs.additive_mask:

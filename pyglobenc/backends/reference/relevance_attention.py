@@ -29,17 +29,18 @@ from pyglobenc.backends.shared.safe_division import safe_divide
 
 @dataclass
 class Tile:
-    """The pairs of a block of I queries with all keys.
+    """The pairs of a block of I queries with the J keys that their window reaches.
 
     Attributes:
-        rows: the range of the queries.
-        dots: unscaled q . k, (B, H, I, n).
-        alpha: attention probabilities, (B, H, I, n), 0 for masked keys.
-        relevance: R_alpha, (B, H, I, n).
-        weighted: A, (B, I, n).
+        rows, cols: the ranges of the queries and of the keys.
+        dots: unscaled q . k, (B, H, I, J).
+        alpha: attention probabilities, (B, H, I, J), 0 for masked keys.
+        relevance: R_alpha, (B, H, I, J).
+        weighted: A, (B, I, J).
     """
 
     rows: slice
+    cols: slice
     dots: Tensor
     alpha: Tensor
     relevance: Tensor
@@ -59,11 +60,11 @@ def run(inputs: RelevanceInputs, r: Tensor | None) -> tuple[Tensor, Tensor, Tens
     r_out = None if r is None else torch.zeros_like(r)
     total = kept = q.new_zeros(q.shape[0], dtype=torch.float64)
     for tile in query_tiles(inputs):
-        rows = tile.rows
+        rows, cols = tile.rows, tile.cols
         row_sums[:, rows] = tile.weighted.sum(-1)
         if r is not None:
             roll_rows(r_out, r, tile, row_sums[:, rows], inputs.normalize)
-        r_v += tile.alpha.transpose(2, 3) @ inputs.s[:, :, rows]
+        r_v[:, :, cols] += tile.alpha.transpose(2, 3) @ inputs.s[:, :, rows]
         passed = tile.relevance
         if inputs.additive_mask:
             total = total + passed.sum((1, 2, 3), dtype=torch.float64)
@@ -71,8 +72,8 @@ def run(inputs: RelevanceInputs, r: Tensor | None) -> tuple[Tensor, Tensor, Tens
             passed = safe_divide(passed, scores).mul_(scores)
             kept = kept + passed.sum((1, 2, 3), dtype=torch.float64)
         u = safe_divide(passed, tile.dots, inputs.stabilizer)
-        r_q[:, :, rows] = u @ k
-        r_k += u.transpose(2, 3) @ q[:, :, rows]
+        r_q[:, :, rows] = u @ k[:, :, cols]
+        r_k[:, :, cols] += u.transpose(2, 3) @ q[:, :, rows]
     for out, operand in ((r_q, q), (r_k, k), (r_v, v)):
         out.mul_(operand).mul_(0.5)
     if inputs.additive_mask and inputs.rescale:
@@ -84,13 +85,13 @@ def query_tiles(inputs: RelevanceInputs, positions: Tensor | None = None) -> Ite
     """Yield the tiles of the queries at positions (B, m), or of all queries if positions is None."""
     q, lse, s, grad_o = of_queries(inputs, positions)
     values = inputs.v.transpose(2, 3)
-    for rows, dots, alpha in probability_tiles(
+    for rows, cols, dots, alpha in probability_tiles(
         q, inputs.k, lse, inputs.key_mask, inputs.scaling, inputs.window, positions, inputs.score_mod
     ):
-        relevance = (s[:, :, rows] @ values).mul_(alpha).mul_(0.5)
+        relevance = (s[:, :, rows] @ values[..., cols]).mul_(alpha).mul_(0.5)
         weighted = (
             relevance.clamp(min=0)
             if grad_o is None
-            else (grad_o[:, :, rows] @ values).mul_(relevance).clamp_(min=0)
+            else (grad_o[:, :, rows] @ values[..., cols]).mul_(relevance).clamp_(min=0)
         )
-        yield Tile(rows, dots, alpha, relevance, weighted.mean(1))
+        yield Tile(rows, cols, dots, alpha, relevance, weighted.mean(1))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyglobenc.backends.inputs import RelevanceInputs
-from pyglobenc.backends.shared.masks import outside_window
+from pyglobenc.backends.shared.masks import outside_window, visible_keys
 from pyglobenc.backends.shared.rows import take_queries
 from pyglobenc.backends.shared.safe_division import safe_divide
 from pyglobenc.backends.shared.score_mods import ScoreMod
@@ -36,16 +36,16 @@ def roll_rows(r_out: Tensor, r: Tensor, tile: Any, row_sums: Tensor, normalize: 
     weights = r[:, :, tile.rows]
     if normalize:
         weights = weights / (1 + row_sums)[:, None]
-    r_out += weights @ tile.weighted
+    r_out[:, :, tile.cols] += weights @ tile.weighted
     r_out[:, :, tile.rows] += weights
 
 
 def collect_maps(tiles: Iterator[Any], inputs: RelevanceInputs, rows: Tensor | None) -> Tensor:
     """Return the map A of the queries of all tiles, (B, n, n), or (B, T, n) of the queries rows (B, T)."""
     batch, _, n, _ = inputs.q.shape
-    out = inputs.q.new_empty(batch, n if rows is None else rows.shape[1], n)
+    out = inputs.q.new_zeros(batch, n if rows is None else rows.shape[1], n)
     for tile in tiles:
-        out[:, tile.rows] = tile.weighted
+        out[:, tile.rows, tile.cols] = tile.weighted
     return out
 
 
@@ -78,8 +78,8 @@ def probability_tiles(
     window: tuple[int, int],
     positions: Tensor | None = None,
     score_mod: ScoreMod | None = None,
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield for each block of I queries its range, and q . k and alpha, (B, H, I, n) each.
+) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Yield tiles of I queries with the J keys that they see: both ranges, q . k and alpha (B, H, I, J).
 
     Args:
         q: queries, (B, H, m, dh).
@@ -94,12 +94,12 @@ def probability_tiles(
     batch, heads, m, _ = q.shape
     n = k.shape[2]
     keys = k.transpose(2, 3)
-    hidden = None if key_mask is None else ~key_mask[:, None, None, :]
     modify = None if score_mod is None else score_mod.bind(q, k)
     block = max(MIN_QUERIES, TILE_FLOATS // max(1, batch * heads * n))
     for start in range(0, m, block):
         rows = slice(start, min(m, start + block))
-        dots = q[:, :, rows] @ keys
+        cols = slice(0, n) if positions is not None else visible_keys(rows, n, window)
+        dots = q[:, :, rows] @ keys[..., cols]
         i = (
             torch.arange(rows.start, rows.stop, device=q.device)[None]
             if positions is None
@@ -107,13 +107,13 @@ def probability_tiles(
         )
         alpha = torch.mul(dots, scaling)
         if modify is not None:
-            alpha = modify(alpha, rows, i, slice(0, n))
+            alpha = modify(alpha, rows, i, cols)
         alpha.sub_(lse[:, :, rows, None])
         if max(window) >= 0:
-            ahead = torch.arange(n, device=q.device) - i[..., None]
+            ahead = torch.arange(cols.start, cols.stop, device=q.device) - i[..., None]
             alpha.masked_fill_(outside_window(ahead, window)[:, None], float("-inf"))
         alpha.exp_()
-        if hidden is not None:
+        if key_mask is not None:
             # lse does not include the scores of masked keys, so their exponential may be infinite.
-            alpha.masked_fill_(hidden, 0)
-        yield rows, dots, alpha
+            alpha.masked_fill_(~key_mask[:, None, None, cols], 0)
+        yield rows, cols, dots, alpha

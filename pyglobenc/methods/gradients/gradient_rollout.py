@@ -24,7 +24,7 @@ from pyglobenc.common.autocast import outside_autocast
 from pyglobenc.hf import LayerTrace, find_layers
 from pyglobenc.hf.limits import weights_named
 from pyglobenc.methods.arguments import model_inputs, packed_inputs
-from pyglobenc.methods.differentiable import Recorded, attention_gradients, graph_inputs, record_forward
+from pyglobenc.methods.differentiable import Recorded, attention_gradients, record_forward
 from pyglobenc.methods.head import detached, find_logits, tokens_read
 from pyglobenc.methods.inputs import check_batch, check_model, default_rows, require_finite, unnamed_rows
 from pyglobenc.methods.packing import Packed, in_order, pack
@@ -87,7 +87,7 @@ class GradientRollout:
         batch = model_inputs(WHO, self.model, batch, GradientRollout.__call__)
         self._check_layer(start_layer)
         check_batch(WHO, self.model, batch)
-        return self._attribute(graph_inputs(batch), (target, contrast, position), start_layer)
+        return self._attribute(batch, (target, contrast, position), start_layer)
 
     @outside_autocast
     def packed(
@@ -165,7 +165,7 @@ class GradientRollout:
         logits = find_logits(run.output)
         # One logit of a token is followed alone, since the other tokens' logits read other rows.
         followed = logits if logits is not None and logits.dim() == 2 else chosen.logit[:, None]
-        read = tokens_read(WHO, self.model, run.record, followed, mask)
+        read = tokens_read(WHO, self.model, run.record, followed, mask, advice="")
         return unnamed_rows(WHO, None, run.trace.layers[-1], read)
 
     def _arithmetic(self, layer: LayerTrace) -> torch.dtype:

@@ -14,7 +14,7 @@ from pyglobenc.hf.trace.checks import LINEAR
 from pyglobenc.hf.trace.layers import outside
 from pyglobenc.hf.unwrap import stock_model
 from pyglobenc.hf.weights import is_plain
-from pyglobenc.methods.differentiable import attention_gradients, doubled, graph_inputs, record_forward
+from pyglobenc.methods.differentiable import attention_gradients, doubled, record_forward
 from pyglobenc.methods.packing import Packed, of_examples
 from pyglobenc.methods.relevance.head_chain import Head, follow_head
 from pyglobenc.methods.target import Index, Target, find_target
@@ -138,8 +138,6 @@ def run_forward(
     arithmetic = dtype or (torch.float64 if own == torch.float64 else torch.float32)
     with weights_named(model), torch.inference_mode(False), torch.enable_grad():
         packed = isinstance(batch, Packed)
-        if not packed:
-            batch = graph_inputs(batch)
         if twice:
             batch = batch.twice() if packed else doubled(stock, batch)
         run = record_forward(WHO, model, batch, _ruled(stock, found), arithmetic == torch.float64, twice)

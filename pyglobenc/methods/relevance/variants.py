@@ -28,7 +28,7 @@ def attention_row(layer: LayerTrace, row: Tensor) -> Tensor:
     Source: generate_attn_last_layer of the code of Chefer et al., 2021.
     """
     row = row.to(layer.q.device)
-    return sum(row[:, :, rows] @ alpha.mean(1) for rows, _, alpha in _tiles(layer))[:, 0]
+    return sum(row[:, :, rows] @ alpha.mean(1) for rows, _, _, alpha in _tiles(layer))[:, 0]
 
 
 def roll_out_attention(layers: Sequence[LayerTrace], row: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def roll_out_attention(layers: Sequence[LayerTrace], row: Tensor) -> Tensor:
     for layer in reversed(layers):
         row = row.to(layer.q.device)
         out = torch.zeros_like(row)
-        for rows, _, alpha in _tiles(layer):
+        for rows, _, _, alpha in _tiles(layer):
             attention = alpha.mean(1)
             weights = row[:, :, rows] / (1 + attention.sum(-1))[:, None]
             out += weights @ attention
@@ -77,7 +77,7 @@ def grad_cam(layer: LayerTrace, grad_o: Tensor, row: Tensor) -> Tensor:
     count = layer.q.shape[2] if mask is None else mask.sum(1).to(v.dtype)[:, None]
     weights = (grad_o.sum(2) * v.sum(2)).sum(-1) / count**2
     low = high = read = None
-    for rows, _, alpha in _tiles(layer):
+    for rows, _, _, alpha in _tiles(layer):
         cam = (alpha * weights[:, :, None, None]).mean(1).clamp_(min=0)
         hidden = (
             torch.zeros_like(cam, dtype=torch.bool)
@@ -111,7 +111,7 @@ def grad_cam_patches(layer: LayerTrace, grad_o: Tensor, prefix: int) -> Tensor:
     position = torch.zeros(layer.q.shape[0], dtype=torch.long, device=layer.q.device)
     weights = (grad_o[:, :, 0] * layer.v[:, :, prefix:].mean(2)).sum(-1)
     q, lse = take_queries(layer.q, position[:, None]), take_queries(layer.lse, position[:, None])
-    alpha = next(probability_tiles(q, layer.k, lse, None, layer.scaling, layer.window, position[:, None]))[2]
+    alpha = next(probability_tiles(q, layer.k, lse, None, layer.scaling, layer.window, position[:, None]))[3]
     cam = (alpha[:, :, 0, prefix:] * weights[..., None]).mean(1).clamp_(min=0)
     return _scale(cam, cam.amin(1, keepdim=True), cam.amax(1, keepdim=True), None)
 
