@@ -10,6 +10,7 @@ from pyglobenc.results import Attribution, load
 
 # These modules are imported when they are first used, because importing transformers' models takes seconds.
 _MODULES = {
+    "GradientRollout": "pyglobenc.methods.gradients.gradient_rollout",
     "GlobEnc": "pyglobenc.methods.rollout.globenc",
     "Rollout": "pyglobenc.methods.rollout.baselines",
     "TransformerAttribution": "pyglobenc.methods.relevance.transformer_attribution",
@@ -22,6 +23,7 @@ __all__ = [
     "Attribution",
     "EvaluationTable",
     "GlobEnc",
+    "GradientRollout",
     "Rollout",
     "TransformerAttribution",
     "__version__",

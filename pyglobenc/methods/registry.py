@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from pyglobenc.methods.gradients.gradient_rollout import GradientRollout
 from pyglobenc.methods.head import find_logits
 from pyglobenc.methods.relevance.transformer_attribution import TransformerAttribution
 from pyglobenc.methods.relevance.variants import FOLLOWED, VARIANTS
@@ -117,8 +118,22 @@ def relevance(
     start_layer: int = 0,
 ) -> Run:
     """Build a variant of `TransformerAttribution`; its `Rows` hold scores (B, n), of images (B, patches)."""
-    attribute = TransformerAttribution(model, backend, dtype)
     chosen = dict(variant=variant, start_layer=start_layer)
+    return _of_logits(TransformerAttribution(model, backend, dtype), **chosen)
+
+
+def _gradient_rollout(
+    model: PreTrainedModel,
+    backend: str = "auto",
+    dtype: torch.dtype | None = None,
+    start_layer: int = 0,
+) -> Run:
+    """Build `GradientRollout`."""
+    return _of_logits(GradientRollout(model, backend, dtype), start_layer=start_layer)
+
+
+def _of_logits(attribute: TransformerAttribution | GradientRollout, **chosen: Any) -> Run:
+    """Build a method that explains one logit of each example, called with the options `chosen`."""
 
     def run(batch: Mapping[str, Any], targets: Tensor | None) -> Rows:
         if not _is_packed(batch):
@@ -179,6 +194,14 @@ METHODS |= {
     )
     for name, (variant, summary) in RELEVANCE.items()
 }
+METHODS["gradient-rollout"] = Method(
+    "gradient-rollout",
+    "rollout of attention times its gradient, for every architecture (Chefer et al., ICCV 2021)",
+    _gradient_rollout,
+    target="class",
+    supports_packing=True,
+    has_start_layer=True,
+)
 
 
 def find_method(name: str, who: str = "explain") -> Method:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from allocations import measure_allocations
 from models import ARCHITECTURES, CAUSAL, IMAGES, PRE_NORM, build, random_batch
 from published import Float64Throughout
 from torch import nn
@@ -184,3 +185,15 @@ def test_refusals():
     with pytest.raises(ValueError, match="name the token: position"):
         masked = transformers.BertForMaskedLM(model.encoder.config).double().eval()
         GradientRollout(masked)(**batch)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_no_array_is_quadratic(name):
+    model = build(name, torch.float32, max_position_embeddings=8192)
+    n, tile = 4096, 1 << 18
+    batch = random_batch(model, batch=1, n=n)
+    explain = GradientRollout(model)
+    explain(**batch)
+    used = measure_allocations(lambda: explain(**batch))
+    # The largest arrays are the logits, (n, 97), and a tile of 16 queries with all keys.
+    assert used.largest <= 4 * max(tile, 4 * 16 * n, n * 97)

@@ -30,7 +30,7 @@ from pyglobenc.methods.inputs import check_batch, check_model, default_rows, req
 from pyglobenc.methods.packing import Packed, in_order, pack
 from pyglobenc.methods.precision.reliability import warn_of_nothing
 from pyglobenc.methods.relevance.result import RelevanceResult, of_sequences
-from pyglobenc.methods.relevance.target import Index, Target, find_target
+from pyglobenc.methods.target import Index, Target, find_target
 from pyglobenc.ops import relevance_rollout_step
 
 WHO = "GradientRollout"
@@ -158,7 +158,7 @@ class GradientRollout:
         logits, last = find_logits(run.output), run.trace.layers[-1]
         if position is None and logits is not None and logits.dim() == 3 and last.window[1] == 0:
             position = default_rows(last)[:, 0]
-        return find_target(run.output, target, contrast, position, mask)
+        return find_target(WHO, run.output, target, contrast, position, mask)
 
     def _rows(self, run: Recorded, chosen: Target, mask: Tensor | None) -> Tensor:
         """Return the rows of R that the head reads, as `unnamed_rows` returns them."""
