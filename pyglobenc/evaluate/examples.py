@@ -124,8 +124,8 @@ class Metric:
         value: function of an example, a method's scores, the probabilities (queries, classes) of the masked
             copies, and the settings. A metric that needs a decoder gets the answer's log-probabilities
             (queries, 1) instead, because the probability of a long answer may be 0 in float64. It returns a
-            number, or a dict of numbers: the number at key becomes the row name.key, and the one at "" becomes
-            the row name. NaN leaves the example out and counts it.
+            number, or a dict of numbers: the number at key becomes the row name.key, and the one at ""
+            becomes the row name. NaN leaves the example out and counts it.
         queries: function of an example, scores and settings. It returns the masked copies that the metric
             needs, each as (m,) bool, True for units that stay. None: the metric needs no forward pass.
         needs: what must be there, of "labels", "rationales", "needles", "masks", "classifier" (the
