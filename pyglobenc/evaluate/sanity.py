@@ -91,12 +91,14 @@ def randomised(model: nn.Module, seed: int) -> Iterator[tuple[str, nn.Module]]:
     weights, generator = dict(copy.named_parameters()), torch.Generator().manual_seed(seed)
     for depth in depths(copy):
         for name in depth.parameters:
-            weight = weights[name].data
+            weight = weights[name]
             if not weight.is_floating_point():
                 raise ValueError(f"evaluate: sanity needs floating-point weights, {name} is {weight.dtype}")
             drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float32).to(weight.device)
-            whole = weight.float()
-            weight.copy_(drawn * whole.std(correction=0) + whole.mean())
+            whole = weight.detach().float()
+            # Torch counts this write, so nothing that was computed from the old weight is used again.
+            with torch.no_grad():
+                weight.copy_(drawn * whole.std(correction=0) + whole.mean())
         yield depth.name, copy
 
 
