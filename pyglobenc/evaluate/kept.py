@@ -92,7 +92,12 @@ def kept_steps(
     if output is None:
         yield Kept(None)
         return
-    from pyglobenc.scale.corpus.manifest import check_manifest, model_fingerprint, tokenizer_fingerprint
+    from pyglobenc.scale.corpus.manifest import (
+        check_manifest,
+        model_fingerprint,
+        set_complete,
+        tokenizer_fingerprint,
+    )
     from pyglobenc.scale.corpus.shards import locked
 
     rows = [
@@ -114,3 +119,4 @@ def kept_steps(
         if not held:
             raise ValueError(f"{folder}: another process evaluates into this folder")
         yield Kept(folder)
+        set_complete(folder, True)

