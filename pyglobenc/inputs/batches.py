@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pyglobenc.backends.shared.launch import HALF
 from pyglobenc.hf.labels import class_count, class_name, predict
 from pyglobenc.hf.limits import max_tokens, padding_id, vocabulary
+from pyglobenc.hf.registry import is_decoder
 from pyglobenc.hf.unwrap import called_module, stock_model
 from pyglobenc.inputs.batching import fitting_batch, in_batches
 from pyglobenc.inputs.windows import Encoded, join
@@ -36,6 +37,8 @@ OTHER_HEADS = (
     "CausalLM",
     "LMHeadModel",
 )
+# Of these, language models have logits of the next token.
+LANGUAGE_HEADS = ("CausalLM", "LMHeadModel")
 # A tokenizer without a limit has a huge number as its limit.
 NO_LIMIT = 10**9
 
@@ -79,6 +82,8 @@ def check_target(runner: Runner, encoded: Encoded, name: str) -> None:
         and type(runner.model).__module__.startswith("transformers.")
     )
     classes = class_count(runner.model) if known_head else None
+    if runner.next_token:
+        classes = vocabulary(runner.model)
     if kind == "class" and target is not None and classes is not None and not 0 <= target < classes:
         raise ValueError(f"explain: target must be a class in [0, {classes}), got {target}")
     n = len(encoded.tokens)
@@ -126,10 +131,18 @@ class Runner:
             raise TypeError(
                 f"explain: {options.method} explains a class; target must be its index, got 'mean'"
             )
+        # The "class" is then the token that the model predicts after the text.
+        self.next_token = (
+            self.method.next_token
+            and self.called is model
+            and is_decoder(model)
+            and type(model).__name__.endswith(LANGUAGE_HEADS)
+        )
         if (
             self.method.target == "class"
             and self.called is model
             and type(model).__name__.endswith(OTHER_HEADS)
+            and not self.next_token
         ):
             raise ValueError(
                 f"explain: {options.method} explains a class of the whole text, and {type(model).__name__} "
@@ -230,6 +243,8 @@ class Runner:
         """Return one result for each job; a job is the index of a text and a window."""
         arrange = self._columns if self.packed else self._batch
         batch = arrange([texts[index] for index, _ in jobs], [window for _, window in jobs])
+        if self.method.replaces_tokens:
+            batch |= self._replacing([(texts[index], window) for index, window in jobs])
         rows = self._run(batch, self._targets(texts, plans, jobs))
         scores, log_scale = rows.scores.detach().cpu().numpy(), rows.log_scale.tolist()
         logits, targets = (
@@ -284,10 +299,31 @@ class Runner:
         mask = [[1] * len(window) + [0] * (width - len(window)) for window in windows]
         return batch | {"attention_mask": torch.tensor(mask, device=self.model.device)}
 
+    def _replacing(self, windows: list[tuple[Encoded, list[int]]]) -> dict[str, Any]:
+        """Return which tokens must not be replaced, (B, n), and the token id that replaces others.
+
+        It is the tokenizer's mask token; without one the padding token, the unknown token, or the end of
+        text.
+        """
+        width = max(len(window) for _, window in windows)
+        special = [
+            [text.special[i] for i in window] + [True] * (width - len(window)) for text, window in windows
+        ]
+        tok = self.tokenizer
+        found = (tok.mask_token_id, tok.pad_token_id, tok.unk_token_id, tok.eos_token_id)
+        return {
+            "special_tokens_mask": torch.tensor(special, device=self.model.device),
+            "replacement": next((token for token in found if token is not None), None),
+        }
+
     def _joined(self, text: Encoded, plan: Plan, rows: list[Row]) -> dict[str, Any]:
         windows, kind, logits = plan[1], self.method.target, [row.logits for row in rows]
         if kind == "class":
-            target, name = rows[0].target, class_name(self.model.config, rows[0].target)
+            target = rows[0].target
+            name = class_name(self.model.config, target)
+            if self.next_token:
+                # The embedding table may have more rows than the tokenizer has tokens.
+                name = self.tokenizer.convert_ids_to_tokens(target) or str(target)
         else:
             of_text = [
                 None if row.target is None else window[row.target]

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pyglobenc.backends.shared.relevance_tiles import MIN_QUERIES, TILE_FLOATS
+from pyglobenc.methods.gradients.attribution import COPIED_TOKENS, GRADIENTS, STEPS
 from pyglobenc.methods.precision.reliability import measured
 from pyglobenc.methods.rollout.baselines import OF_STAGE, ROLLOUTS
 
@@ -28,7 +29,7 @@ RELEVANCE = (
     "partial-lrp",
     "attention-gradcam",
 )
-ESTIMATED = (*ROLLOUTS, *RELEVANCE)
+ESTIMATED = (*ROLLOUTS, *RELEVANCE, *GRADIENTS)
 # How many tiles of (query, key) pairs the relevance ops hold, and the most numbers in all of them together.
 # The float32 entry is for the CPU kernels, and the float64 entry for the reference.
 TILES = {FLOAT32: (4, 1 << 20), FLOAT64: (8, 3 << 20)}
@@ -114,6 +115,8 @@ def estimate_memory(
         return _relevance(
             s, method, weights, batch, n, element if dtype is None else wide, wide, model.device
         )
+    if method in GRADIENTS:
+        return _gradients(s, method, weights, batch, n, element if dtype is None else wide)
     tokens = batch * n
     # If float64 is asked for, the states of a float32 model are cast before the rollout.
     state = wide if dtype == torch.float64 else element
@@ -181,6 +184,22 @@ def _relevance(
         workspace=int(workspace * wide),
         maps=0,
     )
+
+
+def _gradients(s: "_Sizes", method: str, weights: int, batch: int, n: int, element: int) -> Estimate:
+    """Estimate a method of `GradientAttribution`: autograd's graph, or the forward pass of copies.
+
+    The counts were found with the allocator's statistics.
+    """
+    graph = s.layers * (5 * s.d + s.queries + 2 * s.keys + 2 * s.mlp + 2 * s.heads)
+    tokens, rest = batch * n, 4 * s.d
+    if method == "integrated-gradients":
+        tokens *= min(STEPS[-1], max(1, COPIED_TOKENS // tokens))
+        rest += 3 * s.d
+    elif method == "occlusion":
+        tokens = n * min(batch * n, max(1, COPIED_TOKENS // n))
+        graph, rest = 0, max(2 * s.mlp + 3 * s.d, s.mlp + 6 * s.d)
+    return Estimate(weights, 0, saved=tokens * graph * element, workspace=tokens * rest * element, maps=0)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from pyglobenc.methods.gradients.attribution import GRADIENTS, REPLACING, GradientAttribution
 from pyglobenc.methods.gradients.gradient_rollout import GradientRollout
 from pyglobenc.methods.head import find_logits
 from pyglobenc.methods.relevance.transformer_attribution import TransformerAttribution
@@ -49,6 +50,9 @@ class Method:
         target: "token" if targets are positions, "class" if they are classes of a sequence classifier.
         supports_packing: whether the method also takes packed sequences.
         has_start_layer: whether the method takes start_layer, the lowest layer of its rollout.
+        replaces_tokens: whether a batch of texts also holds replacement and special_tokens_mask, as
+            `GradientAttribution` takes them.
+        next_token: whether the method explains the next token of a language model as a class.
     """
 
     name: str
@@ -57,6 +61,8 @@ class Method:
     target: str = "token"
     supports_packing: bool = False
     has_start_layer: bool = False
+    replaces_tokens: bool = False
+    next_token: bool = False
 
     def run(
         self, who: str, model: PreTrainedModel, backend: str, dtype: torch.dtype | None, start_layer: int = 0
@@ -132,7 +138,9 @@ def _gradient_rollout(
     return _of_logits(GradientRollout(model, backend, dtype), start_layer=start_layer)
 
 
-def _of_logits(attribute: TransformerAttribution | GradientRollout, **chosen: Any) -> Run:
+def _of_logits(
+    attribute: TransformerAttribution | GradientRollout | GradientAttribution, **chosen: Any
+) -> Run:
     """Build a method that explains one logit of each example, called with the options `chosen`."""
 
     def run(batch: Mapping[str, Any], targets: Tensor | None) -> Rows:
@@ -153,6 +161,11 @@ def _of_logits(attribute: TransformerAttribution | GradientRollout, **chosen: An
         )
 
     return run
+
+
+def _gradient(name: str, model: PreTrainedModel, backend: str, dtype: torch.dtype | None) -> Run:
+    """Build a method of `GradientAttribution`. It runs torch's own functions, whatever the backend is."""
+    return _of_logits(GradientAttribution(model, name, dtype))
 
 
 # Maps a name to its variant and summary. The last three are computed as in the paper's comparison.
@@ -201,7 +214,19 @@ METHODS["gradient-rollout"] = Method(
     target="class",
     supports_packing=True,
     has_start_layer=True,
+    next_token=True,
 )
+METHODS |= {
+    name: Method(
+        name,
+        summary,
+        partial(_gradient, name),
+        target="class",
+        replaces_tokens=name in REPLACING,
+        next_token=True,
+    )
+    for name, summary in GRADIENTS.items()
+}
 
 
 def find_method(name: str, who: str = "explain") -> Method:

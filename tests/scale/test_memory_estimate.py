@@ -139,6 +139,19 @@ def test_other_methods_of_a_class(method, settings, batch, n, dtype):
     check(estimate_memory(model, batch=batch, n=n, method=method), *found)
 
 
+@pytest.mark.parametrize(
+    "method", ["gradient-x-input", "gradient-x-input-norm", "saliency", "integrated-gradients", "occlusion"]
+)
+@pytest.mark.parametrize(
+    "settings, batch, n, dtype", [(BERT, 2, 128, torch.float32), (WIDE, 1, 128, torch.bfloat16)]
+)
+def test_gradients(method, settings, batch, n, dtype):
+    model = make(settings, "Bert", dtype, "ForSequenceClassification")
+    run, target = METHODS[method].build(model, "auto", None), torch.zeros(batch, dtype=torch.long)
+    found = measured(lambda **inputs: run(inputs, target), model, batch, n)
+    check(estimate_memory(model, batch=batch, n=n, method=method), *found)
+
+
 def test_flow():
     """numpy's memory is Python's to count: both peaks, which come at different moments, bound that of their
     sum.

@@ -1,1 +1,1 @@
-"""Methods that read gradients of a logit."""
+"""Methods that read gradients of a logit, and occlusion."""

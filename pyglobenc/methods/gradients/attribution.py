@@ -1,0 +1,337 @@
+"""Gradient x input, saliency, integrated gradients and occlusion of a logit.
+
+All explain a logit y by the input h of the first layer, a vector for each token or patch; see `first_layer`.
+"""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pyglobenc.common.arguments import known_arguments
+from pyglobenc.common.autocast import outside_autocast
+from pyglobenc.hf.limits import padding_id, vocabulary
+from pyglobenc.hf.unwrap import stock_model
+from pyglobenc.methods.arguments import model_inputs
+from pyglobenc.methods.differentiable import graph_inputs
+from pyglobenc.methods.gradients.first_layer import FirstLayer, Pass, key_mask
+from pyglobenc.methods.inputs import check_batch, check_model, require_finite
+from pyglobenc.methods.precision.reliability import DIGITS_GONE, PrecisionWarning
+from pyglobenc.methods.target import SPANS, Index
+
+GRADIENTS = {
+    "gradient-x-input": "the gradient of the logit times the first layer's input, summed over the hidden "
+    "size; signed (Shrikumar et al., 2016)",
+    "gradient-x-input-norm": "the gradient of the logit times the first layer's input, as a norm over the "
+    "hidden size: GlobEnc's saliency (Modarressi et al., 2022)",
+    "saliency": "norm of the logit's gradient by the first layer's input (Simonyan et al., 2014)",
+    "integrated-gradients": "gradients from a text of mask tokens up to the text, integrated; signed "
+    "(Sundararajan et al., 2017)",
+    "occlusion": "how much the logit falls if the mask token takes a token's place; signed (Zeiler and "
+    "Fergus, 2014)",
+}
+# These methods replace tokens, or the pixels of patches.
+REPLACING = ("integrated-gradients", "occlusion")
+WHO = "GradientAttribution"
+# The most tokens of all copies in one pass of integrated gradients or occlusion, unless one copy of every
+# example has more.
+COPIED_TOKENS = 4096
+# Numbers of nodes of integrated gradients. An example takes the next number while the difference between the
+# sum of its scores and the difference of the logits is too large.
+STEPS = (16, 64, 256)
+
+
+# The scores (B, n) by the first layer's input and its gradient, (B, n, d).
+REDUCTIONS = {
+    "gradient-x-input": lambda x, grad: (x * grad).sum(-1),
+    "gradient-x-input-norm": lambda x, grad: (x * grad).norm(dim=-1),
+    "saliency": lambda x, grad: grad.norm(dim=-1),
+}
+
+
+@dataclass
+class GradientResult:
+    """Attribution of one logit for each example.
+
+    Attributes:
+        scores: (B, n), one score for each token, or (B, patches) for images; padding gets 0.
+        target: (B,) int64, the class explained. For question answering, 0 is the start and 1 the end.
+        logit: (B,), the value explained.
+        error: (B,) for integrated gradients, else None: the difference between the sum of the scores and the
+            difference of the logits of text and baseline, relative to the sum of the scores' absolute values.
+            In exact arithmetic it would be 0 with infinitely many steps.
+        nothing: always None: no method here fails to find a score.
+        output: the output of the model.
+    """
+
+    scores: Tensor
+    target: Tensor
+    logit: Tensor
+    error: Tensor | None = None
+    nothing: None = None
+    output: Any = None
+
+
+class GradientAttribution:
+    """One of the methods in GRADIENTS, on any model with a head whose layers are known.
+
+    Args:
+        model: a known architecture with a head, or a user's module with a head of its own around one, in
+            evaluation mode. It is not changed: parameters get no gradient and keep their flags.
+        method: a name in GRADIENTS.
+        dtype: None computes in the model's own dtype, and in float32 at least after the forward pass.
+            torch.float64 runs the forward pass of a narrower model in float64, where its modules allow it.
+
+    Raises:
+        TypeError, ValueError: the method or architecture is unknown, or the model is in training mode.
+    """
+
+    @known_arguments
+    def __init__(self, model: nn.Module, method: str = "gradient-x-input", dtype: torch.dtype | None = None):
+        if method not in GRADIENTS:
+            raise ValueError(f"{WHO}: method must be one of {', '.join(GRADIENTS)}, got {method!r}")
+        self.model = check_model(WHO, model, "auto", dtype)
+        self.stock = stock_model(self.model)
+        self.images = self.stock.main_input_name == "pixel_values"
+        self.method = method
+        self.first_layer = FirstLayer(WHO, self.model, dtype)
+
+    @outside_autocast
+    def __call__(
+        self,
+        *,
+        target: Any = None,
+        contrast: Index = None,
+        position: Index = None,
+        replacement: int | None = None,
+        special_tokens_mask: Tensor | None = None,
+        **batch: Any,
+    ) -> GradientResult:
+        """Attribute one logit of each example to its tokens or patches.
+
+        With h the first layer's input and y the logit, the score of token i is:
+
+        - gradient-x-input: the sum over the hidden size of dy/dh_i h_i.
+        - gradient-x-input-norm: the L2 norm over the hidden size of the products dy/dh_i h_i.
+        - saliency: the L2 norm of dy/dh_i.
+        - integrated-gradients: the integral of dy/dh_i (h_i - b_i) along the straight line from the baseline
+          b to h, by Gauss-Legendre quadrature. b is the first layer's input for the text whose tokens are all
+          replaced; the image whose pixels are all 0, after the processor. The scores add up to the
+          difference of the two logits.
+        - occlusion: y minus the logit of the text in which token i is replaced; of the image in which the
+          pixels of patch i are 0.
+
+        A replaced token keeps its position and token type, and gets the embedding of another id.
+
+        Args:
+            target, contrast, position: the logit explained, as `TransformerAttribution` takes them. For a
+                language model, position None is the last real token, which predicts the next one.
+            replacement: id of the token that replaces others, such as the tokenizer's mask token; None for
+                the padding id of the model's config.
+            special_tokens_mask: (B, n), as a tokenizer returns it: 1 at special tokens, which are not
+                replaced. None replaces all tokens.
+            batch: the model's inputs, as its tokenizer or image processor returns them: input_ids and
+                attention_mask (B, n), or pixel_values (B, channels, height, width).
+
+        Returns:
+            GradientResult with scores (B, n). Each example gets the scores that it would get alone, without
+            padding.
+
+        Raises:
+            TypeError, ValueError: an index is out of range; the model can't take the input, or has no head
+                that reads it; there is no token that could replace others; or a score isn't finite.
+        """
+        batch = model_inputs(WHO, self.model, batch, GradientAttribution.__call__)
+        check_batch(WHO, self.model, batch)
+        explained = dict(target=target, contrast=contrast, position=position)
+        with torch.inference_mode(False), torch.no_grad():
+            explained = tuple(graph_inputs(explained).values())
+            return self._attribute(graph_inputs(batch), explained, replacement, special_tokens_mask)
+
+    def _attribute(
+        self, batch: Mapping[str, Any], explained: tuple, replacement: int | None, special: Tensor | None
+    ) -> GradientResult:
+        """Return the result for a checked batch; the arguments are those of the call."""
+        if self.method == "integrated-gradients":
+            found, scores, error = self._integrated(batch, explained, replacement, special)
+        elif self.method == "occlusion":
+            found, error = self.first_layer.run(batch, explained), None
+            scores = self._occluded(batch, found, replacement, special)
+        else:
+            found, error = self.first_layer.run(batch, explained, gradient=True), None
+            x, grad = wide(found.x), wide(found.grad)
+            scores = REDUCTIONS[self.method](x, grad)
+        mask = key_mask(batch)
+        scores = scores if mask is None else scores.masked_fill(~mask.to(scores.device), 0)
+        scores = scores[:, self._prefix(batch, found.x) :]
+        require_finite(WHO, self.model, (scores, found.target.logit))
+        if error is not None:
+            _warn_of_steps(error)
+        return GradientResult(scores, found.target.index, found.target.logit, error, output=found.output)
+
+    def _integrated(
+        self, batch: Mapping[str, Any], explained: tuple, replacement: int | None, special: Tensor | None
+    ) -> tuple[Pass, Tensor, Tensor]:
+        """Return the pass of the inputs, the scores (B, n) and their error (B,)."""
+        run = self.first_layer.run
+        found = run(batch, explained)
+        explained = _same_logit(found)
+        if self.images:
+            base = run({**batch, "pixel_values": torch.zeros_like(batch["pixel_values"])}, explained)
+        else:
+            where, token = self._content(batch, special), self._token(batch, replacement)
+            base = run(batch, explained, replaced=(where, token))
+        change = wide(found.x) - wide(base.x)
+        expected = wide(found.target.logit) - wide(base.target.logit)
+        scores, error = torch.zeros_like(change[..., 0]), torch.full_like(expected, float("inf"))
+        for steps in STEPS:
+            rows = (error > DIGITS_GONE).nonzero()[:, 0]
+            if not len(rows):
+                break
+            part = self._integral(
+                _take(batch, rows, len(error)), found.x[rows], change[rows], _same_logit(found, rows), steps
+            )
+            size = part.abs().sum(1)
+            gap = (part.sum(1) - expected[rows].to(part.device)).abs()
+            scores[rows] = part
+            # A baseline of the same logit gives scores of 0, which are right.
+            error[rows] = torch.where(gap > 0, gap / size, gap).to(error.device)
+        return found, scores, error
+
+    def _integral(
+        self, batch: Mapping[str, Any], x: Tensor, change: Tensor, explained: tuple, steps: int
+    ) -> Tensor:
+        """Return the integral for all examples with a number of nodes, (B, n)."""
+        size, n = x.shape[:2]
+        nodes, weights = np.polynomial.legendre.leggauss(steps)
+        total = torch.zeros_like(change)
+        at_once = max(1, COPIED_TOKENS // (size * n))
+        for start in range(0, steps, at_once):
+            part = slice(start, start + at_once)
+            # The nodes lie in [-1, 1], and 1 stands for the inputs themselves.
+            back = change.new_tensor((1 - nodes[part]) / 2)
+            values = (wide(x) - back[:, None, None, None] * change).flatten(0, 1).to(x.dtype)
+            rows = torch.arange(size, device=x.device).repeat(len(back))
+            found = self.first_layer.run(
+                _take(batch, rows, size), _rows(explained, rows), gradient=True, values=values
+            )
+            weight = change.new_tensor(weights[part] / 2)
+            total += (wide(found.grad).unflatten(0, (-1, size)) * weight[:, None, None, None]).sum(0)
+        return (total * change).sum(-1)
+
+    def _occluded(
+        self, batch: Mapping[str, Any], found: Pass, replacement: int | None, special: Tensor | None
+    ) -> Tensor:
+        """Return how much the logit falls without each token or patch, (B, n)."""
+        scores = torch.zeros_like(wide(found.x[..., 0]))
+        if self.images:
+            prefix = self._prefix(batch, found.x)
+            where = torch.ones_like(scores, dtype=torch.bool)
+            where[:, :prefix] = False
+        else:
+            where, token = self._content(batch, special), self._token(batch, replacement)
+        size, n = where.shape
+        for pairs in where.nonzero().split(max(1, COPIED_TOKENS // n)):
+            rows, tokens = pairs.T
+            copies = _take(batch, rows, size)
+            if self.images:
+                hidden = self._without_patches(copies["pixel_values"], tokens - prefix)
+                copies, replaced = {**copies, "pixel_values": hidden}, None
+            else:
+                replaced = (torch.nn.functional.one_hot(tokens, n).bool(), token)
+            changed = self.first_layer.run(copies, _same_logit(found, rows), replaced=replaced).target.logit
+            fall = wide(found.target.logit)[rows.to(found.target.logit.device)] - wide(changed)
+            scores[rows, tokens] = fall.to(scores.device)
+        return scores
+
+    def _without_patches(self, pixels: Tensor, patches: Tensor) -> Tensor:
+        """Return pixels (B, channels, height, width) in which each image's patch of this number is 0."""
+        height, width = self._patch_size()
+        pixels, columns = pixels.clone(), pixels.shape[3] // width
+        for image, patch in zip(pixels, patches.tolist(), strict=True):
+            row, column = divmod(patch, columns)
+            image[:, row * height : (row + 1) * height, column * width : (column + 1) * width] = 0
+        return pixels
+
+    def _patch_size(self) -> tuple[int, int]:
+        patch = self.stock.config.patch_size
+        return (patch, patch) if isinstance(patch, int) else tuple(patch)
+
+    def _prefix(self, batch: Mapping[str, Any], x: Tensor) -> int:
+        """Return the number of tokens before the patches of an image, and 0 for text."""
+        if not self.images:
+            return 0
+        (height, width), pixels = self._patch_size(), batch["pixel_values"]
+        return x.shape[1] - (pixels.shape[2] // height) * (pixels.shape[3] // width)
+
+    def _content(self, batch: Mapping[str, Any], special: Tensor | None) -> Tensor:
+        """Return the tokens that may be replaced, (B, n) bool: real tokens that aren't special."""
+        ids, mask = batch.get("input_ids"), key_mask(batch)
+        if ids is None:
+            raise ValueError(
+                f"{WHO}: {self.method} replaces token ids, so it needs input_ids; inputs_embeds have none"
+            )
+        content = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+        if special is None:
+            return content
+        if special.shape != ids.shape:
+            raise ValueError(
+                f"{WHO}: special_tokens_mask must be (B, n) = {tuple(ids.shape)}, got {tuple(special.shape)}"
+            )
+        return content & (special.to(content.device) == 0)
+
+    def _token(self, batch: Mapping[str, Any], replacement: int | None) -> int:
+        token = padding_id(self.stock) if replacement is None else replacement
+        if token is None:
+            raise ValueError(
+                f"{WHO}: {self.method} replaces tokens, and the model's config has no padding id; name the "
+                "id: replacement=i"
+            )
+        known = vocabulary(self.stock)
+        if not 0 <= token < known:
+            raise ValueError(f"{WHO}: replacement must be a token id in [0, {known}), got {token}")
+        return token
+
+
+def _warn_of_steps(error: Tensor) -> None:
+    large = error > DIGITS_GONE
+    if large.any():
+        warnings.warn(
+            f"{WHO}: with {STEPS[-1]} steps, the integrated gradients of {int(large.sum())} of {len(error)} "
+            f"examples still miss the difference of the logits by more than {DIGITS_GONE:.0%} (at worst "
+            f"{float(error.max()):.1%})",
+            PrecisionWarning,
+            stacklevel=5,
+        )
+
+
+def wide(t: Tensor) -> Tensor:
+    """Return a tensor in float32 at least."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _take(batch: Mapping[str, Any], rows: Tensor, size: int) -> dict[str, Any]:
+    """Return copies of some of a batch's `size` examples, in the order of rows."""
+    return {
+        name: value[rows.to(value.device)]
+        if isinstance(value, Tensor) and value.dim() and len(value) == size
+        else value
+        for name, value in batch.items()
+    }
+
+
+def _same_logit(found: Pass, rows: Tensor | None = None) -> tuple[Any, Index, Index]:
+    """Return target, contrast and position that explain the same logits again, of all or of some examples."""
+    target = found.target
+    spans = isinstance(found.output, Mapping) and f"{SPANS[0]}_logits" in found.output
+    index = SPANS[int(target.index[0])] if spans else target.index
+    explained = (index, target.contrast, target.position)
+    return explained if rows is None else _rows(explained, rows)
+
+
+def _rows(explained: tuple, rows: Tensor) -> tuple:
+    return tuple(value[rows.to(value.device)] if isinstance(value, Tensor) else value for value in explained)
