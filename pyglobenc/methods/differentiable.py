@@ -14,6 +14,7 @@ from pyglobenc.hf.trace.threads import in_this_thread
 from pyglobenc.hf.unwrap import stock_model
 from pyglobenc.methods.arguments import run_model
 from pyglobenc.methods.head import HeadRecord, recorded_head
+from pyglobenc.methods.inputs import graph_inputs
 from pyglobenc.methods.packing import Packed, run_packed
 from pyglobenc.methods.precision.float64_forward import WideParameters
 from pyglobenc.methods.precision.reliability import nudge
@@ -35,17 +36,6 @@ class Recorded:
     record: HeadRecord
     output: Any
     attended: dict[int, Tensor]
-
-
-def _graph_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a batch whose tensors, of any shapes, may be part of an autograd graph.
-
-    A tensor that was made in inference mode can't be, so it is copied.
-    """
-    return {
-        name: value.clone() if isinstance(value, Tensor) and value.is_inference() else value
-        for name, value in batch.items()
-    }
 
 
 def doubled(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,7 +92,7 @@ def record_forward(
             stack.enter_context(WideParameters(torch.float64))
         stack.enter_context(callers_autocast())
         if cu_seqlens is None:
-            output = run_model(model, _graph_inputs(batch))
+            output = run_model(model, graph_inputs(batch))
         else:
             output = run_packed(model, batch, record)
         return Recorded(trace, record, output, attended)

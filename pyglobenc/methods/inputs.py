@@ -82,11 +82,7 @@ def run_captured(
         torch.set_grad_enabled(gradients),
         ExitStack() as stack,
     ):
-        # A tensor made in inference mode can't be part of an autograd graph.
-        batch = {
-            name: value.clone() if isinstance(value, Tensor) and value.is_inference() else value
-            for name, value in batch.items()
-        }
+        batch = graph_inputs(batch)
         trace = stack.enter_context(capture(model))
         stack.enter_context(callers_autocast())
         record = None
@@ -101,6 +97,17 @@ def run_captured(
             )
     set_precision(trace.layers, dtype)
     return trace.layers, output, read
+
+
+def graph_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a batch whose tensors, of any shapes, may be part of an autograd graph.
+
+    A tensor that was made in inference mode can't be, so it is copied.
+    """
+    return {
+        name: value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+        for name, value in batch.items()
+    }
 
 
 def read_by_head(

@@ -29,7 +29,8 @@ RELEVANCE = (
     "partial-lrp",
     "attention-gradcam",
 )
-ESTIMATED = (*ROLLOUTS, *RELEVANCE, *GRADIENTS)
+GRADIENT_ROLLOUT = "gradient-rollout"
+ESTIMATED = (*ROLLOUTS, *RELEVANCE, GRADIENT_ROLLOUT, *GRADIENTS)
 # How many tiles of (query, key) pairs the relevance ops hold, and the most numbers in all of them together.
 # The float32 entry is for the CPU kernels, and the float64 entry for the reference.
 TILES = {FLOAT32: (4, 1 << 20), FLOAT64: (8, 3 << 20)}
@@ -117,6 +118,8 @@ def estimate_memory(
         )
     if method in GRADIENTS:
         return _gradients(s, method, weights, batch, n, element if dtype is None else wide)
+    if method == GRADIENT_ROLLOUT:
+        return _gradient_rollout(s, weights, batch, n, element, wide)
     tokens = batch * n
     # If float64 is asked for, the states of a float32 model are cast before the rollout.
     state = wide if dtype == torch.float64 else element
@@ -191,7 +194,7 @@ def _gradients(s: "_Sizes", method: str, weights: int, batch: int, n: int, eleme
 
     The counts were found with the allocator's statistics.
     """
-    graph = s.layers * (5 * s.d + s.queries + 2 * s.keys + 2 * s.mlp + 2 * s.heads)
+    graph = s.layers * s.graph
     tokens, rest = batch * n, 4 * s.d
     if method == "integrated-gradients":
         tokens *= min(STEPS[-1], max(1, COPIED_TOKENS // tokens))
@@ -200,6 +203,21 @@ def _gradients(s: "_Sizes", method: str, weights: int, batch: int, n: int, eleme
         tokens = n * min(batch * n, max(1, COPIED_TOKENS // n))
         graph, rest = 0, max(2 * s.mlp + 3 * s.d, s.mlp + 6 * s.d)
     return Estimate(weights, 0, saved=tokens * graph * element, workspace=tokens * rest * element, maps=0)
+
+
+def _gradient_rollout(s: "_Sizes", weights: int, batch: int, n: int, element: int, wide: int) -> Estimate:
+    """Estimate `GradientRollout`: autograd's graph, and one layer's rollout; counted like `_gradients`."""
+    tokens, pairs = batch * n, batch * s.heads * n * n
+    # The layers' states are cast to the dtype of the arithmetic. The reference holds tiles of pairs.
+    cast = s.layers * 2 * (s.queries + s.keys) * wide if element < wide else 0
+    tiles = min(2 * pairs, TILES[FLOAT64][1]) if wide == FLOAT64 else 0
+    return Estimate(
+        weights,
+        0,
+        saved=tokens * (s.layers * s.graph * element + cast),
+        workspace=tokens * 7 * s.d * element + tiles * wide,
+        maps=0,
+    )
 
 
 @dataclass(frozen=True)
@@ -216,6 +234,11 @@ class _Sizes:
     keys: int
     heads: int
     layers: int
+
+    @property
+    def graph(self) -> int:
+        """Return how many numbers a token autograd keeps of one layer, for the gradient of its input."""
+        return 5 * self.d + self.queries + 2 * self.keys + 2 * self.mlp + 2 * self.heads
 
     @classmethod
     def of(cls, config: Any) -> "_Sizes":

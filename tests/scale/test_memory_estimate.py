@@ -140,11 +140,14 @@ def test_other_methods_of_a_class(method, settings, batch, n, dtype):
 
 
 @pytest.mark.parametrize(
-    "method", ["gradient-x-input", "gradient-x-input-norm", "saliency", "integrated-gradients", "occlusion"]
+    "method",
+    ["gradient-x-input", "gradient-x-input-norm", "saliency", "integrated-gradients", "occlusion"]
+    + ["gradient-rollout"],
 )
 @pytest.mark.parametrize(
     "settings, batch, n, dtype", [(BERT, 2, 128, torch.float32), (WIDE, 1, 128, torch.bfloat16)]
 )
+@pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.PrecisionWarning")
 def test_gradients(method, settings, batch, n, dtype):
     model = make(settings, "Bert", dtype, "ForSequenceClassification")
     run, target = METHODS[method].build(model, "auto", None), torch.zeros(batch, dtype=torch.long)

@@ -17,9 +17,8 @@ from pyglobenc.common.autocast import outside_autocast
 from pyglobenc.hf.limits import padding_id, vocabulary
 from pyglobenc.hf.unwrap import stock_model
 from pyglobenc.methods.arguments import model_inputs
-from pyglobenc.methods.differentiable import graph_inputs
 from pyglobenc.methods.gradients.first_layer import FirstLayer, Pass, key_mask
-from pyglobenc.methods.inputs import check_batch, check_model, require_finite
+from pyglobenc.methods.inputs import check_batch, check_model, graph_inputs, require_finite
 from pyglobenc.methods.precision.reliability import DIGITS_GONE, PrecisionWarning
 from pyglobenc.methods.target import SPANS, Index
 
