@@ -9,7 +9,7 @@ from importlib import import_module
 import pytest
 import torch
 from numerics import SEED
-from pair_cases import KERNELS, running
+from pair_cases import KERNELS, running, spread
 from torch.utils._pytree import tree_map_only
 
 from pyglobenc.bench import example_inputs
@@ -32,7 +32,7 @@ def tensors(monkeypatch):
 def other_layout(t, rng):
     """The same numbers with other strides."""
     if rng.random() < 0.5:
-        return torch.stack([t, t], -1)[..., 0]
+        return spread(t)
     order = rng.sample(range(t.dim()), t.dim())
     return t.permute(order).contiguous().permute(torch.tensor(order).argsort().tolist())
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from direct import stage_matrix
 from numerics import until_enough
-from pair_cases import KERNELS, Case, factor, layer, running
+from pair_cases import KERNELS, Case, assert_threads_change_nothing, factor, layer, running, spread
 
 from pyglobenc.ops import gram_weights, head_gram
 
@@ -75,12 +75,9 @@ def test_values_in_half_precision(dtype, kernel):
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 def test_strided_inputs(dtype, kernel):
     args = rounded(arguments(Case(n=37))[1], dtype)
-    strided = tuple(torch.stack([a, a], -1)[..., 0] for a in args)
     with running(kernel) as backend:
-        for first, second in zip(
-            head_gram(*args, backend=backend), head_gram(*strided, backend=backend), strict=True
-        ):
-            assert torch.equal(first, second)
+        results = head_gram(*args, backend=backend), head_gram(*map(spread, args), backend=backend)
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -95,16 +92,7 @@ def test_empty(B, n, kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_threads_do_not_change_the_result(kernel):
     args = tuple(a.float() for a in arguments(Case(B=3, n=150))[1])[:2]
-    before = torch.get_num_threads()
-    results = []
-    with running(kernel) as backend:
-        try:
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
-                results.append(head_gram(*args, backend=backend)[0])
-        finally:
-            torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert_threads_change_nothing(kernel, lambda backend: head_gram(*args, backend=backend)[0])
 
 
 def test_arguments_are_checked():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from numerics import assert_as_good_as_torch, until_enough
-from pair_cases import KERNELS, Case, factor, layer, running
+from pair_cases import KERNELS, Case, factor, layer, running, spread
 
 from pyglobenc.ops import head_norms
 
@@ -33,7 +33,7 @@ def test_kernel_is_as_good_as_torch(case, kernel):
         args = t["v"].float(), t["weight"].float()
         with running(kernel) as backend:
             out = head_norms(*args, backend=backend)
-            strided = head_norms(*(torch.stack([a, a], -1)[..., 0] for a in args), backend=backend)
+            strided = head_norms(*map(spread, args), backend=backend)
         exact, torch_out = (
             head_norms(*(a.double() for a in args), backend="reference"),
             head_norms(*args, backend="reference"),

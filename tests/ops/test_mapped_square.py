@@ -2,7 +2,7 @@ import pytest
 import torch
 from direct import stage_matrix
 from numerics import assert_as_good_as_torch
-from pair_cases import KERNELS, running
+from pair_cases import KERNELS, running, spread
 
 from pyglobenc.ops import mapped_square
 
@@ -13,11 +13,6 @@ def arguments(*shape, norms):
     """x and the gammas of a stage, in float64; x off centre, as residuals are."""
     x = torch.randn(shape, dtype=torch.float64) + 0.5
     return x, [torch.rand(shape[-1], dtype=torch.float64) + 0.5 for _ in range(norms)]
-
-
-def apart(t):
-    """The same numbers, every second of a tensor."""
-    return torch.stack([t, t], -1)[..., 0]
 
 
 @pytest.mark.parametrize("norms", [0, 1, 2])
@@ -36,7 +31,7 @@ def test_kernel_is_as_good_as_torch(shape, norms, dtype, kernel):
     x, gammas = x.to(dtype), [gamma.float() for gamma in gammas]
     with running(kernel) as backend:
         out = mapped_square(x, gammas, backend=backend)
-        strided = mapped_square(apart(x), [apart(gamma) for gamma in gammas], backend=backend)
+        strided = mapped_square(spread(x), list(map(spread, gammas)), backend=backend)
     exact = mapped_square(x.double(), [gamma.double() for gamma in gammas], backend="reference")
     assert out.dtype == strided.dtype == torch.float32
     for found in (out, strided):

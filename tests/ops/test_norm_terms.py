@@ -2,7 +2,7 @@ import pytest
 import torch
 from direct import stage_matrix
 from numerics import assert_as_good_as_torch, until_enough
-from pair_cases import KERNELS, Case, factor, layer, running
+from pair_cases import KERNELS, Case, assert_threads_change_nothing, factor, layer, running, spread
 
 from pyglobenc.ops import gram_weights, head_gram, mapped_square, norm_terms
 
@@ -132,16 +132,14 @@ def test_values_in_half_precision(dtype, kernel):
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 def test_strided_inputs(dtype, kernel):
     v, weight, x, gammas = rounded(arguments(Case(n=37)), dtype)
-    spread = [torch.stack([a, a], -1)[..., 0] for a in (v, weight, x, *gammas)]
+    spread_v, spread_weight, spread_x, *spread_gammas = map(spread, (v, weight, x, *gammas))
     # as a Linear layer keeps it, as a Conv1D does, and neither
-    layouts = [weight.flatten(0, 1).T.contiguous().T.unflatten(0, weight.shape[:2]), weight, spread[1]]
+    layouts = [weight.flatten(0, 1).T.contiguous().T.unflatten(0, weight.shape[:2]), weight, spread_weight]
     with running(kernel) as backend:
         expected = norm_terms(v, weight, x, gammas, backend=backend)
         for layout in layouts:
-            for first, second in zip(
-                norm_terms(spread[0], layout, spread[2], spread[3:], backend=backend), expected, strict=True
-            ):
-                assert torch.equal(first, second)
+            out = norm_terms(spread_v, layout, spread_x, spread_gammas, backend=backend)
+            assert all(torch.equal(*pair) for pair in zip(out, expected, strict=True))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -163,17 +161,7 @@ def test_empty(B, n, dh, kernel):
 @pytest.mark.parametrize("n", [14, 150, 700])
 def test_threads_do_not_change_the_result(n, kernel):
     args = rounded(arguments(Case(B=3, n=n)), torch.float32)
-    before = torch.get_num_threads()
-    results = []
-    with running(kernel) as backend:
-        try:
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
-                results.append(norm_terms(*args, backend=backend))
-        finally:
-            torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert_threads_change_nothing(kernel, lambda backend: norm_terms(*args, backend=backend))
 
 
 def test_arguments_are_checked():

@@ -2,7 +2,18 @@ import pytest
 import torch
 from direct import attention_probabilities, decomposed_vectors
 from numerics import until_enough
-from pair_cases import KERNELS, Case, doubled, factor, layer, pair_args, running
+from pair_cases import (
+    KERNELS,
+    Case,
+    alone,
+    assert_threads_change_nothing,
+    doubled,
+    factor,
+    layer,
+    pair_args,
+    running,
+    spread_all,
+)
 
 from pyglobenc.backends.inputs import PairInputs
 from pyglobenc.ops import pair_norms
@@ -110,10 +121,7 @@ def test_rows_are_those_of_the_full_matrix(case, kernel):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strided_inputs(kernel, dtype):
     args = pair_args(Case(n=37, dh=7, mask="holes", dtype=dtype))
-    strided = {
-        name: torch.stack([t, t], -1)[..., 0] if isinstance(t, torch.Tensor) else t
-        for name, t in args.items()
-    }
+    strided = spread_all(args)
     assert not strided["gram"].is_contiguous() and strided["q"].stride(-1) == 2
     with running(kernel) as backend:
         assert torch.equal(pair_norms(**strided, backend=backend), pair_norms(**args, backend=backend))
@@ -141,12 +149,8 @@ def test_padded_batch_equals_its_examples_alone(kernel):
     with running(kernel) as backend:
         out = pair_norms(**args, backend=backend)
         for b, count in enumerate(args["key_mask"].sum(1).tolist()):
-            alone = {}
-            for name, t in args.items():
-                axis = 2 if name in ("q", "k", "lse") else 1
-                alone[name] = t[b : b + 1].narrow(axis, 0, count) if isinstance(t, torch.Tensor) else t
-            alone["key_mask"] = None
-            assert torch.equal(pair_norms(**alone, backend=backend)[0], out[b, :count, :count])
+            single = pair_norms(**alone(args, b, count), backend=backend)[0]
+            assert torch.equal(single, out[b, :count, :count])
             assert not out[b, count:].any() and not out[b, :, count:].any()
 
 
@@ -178,37 +182,24 @@ def test_padding_may_hold_anything(kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_threads_do_not_change_the_result(kernel):
     args = pair_args(Case(B=3, n=150, mask="right"))
-    before = torch.get_num_threads()
-    results = []
-    with running(kernel) as backend:
-        try:
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
-                results.append(pair_norms(**args, backend=backend))
-        finally:
-            torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert_threads_change_nothing(kernel, lambda backend: pair_norms(**args, backend=backend))
 
 
 def test_arguments_are_checked():
     args = pair_args(Case(n=6))
     q = args["q"]
-    with pytest.raises(ValueError, match="pair_norms: q must be"):
-        pair_norms(**args | dict(q=q[0]))
-    with pytest.raises(ValueError, match="pair_norms: gram must be"):
-        pair_norms(**args | dict(gram=args["gram"][:, :5]))
-    with pytest.raises(TypeError, match="one dtype"):
-        pair_norms(**args | dict(k=args["k"].double()))
-    with pytest.raises(TypeError, match="floating-point"):
-        pair_norms(**args | dict(q=q.long(), k=args["k"].long()))
-    with pytest.raises(ValueError, match="given together"):
-        pair_norms(**args | dict(cross=None))
-    with pytest.raises(ValueError, match=r"rows must lie in \[0, 6\)"):
-        pair_norms(**args, rows=torch.full((2, 1), 6))
-    with pytest.raises(TypeError, match="rows must be int64"):
-        pair_norms(**args, rows=torch.zeros(2, 1, dtype=torch.int32))
-    with pytest.raises(ValueError, match="backend must be one of"):
-        pair_norms(**args, backend="fast")
+    for wrong, error, message in [
+        (dict(q=q[0]), ValueError, "pair_norms: q must be"),
+        (dict(gram=args["gram"][:, :5]), ValueError, "pair_norms: gram must be"),
+        (dict(k=args["k"].double()), TypeError, "one dtype"),
+        (dict(q=q.long(), k=args["k"].long()), TypeError, "floating-point"),
+        (dict(cross=None), ValueError, "given together"),
+        (dict(rows=torch.full((2, 1), 6)), ValueError, r"rows must lie in \[0, 6\)"),
+        (dict(rows=torch.zeros(2, 1, dtype=torch.int32)), TypeError, "rows must be int64"),
+        (dict(backend="fast"), ValueError, "backend must be one of"),
+    ]:
+        with pytest.raises(error, match=message):
+            pair_norms(**args | wrong)
 
 
 @pytest.mark.parametrize("kernel", KERNELS[:1])

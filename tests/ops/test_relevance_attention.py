@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from direct import attention_probabilities
 from numerics import until_enough
-from pair_cases import KERNELS, Case, doubled, factor, key_mask, running
+from pair_cases import KERNELS, Case, doubled, factor, running
+from relevance_cases import exact_map, inputs
 
 from pyglobenc.backends.shared.safe_division import safe_divide
 from pyglobenc.ops import relevance_attention, relevance_maps, relevance_rollout_step
@@ -22,43 +22,19 @@ CASES = [
 ]
 
 
-def inputs(case):
-    """Arguments shared by the three ops, in float32, dots kept away from 0: R / safe(q . k) amplifies their
-    rounding without bound.
-    """
-    B, H, n, dh = case.B, case.H, case.n, case.dh
-    q, k, v, grad_o, s = (torch.randn(B, n, H, dh).transpose(1, 2) for _ in range(5))
-    q, k = q.abs() + 0.1, k.abs() + 0.1
-    seen = dict(key_mask=key_mask(case.mask, B, n), scaling=dh**-0.5, window=case.window)
-    _, lse = attention(q.double(), k.double(), v.double(), **seen)
-    # a query that sees no key has lse = inf
-    return dict(q=q, k=k, v=v, lse=lse.float(), grad_o=grad_o, s=s, **seen)
+# n = 65 takes two blocks of queries in the reference
+EXACT = [Case(n=1), Case(n=9), Case(n=8, mask="holes"), Case(n=8, window=(3, 0)), Case(n=65, mask="right")]
 
 
-def map_of(args):
-    """A, straight from its definition; rows of queries (B, n, n)."""
-    alpha = attention_probabilities(args["q"], args["k"], args["key_mask"], args["scaling"], args["window"])
-    relevance = alpha * (args["s"] @ args["v"].mT) / 2
-    gradient = 1 if args["grad_o"] is None else args["grad_o"] @ args["v"].mT
-    return alpha, relevance, (gradient * relevance).clamp(min=0).mean(1)
-
-
-@pytest.mark.parametrize("case", [Case(n=9), Case(n=8, mask="holes"), Case(n=8, window=(3, 0))], ids=str)
+@pytest.mark.parametrize("case", EXACT, ids=str)
 @pytest.mark.parametrize("gradient", [True, False])
 @pytest.mark.parametrize("additive_mask", [True, False])
-def test_reference_is_the_definition(additive_mask, gradient, case):
-    args = doubled(inputs(case))
-    _, args["lse"] = attention(
-        args["q"],
-        args["k"],
-        args["v"],
-        key_mask=args["key_mask"],
-        scaling=args["scaling"],
-        window=case.window,
-    )
+@pytest.mark.parametrize("normalize", [True, False])
+def test_reference_is_the_definition(normalize, additive_mask, gradient, case):
+    args = inputs(case, torch.float64)
     if not gradient:
         args["grad_o"] = None
-    alpha, relevance, weighted = map_of(args)
+    alpha, relevance, weighted = exact_map(args)
     dots = args["q"] @ args["k"].mT
     passed = relevance
     if additive_mask:
@@ -69,7 +45,7 @@ def test_reference_is_the_definition(additive_mask, gradient, case):
         passed = passed * c[:, None, None, None]
     u = safe_divide(passed, dots)
     r = torch.rand(case.B, 2, case.n, dtype=torch.float64)
-    weights = r / (1 + weighted.sum(-1))[:, None]
+    weights = r / (1 + weighted.sum(-1))[:, None] if normalize else r
     expected = (
         args["q"] * (u @ args["k"]) / 2,
         args["k"] * (u.mT @ args["q"]) / 2,
@@ -77,10 +53,15 @@ def test_reference_is_the_definition(additive_mask, gradient, case):
         weighted.sum(-1),
         weights + weights @ weighted,
     )
-    out = relevance_attention(**args, r=r, additive_mask=additive_mask, normalize=True, backend="reference")
+    options = dict(additive_mask=additive_mask, normalize=normalize)
+    out = relevance_attention(**args, r=r, **options, backend="reference")
     for got, wanted in zip(out, expected, strict=True):
         torch.testing.assert_close(got, wanted)
+    assert torch.equal(relevance_rollout_step(r, **args, normalize=normalize, backend="reference"), out[4])
     torch.testing.assert_close(relevance_maps(**args, backend="reference"), weighted)
+    rows = torch.randint(case.n, (case.B, 2))
+    some = relevance_maps(**args, rows=rows, backend="reference")
+    torch.testing.assert_close(some, weighted.gather(1, rows[..., None].expand(-1, -1, case.n)))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

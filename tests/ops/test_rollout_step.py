@@ -4,7 +4,18 @@ import pytest
 import torch
 from direct import attention_probabilities, decomposed_vectors
 from numerics import until_enough
-from pair_cases import KERNELS, Case, doubled, factor, layer, pair_args, running
+from pair_cases import (
+    KERNELS,
+    Case,
+    alone,
+    assert_threads_change_nothing,
+    doubled,
+    factor,
+    layer,
+    pair_args,
+    running,
+    spread_all,
+)
 
 from pyglobenc.backends.inputs import PairInputs
 from pyglobenc.ops import pair_norms, rollout_step
@@ -122,24 +133,15 @@ def test_strided_and_padded(kernel):
     case = Case(B=5, n=90, mask="right")
     args = pair_args(case)
     r, log_scale = rows_of(case, 2)
-    strided = {
-        name: torch.stack([t, t], -1)[..., 0] if isinstance(t, torch.Tensor) else t
-        for name, t in args.items()
-    }
     dirty = r.masked_fill(~args["key_mask"][:, None], torch.nan)
     with running(kernel) as backend:
         out, out_scale = rollout_step(r, log_scale, **args, backend=backend)
-        again = rollout_step(r.mT.contiguous().mT, log_scale, **strided, backend=backend)
+        again = rollout_step(r.mT.contiguous().mT, log_scale, **spread_all(args), backend=backend)
         assert torch.equal(out, again[0]) and torch.equal(out_scale, again[1])
         assert torch.equal(out, rollout_step(dirty, log_scale, **args, backend=backend)[0])
         for b, count in enumerate(args["key_mask"].sum(1).tolist()):
-            alone = {}
-            for name, t in args.items():
-                axis = 2 if name in ("q", "k", "lse") else 1
-                alone[name] = t[b : b + 1].narrow(axis, 0, count) if isinstance(t, torch.Tensor) else t
-            alone["key_mask"] = None
             single, single_scale = rollout_step(
-                r[b : b + 1, :, :count], log_scale[b : b + 1], **alone, backend=backend
+                r[b : b + 1, :, :count], log_scale[b : b + 1], **alone(args, b, count), backend=backend
             )
             assert torch.equal(single[0], out[b, :, :count]) and torch.equal(single_scale[0], out_scale[b])
             assert not out[b, :, count:].any()
@@ -159,17 +161,8 @@ def test_empty(B, T, n, kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_threads_do_not_change_the_result(kernel):
     case = Case(B=3, n=150, mask="right")
-    args, (r, log_scale) = pair_args(case), rows_of(case, 2)
-    before = torch.get_num_threads()
-    results = []
-    with running(kernel) as backend:
-        try:
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
-                results.append(rollout_step(r, log_scale, **args, backend=backend)[0])
-        finally:
-            torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    args, rows = pair_args(case), rows_of(case, 2)
+    assert_threads_change_nothing(kernel, lambda backend: rollout_step(*rows, **args, backend=backend))
 
 
 def test_arguments_are_checked():

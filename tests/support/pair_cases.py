@@ -1,6 +1,7 @@
 """Inputs of `pair_norms` and `rollout_step`, and the backends that they are tested on."""
 
 import math
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch
 from pyglobenc.backends.dispatch import load
 from pyglobenc.backends.reference.stage_map import stage_map
 from pyglobenc.backends.shared.packing import per_token
+from pyglobenc.bench.costs import flatten
 from pyglobenc.ops import gram_weights, head_gram, rollout_step
 from pyglobenc.ops.attention import attention
 
@@ -140,6 +142,40 @@ def doubled(args: dict) -> dict:
         name: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
         for name, t in args.items()
     }
+
+
+def spread(t: torch.Tensor) -> torch.Tensor:
+    """Return the same numbers, with every second place in memory between them unused."""
+    return torch.stack([t, t], -1)[..., 0]
+
+
+def spread_all(args: dict) -> dict:
+    """Return the same arguments with every tensor spread."""
+    return {name: spread(t) if isinstance(t, torch.Tensor) else t for name, t in args.items()}
+
+
+def alone(args: dict, b: int, count: int) -> dict:
+    """Return the arguments of example b alone, with its first `count` tokens and without a mask."""
+    return {
+        name: t[b : b + 1].narrow(2 if name in ("q", "k", "lse") else 1, 0, count)
+        if isinstance(t, torch.Tensor)
+        else t
+        for name, t in args.items()
+    } | dict(key_mask=None)
+
+
+def assert_threads_change_nothing(kernel: str, call: Callable[[str], object]) -> None:
+    """Assert that call(backend) returns equal tensors with 1, 2 and 3 threads."""
+    before, results = torch.get_num_threads(), []
+    with running(kernel) as backend:
+        try:
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                results.append(list(flatten(call(backend))))
+        finally:
+            torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(results[0], other, strict=True))
 
 
 def product(
