@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from pyglobenc.hf.architectures import vit
 from pyglobenc.hf.trace.layers import LayerModules
 
 MODEL_TYPES = ("beit",)
@@ -14,19 +15,8 @@ def layers(base: nn.Module) -> list[LayerModules]:
         base: the model without its head. Its layers map hidden states (B, n, d) to (B, n, d).
     """
     return [
-        LayerModules(
-            block=layer,
-            attention=layer.attention,
-            query=layer.attention.q_proj,
-            key=layer.attention.k_proj,
-            value=layer.attention.v_proj,
-            output=layer.attention.o_proj,
-            attention_norm=layer.layernorm_before,
-            intermediate=layer.mlp.fc1,
-            mlp_output=layer.mlp.fc2,
-            output_norm=layer.layernorm_after,
-            pre_norm=True,
-            scale=(layer, "lambda_1") if isinstance(layer.lambda_1, nn.Parameter) else None,
-        )
-        for layer in base.layers
+        modules._replace(scale=(modules.block, "lambda_1"))
+        if isinstance(modules.block.lambda_1, nn.Parameter)
+        else modules
+        for modules in vit.layers(base)
     ]

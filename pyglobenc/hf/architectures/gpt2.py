@@ -18,9 +18,6 @@ def layers(base: nn.Module) -> list[LayerModules]:
         LayerModules(
             block=layer,
             attention=layer.attn,
-            query=None,
-            key=None,
-            value=None,
             output=layer.attn.c_proj,
             attention_norm=layer.ln_1,
             intermediate=layer.mlp.c_fc,

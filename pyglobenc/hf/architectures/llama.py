@@ -23,7 +23,6 @@ def layers(base: nn.Module) -> list[LayerModules]:
             value=layer.self_attn.v_proj,
             output=layer.self_attn.o_proj,
             attention_norm=layer.input_layernorm,
-            intermediate=None,
             mlp_output=layer.mlp.down_proj,
             output_norm=layer.post_attention_layernorm,
             pre_norm=True,

@@ -17,12 +17,8 @@ def layers(base: nn.Module) -> list[LayerModules]:
         LayerModules(
             block=layer,
             attention=layer.attn,
-            query=None,
-            key=None,
-            value=None,
             output=layer.attn.Wo,
             attention_norm=layer.attn_norm,
-            intermediate=None,
             mlp_output=layer.mlp.Wo,
             output_norm=layer.mlp_norm,
             pre_norm=True,

@@ -22,7 +22,6 @@ def layers(base: nn.Module) -> list[LayerModules]:
             value=layer.self_attn.v_proj,
             output=layer.self_attn.o_proj,
             attention_norm=layer.post_attention_layernorm,
-            intermediate=None,
             mlp_output=layer.mlp.down_proj,
             output_norm=layer.post_mlp_layernorm,
         )

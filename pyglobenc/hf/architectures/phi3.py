@@ -18,12 +18,8 @@ def layers(base: nn.Module) -> list[LayerModules]:
         LayerModules(
             block=layer,
             attention=layer.self_attn,
-            query=None,
-            key=None,
-            value=None,
             output=layer.self_attn.o_proj,
             attention_norm=layer.input_layernorm,
-            intermediate=None,
             mlp_output=layer.mlp.down_proj,
             output_norm=layer.post_attention_layernorm,
             pre_norm=True,

@@ -23,7 +23,6 @@ def layers(base: nn.Module) -> list[LayerModules]:
             value=layer.self_attn.v_proj,
             output=layer.self_attn.o_proj,
             attention_norm=layer.input_layernorm,
-            intermediate=None,
             # This block adds up the outputs of its experts.
             mlp_output=layer.mlp,
             output_norm=layer.post_attention_layernorm,

@@ -28,14 +28,14 @@ class LayerModules(NamedTuple):
 
     block: nn.Module  # called with the layer's input x
     attention: nn.Module  # the module that transformers hands to the attention function
-    query: nn.Module | None  # None: one module for query, key and value
-    key: nn.Module | None
-    value: nn.Module | None
     output: nn.Module  # W_O
     attention_norm: nn.Module  # post-norm: after the attention's residual sum; pre-norm: before the attention
-    intermediate: nn.Module | None  # first Linear of the MLP; None: a gated MLP
-    mlp_output: nn.Module
+    mlp_output: nn.Module  # last Linear of the MLP
     output_norm: nn.Module  # post-norm: after the MLP's residual sum; pre-norm: before the MLP
+    query: nn.Module | None = None  # None: one module computes query, key and value
+    key: nn.Module | None = None
+    value: nn.Module | None = None
+    intermediate: nn.Module | None = None  # first Linear of the MLP; None: a gated MLP
     pre_norm: bool = False
     # module and name of a parameter (d,) that multiplies the attention's output before the residual sum
     scale: tuple[nn.Module, str] | None = None
