@@ -1,4 +1,4 @@
-// The primitives of simt.h on the CPU, for threads that are fibers.
+// Implements the primitives of simt.h on the CPU, where each thread is a fiber.
 #pragma once
 
 #include <cmath>
@@ -67,7 +67,7 @@ inline f16 narrow<f16>(float x) {
     const float size = std::fabs(x);
     if (std::isnan(x)) return {0x7fff};
     if (size >= 65520.0f) return {uint16_t(sign | 0x7c00)};
-    // rounded to the nearest multiple of the smallest step at this size, ties to even
+    // The number is rounded to the nearest multiple of the smallest step at its size, and ties to even.
     const int exponent = size < 6.103515625e-5f ? -14 : std::ilogb(size);
     const int steps = int(std::nearbyint(std::ldexp(size, 10 - exponent)));
     return {uint16_t(sign | (size < 6.103515625e-5f ? steps : ((exponent + 14) << 10) + steps))};
@@ -94,7 +94,8 @@ struct Operands {
     uint32_t a[4], b[2];
 };
 
-// Sums of exact products, rounded towards 0 (Fasi et al., Numerical behavior of NVIDIA tensor cores, 2021).
+// Rounds a sum of exact products towards 0, as tensor cores do (Fasi et al., Numerical behavior of NVIDIA
+// tensor cores, 2021).
 inline float towards_zero(double x) {
     const float out = float(x);
     return std::isfinite(out) && std::fabs(double(out)) > std::fabs(x) ? std::nextafter(out, 0.0f) : out;

@@ -1,7 +1,10 @@
-// Runs a block of threads on the CPU. Each thread is a fiber that runs until it must wait for others: at a
-// barrier, or where its warp meets. What a GPU leaves undefined shows as an error here: shared memory and
-// bytes that are still being copied hold NaN; each warp runs as far as it can before the next one starts, in
-// either order; races for shared memory, and threads that wait in vain, are reported.
+// Runs a block of threads on the CPU. Each thread is a fiber, which runs until it must wait for others at a
+// barrier or at a function of its whole warp.
+//
+// Behaviour that a GPU leaves undefined becomes an error here. Shared memory that was not written, and bytes
+// that are still being copied, hold NaN. Each warp runs as far as it can before the next one starts, and
+// tests can reverse the order. Races for shared memory are reported, and so are threads that wait for others
+// that have ended.
 #pragma once
 
 #include <setjmp.h>
@@ -23,7 +26,8 @@
 namespace pyglobenc {
 namespace emulated {
 
-// A place where threads wait for one another; `what` is the instruction that all of them must have reached.
+// A place where threads wait for one another. `what` names the instruction that all of them must have
+// reached.
 struct Gate {
     std::vector<int> arrived;  // threads
     int64_t generation = 0;
@@ -32,13 +36,14 @@ struct Gate {
 
 struct Warp {
     Gate gate;
-    alignas(16) char exchanged[2][32][32];  // values that the lanes exchange; two buffers in turn, since a
-                                            // fast lane may already write the next value
+    // The values that the lanes exchange. Two buffers take turns, because a fast lane may already write its
+    // next value while others still read this one.
+    alignas(16) char exchanged[2][32][32];
 };
 
 struct Copy {
     void* to;
-    const void* from;  // null: zeros
+    const void* from;  // null for a copy of zeros
     int bytes;
 };
 
@@ -61,14 +66,14 @@ struct Machine {
     static constexpr size_t STACK = 256 * 1024;
     static constexpr size_t GUARD = 1024;
 
-    // for tests to set
-    bool reversed = false;  // run the last warps and their last lanes first
+    // Tests set these. With `reversed`, the last warps and their last lanes run first.
+    bool reversed = false;
     int shared_limit = 227 * 1024, processors = 2;
     std::vector<Launch> launches;
 
     int block = 0, threads = 0, thread = 0;
     char* shared = nullptr;
-    size_t shared_bytes = 0;  // while a block runs
+    size_t shared_bytes = 0;  // 0 unless a block runs
     Races races;
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
@@ -91,7 +96,8 @@ inline void fail(const std::string& error) {
     leave();
 }
 
-// orders: after this, each thread knows what the others did before.
+// Waits until `count` threads have reached the gate. With `orders`, each of them then sees what the others
+// wrote before.
 inline void arrive(Gate& gate, int count, const char* what, bool orders) {
     if (!gate.arrived.empty() && gate.what != what)
         fail(std::string("threads meet at ") + gate.what + " and " + what);
@@ -109,8 +115,8 @@ inline void arrive(Gate& gate, int count, const char* what, bool orders) {
     leave();
 }
 
-// Notes that a thread reads or writes memory; an error if another thread may write or read the same shared
-// memory at that time.
+// Records that the current thread reads or writes memory. Fails if another thread may use the same shared
+// memory at that time and one of the two writes.
 inline void touch(const void* at, size_t bytes, bool write) {
     const size_t offset = size_t(static_cast<const char*>(at) - machine.shared);
     if (offset >= machine.shared_bytes) return;
@@ -120,7 +126,8 @@ inline void touch(const void* at, size_t bytes, bool write) {
              " of shared memory");
 }
 
-// Passes x to the warp. Returns the address of lane 0's value; lane l's lies 32 l bytes further.
+// Passes x to the other lanes of the warp. Returns the address of lane 0's value; the value of lane l lies
+// 32 l bytes further.
 template <class V>
 const char* exchange(const V& x, const char* what, bool orders = false) {
     static_assert(sizeof(V) <= 32, "a lane hands over at most 32 bytes");
@@ -159,8 +166,8 @@ __attribute__((noinline)) inline void resume(Fiber& fiber) {
     setcontext(&fiber.context);
 }
 
-// Runs a warp until all its threads wait; returns whether any of them advanced. Threads that end are
-// subtracted from `left`.
+// Runs a warp until all its threads wait. Returns whether any of them advanced. Subtracts the threads that
+// end from `left`.
 inline bool run_warp(int warp, int& left) {
     bool any = false;
     for (bool moved = true; moved; any |= moved) {
@@ -189,7 +196,7 @@ inline void run_block() {
     }
 }
 
-// Calls body() in every thread of every block.
+// Runs a whole grid: calls body() in every thread of every block, one block after the other.
 inline void run(int64_t blocks, int threads, int shared, std::function<void()> body) {
     Machine& m = machine;
     if (threads < 32 || threads % 32 || threads > 1024)

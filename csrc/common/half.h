@@ -1,4 +1,4 @@
-// Converts 16-bit floats to float32, exactly, by bit manipulation that any compiler and device supports.
+// Converts 16-bit floats to float32 exactly. The bit manipulation works with any compiler and on any device.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ inline float widen_f16(uint16_t x) {
     const uint32_t sign = uint32_t(x & 0x8000u) << 16, exponent = (x >> 10) & 31u, fraction = x & 0x3ffu;
     if (exponent == 31) return as_float(sign | 0x7f800000u | fraction << 13);
     if (exponent) return as_float(sign | (exponent + 112) << 23 | fraction << 13);
-    // subnormal: fraction * 2^-24
+    // A subnormal number is fraction * 2^-24.
     const float magnitude = float(fraction) * 5.9604644775390625e-8f;
     return sign ? -magnitude : magnitude;
 }

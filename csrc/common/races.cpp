@@ -1,5 +1,5 @@
-// Functions that code compiled with -fsanitize=thread calls; they replace the sanitizer's own runtime. See
-// races.h.
+// Defines the functions that code compiled with -fsanitize=thread calls, in place of the sanitizer's own
+// runtime. races.h says what they serve.
 #include <cstddef>
 
 #include "fibers.h"

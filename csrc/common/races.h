@@ -1,7 +1,7 @@
-// Finds races in the shared memory of emulated blocks: two threads use the same bytes, one of them writes,
-// and no barrier lies between. Kernels compiled with -fsanitize=thread report every access by calling
-// functions, which races.cpp defines. A vector clock records what each thread knows of the others (Flanagan
-// and Freund, FastTrack, 2009).
+// Finds races in the shared memory of emulated blocks. A race is when two threads use the same bytes, one of
+// them writes, and no barrier lies between. Kernels compiled with -fsanitize=thread call a function at every
+// access; races.cpp defines these functions. A vector clock records what each thread knows of the others
+// (Flanagan and Freund, FastTrack, 2009).
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@ namespace emulated {
 
 class Races {
 public:
-    // A block begins.
+    // Forgets the previous block; a new one begins.
     void start(int threads, int bytes) {
         n_ = threads;
         clocks_.assign(size_t(threads) * threads, 0);
@@ -21,7 +21,7 @@ public:
         cells_.assign((bytes + CELL - 1) / CELL, Cell());
     }
 
-    // Threads meet at a barrier; from now on each knows what the others did before.
+    // Records that threads meet at a barrier. From then on, each knows what the others did before.
     void meet(const std::vector<int>& met) {
         std::vector<uint32_t> joined(n_, 0);
         for (const int thread : met)
@@ -33,7 +33,7 @@ public:
         }
     }
 
-    // Notes an access to bytes of shared memory; returns the thread that it races with, or -1.
+    // Records an access to bytes of shared memory. Returns the thread that it races with, or -1.
     int touch(int thread, size_t at, size_t bytes, bool write) {
         const size_t end = std::min((at + bytes + CELL - 1) / CELL, cells_.size());
         for (size_t index = at / CELL; index < end; ++index) {

@@ -2,55 +2,56 @@
 // host compiler runs the same source thread by thread (fibers.h), so that whole kernels can be tested without
 // a GPU.
 //
-//   KERNEL(threads) name(...)     a kernel: a 1-D grid of 1-D blocks of whole warps, started by launch() of
-//                                 csrc/cuda/launch.h; a second argument, blocks that a multiprocessor
-//                                 is to hold at least
-//   DEVICE                        before every function that kernels call, BOTH if the host does too; UNROLL
-//                                 or ROLL before a loop
-//   block()                       this block; thread(), threads(), warp() and lane(): this thread in it, how
-//                                 many it has, and so on
-//   shared()                      the block's dynamic shared memory, char*, aligned to 128 bytes, filled with
-//                                 NaN when emulated
-//   barrier(), warp_barrier()     all threads of the block, of the warp, arrive here; barrier(id, count) for
-//                                 `count` threads, whole warps, of the block, id 1 to 15
+//   KERNEL(threads) name(...)   declares a kernel: a 1-D grid of 1-D blocks of whole warps, which launch() of
+//                               csrc/cuda/launch.h starts. A second argument of KERNEL says how many blocks
+//                               a multiprocessor should hold at least.
+//   DEVICE, BOTH                DEVICE stands before every function that kernels call, BOTH if the host calls
+//                               it too.
+//   UNROLL, ROLL                stand before a loop that the compiler should, or should not, unroll.
+//   block()                     returns the index of this block. thread(), warp() and lane() return this
+//                               thread's place in the block, threads() the number of threads.
+//   shared()                    returns the block's dynamic shared memory, a char* aligned to 128 bytes.
+//                               Emulated memory is filled with NaN.
+//   barrier(), warp_barrier()   wait for all threads of the block, or of the warp. barrier(id, count) waits
+//                               for `count` threads, in whole warps; id is 1 to 15.
 //
-// The next are met by all 32 lanes of a warp together:
+// All 32 lanes of a warp must call the following functions together. g is lane() / 4, and t is lane() % 4.
 //
-//   shuffle(x, from)              x of the lane `from`, x any 4 bytes; shuffle_xor(x, mask) x of the lane
-//                                 lane() ^ mask
-//   any(flag)                     whether flag holds in one lane at least
-//   mma<T>(c, a, b)               c += a b on tensor cores, T bf16, f16 (16x16 by 16x8) or tf32 (16x8 by
-//                                 8x8); with g = lane() / 4 and t = lane() % 4,
-//                                 c[0..3] are rows g, g, g + 8, g + 8 and columns 2t, 2t + 1, 2t, 2t + 1;
-//                                 bf16, f16: a[0..3] pairs at rows g, g + 8, g, g + 8
-//                                 and columns 2t, 2t, 2t + 8, 2t + 8,
-//                                 b[0..1] pairs at rows 2t, 2t + 8 of column g; low half first
-//                                 tf32: a[0..3] floats at rows g, g + 8, g, g + 8,
-//                                 columns t, t, t + 4, t + 4, b[0..1] rows t, t + 4
-//   load_matrices(r, row)         N = 1, 2 or 4 matrices of 8 rows of 16 bytes from shared memory (ldmatrix):
-//                                 lane 8 m + i gives the address of row i of matrix m, and r[m] becomes
-//                                 4 bytes at row g, bytes 4t to 4t + 3; lanes past 8 N are ignored
-//   load_matrices_transposed      of 2-byte entries: r[m] becomes the pair at rows 2t, 2t + 1 of column g
+//   shuffle(x, from)            returns the x of the lane `from`; x is any 4 bytes.
+//   shuffle_xor(x, mask)        returns the x of the lane lane() ^ mask.
+//   any(flag)                   returns whether flag is true in at least one lane.
+//   mma<T>(c, a, b)             adds a b to c on tensor cores. a is 16x16 and b is 16x8 for T = bf16 or f16;
+//                               they are 16x8 and 8x8 for tf32. In all cases
+//                               c[0..3] are at rows g, g, g + 8, g + 8 and columns 2t, 2t + 1, 2t, 2t + 1.
+//                               bf16, f16: each entry is a pair of neighbours, the low half first;
+//                               a[0..3] are at rows g, g + 8, g, g + 8 and columns 2t, 2t, 2t + 8, 2t + 8;
+//                               b[0..1] are at rows 2t, 2t + 8 of column g.
+//                               tf32: a[0..3] are floats at rows g, g + 8, g, g + 8 and columns t, t, t + 4,
+//                               t + 4; b[0..1] are at rows t, t + 4 of column g.
+//   load_matrices(r, row)       loads N = 1, 2 or 4 matrices, each of 8 rows of 16 bytes, from shared memory
+//                               (ldmatrix). Lane 8 m + i gives the address of row i of matrix m. r[m] becomes
+//                               bytes 4t to 4t + 3 of row g. Lanes past 8 N are ignored.
+//   load_matrices_transposed    does the same for entries of 2 bytes, but r[m] becomes the pair at rows 2t,
+//                               2t + 1 of column g.
 //
-// And by one thread alone:
+// A single thread may call the following functions.
 //
-//   copy_async<BYTES>(to, from, ok)   4, 8 or 16 bytes, aligned, from global to shared memory; zeros unless
-//                                     ok, when nothing is read
-//   commit_copies(), wait_copies<N>() ends a group of copies; waits for this thread's groups but the N
-//                                     youngest: a barrier() then shows them to the others.
-//                                     When emulated, bytes are NaN until their group was waited for.
-//   load<V>(from)                     the Bytes16 or float at `from`, in global memory that the kernel
-//                                     doesn't write
-//   settled(p)                        p, for load(): the compiler adds to it and doesn't take the sum that it
-//                                     is apart
-//   bf16, f16, tf32                   bf16 and f16 hold bits; tf32 only names a type of mma, whose operands
-//                                     are floats' bits
-//   pack<T>(low, high)                two floats, rounded to bf16 or f16, in 4 bytes; unpack<T>(x) those two,
-//                                     as a Float2
-//   Bytes16                             16 bytes, aligned: one load or store; Float2 the same of two floats
-//   bits(x), from_bits(u)             a float as uint32_t and back
-//   round_tf32(x)                     to 11 significant bits; mma cuts off what a float has beyond them
-//   exp2_approx, sqrt_approx          to 2 ulp; results below the normal numbers are 0
+//   copy_async<BYTES>(to, from, ok)    starts copying 4, 8 or 16 aligned bytes from global to shared memory.
+//                                      Unless ok, nothing is read and the copy consists of zeros.
+//   commit_copies(), wait_copies<N>()  end a group of copies, and wait for all of this thread's groups but
+//                                      the N youngest. A barrier() then shows the bytes to other threads.
+//                                      Emulated bytes are NaN until their group has been waited for.
+//   load<V>(from)                      returns the Bytes16 or float at `from`, in global memory that the
+//                                      kernel does not write.
+//   settled(p)                         returns p, for load(). It hides how p was computed, so that the
+//                                      compiler adds offsets to p instead of computing each address anew.
+//   bf16, f16, tf32                    name the number types. bf16 and f16 hold bits. tf32 only selects an
+//                                      mma, whose operands are the bits of floats.
+//   pack<T>(low, high), unpack<T>(x)   round two floats to bf16 or f16 in 4 bytes, and return them as Float2.
+//   Bytes16, Float2                    are aligned, so that one instruction loads or stores them.
+//   bits(x), from_bits(u)              convert a float to its bits in a uint32_t, and back.
+//   round_tf32(x)                      rounds x to 11 significant bits; mma would cut the other bits off.
+//   exp2_approx, sqrt_approx           are right to 2 ulp. Results below the normal numbers are 0.
 #pragma once
 
 #include <cstdint>

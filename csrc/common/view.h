@@ -1,5 +1,5 @@
-// A tensor as the host code of the kernels sees it. Code for any machine includes this: no intrinsics, no
-// templates.
+// A tensor as the host code of the kernels sees it. This file has no intrinsics and no templates, because
+// code for every machine includes it.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@ namespace pyglobenc {
 
 enum class Type : int { f32, f16, bf16, f64, i64, u8, i32 };
 
-// A tensor of up to four axes; strides in elements. data is null for an argument left out.
+// A tensor of up to four axes, with strides in elements. data is null for an argument that is left out.
 struct View {
     void* data = nullptr;
     Type type = Type::f32;

@@ -1,8 +1,8 @@
 // add_relevance: R_a = a R / safe(a + b), R_b = b R / safe(a + b), each rescaled to its share of the
 // example's relevance.
 //
-// Sums run in double precision, stretch by stretch in a fixed order, so that they do not depend on the number
-// of threads.
+// The sums are taken in double precision, for each stretch of the array, and then added in a fixed order. So
+// they do not depend on the number of threads.
 #include "division.h"
 #include "ops.h"
 

@@ -1,4 +1,4 @@
-// Python module pyglobenc._cpu.
+// Defines the Python module pyglobenc._cpu.
 #include <pybind11/pybind11.h>
 
 #include <atomic>
@@ -116,7 +116,7 @@ static void norm_terms(const py::object& v, const py::object& weight, const py::
                        threads < 1 ? 1 : threads);
 }
 
-// Contiguous float32, checked by the launchers.
+// Returns the numbers of a contiguous float32 tensor; the Python launchers have checked that it is one.
 static float* floats(const py::handle& tensor) { return static_cast<float*>(view(tensor).data); }
 
 static void clone_relevance(const py::list& parts, const py::object& x, const py::object& out, int64_t count,
@@ -198,8 +198,8 @@ PYBIND11_MODULE(_cpu, m) {
             for (const Kernels* kernels : available()) names.append(kernels->name);
             return names;
         },
-        "Those of this build that this machine has, fastest first.");
-    m.def("instruction_set", [] { return in_use->name; }, "The one in use.");
+        "Return the names of the instruction sets that this build and this machine have, fastest first.");
+    m.def("instruction_set", [] { return in_use->name; }, "Return the name of the instruction set in use.");
     m.def("use", use, "Use the instruction set of this name.");
     m.def("pair_norms", pair_norms);
     m.def("rollout_step", rollout_step);

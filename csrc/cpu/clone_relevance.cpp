@@ -1,4 +1,4 @@
-// clone_relevance: x * sum_k R_k / safe(x), one pass over memory.
+// clone_relevance: computes x * sum_k R_k / safe(x) in one pass over memory.
 #include "division.h"
 #include "ops.h"
 

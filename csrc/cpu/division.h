@@ -1,5 +1,5 @@
-// The guarded division of the relevance rules, exactly as in pyglobenc/backends/shared/safe_division.py, and
-// loops over arrays.
+// Defines the guarded division of the relevance rules, exactly as pyglobenc/backends/shared/safe_division.py
+// does, and loops over arrays.
 #pragma once
 
 #include "parallel.h"
@@ -9,11 +9,11 @@ namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
 constexpr float GUARD = 1e-9f;
-constexpr int64_t STRETCH =
-    1 << 14;  // elements that a thread takes at a time; each such stretch has its own sums
+// The number of elements that a thread takes at a time. Each such stretch of an array has its own sums.
+constexpr int64_t STRETCH = 1 << 14;
 
-// Returns a / safe(b), and 0 where b is 0. safe(b) is b + 1e-9, or 1e-9 where that is 0; with a stabilizer, b
-// + stabilizer * sign(b).
+// Returns a / safe(b), and 0 where b is 0. safe(b) is b + 1e-9, or 1e-9 where that sum is 0. With a
+// stabilizer, safe(b) is b + stabilizer * sign(b).
 static inline Floats safe_divide(Floats a, Floats b, float stabilizer) {
     Floats den;
     if (stabilizer != 0) {
@@ -48,8 +48,8 @@ static inline void store_some(float* p, Floats x, int64_t count) {
     std::memcpy(p, &x, sizeof(float) * (count < W ? count : W));
 }
 
-// Calls body(i, count) for the vectors of [first, last), which start at i and have count lanes; count is a
-// constant for whole vectors.
+// Calls body(i, count) for each vector of [first, last). The vector starts at i and has `count` lanes, which
+// is a compile-time constant for whole vectors.
 template <class Body>
 static inline void vectors(int64_t first, int64_t last, const Body& body) {
     int64_t i = first;
@@ -57,7 +57,7 @@ static inline void vectors(int64_t first, int64_t last, const Body& body) {
     if (i < last) body(i, last - i);
 }
 
-// Calls body(stretch, first, last) for the stretches of [0, count), in parallel.
+// Calls body(stretch, first, last) for each stretch of [0, count), in parallel.
 template <class Body>
 static inline void stretches(int64_t count, int threads, const Body& body) {
     const int64_t parts = (count + STRETCH - 1) / STRETCH;

@@ -1,6 +1,9 @@
-// head_gram: G[j][g, h] = v[g, j] K[g, h] v[h, j]^T for g <= h, mirrored, and c[j][h] = v[h, j] P[h] x[j]^T.
+// head_gram: computes, for each token j,
 //
-// A register tile holds J entries of K v or P x for V vectors of tokens. They are multiplied by v and summed
+//   G[j][g, h] = v[g, j] K[g, h] v[h, j]^T, for g <= h and mirrored
+//   c[j][h]    = v[h, j] P[h] x[j]^T
+//
+// J entries of K v or P x are kept in registers for V vectors of tokens. They are multiplied by v and summed
 // without being stored. G takes n*d^2/2 multiply-adds, and c takes n*d^2. The packed values and x take n*d
 // floats each.
 #include "ops.h"

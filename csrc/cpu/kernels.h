@@ -1,5 +1,5 @@
-// Arguments of the kernels, and the table of one instruction set's functions. Code for any machine includes
-// this: no intrinsics, no templates.
+// Declares the arguments of the kernels, and the table of one instruction set's functions. This file has no
+// intrinsics and no templates, because code for every machine includes it.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,8 @@
 
 namespace pyglobenc {
 
-// Arguments that pair_norms and rollout_step share; see PairInputs in pyglobenc/backends/inputs.py.
+// The arguments that pair_norms and rollout_step share. PairInputs in pyglobenc/backends/inputs.py describes
+// them.
 struct PairArgs {
     View q;            // [B, H, n, dh] f32, f16 or bf16
     View k;            // [B, Hkv, n, dh] the type of q
@@ -19,21 +20,22 @@ struct PairArgs {
     View rstd;         // [B, n] or none
     View key_mask;     // [B, n] u8 or none
     View rows;         // [B, T] i64 or none
-    View cu_seqlens;   // [S + 1] i64 or none; S sequences, packed into the one example of the batch
+    View cu_seqlens;   // [S + 1] i64 or none; S sequences are packed into the one example of the batch
     float scaling = 1;
     int64_t left = -1, right = -1;
     int threads = 1;
 };
 
-// A block of queries of relevance_attention against all keys; see csrc/cpu/relevance_attention.cpp.
+// A block of queries of relevance_attention against all keys. With `pass`, the kernel also computes what the
+// relevance of q, k and v needs; see csrc/cpu/relevance_attention.cpp.
 struct RelevanceTile {
-    View dots;       // [B, H, I, n] contiguous, q . k; with pass, overwritten by alpha
-    View relevance;  // [B, H, I, n] contiguous, s . v; with pass, overwritten by U
+    View dots;       // [B, H, I, n] contiguous, q . k; with `pass`, alpha overwrites it
+    View relevance;  // [B, H, I, n] contiguous, s . v; with `pass`, U overwrites it
     View gradient;   // [B, H, I, n] contiguous, grad_o . v, or none
     View lse;        // [B, H, I]
     View map;        // [B, I, n], A
     View key_mask;   // [B, n] u8 or none
-    View rows;       // [B, I] i64, the queries, or none: first, first + 1, ...
+    View rows;       // [B, I] i64, the queries; without it they are first, first + 1, ...
     int64_t first = 0;
     float scaling = 1, stabilizer = 0;
     int64_t left = -1, right = -1;
@@ -62,11 +64,11 @@ struct Kernels {
     void (*exp)(const float* x, float* out, int64_t count, int threads);
 };
 
-extern const Kernels kernels_portable, kernels_avx2, kernels_avx512,
-    kernels_avx512bf16;  // those that the build has
+// A build defines only the tables of the instruction sets that it was made for.
+extern const Kernels kernels_portable, kernels_avx2, kernels_avx512, kernels_avx512bf16;
 
-// Allocates memory aligned to cache lines; throws std::bad_alloc. Not inline, because it must be compiled for
-// the oldest machine.
+// Allocates memory aligned to cache lines, and throws std::bad_alloc if there is none. It is not inline,
+// because it must be compiled for the oldest machine.
 void* allocate(int64_t bytes);
 void release(void* memory);
 

@@ -1,13 +1,14 @@
-// linear_relevance: the two steps around the GEMMs of the Linear rule, one pass over memory each.
+// linear_relevance: computes the two steps before and after the GEMMs of the Linear rule. Each step takes one
+// pass over memory.
 #include "division.h"
 #include "ops.h"
 
 namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
-// Computes s = R / safe(Z), Z = (output - bias + bound) / 2, with bound = |x| |W|^T. Outputs whose Z is below
-// the fraction `least` of bound + |bias| have lost their digits: they get s = 0 and a mark in dead. s may be
-// the same memory as bound. Returns the number of marks.
+// Computes s = R / safe(Z), where Z = (output - bias + bound) / 2 and bound = |x| |W|^T. An output whose Z is
+// below the fraction `least` of bound + |bias| has lost its digits. It gets s = 0 and a mark in `dead`. s may
+// be the same memory as bound. Returns the number of marks.
 int64_t linear_quotient(const float* r,       // [rows, width]
                         const float* output,  // [rows, width] x W^T + bias
                         const float* bias,    // [width] or null

@@ -6,10 +6,11 @@
 //
 // and the residual term |x M|^2.
 //
-// A block holds V vectors of tokens. J features of all heads' f are computed at a time. They stay in the
-// first-level cache, from which the products of the heads read them, so that a token never has more than H*J
-// entries of f. In total this takes n*d^2 + n*d*H^2/2 multiply-adds. The rows of W M are computed once for
-// each call. They take d^2 floats, and the packed values and inputs take n*d floats each.
+// A block holds V vectors of tokens. The kernel computes J features of f for all heads, multiplies the heads
+// with one another, and goes on to the next J features. So the features stay in the first-level cache, and a
+// token never has more than H*J entries of f. In total this takes n*d^2 + n*d*H^2/2 multiply-adds. The rows
+// of W M are computed once for each call. They take d^2 floats, and the packed values and inputs take n*d
+// floats each.
 #include "ops.h"
 #include "parallel.h"
 #include "products.h"

@@ -1,4 +1,4 @@
-// Entries of one instruction set.
+// Declares the functions of one instruction set; kernels.h describes their arguments.
 #pragma once
 
 #include "kernels.h"

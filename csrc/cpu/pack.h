@@ -1,4 +1,5 @@
-// Copies the numbers that a tile reads, in the order of reading: real tokens only, converted to float32.
+// Copies the numbers that a tile reads, in the order in which it reads them. Only real tokens are copied, and
+// their numbers are converted to float32.
 #pragma once
 
 #include "../common/half.h"
@@ -8,7 +9,8 @@
 namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
-static inline int64_t aligned(int64_t count) { return (count + 15) / 16 * 16; }  // floats, to a cache line
+// Rounds a number of floats up to whole cache lines.
+static inline int64_t aligned(int64_t count) { return (count + 15) / 16 * 16; }
 
 static inline int64_t at(const View& v, int64_t a, int64_t b = 0, int64_t c = 0, int64_t d = 0) {
     return a * v.stride[0] + b * v.stride[1] + c * v.stride[2] + d * v.stride[3];
@@ -70,8 +72,8 @@ static void pack_tokens(const View& x, Unit unit, const int64_t* first, int64_t 
         }
 }
 
-// The tokens of a block, at most I, of a tensor v (B, Hkv, n, dh). start holds the offset of each token in
-// another tensor, whose strides along the batch and the tokens are of_batch and of_token.
+// The tokens of one block, at most I, of a tensor v (B, Hkv, n, dh). start holds the offset of each token in
+// another tensor, which has the strides of_batch along the batch and of_token along the tokens.
 struct BlockTokens {
     int64_t count, start[I];
 
@@ -101,15 +103,15 @@ struct Example {
     const int32_t* keys;     // [n_keys]
     const int32_t* queries;  // [n_queries]
     const int32_t* rows;     // [n_queries] row of the output
-    int64_t first_block;     // number of its first block of I queries within the chunk
+    int64_t first_block;     // number of this example's first block of I queries within the chunk
 };
 
-// Packed blocks of I queries, which are streamed past a tile of keys.
+// Packed blocks of I queries. The kernel compares every block with a tile of keys.
 struct Queries {
     Unit unit;
     float* q;           // [blocks, H, units, I]
-    float* offset;      // [blocks, H, I] -lse; -inf beyond the last query, whose probabilities are then 0
-    int32_t* position;  // [blocks, I] -1 beyond the last query
+    float* offset;      // [blocks, H, I] -lse; -inf past the last query, which makes the probabilities 0
+    int32_t* position;  // [blocks, I] -1 past the last query
 };
 
 static void pack_queries(const PairArgs& args, const Example& example, int64_t block, const Queries& out) {
@@ -128,15 +130,19 @@ static void pack_queries(const PairArgs& args, const Example& example, int64_t b
     }
 }
 
-// Number of floats of one key's quadratic form: rows of G in pairs, from the diagonal on.
+// Returns the number of floats of one key's quadratic form. It holds the rows of G in pairs, from the
+// diagonal on.
 static inline int64_t form_size(int64_t H) {
     int64_t size = 0;
     for (int64_t h = 0; h < H; h += 2) size += 2 * (H - h);
     return size;
 }
 
-// a^T G a = sum_g a_g (sum_{h >= g} (G + G^T - diag G)_gh a_h): pairs (row g, row g + 1) for h = g, g + 1,
-// ...
+// Packs the quadratic form of key j, which is
+//
+//   a^T G a = sum_g a_g (sum_{h >= g} (G + G^T - diag G)_gh a_h)
+//
+// Rows g and g + 1 are stored together: a pair of entries for each h = g, g + 1, ...
 static void pack_form(const View& gram, int64_t b, int64_t j, float* out) {
     const int64_t H = gram.shape[2], down = gram.stride[2], right = gram.stride[3];
     const float* const own = static_cast<const float*>(gram.data) + at(gram, b, j);
@@ -158,8 +164,8 @@ static void pack_form(const View& gram, int64_t b, int64_t j, float* out) {
 // A packed block of keys with their quadratic forms.
 struct Keys {
     Unit unit;
-    int64_t first, count;  // among the example's real keys
-    float* k;              // [Hkv, count to a multiple of J, units]
+    int64_t first, count;  // number of the block's first key among the example's real keys, and of its keys
+    float* k;              // [Hkv, count rounded up to a multiple of J, units]
     float* form;           // [count, form_size(H)]
 };
 

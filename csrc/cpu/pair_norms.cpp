@@ -16,7 +16,7 @@ struct NormsSink {
     void begin(int64_t, float*) {}
     void end(const Example&, int64_t, int64_t, float*) {}
 
-    void take(const Tile& tile, float*) {
+    void take(const NormsTile& tile, float*) {
         const Example& e = tile.example;
         for (int64_t l = 0; l < tile.n_queries; ++l) {
             const float scale = args.rstd ? number(args.rstd, e.b, e.queries[tile.query + l]) : 1.0f;

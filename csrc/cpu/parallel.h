@@ -1,4 +1,4 @@
-// Memory and threads of a kernel.
+// Gives a kernel its scratch memory and the number of the current thread.
 #pragma once
 
 #ifdef _OPENMP
@@ -10,7 +10,8 @@
 namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
-constexpr int64_t SERIAL = int64_t(1) << 20;  // multiply-adds below which a second thread does not pay
+// A second thread does not pay below this number of multiply-adds.
+constexpr int64_t SERIAL = int64_t(1) << 20;
 
 struct Memory {
     void* start;

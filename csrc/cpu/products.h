@@ -1,4 +1,5 @@
-// The register tile that scores, Gram matrices and cross terms are made of.
+// Defines the product of small matrices in registers from which scores, Gram matrices and cross terms are
+// computed.
 #pragma once
 
 #include "pack.h"
@@ -6,8 +7,8 @@
 namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
-// Computes acc[j][v] = sum_c left[c, v] * right[j, c] for V vectors of tokens and C rows, `step` apart.
-// Inlined, so that acc stays in registers.
+// Computes acc[j][v] = sum_c left[c, v] * right[j, c] for VT vectors of tokens and C rows, which lie `step`
+// apart. The function is inlined, so that acc stays in registers.
 template <int C, int VT, Unit UNIT>
 __attribute__((always_inline)) static inline void products(const float* left,   // [width, I]
                                                            const float* right,  // [C, width]

@@ -1,5 +1,5 @@
-// relevance_attention, relevance_rollout_step and relevance_maps: the work between the GEMMs of a block of
-// queries, in one pass.
+// relevance_attention, relevance_rollout_step and relevance_maps: computes, in one pass, all that lies
+// between the GEMMs of a block of queries.
 //
 // Computes alpha, U and the map A from D = q k^T, P = s v^T and G = grad_o v^T of all heads, with the
 // formulas of pyglobenc/ops/relevance_attention.py. Each pair is read once and written once.
@@ -10,13 +10,14 @@
 namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
-// Returns which of the keys j, j + 1, ... query i sees, as a mask of lanes.
+// Tells which keys query i sees: those inside its window that are not padding.
 struct Visible {
     const RelevanceTile& tile;
     int64_t b, i;
 
     bool all() const { return tile.left < 0 && tile.right < 0 && !tile.key_mask; }
 
+    // Returns a mask of lanes for the keys j, j + 1, ...
     Ints lanes(int64_t j, int64_t count) const {
         Ints out = {};
         for (int64_t l = 0; l < count; ++l) {
@@ -35,8 +36,8 @@ static inline void add_lanes(double* total, Floats x) {
     for (int l = 0; l < W; ++l) *total += double(x[l]);
 }
 
-// Computes one row of the map. With pass, alpha overwrites D and U overwrites P. The sums of R_alpha, and of
-// R_alpha after the add rule of the mask, are added to sums [2].
+// Computes one row of the map. With `pass`, alpha overwrites D, and U overwrites P. The sum of R_alpha is
+// added to sums[0], and its sum after the add rule of the mask to sums[1].
 static void tile_row(const RelevanceTile& tile, int64_t b, int64_t row, double* sums) {
     const int64_t H = tile.dots.shape[1], I_ = tile.dots.shape[2], n = tile.dots.shape[3], plane = I_ * n;
     const int64_t i =

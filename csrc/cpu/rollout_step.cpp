@@ -9,7 +9,7 @@ struct RolloutSink {
     const PairArgs& args;
     const View& r;              // [B, T, n]
     const View& out;            // [B, T, n]
-    Memory* weights = nullptr;  // [blocks, T, I] r times the row scale, 0 beyond the last query
+    Memory* weights = nullptr;  // [blocks, T, I] r times the row scale, and 0 past the last query
 
     ~RolloutSink() { delete weights; }
 
@@ -43,7 +43,7 @@ struct RolloutSink {
 
     void begin(int64_t keys, float* sums) { std::memset(sums, 0, 4 * size(keys)); }
 
-    void take(const Tile& tile, float* sums) {
+    void take(const NormsTile& tile, float* sums) {
         const int64_t vectors = (tile.n_queries + W - 1) / W;
         const float* weight = weights->as<float>(4 * tile.slot * targets() * I);
         for (int64_t j = 0; j < tile.count; ++j) {

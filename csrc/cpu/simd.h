@@ -1,6 +1,6 @@
-// Vectors of floats of the instruction set that this file is compiled for, and e^x on them.
+// Defines vectors of floats of the instruction set that this file is compiled for, and e^x on them.
 //
-// Everything is in a namespace named after the instruction set, so that the linker cannot confuse the
+// All functions are in a namespace named after the instruction set, so that the linker cannot confuse the
 // functions of two sets.
 #pragma once
 
@@ -16,7 +16,8 @@
 namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
-// W lanes. A register tile of V vectors of queries and J keys leaves registers for V loads and a broadcast.
+// A vector has W lanes. A tile of V vectors of queries and J keys is kept in registers, and leaves enough of
+// them for V loads and a broadcast.
 #if defined(__AVX512F__)
 constexpr int W = 16, V = 4, J = 6;
 #elif defined(__AVX2__)
@@ -33,14 +34,13 @@ constexpr int I = W * V;  // queries of a block
 typedef float Floats __attribute__((vector_size(W * 4)));
 typedef int32_t Ints __attribute__((vector_size(W * 4)));
 
-static inline Floats load(const float* p) {
-    return *reinterpret_cast<const Floats*>(p);
-}  // p aligned to the vector
+// Loads and stores a vector at an address that is aligned to the vector.
+static inline Floats load(const float* p) { return *reinterpret_cast<const Floats*>(p); }
 static inline void store(float* p, Floats x) { *reinterpret_cast<Floats*>(p) = x; }
 static inline Floats splat(float x) { return x - Floats{}; }
 
 static inline float sum(Floats x) {
-    // Pairwise, so that the order is the same for every vector length.
+    // The lanes are added in pairs, so that the order is the same for every vector length.
     float lanes[W];
     std::memcpy(lanes, &x, sizeof lanes);
     for (int half = W / 2; half; half /= 2)
@@ -58,8 +58,8 @@ static inline Floats interleave(Floats a, Floats b, std::index_sequence<L...>) {
 #endif
 }
 
-// Transposes a W * W square. A round moves the last bit of the lane's number to the row's, and the row's
-// first bit to the lane's.
+// Transposes a W * W square. A round moves the last bit of the lane's number into the row's number, and the
+// first bit of the row's number into the lane's.
 static inline void transpose(Floats rows[W]) {
     constexpr auto lanes = std::make_index_sequence<W>();
     for (int round = 1; round < W; round *= 2) {

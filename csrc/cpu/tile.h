@@ -8,8 +8,8 @@
 namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
-// Writes the probabilities of one head, exp(scale * q_i . k_j + offset_i), to alpha[j * key_stride + i]. Not
-// inlined, because the compiler keeps the accumulators in registers only in a separate function.
+// Writes the probabilities of one head, exp(scale * q_i . k_j + offset_i), to alpha[j * key_stride + i]. The
+// function is not inlined, because the compiler keeps the sums in registers only in a separate function.
 template <int VT, Unit UNIT>
 __attribute__((noinline)) static void probabilities(const float* q,       // [width, I]
                                                     const float* k,       // [J, width]
@@ -25,7 +25,7 @@ __attribute__((noinline)) static void probabilities(const float* q,       // [wi
             store(alpha + v * W, exp(load(alpha + v * W) * scale + load(offset + v * W)));
 }
 
-// Computes a^T G a of one key for VT vectors of queries; form comes from pack_form.
+// Computes a^T G a of one key for VT vectors of queries. pack_form has written the form.
 template <int VT>
 static inline void quadratic_form(const float* alpha,  // [H, I]
                                   const float* form, int64_t H, Floats out[VT]) {
@@ -54,7 +54,7 @@ static inline void quadratic_form(const float* alpha,  // [H, I]
         }
 }
 
-// Returns what the residual connection adds to the squared norm where query i and key j are the same token.
+// Adds the terms of the residual connection to the squared norms of the queries that are the key itself.
 static inline void add_own(const PairArgs& args, int64_t b, int32_t key, const int32_t* position,
                            const float* alpha, float* sq) {
     const int64_t H = args.q.shape[1];
@@ -66,7 +66,7 @@ static inline void add_own(const PairArgs& args, int64_t b, int32_t key, const i
     }
 }
 
-// Sets norms outside the window to 0.
+// Sets the norms of pairs outside the window to 0.
 static inline void hide(int32_t key, const int32_t* position, int64_t left, int64_t right, float* norm) {
     for (int l = 0; l < I; ++l) {
         const int64_t ahead = int64_t(key) - position[l];
@@ -74,7 +74,8 @@ static inline void hide(int32_t key, const int32_t* position, int64_t left, int6
     }
 }
 
-// How a tile of keys [low_key, high_key] overlaps the window of a block of queries [low, high].
+// Says how a tile of keys [low_key, high_key] overlaps the window of a block of queries [low, high]: whether
+// all pairs are hidden, some of them are, and whether a query may be one of the keys.
 struct Overlap {
     bool hidden, partly, own;
 

@@ -10,27 +10,27 @@
 namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
-constexpr int64_t KEYS = 48 / J * J;     // largest number of keys in a block
-constexpr int64_t SCRATCH = 384 * 1024;  // bytes of the second-level cache that a block of keys may use
-constexpr int64_t CHUNK = 8192;  // number of packed queries held at a time, unless one example has more
+constexpr int64_t MAX_KEYS = 48 / J * J;  // of a block
+constexpr int64_t SCRATCH = 384 * 1024;   // bytes of the second-level cache that a block of keys may use
+constexpr int64_t CHUNK_QUERIES = 8192;   // packed queries of a chunk, unless one example has more
 
 // The norms of one tile, as a sink receives them.
-struct Tile {
+struct NormsTile {
     const Example& example;
-    int64_t slot;              // of the block of queries, in the chunk
-    int64_t query, n_queries;  // first query of the block among the example's, and how many
-    int64_t key, count;        // first key of the tile among the example's, and how many
-    int64_t offset;            // of the tile's first key in its block
+    int64_t slot;              // number of the block of queries within the chunk
+    int64_t query, n_queries;  // number of the block's first query within the example, and of its queries
+    int64_t key, count;        // number of the tile's first key within the example, and of its keys
+    int64_t offset;            // number of the tile's first key within its block of keys
     const float* norm;         // [J, I]
 };
 
-// Positions of the real tokens and of the queries of each example. Packed sequences are examples that share
-// one tensor.
-struct Tokens {
+// The examples of a batch, with the positions of their real tokens and of their queries. Padded keys are left
+// out here. Packed sequences are examples that share one tensor.
+struct Examples {
     Memory memory;
     int64_t batch;
 
-    explicit Tokens(const PairArgs& args) : memory(size(args)), batch(examples(args)) {
+    explicit Examples(const PairArgs& args) : memory(size(args)), batch(count(args)) {
         const int64_t n = args.q.shape[2], m = args.rows ? args.rows.shape[1] : n;
         const int64_t* ends = static_cast<const int64_t*>(args.cu_seqlens.data);
         int32_t* next = memory.as<int32_t>(batch * sizeof(Example));
@@ -66,30 +66,30 @@ struct Tokens {
         return !args.key_mask || static_cast<const uint8_t*>(args.key_mask.data)[at(args.key_mask, b, j)];
     }
 
-    static int64_t examples(const PairArgs& args) {
+    static int64_t count(const PairArgs& args) {
         return args.cu_seqlens ? args.cu_seqlens.shape[0] - 1 : args.q.shape[0];
     }
 
     static int64_t size(const PairArgs& args) {
         const int64_t m = args.rows ? args.rows.shape[1] : 0, batch = args.q.shape[0];
-        return examples(args) * int64_t(sizeof(Example)) +
+        return count(args) * int64_t(sizeof(Example)) +
                batch * int64_t(sizeof(int32_t)) * (args.q.shape[2] + 2 * m);
     }
 };
 
-// Examples whose packed queries are held at the same time, and how their work is divided into tasks.
+// The examples whose packed queries are held at the same time, and the division of their work into tasks.
 struct Chunk {
-    int64_t first, last;  // examples
-    int64_t blocks;       // of queries
-    int64_t pairs;
-    int64_t keys;  // of a block of keys
-    int64_t tasks;
+    int64_t first, last;  // the examples first to last - 1
+    int64_t blocks;       // number of blocks of queries
+    int64_t pairs;        // number of (query, key) pairs
+    int64_t keys;         // number of keys in a block
+    int64_t tasks;        // number of blocks of keys
 
-    Chunk(const Tokens& tokens, int64_t start, int64_t most_keys, int threads)
+    Chunk(const Examples& examples, int64_t start, int64_t most_keys, int threads)
         : first(start), last(start), blocks(0), pairs(0), tasks(0) {
         int64_t n_keys = 0;
-        while (last < tokens.batch && (last == first || blocks * I < CHUNK)) {
-            Example& e = tokens.example(last++);
+        while (last < examples.batch && (last == first || blocks * I < CHUNK_QUERIES)) {
+            Example& e = examples.example(last++);
             e.first_block = blocks;
             blocks += (e.n_queries + I - 1) / I;
             pairs += e.n_queries * e.n_keys;
@@ -97,16 +97,16 @@ struct Chunk {
         }
         keys = n_keys / (4 * threads) / J * J;
         keys = keys < J ? J : keys > most_keys ? most_keys : keys;
-        for (int64_t b = first; b < last; ++b) tasks += count(tokens.example(b));
+        for (int64_t b = first; b < last; ++b) tasks += count(examples.example(b));
     }
 
     int64_t count(const Example& e) const { return (e.n_keys + keys - 1) / keys; }
 
-    // Returns the example of a task; task becomes its number within the example.
-    const Example& find(const Tokens& tokens, int64_t& task) const {
+    // Returns the example of a task, and replaces the task's number by its number within that example.
+    const Example& find(const Examples& examples, int64_t& task) const {
         int64_t b = first;
-        while (task >= count(tokens.example(b))) task -= count(tokens.example(b++));
-        return tokens.example(b);
+        while (task >= count(examples.example(b))) task -= count(examples.example(b++));
+        return examples.example(b);
     }
 };
 
@@ -128,11 +128,11 @@ struct Layout {
         const int64_t H = args.q.shape[1];
         const int64_t one = 4 * (args.k.shape[1] * args.q.shape[3] + form_size(H) + H * I + sink_size);
         const int64_t keys = SCRATCH / one / J * J;
-        return keys < J ? J : keys > KEYS ? KEYS : keys;
+        return keys < J ? J : keys > MAX_KEYS ? MAX_KEYS : keys;
     }
 };
 
-// Computes one block of queries against one block of keys.
+// Computes the norms of one block of queries with one block of keys, and passes them to the sink.
 template <int VT, class Sink>
 static void visit(const PairArgs& args, const Example& example, const Keys& keys, const Queries& queries,
                   int64_t block, float* alpha, float* norm, float* sink_memory, Sink& sink) {
@@ -162,10 +162,12 @@ static void visit(const PairArgs& args, const Example& example, const Keys& keys
         if (overlap.hidden) continue;
         tile_norms<VT>(args, example, overlap, key + j, count, keys.form + j * size, position,
                        alpha + j * H * I, norm);
-        sink.take(Tile{example, slot, block * I, n_queries, keys.first + j, count, j, norm}, sink_memory);
+        sink.take(NormsTile{example, slot, block * I, n_queries, keys.first + j, count, j, norm},
+                  sink_memory);
     }
 }
 
+// Computes the norms of all queries of an example with one block of keys.
 template <class Sink>
 static void run_task(const PairArgs& args, const Example& example, int64_t first, int64_t most,
                      const Queries& queries, float* scratch, const Layout& layout, Sink& sink) {
@@ -190,15 +192,22 @@ static void run_task(const PairArgs& args, const Example& example, int64_t first
     sink.end(example, first, keys.count, sink_memory);
 }
 
-// Visits every pair of a batch. A sink has size(keys), its scratch memory in floats, and pack(example, block,
-// slot), wants(slot), begin, take and end.
+// Visits every pair of a batch. The sink's methods are called in this order:
+//
+//   size(keys)                        returns the floats of scratch memory for a block of that many keys.
+//   open(blocks)                      starts a chunk of that many blocks of queries.
+//   pack(example, block, slot)        prepares one block of queries.
+//   begin(keys, memory)               starts a block of keys.
+//   wants(slot)                       returns whether a block of queries matters to the result.
+//   take(tile, memory)                receives the norms of one tile.
+//   end(example, first, keys, memory) ends a block of keys.
 template <class Sink>
 static void walk(const PairArgs& args, Sink& sink) {
     const int64_t H = args.q.shape[1], dh = args.q.shape[3],
                   most_keys = Layout::most_keys(args, sink.size(1));
-    const Tokens tokens(args);
-    for (int64_t start = 0; start < tokens.batch;) {
-        Chunk chunk(tokens, start, most_keys, args.threads);
+    const Examples examples(args);
+    for (int64_t start = 0; start < examples.batch;) {
+        Chunk chunk(examples, start, most_keys, args.threads);
         start = chunk.last;
         const Layout layout(args, chunk.keys, sink.size(chunk.keys));
         const bool serial = chunk.pairs * H * (dh + H) < SERIAL;
@@ -217,15 +226,15 @@ static void walk(const PairArgs& args, Sink& sink) {
 #pragma omp for schedule(dynamic)
             for (int64_t slot = 0; slot < chunk.blocks; ++slot) {
                 int64_t b = chunk.first;
-                while (b + 1 < chunk.last && tokens.example(b + 1).first_block <= slot) ++b;
-                const Example& example = tokens.example(b);
+                while (b + 1 < chunk.last && examples.example(b + 1).first_block <= slot) ++b;
+                const Example& example = examples.example(b);
                 pack_queries(args, example, slot - example.first_block, queries);
                 sink.pack(example, slot - example.first_block, slot);
             }
 #pragma omp for schedule(dynamic)
             for (int64_t item = 0; item < chunk.tasks; ++item) {
                 int64_t task = item;
-                const Example& example = chunk.find(tokens, task);
+                const Example& example = chunk.find(examples, task);
                 run_task(args, example, task * chunk.keys, chunk.keys, queries, mine, layout, sink);
             }
         }

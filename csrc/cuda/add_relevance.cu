@@ -1,10 +1,10 @@
 // add_relevance: R_a = a R / safe(a + b), R_b = b R / safe(a + b), each rescaled to its share of the
-// example's relevance, in two passes (Chefer et al., 2021, eq. 9 and 10; the Add module of the published
-// code).
+// example's relevance (Chefer et al., 2021, eq. 9 and 10; the Add module of the published code).
 //
-// The first pass writes each block's sums of R_a, R_b and R in float64, because their terms cancel up to a
-// millionfold. The second pass adds the blocks in a fixed order and writes both branches. r, a and b are read
-// twice and two results written: 8 floats an element, against about 20 in plain torch.
+// The first pass over memory writes each block's sums of R_a, R_b and R. The sums are in float64, because
+// their terms cancel up to a millionfold. The second pass adds the sums of the blocks in a fixed order, and
+// writes both branches. Both passes read r, a and b, and the second writes two results. That is 8 floats an
+// element; plain torch moves about 20.
 #include "division.h"
 #include "launch.h"
 #include "relevance.h"
@@ -13,21 +13,22 @@ namespace pyglobenc {
 namespace {
 
 constexpr int ADD_THREADS = 256;
-constexpr int ADD_MAX_BLOCKS = ADD_THREADS;  // blocks an example: enough to fill a GPU, and few enough that
-                                             // one block reads all sums at once
-constexpr int TILE = 4 * ADD_THREADS;        // elements that a block takes at once
+// The largest number of blocks of an example. They fill a GPU, and one block can still read all their sums at
+// once.
+constexpr int ADD_MAX_BLOCKS = ADD_THREADS;
+constexpr int TILE = 4 * ADD_THREADS;  // elements that a block takes at once
 
-// The part of an example that one block computes.
-struct Share {
-    int64_t first, last;  // elements
-    double* sums;         // [blocks, 3], of the example
-    int block, blocks;    // number of this block and of the example's blocks; a block past them is idle
+// The elements of an example that one block computes: first to last - 1.
+struct BlockRange {
+    int64_t first, last;
+    double* sums;       // [blocks, 3], of the example
+    int block, blocks;  // number of this block, and how many the example has; a block past them is idle
 };
 
 BOTH int tiles_of(int64_t size) { return int((size + TILE - 1) / TILE); }
 BOTH int blocks_of(int tiles) { return tiles < ADD_MAX_BLOCKS ? tiles : ADD_MAX_BLOCKS; }
 
-DEVICE Share share_of(const AddArgs& args, int most_blocks) {
+DEVICE BlockRange range_of(const AddArgs& args, int most_blocks) {
     const int example = block() / most_blocks, index = block() % most_blocks;
     const int64_t first = (args.cu_seqlens ? args.cu_seqlens[example] : example) * args.width;
     const int64_t end = (args.cu_seqlens ? args.cu_seqlens[example + 1] : example + 1) * args.width;
@@ -54,11 +55,11 @@ DEVICE Branches branches(const AddArgs& args, int64_t at, int64_t last) {
 }
 
 KERNEL(ADD_THREADS) add_relevance_sums_kernel(AddArgs args, int most_blocks) {
-    const Share share = share_of(args, most_blocks);
-    if (share.block >= share.blocks) return;
+    const BlockRange range = range_of(args, most_blocks);
+    if (range.block >= range.blocks) return;
     double sums[3] = {0, 0, 0};
-    for (int64_t at = share.first + 4 * thread(); at < share.last; at += TILE) {
-        const Branches part = branches(args, at, share.last);
+    for (int64_t at = range.first + 4 * thread(); at < range.last; at += TILE) {
+        const Branches part = branches(args, at, range.last);
         UNROLL
         for (int e = 0; e < 4; ++e) {
             sums[0] += double(part.a.x[e]);
@@ -68,31 +69,31 @@ KERNEL(ADD_THREADS) add_relevance_sums_kernel(AddArgs args, int most_blocks) {
     }
     sum_over_block(sums);
     if (thread() == 0)
-        for (int k = 0; k < 3; ++k) share.sums[3 * share.block + k] = sums[k];
+        for (int k = 0; k < 3; ++k) range.sums[3 * range.block + k] = sums[k];
 }
 
 KERNEL(ADD_THREADS) add_relevance_kernel(AddArgs args, int most_blocks) {
-    const Share share = share_of(args, most_blocks);
-    if (share.block >= share.blocks) return;
+    const BlockRange range = range_of(args, most_blocks);
+    if (range.block >= range.blocks) return;
     float factor_a = 1, factor_b = 1;
     if (args.rescale) {
         double sums[3] = {0, 0, 0};
-        if (thread() < share.blocks)
-            for (int k = 0; k < 3; ++k) sums[k] = share.sums[3 * thread() + k];
+        if (thread() < range.blocks)
+            for (int k = 0; k < 3; ++k) sums[k] = range.sums[3 * thread() + k];
         sum_over_block(sums);
         const double both = magnitude(sums[0]) + magnitude(sums[1]);
         factor_a = float(safe_divide(safe_divide(magnitude(sums[0]), both) * sums[2], sums[0]));
         factor_b = float(safe_divide(safe_divide(magnitude(sums[1]), both) * sums[2], sums[1]));
     }
-    for (int64_t at = share.first + 4 * thread(); at < share.last; at += TILE) {
-        Branches part = branches(args, at, share.last);
+    for (int64_t at = range.first + 4 * thread(); at < range.last; at += TILE) {
+        Branches part = branches(args, at, range.last);
         UNROLL
         for (int e = 0; e < 4; ++e) {
             part.a.x[e] *= factor_a;
             part.b.x[e] *= factor_b;
         }
-        store_four(args.r_a, at, share.last, part.a);
-        store_four(args.r_b, at, share.last, part.b);
+        store_four(args.r_a, at, range.last, part.a);
+        store_four(args.r_b, at, range.last, part.b);
     }
 }
 

@@ -1,5 +1,5 @@
-// Python module pyglobenc._cuda. The tests build it with PYGLOBENC_EMULATED, and the kernels then run on the
-// CPU.
+// Defines the Python module pyglobenc._cuda. The tests build it with PYGLOBENC_EMULATED, and the kernels then
+// run on the CPU.
 #include <pybind11/pybind11.h>
 
 #include "../common/tensor.h"
@@ -15,10 +15,10 @@ namespace py = pybind11;
 PYBIND11_MODULE(_cuda, m) {
     using namespace pyglobenc;
     m.doc() = "CUDA kernels; see pyglobenc/backends/cuda for the launchers.";
-    m.def("problem", problem, "Why nothing runs here, such as a missing driver; empty if kernels run.");
+    m.def("problem", problem, "Return why no kernel can run here, or an empty string if kernels run.");
     m.def("shared_limit", shared_limit,
-          "Shared memory that a block may have on the current device, in bytes.");
-    m.def("processors", processors, "Multiprocessors of the current device.");
+          "Return the bytes of shared memory that a block may have on the current device.");
+    m.def("processors", processors, "Return the number of multiprocessors of the current device.");
     bind_globenc(m);
     bind_relevance(m);
 #ifdef PYGLOBENC_EMULATED
@@ -31,7 +31,7 @@ PYBIND11_MODULE(_cuda, m) {
             emulated::machine.processors = processors;
         },
         py::arg("reversed") = false, py::arg("shared_limit") = 227 * 1024, py::arg("processors") = 2,
-        "Set what kernels run on.");
+        "Set the properties of the emulated device.");
     m.def(
         "launches",
         [] {
@@ -41,7 +41,7 @@ PYBIND11_MODULE(_cuda, m) {
             emulated::machine.launches.clear();
             return out;
         },
-        "(blocks, threads, bytes of shared memory) of each launch since the last call.");
+        "Return (blocks, threads, bytes of shared memory) of each launch since the last call.");
 #else
     m.attr("emulated") = false;
 #endif

@@ -1,5 +1,5 @@
-// clone_relevance: R = x * sum_k R_k / safe(x) (the Clone module of the published code), in one pass over
-// memory.
+// clone_relevance: computes R = x * sum_k R_k / safe(x) in one pass over memory. This is the Clone module of
+// the published code.
 #include "division.h"
 #include "launch.h"
 #include "relevance.h"

@@ -1,4 +1,4 @@
-// Properties of the current device.
+// Reads properties of the current device.
 #include "launch.h"
 #include "ops.h"
 

@@ -1,5 +1,5 @@
-// The guarded division of the relevance rules, exactly as in pyglobenc/backends/shared/safe_division.py, for
-// four floats at a time from memory of any alignment; and sums over a warp and over a block.
+// Defines the guarded division of the relevance rules, exactly as pyglobenc/backends/shared/safe_division.py
+// does. Also loads and stores four floats at any alignment, and sums over a warp and over a block.
 #pragma once
 
 #include "../common/simt.h"
@@ -7,8 +7,8 @@
 namespace pyglobenc {
 namespace {
 
-// Returns a / safe(b), and 0 where b is 0. safe(b) is b + 1e-9, or 1e-9 where that is 0; with a stabilizer, b
-// + stabilizer * sign(b).
+// Returns a / safe(b), and 0 where b is 0. safe(b) is b + 1e-9, or 1e-9 where that sum is 0. With a
+// stabilizer, safe(b) is b + stabilizer * sign(b).
 template <class T>
 DEVICE T safe_divide(T a, T b, T stabilizer = 0) {
     T den = b + T(1e-9);
@@ -53,8 +53,8 @@ DEVICE T sum_over_warp(T x) {
     return x;
 }
 
-// Replaces every x by its sum over the threads of the block, always in the same order. Uses the first N *
-// threads() / 32 entries of shared().
+// Replaces every x by its sum over the threads of the block. The sum is always taken in the same order. It
+// uses the first N * threads() / 32 entries of shared().
 template <int N, class T>
 DEVICE void sum_over_block(T (&x)[N]) {
     T* const of_warps = reinterpret_cast<T*>(shared());

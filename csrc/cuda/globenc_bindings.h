@@ -1,4 +1,4 @@
-// Python bindings of GlobEnc's ops: they only turn tensors into arguments.
+// Binds GlobEnc's ops to Python. These functions only turn tensors into arguments.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -35,7 +35,7 @@ inline int64_t bind_room(int64_t batch, int heads, int64_t n, int64_t n_queries,
     return choose_room(batch, heads, n, n_queries, rows, shares, packed_sequences).size;
 }
 
-// v, matrix, x, cross, out, out_cross; the matrix is [H, dh, ...].
+// The tensors are v, matrix, x, cross, out and out_cross. The matrix is [H, dh, ...].
 template <void (*RUN)(const ValueArgs&, bool, void*)>
 void bind_value_op(const pybind11::tuple& tensors, bool exact, uintptr_t stream) {
     ValueArgs p;
@@ -64,10 +64,10 @@ inline void bind_globenc(pybind11::module_& m) {
     m.def("head_norms", bind_value_op<head_norms>);
     m.def("mapped_square", bind_mapped_square);
     m.def("pair_tile", bind_tile,
-          "Keys of a block and queries of a tile on the current device; no keys where nothing fits.");
+          "Return the keys of a block and the queries of a tile on the current device; 0 keys if none fit.");
     m.def("pair_room", bind_room,
-          "Floats of scratch memory, from B, H, n, the queries, T or 0, shares and whether sequences are "
-          "packed.");
+          "Return the floats of scratch memory that a call needs, from B, H, n, the number of queries, T or "
+          "0, shares and whether sequences are packed.");
     m.attr("MAX_ROWS") = int(MAX_ROWS);
     m.attr("MAX_HEADS") = int(MAX_HEADS);
 }

@@ -1,23 +1,23 @@
-// head_gram: G[j][h][g] = v[h, j] K[h, g] v[g, j]^T and c[j][h] = v[h, j] P[h] x[j]^T (Modarressi et al.,
-// 2022, eq. 6 to 10, expanded).
+// head_gram: computes G[j][h][g] = v[h, j] K[h, g] v[g, j]^T and c[j][h] = v[h, j] P[h] x[j]^T (Modarressi et
+// al., 2022, eq. 6 to 10, expanded).
 //
-// G takes n * d^2 / 2 multiply-adds and c takes n * d^2, as with torch's GEMMs. Those need two launches for
-// every head, about 60 for a layer of BERT-base, and write and read v K.
+// G takes n * d^2 / 2 multiply-adds, and c takes n * d^2. torch's GEMMs take as many, but need two launches
+// for every head, about 60 for a layer of BERT-base, and write v K to memory.
 #include "ops.h"
 #include "value_tile.h"
 
 namespace pyglobenc {
 namespace {
 
-// Number of blocks that a multiprocessor holds. Without this, ptxas spills registers on sm_80 to fit four
-// blocks in half precision.
+// The number of blocks that a multiprocessor holds. Without this number, ptxas spills registers on sm_80 to
+// fit four blocks in half precision.
 template <class V>
 constexpr int MIN_BLOCKS = sizeof(V) == 2 ? 2 : 0;
 
 template <class T, class V>
 KERNEL(VALUE_THREADS, MIN_BLOCKS<V>)
 head_gram_kernel(ValueArgs p) {
-    const Tokens<V> tokens(p);
+    const WarpTokens<V> tokens(p);
     const int h = tokens.head, d = p.head_dim;
     const float* matrix = static_cast<const float*>(p.matrix.data) + int64_t(h) * d * p.heads * d;
     float* gram = static_cast<float*>(p.out.data) + tokens.b * int64_t(p.n) * p.heads * p.heads;

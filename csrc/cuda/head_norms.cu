@@ -1,4 +1,5 @@
-// head_norms: norms of the transformed vectors f[h, j] = v[h, j] W_O[h] (Kobayashi et al., 2020, eq. 5).
+// head_norms: computes the norms of the transformed vectors f[h, j] = v[h, j] W_O[h] (Kobayashi et al., 2020,
+// eq. 5).
 #include "ops.h"
 #include "value_tile.h"
 
@@ -8,10 +9,10 @@ namespace {
 template <class T>
 KERNEL(VALUE_THREADS)
 head_norms_kernel(ValueArgs p) {
-    const Tokens<float> tokens(p);
+    const WarpTokens<float> tokens(p);
     const float* weight =
         static_cast<const float*>(p.matrix.data) + int64_t(tokens.head) * p.head_dim * p.width;
-    // squares of floats can lie outside float's range
+    // The squares of floats can lie outside the range of float.
     double sums[2] = {};
     add_products<T, float>(p, tokens, weight, p.width, p.width, nullptr, 0, sums);
     add_lanes(sums);

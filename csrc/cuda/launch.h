@@ -1,4 +1,4 @@
-// Starts kernels: on the GPU, or emulated if a host compiler compiles this.
+// Starts kernels on the GPU. If a host compiler compiles this file, the kernels run on the CPU instead.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ inline void check(cudaError_t status, const char* what) {
     throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(status));
 }
 
-// Runs kernel(args...) on a grid of blocks of threads, with the given bytes of dynamic shared memory.
+// Starts kernel(args...) on a grid of blocks, each with `bytes` of dynamic shared memory.
 template <class... P, class... A>
 void launch(void (*kernel)(P...), int64_t blocks, int threads, int bytes, void* stream, const A&... args) {
     if (blocks > INT32_MAX) throw std::runtime_error("CUDA: a grid of " + std::to_string(blocks) + " blocks");

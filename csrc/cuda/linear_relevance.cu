@@ -1,14 +1,16 @@
-// linear_relevance: the two steps around the GEMMs of the Linear rule, one pass over memory each (Chefer et
-// al., 2021, eq. 5).
+// linear_relevance: computes the two steps before and after the GEMMs of the Linear rule (Chefer et al.,
+// 2021, eq. 5).
 //
 //   S = R / safe(Z), Z = (y - bias + |x| |W|^T) / 2
 //   R_in = (x (S W) + |x| (S |W|)) / 2
 //
-// Each pass has three reads and one write. torch would make seven passes for the first one.
+// Each step takes one pass over memory, which reads three arrays and writes one. torch would make seven
+// passes for the first step.
+//
 // Outputs whose Z is a tiny part of |x| |W|^T + |bias| have lost their digits, and S is set to 0 there. The
-// warp that finds such outputs computes Z = sum_e max(x_e w_e, 0) for each of them, stores R / safe(Z) in
-// place of |x| |W|^T, and sets the flag of its strip. The second pass then adds R / safe(Z) max(x_e w_e, 0).
-// So the host reads nothing about these outputs.
+// warp that finds such an output computes Z = sum_e max(x_e w_e, 0) for it, and stores R / safe(Z) in place
+// of |x| |W|^T. It also sets the flag of its strip. The second pass then adds R / safe(Z) max(x_e w_e, 0). So
+// the host need not know of these outputs.
 #include "division.h"
 #include "launch.h"
 #include "relevance.h"
@@ -19,7 +21,8 @@ constexpr int LINEAR_THREADS = 256;
 
 namespace {
 
-// Calls body(from, e), by the whole warp, for each lane `from` and e with set[e], one after the other.
+// Calls body(from, e) in the whole warp for every lane `from` and every e whose set[e] is true there, one
+// after the other.
 template <class Body>
 DEVICE void for_each_set(const bool (&set)[4], const Body& body) {
     ROLL for (int from = 0; from < 32; ++from) {

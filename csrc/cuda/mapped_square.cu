@@ -1,7 +1,7 @@
 // mapped_square: computes |x[i] M|^2, where M = (C diag(gamma_1)) (C diag(gamma_2)) and C is the centering
 // matrix (Modarressi et al., 2022, eq. 6 to 10, applied to the residual).
 //
-// A warp takes a row. Each mean is computed after the maps before it have been applied. The n * d numbers are
+// A warp takes a row. It computes each mean after it has applied the maps before it. The n * d numbers are
 // read once.
 #include "division.h"
 #include "launch.h"

@@ -1,4 +1,4 @@
-// Functions that Python calls. bindings.cpp includes this and is not compiled by nvcc.
+// Declares the functions that Python calls. bindings.cpp includes this file and is not compiled by nvcc.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ std::string problem();
 int shared_limit();
 int processors();
 
-// See pyglobenc/ops. exact: float32 products keep float32's digits.
+// pyglobenc/ops says what these compute. With `exact`, products of float32 keep float32's digits.
 void rollout_step(const PairArgs& args, bool exact, void* stream);
 void pair_norms(const PairArgs& args, bool exact, void* stream);
 void head_gram(const ValueArgs& args, bool exact, void* stream);

@@ -1,16 +1,17 @@
-// Turns the probabilities of a tile into norms and adds them to the result. Each lane has one key; the warps
-// divide the queries in pairs.
+// Turns the probabilities of a tile into norms and adds them to the result. Each lane has one key, and the
+// warps divide the pairs of queries among themselves.
 //
-// A pair takes H (H + 1) / 2 + H multiply-adds in float32. Tensor cores would not be faster: to keep
-// float32's digits, alpha and G have to be split in two and multiplied three times. For 16 x 8 pairs of 12
-// heads that is 48 mma, but splitting, unpacking and adding the lanes takes 350 more instructions, and the
-// plain form takes 360 in all. With shuffles instead of shared memory, a warp's tile would be so small that
-// reading the queries becomes the limit.
+// A (query, key) pair takes H (H + 1) / 2 + H multiply-adds in float32. Tensor cores would not be faster. To
+// keep float32's digits, alpha and G would have to be split in two and multiplied three times. For 16 x 8
+// pairs of 12 heads that is 48 mma, and another 350 instructions to split, unpack and add the lanes. The
+// plain form takes 360 instructions in all. With shuffles instead of shared memory, the tile of a warp would
+// be so small that reading the queries becomes the limit.
 //
-// Counted in sm_90 code for BERT-base in bfloat16, not measured: a pair takes 2.4 instructions up to alpha,
-// 3.5 after it and 0.3 for its tile. At 4 instructions a cycle that is 1.6 cycles of a multiprocessor. Shared
-// memory and L1 move 96 bytes for alpha and 48 each for keys and queries, which at 128 bytes a cycle is 1.5
-// cycles. The 12 exponentials take 0.75 cycles, the products about 0.6.
+// The following costs were counted in the sm_90 code for BERT-base in bfloat16; they were not measured. A
+// pair takes 2.4 instructions up to alpha, 3.5 after it and 0.3 for its tile. At 4 instructions a cycle that
+// is 1.6 cycles of a multiprocessor. Shared memory and L1 move 96 bytes for alpha and 48 each for keys and
+// queries, which is 1.5 cycles at 128 bytes a cycle. The 12 exponentials take 0.75 cycles, and the products
+// about 0.6.
 #pragma once
 
 #include "pair_tile.h"
@@ -20,13 +21,13 @@ namespace {
 
 BOTH int blocks_of(int heads) { return (heads + SIDE - 1) / SIDE; }
 
-// Number of heads of alpha, including those that pad its blocks.
+// Returns the number of heads of alpha, including the zeros that fill up its last block.
 BOTH int padded_heads(int heads) {
     return heads > 16 ? blocks_of(heads) * SIDE : heads > 12 ? 16 : heads > 8 ? 12 : 8;
 }
 
-// Squared norms of queries 2 pair and 2 pair + 1 with this lane's key, from the coefficients of HEADS heads:
-// the upper triangle, row by row.
+// The coefficients of the quadratic form of this lane's key: the upper triangle for HEADS heads, row by row.
+// Computes the squared norms of queries 2 pair and 2 pair + 1 with this key.
 template <int HEADS, int QUERIES>
 struct Form {
     static constexpr int SIZE = HEADS * (HEADS + 1) / 2;
@@ -37,7 +38,7 @@ struct Form {
         for (int e = 0; e < SIZE; ++e) of[e] = packed[e * KEYS + lane()];
     }
 
-    // alpha: address of the first head's value for the two queries and the key.
+    // alpha is the address of the first head's value for the two queries and the key.
     DEVICE Float2 operator()(const PairArgs&, const Place&, const Float2* alpha, int) const {
         Float2 a[HEADS], sum = {0, 0};
         UNROLL
@@ -58,8 +59,8 @@ struct Form {
     DEVICE void prepare(const PairArgs&, const Place&, const Float2*) {}
 };
 
-// For more heads than registers hold: the warps divide the blocks of 8 x 8 coefficients, each for all
-// queries, and add in shared memory.
+// The same for more heads than registers hold. The warps divide the blocks of 8 x 8 coefficients among
+// themselves. Each warp takes all queries, and the results of the warps are added in shared memory.
 template <int QUERIES>
 struct Form<WIDE, QUERIES> {
     const float* packed;
@@ -115,12 +116,12 @@ struct Form<WIDE, QUERIES> {
     }
 };
 
-// Positions of two queries, -1 for one that is padding.
+// The positions of two queries. The position of a query that is padding is -1.
 struct alignas(8) QueryPair {
     int even, odd;
 };
 
-// What the residual adds where the even or the odd query of a pair is the key itself.
+// Returns what the residual adds to the squared norm where the even or the odd query of a pair is the key.
 template <int QUERIES>
 DEVICE float own_term(const PairArgs& p, const Place& place, const Float2* alpha, bool odd) {
     const float* own = place.at<float>(p.tile.own) + lane();
@@ -130,13 +131,13 @@ DEVICE float own_term(const PairArgs& p, const Place& place, const Float2* alpha
     return 2 * sum + *own;
 }
 
-// Queries first to last - 1.
+// The queries first to last - 1.
 struct QueryRange {
     int first, last;
 
     DEVICE bool has(int query) const { return unsigned(query - first) < unsigned(last - first); }
 
-    // The queries that any lane of the warp has.
+    // Returns a range that contains the queries of all lanes of the warp.
     DEVICE QueryRange of_warp() const {
         QueryRange out = {first < last ? first : INT32_MAX, first < last ? last : 0};
         UNROLL
@@ -149,7 +150,8 @@ struct QueryRange {
     }
 };
 
-// Returns the queries that see this lane's key: those in its window and its sequence; none for padding.
+// Returns the queries that see this lane's key: those in its window and its sequence. No query sees a padded
+// key.
 DEVICE QueryRange queries_of_key(const PairArgs& p, int b, int key) {
     if (key >= p.n || (p.key_mask.data && !element<uint8_t>(p.key_mask, b, key))) return {0, 0};
     const int low = p.spans ? p.spans[key] : 0, high = p.spans ? p.spans[p.n + key] : p.n;

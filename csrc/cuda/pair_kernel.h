@@ -1,4 +1,4 @@
-// The kernel of rollout_step and pair_norms: see pair_tile.h.
+// Defines the kernel of rollout_step and pair_norms; pair_tile.h describes it.
 #pragma once
 
 #include "pair_form.h"
@@ -9,21 +9,23 @@ namespace {
 // The queries of a tile and their weights, as the group reads them.
 template <int QUERIES>
 struct Listed {
-    uint32_t
-        rows[QUERIES];  // rows of q, in pieces of 16 bytes; a query that is padding repeats another's row
+    // Offsets of the rows of q, in pieces of 16 bytes. A query that is padding repeats the row of another
+    // one.
+    uint32_t rows[QUERIES];
     alignas(8) int positions[QUERIES];
     alignas(8) float weights[MAX_ROWS][QUERIES];
-    bool any;  // whether any of them is real
+    bool any;  // whether any of the queries is real
 };
 
-// Returns the query that this thread lists, of those from `row` to `rows` - 1.
+// Returns the query that this thread lists, out of the queries `row` to `rows` - 1.
 template <int QUERIES>
 DEVICE Weighted fetch_query(const Place& place, int row, int rows) {
     row += place.thread;
     return place.thread < QUERIES && row < rows ? place.queries[row] : Weighted{-1, 0};
 }
 
-// The weights of further rows are read only here, after the previous tile has been computed.
+// Lists the queries of the next tile. The weights of further rollout rows are read only here, after the
+// previous tile has been computed.
 template <bool ROLLOUT, int QUERIES>
 DEVICE void list(const PairArgs& p, const Place& place, int row, const Weighted& query,
                  Listed<QUERIES>& out) {
@@ -91,8 +93,8 @@ DEVICE Place find_place(const PairArgs& p) {
     return out;
 }
 
-// Loads what the residual adds where a query is the key, [H + 1, KEYS]: cross terms and residual_sq. Padding
-// may hold anything.
+// Loads what the residual adds where a query is the key, [H + 1, KEYS]: the cross terms and residual_sq. The
+// tensors may hold anything at padded keys, so 0 is stored there.
 DEVICE void hold_own(const PairArgs& p, const Place& place, const QueryRange& seen) {
     if (!p.cross.data) return;
     for (int h = place.warp; h <= p.heads; h += p.tile.warps) {
@@ -110,9 +112,8 @@ KERNEL(THREADS, 1)
 pairs_kernel(PairArgs p) {
     constexpr int QUERIES = HEADS != WIDE && HEADS <= 12 && sizeof(T) == 2 ? 32 : 16,
                   HEAD = QUERIES / 2 * KEYS;
-    constexpr int AT_ONCE = HEADS > 12 && sizeof(T) == 4
-                                ? 1
-                                : QUERIES / 8;  // groups of 8 queries whose scores are in registers at a time
+    // The number of groups of 8 queries whose scores are in registers at a time.
+    constexpr int AT_ONCE = HEADS > 12 && sizeof(T) == 4 ? 1 : QUERIES / 8;
     const Place place = find_place(p);
     const int heads = p.heads, id = 1 + place.group, count = 32 * p.tile.warps;
     if (place.block >= p.key_blocks) return;
@@ -167,7 +168,7 @@ void run_heads(const PairArgs& p, void* stream) {
     launch(kernel, blocks, 32 * p.tile.groups * p.tile.warps, p.tile.groups * p.tile.bytes, stream, p);
 }
 
-// Launches the kernel on prepared arguments. exact: float32 products keep float32's digits.
+// Starts the kernel with prepared arguments. With `exact`, products of float32 keep float32's digits.
 template <bool ROLLOUT>
 void run_pairs(const PairArgs& p, bool exact, void* stream) {
     if (p.q.type == Type::bf16)

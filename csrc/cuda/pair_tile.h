@@ -1,16 +1,18 @@
-// Norms of (query, key) pairs, tile by tile, for all heads
+// Computes the norms of (query, key) pairs, tile by tile, for all heads:
 //
 //   norm[i, j]^2 = a^T G[j] a + (i == j) (2 a . c[i] + residual_sq[i])
 //   a            = alpha[:, i, j]
 //
 // (Modarressi et al., 2022, eq. 6 to 10, expanded over heads).
 //
-// A group of warps takes 32 keys and streams queries. First the warps divide the heads. They compute scores
-// by mma: query fragments come directly from global memory (in pieces of 16 bytes, with the order of d
-// permuted alike in q and k), and the keys are held in shared memory in the order of fragments. alpha goes to
-// shared memory as float32. Then the warps divide the queries, and each lane has one key. It keeps the H (H +
-// 1) / 2 coefficients of its form in registers, reads alpha without bank conflicts, and adds over queries in
-// a register, without any shuffle.
+// A group of warps takes 32 keys and reads the queries tile by tile. First the warps divide the heads among
+// themselves and compute scores by mma. The fragments of the queries come directly from global memory, in
+// pieces of 16 bytes; this permutes the order of d, in the same way for q and k. The keys are held in shared
+// memory in the order of fragments. alpha is written to shared memory as float32.
+//
+// Then the warps divide the queries among themselves, and each lane takes one key. The lane keeps the
+// H (H + 1) / 2 coefficients of the key's form in registers, and reads alpha without bank conflicts. It adds
+// over the queries in a register, without any shuffle.
 #pragma once
 
 #include "pairs.h"
@@ -19,8 +21,8 @@
 namespace pyglobenc {
 namespace {
 
-constexpr int WIDE = 0;  // stands for more than 16 heads, whose forms are kept in blocks of 8 x 8
-constexpr int SIDE = 8;  // rows and columns of such a block
+constexpr int WIDE = 0;  // stands for more than 16 heads, whose forms are stored in blocks of 8 x 8
+constexpr int SIDE = 8;  // number of rows, and of columns, of such a block
 constexpr float LOG2_E = 1.44269504f;
 
 template <class T>
@@ -38,15 +40,15 @@ DEVICE T& element(const View& view, int64_t i0, int64_t i1, int64_t i2) {
     return static_cast<T*>(view.data)[i0 * view.stride[0] + i1 * view.stride[1] + i2 * view.stride[2]];
 }
 
-// The place of a group of warps in the work.
+// The part of the work that a group of warps, and this thread in it, take.
 struct Place {
-    int b, share, first_row;  // example; part of the queries; row of the rollout
-    int block;                // of KEYS keys
-    int group, warp, thread;  // in the block; in the group
-    int key;                  // of this lane
-    char* memory;             // the group's
-    const char *q, *k, *lse;  // of the example, q and k from this lane's pieces on
-    const Weighted* queries;  // of the example and first_row
+    int b, share, first_row;  // the example, the part of its queries, and the first row of the rollout
+    int block;                // number of the block of KEYS keys
+    int group, warp, thread;  // number of the group in the block, and of the warp and thread in the group
+    int key;                  // this lane's key
+    char* memory;             // the group's shared memory
+    const char *q, *k, *lse;  // tensors of the example; q and k start at this lane's pieces
+    const Weighted* queries;  // those of the example, with weights of first_row
 
     template <class E>
     DEVICE E* at(int offset) const {
@@ -54,15 +56,15 @@ struct Place {
     }
 };
 
-// A lane's queries of a tile: the rows of q of queries 8 n + g, in pieces counted from the head's first, and
-// the lse of query lane().
+// A lane's queries of a tile: the rows of q of the queries 8 n + g, in pieces counted from the first one of
+// the head, and the lse of query lane().
 template <int QUERIES>
 struct Rows {
     uint32_t q[QUERIES / 8];
     const char* lse;
 };
 
-// Fragments of 8 queries each: two pieces of row g, and the lse of query lane().
+// The fragments of a lane: two pieces of row g for every 8 queries, and the lse of query lane().
 template <int QUERIES>
 struct Fragments {
     Bytes16 piece[QUERIES / 8][2];
@@ -83,8 +85,8 @@ DEVICE void load_queries(const PairArgs& p, const Place& place, const Rows<QUERI
     if (step == 0) out.lse = load<float>(rows.lse + int64_t(head) * p.lse_head);
 }
 
-// Copies two steps of 16 keys of a head, rows g and g + 8 from `first`, to `held`, in the order in which
-// products take them.
+// Copies two steps of 16 keys of a head to `held`, in the order in which products take them. This lane copies
+// keys g and g + 8, counted from `first`.
 DEVICE void fetch_keys(const PairArgs& p, const Place& place, int kv_head, int step, int first,
                        Bytes16* held) {
     const char* k = place.k + int64_t(kv_head) * p.k_head + step * 64;
@@ -100,7 +102,7 @@ DEVICE void fetch_keys(const PairArgs& p, const Place& place, int kv_head, int s
             {rows[0].word[2 * s], rows[1].word[2 * s], rows[0].word[2 * s + 1], rows[1].word[2 * s + 1]}};
 }
 
-// Layout of the pieces of all heads' keys: [kv head][step][16 keys][2][lane].
+// Returns where the pieces of a step of a head's keys lie: [kv head][step][16 keys][2][lane].
 DEVICE Bytes16* held_keys(const PairArgs& p, const Place& place, int kv_head, int step) {
     return reinterpret_cast<Bytes16*>(place.memory) + (kv_head * p.steps + step) * 128;
 }
@@ -112,8 +114,8 @@ DEVICE void hold_keys(const PairArgs& p, const Place& place) {
             fetch_keys(p, place, h, at / 2, at % 2 * 16, held_keys(p, place, h, at / 2) + at % 2 * 64);
 }
 
-// Returns where alpha of a head keeps queries 2 pair and 2 pair + 1 with key j. Values that are stored
-// together lie in different banks. The distance to 4 pairs or 16 keys further is the same everywhere.
+// Returns where a head's alpha holds the queries 2 pair and 2 pair + 1 with key j. Values that lanes store at
+// the same time lie in different banks. The distance to 4 pairs or 16 keys further is the same everywhere.
 DEVICE int pair_at(int pair, int j) { return pair * KEYS + (j ^ 4 * (pair & 3)); }
 
 // Adds the products of one step's keys with queries 8 n to 8 (n + AT_ONCE) - 1.
@@ -128,7 +130,7 @@ DEVICE void add_step(const Bytes16* keys, int n, int s, const Fragments<QUERIES>
     }
 }
 
-// Does the same for up to two steps.
+// Adds the products of the keys with these queries, over one step or two.
 template <class T, int AT_ONCE, int QUERIES>
 DEVICE void add_steps(const PairArgs& p, const Place& place, int kv_head, int step, int n,
                       const Fragments<QUERIES>& queries, float (&scores)[2][AT_ONCE][4]) {
@@ -143,7 +145,7 @@ DEVICE void add_steps(const PairArgs& p, const Place& place, int kv_head, int st
     UNROLL
     for (int s = 0; s < 2; ++s) {
         if (s && !second) break;
-        // The lanes read what other lanes of the warp wrote, before and now.
+        // The lanes read what other lanes of the warp have written, here and in the previous step.
         warp_barrier();
         ROLL for (int half = 0; half < 2; ++half)
             fetch_keys(p, place, kv_head, step + s, half * 16, keys + half * 64);
@@ -161,7 +163,7 @@ DEVICE void score(const PairArgs& p, const Place& place, const Rows<QUERIES>& ro
     if (n && p.steps > 2) load_queries(p, place, rows, head, 0, queries);
     add_steps<T>(p, place, kv_head, 0, n, queries, scores);
     ROLL for (int step = 2; step < p.steps; step += 2) {
-        // Tensor cores truncate what they add to, so short sums start from 0.
+        // Tensor cores truncate the sum that they add to. So each step starts from 0 and is added in float32.
         float sums[2][AT_ONCE][4] = {};
         load_queries(p, place, rows, head, step, queries);
         add_steps<T>(p, place, kv_head, step, n, queries, sums);

@@ -1,4 +1,5 @@
-// Work before the kernel of rollout_step and pair_norms: choosing its tile and packing the quadratic forms.
+// Does the work before the kernel of rollout_step and pair_norms: chooses its tile and packs the quadratic
+// forms.
 #include "pairs.h"
 
 #include <stdexcept>
@@ -7,7 +8,6 @@
 
 namespace pyglobenc {
 
-// Numbers of heads for which forms in registers are compiled.
 int form_heads(int heads) { return heads > 16 ? WIDE : padded_heads(heads); }
 
 int form_size(int heads) {
@@ -15,7 +15,7 @@ int form_size(int heads) {
     return padded ? padded * (padded + 1) / 2 : blocks * (blocks + 1) / 2 * SIDE * SIDE;
 }
 
-// Returns query `row` of an example, for every row of the result.
+// Writes the position and the weights of query `row` of an example.
 DEVICE void fill_query(const PairArgs& p, int b, int row) {
     const int i = p.rows.data ? int(element<int64_t>(p.rows, b, row)) : row;
     const bool counts = !p.key_mask.data || element<uint8_t>(p.key_mask, b, i);
@@ -25,7 +25,7 @@ DEVICE void fill_query(const PairArgs& p, int b, int row) {
         *out = counts ? Weighted{i, p.r.data ? element<float>(p.r, b, t, i) * rstd : rstd} : Weighted{-1, 0};
 }
 
-// Returns the first token, and the last + 1, of the sequence that a token lies in.
+// Writes the bounds of the sequence that a token lies in: its first token, and its last one + 1.
 DEVICE void fill_span(const PairArgs& p, int token) {
     int low = 0, high = int(p.cu_seqlens.shape[0]) - 1;
     while (high - low > 1) {
@@ -36,8 +36,8 @@ DEVICE void fill_span(const PairArgs& p, int token) {
     p.spans[p.n + token] = element<int>(p.cu_seqlens, high);
 }
 
-// Packs coefficient e of each key (G[h][g] + G[g][h] for h < g, G[h][h], else 0) and the queries, divided
-// among the blocks.
+// Packs the coefficients of each key's form: G[h][g] + G[g][h] for h < g, G[h][h] for h = g, and else 0. Also
+// packs the queries. The blocks of the grid divide the work.
 KERNEL(256) pack_kernel(PairArgs p, int padded) {
     for (int row = block() % p.key_blocks * threads() + thread(); row < p.n_queries;
          row += p.key_blocks * threads()) {
@@ -49,7 +49,7 @@ KERNEL(256) pack_kernel(PairArgs p, int padded) {
     const float* gram =
         static_cast<const float*>(p.gram.data) + b * p.gram.stride[0] + key * p.gram.stride[1];
     for (int e = warp(); e < p.form_size; e += threads() / 32) {
-        // rows of the triangle, made of entries or of blocks of SIDE x SIDE
+        // The triangle is stored row by row. It consists of entries, or of blocks of SIDE x SIDE.
         const int unit = padded ? 1 : SIDE, each = unit * unit;
         int row = 0, rest = e / each, length = padded ? padded : blocks_of(p.heads);
         while (rest >= length) rest -= length--, ++row;
@@ -73,7 +73,7 @@ PairTile choose_tile(int heads, int kv_heads, int head_dim, int size, int limit)
         tile.warps = THREADS / 32 / tile.groups;
         const int head = 4 * KEYS * tile.queries, listed = tile.queries * (4 + 4 + 4 * MAX_ROWS) + 8;
         tile.alpha = tile.held ? kv_heads * ((head_dim * size + 63) / 64) * 2048 : tile.warps * 2048;
-        // In the end, the sums of the warps lie there.
+        // After the last tile, the sums of the warps take the place of alpha.
         const int alpha = padded_heads(heads) * head, sums = tile.warps * MAX_ROWS * KEYS * 4;
         tile.partial = tile.alpha + (alpha > sums ? alpha : sums);
         tile.own = tile.partial + (padded ? 0 : tile.warps * head);

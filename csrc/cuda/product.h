@@ -1,4 +1,4 @@
-// Tensor-core products of pieces of rows, in the requested precision.
+// Defines tensor-core products of pieces of rows, in the requested precision.
 #pragma once
 
 #include "launch.h"
@@ -6,8 +6,8 @@
 namespace pyglobenc {
 namespace {
 
-// Number of parts into which a float is split: two of 11 bits each for T = float, to keep its digits; one for
-// tf32, which tensor cores truncate.
+// The number of parts into which a float is split. T = float takes two parts of 11 bits each, which keep the
+// float's digits. tf32 takes one, and tensor cores truncate it.
 template <class T>
 constexpr int PARTS = 1;
 template <>
@@ -22,13 +22,13 @@ DEVICE void split(uint32_t x, uint32_t (&parts)[PARTS<T>]) {
     }
 }
 
-// Adds a b^T of 16 x 8 entries over one step to c. The left factor is laid out as mma takes it, a[.][0] and
-// a[.][1]; the right one as it lies in memory, 4 bytes of row g each. The order of entries along d does not
-// matter as long as both sides agree. A left factor that is exact in tf32 comes in 1 part.
+// Adds a b^T, 16 x 8 entries summed over one step, to c. The left factor, a[.][0] and a[.][1], has the layout
+// of mma. The right factor has the layout of memory: each entry is 4 bytes of row g. The order of entries
+// along d does not matter as long as both factors agree. A left factor that is exact in tf32 comes in 1 part.
 //
-// Three products of tf32, or two with such a left factor, keep 22 of float32's 24 bits. They are summed from
-// 0 and added to c in float32, because tensor cores round their sums towards 0, which over a whole row would
-// cost another 4 bits.
+// Three products of tf32, or two with an exact left factor, keep 22 of float32's 24 bits. Their sum starts
+// from 0 and is added to c in float32. Tensor cores round sums towards 0, which would cost another 4 bits
+// over a whole row.
 template <class T, int LEFT>
 DEVICE void multiply(float (&c)[4], const uint32_t (&a)[LEFT][2][4], const uint32_t (&b)[PARTS<T>][4]) {
     if constexpr (PARTS<T> == 1) {
@@ -55,7 +55,7 @@ DEVICE void multiply(float (&c)[4], const uint32_t (&a)[LEFT][2][4], const uint3
     }
 }
 
-// Return the parts of a left factor, and of a right one.
+// Write the parts of a left factor, and of a right one.
 template <class T>
 DEVICE void split(const Bytes16 (&a)[2], uint32_t (&parts)[PARTS<T>][2][4]) {
     UNROLL

@@ -9,20 +9,21 @@
 
 namespace pyglobenc {
 
-// The work of one block. ROWS: it holds queries and streams keys, otherwise the reverse. SLICE: number of
-// columns of R_q, or of R_k and R_v, that the block adds up in registers; 0 if no relevance is wanted.
+// The work of one block. With ROWS, it holds queries and reads the keys tile by tile; otherwise it holds
+// keys. SLICE is the number of columns of R_q, or of R_k and R_v, that the block adds up in registers. It is
+// 0 if no relevance is wanted.
 template <bool ROWS, int SLICE>
 struct Pass {
-    // Two tiles where the sums fill the registers (two of 64 columns, or one of 128), or where wide heads
-    // fill the shared memory.
+    // There are only two tiles where the sums fill the registers (two sums of 64 columns, or one of 128), or
+    // where wide heads fill the shared memory.
     static constexpr int COLUMNS = SLICE, TILES = ROWS && SLICE == 64 ? 4 : 2, STREAM = 8 * TILES,
                          W_STRIDE = STREAM + 8;
     static constexpr int HELD_TENSORS = ROWS ? 3 : 2, STREAM_ROWS = (ROWS ? 2 : 3) * STREAM;
 
     static int bytes(int head_dim, int warps) {
-        const int held = HELD_TENSORS * WARP_ROWS * warps, places = WARP_ROWS * warps + 2 * STREAM;
+        const int held = HELD_TENSORS * WARP_ROWS * warps, tokens = WARP_ROWS * warps + 2 * STREAM;
         const int w = ROWS ? 0 : 2 * RelevanceArgs::MAX_STEP_ROWS * W_STRIDE;
-        const int floats = (held + STREAM_ROWS) * row_stride(head_dim) + 2 * places + w;
+        const int floats = (held + STREAM_ROWS) * row_stride(head_dim) + 2 * tokens + w;
         return 4 * floats + 2 * 3 * STREAM_ROWS * row_stride(head_dim);
     }
 
@@ -30,8 +31,8 @@ struct Pass {
 
     Head head;
     int start, slice, head_index;
-    Parts parts;  // the parts of the streamed rows, one tensor after the other
-    float* raw;   // the next rows, not yet split into parts
+    Parts parts;  // the parts of the other side's rows, one tensor after the other
+    float* raw;   // the next rows of the other side, not yet split into parts
     Side held;
 
     DEVICE explicit Pass(const RelevanceArgs& args) : head{args, 0, 0, 0, int(args.k.shape[2])} {
@@ -53,21 +54,21 @@ struct Pass {
         parts = {reinterpret_cast<bf16*>(shared()), STREAM_ROWS * stride, stride};
         raw = reinterpret_cast<float*>(parts.rows + 3 * parts.part);
         float* const rows = raw + STREAM_ROWS * stride;
-        held = {rows, own() * stride, reinterpret_cast<Place*>(rows + HELD_TENSORS * own() * stride)};
+        held = {rows, own() * stride, reinterpret_cast<RowToken*>(rows + HELD_TENSORS * own() * stride)};
     }
 
     // Returns whether the block lies past the end of its sequence.
     DEVICE bool idle() const { return start >= head.last; }
     DEVICE int n() const { return int(head.args.k.shape[2]); }
     DEVICE int own() const { return WARP_ROWS * (threads() / 32); }
-    DEVICE Place* places(int stage) const { return held.places + own() + stage * STREAM; }
-    // [MAX_STEP_ROWS, STREAM], rows W_STRIDE apart
+    DEVICE RowToken* tokens(int stage) const { return held.tokens + own() + stage * STREAM; }
+    // Returns the rollout rows of a stage, [MAX_STEP_ROWS, STREAM], with rows W_STRIDE apart.
     DEVICE float* w(int stage) const {
-        return reinterpret_cast<float*>(places(2)) + stage * RelevanceArgs::MAX_STEP_ROWS * W_STRIDE;
+        return reinterpret_cast<float*>(tokens(2)) + stage * RelevanceArgs::MAX_STEP_ROWS * W_STRIDE;
     }
 
     DEVICE void fetch(int stage, int first) const {
-        fill<!ROWS>({raw, STREAM * parts.stride, places(stage)}, head, STREAM,
+        fill<!ROWS>({raw, STREAM * parts.stride, tokens(stage)}, head, STREAM,
                     [&](int at) { return first + at; });
         if constexpr (!ROWS) fetch_w(stage, first);
         commit_copies();
@@ -91,10 +92,11 @@ struct Pass {
         const RelevanceArgs& args = head.args;
         const int before = start - (ROWS ? args.left : args.right),
                   after = start + own() + (ROWS ? args.right : args.left);
-        // The tiles lie as if the sequence were alone.
+        // Tiles are counted from the start of the sequence. So a packed sequence gives the same result as
+        // alone.
         const int first = head.first + (before > head.first ? (before - head.first) / STREAM * STREAM : 0);
         const Side mine = {held.rows + warp() * WARP_ROWS * parts.stride, held.step,
-                           held.places + warp() * WARP_ROWS};
+                           held.tokens + warp() * WARP_ROWS};
         fill<ROWS>(held, head, own(), [&](int at) { return start + at; });
         // Rows past the window are not loaded.
         if (after < head.last) head.last = after;
@@ -105,10 +107,10 @@ struct Pass {
             split(parts, raw, STREAM_ROWS, head.head_dim());
             barrier();
             if (at + STREAM < head.last) fetch(stage ^ 1, at + STREAM);
-            if (!any_pair<TILES>(mine.places, places(stage))) continue;
+            if (!any_pair<TILES>(mine.tokens, tokens(stage))) continue;
             Pairs<TILES> pairs;
             multiply<ROWS, TILES>(pairs, mine, parts, head.head_dim());
-            weigh<ROWS, TILES>(pairs, mine.places, places(stage), args);
+            weigh<ROWS, TILES>(pairs, mine.tokens, tokens(stage), args);
             body(pairs, w(stage));
         }
     }
@@ -116,8 +118,8 @@ struct Pass {
     // Returns whether this slice has columns 16 d to 16 d + 15.
     DEVICE bool has(int d) const { return slice + 16 * d < head.head_dim(); }
 
-    // Adds the left factor times 16 streamed rows of a tensor, columns 16 d to 16 d + 15 of this slice, to
-    // the sums.
+    // Adds the left factor times 16 rows of the other side's tensor to the sums, for the columns 16 d to
+    // 16 d + 15 of this slice.
     DEVICE void add(Sums& sums, int d, const Left& left, int tensor, int tile) const {
         Right right[2];
         right_below(right, parts.at(tensor * STREAM + 8 * tile, slice + 16 * d));
@@ -125,12 +127,12 @@ struct Pass {
         product(sums[2 * d + 1], left, right[1]);
     }
 
-    // Writes this warp's sums times its own rows of a held tensor, halved.
+    // Writes this warp's sums times its own rows of a held tensor, divided by 2.
     DEVICE void store(float* out, const Sums& sums, int tensor) const {
         const int head_dim = head.head_dim();
         UNROLL
         for (int half = 0; half < 2; ++half) {
-            const int row = warp() * WARP_ROWS + lane() / 4 + half * 8, at = held.places[row].at;
+            const int row = warp() * WARP_ROWS + lane() / 4 + half * 8, at = held.tokens[row].position;
             if (at < 0) continue;
             const float* const own = held.rows + tensor * held.step + row * row_stride(head_dim);
             float* const to = out + (int64_t(head_index) * n() + at) * head_dim;
@@ -164,7 +166,8 @@ relevance_rows_kernel(CONSTANT RelevanceArgs args) {
     using Rows = Pass<true, SLICE>;
     Rows pass(args);
     if (pass.idle()) return;
-    // Row sums of A, and of R_alpha and R'. In float32 they would lose digits from about 8,192 keys on.
+    // These are the row sums of A, R_alpha and R'. In float32 they would lose digits from about 8,192 keys
+    // on.
     constexpr int SUMS = SLICE ? 3 : 1;
     double sums[SUMS][2] = {};
     typename Rows::Sums r_q = {};
@@ -198,7 +201,7 @@ relevance_rows_kernel(CONSTANT RelevanceArgs args) {
     const int64_t all = args.q.shape[0] * args.q.shape[1] * pass.n();
     UNROLL
     for (int half = 0; half < 2; ++half) {
-        const int i = pass.held.places[warp() * WARP_ROWS + lane() / 4 + half * 8].at;
+        const int i = pass.held.tokens[warp() * WARP_ROWS + lane() / 4 + half * 8].position;
         UNROLL
         for (int k = 0; k < SUMS; ++k) sums[k][half] = sum_of_row(sums[k][half]);
         if (i < 0 || pass.slice || lane() % 4) continue;
@@ -247,7 +250,7 @@ relevance_columns_kernel(CONSTANT RelevanceArgs args) {
     const int64_t steps = args.w.shape[1];
     UNROLL
     for (int e = 0; e < 4; ++e) {
-        const int j = pass.held.places[warp() * WARP_ROWS + lane() / 4 + e / 2 * 8].at,
+        const int j = pass.held.tokens[warp() * WARP_ROWS + lane() / 4 + e / 2 * 8].position,
                   t = lane() % 4 * 2 + e % 2;
         if (step && j >= 0 && t < steps) args.step[(pass.head_index * steps + t) * pass.n() + j] = sums[e];
     }

@@ -1,4 +1,4 @@
-// Python bindings of the relevance kernels: they only turn tensors into pointers and sizes.
+// Binds the relevance kernels to Python. These functions only turn tensors into pointers and sizes.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -35,7 +35,7 @@ inline void bind_add(const pybind11::tuple& tensors, int examples, int64_t width
                   stream_of(stream));
 }
 
-// x, weight, bound and flags.
+// The tensors are x, weight, bound and flags.
 inline LinearArgs linear_args(const pybind11::tuple& tensors) {
     const View weight = view(tensors[1]), flags = view(tensors[3]);
     return {data_of(tensors[0]),  static_cast<float*>(weight.data),
@@ -87,7 +87,7 @@ inline void bind_relevance(pybind11::module_& m) {
     m.def("clone_relevance", bind_clone);
     m.def("add_relevance", bind_add);
     m.def("add_relevance_parts", add_relevance_parts,
-          "Parts that sums are left in, from the number of elements and of examples.");
+          "Return the largest number of partial sums, from the number of elements and of examples.");
     m.def("linear_quotient", bind_quotient);
     m.def("linear_product", bind_product);
     m.attr("LINEAR_STRIP") = LINEAR_STRIP;
@@ -95,7 +95,7 @@ inline void bind_relevance(pybind11::module_& m) {
     m.def("relevance_columns", bind_pairs<relevance_columns>);
     m.def("relevance_maps", bind_pairs<relevance_maps>);
     m.def("relevance_shared", relevance_shared,
-          "Shared memory that these three need for a head size, in bytes.");
+          "Return the bytes of shared memory that these three kernels need for a head size.");
     m.attr("MAX_STEP_ROWS") = int(RelevanceArgs::MAX_STEP_ROWS);
 }
 

@@ -29,10 +29,10 @@ relevance_maps_kernel(CONSTANT RelevanceArgs args) {
     head.b = block() / row_blocks / key_blocks;
     const Parts parts = {reinterpret_cast<bf16*>(shared()), 2 * KEYS * stride, stride};
     float* const memory = reinterpret_cast<float*>(parts.rows + 3 * parts.part);
-    Place* const places = reinterpret_cast<Place*>(memory + (3 * own + 2 * KEYS) * stride);
-    const Side queries = {memory, own * stride, places};
-    const Side keys = {memory + 3 * own * stride, KEYS * stride, places + own};
-    const Side mine = {queries.rows + warp() * WARP_ROWS * stride, queries.step, places + warp() * WARP_ROWS};
+    RowToken* const tokens = reinterpret_cast<RowToken*>(memory + (3 * own + 2 * KEYS) * stride);
+    const Side queries = {memory, own * stride, tokens};
+    const Side keys = {memory + 3 * own * stride, KEYS * stride, tokens + own};
+    const Side mine = {queries.rows + warp() * WARP_ROWS * stride, queries.step, tokens + warp() * WARP_ROWS};
     const auto query = [&](int at) {
         if (first + at >= m) return n;
         if (!rows.data) return first + at;
@@ -49,10 +49,10 @@ relevance_maps_kernel(CONSTANT RelevanceArgs args) {
         barrier();
         split(parts, keys.rows, 2 * KEYS, head.head_dim());
         barrier();
-        if (any_pair<TILES>(mine.places, keys.places)) {
+        if (any_pair<TILES>(mine.tokens, keys.tokens)) {
             Pairs<TILES> pairs;
             multiply<true, TILES>(pairs, mine, parts, head.head_dim());
-            weigh<true, TILES>(pairs, mine.places, keys.places, args);
+            weigh<true, TILES>(pairs, mine.tokens, keys.tokens, args);
             UNROLL
             for (int tile = 0; tile < TILES; ++tile)
                 for (int e = 0; e < 4; ++e) map[tile][e] += pairs.weighted[tile][e];

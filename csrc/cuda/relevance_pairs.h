@@ -1,19 +1,20 @@
-// Tiles of relevance through attention for one head, which the kernels over pairs share.
+// Computes tiles of the relevance through attention for one head. The kernels over pairs share this code.
 //
 //   alpha[i,j]   = exp(scaling q[i].k[j] - lse[i])
 //   R_alpha[i,j] = alpha[i,j] <s[i], v[j]> / 2
 //   A_h[i,j]     = max(<grad_o[i], v[j]> R_alpha[i,j], 0)
 //
-// (Chefer et al., 2021, eq. 13, and the matmul rule of the published code.) A later division by the scores
-// amplifies their rounding up to 1e7 times, so the products keep float32's digits. Three bfloat16 parts hold
-// a float exactly, and six of their nine products hold all but 2^-25 of the result, at the price of three
-// tf32 products. Tensor cores truncate sums instead of rounding them (Fasi et al., 2021), so every 16
-// products are added in float32 outside. On normal numbers the error is 0.4 to 0.7 times that of a chain of
-// float32 multiply-adds.
+// The source is Chefer et al., 2021, eq. 13, and the matmul rule of the published code.
 //
-// A warp holds 16 rows of one side, queries or keys, and streams TILES * 8 rows of the other side, which the
-// block splits into parts once for all its warps. "Left" and "right" are the factors of an mma; "tile" is its
-// sum, 16 by 8.
+// A later division by the scores amplifies their rounding errors up to 1e7 times. So the products must keep
+// float32's digits. Three bfloat16 parts hold a float exactly. Six of their nine products hold all but 2^-25
+// of the result, and cost as much as three tf32 products. Tensor cores truncate sums instead of rounding them
+// (Fasi et al., 2021). So every 16 products are added up outside, in float32. On normal numbers the error is
+// 0.4 to 0.7 times that of a chain of float32 multiply-adds.
+//
+// A warp holds 16 rows of one side, queries or keys. It reads the other side in steps of TILES * 8 rows,
+// which the block splits into parts once for all its warps. "Left" and "right" are the factors of an mma, and
+// "tile" is its sum, 16 by 8.
 #pragma once
 
 #include <cmath>
@@ -37,7 +38,8 @@ namespace {
 
 constexpr int WARP_ROWS = 16;
 constexpr int MAX_WARPS = 4;
-// Number of blocks of a multiprocessor. Without this, ptxas spills a few registers to fit a third block.
+// The number of blocks of a multiprocessor. Without this number, ptxas spills a few registers to fit a third
+// block.
 constexpr int BLOCKS_AT_ONCE = 2;
 
 struct Left {
@@ -63,7 +65,7 @@ DEVICE void put(Factor& to, int at, float low, float high) {
     }
 }
 
-// Left factor: 16 rows from shared memory, 16 columns.
+// Returns 16 rows of 16 columns in shared memory as a left factor.
 DEVICE Left left_of(const float* x, int stride) {
     Left out;
     x += lane() / 4 * stride + lane() % 4 * 2;
@@ -75,7 +77,7 @@ DEVICE Left left_of(const float* x, int stride) {
     return out;
 }
 
-// Left factor: two tiles side by side.
+// Returns two tiles side by side as a left factor.
 DEVICE Left left_of(const float (*tiles)[4]) {
     Left out;
     UNROLL
@@ -83,7 +85,7 @@ DEVICE Left left_of(const float (*tiles)[4]) {
     return out;
 }
 
-// Right factor of floats: the transpose of 8 rows, 16 columns.
+// Returns the transpose of 8 rows of 16 floats as a right factor.
 DEVICE Right right_of(const float* x, int stride) {
     Right out;
     x += lane() / 4 * stride + lane() % 4 * 2;
@@ -95,7 +97,7 @@ DEVICE Right right_of(const float* x, int stride) {
     return out;
 }
 
-// Rows of a tensor in three parts, each `part` entries after the one before.
+// The rows of a tensor in three parts. Each part begins `part` entries after the previous one.
 struct Parts {
     bf16* rows;
     int part, stride;
@@ -103,7 +105,7 @@ struct Parts {
     DEVICE Parts at(int row, int column) const { return {rows + row * stride + column, part, stride}; }
 };
 
-// Right factors of two tiles: the transposes of 8 and the next 8 rows, 16 columns.
+// Writes the right factors of two tiles: the transposes of 8 rows and of the next 8 rows, with 16 columns.
 DEVICE void right_of(Right (&out)[2], const Parts& x) {
     const bf16* const row = x.rows + (lane() / 16 * 8 + lane() % 8) * x.stride + lane() / 8 % 2 * 8;
     UNROLL
@@ -115,7 +117,7 @@ DEVICE void right_of(Right (&out)[2], const Parts& x) {
     }
 }
 
-// Right factors of two tiles: 16 rows, 8 and the next 8 columns.
+// Writes the right factors of two tiles: 16 rows, with 8 columns and with the next 8 columns.
 DEVICE void right_below(Right (&out)[2], const Parts& x) {
     const bf16* const row = x.rows + lane() % 16 * x.stride + lane() / 16 * 8;
     UNROLL
@@ -140,21 +142,20 @@ DEVICE void product(float (&tile)[4], const Left& a, const Right& b) {
     for (int e = 0; e < 4; ++e) tile[e] += sum[e];
 }
 
-// Stride of the rows of heads in shared memory, padded so that reads of pairs of floats and of matrices have
-// no bank conflicts.
+// Returns the stride of a head's rows in shared memory. Its padding avoids bank conflicts, both for pairs of
+// floats and for matrices.
 BOTH int padded(int head_dim) { return (head_dim + 15) / 16 * 16; }
 BOTH int row_stride(int head_dim) { return padded(head_dim) + 8; }
 
-// Stored beside each row in shared memory: which query or key it is, -1 past the last one, and the lse of a
-// query, 0 for a key, infinity where there is none.
-struct Place {
-    int at;
-    float beside;
+// The token of a row in shared memory.
+struct RowToken {
+    int position;  // -1 past the last token
+    float lse;     // of a query; 0 for a key; infinity for a padded key or past the last token
 };
 
-DEVICE bool missing(const Place& place) { return place.beside == INFINITY; }
+DEVICE bool missing(const RowToken& token) { return token.lse == INFINITY; }
 
-// A head of an example or of a packed sequence, which has tokens `first` to `last` - 1.
+// A head of an example, or of a packed sequence, with the tokens `first` to `last` - 1.
 struct Head {
     const RelevanceArgs& args;
     int b, h, first, last;
@@ -163,8 +164,10 @@ struct Head {
     DEVICE const float* row(const View& x, int at) const {
         return static_cast<const float*>(x.data) + b * x.stride[0] + h * x.stride[1] + at * x.stride[2];
     }
-    DEVICE Place query(int i) const { return i < last ? Place{i, *row(args.lse, i)} : Place{-1, INFINITY}; }
-    DEVICE Place key(int j) const {
+    DEVICE RowToken query(int i) const {
+        return i < last ? RowToken{i, *row(args.lse, i)} : RowToken{-1, INFINITY};
+    }
+    DEVICE RowToken key(int j) const {
         const View& mask = args.key_mask;
         const bool real =
             j < last &&
@@ -173,15 +176,15 @@ struct Head {
     }
 };
 
-// Rows of queries (q, s, grad_o) or of keys (k, v) in shared memory, each tensor `step` floats after the
-// previous one, with their places.
+// Rows of queries (q, s, grad_o) or of keys (k, v) in shared memory. Each tensor begins `step` floats after
+// the previous one.
 struct Side {
     float* rows;
     int step;
-    Place* places;
+    RowToken* tokens;
 };
 
-// Starts copying `count` rows of x, with zeros for rows that do not exist or are padding; padding is never
+// Starts copying `count` rows of x. Rows that are padding, or that do not exist, become zeros and are never
 // read.
 template <class Index>
 DEVICE void copy_rows(float* to, const View& x, const Head& head, int count, bool queries,
@@ -201,6 +204,7 @@ DEVICE void copy_rows(float* to, const View& x, const Head& head, int count, boo
     }
 }
 
+// Starts copying the rows index(0) to index(count - 1) of a side, and writes their tokens.
 template <bool QUERIES, class Index>
 DEVICE void fill(const Side& side, const Head& head, int count, const Index& index) {
     copy_rows(side.rows, QUERIES ? head.args.q : head.args.k, head, count, QUERIES, index);
@@ -210,15 +214,15 @@ DEVICE void fill(const Side& side, const Head& head, int count, const Index& ind
     const View& third = head.args.grad.data ? head.args.grad : head.args.s;
     if (QUERIES) copy_rows(side.rows + 2 * side.step, third, head, count, QUERIES, index);
     for (int at = thread(); at < count; at += threads())
-        side.places[at] = QUERIES ? head.query(index(at)) : head.key(index(at));
+        side.tokens[at] = QUERIES ? head.query(index(at)) : head.key(index(at));
 }
 
-// Splits `count` rows, a multiple of 8, into parts; the threads divide the work. The rows of the parts keep
-// the stride of the floats.
+// Splits `count` rows into parts; count is a multiple of 8. The threads of the block divide the work. The
+// rows of the parts keep the stride of the floats.
 DEVICE void split(const Parts& parts, const float* rows, int count, int head_dim) {
     const int stride = row_stride(head_dim), width = padded(head_dim);
     for (int at = thread() / 8; at < count; at += threads() / 8) {
-        // Half a warp stores to rows 4 apart, which lie in different banks; neighbouring rows would not.
+        // Half a warp stores to rows 4 apart, because these lie in different banks.
         const int row = at / 8 * 8 + at % 2 * 4 + at % 8 / 2;
         for (int d = thread() % 8 * 4; d < width; d += 32) {
             const Float4 four = *reinterpret_cast<const Float4*>(rows + row * stride + d);
@@ -241,8 +245,8 @@ struct Pairs {
     float alpha[TILES][4];
 };
 
-// Computes the three products of a warp's rows with the other side's, whose tensors follow one another. ROWS:
-// the warp holds queries.
+// Computes the three products of a warp's rows with the rows of the other side, whose tensors follow one
+// another. With ROWS, the warp holds queries.
 template <bool ROWS, int TILES>
 DEVICE void multiply(Pairs<TILES>& pairs, const Side& held, const Parts& stream, int head_dim) {
     const int stride = row_stride(head_dim);
@@ -270,21 +274,22 @@ DEVICE void multiply(Pairs<TILES>& pairs, const Side& held, const Parts& stream,
     }
 }
 
-// Computes alpha, R_alpha and A_h from the products.
+// Computes alpha, R_alpha and A_h from the products. Pairs with a padded key or outside the window get 0.
 template <bool ROWS, int TILES>
-DEVICE void weigh(Pairs<TILES>& pairs, const Place* held, const Place* stream, const RelevanceArgs& args) {
+DEVICE void weigh(Pairs<TILES>& pairs, const RowToken* held, const RowToken* stream,
+                  const RelevanceArgs& args) {
     constexpr float LOG2E = 1.44269504f;
     UNROLL
     for (int tile = 0; tile < TILES; ++tile)
         for (int e = 0; e < 4; ++e) {
-            const Place mine = held[lane() / 4 + e / 2 * 8],
-                        other = stream[8 * tile + lane() % 4 * 2 + e % 2];
-            const Place query = ROWS ? mine : other, key = ROWS ? other : mine;
-            const int ahead = key.at - query.at;
+            const RowToken mine = held[lane() / 4 + e / 2 * 8],
+                           other = stream[8 * tile + lane() % 4 * 2 + e % 2];
+            const RowToken query = ROWS ? mine : other, key = ROWS ? other : mine;
+            const int ahead = key.position - query.position;
             const bool seen = !missing(key) && ahead <= args.right && -ahead <= args.left;
             // lse does not include the scores of hidden keys, so their exponential may be infinite.
             const float alpha =
-                seen ? exp2_approx((pairs.dots[tile][e] * args.scaling - query.beside) * LOG2E) : 0.0f;
+                seen ? exp2_approx((pairs.dots[tile][e] * args.scaling - query.lse) * LOG2E) : 0.0f;
             const float relevance = pairs.relevance[tile][e] * alpha * 0.5f;
             const float weighted = args.grad.data ? pairs.weighted[tile][e] * relevance : relevance;
             pairs.alpha[tile][e] = alpha;
@@ -293,14 +298,15 @@ DEVICE void weigh(Pairs<TILES>& pairs, const Place* held, const Place* stream, c
         }
 }
 
-// Returns whether the warp has any pair in these rows.
+// Returns whether the warp has a pair of real tokens in these rows.
 template <int TILES>
-DEVICE bool any_pair(const Place* held, const Place* stream) {
+DEVICE bool any_pair(const RowToken* held, const RowToken* stream) {
     return any(lane() < WARP_ROWS && !missing(held[lane() % WARP_ROWS])) &&
            any(!missing(stream[lane() % (8 * TILES)]));
 }
 
-// Returns the largest number of warps whose rows, bytes(head_dim, warps), fit into a block's shared memory.
+// Returns the largest number of warps whose rows fit into the shared memory of a block. bytes(head_dim,
+// warps) returns the size of the rows.
 inline int warps_that_fit(int (*bytes)(int, int), int head_dim) {
     for (int warps = MAX_WARPS; warps; warps /= 2)
         if (bytes(head_dim, warps) <= shared_limit()) return warps;

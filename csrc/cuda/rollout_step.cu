@@ -6,7 +6,7 @@
 namespace pyglobenc {
 namespace {
 
-constexpr int FINISH_THREADS = 1024;  // at most
+constexpr int FINISH_THREADS = 1024;  // largest number of threads in a block
 
 // Returns the larger of two values, and NaN if one is NaN.
 DEVICE float larger(float a, float b) { return a > b || a != a ? a : b; }
@@ -17,8 +17,8 @@ DEVICE float largest_of_warp(float x) {
     return x;
 }
 
-// Returns the sum over the shares, which lie `step` apart, in a fixed order. All loads start before the first
-// addition.
+// Returns the sum over the shares, which lie `step` apart. The order of the sum is fixed. All loads start
+// before the first addition.
 DEVICE float total(const float* parts, int shares, int64_t step) {
     float each[MAX_SHARES], sum = *parts;
     UNROLL

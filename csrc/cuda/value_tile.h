@@ -1,8 +1,9 @@
-// Multiplies values by a head's matrix, tile by tile; head_gram and head_norms share it.
+// Multiplies values by a head's matrix, tile by tile. head_gram and head_norms share this code.
 //
-// A block takes 64 tokens of a head, a warp 16 of them. The matrix goes through shared memory in pieces of 64
-// x 32. The product of values and matrix, n * d floats a head, stays in registers, where it is multiplied by
-// the other factor and summed. T is the precision of the products, V the type of values and residual.
+// A block takes 64 tokens of one head, and each of its warps takes 16 of them. The matrix is copied to shared
+// memory in pieces of 64 x 32 entries. The product of values and matrix has n * d floats for each head. It
+// stays in registers, where it is multiplied by the other factor and summed. T is the precision of the
+// products, and V the type of the values and of the residual.
 #pragma once
 
 #include <type_traits>
@@ -15,21 +16,22 @@ namespace pyglobenc {
 
 namespace {
 
-constexpr int DEPTH = 64, COLUMNS = 32;  // rows and columns of a piece of the matrix
+constexpr int DEPTH = 64, COLUMNS = 32;  // number of rows and columns of a piece of the matrix
 
-// Precision into which values are split; half precision is exact in one part.
+// The precision of the parts that values are split into. Half precision is exact in one part of tf32.
 template <class T, class V>
-using Left = std::conditional_t<sizeof(V) == 2, tf32, T>;
+using ValuePrecision = std::conditional_t<sizeof(V) == 2, tf32, T>;
 
-// The place of a warp: its first token, and the rows of its values.
+// The 16 tokens of a warp, from `first` on, and the rows of their values.
 template <class V>
-struct Tokens {
+struct WarpTokens {
     int b, head, first;
-    const V* v;  // of the example and head
+    const V* v;  // values of the example and head
 
-    DEVICE explicit Tokens(const ValueArgs& p) {
+    DEVICE explicit WarpTokens(const ValueArgs& p) {
         const int blocks = (p.n + TOKENS - 1) / TOKENS;
-        // Heads with the most other heads after them come first.
+        // The first heads have the most work, because G is computed for the heads after them. They come
+        // first.
         const int rest = block() / blocks, batch = int(p.v.shape[0]);
         b = rest % batch;
         head = rest / batch;
@@ -44,15 +46,16 @@ struct Tokens {
     DEVICE int row(int half) const { return first + lane() / 4 + 8 * half; }
 };
 
-// Rows of values as the left factor, in parts.
+// Rows of values in parts, in the layout of the left factor of mma.
 template <class T>
 struct Values {
     uint32_t of[DEPTH / 16][PARTS<T>][2][4];
 };
 
-// Rows g and g + 8, pieces t of each 16 d, from `start`.
+// Loads DEPTH columns of the values of the warp's rows g and g + 8, from column `start` on. This lane loads
+// piece t of every 16 columns.
 template <class T, class V>
-DEVICE void load_values(const ValueArgs& p, const Tokens<V>& tokens, int start, Values<T>& out) {
+DEVICE void load_values(const ValueArgs& p, const WarpTokens<V>& tokens, int start, Values<T>& out) {
     UNROLL
     for (int c = 0; c < DEPTH / 16; ++c) {
         const int d = start + 16 * c + lane() % 4 * 4;
@@ -70,21 +73,21 @@ DEVICE void load_values(const ValueArgs& p, const Tokens<V>& tokens, int start, 
     }
 }
 
-// Returns where a piece keeps the parts of two rows' entries of a column. Values that lanes read together lie
-// in different banks.
+// Returns where a piece holds the parts of two rows' entries in one column. Values that lanes read at the
+// same time lie in different banks.
 template <class T>
 DEVICE uint32_t* held_at(int row, int column) {
     return reinterpret_cast<uint32_t*>(shared()) +
            (row / 2 * COLUMNS + (column ^ 4 / PARTS<T> * (row / 4 % 4))) * 2 * PARTS<T>;
 }
 
-// Copies rows start to start + DEPTH - 1, and columns from `column` on, to shared memory, with zeros past the
-// end of the matrix.
+// Copies a piece of the matrix to shared memory: DEPTH rows from `start` on, and COLUMNS columns from
+// `column` on. Entries past the end of the matrix are 0.
 template <class T>
 DEVICE void hold_piece(const ValueArgs& p, const float* matrix, int64_t stride, int width, int start,
                        int column) {
-    constexpr int APART = 2 * VALUE_THREADS / 32,
-                  AT_ONCE = 4;  // rows between a warp's pairs; number of pairs loaded at a time
+    constexpr int APART = 2 * VALUE_THREADS / 32;  // rows between two pairs of rows of a warp
+    constexpr int AT_ONCE = 4;                     // pairs of rows loaded at a time
     const int e = column + lane();
     const float* from = matrix + (start + 2 * warp()) * stride + e;
     ROLL for (int first = 2 * warp(); first < DEPTH;
@@ -110,7 +113,7 @@ DEVICE void hold_piece(const ValueArgs& p, const float* matrix, int64_t stride, 
     }
 }
 
-// Adds the product of the values with the piece in shared memory to mixed.
+// Adds the product of the values and the piece in shared memory to `mixed`.
 template <class T, class L>
 DEVICE void multiply_piece(const Values<L>& values, float (&mixed)[COLUMNS / 8][4]) {
     UNROLL
@@ -135,13 +138,13 @@ DEVICE void multiply_piece(const Values<L>& values, float (&mixed)[COLUMNS / 8][
 DEVICE float multiply_add(float x, float y, float sum) { return fmaf(x, y, sum); }
 DEVICE double multiply_add(double x, double y, double sum) { return fma(x, y, sum); }
 
-// Adds the row sums of (v matrix) * other, or of (v matrix)^2 without other, to sums. matrix is [dh, width]
-// with rows `stride` apart; the rows of other are read in pieces. Sum is the type of products and sums:
-// squares of floats have twice a float's exponent.
+// Adds the row sums of (v matrix) * other to `sums`. Without `other`, these are the row sums of (v matrix)^2.
+// matrix is [dh, width], with rows `stride` apart. Sum is the type of products and sums; squares of floats
+// need a type with a larger exponent.
 template <class T, class V, class Sum>
-DEVICE void add_products(const ValueArgs& p, const Tokens<V>& tokens, const float* matrix, int64_t stride,
+DEVICE void add_products(const ValueArgs& p, const WarpTokens<V>& tokens, const float* matrix, int64_t stride,
                          int width, const V* other, int64_t other_stride, Sum (&sums)[2]) {
-    Values<Left<T, V>> left;
+    Values<ValuePrecision<T, V>> left;
     for (int column = 0; column < width; column += COLUMNS) {
         float mixed[COLUMNS / 8][4] = {};
         for (int start = 0; start < p.head_dim; start += DEPTH) {
@@ -166,7 +169,7 @@ DEVICE void add_products(const ValueArgs& p, const Tokens<V>& tokens, const floa
     }
 }
 
-// Adds the row sums over the lanes that share a row.
+// Adds up the sums of the lanes that share a row.
 template <class Sum>
 DEVICE void add_lanes(Sum (&sums)[2]) {
     UNROLL

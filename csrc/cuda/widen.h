@@ -1,4 +1,4 @@
-// Loads consecutive aligned numbers: float32, or half precision converted to float32.
+// Loads consecutive aligned numbers. Half precision is converted to float32.
 #pragma once
 
 #include "../common/simt.h"
@@ -14,7 +14,7 @@ DEVICE Float2 load_two(const V* from) {
         return unpack<V>(*reinterpret_cast<const uint32_t*>(from));
 }
 
-// Returns them as the bits of floats.
+// Returns four numbers as the bits of floats.
 template <class V>
 DEVICE Bytes16 load_four(const V* from) {
     if constexpr (sizeof(V) == 4) {
