@@ -8,7 +8,7 @@
 torch would make seven passes for the first line. Where Z is a tiny fraction of |x| |W|^T + |b|, it has lost
 its digits, and the first pass sets S to 0. For each such output it computes Z = sum_e max(x_e w_e, 0), stores
 R / safe(Z) in place of |x| |W|^T, and sets the flag of the strip. The second pass then adds R / safe(Z)
-max(x_e w_e, 0). So the host reads nothing about these outputs.
+max(x_e w_e, 0). So the host need not know of these outputs.
 """
 
 import torch

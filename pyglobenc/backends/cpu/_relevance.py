@@ -14,7 +14,7 @@ from pyglobenc.backends.shared.relevance_tiles import MIN_QUERIES, TILE_FLOATS, 
 
 
 @dataclass
-class Tile:
+class FusedTile:
     """The pairs of a block of I queries with the J keys that their window reaches.
 
     Attributes:
@@ -33,7 +33,7 @@ class Tile:
 
 def query_tiles(
     inputs: RelevanceInputs, positions: Tensor | None = None, sums: Tensor | None = None
-) -> Iterator[Tile]:
+) -> Iterator[FusedTile]:
     """Yield the tiles of blocks of queries with the keys that they see.
 
     Args:
@@ -69,4 +69,4 @@ def query_tiles(
             tensors = (dots, relevance, gradient, lse[:, :, part], weighted, mask, own)
             rules = (inputs.scaling, inputs.window, inputs.additive_mask, inputs.stabilizer)
             kernels.relevance_tile(tensors, start - cols.start, *rules, sums, torch.get_num_threads())
-        yield Tile(part, cols, dots, relevance, weighted)
+        yield FusedTile(part, cols, dots, relevance, weighted)

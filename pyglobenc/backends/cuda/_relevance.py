@@ -19,7 +19,7 @@ def new_like(t: Tensor) -> Tensor:
 
 
 def relevance_reasons(inputs: RelevanceInputs, other: Tensor | None) -> list[str]:
-    """Return why a relevance kernel over pairs can't run on these inputs and the op's other tensor."""
+    """Return why a relevance kernel can't run on these inputs; other: a further tensor of the op, or None."""
     reasons = float32_reasons(**inputs.tensors(), other=other)
     reasons += inputs.reference_alone()
     if not reasons:

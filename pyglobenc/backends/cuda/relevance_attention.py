@@ -14,7 +14,7 @@ OUTPUTS = ("r_q", "r_k", "r_v", "step", "map", "sums")
 
 
 class CudaPasses(Passes):
-    """The two passes in CUDA C++."""
+    """The pass over rows and the pass over columns, computed by the CUDA kernels."""
 
     @property
     def most_rows(self) -> int:

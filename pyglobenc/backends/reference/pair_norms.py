@@ -65,7 +65,8 @@ def key_tiles(
 
     Args:
         inputs: tensors of the layer, in one dtype.
-        diagonal: (B, n), replaces each query's squared norm with its own key; None: nothing is replaced.
+        diagonal: (B, n), the squared norm of each query with its own key, which replaces the computed one;
+            None: nothing is replaced.
         rows: the queries, (B, m) int64; None: all.
     """
     q, k, lse, score_mod = inputs.q, inputs.k, inputs.lse, inputs.score_mod

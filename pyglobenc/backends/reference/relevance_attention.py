@@ -28,7 +28,7 @@ from pyglobenc.backends.shared.safe_division import safe_divide
 
 
 @dataclass
-class Tile:
+class QueryTile:
     """The pairs of a block of I queries with the J keys that their window reaches.
 
     Attributes:
@@ -81,7 +81,7 @@ def run(inputs: RelevanceInputs, r: Tensor | None) -> tuple[Tensor, Tensor, Tens
     return r_q, r_k, r_v, row_sums, r_out
 
 
-def query_tiles(inputs: RelevanceInputs, positions: Tensor | None = None) -> Iterator[Tile]:
+def query_tiles(inputs: RelevanceInputs, positions: Tensor | None = None) -> Iterator[QueryTile]:
     """Yield the tiles of the queries at positions (B, m), or of all queries if positions is None."""
     q, lse, s, grad_o = of_queries(inputs, positions)
     values = inputs.v.transpose(2, 3)
@@ -94,4 +94,4 @@ def query_tiles(inputs: RelevanceInputs, positions: Tensor | None = None) -> Ite
             if grad_o is None
             else (grad_o[:, :, rows] @ values[..., cols]).mul_(relevance).clamp_(min=0)
         )
-        yield Tile(rows, cols, dots, alpha, relevance, weighted.mean(1))
+        yield QueryTile(rows, cols, dots, alpha, relevance, weighted.mean(1))

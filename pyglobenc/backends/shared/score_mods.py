@@ -13,14 +13,14 @@ from torch import Tensor
 
 # Maps scaled scores (B, H, m, J) to new ones, given the rows of the bound queries, the positions (1 or B, m)
 # of these queries, and the range of keys.
-Tile = Callable[[Tensor, slice, Tensor, slice], Tensor]
+TileScores = Callable[[Tensor, slice, Tensor, slice], Tensor]
 Mod = TypeVar("Mod", bound="ScoreMod")
 
 
 class ScoreMod(Protocol):
     """A change of the scaled scores before the softmax."""
 
-    def bind(self, q: Tensor, k: Tensor) -> Tile:
+    def bind(self, q: Tensor, k: Tensor) -> TileScores:
         """Return the function that maps tiles of scores.
 
         q (B, H, m, dh) and k (B, H, n, dh) are the unscaled queries and keys.
@@ -52,7 +52,7 @@ class SoftCap:
 
     cap: float
 
-    def bind(self, q: Tensor, k: Tensor) -> Tile:
+    def bind(self, q: Tensor, k: Tensor) -> TileScores:
         return lambda scores, rows, i, cols: self.cap * torch.tanh(scores / self.cap)
 
     def diagonal(self, scores: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class RelativeBias:
 
     table: Tensor
 
-    def bind(self, q: Tensor, k: Tensor) -> Tile:
+    def bind(self, q: Tensor, k: Tensor) -> TileScores:
         table = self.table.to(q.dtype)
         return lambda scores, rows, i, cols: scores + table[:, distances(i, cols, k.shape[2])].transpose(0, 1)
 
@@ -79,7 +79,7 @@ class StoredBias:
 
     bias: Tensor
 
-    def bind(self, q: Tensor, k: Tensor) -> Tile:
+    def bind(self, q: Tensor, k: Tensor) -> TileScores:
         bias = self.bias.to(q.dtype).expand(q.shape[0], q.shape[1], -1, -1)
 
         def tile(scores: Tensor, rows: slice, i: Tensor, cols: slice) -> Tensor:
@@ -110,7 +110,7 @@ class DisentangledBias:
     buckets: Tensor
     scaling: float
 
-    def bind(self, q: Tensor, k: Tensor) -> Tile:
+    def bind(self, q: Tensor, k: Tensor) -> TileScores:
         """Return the tile function; its two tables, (B, H, m, P) and (B, H, n, P), are linear in n."""
         of_queries = self._table(q, self.position_keys)
         of_keys = self._table(k, self.position_queries)
