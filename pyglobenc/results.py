@@ -362,8 +362,8 @@ def load(path: str | Path) -> Attribution | Attributions:
         names = [str(index) for index in range(len(document["attributions"]))]
         if tensors is not None and tensors.keys() != set(names):
             raise ValueError(
-                f"scores of {len(names)} attributions must be tensors named from 0, got {len(tensors)} "
-                f"tensors"
+                f"a file of {len(names)} attributions must have their scores as tensors 0 to "
+                f"{len(names) - 1}, got {len(tensors)} tensors"
             )
         entries = []
         for index, entry in zip(names, document["attributions"], strict=True):

@@ -180,17 +180,8 @@ def _manifest(options: argparse.Namespace, source: Any, survey: Any, runner: Any
     from pyglobenc.scale.corpus.manifest import model_fingerprint, tokenizer_fingerprint
 
     names = (
-        "method",
-        "target",
-        "start_layer",
-        "long",
-        "max_length",
-        "stride",
-        "backend",
-        "dtype",
-        "batch_tokens",
-        "shard_size",
-    )
+        "method target start_layer long max_length stride backend dtype batch_tokens shard_size"
+    ).split()
     settings = {name: getattr(options, name) for name in names}
     settings |= {
         "packed": runner.packed,

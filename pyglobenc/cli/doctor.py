@@ -16,19 +16,7 @@ HELP = "print versions and hardware, and try every kernel"
 PACKAGES = ("torch", "transformers", "triton", "numpy", "safetensors")
 TOOLS = {"C++ compiler": ("c++", "g++", "clang++"), "CUDA compiler": ("nvcc",), "ninja": ("ninja",)}
 # The CPU kernels and torch are faster with these instruction sets.
-FEATURES = (
-    "avx2",
-    "fma",
-    "avx512f",
-    "avx512bw",
-    "avx512vl",
-    "avx512dq",
-    "avx512_bf16",
-    "amx_bf16",
-    "asimd",
-    "sve",
-    "bf16",
-)
+FEATURES = "avx2 fma avx512f avx512bw avx512vl avx512dq avx512_bf16 amx_bf16 asimd sve bf16".split()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

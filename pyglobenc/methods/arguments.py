@@ -28,13 +28,16 @@ REFUSED = {
     "cache": (None, NO_CACHE),
     "past_key_values": (None, NO_CACHE),
     "cache_position": (None, NO_CACHE),
-    "labels": (None, "a loss is no part of an attribution; ask the model itself for it"),
+    "labels": (None, "an attribution has no loss; ask the model itself for it"),
     "bool_masked_pos": (None, "patches that are masked would count as if they were seen"),
 }
 PACKED_REFUSED = REFUSED | {
     "position_ids": (None, "packed sequences get the positions that the model gives each one alone"),
     "inputs_embeds": (None, "packed sequences are token ids"),
-    "output_hidden_states": (False, "only the token that a head reads is returned of packed sequences"),
+    "output_hidden_states": (
+        False,
+        "of packed sequences only the output at the token that the head reads is returned",
+    ),
 }
 
 

@@ -108,7 +108,7 @@ def estimate_memory(
         ValueError: no estimate is known for the method.
     """
     if method not in ESTIMATED:
-        raise ValueError(f"estimate_memory: known for {', '.join(ESTIMATED)}, got {method!r}")
+        raise ValueError(f"estimate_memory: method must be one of {', '.join(ESTIMATED)}, got {method!r}")
     s, element = _Sizes.of(model.config), torch.empty((), dtype=model.dtype).element_size()
     wide = FLOAT64 if FLOAT64 in (element, dtype and torch.empty((), dtype=dtype).element_size()) else FLOAT32
     weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))

@@ -187,5 +187,5 @@ def test_needs_no_weights():
 
 def test_every_method_is_known_and_others_refused():
     assert set(ESTIMATED) == set(METHODS)
-    with pytest.raises(ValueError, match="known for raw-attention"):
+    with pytest.raises(ValueError, match="method must be one of raw-attention"):
         estimate_memory(make(BERT), batch=1, n=8, method="gradient")

@@ -180,7 +180,7 @@ def _size(t: Tensor) -> Tensor:
 
 
 class ObservedRules:
-    """Relevance rules that also follow the expected error of the relevance that they return.
+    """Relevance rules that also compute how large the error of the relevance probably is.
 
     Args:
         rules: the rules that compute relevance.

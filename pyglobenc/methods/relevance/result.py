@@ -65,7 +65,7 @@ def relevance_result(
     Args:
         model: the model or the user's module around it; the error message names its broken weights.
         states: tensors of the forward pass.
-        scores: (B, n), or (1, N) for S packed sequences; for images as `RelevanceResult` has them.
+        scores: (B, n), or (1, N) for S packed sequences; for images one score for each patch.
         nothing: (B,) bool, or (S,), True where no relevance reaches any token.
         how: "measured", "estimated" or None, the way the error is found.
 
