@@ -22,25 +22,7 @@ from pyglobenc.scale.corpus.job import Plan, attribute_records, encode_records, 
 from pyglobenc.scale.corpus.records import open_source
 
 SENTENCES, SHARD_SIZE, ROUNDS = {"globenc": 2000, "transformer-attribution": 500}, 1000, 3
-WORDS = (
-    "a",
-    "the",
-    "film",
-    "movie",
-    "of",
-    "and",
-    "with",
-    "is",
-    "deep",
-    "good",
-    "bad",
-    "long",
-    "story",
-    "never",
-    "makes",
-    "one",
-    "feel",
-)
+WORDS = "a the film movie of and with is deep good bad long story never makes one feel".split()
 
 
 @pytest.fixture

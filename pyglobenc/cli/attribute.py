@@ -179,9 +179,7 @@ def _manifest(options: argparse.Namespace, source: Any, survey: Any, runner: Any
     from pyglobenc._version import __version__
     from pyglobenc.scale.corpus.manifest import model_fingerprint, tokenizer_fingerprint
 
-    names = (
-        "method target start_layer long max_length stride backend dtype batch_tokens shard_size"
-    ).split()
+    names = ("method target start_layer long max_length stride backend dtype batch_tokens shard_size").split()
     settings = {name: getattr(options, name) for name in names}
     settings |= {
         "packed": runner.packed,

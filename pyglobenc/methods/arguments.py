@@ -36,7 +36,7 @@ PACKED_REFUSED = REFUSED | {
     "inputs_embeds": (None, "packed sequences are token ids"),
     "output_hidden_states": (
         False,
-        "of packed sequences only the output at the token that the head reads is returned",
+        "packed sequences return only what the head reads",
     ),
 }
 

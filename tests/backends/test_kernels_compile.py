@@ -161,15 +161,7 @@ def variant(kernel, args: tuple, kwargs: dict) -> tuple:
 
 @pytest.mark.parametrize(
     "op",
-    [
-        "rollout_step",
-        "pair_norms",
-        "head_gram",
-        "head_norms",
-        "mapped_square",
-        "relevance_attention",
-        "relevance_maps",
-    ],
+    "rollout_step pair_norms head_gram head_norms mapped_square relevance_attention relevance_maps".split(),
 )
 def test_a_corpus_compiles_a_kernel_a_few_times(op):
     case, found = (

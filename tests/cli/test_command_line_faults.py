@@ -20,56 +20,10 @@ from pyglobenc.cli.main import _parser, main
 
 HUGE = "1" + "0" * 30
 VALUES = [
-    *(
-        "",
-        " ",
-        "-",
-        "--",
-        "0",
-        "-1",
-        "1",
-        "3",
-        "1.5",
-        "1e3",
-        "nan",
-        "inf",
-        "-inf",
-        "1e999",
-        HUGE,
-        f"-{HUGE}",
-        "9" * 5000,
-        "30000000",
-    ),
-    *(
-        "0x10",
-        "\u0663",
-        "None",
-        "true",
-        "cpu",
-        "cuda:99",
-        "meta",
-        "\x1b[31m",
-        "[red]a[/red]",
-        "\udcff",
-        "a\nb",
-        "\u202eabc",
-        "%s{0}$HOME",
-    ),
-    *(
-        "/",
-        ".",
-        "..",
-        "/dev/null",
-        "/nowhere/a.json",
-        "~",
-        "a" * 300,
-        "texts.txt",
-        "a.json",
-        "a.safetensors",
-        "a.png",
-        "model",
-        "\x00",
-    ),
+    *("", " ", f"-{HUGE}", "9" * 5000, "a" * 300, "[red]a[/red]", "a\nb", "\x1b[31m", "\x00", "\udcff"),
+    *"- -- 0 -1 1 3 1.5 1e3 nan inf -inf 1e999 30000000 0x10 \u0663 None true cpu cuda:99 meta".split(),
+    *"\u202eabc %s{0}$HOME / . .. /dev/null /nowhere/a.json ~ texts.txt a.json a.safetensors a.png".split(),
+    *("model", HUGE),
 ]
 # Of the 1,700 cases, these many always run, and a slow run adds these many.
 SAMPLE, LONG = 30, 630
@@ -229,17 +183,7 @@ def test_labels_of_any_kind(run, model, tmp_path, labels, method):
 
 
 BROKEN = [
-    b"",
-    b"\x00",
-    b"{",
-    b"[]",
-    b"null",
-    b"1",
-    b'"a"',
-    b"{}",
-    b'{"a": NaN}',
-    b"\xff\xfe{}",
-    b"[" * 100_000,
+    *(b"", b"\x00", b"{", b"[]", b"null", b"1", b'"a"', b"{}", b'{"a": NaN}', b"\xff\xfe{}", b"[" * 100_000),
     b'{"model_type": []}',
 ]
 

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import words
 from PIL import Image, ImageFile
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
@@ -54,46 +55,24 @@ def cat(tmp_path):
 )
 def test_image_in_overlay_out(folder, cat, tmp_path, capsys, extra, label):
     out = tmp_path / "out.png"
-    command = [
-        "explain",
-        "--image",
-        cat,
-        "--model",
-        folder,
-        "--method",
-        "transformer-attribution",
-        "--png",
-        str(out),
-        *extra,
-    ]
-    assert main(command) == 0
+    command = words(
+        "explain --image {} --model {} --method transformer-attribution --png {}", cat, folder, out
+    )
+    assert main([*command, *extra]) == 0
     assert Image.open(out).width > Image.open(out).height
     printed = capsys.readouterr().out
     assert label in printed and str(out) in printed
 
 
 def test_refusals(folder, cat, tmp_path, capsys):
-    assert main(["explain", "--image", str(tmp_path / "none.png"), "--model", folder]) == 1
-    assert (
-        main(
-            ["explain", "--image", cat, "--model", folder, "--target", "3", "--png", str(tmp_path / "a.png")]
-        )
-        == 1
-    )
+    assert main(words("explain --image {} --model {}", tmp_path / "none.png", folder)) == 1
+    out = tmp_path / "a.png"
+    assert main(words("explain --image {} --model {} --target 3 --png {}", cat, folder, out)) == 1
     assert "target must lie in [0, 3)" in capsys.readouterr().err
-    wrongs = (
-        ["a text"],
-        ["--method", "norms"],
-        ["--start-layer", "-1"],
-        ["--target", "most"],
-        ["--html", "a.html"],
-        ["--merge-words"],
-        ["--long", "windows"],
-        ["--png", cat],
-    )
-    for wrong in wrongs:
+    wrongs = "text", "--method norms", "--start-layer -1", "--target most", "--html a.html", "--merge-words"
+    for wrong in (*wrongs, "--long windows", f"--png {cat}"):
         with pytest.raises(SystemExit):
-            main(["explain", "--image", cat, "--model", folder, *wrong])
+            main(words("explain --image {} --model {} " + wrong, cat, folder))
     assert Image.open(cat).size == (30, 40)
     with pytest.raises(SystemExit):
         main(["explain", "--image", cat])
@@ -102,15 +81,7 @@ def test_refusals(folder, cat, tmp_path, capsys):
 def test_a_checkpoint_without_a_head_has_no_classes(folder, cat, tmp_path, capsys):
     ViTForImageClassification.from_pretrained(folder).base_model.save_pretrained(tmp_path / "vit")
     ViTImageProcessor.from_pretrained(folder).save_pretrained(tmp_path / "vit")
-    command = [
-        "explain",
-        "--image",
-        cat,
-        "--model",
-        str(tmp_path / "vit"),
-        "--png",
-        str(tmp_path / "out.png"),
-    ]
+    command = words("explain --image {} --model {} --png {}", cat, tmp_path / "vit", tmp_path / "out.png")
     assert main([*command, "--method", "transformer-attribution"]) == 1
     assert "the checkpoint lacks classifier.bias, classifier.weight" in capsys.readouterr().err
     for method in ([], ["--method", "globenc"]):
@@ -198,18 +169,8 @@ def test_labels_do_not_steer_a_terminal(cat, tmp_path, capsys):
     ViTImageProcessor(size={"height": 24, "width": 24}).save_pretrained(tmp_path / "model")
     capsys.readouterr()
     for target, name in (("0", "0: \ufffd[31m[red]a$  ("), ("1", "1: 7 (")):
-        command = [
-            "explain",
-            "--image",
-            cat,
-            "--model",
-            str(tmp_path / "model"),
-            "--target",
-            target,
-            "--png",
-            str(tmp_path / "a.png"),
-        ]
-        assert main(command) == 0
+        paths = cat, tmp_path / "model", target, tmp_path / "a.png"
+        assert main(words("explain --image {} --model {} --target {} --png {}", *paths)) == 0
         out, err = capsys.readouterr()
         assert out.startswith(name) and "\x1b" not in out and not err
 
@@ -219,20 +180,6 @@ def test_photographs_are_turned_as_they_say(folder, cat, tmp_path, capsys):
     exif[0x0112] = 8  # turned by a quarter
     upright.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "turned.png", exif=exif)
     for name in ("cat", "turned"):
-        out = str(tmp_path / f"{name}.out.png")
-        assert (
-            main(
-                [
-                    "explain",
-                    "--image",
-                    str(tmp_path / f"{name}.png"),
-                    "--model",
-                    folder,
-                    "--png",
-                    out,
-                    "--quiet",
-                ]
-            )
-            == 0
-        )
+        paths = tmp_path / f"{name}.png", folder, tmp_path / f"{name}.out.png"
+        assert main(words("explain --image {} --model {} --png {} --quiet", *paths)) == 0
     assert (tmp_path / "cat.out.png").read_bytes() == (tmp_path / "turned.out.png").read_bytes()

@@ -18,19 +18,10 @@ from pyglobenc.hf import find_layers
 from pyglobenc.methods.rollout.baselines import ROLLOUTS, Rollout
 
 # one of each binding, and those of the same modules, which are left to the sweep
-EACH = [
-    "bert-classifier",
-    "distilbert",
-    "albert",
-    "albert-groups",
-    "mpnet",
-    "deberta-v3",
-    "modernbert",
-    "gpt2",
-    "mistral",
-    "gemma3",
-]
-EACH += ["vit", "dinov2", "beit"]
+EACH = (
+    "bert-classifier distilbert albert albert-groups mpnet deberta-v3 modernbert gpt2 mistral gemma3 vit "
+    "dinov2 beit"
+).split()
 
 
 def all_of(names):
@@ -40,16 +31,8 @@ def all_of(names):
 EVERY = all_of([*ARCHITECTURES, *PRE_NORM, *IMAGES])
 POST_NORM = all_of(ARCHITECTURES)
 CHUNKING = (
-    "bert",
-    "bert-classifier",
-    "roberta",
-    "xlm-roberta",
-    "camembert",
-    "electra",
-    "distilbert",
-    "albert",
-    "albert-groups",
-)
+    "bert bert-classifier roberta xlm-roberta camembert electra distilbert albert albert-groups"
+).split()
 
 
 class Adapter(nn.Module):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from command_line import words
 from models import ARCHITECTURES, CAUSAL, IMAGES, PRE_NORM, build
 from PIL import Image
 from tiny import tokenizer
@@ -21,10 +22,8 @@ def test_explained_from_a_folder(name, tmp_path):
     model.save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
     out = tmp_path / "a.json"
-    assert (
-        main(["explain", "--model", str(tmp_path / "model"), "deep good film", "--json", str(out), "--quiet"])
-        == 0
-    )
+    command = words("explain --model {} {} --json {} --quiet", tmp_path / "model", "deep good film", out)
+    assert main(command) == 0
     found = pyglobenc.load(out)
     # what a checkpoint's tokenizer is depends on its architecture too
     ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path / "model")("deep good film").input_ids])
@@ -53,15 +52,8 @@ def test_image_explained_from_a_folder(name, tmp_path, capsys):
     pixels = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     out = tmp_path / "map.png"
-    arguments = [
-        "explain",
-        "--image",
-        str(tmp_path / "a.png"),
-        "--model",
-        str(tmp_path / "model"),
-        "--png",
-        str(out),
-    ]
+    image, folder = tmp_path / "a.png", tmp_path / "model"
+    arguments = words("explain --image {} --model {} --png {}", image, folder, out)
     assert main([*arguments, "--method", "globenc", "--target", "0"]) == 0
     assert "0: [CLS]" in capsys.readouterr().out
     assert out.read_bytes().startswith(b"\x89PNG")

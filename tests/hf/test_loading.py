@@ -21,13 +21,9 @@ from pyglobenc.models import checksums, pretrained
 from pyglobenc.models.pretrained import load_pretrained
 
 HEADS = (
-    "TokenClassification",
-    "QuestionAnswering",
-    "MaskedLM",
-    "MultipleChoice",
-    "SequenceClassification",
-    "NextSentencePrediction",
-)
+    "TokenClassification QuestionAnswering MaskedLM MultipleChoice SequenceClassification "
+    "NextSentencePrediction"
+).split()
 
 
 def saved(model, folder):

@@ -58,18 +58,7 @@ def test_parts_and_pictures():
     assert (a.text, a.text_pair) == PAIR
     assert a.parts == [None] + [0] * (first - 1) + [None] + [1] * (len(a) - first - 2) + [None]
     units = a.units()
-    assert [unit.text for unit in units] == [
-        "[CLS]",
-        "the",
-        "good",
-        "film",
-        ",",
-        "deep",
-        "[SEP]",
-        "deep",
-        "film",
-        "[SEP]",
-    ]
+    assert [unit.text for unit in units] == "[CLS] the good film , deep [SEP] deep film [SEP]".split()
     assert sum(unit.score for unit in units) == pytest.approx(a.scores.sum())
     assert "deep" in a.to_html() and a.to_png()
     assert explain(build("bert-classifier"), tok(), PAIR[0]).parts is None

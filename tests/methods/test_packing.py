@@ -13,17 +13,7 @@ from pyglobenc.methods.rollout.baselines import ROLLOUTS, Rollout
 
 # unsorted, two of one length, one of one token
 LENGTHS = (7, 3, 12, 3, 1, 20)
-ARCHITECTURES = (
-    "bert",
-    "roberta",
-    "electra",
-    "albert-groups",
-    "modernbert",
-    "gpt2",
-    "llama",
-    "qwen2",
-    "gemma2",
-)
+ARCHITECTURES = "bert roberta electra albert-groups modernbert gpt2 llama qwen2 gemma2".split()
 GPT2 = PRE_NORM["gpt2"][2]
 CLASSIFIERS = ("bert-classifier", "roberta", "electra", "distilbert", "albert", "modernbert")
 

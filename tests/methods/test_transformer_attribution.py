@@ -19,15 +19,9 @@ BERT_VARIANTS = {
     "attn_gradcam": ("generate_attn_gradcam", "zero"),
 }
 VIT_VARIANTS = (
-    "transformer_attribution",
-    "rollout",
-    "full",
-    "last_layer",
-    "last_layer_ablation",
-    "last_layer_attn",
-    "second_layer",
-    "second_layer_ablation",
-)
+    "transformer_attribution rollout full last_layer last_layer_ablation last_layer_attn second_layer "
+    "second_layer_ablation"
+).split()
 
 # float64: rounding amplified by the ill-conditioned divisions; float32: what the published code's own float32
 # reaches, within a factor 3

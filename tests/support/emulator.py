@@ -13,15 +13,7 @@ import pytest
 
 COMMON, CUDA = (Path(__file__).parents[2] / "csrc" / name for name in ("common", "cuda"))
 # longjmp between stacks is not an unwinding, as fortified builds take it to be
-FLAGS = [
-    "-std=c++17",
-    "-fPIC",
-    "-U_FORTIFY_SOURCE",
-    "-Wall",
-    "-Wextra",
-    "-Wno-unknown-pragmas",
-    "-DPYGLOBENC_EMULATED",
-]
+FLAGS = "-std=c++17 -fPIC -U_FORTIFY_SOURCE -Wall -Wextra -Wno-unknown-pragmas -DPYGLOBENC_EMULATED".split()
 # kernels tell of every access to memory: csrc/common/races.h
 KINDS = {".cu": ["-O1", "-fsanitize=thread"], ".cpp": ["-O0"], "races.cpp": ["-O2"]}
 

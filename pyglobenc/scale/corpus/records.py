@@ -305,9 +305,7 @@ def choose_column(path: Path, names: list[str], column: str | None) -> str:
                 if path.suffix.lower() in (".csv", ".tsv")
                 else ""
             )
-            raise ValueError(
-                f"{path}: name the column that holds the text, one of {', '.join(names)}{other}"
-            )
+            raise ValueError(f"{path}: name the column that holds the text, one of {', '.join(names)}{other}")
     if column not in names:
         raise ValueError(f"{path}: there is no column {column!r}; it has {', '.join(names)}")
     return column
