@@ -128,3 +128,17 @@ def test_the_model_stays_as_it_is_when_the_checks_are_stopped(monkeypatch):
     assert calls == ["globenc"]
     assert fingerprints(model) == before
     assert [weight.requires_grad for weight in model.parameters()] == flags
+
+
+def test_finished_checks_are_read_from_the_folder(tmp_path, monkeypatch):
+    options = dict(methods=("globenc",), sanity=True, output=tmp_path / "out", progress=False)
+    first = pyglobenc.evaluate(classifier(), tokenizer(), TEXTS, **options)
+
+    def fail(*args):
+        raise AssertionError("attributed again")
+
+    monkeypatch.setattr(Attributor, "attribute", fail)
+    again = pyglobenc.evaluate(classifier(), tokenizer(), TEXTS, **options)
+    assert first.per_text.keys() == again.per_text.keys()
+    for key, values in first.per_text.items():
+        np.testing.assert_array_equal(values, again.per_text[key])
