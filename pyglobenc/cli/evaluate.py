@@ -11,9 +11,10 @@ from pyglobenc.cli.explain import DTYPES, WEIGHT_DTYPES
 from pyglobenc.cli.options import add_trust, natural, positive
 from pyglobenc.common.characters import printable
 from pyglobenc.common.files import write_file
-from pyglobenc.evaluate.choices import ALL, FRACTIONS, PROTOCOLS
-from pyglobenc.evaluate.examples import REMOVALS
+from pyglobenc.evaluate.choices import ALL, FRACTIONS, LABEL, PROTOCOLS
+from pyglobenc.evaluate.examples import REMOVALS, Span
 from pyglobenc.evaluate.metrics import METRICS
+from pyglobenc.evaluate.readers import FORMATS
 from pyglobenc.evaluate.table import EvaluationTable
 
 NAME = "evaluate"
@@ -39,8 +40,14 @@ def class_or_label(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
 
 
+def words_or_share(text: str) -> int | float:
+    """Return the number of words in an option's text, or a share of them."""
+    return int(text) if text.isdecimal() else float(text)
+
+
 # argparse names the type in its error messages.
 names.__name__, shares.__name__, class_or_label.__name__ = "list of names", "list of numbers", "class"
+words_or_share.__name__ = "number of words, or share of them"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +60,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--input",
         required=True,
         metavar="FILE",
-        help="the texts: .txt, .csv, .tsv, .jsonl, .parquet, or a folder saved by datasets",
+        help="the texts: .txt, .csv, .tsv, .jsonl, .parquet, or a folder saved by datasets; or a data set "
+        "with human highlights, see --format",
+    )
+    parser.add_argument(
+        "--format",
+        choices=list(FORMATS),
+        help="the input is a data set with human highlights: the folder of ERASER's annotations and "
+        "documents, or HateXplain's dataset.json",
+    )
+    parser.add_argument(
+        "--split", help="train, val or test of such a data set (default: test for eraser, else all posts)"
+    )
+    parser.add_argument(
+        "--label-names",
+        type=names,
+        help="what the data calls the model's classes, in their order, separated by commas (default: as the "
+        "model does)",
     )
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder for the results; created if missing"
@@ -87,6 +110,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=names,
         default="comprehensiveness,sufficiency",
         help="metrics, separated by commas, or all (default: %(default)s); 'help' lists them",
+    )
+    parser.add_argument(
+        "--top-k",
+        type=words_or_share,
+        help="words that are compared with the highlights: a number, or a share of the text below 1 "
+        "(default: as many as are highlighted)",
     )
     _add_settings(parser)
     parser.add_argument(
@@ -179,10 +208,18 @@ def run(options: argparse.Namespace) -> int:
         return 0
     # Without Arrow the numbers of each text couldn't be written.
     load_arrow()
-    source = open_source(options.input, options.column, not options.no_header)
-    check_output_folder(options.output, options.model, (options.input, *source.files))
-    indices, texts, labels = _read(options, source)
-    table = _evaluate(options, texts, labels)
+    rationales = None
+    if options.format is None:
+        if options.split is not None:
+            raise ValueError("--split belongs to --format")
+        source = open_source(options.input, options.column, not options.no_header)
+        check_output_folder(options.output, options.model, (options.input, *source.files))
+        indices, texts, labels = _read(options, source)
+    else:
+        check_output_folder(options.output, options.model, (options.input,))
+        texts, labels, rationales = _read_highlights(options)
+        indices = list(range(len(texts)))
+    table = _evaluate(options, texts, labels, rationales)
     folder = Path(options.output)
     table.to_csv(folder / TABLE)
     write_file(folder / PER_TEXT, _parquet(table, indices))
@@ -228,7 +265,35 @@ def _read(options: argparse.Namespace, source: Any) -> tuple[list[int], list[str
     return indices, texts, None if labels is None else found
 
 
-def _evaluate(options: argparse.Namespace, texts: list[str], labels: list[Any] | None) -> EvaluationTable:
+def _read_highlights(options: argparse.Namespace) -> tuple[list[str], list[str] | None, list[list[Span]]]:
+    """Return the texts, labels and highlights of a data set; no labels if nothing reads them."""
+    if options.column is not None or options.label_column is not None or options.no_header:
+        raise ValueError("--column, --label-column and --no-header don't belong to --format")
+    split = {} if options.split is None else {"split": options.split}
+    found = FORMATS[options.format](options.input, **split)
+    for reason, count in found.left_out.items():
+        print(f"pyglobenc: {count} records are left out: {reason}", file=sys.stderr)
+    texts, rationales = found.texts[: options.limit], found.rationales[: options.limit]
+    # The data may name its classes otherwise than the model, which matters only if they are explained.
+    gold = PROTOCOLS.get(options.protocol, {}).get("target") == LABEL
+    read = options.target == LABEL or gold or options.label_names
+    return texts, found.labels[: options.limit] if read else None, rationales
+
+
+def _class_indices(labels: list[Any], label_names: list[str]) -> list[int]:
+    """Return the index of each label among the names."""
+    for number, label in enumerate(labels):
+        if label not in label_names:
+            raise ValueError(f"label {label!r} of text {number} isn't one of {', '.join(label_names)}")
+    return [label_names.index(label) for label in labels]
+
+
+def _evaluate(
+    options: argparse.Namespace,
+    texts: list[str],
+    labels: list[Any] | None,
+    rationales: list[list[Span]] | None,
+) -> EvaluationTable:
     # These imports take seconds.
     import torch
 
@@ -239,13 +304,27 @@ def _evaluate(options: argparse.Namespace, texts: list[str], labels: list[Any] |
     model, tokenizer = load_pretrained(
         options.model, dtypes[options.model_dtype], options.device, options.trust_remote_code
     )
-    given = ("methods", "metrics", "fractions", "remove", "words", "target", "protocol", "sanity", "long")
+    if options.label_names and labels is not None:
+        labels = _class_indices(labels, options.label_names)
+    given = (
+        "methods",
+        "metrics",
+        "top_k",
+        "fractions",
+        "remove",
+        "words",
+        "target",
+        "protocol",
+        "sanity",
+        "long",
+    )
     given += ("max_length", "bootstrap", "seed", "batch_tokens", "backend", "output")
     return evaluate(
         model,
         tokenizer,
         texts,
         labels=labels,
+        rationales=rationales,
         dtype=dtypes[options.dtype],
         progress=not options.quiet,
         **{name: getattr(options, name) for name in given},

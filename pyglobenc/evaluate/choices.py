@@ -17,6 +17,8 @@ log = logging.getLogger("pyglobenc")
 
 FRACTIONS = (0.01, 0.05, 0.1, 0.2, 0.5)
 ALL = "all"
+# This target stands for the true class of each text.
+LABEL = "label"
 # The arguments that a published protocol sets. Any other value of them is refused.
 PROTOCOLS: dict[str, dict[str, Any]] = {"eraser": {"fractions": FRACTIONS, "target": None, "words": False}}
 # What a metric may need, in words.

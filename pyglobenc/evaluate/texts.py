@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 
 from pyglobenc.evaluate.attributions import Attributor
+from pyglobenc.evaluate.choices import LABEL
 from pyglobenc.evaluate.examples import KEPT, Example, Settings
 from pyglobenc.evaluate.forwards import Forwards
 from pyglobenc.explain import check_texts
 from pyglobenc.hf.unwrap import stock_model
 from pyglobenc.inputs.batches import longest
 from pyglobenc.inputs.windows import Encoded, Text, encode
-
-LABEL = "label"
 
 
 def encode_texts(
