@@ -20,7 +20,10 @@ ALL = "all"
 # This target stands for the true class of each text.
 LABEL = "label"
 # The arguments that a published protocol sets. Any other value of them is refused.
-PROTOCOLS: dict[str, dict[str, Any]] = {"eraser": {"fractions": FRACTIONS, "target": None, "words": False}}
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "eraser": {"fractions": FRACTIONS, "target": None, "words": False},
+    "globenc": {"target": None, "words": False, "long": "truncate"},
+}
 # What a metric may need, in words.
 NEEDS = {
     "labels": "labels (labels=), and none were given",

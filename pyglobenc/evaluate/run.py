@@ -127,7 +127,8 @@ def evaluate(
     from pyglobenc.evaluate.sanity import sanity_checks
     from pyglobenc.evaluate.texts import encode_texts, text_examples
 
-    check_protocol(protocol, {"fractions": tuple(fractions), "target": target})
+    given = {"fractions": tuple(fractions), "target": target, "words": words, "long": long}
+    check_protocol(protocol, given)
     check_count("bootstrap", bootstrap, 0)
     check_count("batch_tokens", batch_tokens, 1)
     settings, notes = make_settings(tokenizer, fractions, remove, words, seed, protocol, top_k)

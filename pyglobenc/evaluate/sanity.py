@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from torch import nn
 
+from pyglobenc.common.rank_correlation import rank_correlation
 from pyglobenc.evaluate.examples import Example
 from pyglobenc.hf.registry import find_layers
 from pyglobenc.hf.unwrap import stock_model
@@ -100,16 +100,6 @@ def randomised(model: nn.Module, seed: int) -> Iterator[tuple[str, nn.Module]]:
             with torch.no_grad():
                 weight.copy_(drawn * whole.std(correction=0) + whole.mean())
         yield depth.name, copy
-
-
-def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
-    """Return Spearman's correlation of two rows of numbers (m,), with average ranks for equal ones.
-
-    It is NaN if a row is constant.
-    """
-    ranks = [rankdata(row) - (len(row) + 1) / 2 for row in (one, other)]
-    size = np.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum())
-    return float(ranks[0] @ ranks[1] / size) if size else float("nan")
 
 
 def sanity_checks(

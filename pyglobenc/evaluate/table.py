@@ -50,9 +50,10 @@ class EvaluationTable:
     """The metrics of several methods.
 
     Attributes:
-        rows: list of dicts with method, metric, mean, low, high (95 % bootstrap over texts), n (texts that
-            count), seconds_per_text (of the attribution), skipped (texts that don't count), ties (texts in
-            which two units have the same score) and zeros (texts whose scores are all zero).
+        rows: list of dicts with method, metric, mean, low, high (95 % bootstrap over texts), sd (standard
+            deviation over texts), n (texts that count), seconds_per_text (of the attribution), skipped (texts
+            that don't count), ties (texts in which two units have the same score) and zeros (texts whose
+            scores are all zero).
         per_text: maps (method, metric) to (texts,) float64, with NaN for texts that don't count.
         notes: sentences on what was left out or replaced.
         info: settings, and the counts and rate of the forward passes.
@@ -74,6 +75,7 @@ class EvaluationTable:
             low, high = bootstrap_interval(counted, bootstrap, seed)
             row = {"method": method, "metric": metric}
             row |= {"mean": float(counted.mean()) if len(counted) else np.nan, "low": low, "high": high}
+            row |= {"sd": float(counted.std()) if len(counted) else np.nan}
             row |= {"n": len(counted), "seconds_per_text": of_method[method]["seconds_per_text"]}
             self.rows.append(
                 row

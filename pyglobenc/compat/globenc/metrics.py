@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import spearmanr
 from tqdm.auto import tqdm
+
+from pyglobenc.common.rank_correlation import correlate_rows
 
 
 def compute_spearman_correlation(
@@ -36,9 +37,7 @@ def compute_spearman_correlation(
     for index, layers in enumerate(tqdm(_with_layers(attentions_list), desc=desc)):
         length = min(layers.shape[1], max_length)
         rows = layers[:, 0] if aggregation == "CLS" else layers.sum(axis=1)
-        out.append(
-            np.array([spearmanr(row[:length], saliencies[index][:length]).correlation for row in rows])
-        )
+        out.append(correlate_rows(rows[:, :length], saliencies[index][:length]))
     return out
 
 
@@ -60,10 +59,7 @@ def compute_spearman_correlation_hta(
     for index, layers in enumerate(tqdm(_with_layers(attentions_list), desc=desc)):
         length = min(layers.shape[1], max_length)
         exact = hta[: len(layers), index, :length, :length]
-        pairs = zip(layers[:, :length, :length], exact, strict=True)
-        out.append(
-            np.array([[spearmanr(a, b).correlation for a, b in zip(*layer, strict=True)] for layer in pairs])
-        )
+        out.append(correlate_rows(layers[:, :length, :length], exact))
     return out
 
 
