@@ -34,8 +34,8 @@ class Attributed:
     """The scores of one method for all N examples.
 
     Attributes:
-        tokens: (sum of n,) float64, the scores of all examples' tokens; NaN where the method refused the
-            example. None for random orders.
+        tokens: the scores of all examples' tokens, one after the other, float64; NaN where the method refused
+            the example. For images they are those of patches or pixels. None for random orders.
         starts: (N + 1,) int64, where each example's scores begin.
         seconds: seconds that the attribution took.
         reason: the first reason why an example was refused; "" if none was.
@@ -46,35 +46,44 @@ class Attributed:
     seconds: float = 0.0
     reason: str = ""
 
-    @classmethod
-    def of(cls, examples: Sequence[Example], arrays: dict[str, np.ndarray]) -> Attributed:
-        """Make the object from the result of `arrays`."""
-        starts = np.cumsum([0] + [len(one.units) for one in examples])
-        tokens, seconds, reason = (arrays[name] for name in ("tokens", "seconds", "reason"))
-        return cls(tokens if len(tokens) else None, starts, float(seconds), str(reason))
+    def __post_init__(self):
+        # These come from a file as arrays without axes.
+        if self.tokens is not None and not len(self.tokens):
+            object.__setattr__(self, "tokens", None)
+        object.__setattr__(self, "seconds", float(self.seconds))
+        object.__setattr__(self, "reason", str(self.reason))
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return the scores, seconds and reason as arrays, to keep in a file."""
+        """Return the fields as arrays, to keep in a file."""
         tokens = np.zeros(0) if self.tokens is None else self.tokens
-        return {"tokens": tokens, "seconds": np.array(self.seconds), "reason": np.array(self.reason)}
+        return {name: np.asarray(value) for name, value in (vars(self) | {"tokens": tokens}).items()}
 
     def scores(self, example: Example, seed: int, **fields: Any) -> list[Scores]:
         """Return the scores of an example: one entry, or several random draws; [] if it was refused."""
-        if self.tokens is None:
-            rows = random_rows(example, seed)
-        else:
-            rows = self.tokens[None, self.starts[example.index] : self.starts[example.index + 1]]
+        rows = self._rows(example, seed)
         if np.isnan(rows).any():
             return []
         return [make_scores(example, row, seed, draw, **fields) for draw, row in enumerate(rows)]
 
+    def _rows(self, example: Example, seed: int) -> np.ndarray:
+        if self.tokens is None:
+            return random_rows(example, seed)
+        return self.tokens[None, self.starts[example.index] : self.starts[example.index + 1]]
+
     def summary(self, examples: Sequence[Example], seed: int) -> dict[str, float]:
-        """Return seconds_per_text, and counts of the examples with equal scores and with no score but 0."""
+        """Return seconds_per_text, and counts of the examples with equal scores and with no score but 0.
+
+        Equal scores are those of units; of an image, those of patches, or of pixels if the method scores
+        pixels.
+        """
         ties = zeros = 0
         for one in examples:
-            drawn = self.scores(one, seed)
-            ties += any(len(np.unique(draw.units)) < len(draw.units) for draw in drawn)
-            zeros += any(not draw.tokens.any() for draw in drawn)
+            rows = self._rows(one, seed)
+            if np.isnan(rows).any():
+                continue
+            units = [draw.units for draw in self.scores(one, seed)] if one.grid is None else rows
+            ties += any(len(np.unique(row)) < len(row) for row in units)
+            zeros += any(not row.any() for row in rows)
         return {"seconds_per_text": self.seconds / len(examples), "ties": ties, "zeros": zeros}
 
     def notes(self, method: str) -> list[str]:
@@ -86,8 +95,13 @@ class Attributed:
 
 
 def random_rows(example: Example, seed: int) -> np.ndarray:
-    """Return random scores of an example's tokens, (DRAWS, n), whose sums over units are uniform."""
+    """Return random scores of an example's tokens, (DRAWS, n), whose sums over units are uniform.
+
+    Those of an image are scores of its patches, (DRAWS, patches).
+    """
     generator = np.random.default_rng((seed, example.index))
+    if example.grid is not None:
+        return generator.random((DRAWS, example.grid[0] * example.grid[1]))
     units, tokens = generator.random((DRAWS, example.count)), generator.random((DRAWS, len(example.units)))
     inside = example.units != KEPT
     sizes = np.bincount(example.units[inside], minlength=example.count)
@@ -118,6 +132,12 @@ class Attributor:
     def of(self, model: PreTrainedModel) -> Attributor:
         """Return an attributor of another model, with the same settings."""
         return type(self)(model, self.tokenizer, self.batch_tokens, self.backend, self.dtype)
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of the tokenizer."""
+        from pyglobenc.scale.corpus.manifest import tokenizer_fingerprint
+
+        return tokenizer_fingerprint(self.tokenizer)
 
     def runner(self, method: str) -> Runner:
         """Return the runner of a method.

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pyglobenc.evaluate.examples import REMOVALS, Example, Metric, Settings
-from pyglobenc.evaluate.metrics import METRICS
+from pyglobenc.evaluate.metrics import METRICS, OF_PROTOCOL
 from pyglobenc.evaluate.metrics.rationales import check_top_k
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
     "eraser": {"fractions": FRACTIONS, "target": None, "words": False},
     "globenc": {"target": None, "words": False, "long": "truncate"},
 }
+# The published scripts for images leave the first layer out of transformer attribution's rollout.
+PROTOCOLS |= {name: {"start_layer": 1} for name in OF_PROTOCOL}
 # What a metric may need, in words.
 NEEDS = {
     "labels": "labels (labels=), and none were given",
@@ -36,19 +38,32 @@ NEEDS = {
 }
 
 
-def check_protocol(protocol: str | None, given: Mapping[str, Any]) -> None:
+def check_protocol(
+    protocol: str | None, given: Mapping[str, Any], start_layer: int | None, of_images: bool
+) -> int:
     """Refuse an unknown protocol, and arguments that it sets to another value.
 
+    Returns:
+        start_layer, or what the protocol says if it is None.
+
     Raises:
-        ValueError: as said. The message names the argument.
+        ValueError: as said, or the protocol is for images and texts are given, or the other way round. The
+            message names the argument.
     """
+    if start_layer is not None:
+        check_count("start_layer", start_layer, 0)
     if protocol is None:
-        return
+        return start_layer or 0
     if protocol not in PROTOCOLS:
         raise ValueError(f"evaluate: protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
+    if (protocol in OF_PROTOCOL) != of_images:
+        raise ValueError(f"evaluate: protocol {protocol!r} is for {'texts' if of_images else 'images'}")
+    usual = PROTOCOLS[protocol].get("start_layer", 0)
+    given = {**given, "start_layer": usual if start_layer is None else start_layer}
     for name, value in PROTOCOLS[protocol].items():
         if given[name] != value:
             raise ValueError(f"evaluate: protocol {protocol!r} needs {name}={value!r}, got {given[name]!r}")
+    return given["start_layer"]
 
 
 def check_count(name: str, value: Any, least: int) -> None:
@@ -59,8 +74,27 @@ def check_count(name: str, value: Any, least: int) -> None:
         raise ValueError(f"evaluate: {name} must be at least {least}, got {value}")
 
 
+def check_kind(of_texts: Mapping[str, Any], of_images: Mapping[str, Any]) -> bool:
+    """Tell whether `evaluate` gets images, and refuse arguments of the other kind.
+
+    Args:
+        of_texts, of_images: the arguments that texts or images alone have, by name; None if not given.
+
+    Raises:
+        TypeError: there are neither texts with a tokenizer nor images, or an argument belongs to the others.
+    """
+    images = of_images["images"] is not None
+    if not images and (of_texts["texts"] is None or of_texts["tokenizer"] is None):
+        raise TypeError("evaluate: give a tokenizer and texts, or images (images=, processor=)")
+    wrong = [name for name, value in (of_texts if images else of_images).items() if value is not None]
+    if wrong:
+        kind = "images" if images else "texts"
+        raise TypeError(f"evaluate: {' and '.join(wrong)} can't be given with {kind}")
+    return images
+
+
 def make_settings(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     fractions: Sequence[float],
     remove: str,
     words: bool,
@@ -80,7 +114,10 @@ def make_settings(
         raise ValueError(f"evaluate: fractions must lie above 0 and be at most 1, got {fractions}")
     check_count("seed", seed, 0)
     check_top_k(top_k)
-    notes, mask_id = [], tokenizer.mask_token_id
+    notes: list[str] = []
+    if tokenizer is None:
+        return Settings(fractions, remove, seed=seed, protocol=protocol), notes
+    mask_id = tokenizer.mask_token_id
     if remove == "mask" and mask_id is None:
         notes.append("The tokenizer has no mask token, so removed tokens are deleted (remove='delete').")
         log.warning("evaluate: the tokenizer has no mask token, so removed tokens are deleted")
@@ -109,7 +146,7 @@ def _names(what: str, asked: str | Sequence[str], known: Sequence[str]) -> list[
 
 
 def choose_metrics(
-    asked: str | Sequence[str], examples: Sequence[Example], why_no_classes: str
+    asked: str | Sequence[str], examples: Sequence[Example], why_no_classes: str, protocol: str | None = None
 ) -> tuple[list[Metric], list[str]]:
     """Return the metrics that are asked for, and notes on those that "all" leaves out.
 
@@ -125,11 +162,11 @@ def choose_metrics(
         "needles": any(one.needle is not None for one in examples),
         "masks": any(one.mask is not None for one in examples),
     }
-    chosen, notes = [], []
-    for name in _names("metrics", asked, list(METRICS)):
-        missing = sorted(need for need in METRICS[name].needs if not there[need])
+    known, chosen, notes = METRICS | OF_PROTOCOL.get(protocol, {}), [], []
+    for name in _names("metrics", asked, list(known)):
+        missing = sorted(need for need in known[name].needs if not there[need])
         if not missing:
-            chosen.append(METRICS[name])
+            chosen.append(known[name])
             continue
         reason = NEEDS[missing[0]]
         if missing[0] in ("classifier", "classes") and why_no_classes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -74,7 +75,9 @@ class Example:
             alone, as class 0.
         rationale: the words of a text that people marked; None without highlights.
         needle: (m,) bool, the units that the answer is known to depend on, or None.
-        mask: (height, width) bool, or int8 with -1 for pixels that don't count: the true segmentation.
+        mask: (height, width) int8, the true segmentation of an image: 1 for the object, 0 for the rest, and
+            -1 for pixels that don't count.
+        grid: rows and columns of an image's patches. None for a text.
     """
 
     index: int
@@ -88,6 +91,29 @@ class Example:
     rationale: Marked | None = None
     needle: np.ndarray | None = None
     mask: np.ndarray | None = None
+    grid: tuple[int, int] | None = None
+
+    def spread(self, scores: np.ndarray) -> np.ndarray:
+        """Return scores of an image's patches as scores of its pixels, (n,), by bilinear interpolation.
+
+        Args:
+            scores: (patches,), or (n,) of tokens or pixels, which stay unchanged.
+        """
+        if self.grid is None or len(scores) == len(self.units):
+            return scores
+        from pyglobenc.viz.image import upscale
+
+        return upscale(scores.reshape(self.grid), *self.inputs.shape[1:]).ravel()
+
+    def record(self) -> list[Any]:
+        """Return what identifies the example, as JSON values; arrays and pixels by their SHA-256."""
+        rationale = None if self.rationale is None else self.rationale.listed()
+        needle = None if self.needle is None else self.needle.tolist()
+        record = [self.units.tolist(), self.target, self.label, rationale, needle]
+        if self.grid is None:
+            return [self.inputs, *record]
+        mask = None if self.mask is None else _sha256(self.mask)
+        return [_sha256(self.inputs.double().cpu().numpy()), len(self.units), *record[1:], mask]
 
     @property
     def count(self) -> int:
@@ -132,6 +158,8 @@ class Metric:
             probability of what is explained), "classes" (those of all classes) and "decoder".
         references: names of methods whose scores are computed too, for `Scores.references`.
         single: whether the metric is also defined for an example with fewer than two units.
+        ratios: pairs of keys of what `value` returns. The metric's mean over a data set is then the mean over
+            the pairs of (sum at the first key) / (sum at the second key), and the keys get no rows.
     """
 
     name: str
@@ -141,6 +169,11 @@ class Metric:
     needs: frozenset[str] = frozenset()
     references: tuple[str, ...] = ()
     single: bool = False
+    ratios: tuple[tuple[str, str], ...] = ()
+
+
+def _sha256(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
 
 
 def ranked(units: np.ndarray, seed: Sequence[int]) -> np.ndarray:
@@ -161,11 +194,11 @@ def make_scores(example: Example, tokens: np.ndarray, seed: int, draw: int = 0, 
 
     Args:
         example: the example.
-        tokens: (n,) scores.
+        tokens: (n,) scores, or for an image (patches,), which are interpolated to its n pixels.
         seed, draw: choose the order of equal scores, with the example's index.
         fields: other fields of `Scores`.
     """
-    tokens = np.asarray(tokens, dtype=np.float64)
+    tokens = example.spread(np.asarray(tokens, dtype=np.float64))
     inside = example.units != KEPT
     units = np.bincount(example.units[inside], tokens[inside], minlength=example.count)
     return Scores(tokens, units, ranked(units, (seed, example.index, draw)), **fields)

@@ -120,6 +120,10 @@ class Forwards:
         self.seconds += time.perf_counter() - start
         return found[places]
 
+    def copy(self, example: Example, stays: np.ndarray, settings: Settings) -> dict[str, list[int]]:
+        """Return an input without some of its units; see `masked_copy`."""
+        return masked_copy(example, stays, settings)
+
     def _batches(self, order: list[int], lengths: list[int]) -> Iterator[list[int]]:
         """Yield batches of at most batch_tokens tokens, with padding; order is by length."""
         batch: list[int] = []
@@ -224,7 +228,7 @@ def measure(
             for draw in of_examples[place]:
                 for metric in metrics:
                     if one.count > 1 or metric.single:
-                        copies = _places(one, draw, metric, settings, known, pool)
+                        copies = _places(forwards, one, draw, metric, settings, known, pool)
                         asked.append((method, metric, one, draw, copies))
     forwards.asked += sum(len(places) for *_, places in asked) - len(pool)
     report = partial(progress, total=len(pool))
@@ -241,6 +245,7 @@ def measure(
 
 
 def _places(
+    forwards: Forwards,
     example: Example,
     scores: Scores,
     metric: Metric,
@@ -254,7 +259,7 @@ def _places(
         key = stays.tobytes()
         if key not in known:
             known[key] = len(pool)
-            pool.append(masked_copy(example, stays, settings))
+            pool.append(forwards.copy(example, stays, settings))
         places.append(known[key])
     return places
 

@@ -92,24 +92,11 @@ def kept_steps(
     if output is None:
         yield Kept(None)
         return
-    from pyglobenc.scale.corpus.manifest import (
-        check_manifest,
-        model_fingerprint,
-        set_complete,
-        tokenizer_fingerprint,
-    )
+    from pyglobenc.scale.corpus.manifest import check_manifest, model_fingerprint, set_complete
     from pyglobenc.scale.corpus.shards import locked
 
-    rows = [
-        (one.inputs, one.units.tolist(), one.target, one.label)
-        + (one.rationale and one.rationale.listed(), None if one.needle is None else one.needle.tolist())
-        for one in examples
-    ]
-    data = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-    prints = {
-        "sha256": model_fingerprint(attributor.model),
-        "tokenizer": tokenizer_fingerprint(attributor.tokenizer),
-    }
+    data = hashlib.sha256(json.dumps([one.record() for one in examples]).encode()).hexdigest()
+    prints = {"sha256": model_fingerprint(attributor.model), "tokenizer": attributor.fingerprint()}
     manifest = {"input": {"sha256": data, "texts": len(examples)}, "model": prints, "version": __version__}
     # As read back from the file, where tuples are lists.
     manifest |= json.loads(json.dumps(described))

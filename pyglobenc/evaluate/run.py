@@ -13,6 +13,7 @@ from pyglobenc.evaluate.choices import (
     ALL,
     FRACTIONS,
     check_count,
+    check_kind,
     check_protocol,
     choose_metrics,
     make_settings,
@@ -40,9 +41,12 @@ COUNTS = ("asked", "done", "seconds", "in_model")
 @known_arguments
 def evaluate(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[Text],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    texts: Sequence[Text] | None = None,
     *,
+    images: Sequence[Any] | None = None,
+    processor: Any = None,
+    masks: Sequence[Any] | None = None,
     methods: str | Sequence[str] = ("globenc", "transformer-attribution", "random"),
     metrics: str | Sequence[str] = ("comprehensiveness", "sufficiency"),
     fractions: Sequence[float] = FRACTIONS,
@@ -54,6 +58,7 @@ def evaluate(
     top_k: int | float | None = None,
     answers: Sequence[str] | None = None,
     needles: Sequence[Sequence[Span] | None] | None = None,
+    start_layer: int | None = None,
     protocol: str | None = None,
     sanity: bool = False,
     long: str = "error",
@@ -72,6 +77,14 @@ def evaluate(
         model: a transformers model, as for `pyglobenc.explain`.
         tokenizer: the model's tokenizer.
         texts: texts, or pairs of texts as tuples.
+        images: instead of texts, a list of what `pyglobenc.explain_image` takes, or of names of files. All of
+            what is said of texts holds for images. Their units are the pixels of the model's input. A
+            removed pixel is black. Scores of patches are interpolated to the pixels (bilinearly).
+        processor: the model's image processor; None if the images are the model's input, in which a removed
+            pixel is 0.
+        masks: the true segmentation of each image, of the image's size: a file or a PIL image, in which every
+            value but 0 is the object; or (height, width) with 1 for the object, 0 for the rest and -1 for
+            pixels that don't count. They are resized to the nearest pixels.
         methods: names in `pyglobenc.methods.registry.METHODS`, "random" (the mean of 10 random rankings), or
             "all". "all" leaves out methods that refuse the model.
         metrics: names in METRICS, or "all". "all" leaves out metrics that lack what they need.
@@ -94,6 +107,8 @@ def evaluate(
             `target` names.
         needles: for each text, the characters that the answer is known to depend on: a list of pairs (start,
             stop), or None.
+        start_layer: for images, the lowest layer of transformer attribution's rollout. None: 0, or 1 where
+            the protocol says so.
         protocol: name of a published protocol in PROTOCOLS, whose settings are then required.
         sanity: also make the weights of a copy of the model random, from the head downwards, and correlate
             the scores with the model's own. The rows sanity.1, sanity.2 and so on hold Spearman correlations.
@@ -124,35 +139,48 @@ def evaluate(
     )
     from pyglobenc.evaluate.attributions import Attributor
     from pyglobenc.evaluate.forwards import Forwards
+    from pyglobenc.evaluate.images import ImageAttributor, ImageForwards, image_examples
     from pyglobenc.evaluate.sanity import sanity_checks
     from pyglobenc.evaluate.texts import encode_texts, text_examples
 
+    of_images = check_kind(
+        {"tokenizer": tokenizer, "texts": texts, "words": words or None, "rationales": rationales}
+        | {"remove": None if remove == "mask" else remove, "long": None if long == "error" else long}
+        | {"top_k": top_k, "max_length": max_length, "answers": answers, "needles": needles},
+        {"images": images, "processor": processor, "masks": masks, "start_layer": start_layer},
+    )
     given = {"fractions": tuple(fractions), "target": target, "words": words, "long": long}
-    check_protocol(protocol, given)
+    start_layer = check_protocol(protocol, given, start_layer, of_images)
     check_count("bootstrap", bootstrap, 0)
     check_count("batch_tokens", batch_tokens, 1)
     settings, notes = make_settings(tokenizer, fractions, remove, words, seed, protocol, top_k)
     wanted = wanted_methods(methods)
-    language = is_language_model(model)
-    if answers is not None and not language:
-        raise ValueError("evaluate: answers need a language model with its head (ForCausalLM)")
-    forwards = (AnswerForwards if language else Forwards)(model, batch_tokens)
-    forwards.check_removal(settings)
-    attributor_kind = AnswerAttributor if language else Attributor
-    attributor = attributor_kind(model, tokenizer, batch_tokens, backend, dtype)
-    encoded = encode_texts(attributor, texts, max_length, long)
-    if language:
-        examples, note = answer_examples(
-            attributor, forwards, encoded, answers, target, labels, settings, max_length
-        )
+    if of_images:
+        forwards = ImageForwards(model, batch_tokens, processor)
+        attributor = ImageAttributor(model, processor, batch_tokens, backend, dtype, start_layer)
+        examples, note = image_examples(attributor, forwards, images, masks, labels, target)
     else:
-        examples, note = text_examples(attributor, forwards, encoded, labels, target, settings)
-    examples = with_needles(examples, needles)
-    examples = with_rationales(examples, rationales, tokenizer.unk_token_id)
-    chosen, left_out = choose_metrics(metrics, examples, forwards.why_no_classes)
+        language = is_language_model(model)
+        if answers is not None and not language:
+            raise ValueError("evaluate: answers need a language model with its head (ForCausalLM)")
+        forwards = (AnswerForwards if language else Forwards)(model, batch_tokens)
+        forwards.check_removal(settings)
+        attributor_kind = AnswerAttributor if language else Attributor
+        attributor = attributor_kind(model, tokenizer, batch_tokens, backend, dtype)
+        encoded = encode_texts(attributor, texts, max_length, long)
+        if language:
+            examples, note = answer_examples(
+                attributor, forwards, encoded, answers, target, labels, settings, max_length
+            )
+        else:
+            examples, note = text_examples(attributor, forwards, encoded, labels, target, settings)
+        examples = with_needles(examples, needles)
+        examples = with_rationales(examples, rationales, tokenizer.unk_token_id)
+    chosen, left_out = choose_metrics(metrics, examples, forwards.why_no_classes, protocol)
     described = {
         "settings": vars(settings)
         | {"target": target, "long": long, "max_length": max_length, "batch_tokens": batch_tokens}
+        | {"start_layer": start_layer}
         | {"backend": backend, "dtype": None if dtype is None else str(dtype).split(".")[-1]},
         "methods": wanted,
         "metrics": [metric.name for metric in chosen],
@@ -171,7 +199,9 @@ def evaluate(
             per_text, refused = per_text | rows, [*refused, *more]
     of_method = {name: one.summary(examples, settings.seed) for name, one in shown.items()}
     info = described | {"methods": list(shown), "texts": len(examples), "forward_passes": passes}
-    return EvaluationTable(per_text, of_method, bootstrap, seed, [*notes, note, *left_out, *refused], info)
+    notes = [*notes, note, *left_out, *refused]
+    ratios = {metric.name: metric.ratios for metric in chosen if metric.ratios}
+    return EvaluationTable(per_text, of_method, bootstrap, seed, notes, info, ratios)
 
 
 def attribute_all(
@@ -201,7 +231,7 @@ def attribute_all(
                 return attributor.attribute(name, examples, bar.update).arrays()
 
             try:
-                found[name] = Attributed.of(examples, kept.step(f"method-{name}", attribute))
+                found[name] = Attributed(**kept.step(f"method-{name}", attribute))
             except (TypeError, ValueError) as error:
                 if not everything:
                     raise

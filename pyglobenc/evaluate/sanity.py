@@ -143,7 +143,7 @@ def sanity_checks(
 
                 column = found[method][f"{NAME}.{number}"] = np.full(len(examples), np.nan)
                 try:
-                    other = Attributed.of(examples, kept.step(f"{NAME}-{number}-{method}", attribute))
+                    other = Attributed(**kept.step(f"{NAME}-{number}-{method}", attribute))
                 except ValueError as error:
                     reason = str(error).removeprefix("explain: ")
                     notes.append(f"{method} refuses the random weights of {NAME}.{number}: {reason}.")

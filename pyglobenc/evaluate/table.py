@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,28 @@ LIMITS = (2.5, 97.5)
 RESAMPLED = 1 << 22
 
 
+def average(values: np.ndarray, pairs: bool) -> np.ndarray:
+    """Return the mean over texts.
+
+    Args:
+        values: (..., n), the numbers of n texts.
+        pairs: values are (..., n, K, 2), K pairs of numbers of each text. The result is then the mean over
+            the K pairs of (sum over texts of the first number) / (sum over texts of the second one).
+
+    Returns:
+        (...).
+    """
+    if not pairs:
+        return values.mean(-1)
+    first, second = np.moveaxis(values.sum(-3), -1, 0)
+    return (first / second).mean(-1)
+
+
 def bootstrap_interval(values: np.ndarray, resamples: int, seed: int) -> tuple[float, float]:
     """Return the 95 % interval of a mean, by the percentiles of means over resampled values.
 
     Args:
-        values: (n,) float64.
+        values: (n,) float64, or (n, K, 2) for pairs, as for `average`.
         resamples: number of samples of n values, drawn with replacement.
         seed: makes the interval the same in every call.
 
@@ -38,10 +55,10 @@ def bootstrap_interval(values: np.ndarray, resamples: int, seed: int) -> tuple[f
     if not n or not resamples:
         return np.nan, np.nan
     generator, means = np.random.default_rng(seed), []
-    block = max(1, RESAMPLED // n)
+    block = max(1, RESAMPLED // values.size)
     for start in range(0, resamples, block):
         chosen = generator.integers(0, n, (min(block, resamples - start), n))
-        means.append(values[chosen].mean(1))
+        means.append(average(values[chosen], values.ndim > 1))
     low, high = np.percentile(np.concatenate(means), LIMITS)
     return float(low), float(high)
 
@@ -67,15 +84,24 @@ class EvaluationTable:
         seed: int,
         notes: list[str],
         info: dict[str, Any],
+        ratios: Mapping[str, Sequence[tuple[str, str]]] | None = None,
     ):
         self.per_text, self.notes, self.info = dict(per_text), notes, info
-        self.rows = []
+        self.rows, ratios = [], ratios or {}
+        sums = {f"{metric}.{key}" for metric, pairs in ratios.items() for pair in pairs for key in pair}
         for (method, metric), values in self.per_text.items():
+            if metric in sums:
+                continue
             counted = values[~np.isnan(values)]
+            if metric in ratios:
+                keys = [[f"{metric}.{key}" for key in pair] for pair in ratios[metric]]
+                pairs = np.moveaxis([[self.per_text[method, key] for key in pair] for pair in keys], -1, 0)
+                counted = pairs[~np.isnan(pairs).any((1, 2))]
+            mean = float(average(counted, counted.ndim > 1)) if len(counted) else np.nan
             low, high = bootstrap_interval(counted, bootstrap, seed)
-            row = {"method": method, "metric": metric}
-            row |= {"mean": float(counted.mean()) if len(counted) else np.nan, "low": low, "high": high}
-            row |= {"sd": float(counted.std()) if len(counted) else np.nan}
+            spread = values[~np.isnan(values)].std() if len(counted) else np.nan
+            row = {"method": method, "metric": metric, "mean": mean, "low": low, "high": high}
+            row |= {"sd": float(spread)}
             row |= {"n": len(counted), "seconds_per_text": of_method[method]["seconds_per_text"]}
             self.rows.append(
                 row

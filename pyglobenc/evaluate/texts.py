@@ -49,32 +49,58 @@ def text_examples(
         TypeError, ValueError: the number of labels is wrong, a label or the target is no class, or a label is
             missing.
     """
-    if labels is not None and len(labels) != len(encoded):
-        raise ValueError(
-            f"evaluate: labels must hold one label for each of {len(encoded)} texts, got {len(labels)}"
-        )
-    chances = forwards.whole([text.inputs for text in encoded])
-    if chances is None and (target is not None or labels is not None):
-        raise ValueError(f"evaluate: target and labels need classes; {forwards.why_no_classes}")
-    classes = 0 if chances is None else chances.shape[1]
-    truth = (
-        [None] * len(encoded)
-        if labels is None
-        else [class_index(forwards.model.config, label, classes) for label in labels]
-    )
-    if target == LABEL and labels is None:
-        raise ValueError("evaluate: target='label' needs labels (labels=), and none were given")
-    if target is not None and target != LABEL:
-        target = class_index(forwards.model.config, target, classes)
+    inputs = [text.inputs for text in encoded]
+    chances, truth, targets = explained_classes(forwards, inputs, labels, target, "texts")
     explained, note = attributor.explained(encoded)
     examples = []
-    for index, (text, own) in enumerate(zip(encoded, truth, strict=True)):
+    for index, text in enumerate(encoded):
         units = text_units(text, explained[index], settings.words)
         whole = None if chances is None else chances[index]
-        aim = None if whole is None else int(whole.argmax())
-        aim = own if target == LABEL else aim if target is None else target
-        examples.append(Example(index, text.inputs, units, aim, whole, own, text))
+        examples.append(Example(index, text.inputs, units, targets[index], whole, truth[index], text))
     return examples, note
+
+
+def explained_classes(
+    forwards: Forwards,
+    inputs: Sequence[Any],
+    labels: Sequence[int | str] | None,
+    target: int | str | None,
+    what: str,
+) -> tuple[np.ndarray | None, list[int | None], list[int | None]]:
+    """Check labels and the target.
+
+    Args:
+        forwards: the plain model.
+        inputs: N whole inputs that `Forwards.whole` takes.
+        labels, target: as for `evaluate`.
+        what: the name of the inputs for error messages.
+
+    Returns:
+        The probabilities (N, classes), or None; N labels and N explained classes, each an index or None.
+
+    Raises:
+        TypeError, ValueError: the number of labels is wrong, a label or the target is no class, or a label is
+            missing.
+    """
+    if labels is not None and len(labels) != len(inputs):
+        raise ValueError(
+            f"evaluate: labels must hold one label for each of {len(inputs)} {what}, got {len(labels)}"
+        )
+    chances = forwards.whole(inputs)
+    if chances is None and (target is not None or labels is not None):
+        raise ValueError(f"evaluate: target and labels need classes; {forwards.why_no_classes}")
+    if target == LABEL and labels is None:
+        raise ValueError("evaluate: target='label' needs labels (labels=), and none were given")
+    none: list[int | None] = [None] * len(inputs)
+    if chances is None:
+        return None, none, none
+    config, classes = forwards.model.config, chances.shape[1]
+    truth = none if labels is None else [class_index(config, label, classes) for label in labels]
+    if target == LABEL:
+        return chances, truth, truth
+    if target is not None:
+        return chances, truth, [class_index(config, target, classes)] * len(inputs)
+    return chances, truth, chances.argmax(1).tolist()
 
 
 def class_index(config: Any, label: int | str, classes: int) -> int:

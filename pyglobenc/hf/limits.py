@@ -43,7 +43,7 @@ def token_types(model: PreTrainedModel) -> int | None:
 
 def padding_id(model: PreTrainedModel) -> int | None:
     """Return the token id that pads input_ids (B, n); None if the config has none with an embedding."""
-    padding = model.config.get_text_config().pad_token_id
+    padding = getattr(model.config.get_text_config(), "pad_token_id", None)
     return padding if padding is not None and 0 <= padding < vocabulary(model) else None
 
 

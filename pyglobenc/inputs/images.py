@@ -105,10 +105,10 @@ def explain_image(
         run = relevance(variant, model, backend, dtype, start_layer)
     else:
         raise ValueError(f"explain_image: variant belongs to method={CLASSES!r}; {method} has none")
-    images, single = _images(image)
-    pixels = [_pixels(inner, processor, one, max_pixels) for one in images]
+    images, single = split_images(image)
+    pixels = [model_pixels(inner, processor, one, max_pixels) for one in images]
     done: dict[int, ImageAttribution] = {}
-    for rows in _batches(pixels, max(1, BATCH // _count(targets))):
+    for rows in batches_of_one_shape(pixels, max(1, BATCH // _count(targets))):
         batch = torch.stack([pixels[row] for row in rows])
         done.update(zip(rows, _explained(called, chosen.target, run, batch, targets), strict=True))
     return done[0] if single else ImageAttributions(done[row] for row in range(len(pixels)))
@@ -158,7 +158,7 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
         )
 
 
-def _images(image: Any) -> tuple[list[Any], bool]:
+def split_images(image: Any) -> tuple[list[Any], bool]:
     """Return the images in the argument of `explain_image`, and whether it was a single image."""
     if isinstance(image, (list, tuple)) or getattr(image, "ndim", None) == 4:
         images, single = list(image), False
@@ -174,7 +174,7 @@ def _images(image: Any) -> tuple[list[Any], bool]:
     return images, single
 
 
-def _pixels(model: PreTrainedModel, processor: Any, image: Any, max_pixels: int) -> torch.Tensor:
+def model_pixels(model: PreTrainedModel, processor: Any, image: Any, max_pixels: int) -> torch.Tensor:
     """Return the model's input for one image, (channels, height, width)."""
     import torch
 
@@ -207,7 +207,7 @@ def _upright(image: Image) -> Image:
     return ImageOps.exif_transpose(image)
 
 
-def _batches(pixels: Sequence[torch.Tensor], size: int) -> list[list[int]]:
+def batches_of_one_shape(pixels: Sequence[torch.Tensor], size: int) -> list[list[int]]:
     """Return the indices of images in groups of one shape, with at most `size` images each."""
     shapes: dict[tuple[int, ...], list[int]] = {}
     for index, one in enumerate(pixels):
@@ -305,7 +305,7 @@ def _attribution(
     )
 
 
-def _patch(model: PreTrainedModel) -> tuple[int, int]:
+def patch_size(model: PreTrainedModel) -> tuple[int, int]:
     """Return the height and width of a patch in pixels."""
     patch = model.config.patch_size
     return (patch, patch) if isinstance(patch, int) else tuple(patch)
@@ -322,7 +322,7 @@ def _grid(scores: torch.Tensor, size: Sequence[int], model: PreTrainedModel) -> 
     """
     if scores.dim() == 2:
         return scores
-    rows, columns = (whole // part for whole, part in zip(size, _patch(model), strict=True))
+    rows, columns = (whole // part for whole, part in zip(size, patch_size(model), strict=True))
     return scores[-rows * columns :].view(rows, columns)
 
 

@@ -1,7 +1,14 @@
 """The metrics by name. A new one is a function, and a line in its module's METRICS."""
 
 from pyglobenc.evaluate.examples import Metric
-from pyglobenc.evaluate.metrics import correlation, decoders, perturbation, rationales
+from pyglobenc.evaluate.metrics import (
+    correlation,
+    decoders,
+    perturbation,
+    published_perturbation,
+    rationales,
+    segmentation,
+)
 
 METRICS: dict[str, Metric] = {
     metric.name: metric
@@ -10,7 +17,16 @@ METRICS: dict[str, Metric] = {
         *correlation.METRICS,
         *rationales.METRICS,
         *decoders.METRICS,
+        *segmentation.METRICS,
+    )
+}
+# The metrics that a published protocol defines in its own way.
+OF_PROTOCOL: dict[str, dict[str, Metric]] = {
+    protocol: {metric.name: metric for metric in metrics}
+    for protocol, metrics in (
+        ("chefer-segmentation", segmentation.PUBLISHED),
+        ("chefer-perturbation", published_perturbation.PUBLISHED),
     )
 }
 
-__all__ = ["METRICS"]
+__all__ = ["METRICS", "OF_PROTOCOL"]

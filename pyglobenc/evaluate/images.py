@@ -1,0 +1,335 @@
+"""Images as examples: their pixels and masks, their attributions, and copies without some pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import warnings
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pyglobenc.evaluate.attributions import RANDOM, Attributed, Progress
+from pyglobenc.evaluate.examples import Example, Settings
+from pyglobenc.evaluate.forwards import Forwards
+from pyglobenc.evaluate.metrics.segmentation import IGNORED
+from pyglobenc.evaluate.texts import explained_classes
+from pyglobenc.hf.unwrap import called_module, stock_model
+from pyglobenc.inputs.batching import in_batches
+from pyglobenc.inputs.images import (
+    MAX_PIXELS,
+    batches_of_one_shape,
+    model_pixels,
+    open_image,
+    patch_size,
+    split_images,
+)
+from pyglobenc.methods.precision.reliability import NoRelevanceWarning
+from pyglobenc.methods.registry import find_method
+
+# How a mask is coded while the image processor resizes it. Processors take no negative numbers.
+CODED_IGNORED = 2
+
+
+class Masked(NamedTuple):
+    """An image without some of its pixels.
+
+    The tensor of the whole image is shared by all its copies, and a copy is made when its batch runs.
+    """
+
+    pixels: Tensor  # (channels, height, width)
+    stays: np.ndarray  # (height * width,) bool
+
+
+def open_images(images: Any, max_pixels: int = MAX_PIXELS) -> list[Any]:
+    """Return a list of images, in which files are read.
+
+    Args:
+        images: a list of what `explain_image` takes, or of names of files; or an array with the images along
+            its first axis.
+        max_pixels: largest number of pixels of an image.
+
+    Raises:
+        TypeError, ValueError: this is a single image, there is none, or a file can't be read.
+    """
+    found, single = split_images(images)
+    if single:
+        raise TypeError("evaluate: images must be a list of images, got a single one")
+    return [open_image(one, max_pixels) if isinstance(one, str | PathLike) else one for one in found]
+
+
+def mask_array(mask: Any, name: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Return a mask (height, width) int8 of 1 for the object, 0 for the rest, IGNORED for what doesn't count.
+
+    Args:
+        mask: a PIL image or the name of a file, in which every value but 0 is the object; or an array or
+            tensor (height, width) of bool, or of integers with 0, 1 and -1 for pixels that don't count.
+        name: name of the mask for error messages.
+        max_pixels: largest number of pixels of a mask.
+
+    Raises:
+        TypeError, ValueError: it is none of these.
+    """
+    if isinstance(mask, str | PathLike):
+        mask = open_image(mask, max_pixels)
+    if hasattr(mask, "getbands"):
+        values = np.asarray(mask)
+        if values.ndim == 3 and len(mask.getbands()) == 3 and (values == values[..., :1]).all():
+            values = values[..., 0]
+        if values.ndim != 2:
+            raise ValueError(f"evaluate: {name} must have one channel, got Pillow's mode {mask.mode}")
+        return (values != 0).astype(np.int8)
+    values = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
+    if values.ndim != 2 or values.dtype.kind not in "biu":
+        raise TypeError(
+            f"evaluate: {name} must be (height, width) of bool or integers, got {values.dtype} {values.shape}"
+        )
+    if not np.isin(values, (0, 1, IGNORED)).all():
+        raise ValueError(
+            f"evaluate: {name} must hold 0, 1 and {IGNORED} alone, got values from {values.min()} to "
+            f"{values.max()}"
+        )
+    return values.astype(np.int8)
+
+
+def fitted_mask(processor: Any, mask: np.ndarray, image: Any, pixels: Tensor, name: str) -> np.ndarray:
+    """Return a mask as the model sees the image: resized to its nearest pixels, and cut as the image is.
+
+    Args:
+        processor: the model's image processor; None if the images are the model's input.
+        mask: (height, width) int8.
+        image: the image that it belongs to.
+        pixels: (channels, height, width), the model's input for the image.
+        name: name of the mask for error messages.
+
+    Raises:
+        ValueError: the mask hasn't the size of the image, or the processor mixes its values.
+    """
+    size = tuple(pixels.shape[1:]) if processor is None else image_size(image)
+    if mask.shape != size:
+        raise ValueError(
+            f"evaluate: {name} must have the size of its image, {size[0]} x {size[1]} (height x width), got "
+            f"{mask.shape[0]} x {mask.shape[1]}"
+        )
+    if processor is None:
+        return mask
+    from PIL import Image
+
+    coded = np.where(mask == IGNORED, CODED_IGNORED, mask).astype(np.uint8)
+    shown = Image.fromarray(np.repeat(coded[..., None], 3, 2)).convert("RGB" if len(pixels) == 3 else "L")
+    plain = dict(do_rescale=False, do_normalize=False, resample=Image.Resampling.NEAREST)
+    seen = processor(images=shown, return_tensors="np", **plain)["pixel_values"][0][0]
+    if seen.shape != tuple(pixels.shape[1:]) or not np.isin(seen, (0, 1, CODED_IGNORED)).all():
+        raise ValueError(
+            f"evaluate: {type(processor).__name__} can't resize {name} to its nearest pixels; give the "
+            f"images as the model's input, with processor=None"
+        )
+    return np.where(seen == CODED_IGNORED, IGNORED, seen).astype(np.int8)
+
+
+def image_size(image: Any) -> tuple[int, int]:
+    """Return the height and width of an image that a processor takes."""
+    if hasattr(image, "getbands"):
+        from PIL import ImageOps
+
+        return ImageOps.exif_transpose(image).size[::-1]
+    shape = tuple(image.shape)
+    # An array with few rows has its channels in front.
+    return shape if len(shape) == 2 else shape[1:] if shape[0] in (1, 3) else shape[:2]
+
+
+def black(processor: Any, channels: int) -> list[float]:
+    """Return the value of a black pixel in each channel of the model's input; 0 without a processor."""
+    if not getattr(processor, "do_normalize", False):
+        return [0.0] * channels
+    mean, std = (
+        np.broadcast_to(np.asarray(getattr(processor, name), dtype=np.float64), channels)
+        for name in ("image_mean", "image_std")
+    )
+    return (-mean / std).tolist()
+
+
+def image_examples(
+    attributor: ImageAttributor,
+    forwards: ImageForwards,
+    images: Any,
+    masks: Any,
+    labels: Sequence[int | str] | None,
+    target: int | str | None,
+) -> tuple[list[Example], str]:
+    """Return the examples of images, and a note on how pixels are removed.
+
+    Args:
+        attributor, forwards: hold the model and the processor.
+        images, masks, labels, target: as for `evaluate`.
+
+    Raises:
+        TypeError, ValueError: an image or a mask can't be read or fits no model input, there are more or
+            fewer masks or labels than images, or a label or the target is no class.
+    """
+    model, processor = forwards.model, attributor.processor
+    if model.main_input_name != "pixel_values":
+        raise ValueError(f"evaluate: {type(model).__name__} takes {model.main_input_name}, not images")
+    opened = open_images(images)
+    if masks is not None and len(masks) != len(opened):
+        raise ValueError(
+            f"evaluate: masks must hold one mask for each of {len(opened)} images, got {len(masks)}"
+        )
+    pixels = [model_pixels(model, processor, one, MAX_PIXELS) for one in opened]
+    chances, truth, targets = explained_classes(forwards, pixels, labels, target, "images")
+    examples = []
+    for index, one in enumerate(pixels):
+        mask, name = None, f"mask {index + 1}"
+        if masks is not None:
+            mask = fitted_mask(processor, mask_array(masks[index], name), opened[index], one, name)
+        units, whole = np.arange(one[0].numel()), None if chances is None else chances[index]
+        grid = patch_grid(model, one)
+        examples.append(Example(index, one, units, targets[index], whole, truth[index], mask=mask, grid=grid))
+    where = "in the model's input" if processor is None else "before the image is normalised"
+    size = " and ".join(sorted({f"{one.shape[1]} x {one.shape[2]}" for one in pixels}))
+    return examples, f"Images have {size} pixels for the model. A removed pixel is 0 {where}."
+
+
+class ImageForwards(Forwards):
+    """The plain model, which gets images (channels, height, width) or `Masked` ones.
+
+    Args:
+        model: an image model, or a module around one.
+        batch_tokens: the most patches in a batch. One image may have more.
+        processor: the image processor, which tells what a black pixel is in the model's input; or None.
+    """
+
+    def __init__(self, model: nn.Module, batch_tokens: int, processor: Any):
+        super().__init__(model, batch_tokens)
+        blank = black(processor, getattr(self.model.config, "num_channels", 3))
+        self.blank = torch.tensor(blank, dtype=self.model.dtype, device=self.model.device)[:, None, None]
+
+    def logits(self, sequences: Sequence[Any], progress: Progress = lambda count: None) -> np.ndarray:
+        """Return the logits of images, (N, classes) float64; see `Forwards.logits`."""
+        start = time.perf_counter()
+        pixels = [one.pixels if isinstance(one, Masked) else one for one in sequences]
+        rows: dict[int, np.ndarray] = {}
+        for batch in batches_of_one_shape(pixels, 1 << 30):
+            size = images_at_once(self.model, pixels[batch[0]], self.batch_tokens)
+            for index, row in in_batches(lambda some: self._run([sequences[i] for i in some]), batch, size):
+                rows[index] = row
+                progress(1)
+        self.asked += len(pixels)
+        self.done += len(pixels)
+        self.seconds += time.perf_counter() - start
+        return np.stack([rows[index] for index in range(len(pixels))])
+
+    def copy(self, example: Example, stays: np.ndarray, settings: Settings) -> Masked:
+        """Return an image without some of its pixels, stays (m,) bool."""
+        return Masked(example.inputs, stays)
+
+    def _batch(self, sequences: Sequence[Any]) -> dict[str, Tensor]:
+        return {"pixel_values": torch.stack([self._copy(one) for one in sequences])}
+
+    def _copy(self, one: Any) -> Tensor:
+        if not isinstance(one, Masked):
+            return one
+        stays = torch.from_numpy(one.stays).to(one.pixels.device).view(one.pixels.shape[1:])
+        return torch.where(stays, one.pixels, self.blank)
+
+
+def images_at_once(model: nn.Module, pixels: Tensor, batch_tokens: int) -> int:
+    """Return how many images of a size (channels, height, width) have batch_tokens patches; at least 1."""
+    return max(1, batch_tokens // (np.prod(patch_grid(model, pixels)) + 1))
+
+
+def patch_grid(model: nn.Module, pixels: Tensor) -> tuple[int, int]:
+    """Return the rows and columns of patches of an image (channels, height, width)."""
+    rows, columns = (whole // part for whole, part in zip(pixels.shape[1:], patch_size(model), strict=True))
+    return rows, columns
+
+
+class ImageAttributor:
+    """Attributes images by methods of the registry.
+
+    Args:
+        model, backend, dtype: as for `pyglobenc.explain_image`. With dtype None, methods that explain a class
+            compute in float64.
+        processor: the image processor, or None.
+        batch_tokens: the most patches that the model gets at once. One image may have more.
+        start_layer: the lowest layer of the rollout, for the methods that have it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any,
+        batch_tokens: int,
+        backend: str = "auto",
+        dtype: torch.dtype | None = None,
+        start_layer: int = 0,
+    ):
+        self.model, self.processor, self.batch_tokens = model, processor, batch_tokens
+        self.backend, self.dtype, self.start_layer = backend, dtype, start_layer
+
+    def of(self, model: nn.Module) -> ImageAttributor:
+        """Return an attributor of another model, with the same settings."""
+        return ImageAttributor(
+            model, self.processor, self.batch_tokens, self.backend, self.dtype, self.start_layer
+        )
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of the settings of the image processor."""
+        settings = None if self.processor is None else self.processor.to_dict()
+        return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
+    def attribute(
+        self, method: str, examples: Sequence[Example], progress: Progress = lambda count: None
+    ) -> Attributed:
+        """Attribute all examples by one method; arguments, result and errors as for `Attributor`.
+
+        The scores are those of the patches of each image, or of its pixels if the method scores pixels.
+        """
+        if method == RANDOM:
+            progress(len(examples))
+            return Attributed(None, np.zeros(len(examples) + 1, dtype=np.int64))
+        begun, chosen = time.perf_counter(), find_method(method, "evaluate")
+        dtype = self.dtype or (torch.float64 if chosen.target == "class" else None)
+        start_layer = self.start_layer if chosen.has_start_layer else 0
+        run = chosen.run("evaluate", self.model, self.backend, dtype, start_layer)
+        stock = stock_model(called_module(self.model))
+        if chosen.target == "class" and any(one.target is None for one in examples):
+            raise ValueError(f"evaluate: {method} explains a class, and {type(stock).__name__} has none")
+        maps: dict[int, np.ndarray] = {}
+        reasons: dict[int, ValueError] = {}
+
+        def some(rows: Sequence[int]) -> list[np.ndarray | ValueError]:
+            own = [examples[row] for row in rows]
+            pixels, classes = torch.stack([one.inputs for one in own]), None
+            if chosen.target == "class":
+                classes = torch.tensor([one.target for one in own], device=pixels.device)
+            try:
+                with warnings.catch_warnings():
+                    # The table counts examples without relevance.
+                    warnings.simplefilter("ignore", NoRelevanceWarning)
+                    scores = run({"pixel_values": pixels}, classes).scores
+            except ValueError as error:
+                return [error] if len(own) == 1 else [some([row])[0] for row in rows]
+            found = scores.detach().double().cpu().numpy()
+            patches = np.prod(own[0].grid)
+            return [row.ravel() if row.ndim == 2 else row[-patches:] for row in found]
+
+        for batch in batches_of_one_shape([one.inputs for one in examples], 1 << 30):
+            size = images_at_once(stock, examples[batch[0]].inputs, self.batch_tokens)
+            for row, found in in_batches(some, batch, size):
+                if isinstance(found, ValueError):
+                    reasons[row] = found
+                    found = np.full(np.prod(examples[row].grid), np.nan)
+                maps[row] = found
+                progress(1)
+        if len(reasons) == len(examples):
+            raise reasons[0]
+        ordered = [maps[row] for row in range(len(examples))]
+        reason = str(reasons[min(reasons)]).removeprefix("evaluate: ") if reasons else ""
+        starts = np.cumsum([0] + [len(one) for one in ordered])
+        return Attributed(np.concatenate(ordered), starts, time.perf_counter() - begun, reason)
