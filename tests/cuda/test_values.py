@@ -7,6 +7,8 @@ from test_kernels_values import (  # noqa: F401
     test_head_gram,
     test_head_norms,
     test_head_norms_whose_squares_float32_does_not_hold,
+    test_heads_of_one_feature,
+    test_heads_without_features,
     test_mapped_square,
     test_mapped_square_of_what_lies_apart,
     test_refuses_with_reasons,
