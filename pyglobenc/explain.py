@@ -127,14 +127,15 @@ def explain_each(
     ]
     for one, name in zip(encoded, names, strict=True):
         check_target(runner, one, name)
-    return _attributions(runner, encoded, chosen)
+    return _attributions(runner, encoded, names, chosen)
 
 
-def _attributions(runner: Runner, encoded: list[Encoded], options: Options) -> Iterator[Attribution]:
+def _attributions(
+    runner: Runner, encoded: list[Encoded], names: list[str], options: Options
+) -> Iterator[Attribution]:
     common = dict(method=options.method, model=runner.model_name, merge_words=options.merge_words)
-    for one, scored in zip(
-        encoded, _with_bar(runner.run(encoded), len(encoded), options.progress), strict=True
-    ):
+    results = runner.run(encoded, names=names)
+    for one, scored in zip(encoded, _with_bar(results, len(encoded), options.progress), strict=True):
         columns = dict(
             token_ids=one.inputs["input_ids"], special=one.special, word_ids=one.word_ids, offsets=one.offsets
         )

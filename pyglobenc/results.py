@@ -15,15 +15,15 @@ from pyglobenc.common.result_fields import DTYPES, check_fields, is_index, is_nu
 from pyglobenc.viz.units import Unit
 
 FORMAT = "pyglobenc.attribution"
-# Version 2 added predictions and sentence pairs.
-FORMAT_VERSION = 2
+# Version 2 added predictions and sentence pairs, and version 3 the error.
+FORMAT_VERSION = 3
 SUFFIXES = (".json", ".safetensors")
 # A folder that contains one of these files holds a model.
 MODEL_FILES = ("config.json", "adapter_config.json")
 # These saved entries can be derived from the others.
 DERIVED = ("words", "dtype")
-# Files of format version 1 lack these fields.
-ADDED = ("predictions", "text_pair", "parts")
+# Files of older format versions lack these fields.
+ADDED = ("predictions", "text_pair", "parts", "error")
 # These fields are lists of pairs, which JSON stores as lists of lists.
 PAIRS = ("offsets", "windows", "predictions")
 
@@ -62,6 +62,9 @@ class Attribution:
         text_pair: the second text of a sentence pair; None for a single text.
         parts: for a sentence pair, n entries: 0 for a token of the first text, 1 for a token of the second,
             and None for a special token.
+        error: how far the scores may be off, where the method measures or estimates it: the relative L2
+            distance that rounding moves them by (transformer attribution), or the relative gap of the sum of
+            integrated gradients. None where it isn't known. For joined windows it is the largest one.
         settings: the options of the computation, as strings, numbers or None.
         version: version of pyglobenc.
 
@@ -91,6 +94,7 @@ class Attribution:
     predictions: list[tuple[str, float]] | None = None
     text_pair: str | None = None
     parts: list[int | None] | None = None
+    error: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     version: str = __version__
 

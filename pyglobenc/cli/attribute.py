@@ -8,7 +8,14 @@ from typing import Any
 
 from pyglobenc.backends.dispatch import BACKENDS
 from pyglobenc.cli.explain import DTYPES, WEIGHT_DTYPES
-from pyglobenc.cli.options import add_trust, environment_number, natural, positive, token_or_class
+from pyglobenc.cli.options import (
+    add_trust,
+    environment_number,
+    listed,
+    natural,
+    positive,
+    token_or_class,
+)
 from pyglobenc.common.characters import printable
 from pyglobenc.inputs.windows import LONG
 
@@ -37,6 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--column", help="column or key that holds the text (default: text, sentence, or the only one)"
+    )
+    parser.add_argument(
+        "--keep",
+        type=listed,
+        default=[],
+        metavar="COLUMNS",
+        help="columns or keys of the input, separated by commas, that the output's column input keeps: a "
+        "gold label, an id",
     )
     parser.add_argument(
         "--no-header",
@@ -120,11 +135,12 @@ def run(options: argparse.Namespace) -> int:
     """Run the job, or this rank's part of it, and return the exit status."""
     from pyglobenc.cli.outputs import check_output_folder
     from pyglobenc.scale.corpus.job import Plan, most_of_a_text, survey_source, try_settings
-    from pyglobenc.scale.corpus.records import load_arrow, open_source
+    from pyglobenc.scale.corpus.records import keep_columns, load_arrow, open_source
 
     # Without Arrow nothing could be written, so its absence is reported first.
     load_arrow()
     source = open_source(options.input, options.column, not options.no_header)
+    source = keep_columns(source, options.keep, not options.no_header)
     check_output_folder(options.output, options.model, (options.input, *source.files))
     if next(source.records(), None) is None:
         raise ValueError(f"{options.input}: holds no record")
@@ -146,6 +162,8 @@ def run(options: argparse.Namespace) -> int:
         "dtype": scores,
         "settings": manifest["settings"],
     }
+    if options.keep:
+        common["keep"] = manifest["input"]["keep"]
     plan = Plan(
         source, Path(options.output), options.shard_size, options.batch_tokens, common, rank, world, survey
     )
@@ -187,9 +205,11 @@ def _manifest(options: argparse.Namespace, source: Any, survey: Any, runner: Any
         "device": runner.model.device.type,
     }
     settings["version"] = __version__
+    # None, and not an empty list, is what jobs without kept columns have always stored.
+    kept = [one.column for one in source.kept] or None
     read = {"sha256": survey.sha256, "texts": survey.texts, "records": survey.records}
     return {
-        "input": read | {"column": source.column, "header": not options.no_header},
+        "input": read | {"column": source.column, "header": not options.no_header, "keep": kept},
         "model": {
             "sha256": model_fingerprint(runner.model),
             "tokenizer": tokenizer_fingerprint(runner.tokenizer),

@@ -8,7 +8,7 @@ from typing import Any
 
 from pyglobenc.backends.dispatch import BACKENDS
 from pyglobenc.cli.explain import DTYPES, WEIGHT_DTYPES
-from pyglobenc.cli.options import add_trust, natural, positive
+from pyglobenc.cli.options import add_trust, listed, natural, positive
 from pyglobenc.common.characters import printable
 from pyglobenc.common.files import write_file
 from pyglobenc.evaluate.choices import ALL, FRACTIONS, LABEL, PROTOCOLS
@@ -27,7 +27,7 @@ TABLE, PER_TEXT, CURVES, PAGE = "table.csv", "per_text.parquet", "curves.png", "
 
 def names(text: str) -> str | list[str]:
     """Return the names in an option's text, which are separated by commas; "all" stays as it is."""
-    return text if text == ALL else [name.strip() for name in text.split(",") if name.strip()]
+    return text if text == ALL else listed(text)
 
 
 def shares(text: str) -> list[float]:

@@ -68,6 +68,14 @@ positive.__name__, threads.__name__, seconds.__name__ = (
 )
 
 
+def listed(text: str) -> list[str]:
+    """Return the names in an option's text, which are separated by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+listed.__name__ = "list of names"
+
+
 def environment_number(name: str, default: int) -> int:
     """Return the integer in an environment variable, or `default` if it isn't set.
 

@@ -1,7 +1,6 @@
 """Spearman's rank correlation of rows of scores, and of every layer's matrix with a reference."""
 
 import numpy as np
-from scipy.stats import rankdata
 
 
 def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
@@ -9,6 +8,9 @@ def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
 
     It is NaN if a row is constant.
     """
+    # Importing scipy takes long, and the package imports this module.
+    from scipy.stats import rankdata
+
     ranks = [rankdata(row) - (len(row) + 1) / 2 for row in (one, other)]
     size = np.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum())
     return float(ranks[0] @ ranks[1] / size) if size else float("nan")

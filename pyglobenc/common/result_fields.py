@@ -73,6 +73,7 @@ SCALARS = {
         "a number in [0, 1] or None",
     ),
     "text_pair": (_or_none(is_string), "a string or None"),
+    "error": (_or_none(lambda value: is_number(value) and value >= 0), "a number of at least 0 or None"),
     "version": (is_string, "a string"),
 }
 # For each field: the check of an entry, its description, whether the field may be None, and whether it has

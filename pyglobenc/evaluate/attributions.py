@@ -229,7 +229,8 @@ class Attributor:
             with warnings.catch_warnings():
                 # The table counts examples without relevance.
                 warnings.simplefilter("ignore", NoRelevanceWarning)
-                done: list[Any] = list(runner.run([text for _, text in bucket], chosen))
+                names = [f"text {index + 1}" for index, _ in bucket]
+                done: list[Any] = list(runner.run([text for _, text in bucket], chosen, names))
         except ValueError as error:
             if len(bucket) > 1:
                 for item in bucket:

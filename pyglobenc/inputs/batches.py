@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from math import isfinite
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from pyglobenc.methods.arguments import accepts, run_model
 from pyglobenc.methods.head import find_logits
 from pyglobenc.methods.inputs import require_finite
 from pyglobenc.methods.packing import check_packable
+from pyglobenc.methods.precision.reliability import examples_named
 from pyglobenc.methods.registry import find_method
 
 if TYPE_CHECKING:
@@ -111,6 +113,7 @@ class Row(NamedTuple):
     log_scale: float
     target: int | None  # class index, or position in the window; None for a mean over tokens
     logits: Tensor | None  # (classes,); None without a classifier
+    error: float | None = None  # None where it isn't known
 
 
 class Runner:
@@ -194,12 +197,22 @@ class Runner:
             return str(error)
         return None
 
-    def run(self, texts: list[Encoded], classes: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
+    def run(
+        self,
+        texts: list[Encoded],
+        classes: Sequence[int] | None = None,
+        names: Sequence[str] | None = None,
+    ) -> Iterator[dict[str, Any]]:
         """Yield the results of each text as fields of `Attribution`.
 
-        They are scores (n,), log_scale, target, windows and the model's prediction. The arguments are the
-        texts and, for a method that explains a class, the class of each text; None for the options' target.
+        They are scores (n,), log_scale, target, windows, error and the model's prediction.
+
+        Args:
+            texts: the texts.
+            classes: for a method that explains a class, the class of each text; None for the options' target.
+            names: names of the texts in warnings; None for their numbers from 1.
         """
+        names = [f"text {number}" for number in range(1, len(texts) + 1)] if names is None else names
         jobs, waiting, done = [], 0, defaultdict(list)
         plans = [self._plan(text) for text in texts]
         if classes is not None:
@@ -209,7 +222,7 @@ class Runner:
         width, options = max((len(window) for _, window in jobs), default=0), self.options
         most = min(options.batch_size, len(jobs)) if self.batches else 1
         size = fitting_batch(self.model, width, most, options.method, options.dtype)
-        for (index, _), row in in_batches(lambda batch: self._rows(texts, plans, batch), jobs, size):
+        for (index, _), row in in_batches(lambda batch: self._rows(texts, plans, names, batch), jobs, size):
             done[index].append(row)
             while waiting < len(texts) and len(done[waiting]) == len(plans[waiting][1]):
                 yield self._joined(texts[waiting], plans[waiting], done.pop(waiting))
@@ -239,14 +252,18 @@ class Runner:
             logits.append(found[0])
         return int(torch.stack(logits).mean(0).argmax())
 
-    def _rows(self, texts: list[Encoded], plans: list[Plan], jobs: list[tuple[int, list[int]]]) -> list[Row]:
+    def _rows(
+        self, texts: list[Encoded], plans: list[Plan], names: Sequence[str], jobs: list[tuple[int, list[int]]]
+    ) -> list[Row]:
         """Return one result for each job; a job is the index of a text and a window."""
         arrange = self._columns if self.packed else self._batch
         batch = arrange([texts[index] for index, _ in jobs], [window for _, window in jobs])
         if self.method.replaces_tokens:
             batch |= self._replacing([(texts[index], window) for index, window in jobs])
-        rows = self._run(batch, self._targets(texts, plans, jobs))
+        with examples_named([names[index] for index, _ in jobs]):
+            rows = self._run(batch, self._targets(texts, plans, jobs))
         scores, log_scale = rows.scores.detach().cpu().numpy(), rows.log_scale.tolist()
+        errors = [None] * len(jobs) if rows.error is None else rows.error.tolist()
         logits, targets = (
             [None] * len(jobs),
             [None] * len(jobs) if rows.targets is None else rows.targets.tolist(),
@@ -256,7 +273,7 @@ class Runner:
             require_finite("explain", self.called, (rows.logits,))
             logits = list(rows.logits.detach().double().cpu())
         return [
-            Row(scores[b, : len(window)], log_scale[b], targets[b], logits[b])
+            Row(scores[b, : len(window)], log_scale[b], targets[b], logits[b], errors[b])
             for b, (_, window) in enumerate(jobs)
         ]
 
@@ -341,8 +358,13 @@ class Runner:
         fields = dict(
             scores=scores, log_scale=log_scale, target=target, target_kind=kind, windows=text.spans(windows)
         )
-        fields["target_name"] = name
+        fields |= dict(target_name=name, error=_largest([row.error for row in rows]))
         if logits[0] is None:
             return fields
         # The prediction comes from the mean of the windows' logits.
         return fields | predict(self.model.config, torch.stack(logits).mean(0))._asdict()
+
+
+def _largest(errors: list[float | None]) -> float | None:
+    """Return the largest error; None if one isn't known (None, NaN or infinite)."""
+    return max(errors) if all(error is not None and isfinite(error) for error in errors) else None

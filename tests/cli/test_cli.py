@@ -245,11 +245,11 @@ def third_batch(monkeypatch):
     compute, seen = Runner._rows, []
 
     def end_with(error):
-        def rows(self, texts, plans, jobs):
+        def rows(self, texts, plans, names, jobs):
             seen.append(jobs)
             if len(seen) == 3:
                 raise error
-            return compute(self, texts, plans, jobs)
+            return compute(self, texts, plans, names, jobs)
 
         monkeypatch.setattr(Runner, "_rows", rows)
 

@@ -437,11 +437,11 @@ def test_bytes_of_one_character_merge_into_its_word():
 def test_a_stopped_job_has_given_what_was_done(monkeypatch):
     compute, seen = Runner._rows, []
 
-    def stop(self, texts, plans, jobs):
+    def stop(self, texts, plans, names, jobs):
         if len(seen) == 2:
             raise KeyboardInterrupt
         seen.append(jobs)
-        return compute(self, texts, plans, jobs)
+        return compute(self, texts, plans, names, jobs)
 
     monkeypatch.setattr(Runner, "_rows", stop)
     done = []

@@ -19,7 +19,7 @@ from pyglobenc.hf.unwrap import stock_model
 from pyglobenc.methods.arguments import model_inputs
 from pyglobenc.methods.gradients.first_layer import FirstLayer, Pass, key_mask
 from pyglobenc.methods.inputs import check_batch, check_model, graph_inputs, require_finite
-from pyglobenc.methods.precision.reliability import DIGITS_GONE, PrecisionWarning
+from pyglobenc.methods.precision.reliability import DIGITS_GONE, PrecisionWarning, named
 from pyglobenc.methods.target import SPANS, Index
 
 GRADIENTS = {
@@ -302,7 +302,7 @@ def _warn_of_steps(error: Tensor) -> None:
         warnings.warn(
             f"{WHO}: with {STEPS[-1]} steps, the integrated gradients of {int(large.sum())} of {len(error)} "
             f"examples still miss the difference of the logits by more than {DIGITS_GONE:.0%} (at worst "
-            f"{float(error.max()):.1%})",
+            f"{float(error.max()):.1%}: {named(large)})",
             PrecisionWarning,
             stacklevel=5,
         )

@@ -28,7 +28,7 @@ from pyglobenc.methods.differentiable import Recorded, attention_gradients, reco
 from pyglobenc.methods.head import detached, find_logits, tokens_read
 from pyglobenc.methods.inputs import check_batch, check_model, default_rows, require_finite, unnamed_rows
 from pyglobenc.methods.packing import Packed, in_order, pack
-from pyglobenc.methods.precision.reliability import warn_of_nothing
+from pyglobenc.methods.precision.reliability import examples_reordered, warn_of_nothing
 from pyglobenc.methods.relevance.result import RelevanceResult, of_sequences
 from pyglobenc.methods.target import Index, Target, find_target
 from pyglobenc.ops import relevance_rollout_step
@@ -113,7 +113,9 @@ class GradientRollout:
         with torch.inference_mode(False):
             packed = pack(WHO, self.model, batch)
         explained = (in_order(target, packed.order), in_order(contrast, packed.order), None)
-        return of_sequences(self._attribute(packed, explained, start_layer), packed)
+        with examples_reordered(packed.order):
+            whole = self._attribute(packed, explained, start_layer)
+        return of_sequences(whole, packed)
 
     def _check_layer(self, start_layer: int) -> None:
         if isinstance(start_layer, bool) or not isinstance(start_layer, int):

@@ -18,6 +18,7 @@ NaN means that the error is unknown: nothing moved, or there is no relevance tha
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,10 @@ DIGITS_GONE = 1e-2
 
 TINY = 1e-300
 
+# A warning names this many examples at most.
+NAMED = 5
+_NAMES: ContextVar[Sequence[str] | None] = ContextVar("pyglobenc_names_of_examples", default=None)
+
 
 def measured(work: int, device: torch.device) -> bool:
     """Tell whether "auto" measures an input whose forward pass takes `work` multiply-adds.
@@ -56,6 +61,32 @@ class PrecisionWarning(UserWarning):
 
 class NoRelevanceWarning(UserWarning):
     """No token gets any relevance: the scores are 0 and say nothing about the tokens."""
+
+
+@contextmanager
+def examples_named(names: Sequence[str]) -> Iterator[None]:
+    """Context in which warnings call the examples of a batch by these B names instead of their numbers."""
+    token = _NAMES.set(names)
+    try:
+        yield
+    finally:
+        _NAMES.reset(token)
+
+
+@contextmanager
+def examples_reordered(order: Sequence[int]) -> Iterator[None]:
+    """Context in which the examples of a batch are in another order, as packed sequences are."""
+    names = _NAMES.get()
+    with examples_named([f"example {i}" if names is None else names[i] for i in order]):
+        yield
+
+
+def named(which: Tensor) -> str:
+    """Return the names of the examples for which a (B,) bool tensor is True."""
+    rows, names = which.nonzero()[:, 0].tolist(), _NAMES.get()
+    called = list(dict.fromkeys(f"example {row}" if names is None else names[row] for row in rows))
+    more = f" and {len(called) - NAMED} more" if len(called) > NAMED else ""
+    return ", ".join(called[:NAMED]) + more
 
 
 def squared_norm(t: Tensor) -> Tensor:
@@ -160,7 +191,7 @@ def known(error: Tensor, nothing: Tensor) -> Tensor:
 
 
 def warn_of_precision(who: str, error: Tensor, nothing: Tensor | None, how: str, advice: str) -> None:
-    """Give a PrecisionWarning if the error of an example is large or unknown.
+    """Give a PrecisionWarning that names the examples whose error is large or unknown.
 
     Args:
         who: name of the method for the message.
@@ -178,11 +209,12 @@ def warn_of_precision(who: str, error: Tensor, nothing: Tensor | None, how: str,
             f"rounding moves the scores of {int(large.sum())} of {len(error)} examples by more than "
             f"{DIGITS_GONE:.0%}"
         )
-        _warn(f"{who}: {said} (at worst {float(error[large].max()):.1%}, {how}); {advice}", PrecisionWarning)
+        worst = f"at worst {float(error[large].max()):.1%}, {how}: {named(large)}"
+        _warn(f"{who}: {said} ({worst}); {advice}", PrecisionWarning)
     if unknown.any():
         said = (
             f"how far rounding moves the scores of {int(unknown.sum())} of {len(error)} examples is "
-            f"unknown ({how})"
+            f"unknown ({how}: {named(unknown)})"
         )
         _warn(f"{who}: {said}; {advice}", PrecisionWarning)
 
@@ -197,7 +229,7 @@ def warn_of_nothing(who: str, nothing: Tensor) -> None:
     if may_look() and nothing.any():
         said = (
             f"no relevance reaches any token in {int(nothing.sum())} of {len(nothing)} examples, whose "
-            f"scores are 0"
+            f"scores are 0 ({named(nothing)})"
         )
         _warn(
             f"{who}: {said}; the logit has no positive contribution here, or none above rounding",

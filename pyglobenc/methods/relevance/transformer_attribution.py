@@ -24,6 +24,7 @@ from pyglobenc.methods.precision.relevance_error import ObservedRules
 from pyglobenc.methods.precision.reliability import (
     MODES,
     distance,
+    examples_reordered,
     known,
     measured,
     warn_of_nothing,
@@ -188,9 +189,9 @@ class TransformerAttribution:
             packed = pack(who, self.model, batch)
         explained = (*(in_order(index, packed.order) for index in (target, contrast)), None)
         how = self._error_method(reliability, chosen, packed.inputs)
-        whole = self._attribute(
-            packed, explained, chosen, start_layer, layers, (), None if how == "estimated" else how
-        )
+        how = None if how == "estimated" else how
+        with examples_reordered(packed.order):
+            whole = self._attribute(packed, explained, chosen, start_layer, layers, (), how)
         return of_sequences(whole, packed)
 
     def _attribute(

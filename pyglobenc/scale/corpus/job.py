@@ -266,6 +266,7 @@ def attribute_records(
         order, in the form that `write_shard` takes.
     """
     rows, rejected = [], []
+    kept = {record.index: {"input": record.kept} for record in records if record.kept}
     for portion in _portions(records):
         texts, refused = encode_records(runner, portion)
         rejected += refused
@@ -275,9 +276,8 @@ def attribute_records(
                 if isinstance(fields, ValueError):
                     rejected.append({"index": index, "reason": " ".join(str(fields).split())})
                 else:
-                    rows.append(
-                        {"index": index, "text": text.text, "tokens": text.tokens, "cut": text.cut} | fields
-                    )
+                    own = {"index": index, "text": text.text, "tokens": text.tokens, "cut": text.cut}
+                    rows.append(own | fields | kept.get(index, {}))
             progress(len(bucket))
     return sorted(rows, key=lambda row: row["index"]), sorted(rejected, key=lambda entry: entry["index"])
 
@@ -351,7 +351,8 @@ def _attribute(
     width = max(len(window) for _, text in bucket for window in text.windows)
     runner.options = replace(runner.options, batch_size=max(1, batch_tokens // width))
     try:
-        done: list[Any] = list(runner.run([text for _, text in bucket]))
+        names = [f"record {index}" for index, _ in bucket]
+        done: list[Any] = list(runner.run([text for _, text in bucket], names=names))
     except ValueError as error:
         alone = [] if len(bucket) == 1 else bucket
         done = [fields for item in alone for _, _, fields in _attribute(runner, [item], batch_tokens)] or [

@@ -16,7 +16,7 @@ from pyglobenc.scale.corpus.shards import locked, remove_temporary
 NAME = "_manifest.json"
 FORMAT = "pyglobenc.corpus"
 # In version 2 a shard stores which records it holds.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # These entries may differ between runs of one job.
 FREE = ("info", "complete")
 # These entries of a config don't change what the model computes.

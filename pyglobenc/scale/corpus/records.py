@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ UTF16 = (b"\xff\xfe", b"\xfe\xff")
 # The most bytes in a line or in a string of a table. Longer ones are left out unread, so that none of them
 # fills the memory.
 LONGEST = 1 << 24
+# How many records are looked at to see whether a column exists.
+LOOKED_AT = 100
 # How many strings of a table are copied at a time.
 STRINGS = 256
 TOO_LONG = ValueError(f"the text or its line is longer than {LONGEST >> 20} MiB")
@@ -38,11 +40,13 @@ class Record:
         index: its number in the input, from 0.
         text: its text, or None if it can't be used.
         reason: the reason why there is no text, or None.
+        kept: values of other columns by name, as strings; None where the record has none.
     """
 
     index: int
     text: str | None
     reason: str | None = None
+    kept: dict[str, str | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Source:
             why the record can't be read.
         most: the most characters a text may have. Longer texts are left out.
         listing: function that returns the files of a folder as they are now; None for a single file.
+        kept: sources of other columns of the same file, whose values accompany the texts.
     """
 
     path: Path
@@ -65,12 +70,16 @@ class Source:
     read: Callable[[], Iterator[Any]]
     most: int = MAX_CHARACTERS
     listing: Callable[[], tuple[Path, ...]] | None = None
+    kept: tuple["Source", ...] = ()
 
     def records(self) -> Iterator[Record]:
         """Yield every record, in input order."""
-        for index, text in enumerate(self.read()):
+        columns = [one.read() for one in self.kept]
+        # Columns of different lengths belong to a file that is being changed, which the job notices.
+        for index, (text, *values) in enumerate(zip(self.read(), *columns, strict=False)):
             reason = _reason(text, self.most)
-            yield Record(index, None if reason else text, reason)
+            kept = {one.column: _as_text(value) for one, value in zip(self.kept, values, strict=True)}
+            yield Record(index, None if reason else text, reason, kept)
 
     def sha256(self) -> str:
         """Return the SHA-256 of the files' contents and order, as they are now. Names don't count."""
@@ -111,6 +120,35 @@ def _reason(text: Any, most: int) -> str | None:
     except UnicodeEncodeError as error:
         return f"not UTF-8 text (at character {error.start})"
     return None if text.strip() else "empty text"
+
+
+def _as_text(value: Any) -> str | None:
+    """Return a value as a string, and as JSON if it is no string; None for a missing one."""
+    if value is None or isinstance(value, Exception):
+        return None
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text.encode(errors="surrogateescape").decode(errors="replace")
+
+
+def keep_columns(source: Source, names: Iterable[str], header: bool = True) -> Source:
+    """Return a source whose records also hold the values of some columns.
+
+    Args:
+        source: the source of the texts.
+        names: names of columns or keys; without a header their numbers.
+        header: as for `open_source`.
+
+    Raises:
+        ValueError: there is no such column. For JSON the first objects count, since others may lack a key.
+    """
+    kept = []
+    for name in dict.fromkeys(names):
+        one = open_source(source.path, name, header, texts=False)
+        first = list(islice(one.read(), LOOKED_AT))
+        if first and all(isinstance(value, Exception) for value in first):
+            raise ValueError(f"{source.path}: can't keep {name!r}: {first[0]}")
+        kept.append(one)
+    return replace(source, kept=tuple(kept))
 
 
 def open_source(
@@ -296,18 +334,18 @@ def choose_column(path: Path, names: list[str], column: str | None) -> str:
     Raises:
         ValueError: there is no such column. The message lists those that there are.
     """
+    # The first line of a file without column names holds a text.
+    other = (
+        "; if the first line is a record, give --no-header --column 0"
+        if path.suffix.lower() in (".csv", ".tsv")
+        else ""
+    )
     if column is None:
         column = _likely(names)
         if column is None:
-            # The first line of a file without column names holds a text.
-            other = (
-                "; if the first line is a record, give --no-header --column 0"
-                if path.suffix.lower() in (".csv", ".tsv")
-                else ""
-            )
             raise ValueError(f"{path}: name the column that holds the text, one of {', '.join(names)}{other}")
     if column not in names:
-        raise ValueError(f"{path}: there is no column {column!r}; it has {', '.join(names)}")
+        raise ValueError(f"{path}: there is no column {column!r}; it has {', '.join(names)}{other}")
     return column
 
 

@@ -86,9 +86,10 @@ def write_shard(
         folder: folder of the output.
         part: the records that the shard holds.
         rows: one row for each text, in input order: index, text and the fields of `Attribution`, with scores
-            (n,) float32 or float64.
+            (n,) float32 or float64. With common["keep"] also input, the values of these columns by name.
         rejected: index and reason of each record left out.
-        common: method and model, the same for every row, and settings.
+        common: method and model, the same for every row, dtype and settings; and the names of the input's
+            columns that are kept, if there are any.
 
     Raises:
         OSError: the shard can't be written. Shards that were complete before stay complete.
@@ -241,10 +242,13 @@ def _schema(common: dict[str, Any]) -> Any:
         "label": arrow.string(),
         "probability": arrow.float64(),
         "predictions": arrow.list_(arrow.struct([("name", arrow.string()), ("value", arrow.float64())])),
+        "error": arrow.float64(),
         "cut": arrow.int64(),
         "method": arrow.string(),
         "model": arrow.string(),
     }
+    if common.get("keep"):
+        types["input"] = arrow.struct([(name, arrow.string()) for name in common["keep"]])
     return arrow.schema(list(types.items()))
 
 
