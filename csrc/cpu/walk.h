@@ -62,6 +62,7 @@ struct Examples {
 
     Example& example(int64_t b) const { return memory.as<Example>()[b]; }
 
+    // Returns whether token j is real. Padded keys never enter an example's list of keys.
     static bool real(const PairArgs& args, int64_t b, int64_t j) {
         return !args.key_mask || static_cast<const uint8_t*>(args.key_mask.data)[at(args.key_mask, b, j)];
     }

@@ -12,15 +12,25 @@ Each import replaces one of the published code (Chefer, Gur and Wolf, CVPR 2021)
 A batch may hold more than one example.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import BertForSequenceClassification, PreTrainedModel, ViTConfig, ViTForImageClassification
+from transformers import PreTrainedModel
 
 from pyglobenc.backends.shared.relevance_tiles import probability_tiles
-from pyglobenc.hf import LayerTrace, find_layers
+from pyglobenc.compat.chefer_models import (  # noqa: F401: scripts import these classes from here
+    BaselineVisionTransformer,
+    BertForClsOrigLrp,
+    OrigVisionTransformer,
+    VisionTransformer,
+    deit_base_patch16_224,
+    vit_base_patch16_224,
+    vit_large_patch16_224,
+    vit_new_base_patch16_224,
+    vit_orig_base_patch16_224,
+)
+from pyglobenc.hf import LayerTrace
 from pyglobenc.hf.architectures.vit import patch_projection
 from pyglobenc.methods.inputs import check_batch
 from pyglobenc.methods.relevance.rules import LrpRules
@@ -40,99 +50,23 @@ VARIANT_OF = {
 WITH_ABLATION = ("last_layer", "second_layer")
 
 
-class VisionTransformer(ViTForImageClassification):
-    """A stock ViT classifier with the LayerNorm constants of ViT_LRP.
+class _Explainer:
+    """Explains a model, which is put into evaluation mode, with the rules that its class asks for."""
 
-    Called on images alone, it returns the logits as the published class does.
-    """
-
-    last_eps = 1e-5
-
-    def __init__(self, config: ViTConfig):
-        config.layer_norm_eps = 1e-6
-        super().__init__(config)
-        self.vit.layernorm.eps = self.last_eps
-
-    def forward(self, images: Tensor | None = None, **kwargs: Any) -> Any:
-        """Return the logits (B, classes) of images (B, channels, height, width).
-
-        Without images, the keywords are those of the stock model, and its output is returned.
-        """
-        return super().forward(**kwargs) if images is None else super().forward(images).logits
-
-    def load_state_dict(self, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        """Load weights with the names of transformers, or with those of the published code and timm."""
-        weights = _stock_names(self, state_dict) if "pos_embed" in state_dict else state_dict
-        return super().load_state_dict(weights, *args, **kwargs)
+    def __init__(self, model: PreTrainedModel, backend: str = "auto"):
+        self.model = model.eval()
+        self._attribute = TransformerAttribution(model, backend)
+        if getattr(model, "lrp_baseline", False):
+            self._attribute.rules = LrpRules
 
 
-class BaselineVisionTransformer(VisionTransformer):
-    """The ViT classifier with the last LayerNorm of ViT_new, which published scripts use with `Baselines`."""
-
-    last_eps = 1e-6
-
-
-class OrigVisionTransformer(VisionTransformer):
-    """The ViT classifier that is explained by the LRP baseline's rules, as published in ViT_orig_LRP."""
-
-    lrp_baseline = True
-
-
-class BertForClsOrigLrp(BertForSequenceClassification):
-    """A stock BERT classifier that is explained by the LRP baseline's rules, as published in BERT_cls_lrp."""
-
-    lrp_baseline = True
-
-
-def vit_base_patch16_224(pretrained: bool = False, num_classes: int = 1000) -> VisionTransformer:
-    """Return a ViT-Base classifier for images (B, 3, 224, 224).
-
-    Args:
-        pretrained: download the weights of google/vit-base-patch16-224; otherwise they are random.
-        num_classes: number of classes. A head of another size than the pretrained one gets random weights.
-    """
-    return _vit(VisionTransformer, "google/vit-base-patch16-224", pretrained, num_classes)
-
-
-def vit_large_patch16_224(pretrained: bool = False, num_classes: int = 1000) -> VisionTransformer:
-    """Return a ViT-Large classifier for images (B, 3, 224, 224).
-
-    The arguments are those of `vit_base_patch16_224`, with the weights of google/vit-large-patch16-224.
-    """
-    return _vit(VisionTransformer, "google/vit-large-patch16-224", pretrained, num_classes)
-
-
-def deit_base_patch16_224(pretrained: bool = False, num_classes: int = 1000) -> VisionTransformer:
-    """Return a DeiT-Base classifier for images (B, 3, 224, 224).
-
-    The arguments are those of `vit_base_patch16_224`, with the weights of facebook/deit-base-patch16-224.
-    """
-    return _vit(VisionTransformer, "facebook/deit-base-patch16-224", pretrained, num_classes)
-
-
-def vit_new_base_patch16_224(pretrained: bool = False, num_classes: int = 1000) -> BaselineVisionTransformer:
-    """Return the ViT_new classifier for images (B, 3, 224, 224); arguments as `vit_base_patch16_224`."""
-    return _vit(BaselineVisionTransformer, "google/vit-base-patch16-224", pretrained, num_classes)
-
-
-def vit_orig_base_patch16_224(pretrained: bool = False, num_classes: int = 1000) -> OrigVisionTransformer:
-    """Return the ViT_orig_LRP classifier for images (B, 3, 224, 224); arguments as `vit_base_patch16_224`."""
-    return _vit(OrigVisionTransformer, "google/vit-base-patch16-224", pretrained, num_classes)
-
-
-class Generator:
+class Generator(_Explainer):
     """Explains a BERT classifier. Each method returns scores of the tokens, (B, n).
 
     The methods take input_ids and attention_mask, (B, n), and index, the class explained: one for all
     examples, (B,), or None for the predicted class. As in the published code, `generate_LRP` sets the first
     token's score to the smallest one, and the other methods set it to 0.
     """
-
-    def __init__(self, model: PreTrainedModel, backend: str = "auto"):
-        self.model = model
-        self.model.eval()
-        self._attribute = _attribution(model, backend)
-        self._last = model.config.num_hidden_layers - 1
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         """Return the output of the model."""
@@ -177,7 +111,8 @@ class Generator:
         batch = {"input_ids": input_ids, "attention_mask": attention_mask}
         check_batch("Generator", self._attribute.model, batch)
         target = (_class(index, self._attribute), None, None)
-        states = run_forward(self._attribute.model, batch, target, None, self._last)
+        last = self.model.config.num_hidden_layers - 1
+        states = run_forward(self._attribute.model, batch, target, None, last)
         scores = _grad_cam(states.layers[-1], states.grads[-1])
         scores[:, 0] = 0
         return scores
@@ -198,13 +133,8 @@ class Generator:
         ).scores.clone()
 
 
-class LRP:
+class LRP(_Explainer):
     """Explains a ViT or DeiT classifier."""
-
-    def __init__(self, model: PreTrainedModel, backend: str = "auto"):
-        self.model = model
-        self.model.eval()
-        self._attribute = _attribution(model, backend)
 
     def generate_LRP(
         self,
@@ -245,13 +175,8 @@ class LRP:
         )
 
 
-class Baselines:
+class Baselines(_Explainer):
     """Attention baselines for a ViT or DeiT classifier."""
-
-    def __init__(self, model: PreTrainedModel, backend: str = "auto"):
-        self.model = model
-        self.model.eval()
-        self._attribute = _attribution(model, backend)
 
     def generate_cam_attn(self, input: Tensor, index: Any = None) -> Tensor:
         """Return Grad-CAM on the last layer's attention, one value for each patch.
@@ -274,58 +199,6 @@ class Baselines:
         return self._attribute(
             pixel_values=input, variant="attention_rollout", start_layer=start_layer
         ).scores
-
-
-def _vit(cls: type[VisionTransformer], name: str, pretrained: bool, num_classes: int) -> Any:
-    if pretrained:
-        # As in the published code, a head of another size keeps its random weights.
-        return cls.from_pretrained(name, num_labels=num_classes, ignore_mismatched_sizes=True)
-    large = (
-        dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
-        if "large" in name
-        else {}
-    )
-    return cls(ViTConfig(num_labels=num_classes, **large)).eval()
-
-
-def _stock_names(model: VisionTransformer, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the weights of the published class to the model's names. Unknown names stay unchanged."""
-    names = {module: name for name, module in model.named_modules()}
-    embeddings = names[model.vit.embeddings]
-    tokens = {"cls_token": f"{embeddings}.cls_token", "pos_embed": f"{embeddings}.position_embeddings"}
-    parts = {
-        "patch_embed.proj": (patch_projection(model.vit),),
-        "norm": (model.vit.layernorm,),
-        "head": (model.classifier,),
-    }
-    for index, m in enumerate(find_layers(model)):
-        block = {
-            "norm1": (m.attention_norm,),
-            "attn.qkv": (m.query, m.key, m.value),
-            "attn.proj": (m.output,),
-        }
-        block |= {"norm2": (m.output_norm,), "mlp.fc1": (m.intermediate,), "mlp.fc2": (m.mlp_output,)}
-        parts |= {f"blocks.{index}.{name}": modules for name, modules in block.items()}
-    out = {}
-    for name, value in weights.items():
-        part, _, kind = name.rpartition(".")
-        modules = parts.get(part)
-        if modules is None:
-            out[tokens.get(name, name)] = value
-        else:
-            out |= {
-                f"{names[module]}.{kind}": rows
-                for module, rows in zip(modules, value.chunk(len(modules)), strict=True)
-            }
-    return out
-
-
-def _attribution(model: PreTrainedModel, backend: str) -> TransformerAttribution:
-    """Return the attribution of a model, with the rules that its class asks for."""
-    attribute = TransformerAttribution(model, backend)
-    if getattr(model, "lrp_baseline", False):
-        attribute.rules = LrpRules
-    return attribute
 
 
 def _grad_cam(layer: LayerTrace, grad_o: Tensor) -> Tensor:
