@@ -19,7 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pyglobenc.backends.shared.relevance_tiles import probability_tiles
-from pyglobenc.compat.chefer_models import (  # noqa: F401: scripts import these classes from here
+
+# Scripts import the classifiers from here.
+from pyglobenc.compat.chefer_models import (  # noqa: F401
     BaselineVisionTransformer,
     BertForClsOrigLrp,
     OrigVisionTransformer,
