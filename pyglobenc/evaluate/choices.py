@@ -19,13 +19,21 @@ FRACTIONS = (0.01, 0.05, 0.1, 0.2, 0.5)
 ALL = "all"
 # This target stands for the true class of each text.
 LABEL = "label"
-# The arguments that a published protocol sets. Any other value of them is refused.
+# What `evaluate` computes without being told.
+USUAL_METRICS = ("comprehensiveness", "sufficiency")
+# The arguments that a published protocol sets. Another value of them is refused.
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "eraser": {"fractions": FRACTIONS, "target": None, "words": False},
-    "globenc": {"target": None, "words": False, "long": "truncate"},
+    "globenc": {"target": None, "words": False, "long": "truncate", "metrics": ("correlation",)},
+    "chefer-movies": {"target": LABEL, "long": "truncate", "max_length": 512},
+    # The published scripts for images leave the first layer out of transformer attribution's rollout.
+    "chefer-segmentation": {"start_layer": 1},
+    "chefer-perturbation": {"start_layer": 1},
 }
-# The published scripts for images leave the first layer out of transformer attribution's rollout.
-PROTOCOLS |= {name: {"start_layer": 1} for name in OF_PROTOCOL}
+# The published evaluation on movie reviews uses the last layer alone.
+PUBLISHED_METHODS = {"chefer-movies": {"transformer-attribution": "transformer-attribution-last"}}
+# The values of these arguments that stand for the protocol's own.
+USUAL = {"target": None, "long": "error", "max_length": None, "start_layer": None, "metrics": USUAL_METRICS}
 # What a metric may need, in words.
 NEEDS = {
     "labels": "labels (labels=), and none were given",
@@ -38,32 +46,34 @@ NEEDS = {
 }
 
 
-def check_protocol(
-    protocol: str | None, given: Mapping[str, Any], start_layer: int | None, of_images: bool
-) -> int:
-    """Refuse an unknown protocol, and arguments that it sets to another value.
+def check_protocol(protocol: str | None, given: Mapping[str, Any], of_images: bool) -> dict[str, Any]:
+    """Return the arguments with those that a protocol sets, and refuse other values of these.
 
-    Returns:
-        start_layer, or what the protocol says if it is None.
+    Args:
+        protocol: name of a protocol, or None.
+        given: the arguments of the call by name.
+        of_images: whether images are evaluated.
 
     Raises:
-        ValueError: as said, or the protocol is for images and texts are given, or the other way round. The
-            message names the argument.
+        ValueError: the protocol is unknown, or is for images and texts are given, or the other way round, or
+            an argument has another value. The message names the argument.
     """
-    if start_layer is not None:
-        check_count("start_layer", start_layer, 0)
+    if given["start_layer"] is not None:
+        check_count("start_layer", given["start_layer"], 0)
     if protocol is None:
-        return start_layer or 0
+        return dict(given)
     if protocol not in PROTOCOLS:
         raise ValueError(f"evaluate: protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
-    if (protocol in OF_PROTOCOL) != of_images:
+    of_protocol = {"metrics": tuple(OF_PROTOCOL.get(protocol, USUAL_METRICS))} | PROTOCOLS[protocol]
+    if ("start_layer" in of_protocol) != of_images:
         raise ValueError(f"evaluate: protocol {protocol!r} is for {'texts' if of_images else 'images'}")
-    usual = PROTOCOLS[protocol].get("start_layer", 0)
-    given = {**given, "start_layer": usual if start_layer is None else start_layer}
-    for name, value in PROTOCOLS[protocol].items():
-        if given[name] != value:
+    chosen = dict(given)
+    for name, value in of_protocol.items():
+        if name in USUAL and given[name] == USUAL[name]:
+            chosen[name] = value
+        elif given[name] != value and name != "metrics":
             raise ValueError(f"evaluate: protocol {protocol!r} needs {name}={value!r}, got {given[name]!r}")
-    return given["start_layer"]
+    return chosen
 
 
 def check_count(name: str, value: Any, least: int) -> None:
@@ -126,12 +136,18 @@ def make_settings(
     return Settings(fractions, remove, mask_id, pad_id, words, seed, protocol, top_k), notes
 
 
-def wanted_methods(methods: str | Sequence[str]) -> list[str]:
-    """Return the names of the methods that are asked for; ValueError if one is unknown."""
+def wanted_methods(methods: str | Sequence[str], protocol: str | None) -> list[str]:
+    """Return the names of the methods that are asked for, or the protocol's variants of them.
+
+    Raises:
+        ValueError: a method is unknown.
+    """
     from pyglobenc.evaluate.attributions import RANDOM
     from pyglobenc.methods.registry import METHODS
 
-    return _names("methods", methods, [*METHODS, RANDOM])
+    published = PUBLISHED_METHODS.get(protocol, {})
+    names = _names("methods", methods, [*METHODS, RANDOM])
+    return list(dict.fromkeys(published.get(name, name) for name in names))
 
 
 def _names(what: str, asked: str | Sequence[str], known: Sequence[str]) -> list[str]:

@@ -12,6 +12,7 @@ from pyglobenc.common.arguments import known_arguments
 from pyglobenc.evaluate.choices import (
     ALL,
     FRACTIONS,
+    USUAL_METRICS,
     check_count,
     check_kind,
     check_protocol,
@@ -48,7 +49,7 @@ def evaluate(
     processor: Any = None,
     masks: Sequence[Any] | None = None,
     methods: str | Sequence[str] = ("globenc", "transformer-attribution", "random"),
-    metrics: str | Sequence[str] = ("comprehensiveness", "sufficiency"),
+    metrics: str | Sequence[str] = USUAL_METRICS,
     fractions: Sequence[float] = FRACTIONS,
     remove: str = "mask",
     words: bool = False,
@@ -109,7 +110,8 @@ def evaluate(
             stop), or None.
         start_layer: for images, the lowest layer of transformer attribution's rollout. None: 0, or 1 where
             the protocol says so.
-        protocol: name of a published protocol in PROTOCOLS, whose settings are then required.
+        protocol: name of a published protocol in PROTOCOLS. It sets the arguments that are left at their
+            defaults, and refuses other values of these.
         sanity: also make the weights of a copy of the model random, from the head downwards, and correlate
             the scores with the model's own. The rows sanity.1, sanity.2 and so on hold Spearman correlations.
         long: what happens to a text of more than max_length tokens: "error" or "truncate".
@@ -149,12 +151,16 @@ def evaluate(
         | {"top_k": top_k, "max_length": max_length, "answers": answers, "needles": needles},
         {"images": images, "processor": processor, "masks": masks, "start_layer": start_layer},
     )
-    given = {"fractions": tuple(fractions), "target": target, "words": words, "long": long}
-    start_layer = check_protocol(protocol, given, start_layer, of_images)
+    given = {"fractions": tuple(fractions), "target": target, "words": words, "start_layer": start_layer}
+    given |= {"metrics": metrics if isinstance(metrics, str) else tuple(metrics)}
+    given |= {"long": long, "max_length": max_length}
+    given = check_protocol(protocol, given, of_images)
+    target, long, max_length, metrics = (given[name] for name in ("target", "long", "max_length", "metrics"))
+    start_layer = given["start_layer"] or 0
     check_count("bootstrap", bootstrap, 0)
     check_count("batch_tokens", batch_tokens, 1)
     settings, notes = make_settings(tokenizer, fractions, remove, words, seed, protocol, top_k)
-    wanted = wanted_methods(methods)
+    wanted = wanted_methods(methods, protocol)
     if of_images:
         forwards = ImageForwards(model, batch_tokens, processor)
         attributor = ImageAttributor(model, processor, batch_tokens, backend, dtype, start_layer)

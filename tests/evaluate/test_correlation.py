@@ -160,5 +160,5 @@ def test_the_metric_of_evaluate_is_the_last_layer_s_rollout():
     )
     found = table.per_text["globenc", "correlation.content"][text]
     assert found == pytest.approx(spearmanr(a, b).statistic, abs=1e-12)
-    with pytest.raises(ValueError, match="protocol 'globenc' needs long='truncate', got 'error'"):
-        pyglobenc.evaluate(classifier(), tokenizer(), TEXTS, protocol="globenc")
+    with pytest.raises(ValueError, match="protocol 'globenc' needs long='truncate', got 'windows'"):
+        pyglobenc.evaluate(classifier(), tokenizer(), TEXTS, protocol="globenc", long="windows")

@@ -24,6 +24,7 @@ METRICS: dict[str, Metric] = {
 OF_PROTOCOL: dict[str, dict[str, Metric]] = {
     protocol: {metric.name: metric for metric in metrics}
     for protocol, metrics in (
+        ("chefer-movies", rationales.PUBLISHED),
         ("chefer-segmentation", segmentation.PUBLISHED),
         ("chefer-perturbation", published_perturbation.PUBLISHED),
     )

@@ -7,7 +7,7 @@ in scripts without spaces each character is a word. A word's score is the highes
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 NEEDS = frozenset({"rationales"})
 # The published evaluation on movie reviews selects so many words.
 MOVIE_WORDS = tuple(range(5, 85, 5))
+# F1 over all texts together is the sum of the first counts, divided by the sum of the second ones.
+MICRO = (("twice-the-right", "selected-and-highlighted"),)
 # A run of words matches a highlighted span if their intersection is at least this share of their union.
 IOU_THRESHOLD = 0.5
 
@@ -279,6 +281,42 @@ def area(example: Example, scores: Scores, probabilities: np.ndarray, settings: 
     return auprc(_words(example, scores), marked.truth)
 
 
+def movie_counts(example: Example, scores: Scores, settings: Settings) -> dict[int, tuple[int, int, int]]:
+    """Return for each of MOVIE_WORDS the number of right words, of selected and of highlighted ones."""
+    words, truth, found = _words(example, scores, movies=True), example.rationale.truth, {}
+    for count in MOVIE_WORDS:
+        top = _top(example, words, count, settings)
+        found[count] = int((top & truth).sum()), int(top.sum()), int(truth.sum())
+    return found
+
+
+def movie_f1(
+    example: Example, scores: Scores, probabilities: np.ndarray, settings: Settings
+) -> dict[str, float]:
+    """Return F1 of the highest words for each of MOVIE_WORDS, and their mean at ""."""
+    if example.rationale is None:
+        return dict.fromkeys(("", *map(str, MOVIE_WORDS)), np.nan)
+    counts = movie_counts(example, scores, settings)
+    found = {str(count): precision_recall_f1(*counts[count])[""] for count in MOVIE_WORDS}
+    return {"": float(np.mean(list(found.values())))} | found
+
+
+def movie_micro_f1(count: int) -> Callable[..., dict[str, float]]:
+    """Return the value of a metric: F1 of `count` words at "", and the counts that MICRO names."""
+
+    def value(
+        example: Example, scores: Scores, probabilities: np.ndarray, settings: Settings
+    ) -> dict[str, float]:
+        if example.rationale is None:
+            return dict.fromkeys(("", *MICRO[0]), np.nan)
+        hits, selected, true = movie_counts(example, scores, settings)[count]
+        return dict(
+            zip(("", *MICRO[0]), (2 * hits / (selected + true), 2 * hits, selected + true), strict=True)
+        )
+
+    return value
+
+
 METRICS = (
     Metric(
         "token-f1",
@@ -297,5 +335,26 @@ METRICS = (
         "F1 of runs of the highest words that overlap a highlighted span by half (DeYoung et al., 2020)",
         iou,
         needs=NEEDS,
+    ),
+)
+# As published for ERASER's movie reviews: scores below 0 count as 0, and unknown tokens don't count.
+PUBLISHED = (
+    Metric(
+        "token-f1",
+        "F1 of the highest 5, 10 to 80 words against human highlights, as a mean over texts (Chefer et al., "
+        "2021)",
+        movie_f1,
+        needs=NEEDS,
+    ),
+    *(
+        Metric(
+            f"token-f1-micro-{count}",
+            f"F1 of the highest {count} words, with the words of all texts counted together (Chefer et al., "
+            "2021)",
+            movie_micro_f1(count),
+            needs=NEEDS,
+            ratios=MICRO,
+        )
+        for count in MOVIE_WORDS
     ),
 )
