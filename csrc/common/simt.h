@@ -50,6 +50,8 @@
 //   pack<T>(low, high), unpack<T>(x)   round two floats to bf16 or f16 in 4 bytes, and return them as Float2.
 //   Bytes16, Float2                    are aligned, so that one instruction loads or stores them.
 //   bits(x), from_bits(u)              convert a float to its bits in a uint32_t, and back.
+//   positive_part(x)                   returns max(x, 0), but NaN for NaN and for -inf, because a sum that
+//                                      overflowed may stand for any number.
 //   round_tf32(x)                      rounds x to 11 significant bits; mma would cut the other bits off.
 //   exp2_approx, sqrt_approx           are right to 2 ulp. Results below the normal numbers are 0.
 #pragma once
@@ -257,3 +259,9 @@ DEVICE void wait_copies() {
 }  // namespace pyglobenc
 
 #endif
+
+namespace pyglobenc {
+
+DEVICE float positive_part(float x) { return x - (x < 0 ? x : 0.0f); }
+
+}  // namespace pyglobenc

@@ -43,6 +43,8 @@ void release(void* memory) {
     std::free(block);
 }
 
+static void free_kept() { std::free(kept.exchange(nullptr)); }
+
 static std::vector<const Kernels*> available() {
     std::vector<const Kernels*> out;
 #ifdef PYGLOBENC_HAS_AVX512BF16
@@ -191,6 +193,7 @@ PYBIND11_MODULE(_cpu, m) {
     using namespace pyglobenc;
     in_use = available().front();
     m.doc() = "CPU kernels; see pyglobenc/backends/cpu for the launchers.";
+    m.def("free_kept", &free_kept, "Frees the block of memory that is kept for the next call.");
     m.def(
         "instruction_sets",
         [] {

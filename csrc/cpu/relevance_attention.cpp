@@ -61,7 +61,7 @@ static void tile_row(const RelevanceTile& tile, int64_t b, int64_t row, double* 
             alpha = seen ? alpha : Floats{};
             const Floats relevance = load_some(relevances + here, count) * alpha * 0.5f;
             const Floats weighted = gradients ? load_some(gradients + here, count) * relevance : relevance;
-            total += weighted < 0 ? Floats{} : weighted;
+            total += positive_part(weighted);
             if (!tile.pass) continue;
             Floats passed = relevance;
             if (tile.additive_mask) {

@@ -84,9 +84,12 @@ static inline Floats multiply_pairs(Floats x, float pair, Floats sum) {
 constexpr bool PAIRS = false;
 #endif
 
-// Returns the square root of x, and 0 where x is negative; NaN stays NaN.
+// Returns max(x, 0). NaN stays NaN, and -inf gives NaN: a sum that overflowed may stand for any number.
+static inline Floats positive_part(Floats x) { return x - (x < 0 ? x : Floats{}); }
+
+// Returns the square root of the positive part of x.
 static inline Floats root(Floats x) {
-    x = x < 0 ? Floats{} : x;
+    x = positive_part(x);
 #if defined(__AVX512F__)
     return _mm512_sqrt_ps(x);
 #elif defined(__AVX2__)

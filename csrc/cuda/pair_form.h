@@ -183,8 +183,8 @@ DEVICE void take_queries(const PairArgs& p, const Place& place, const QueryRange
             if (at.even == place.key) square.x += own_term<QUERIES>(p, place, alpha, false);
             if (at.odd == place.key) square.y += own_term<QUERIES>(p, place, alpha, true);
         }
-        const Float2 norm = {seen.has(at.even) ? sqrt_approx(fmaxf(square.x, 0.0f)) : 0.0f,
-                             seen.has(at.odd) ? sqrt_approx(fmaxf(square.y, 0.0f)) : 0.0f};
+        const Float2 norm = {seen.has(at.even) ? sqrt_approx(positive_part(square.x)) : 0.0f,
+                             seen.has(at.odd) ? sqrt_approx(positive_part(square.y)) : 0.0f};
         if constexpr (ROLLOUT) {
             UNROLL
             for (int line = 0; line < MAX_ROWS; ++line) {

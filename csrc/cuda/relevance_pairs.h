@@ -294,7 +294,7 @@ DEVICE void weigh(Pairs<TILES>& pairs, const RowToken* held, const RowToken* str
             const float weighted = args.grad.data ? pairs.weighted[tile][e] * relevance : relevance;
             pairs.alpha[tile][e] = alpha;
             pairs.relevance[tile][e] = relevance;
-            pairs.weighted[tile][e] = weighted < 0 ? 0.0f : weighted;
+            pairs.weighted[tile][e] = positive_part(weighted);
         }
 }
 

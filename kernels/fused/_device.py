@@ -148,6 +148,15 @@ def real_tokens(MASK, b, stride_b, stride_n, rows, ok, HAS_MASK: tl.constexpr):
     return ok
 
 
+@triton.jit
+def positive_part(x):
+    """Return max(x, 0), elementwise.
+
+    NaN stays NaN, and -inf gives NaN: a sum that overflowed may stand for any number.
+    """
+    return x - tl.minimum(x, 0.0)
+
+
 def power_of_two(size: int, least: int) -> int:
     """Return the smallest power of two that is at least size and at least `least`."""
     # triton.next_power_of_2 and triton.cdiv take 3 us a call on the host.

@@ -29,6 +29,7 @@ from pyglobenc.kernels._device import (
     device_reasons,
     float32_precision,
     interpreting,
+    positive_part,
     power_of_two,
     processors,
     registers,
@@ -188,7 +189,7 @@ def tile_norms(
     sq = tl.sum(product(alpha, gram, FORM) * alpha, 2)
     if HAS_OWN:
         sq += tl.where(i[None, :] == j[:, None], own[:, None], 0.0)
-    norms = tl.sqrt(tl.maximum(sq, 0.0))
+    norms = tl.sqrt(positive_part(sq))
     if HAS_WINDOW:
         # lse does not include the scores of hidden keys, so their exponential may be infinite.
         norms = tl.where((j[:, None] - i[None, :] <= right) & (i[None, :] - j[:, None] <= left), norms, 0.0)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyglobenc.backends.inputs import RelevanceInputs
-from pyglobenc.kernels._device import MAX_HEAD_DIM, power_of_two, registers
+from pyglobenc.kernels._device import MAX_HEAD_DIM, positive_part, power_of_two, registers
 from pyglobenc.kernels._division import float32_reasons
 
 
@@ -65,7 +65,7 @@ def pair_relevance(
     alpha = tl.where(seen, tl.exp(dots * scaling - lse[:, None]), 0.0)
     relevance *= alpha * 0.5
     weighted = weighted * relevance if HAS_GRAD else relevance
-    return dots, alpha, relevance, tl.maximum(weighted, 0.0)
+    return dots, alpha, relevance, positive_part(weighted)
 
 
 def launch(head_dim: int) -> dict[str, int]:

@@ -9,7 +9,7 @@ from itertools import cycle
 import pytest
 import torch
 from numerics import assert_as_good_as_torch, pooled
-from pair_cases import Case, doubled, pair_args, product
+from pair_cases import Case, check_huge_squares, doubled, pair_args, product
 
 from pyglobenc.backends.shared.launch import MAX_SHARES, query_shares
 from pyglobenc.backends.shared.packing import sequence_of
@@ -209,6 +209,21 @@ def test_rows_that_are_not_finite(backend):
     torch.testing.assert_close(
         rollout_step(r, log_scale, **args, backend=backend), expected, rtol=0, atol=0, equal_nan=True
     )
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_sums_that_overflow(backend):
+    check_huge_squares(backend, DEVICE)
+
+
+def test_nan_stays_where_it_is(backend):
+    args = moved(pair_args(Case(B=1, n=40)))
+    args["q"] = args["q"].clone()
+    args["q"][0, 1, 5] = torch.nan
+    out = pair_norms(**args, backend=backend)
+    assert out[0, 5].isnan().all()
+    out[0, 5] = 0
+    assert torch.isfinite(out).all()
 
 
 def test_a_row_with_a_nan_is_not_scaled(backend):

@@ -15,6 +15,7 @@ from test_kernels_pairs import (  # noqa: F401
     rows_of,
     test_a_row_with_a_nan_is_not_scaled,
     test_empty,
+    test_nan_stays_where_it_is,
     test_padding_may_hold_anything,
     test_pair_norms,
     test_refuses_with_reasons,
@@ -24,6 +25,7 @@ from test_kernels_pairs import (  # noqa: F401
     test_rows_that_are_not_finite,
     test_shares_of_the_queries_add_up,
     test_strided_inputs_and_expanded_gram,
+    test_sums_that_overflow,
 )
 from test_kernels_relevance import far_memory
 

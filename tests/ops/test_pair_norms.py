@@ -7,6 +7,7 @@ from pair_cases import (
     Case,
     alone,
     assert_threads_change_nothing,
+    check_huge_squares,
     doubled,
     factor,
     layer,
@@ -164,6 +165,13 @@ def test_nan_stays_where_it_is(kernel):
     assert out[0, 5].isnan().all()
     out[0, 5] = 0
     assert torch.isfinite(out).all()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("kernel", [*KERNELS, "reference"])
+def test_sums_that_overflow(kernel):
+    with running(kernel) as backend:
+        check_huge_squares(backend)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

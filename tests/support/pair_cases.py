@@ -12,7 +12,7 @@ from pyglobenc.backends.dispatch import load
 from pyglobenc.backends.reference.stage_map import stage_map
 from pyglobenc.backends.shared.packing import per_token
 from pyglobenc.bench.costs import flatten
-from pyglobenc.ops import gram_weights, head_gram, rollout_step
+from pyglobenc.ops import gram_weights, head_gram, pair_norms, rollout_step
 from pyglobenc.ops.attention import attention
 
 SETS = ("avx512bf16", "avx512", "avx2", "portable")
@@ -134,6 +134,35 @@ def pair_args(case: Case, made: dict | None = None) -> dict:
     return dict(
         q=t["q"], k=t["k"], **{name: s if s is None else s.float() for name, s in single.items()}, **seen
     )
+
+
+def check_huge_squares(backend: str, device: str = "cpu") -> None:
+    """Check `pair_norms` and `rollout_step` where sums of finite terms of both signs overflow float32.
+
+    The norms themselves don't. A result is right to float32's sums, or it isn't finite. The largest terms are
+    as large as float32's largest number, and each sum has fewer than 64 of them.
+    """
+    for _ in range(4):
+        given = pair_args(Case(B=4, n=17)) | dict(rstd=None)
+        f = torch.randn(4, 17, 1, 24, dtype=torch.float64)
+        # The sums of the last example do not overflow.
+        f *= torch.tensor([3e38, 3e38, 3e38, 3e37])[:, None, None, None].sqrt() / f.norm(dim=-1, keepdim=True)
+        # Two heads and the residual point in opposite directions, so that their products are negative.
+        shares = torch.tensor([1, -1, 0.01, -0.01])[:, None] * (1 - torch.rand(4, 17, 4, 1).double() / 4)
+        f, x = f * shares, -f
+        given |= dict(gram=f @ f.mT, cross=(f @ x.mT)[..., 0], residual_sq=x.square().sum((2, 3)))
+        # Several heads attend to the same key.
+        given |= dict(q=given["q"] * 0, lse=torch.rand_like(given["lse"]) * 3)
+        tensors = {name: t for name, t in given.items() if isinstance(t, torch.Tensor)}
+        given |= {name: t.float().to(device) for name, t in tensors.items()}
+        exact, found = pair_norms(**doubled(given), backend="reference"), pair_norms(**given, backend=backend)
+        kept = found.isfinite()
+        assert kept[-1].all() and not kept.all()
+        assert ((found.double().square() - exact.square())[kept].abs() <= 64 * 2.0**-24 * 3e38).all()
+        rows, scale = torch.rand(4, 2, 17, device=device), torch.zeros(4, 2, device=device)
+        rows, _ = rollout_step(rows, scale, **given, backend=backend)
+        # A row's largest entry scales all of them.
+        assert not rows[~kept.flatten(1).all(1)].isfinite().all(-1).any()
 
 
 def doubled(args: dict) -> dict:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyglobenc.backends.inputs import PairInputs
 from pyglobenc.backends.shared.masks import outside_window
-from pyglobenc.backends.shared.rows import own_attention, take_queries
+from pyglobenc.backends.shared.rows import own_attention, positive_part_, take_queries
 
 
 def run(inputs: PairInputs, rows: Tensor | None = None) -> Tensor:
@@ -28,7 +28,7 @@ def run(inputs: PairInputs, rows: Tensor | None = None) -> Tensor:
         out[:, :, start : start + sq.shape[1]] = sq.transpose(1, 2)
     if rows is not None and diagonal is not None:
         out.scatter_(2, rows[:, :, None], diagonal.gather(1, rows)[:, :, None])
-    out = out.clamp_(min=0).sqrt_()
+    out = positive_part_(out).sqrt_()
     if rstd is not None:
         out *= (rstd if rows is None else rstd.gather(1, rows))[:, :, None]
     if key_mask is not None:

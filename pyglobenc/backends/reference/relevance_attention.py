@@ -24,6 +24,7 @@ from torch import Tensor
 from pyglobenc.backends.inputs import RelevanceInputs
 from pyglobenc.backends.shared.packing import each_run
 from pyglobenc.backends.shared.relevance_tiles import of_queries, probability_tiles, rescale_scores, roll_rows
+from pyglobenc.backends.shared.rows import positive_part_
 from pyglobenc.backends.shared.safe_division import safe_divide
 
 
@@ -90,8 +91,6 @@ def query_tiles(inputs: RelevanceInputs, positions: Tensor | None = None) -> Ite
     ):
         relevance = (s[:, :, rows] @ values[..., cols]).mul_(alpha).mul_(0.5)
         weighted = (
-            relevance.clamp(min=0)
-            if grad_o is None
-            else (grad_o[:, :, rows] @ values[..., cols]).mul_(relevance).clamp_(min=0)
+            relevance.clone() if grad_o is None else (grad_o[:, :, rows] @ values[..., cols]).mul_(relevance)
         )
-        yield QueryTile(rows, cols, dots, alpha, relevance, weighted.mean(1))
+        yield QueryTile(rows, cols, dots, alpha, relevance, positive_part_(weighted).mean(1))

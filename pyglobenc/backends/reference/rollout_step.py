@@ -9,7 +9,7 @@ from torch import Tensor
 from pyglobenc.backends.inputs import PairInputs
 from pyglobenc.backends.reference.pair_norms import diagonal_sq, key_tiles, widened
 from pyglobenc.backends.shared.packing import each_run
-from pyglobenc.backends.shared.rows import rescale_rows
+from pyglobenc.backends.shared.rows import positive_part_, rescale_rows
 
 
 def run(inputs: PairInputs, r: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,5 +33,5 @@ def _product(inputs: PairInputs, r: Tensor) -> Tensor:
     weights = weights.transpose(1, 2)
     out = torch.empty_like(r)
     for start, sq in key_tiles(inputs, diagonal):
-        out[:, :, start : start + sq.shape[1]] = (sq.clamp_(min=0).sqrt_() @ weights).transpose(1, 2)
+        out[:, :, start : start + sq.shape[1]] = (positive_part_(sq).sqrt_() @ weights).transpose(1, 2)
     return out

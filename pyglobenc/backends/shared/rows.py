@@ -7,6 +7,14 @@ from pyglobenc.backends.shared.packing import per_sequence, per_token
 from pyglobenc.backends.shared.score_mods import ScoreMod
 
 
+def positive_part_(t: Tensor) -> Tensor:
+    """Replace t, of any shape such as (B, n, n), by max(t, 0) in place, and return it.
+
+    NaN stays NaN, and -inf becomes NaN: a sum that overflowed may stand for any number.
+    """
+    return t.sub_(t.clamp(max=0))
+
+
 def take_queries(t: Tensor, rows: Tensor) -> Tensor:
     """Return the queries `rows` (B, T) of t (B, H, n, ...): (B, H, T, ...)."""
     index = rows[:, None, :].expand(-1, t.shape[1], -1)
