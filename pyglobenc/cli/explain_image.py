@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from pyglobenc.cli.options import dtype_named
 from pyglobenc.common.characters import printable
 from pyglobenc.common.files import check_writable
 
@@ -31,7 +32,6 @@ def run(options: argparse.Namespace) -> int:
     for file in files:
         check_writable(file)
     # These imports take seconds.
-    import torch
 
     from pyglobenc.cli.outputs import check_outputs
     from pyglobenc.inputs.images import explain_image, open_image
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     # A rollout needs no classifier. If the model has one, the default target is the token that it reads.
     head = True if options.method is not None and METHODS[options.method].target == "class" else None
     model, processor = load_image_model(options.model, options.device, head, options.trust_remote_code)
-    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    dtype = dtype_named(options.dtype)
     targets = options.target if options.target in (None, "mean") else [options.target]
     chosen = dict(
         method=options.method,

@@ -3,10 +3,16 @@
 import argparse
 import os
 from math import isfinite
+from typing import Any
+
+from pyglobenc.backends.dispatch import BACKENDS
+from pyglobenc.inputs.windows import LONG
 
 # This is far above what any machine can hold, and fits a C int.
 LARGEST = 2**31 - 1
 HOUR = 3600.0
+DTYPES = ("float32", "float64")
+WEIGHT_DTYPES = (*DTYPES, "bfloat16", "float16")
 
 
 def integer(text: str) -> int:
@@ -91,10 +97,68 @@ def environment_number(name: str, default: int) -> int:
         raise ValueError(f"the environment's {name} must be an integer, got {text[:40]!r}") from None
 
 
-def add_trust(parser: argparse.ArgumentParser) -> None:
-    """Add the option --trust-remote-code to a parser."""
+def add_model(parser: argparse.ArgumentParser, default: str, what: str) -> None:
+    """Add the options --model and --trust-remote-code; `what` describes the default model."""
+    parser.add_argument(
+        "--model",
+        default=default,
+        help=f"name on the Hugging Face hub, folder, or {default} (default), {what}",
+    )
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
         help="run Python code that comes with the model (default: refuse it)",
     )
+
+
+def dtype_named(name: str | None) -> Any:
+    """Return the torch.dtype of an option's text, and None for None."""
+    import torch
+
+    return None if name is None else getattr(torch, name)
+
+
+def add_target(parser: argparse.ArgumentParser) -> None:
+    """Add the option --target, a token or a class."""
+    parser.add_argument(
+        "--target",
+        type=token_or_class,
+        help="token position (negative: from the end), mean (of all tokens' rows), or class index (default: "
+        "what the head reads, or the predicted class)",
+    )
+
+
+def add_lengths(parser: argparse.ArgumentParser, first: str) -> None:
+    """Add the options for texts that are too long; `first` says what is done by default."""
+    parser.add_argument(
+        "--long",
+        choices=LONG,
+        default="error",
+        help=f"what to do with a text that is too long: {first} (default), cut it, or split it into "
+        "overlapping windows",
+    )
+    parser.add_argument(
+        "--max-length",
+        type=positive,
+        help="largest number of tokens, special tokens included (default: the model's limit)",
+    )
+    parser.add_argument(
+        "--stride",
+        type=positive,
+        help="tokens from the start of one window to the start of the next (default: half a window)",
+    )
+
+
+def add_arithmetic(parser: argparse.ArgumentParser, dtype: str = " float32", device: str = "") -> None:
+    """Add the options for backend, dtypes and device; `dtype` and `device` tell more of their defaults."""
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default="auto",
+        help="backend of the kernels (default: the fastest that runs here)",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help=f"dtype of the attribution (default{dtype})")
+    parser.add_argument(
+        "--model-dtype", choices=WEIGHT_DTYPES, help="dtype of the weights (default: the checkpoint's)"
+    )
+    parser.add_argument("--device", help=f"cpu, cuda, cuda:1... (default: a GPU if there is one{device})")
