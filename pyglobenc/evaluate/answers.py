@@ -87,6 +87,9 @@ class AnswerForwards(Forwards):
             raise ValueError(f"evaluate: {type(self.called).__name__} gives no logits for each token")
         order = {i: number for number, i in enumerate(kept)}
         rows = [logits[b, [order[i] for i in some]] for b, some in enumerate(places)]
+        if len(rows) > 1 and not all(bool(row.isfinite().all()) for row in rows):
+            # Where padding is longer than an attention window, some models give NaN for the whole sequence.
+            return [self._logits([one], [at])[0] for one, at in zip(sequences, places, strict=True)]
         require_finite("evaluate", self.called, rows)
         return rows
 

@@ -144,6 +144,9 @@ class Forwards:
         logits = find_logits(run_model(self.called, batch))
         if logits is None or logits.dim() != 2:
             raise NoClasses(f"{type(self.called).__name__} has no head that classifies texts")
+        if len(sequences) > 1 and not bool(logits.isfinite().all()):
+            # Where padding is longer than an attention window, some models give NaN for the whole sequence.
+            return [row for one in sequences for row in self._run([one])]
         require_finite("evaluate", self.called, (logits,))
         rows = list(logits.double().cpu().numpy())
         self.in_model += time.perf_counter() - start

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from models import build
+from models import ALTERNATING, DECODER, build, randomize
 from tiny import VOCABULARY, classifier
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from transformers import Gemma2Config, Gemma2ForSequenceClassification, PreTrainedTokenizerFast
 
 import pyglobenc
 
@@ -17,7 +17,8 @@ TEXTS = [
     "a b c d e f g h i j k l m n o p q r s t u v w x",
 ]
 ANSWERS = ["good film", "the", "a b the"]
-KINDS = ["gpt2", "llama", "qwen2"]
+# The last one gives NaN for sequences with more padding than its window.
+KINDS = ["gpt2", "llama", "gemma2"]
 
 
 def words(**changes) -> PreTrainedTokenizerFast:
@@ -102,6 +103,19 @@ def test_equals_a_plain_loop(kind, method, remove):
             drop = np.mean([np.exp(values[0]) - np.exp(after(set(removed))) for removed in sets])
             assert table.per_text[method, name][index] == pytest.approx(drop, abs=1e-6)
     assert measured or table.rows[0]["n"] == 0
+
+
+def test_classes_of_a_model_that_gives_nan_behind_long_padding():
+    config = Gemma2Config(**(DECODER | ALTERNATING), query_pre_attn_scalar=12, num_labels=2)
+    config._attn_implementation = "eager"
+    model, tokenizer = randomize(Gemma2ForSequenceClassification(config)).double().eval(), words()
+    options = dict(methods=("globenc",), progress=False, remove="delete")
+    table = pyglobenc.evaluate(model, tokenizer, TEXTS, **options)
+    for index, text in enumerate(TEXTS):
+        alone = pyglobenc.evaluate(model, tokenizer, [text], **options)
+        for key, values in alone.per_text.items():
+            assert np.isfinite(values).all()
+            np.testing.assert_allclose(table.per_text[key][[index]], values, atol=1e-9)
 
 
 def test_without_answers_the_most_probable_next_token_is_explained():
