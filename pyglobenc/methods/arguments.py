@@ -158,19 +158,27 @@ def _named_outputs(base: nn.Module) -> Iterator[None]:
 
     Some heads read the output of their base model by name, but leave its type to the config.
     """
-    own, forward, thread = vars(base).get("forward"), base.forward, get_ident()
+    forward, thread = base.forward, get_ident()
 
     def run(*args: Any, **kwargs: Any) -> Any:
         return forward(*args, **(kwargs | {"return_dict": True} if get_ident() == thread else kwargs))
 
-    vars(base)["forward"] = run
+    with forward_replaced(base, run):
+        yield
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Context in which a function stands in the place of a module's forward method."""
+    own = vars(module).get("forward")
+    vars(module)["forward"] = forward
     try:
         yield
     finally:
         if own is None:
-            del vars(base)["forward"]
+            del vars(module)["forward"]
         else:
-            vars(base)["forward"] = own
+            vars(module)["forward"] = own
 
 
 def _checked(

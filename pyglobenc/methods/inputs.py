@@ -128,6 +128,16 @@ def read_by_head(
     return tokens_read(who, model, record, logits, key_mask)
 
 
+def check_evaluation(who: str, model: nn.Module) -> PreTrainedModel:
+    """Return the transformers model inside a model, and refuse a model in training mode."""
+    stock = stock_model(model)
+    if model.training or stock.training:
+        raise ValueError(
+            f"{who}: the model is in training mode, where dropout changes the result; call model.eval() first"
+        )
+    return stock
+
+
 def check_batch(who: str, model: nn.Module, batch: Mapping[str, Any]) -> None:
     """Check the values that transformers would refuse with an obscure error, or accept silently.
 
@@ -143,12 +153,7 @@ def check_batch(who: str, model: nn.Module, batch: Mapping[str, Any]) -> None:
             token type or position has no embedding. The text is empty or too long. An example has no real
             token. A classifier would read padding.
     """
-    stock = stock_model(model)
-    if model.training or stock.training:
-        raise ValueError(
-            f"{who}: the model is in training mode, where dropout changes the result; call model.eval() first"
-        )
-    model = stock
+    model = check_evaluation(who, model)
     if model.main_input_name == "pixel_values":
         _check_pixels(who, batch.get("pixel_values"))
         return

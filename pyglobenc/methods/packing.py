@@ -20,9 +20,9 @@ from pyglobenc.hf.limits import max_tokens, padding_id, token_types
 from pyglobenc.hf.positions import own_positions
 from pyglobenc.hf.registry import is_decoder
 from pyglobenc.hf.unwrap import is_stock_model
-from pyglobenc.methods.arguments import output_settings
+from pyglobenc.methods.arguments import forward_replaced, output_settings
 from pyglobenc.methods.head import HeadRecord, detached, find_logits, recorded_head
-from pyglobenc.methods.inputs import check_ids, read_by_head, target_positions, unnamed_rows
+from pyglobenc.methods.inputs import check_evaluation, check_ids, read_by_head, target_positions, unnamed_rows
 from pyglobenc.methods.precision.arithmetic import set_precision
 from pyglobenc.methods.rollout.rows import RolloutResult, rollout_result
 
@@ -151,7 +151,7 @@ def _padded_states(
 
     It returns the states of each sequence, padded to (S, n, d).
     """
-    own, forward, thread = vars(base).get("forward"), base.forward, get_ident()
+    forward, thread = base.forward, get_ident()
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if get_ident() != thread:
@@ -170,14 +170,8 @@ def _padded_states(
             out.hidden_states = tuple(padded(t, packed.cu_seqlens) for t in out.hidden_states)
         return out
 
-    vars(base)["forward"] = run
-    try:
+    with forward_replaced(base, run):
         yield
-    finally:
-        if own is None:
-            del vars(base)["forward"]
-        else:
-            vars(base)["forward"] = own
 
 
 def of_examples(output: Any, own: slice, size: int) -> Any:
@@ -249,10 +243,7 @@ def pack(who: str, model: nn.Module, batch: Mapping[str, Any]) -> Packed:
             for the model.
     """
     check_packable(who, model)
-    if model.training:
-        raise ValueError(
-            f"{who}: the model is in training mode, where dropout changes the result; call model.eval() first"
-        )
+    check_evaluation(who, model)
     ids = batch.get("input_ids")
     if not isinstance(ids, Sequence) or not ids or not all(_is_row(row) for row in ids):
         raise TypeError(

@@ -289,30 +289,12 @@ class TransformerAttribution:
         return chosen
 
     def _check(self, batch: Mapping[str, Any]) -> None:
-        who = "TransformerAttribution"
-        if self.prefix is None:
-            choices = self.has_choices(batch)
-            flat = {
-                k: v.flatten(0, 1) if choices and isinstance(v, Tensor) and v.dim() > 2 else v
-                for k, v in batch.items()
+        if self.prefix is None and self.has_choices(batch):
+            batch = {
+                name: value.flatten(0, 1) if isinstance(value, Tensor) and value.dim() > 2 else value
+                for name, value in batch.items()
             }
-            check_batch(who, self.model, flat)
-            return
-        if self.model.training or self.stock.training:
-            raise ValueError(
-                f"{who}: the model is in training mode, where dropout changes the result; call model.eval() "
-                f"first"
-            )
-        pixels = batch.get("pixel_values")
-        if not isinstance(pixels, Tensor) or pixels.dim() != 4 or 0 in pixels.shape:
-            came = (
-                "nothing"
-                if pixels is None
-                else tuple(pixels.shape)
-                if isinstance(pixels, Tensor)
-                else type(pixels).__name__
-            )
-            raise ValueError(f"{who}: pixel_values must be a tensor (B, channels, height, width), got {came}")
+        check_batch("TransformerAttribution", self.model, batch)
 
     @staticmethod
     def has_choices(batch: Mapping[str, Any]) -> bool:
