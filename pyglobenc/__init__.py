@@ -10,6 +10,7 @@ from pyglobenc.results import Attribution, load
 
 # These modules are imported when they are first used, because importing transformers' models takes seconds.
 _MODULES = {
+    "GradientAttribution": "pyglobenc.methods.gradients.attribution",
     "GradientRollout": "pyglobenc.methods.gradients.gradient_rollout",
     "GlobEnc": "pyglobenc.methods.rollout.globenc",
     "Rollout": "pyglobenc.methods.rollout.baselines",
@@ -23,6 +24,7 @@ __all__ = [
     "Attribution",
     "EvaluationTable",
     "GlobEnc",
+    "GradientAttribution",
     "GradientRollout",
     "Rollout",
     "TransformerAttribution",

@@ -51,6 +51,8 @@ def explain(
         target: what is explained. Most methods explain a token: its position, which counts special tokens and
             may be negative to count from the end; "mean" for the mean of all tokens' rows; or None for the
             default of `GlobEnc`. Other methods explain a class: its index, or None for the predicted class.
+            Of a language model, gradient methods explain the next token: its id, or None for the predicted
+            one.
         start_layer: the lowest layer of the rollout, for methods that have it, as for
             `TransformerAttribution`. Other methods refuse a number above 0.
         merge_words: pictures show words instead of tokens, with the sum of their tokens' scores. Words are

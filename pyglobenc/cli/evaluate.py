@@ -112,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: as many as are highlighted)",
     )
     _add_settings(parser)
-    add_arithmetic(parser, dtype=": float64 for methods that explain a class, else float32")
+    add_arithmetic(parser, dtype=": float64 for methods that propagate relevance, else float32")
     parser.add_argument("--quiet", action="store_true", help="print no table and no progress")
 
 

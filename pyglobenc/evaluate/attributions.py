@@ -17,7 +17,7 @@ from pyglobenc.inputs.batching import buckets
 from pyglobenc.inputs.options import Options
 from pyglobenc.inputs.windows import Encoded
 from pyglobenc.methods.precision.reliability import NoRelevanceWarning
-from pyglobenc.methods.registry import find_method
+from pyglobenc.methods.registry import RELEVANCE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -113,8 +113,8 @@ class Attributor:
     """Attributes texts by methods of the registry.
 
     Args:
-        model, tokenizer, backend, dtype: as for `pyglobenc.explain`. With dtype None, methods that explain a
-            class compute in float64.
+        model, tokenizer, backend, dtype: as for `pyglobenc.explain`. With dtype None, methods that propagate
+            relevance compute in float64.
         batch_tokens: the most tokens, with padding, that the model gets at once. One text may have more.
     """
 
@@ -145,7 +145,7 @@ class Attributor:
         Raises:
             TypeError, ValueError: the method refuses the model.
         """
-        dtype = torch.float64 if find_method(method).target == "class" else None
+        dtype = torch.float64 if method in RELEVANCE else None
         options = Options(method, backend=self.backend, dtype=self.dtype or dtype, packed=None)
         return Runner(self.model, self.tokenizer, options)
 

@@ -120,7 +120,8 @@ def evaluate(
         seed: makes the resamples, the random rankings and the order of equal scores the same in every call.
         batch_tokens: the most tokens, with padding, that the model gets at once. One text may have more.
         backend: as for `GlobEnc`.
-        dtype: dtype of the attributions. None: float64 for methods that explain a class, else their default.
+        dtype: dtype of the attributions. None: float64 for methods that propagate relevance (transformer
+            attribution and its relatives), else their default.
         output: folder where finished steps are kept. The same call goes on where it was stopped.
         progress: show progress bars on stderr.
 

@@ -39,9 +39,10 @@ WHO = "GradientAttribution"
 # The most tokens of all copies in one pass of integrated gradients or occlusion, unless one copy of every
 # example has more.
 COPIED_TOKENS = 4096
-# Numbers of nodes of integrated gradients. An example takes the next number while the difference between the
-# sum of its scores and the difference of the logits is too large.
-STEPS = (16, 64, 256)
+# Numbers of nodes of integrated gradients. An example takes the second number if the sum of its scores is too
+# far from the difference of the logits. With few nodes the two may agree by chance: of 40 sentences of SST-2,
+# those that passed had scores that were off by up to 8 % with 16 nodes, and by 0.8 % with 32.
+STEPS = (32, 128)
 
 
 # The scores (B, n) by the first layer's input and its gradient, (B, n, d).
