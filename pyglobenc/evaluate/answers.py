@@ -234,6 +234,7 @@ def _followed_by(text: Encoded, ids: Sequence[int], tokenizer: Any) -> Encoded:
         special=text.special + [False] * more,
         word_ids=None if text.word_ids is None else text.word_ids + [None] * more,
         offsets=None if text.offsets is None else text.offsets + [(0, 0)] * more,
+        parts=None if text.parts is None else text.parts + [None] * more,
         windows=[list(range(n))],
     )
 

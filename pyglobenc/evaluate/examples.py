@@ -51,9 +51,9 @@ class Marked:
     truth: np.ndarray
     unknown: np.ndarray
 
-    def listed(self) -> list[list[int]]:
-        """Return the first word of each span, and the one after its last."""
-        return [[span.start, span.stop] for span in self.spans]
+    def listed(self) -> list[Any]:
+        """Return the number of words, and for each span its first word and the one after its last."""
+        return [len(self.words), *([span.start, span.stop] for span in self.spans)]
 
 
 @dataclass(frozen=True)

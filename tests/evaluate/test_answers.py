@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 from models import ALTERNATING, DECODER, build, randomize
-from tiny import VOCABULARY, classifier
+from tiny import VOCABULARY, classifier, tokenizer
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import Gemma2Config, Gemma2ForSequenceClassification, PreTrainedTokenizerFast
 
 import pyglobenc
+from pyglobenc.methods.registry import METHODS
 
 TEXTS = [
     "deep film the good film is deep",
@@ -44,7 +45,10 @@ def plain_scores(model, tokenizer, text: str, answer: list[int], method: str) ->
     rows, names = [], tokenizer.convert_ids_to_tokens(answer)
     n = len(text.split())
     for i in range(len(answer)):
-        found = pyglobenc.explain(model, tokenizer, " ".join([text, *names[:i]]), method)
+        target = answer[i] if METHODS[method].target == "class" else None
+        found = pyglobenc.explain(
+            model, tokenizer, " ".join([text, *names[:i]]), method, target=target, dtype=torch.float64
+        )
         rows.append(found.scores[:n].astype(np.float64))
     return rows[0] if len(rows) == 1 else np.mean([row / abs(row).sum() for row in rows], axis=0)
 
@@ -64,13 +68,13 @@ def plain_metrics(values, weights, groups):
     return [(sum(curve) - curve[0] / 2 - curve[-1] / 2) / (len(curve) - 1) for curve in (left, aligned)]
 
 
-@pytest.mark.parametrize("remove", ["delete", "pad"])
-@pytest.mark.parametrize("method", ["globenc", "attention-rollout", "raw-attention"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["globenc", "attention-rollout", "raw-attention", "gradient-x-input"])
+@pytest.mark.parametrize("kind, remove", [*zip(KINDS, ("delete", "pad", "delete"), strict=True)])
 def test_equals_a_plain_loop(kind, method, remove):
     model, tokenizer = build(kind), words()
     metrics = ("rise", "mas", "comprehensiveness", "sufficiency")
-    options = dict(methods=(method,), metrics=metrics, remove=remove, progress=False, fractions=(0.1, 0.5))
+    options = dict(methods=(method,), metrics=metrics, remove=remove, dtype=torch.float64)
+    options |= dict(progress=False, fractions=(0.1, 0.5))
     table = pyglobenc.evaluate(model, tokenizer, TEXTS, answers=ANSWERS, **options)
     measured = 0
     for index, (text, answer) in enumerate(zip(TEXTS, ANSWERS, strict=True)):
@@ -186,3 +190,24 @@ def test_refuses_answers_and_decoder_metrics_of_a_classifier():
         pyglobenc.evaluate(
             build("gpt2"), words(pad_token=None, eos_token=None), TEXTS, remove="pad", **options
         )
+
+
+def test_words_are_removed_whole_and_the_last_word_stays():
+    """The tokenizer splits words at characters; the last word of the prompt holds the explained token."""
+    model, letters = build("gpt2"), tokenizer(sep_token=None)
+    letters.backend_tokenizer.post_processor = None
+    options = dict(methods=("raw-attention",), remove="delete", fractions=(0.5,), progress=False)
+    table = pyglobenc.evaluate(
+        model, letters, ["deep abc film xyz"], words=True, target=9, metrics=("comprehensiveness",), **options
+    )
+    found = pyglobenc.explain(model, letters, "deep abc film xyz", "raw-attention")
+    pieces = [[i for i, word in enumerate(found.word_ids) if word == w] for w in range(3)]
+    sums = [found.scores[own].sum() for own in pieces]
+    ids = found.token_ids
+    removed = {i for w in np.argsort(sums)[::-1][:2] for i in pieces[w]}
+    whole, after = (
+        np.exp(log_probability(model, copy, [9]))
+        for copy in (ids, [token for i, token in enumerate(ids) if i not in removed])
+    )
+    value = table.per_text["raw-attention", "comprehensiveness"][0]
+    assert value == pytest.approx(whole - after, abs=1e-6)
