@@ -9,6 +9,7 @@ from chefer import LRP, direct, relative
 from models import DISTILBERT, SMALL, build, random_batch, randomize
 
 from pyglobenc import TransformerAttribution
+from pyglobenc.methods.precision import reliability
 
 BERT = SMALL | dict(num_labels=4)
 VIT = dict(
@@ -112,6 +113,17 @@ def test_images_equal_direct_rules(name):
         )
         assert relative(result.scores[b], scores[prefix:]) <= TOLERANCE
         assert relative(result.relevance[b, 0], r.sum(-1)) <= TOLERANCE
+
+
+def test_the_error_of_images_is_measured(monkeypatch):
+    monkeypatch.setattr(reliability, "MEASURED_BELOW", {"cpu": 0})
+    model = build("vit", torch.float32)
+    batch = random_batch(model, 2, 10)
+    attribute = TransformerAttribution(model)
+    assert attribute(**batch).error_method == "measured"
+    torch.testing.assert_close(attribute(**batch).error, attribute(**batch, reliability="measured").error)
+    text = build("bert-classifier", torch.float32)
+    assert TransformerAttribution(text)(**random_batch(text, 1, 6)).error_method == "estimated"
 
 
 def test_contrast_explains_the_difference_of_two_logits():
