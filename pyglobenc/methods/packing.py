@@ -104,7 +104,7 @@ def attribute_packed(
     captured = trace.layers
     set_precision(captured, dtype)
     positions = _positions(who, targets, packed, captured[-1], read)
-    whole = rollout_result(who, model, *rows(captured, positions), layers)
+    whole = rollout_result(who, model, *rows(captured, positions), layers, captured)
     logits, starts = find_logits(output), packed.cu_seqlens[:-1, None].to(positions.device)
     of_sequences = logits is not None and logits.dim() == 2 and len(logits) == len(packed.order)
     explained = None if positions.is_floating_point() else positions - starts
@@ -112,10 +112,9 @@ def attribute_packed(
     def one(own: slice, tokens: slice) -> RolloutResult:
         of_layers = (whole.layer_scores[..., tokens], whole.layer_log_scale[own]) if layers else ()
         returned = of_examples(output, own, len(packed.order)) if of_sequences else None
-        position = None if explained is None else explained[own]
-        return RolloutResult(
-            whole.scores[..., tokens], whole.log_scale[own], *of_layers, output=returned, targets=position
-        )
+        position, error = (None if t is None else t[own] for t in (explained, whole.error))
+        named = dict(output=returned, targets=position, error=error)
+        return RolloutResult(whole.scores[..., tokens], whole.log_scale[own], *of_layers, **named)
 
     return packed.cut(one)
 

@@ -271,7 +271,8 @@ class ShardedGlobEnc:
             targets = [shares.n - 1 if captured[-1].window[1] == 0 else 0]
         rows = torch.as_tensor(targets, device=input_ids.device)[None]
         matrices = (ShardedMatrix(self.ops.norm_matrix(layer, stage), shares) for layer in reversed(captured))
-        return rollout_result("ShardedGlobEnc", self.model, *roll_out_rows(matrices, rows, layers), layers)
+        rolled = roll_out_rows(matrices, rows, layers)
+        return rollout_result("ShardedGlobEnc", self.model, *rolled, layers, captured)
 
     def _shares(self, input_ids: Tensor, targets: Sequence[int] | None, stage: str | None) -> Shares:
         rank, world = dist.get_rank(self.group), dist.get_world_size(self.group)

@@ -1,6 +1,7 @@
 """How far GlobEnc says that rounding moves it, and how far it does."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from chefer import relative
 from models import SMALL, build, random_batch
 from transformers import BertConfig, BertModel
 
-from pyglobenc import GlobEnc
+from pyglobenc import GlobEnc, Rollout
 from pyglobenc.methods.precision.reliability import PrecisionWarning
 
 
@@ -61,3 +62,29 @@ def test_a_lost_result_warns():
         GlobEnc(model)(**random_batch(model, batch=1, n=16), reliability="measured")
     with pytest.raises(ValueError, match="reliability must be"):
         GlobEnc(model)(**random_batch(model, batch=1, n=16), reliability="estimated")
+
+
+@pytest.mark.parametrize("mode", ["bfloat16", "float16", "autocast", "float64-arithmetic"])
+def test_an_unmeasured_error_of_a_half_model_is_unknown(mode):
+    half = torch.float16 if mode == "float16" else torch.bfloat16
+    model = build("bert", torch.float32 if mode == "autocast" else half)
+    batch = random_batch(model, batch=2, n=9, pads=[0, 3])
+    packed = {"input_ids": [ids[mask.bool()].tolist() for ids, mask in zip(*batch.values(), strict=True)]}
+    dtype = torch.float64 if mode == "float64-arithmetic" else None
+    for method in (GlobEnc(model, dtype=dtype), Rollout(model, "attention-rollout", dtype=dtype)):
+        for call, given in ((method, batch), (method.packed, packed)):
+            with (
+                torch.autocast("cpu", half, enabled=mode == "autocast"),
+                pytest.warns(PrecisionWarning, match="unknown .the model ran in half") as warned,
+            ):
+                found = call(**given)
+            assert warned[0].filename == __file__
+            results = found if isinstance(found, list) else [found]
+            assert torch.cat([one.error for one in results]).isnan().tolist() == [True, True]
+
+
+def test_an_unmeasured_error_of_a_full_model_is_none():
+    model = build("bert", torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert GlobEnc(model)(**random_batch(model, batch=2, n=9)).error is None

@@ -117,6 +117,11 @@ class LayerTrace:
         self.projections[name] = new if before is None else before.followed_by(new)
 
     @property
+    def in_half(self) -> bool:
+        """Tell whether the forward pass computed a part of the layer's hidden states in half precision."""
+        return any(p.eps > torch.finfo(torch.float32).eps for p in self.projections.values())
+
+    @property
     def output_weight(self) -> Tensor:
         """Return W_O by head, (H, dh, d)."""
         heads = (self.q.shape[1], self.q.shape[3])

@@ -15,10 +15,12 @@ estimated: an observer of the relevance pass adds up expected errors, see `relev
 NaN means that the error is unknown: nothing moved, or there is no relevance that could move.
 """
 
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +41,9 @@ MEASURED_BELOW = {"cpu": 1 << 29, "cuda": 1 << 36}
 DIGITS_GONE = 1e-2
 
 TINY = 1e-300
+
+# Folders of the code between a user's line and a warning: this package's, and torch's for its decorators.
+INSIDE = (str(Path(__file__).parents[2]), str(Path(torch.__file__).parent))
 
 # A warning names this many examples at most.
 NAMED = 5
@@ -238,5 +243,9 @@ def warn_of_nothing(who: str, nothing: Tensor) -> None:
 
 
 def _warn(message: str, kind: type[UserWarning]) -> None:
-    # The stack level is that of the line outside this package that called the method.
-    warnings.warn(message, kind, stacklevel=6)
+    # The warning belongs to the line outside this package that called the method. Python shows a warning
+    # once for each line.
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(INSIDE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, kind, stacklevel=level)

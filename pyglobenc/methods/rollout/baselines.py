@@ -111,7 +111,7 @@ class Rollout:
             )
         captured, output, read = run_captured("Rollout", self.model, batch, self.dtype, targets)
         rows = target_rows("Rollout", targets, captured[-1], read)
-        result = rollout_result("Rollout", self.model, *self._rows(captured, rows, layers), layers)
+        result = rollout_result("Rollout", self.model, *self._rows(captured, rows, layers), layers, captured)
         result.output, result.targets = output, None if rows.is_floating_point() else rows
         full = [self._matrix(layer).full() for layer in captured] if maps else []
         for name in maps:

@@ -79,7 +79,8 @@ class GlobEnc:
             reliability: "off" or "measured". With "measured" the model runs a second time, with every layer's
                 input and the outputs of its attention and MLP moved by one rounding unit. `error` tells how
                 far the scores moved. A PrecisionWarning is given if it is above 1e-2 or unknown (NaN), as
-                happens for half-precision models with large attention scores.
+                happens for half-precision models with large attention scores. With "off" the error of a
+                model in half precision is unknown: `error` is NaN, and a PrecisionWarning says so.
             batch: the inputs of the model, as its tokenizer returns them: input_ids or inputs_embeds,
                 attention_mask, token_type_ids, position_ids, pixel_values, interpolate_pos_encoding.
                 output_hidden_states and logits_to_keep change what `output` holds.
@@ -117,7 +118,8 @@ class GlobEnc:
             )
         else:
             matrices = [StoredMatrix(matrix) for matrix in reversed(full)]
-        result = rollout_result("GlobEnc", self.model, *roll_out_rows(matrices, rows, layers), layers)
+        rolled, unmeasured = roll_out_rows(matrices, rows, layers), captured if reliability == "off" else ()
+        result = rollout_result("GlobEnc", self.model, *rolled, layers, unmeasured)
         result.output, result.targets = output, None if rows.is_floating_point() else rows
         if reliability == "measured":
             result.error = self._measured_error(batch, stage, rows, result.scores)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from pyglobenc.backends.shared.rows import rescale_rows
+from pyglobenc.hf import LayerTrace
 from pyglobenc.methods.inputs import require_finite
+from pyglobenc.methods.precision.reliability import warn_of_precision
 from pyglobenc.methods.rollout.layer_matrix import LayerMatrix
 
 
@@ -99,8 +101,9 @@ class RolloutResult:
         maps: the maps that were asked for, by name.
         output: the output of the model.
         targets: (B, T) int64, positions of the targets. None for a mean over tokens, T = 1.
-        error: (B,), relative L2 distance by which rounding moves the scores, NaN where it is unknown. None
-            unless it was measured.
+        error: (B,), relative L2 distance by which rounding moves the scores, NaN where it is unknown. It is
+            NaN for every example if the forward pass ran in half precision and the error was not measured.
+            None if the forward pass ran in full precision and the error was not measured.
     """
 
     scores: Tensor
@@ -114,7 +117,12 @@ class RolloutResult:
 
 
 def rollout_result(
-    who: str, model: nn.Module, scores: Tensor, log_scale: Tensor, layers: bool
+    who: str,
+    model: nn.Module,
+    scores: Tensor,
+    log_scale: Tensor,
+    layers: bool,
+    unmeasured: Iterable[LayerTrace] = (),
 ) -> RolloutResult:
     """Build a result from scores (B, L, T, n) and log_scale (B, L, T), as `roll_out_rows` returns them.
 
@@ -123,11 +131,17 @@ def rollout_result(
         model: the model, whose parameters are searched for NaN if the scores aren't finite.
         scores, log_scale: as above.
         layers: whether the result keeps the rows of every layer. Otherwise it keeps those of the last.
+        unmeasured: the captured layers, if the error isn't measured. In half precision it is then unknown,
+            and a PrecisionWarning says so.
 
     Raises:
         ValueError: a score isn't finite.
     """
     require_finite(who, model, (scores, log_scale))
-    if not layers:
-        return RolloutResult(scores[:, -1], log_scale[:, -1])
-    return RolloutResult(scores[:, -1], log_scale[:, -1], scores, log_scale)
+    error = None
+    if any(layer.in_half for layer in unmeasured):
+        error = torch.full((len(log_scale),), float("nan"), dtype=torch.float64, device=scores.device)
+        measure = "ask GlobEnc for reliability='measured', or run the model in float32"
+        warn_of_precision(who, error, None, "the model ran in half precision", measure)
+    of_layers = (scores, log_scale) if layers else (None, None)
+    return RolloutResult(scores[:, -1], log_scale[:, -1], *of_layers, error=error)
