@@ -22,9 +22,10 @@ from pyglobenc.hf.registry import is_decoder
 from pyglobenc.hf.unwrap import is_stock_model
 from pyglobenc.methods.arguments import forward_replaced, output_settings
 from pyglobenc.methods.head import HeadRecord, detached, find_logits, recorded_head
-from pyglobenc.methods.inputs import check_evaluation, check_ids, read_by_head, target_positions, unnamed_rows
+from pyglobenc.methods.inputs import check_evaluation, check_ids, read_by_head
 from pyglobenc.methods.precision.arithmetic import set_precision
 from pyglobenc.methods.rollout.rows import RolloutResult, rollout_result
+from pyglobenc.methods.target_tokens import target_positions, unnamed_rows
 
 # A rollout of captured layers for targets (S, T), positions among all N tokens. It returns scores
 # (1, L, T, N) and log_scale (S, L, T).

@@ -14,11 +14,11 @@ from pyglobenc.common.deferred import Check, check_range, checks_put_off, look
 from pyglobenc.hf.trace.layers import outside
 from pyglobenc.hf.unwrap import stock_model
 from pyglobenc.methods.head import find_logits
-from pyglobenc.methods.inputs import target_positions
 from pyglobenc.methods.relevance.transformer_attribution import RelevanceResult, TransformerAttribution
 from pyglobenc.methods.rollout.baselines import Rollout
 from pyglobenc.methods.rollout.globenc import GlobEnc
 from pyglobenc.methods.rollout.rows import RolloutResult
+from pyglobenc.methods.target_tokens import target_positions
 
 # Calls before a graph is recorded. In these, kernels are compiled and libraries allocate their workspaces.
 WARM_UPS = 3

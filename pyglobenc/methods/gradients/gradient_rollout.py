@@ -26,11 +26,12 @@ from pyglobenc.hf.limits import weights_named
 from pyglobenc.methods.arguments import model_inputs, packed_inputs
 from pyglobenc.methods.differentiable import Recorded, attention_gradients, record_forward
 from pyglobenc.methods.head import detached, find_logits, tokens_read
-from pyglobenc.methods.inputs import check_batch, check_model, default_rows, require_finite, unnamed_rows
+from pyglobenc.methods.inputs import check_batch, check_model, require_finite
 from pyglobenc.methods.packing import Packed, in_order, pack
 from pyglobenc.methods.precision.reliability import examples_reordered, warn_of_nothing
 from pyglobenc.methods.relevance.result import RelevanceResult, of_sequences
 from pyglobenc.methods.target import Index, Target, find_target
+from pyglobenc.methods.target_tokens import default_rows, unnamed_rows
 from pyglobenc.ops import relevance_rollout_step
 
 WHO = "GradientRollout"

@@ -15,7 +15,7 @@ from pyglobenc.common.arguments import known_arguments
 from pyglobenc.common.autocast import outside_autocast
 from pyglobenc.hf import LayerTrace
 from pyglobenc.methods.arguments import model_inputs, packed_inputs
-from pyglobenc.methods.inputs import check_model, require_finite, run_captured, target_rows
+from pyglobenc.methods.inputs import check_model, require_finite, run_captured
 from pyglobenc.methods.packing import attribute_packed
 from pyglobenc.methods.rollout.flow import attention_flow
 from pyglobenc.methods.rollout.layer_matrix import LayerMatrix, ResidualMatrix
@@ -27,6 +27,7 @@ from pyglobenc.methods.rollout.rows import (
     stack_layers,
 )
 from pyglobenc.methods.rollout.stages import STAGES, StageOps, check_stage, deepest_stage
+from pyglobenc.methods.target_tokens import target_rows
 
 ROLLOUTS = {
     "raw-attention": "attention of the last layer, averaged over heads",

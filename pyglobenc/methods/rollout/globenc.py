@@ -10,7 +10,7 @@ from pyglobenc.common.arguments import known_arguments
 from pyglobenc.common.autocast import outside_autocast
 from pyglobenc.hf import LayerTrace, find_layers
 from pyglobenc.methods.arguments import model_inputs, packed_inputs
-from pyglobenc.methods.inputs import check_model, require_finite, run_captured, target_rows
+from pyglobenc.methods.inputs import check_model, require_finite, run_captured
 from pyglobenc.methods.packing import attribute_packed
 from pyglobenc.methods.precision.reliability import distance, nudged, warn_of_precision
 from pyglobenc.methods.rollout.layer_matrix import LayerMatrix, StoredMatrix
@@ -22,6 +22,7 @@ from pyglobenc.methods.rollout.rows import (
     stack_layers,
 )
 from pyglobenc.methods.rollout.stages import STAGES, StageOps, check_stage, deepest_stage
+from pyglobenc.methods.target_tokens import target_rows
 
 MIXING = {f"mix_{name}": name for name in STAGES}
 MAPS = ("head_N", *STAGES, *MIXING, "rollout")
