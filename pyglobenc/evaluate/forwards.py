@@ -44,6 +44,9 @@ class Forwards:
         seconds, in_model: seconds in `logits`, and in the model alone.
     """
 
+    # What the model classifies, for messages.
+    WHAT = "texts"
+
     def __init__(self, model: nn.Module, batch_tokens: int):
         self.called, self.batch_tokens = called_module(model), batch_tokens
         self.model = stock_model(self.called)
@@ -143,7 +146,7 @@ class Forwards:
         start = time.perf_counter()
         logits = find_logits(run_model(self.called, batch))
         if logits is None or logits.dim() != 2:
-            raise NoClasses(f"{type(self.called).__name__} has no head that classifies texts")
+            raise NoClasses(f"{type(self.called).__name__} has no head that classifies {self.WHAT}")
         if len(sequences) > 1 and not bool(logits.isfinite().all()):
             # Where padding is longer than an attention window, some models give NaN for the whole sequence.
             return [row for one in sequences for row in self._run([one])]

@@ -205,6 +205,8 @@ class ImageForwards(Forwards):
         processor: the image processor, which tells what a black pixel is in the model's input; or None.
     """
 
+    WHAT = "images"
+
     def __init__(self, model: nn.Module, batch_tokens: int, processor: Any):
         super().__init__(model, batch_tokens)
         blank = black(processor, getattr(self.model.config, "num_channels", 3))
