@@ -13,7 +13,7 @@ import torch
 
 from pyglobenc.evaluate.examples import KEPT, Example, Scores, make_scores
 from pyglobenc.inputs.batches import Runner
-from pyglobenc.inputs.batching import buckets
+from pyglobenc.inputs.batching import buckets, cached_tokens
 from pyglobenc.inputs.options import Options
 from pyglobenc.inputs.windows import Encoded
 from pyglobenc.methods.precision.reliability import NoRelevanceWarning
@@ -126,7 +126,8 @@ class Attributor:
         backend: str = "auto",
         dtype: torch.dtype | None = None,
     ):
-        self.model, self.tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
+        self.model, self.tokenizer = model, tokenizer
+        self.batch_tokens = cached_tokens(model, batch_tokens)
         self.backend, self.dtype = backend, dtype
 
     def of(self, model: PreTrainedModel) -> Attributor:

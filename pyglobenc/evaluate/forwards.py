@@ -15,7 +15,7 @@ from pyglobenc.evaluate.examples import Example, Metric, Scores, Settings
 from pyglobenc.hf.labels import probabilities
 from pyglobenc.hf.limits import padding_id
 from pyglobenc.hf.unwrap import called_module, stock_model
-from pyglobenc.inputs.batching import in_batches
+from pyglobenc.inputs.batching import cached_tokens, in_batches
 from pyglobenc.methods.arguments import accepts, run_model
 from pyglobenc.methods.head import find_logits
 from pyglobenc.methods.inputs import require_finite
@@ -35,7 +35,8 @@ class Forwards:
 
     Args:
         model: a transformers model, or a module around one.
-        batch_tokens: the most tokens, with padding, in a batch. One sequence may have more.
+        batch_tokens: the most tokens, with padding, in a batch. One sequence may have more. On a CPU a
+            batch has fewer, see `cached_tokens`.
 
     Attributes:
         masks: whether the model takes an attention mask.
@@ -48,8 +49,9 @@ class Forwards:
     WHAT = "texts"
 
     def __init__(self, model: nn.Module, batch_tokens: int):
-        self.called, self.batch_tokens = called_module(model), batch_tokens
+        self.called = called_module(model)
         self.model = stock_model(self.called)
+        self.batch_tokens = cached_tokens(self.model, batch_tokens)
         self.padding, self.masks = padding_id(self.model), accepts(self.called, "attention_mask")
         self.why_no_classes = ""
         self.asked = self.done = 0

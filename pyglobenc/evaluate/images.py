@@ -20,7 +20,7 @@ from pyglobenc.evaluate.forwards import Forwards
 from pyglobenc.evaluate.metrics.segmentation import IGNORED
 from pyglobenc.evaluate.texts import explained_classes
 from pyglobenc.hf.unwrap import called_module, stock_model
-from pyglobenc.inputs.batching import in_batches
+from pyglobenc.inputs.batching import cached_tokens, in_batches
 from pyglobenc.inputs.images import (
     MAX_PIXELS,
     batches_of_one_shape,
@@ -272,7 +272,8 @@ class ImageAttributor:
         dtype: torch.dtype | None = None,
         start_layer: int = 0,
     ):
-        self.model, self.processor, self.batch_tokens = model, processor, batch_tokens
+        self.model, self.processor = model, processor
+        self.batch_tokens = cached_tokens(model, batch_tokens)
         self.backend, self.dtype, self.start_layer = backend, dtype, start_layer
 
     def of(self, model: nn.Module) -> ImageAttributor:

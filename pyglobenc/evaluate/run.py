@@ -118,7 +118,8 @@ def evaluate(
         max_length: largest number of tokens, special tokens included. None: the limit of model and tokenizer.
         bootstrap: number of resamples for the 95 % intervals; 0 for none.
         seed: makes the resamples, the random rankings and the order of equal scores the same in every call.
-        batch_tokens: the most tokens, with padding, that the model gets at once. One text may have more.
+        batch_tokens: the most tokens, with padding, that the model gets at once. One text may have more. On a
+            CPU batches have at most 512 tokens, because larger ones are slower there.
         backend: as for `GlobEnc`.
         dtype: dtype of the attributions. None: float64 for methods that propagate relevance (transformer
             attribution and its relatives), else their default.

@@ -172,7 +172,7 @@ def test_random_is_the_mean_of_ten_rankings():
 
 
 def test_equal_scores_are_ranked_at_random_and_counted(monkeypatch):
-    def flat(self, texts, classes=None, names=None):
+    def flat(self, texts, *rest):
         for text in texts:
             yield {"scores": np.zeros(len(text.tokens)), "target": 0, "target_kind": "token"}
 
@@ -292,10 +292,10 @@ def test_all_leaves_out_what_refuses_the_model(monkeypatch):
 def test_texts_that_a_method_refuses_are_left_out_and_counted(monkeypatch):
     own = Runner.run
 
-    def some(self, texts, classes=None, names=None):
+    def some(self, texts, *rest):
         if self.method.name == "globenc" and any(text.text == TEXTS[0] for text in texts):
             raise ValueError("explain: no film")
-        return own(self, texts, classes)
+        return own(self, texts, *rest)
 
     monkeypatch.setattr(Runner, "run", some)
     table = evaluate(metrics="sufficiency", methods=["globenc", "lrp"])
