@@ -10,7 +10,7 @@ from pyglobenc.cli.options import add_arithmetic, add_model, dtype_named, listed
 from pyglobenc.common.characters import printable
 from pyglobenc.common.files import write_file
 from pyglobenc.evaluate.choices import ALL, FRACTIONS, LABEL, PROTOCOLS
-from pyglobenc.evaluate.examples import REMOVALS, Span
+from pyglobenc.evaluate.examples import REMOVALS
 from pyglobenc.evaluate.image_readers import ImageData, read_gtsegs, read_image_folder
 from pyglobenc.evaluate.metrics import METRICS
 from pyglobenc.evaluate.readers import FORMATS
@@ -85,6 +85,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--column", help="column or key that holds the text (default: text, sentence, or the only one)"
     )
     parser.add_argument("--label-column", help="column or key that holds the true class, as index or name")
+    parser.add_argument(
+        "--answer-column",
+        help="for a language model: column or key that holds the text whose probability after the prompt is "
+        "explained (default: the next token)",
+    )
     parser.add_argument(
         "--no-header",
         action="store_true",
@@ -214,7 +219,6 @@ def run(options: argparse.Namespace) -> int:
     load_arrow()
     if (options.input is None) == (options.images is None):
         options.error("give either texts with --input or images with --images")
-    rationales = None
     if options.images is not None:
         data = _read_images(options)
         indices, table = list(range(len(data.names))), _evaluate_images(options, data)
@@ -225,13 +229,13 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError("--split belongs to --format")
         source = open_source(options.input, options.column, not options.no_header)
         check_output_folder(options.output, options.model, (options.input, *source.files))
-        indices, texts, labels = _read(options, source)
+        indices, given = _read(options, source)
     else:
         check_output_folder(options.output, options.model, (options.input,))
-        texts, labels, rationales = _read_highlights(options)
-        indices = list(range(len(texts)))
+        given = _read_highlights(options)
+        indices = list(range(len(given["texts"])))
     if options.images is None:
-        table = _evaluate(options, texts, labels, rationales)
+        table = _evaluate(options, given)
     folder = Path(options.output)
     table.to_csv(folder / TABLE)
     write_file(folder / PER_TEXT, _parquet(table, indices))
@@ -249,24 +253,32 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _read(options: argparse.Namespace, source: Any) -> tuple[list[int], list[str], list[Any] | None]:
-    """Return the numbers of the records that hold a text, their texts, and their labels if asked for."""
+def _read(options: argparse.Namespace, source: Any) -> tuple[list[int], dict[str, list[Any]]]:
+    """Return the numbers of the records that hold a text, and their texts, labels and answers by name.
+
+    Labels and answers are there if the options name their columns.
+    """
     from pyglobenc.scale.corpus.records import open_source
 
-    labels: Iterator[Any] | None = None
-    if options.label_column is not None:
-        labels = open_source(options.input, options.label_column, not options.no_header, texts=False).read()
-    indices, texts, found, reasons = [], [], [], []
+    columns = {"labels": options.label_column, "answers": options.answer_column}
+    readers: dict[str, Iterator[Any]] = {
+        name: open_source(options.input, column, not options.no_header, texts=name == "answers").read()
+        for name, column in columns.items()
+        if column is not None
+    }
+    indices, texts, reasons = [], [], []
+    found: dict[str, list[Any]] = {"texts": texts} | {name: [] for name in readers}
     for record in source.records():
-        label = None if labels is None else next(labels, None)
+        values = {name: next(reader, None) for name, reader in readers.items()}
         if record.text is None:
             reasons.append(f"record {record.index}: {record.reason}")
             continue
-        if isinstance(label, Exception) or (labels is not None and label is None):
-            raise ValueError(f"{options.input}: record {record.index} has no label: {label}")
+        for name, value in values.items():
+            if value is None or isinstance(value, Exception):
+                raise ValueError(f"{options.input}: record {record.index} has no {name[:-1]}: {value}")
+            found[name].append(value)
         indices.append(record.index)
         texts.append(record.text)
-        found.append(label)
         if options.limit is not None and len(texts) == options.limit:
             break
     if not texts:
@@ -274,14 +286,15 @@ def _read(options: argparse.Namespace, source: Any) -> tuple[list[int], list[str
     if reasons:
         said = f"{len(reasons)} records are left out, the first one: {reasons[0]}"
         print(printable(f"pyglobenc: {said}"), file=sys.stderr)
-    return indices, texts, None if labels is None else found
+    return indices, found
 
 
 def _read_images(options: argparse.Namespace) -> ImageData:
     """Return the images, masks and labels that the options name, and check the output."""
     from pyglobenc.cli.outputs import check_output_folder
 
-    names = ("format", "split", "label_names", "column", "label_column", "no_header", "model_dtype")
+    names = ("format", "split", "label_names", "column", "label_column")
+    names += ("answer_column", "no_header", "model_dtype")
     if wrong := [name for name in names if getattr(options, name)]:
         options.error(f"--{wrong[0].replace('_', '-')} belongs to texts, not to --images")
     if options.model == DEFAULT_MODEL:
@@ -325,19 +338,21 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names}
 
 
-def _read_highlights(options: argparse.Namespace) -> tuple[list[str], list[str] | None, list[list[Span]]]:
-    """Return the texts, labels and highlights of a data set; no labels if nothing reads them."""
-    if options.column is not None or options.label_column is not None or options.no_header:
-        raise ValueError("--column, --label-column and --no-header don't belong to --format")
+def _read_highlights(options: argparse.Namespace) -> dict[str, list[Any]]:
+    """Return the texts, rationales and labels of a data set by name; no labels if nothing reads them."""
+    for name in ("column", "label_column", "answer_column", "no_header"):
+        if getattr(options, name):
+            raise ValueError(f"--{name.replace('_', '-')} doesn't belong to --format")
     split = {} if options.split is None else {"split": options.split}
     found = FORMATS[options.format](options.input, **split)
     for reason, count in found.left_out.items():
         print(f"pyglobenc: {count} records are left out: {reason}", file=sys.stderr)
-    texts, rationales = found.texts[: options.limit], found.rationales[: options.limit]
+    given = {"texts": found.texts[: options.limit], "rationales": found.rationales[: options.limit]}
     # The data may name its classes otherwise than the model, which matters only if they are explained.
     gold = PROTOCOLS.get(options.protocol, {}).get("target") == LABEL
-    read = options.target == LABEL or gold or options.label_names
-    return texts, found.labels[: options.limit] if read else None, rationales
+    if options.target == LABEL or gold or options.label_names:
+        given["labels"] = found.labels[: options.limit]
+    return given
 
 
 def _class_indices(labels: list[Any], label_names: list[str]) -> list[int]:
@@ -348,28 +363,21 @@ def _class_indices(labels: list[Any], label_names: list[str]) -> list[int]:
     return [label_names.index(label) for label in labels]
 
 
-def _evaluate(
-    options: argparse.Namespace,
-    texts: list[str],
-    labels: list[Any] | None,
-    rationales: list[list[Span]] | None,
-) -> EvaluationTable:
+def _evaluate(options: argparse.Namespace, given: dict[str, list[Any]]) -> EvaluationTable:
+    """Evaluate texts, with the labels, answers and highlights that are given by name."""
     # These imports take seconds.
-
     from pyglobenc.evaluate import evaluate
     from pyglobenc.models.pretrained import load_pretrained
 
     model, tokenizer = load_pretrained(
         options.model, dtype_named(options.model_dtype), options.device, options.trust_remote_code
     )
-    if options.label_names and labels is not None:
-        labels = _class_indices(labels, options.label_names)
+    if options.label_names and "labels" in given:
+        given["labels"] = _class_indices(given["labels"], options.label_names)
     return evaluate(
         model,
         tokenizer,
-        texts,
-        labels=labels,
-        rationales=rationales,
+        **given,
         dtype=dtype_named(options.dtype),
         progress=not options.quiet,
         **_given(options),

@@ -5,6 +5,7 @@ import json
 
 import pytest
 from command_line import words
+from models import build
 from tiny import classifier, tokenizer
 
 import pyglobenc
@@ -78,11 +79,38 @@ def test_hatexplain_without_labels_of_the_model(tmp_path, model, capsys):
     assert table(tmp_path / "out") == pytest.approx(expected(model, data.texts, **options))
 
 
+def test_answers_of_a_language_model(tmp_path):
+    generator, names = build("gpt2"), tokenizer()
+    generator.save_pretrained(tmp_path / "model")
+    names.save_pretrained(tmp_path / "model")
+    lines = [{"prompt": "the deep film", "reply": "good"}, {"prompt": "a b c", "reply": "film good"}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    line = "evaluate --input {} --column prompt --answer-column reply --output {} --model {} --quiet"
+    line += " --methods globenc --metrics mas,comprehensiveness --remove pad --bootstrap 0"
+    paths = tmp_path / "prompts.jsonl", tmp_path / "out", tmp_path / "model"
+    assert main(words(line, *paths)) == 0
+    found = pyglobenc.evaluate(
+        generator,
+        names,
+        [line["prompt"] for line in lines],
+        answers=[line["reply"] for line in lines],
+        methods=("globenc",),
+        metrics=("mas", "comprehensiveness"),
+        remove="pad",
+        bootstrap=0,
+        progress=False,
+    )
+    values = {(row["method"], row["metric"]): row["mean"] for row in found.rows}
+    assert table(tmp_path / "out") == pytest.approx(values, abs=1e-6, nan_ok=True)
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(lines[0]) + "\n" + json.dumps({"prompt": "a"}) + "\n")
+    assert main(words(line, paths[0], tmp_path / "other", paths[2])) != 0
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         ("--format eraser --split dev", "No such file"),
-        ("--format eraser --column text", "don't belong to --format"),
+        ("--format eraser --column text", "--column doesn't belong to --format"),
         ("--format eraser --target label", "a class must be of BAD, GOOD, got 'NEG'"),
         ("--format eraser --label-names POS,NEU", "label 'NEG' of text 0 isn't one of POS, NEU"),
         ("--split test", "--split belongs to --format"),
