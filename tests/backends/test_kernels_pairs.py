@@ -9,7 +9,7 @@ from itertools import cycle
 import pytest
 import torch
 from numerics import assert_as_good_as_torch, pooled
-from pair_cases import Case, check_huge_squares, doubled, pair_args, product
+from pair_cases import Case, check_huge_squares, doubled, pair_args, product, spread_all, with_dirty_padding
 
 from pyglobenc.backends.shared.launch import MAX_SHARES, query_shares
 from pyglobenc.backends.shared.packing import sequence_of
@@ -259,10 +259,7 @@ def test_every_tile(dtype, monkeypatch, backend):
 
 def test_strided_inputs_and_expanded_gram(backend):
     args = moved(pair_args(Case(n=37, mask="holes")))
-    strided = {
-        name: torch.stack([t, t], -1)[..., 0] if isinstance(t, torch.Tensor) else t
-        for name, t in args.items()
-    }
+    strided = spread_all(args)
     assert strided["q"].stride(-1) == 2
     assert torch.equal(pair_norms(**strided, backend=backend), pair_norms(**args, backend=backend))
     r, log_scale = rows_of(Case(n=37), 2)
@@ -279,11 +276,7 @@ def test_padding_may_hold_anything(backend):
     args = moved(pair_args(Case(n=40, mask="holes")))
     r, log_scale = rows_of(Case(n=40), 2)
     padded = ~args["key_mask"]
-    dirty = {name: t.clone() if isinstance(t, torch.Tensor) else t for name, t in args.items()}
-    for name in ("q", "k", "lse"):
-        dirty[name].transpose(1, 2)[padded] = torch.nan
-    for name in ("gram", "cross", "residual_sq", "rstd"):
-        dirty[name][padded] = torch.nan
+    dirty = with_dirty_padding(args)
     assert torch.equal(pair_norms(**dirty, backend=backend), pair_norms(**args, backend=backend))
     out = rollout_step(r.masked_fill(padded[:, None], torch.nan), log_scale, **dirty, backend=backend)
     assert torch.equal(out[0], rollout_step(r, log_scale, **args, backend=backend)[0])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from numerics import pooled
-from pair_cases import doubled, key_mask
+from pair_cases import doubled, key_mask, spread_all
 
 from pyglobenc.kernels.relevance_attention import MAX_ROWS
 from pyglobenc.ops import relevance_attention, relevance_maps, relevance_rollout_step
@@ -161,10 +161,7 @@ def test_more_rows_than_a_pass_takes(backend):
 
 def test_strided(backend):
     args, r = layer(Case(mask="holes"))
-    strided = {
-        name: torch.stack([t, t], -1)[..., 0] if isinstance(t, torch.Tensor) else t
-        for name, t in args.items()
-    }
+    strided = spread_all(args)
     out = relevance_attention(**strided, r=r.mT.contiguous().mT, backend=backend)
     for mine, expected in zip(out, relevance_attention(**args, r=r, backend=backend), strict=True):
         assert torch.equal(mine, expected)

@@ -7,6 +7,7 @@ The CUDA backend takes these tests over in cuda/test_values.py.
 import pytest
 import torch
 from numerics import pooled
+from pair_cases import spread
 from test_kernels_pairs import factor
 
 from pyglobenc.ops import gram_weights, head_gram, head_norms, mapped_square
@@ -120,9 +121,7 @@ def test_mapped_square_of_what_lies_apart(backend):
 
 
 def test_strided(backend):
-    v, weight, x, kernel, cross_kernel = (
-        torch.stack([t, t], -1)[..., 0] for t in inputs(2, 4, 2, 63, 16, 24)
-    )
+    v, weight, x, kernel, cross_kernel = map(spread, inputs(2, 4, 2, 63, 16, 24))
     assert v.stride(-1) == 2
     with pooled(factor(backend)) as compare:
         check(backend, head_norms, (v, weight), compare)

@@ -14,6 +14,7 @@ from pair_cases import (
     pair_args,
     running,
     spread_all,
+    with_dirty_padding,
 )
 
 from pyglobenc.backends.inputs import PairInputs
@@ -177,12 +178,7 @@ def test_sums_that_overflow(kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_padding_may_hold_anything(kernel):
     args = pair_args(Case(n=40, mask="holes"))
-    padded = ~args["key_mask"]
-    dirty = {name: t.clone() if isinstance(t, torch.Tensor) else t for name, t in args.items()}
-    for name in ("q", "k", "lse"):
-        dirty[name].transpose(1, 2)[padded] = torch.nan
-    for name in ("gram", "cross", "residual_sq", "rstd"):
-        dirty[name][padded] = torch.nan
+    dirty = with_dirty_padding(args)
     with running(kernel) as backend:
         assert torch.equal(pair_norms(**dirty, backend=backend), pair_norms(**args, backend=backend))
 

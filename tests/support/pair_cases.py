@@ -183,6 +183,17 @@ def spread_all(args: dict) -> dict:
     return {name: spread(t) if isinstance(t, torch.Tensor) else t for name, t in args.items()}
 
 
+def with_dirty_padding(args: dict) -> dict:
+    """Return the same arguments with NaN at padding."""
+    padded = ~args["key_mask"]
+    dirty = {name: t.clone() if isinstance(t, torch.Tensor) else t for name, t in args.items()}
+    for name in ("q", "k", "lse"):
+        dirty[name].transpose(1, 2)[padded] = torch.nan
+    for name in ("gram", "cross", "residual_sq", "rstd"):
+        dirty[name][padded] = torch.nan
+    return dirty
+
+
 def alone(args: dict, b: int, count: int) -> dict:
     """Return the arguments of example b alone, with its first `count` tokens and without a mask."""
     return {
