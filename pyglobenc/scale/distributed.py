@@ -180,6 +180,7 @@ class ShardedMatrix:
         Returns:
             The rows (1, T, n) and the new log_scale (1, T).
         """
+        r, log_scale = r.to(self.local.inputs.gram), log_scale.to(self.local.inputs.gram)
         out, axes = torch.zeros_like(r), self.local.inputs.AXES
         for chunk in self.shares.own:
             for start in range(chunk.start, chunk.stop, BLOCK):
@@ -233,7 +234,7 @@ class ShardedGlobEnc:
         *,
         input_ids: Tensor,
         token_type_ids: Tensor | None = None,
-        targets: Sequence[int] | None = None,
+        targets: Sequence[int] | str | None = None,
         stage: str | None = None,
         layers: bool = False,
     ) -> RolloutResult:
@@ -245,7 +246,9 @@ class ShardedGlobEnc:
         Args:
             input_ids: (1, n), the whole sequence without padding. n is at least the number of ranks.
             token_type_ids: (1, n), or None.
-            targets: T token positions. None means the first token, [CLS], or the last one of a causal model.
+            targets: T token positions; or "mean" for the mean of all tokens' rows, T = 1. None means the
+                first token, [CLS], or the last one of a causal model. The head isn't run, so the default
+                doesn't follow it, as that of `GlobEnc` does.
             stage, layers: as for `GlobEnc`.
 
         Returns:
@@ -269,12 +272,15 @@ class ShardedGlobEnc:
         check_stage("ShardedGlobEnc", captured[-1], stage)
         if targets is None:
             targets = [shares.n - 1 if captured[-1].window[1] == 0 else 0]
-        rows = torch.as_tensor(targets, device=input_ids.device)[None]
+        if targets == "mean":
+            rows = torch.full((1, 1, shares.n), 1 / shares.n, dtype=torch.float64, device=input_ids.device)
+        else:
+            rows = torch.as_tensor(targets, device=input_ids.device)[None]
         matrices = (ShardedMatrix(self.ops.norm_matrix(layer, stage), shares) for layer in reversed(captured))
         rolled = roll_out_rows(matrices, rows, layers)
         return rollout_result("ShardedGlobEnc", self.model, *rolled, layers, captured)
 
-    def _shares(self, input_ids: Tensor, targets: Sequence[int] | None, stage: str | None) -> Shares:
+    def _shares(self, input_ids: Tensor, targets: Sequence[int] | str | None, stage: str | None) -> Shares:
         rank, world = dist.get_rank(self.group), dist.get_world_size(self.group)
         if stage not in (None, *STAGES):
             raise ValueError(f"ShardedGlobEnc: stage must be one of {', '.join(STAGES)}, got {stage!r}")
@@ -286,7 +292,12 @@ class ShardedGlobEnc:
         n, limit = input_ids.shape[1], max_tokens(self.model)
         if limit is not None and n > limit:
             raise ValueError(f"ShardedGlobEnc: the input has {n} tokens and the model takes {limit}")
-        if targets is not None and (not targets or min(targets) < 0 or max(targets) >= n):
+        if isinstance(targets, str):
+            if targets != "mean":
+                raise ValueError(
+                    f"ShardedGlobEnc: targets must be token positions or 'mean', got {targets!r}"
+                )
+        elif targets is not None and (not targets or min(targets) < 0 or max(targets) >= n):
             raise ValueError(
                 f"ShardedGlobEnc: targets must lie in [0, {n}), at least one of them, got {list(targets)}"
             )

@@ -215,6 +215,7 @@ def test_refusals(tmp_path):
             (dict(stage="x"), "stage must be"),
             (dict(targets=[]), "targets must"),
             (dict(targets=[N]), "targets must"),
+            (dict(targets="most"), "targets must be token positions or 'mean'"),
             (dict(input_ids=arguments["input_ids"].expand(2, -1)), r"must be \(1, n\)"),
             (dict(input_ids=torch.ones(1, 65, dtype=torch.long)), "65 tokens and the model takes 64"),
             (dict(input_ids=arguments["input_ids"] + 97), r"input_ids must lie in \[0, 97\)"),
@@ -230,6 +231,20 @@ def test_refusals(tmp_path):
     finally:
         dist.destroy_process_group()
     assert not os.environ.get("RANK")
+
+
+@pytest.mark.parametrize("number", [0, 4])
+def test_the_mean_of_all_rows(tmp_path, number):
+    model, arguments = call(CASES[number])
+    arguments |= {"targets": "mean"}
+    exact = GlobEnc(model)(**arguments)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        found = ShardedGlobEnc(model)(**arguments)
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(found.scores, exact.scores)
+    torch.testing.assert_close(found.log_scale, exact.log_scale)
 
 
 def test_autocast(tmp_path):
