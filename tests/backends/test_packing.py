@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from numerics import until_enough
+from numerics import pooled, until_enough
 from pair_cases import KERNELS, Case, doubled, factor, layer, pair_args, product, running
 
 from pyglobenc.backends.inputs import PairInputs
@@ -118,35 +118,33 @@ def test_cu_seqlens_are_checked():
 
 
 @pytest.mark.parametrize("kernel", [*KERNELS, "triton"])
-@cases(CASES)
-def test_kernel_is_as_good_as_torch(case, lengths, count, kernel):
-    check_kernel(kernel, lambda: pack(case, lengths, count)[1:])
+def test_kernel_is_as_good_as_torch(kernel):
+    with pooled(factor(kernel)) as compare:
+        for case in CASES:
+            check_kernel(kernel, *pack(*case)[1:], compare)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernel_on_unit_rows(kernel):
     # whole blocks of queries without weight are passed over
     ones = torch.tensor([[[149, 150, 300, 422], [0, 219, 220, 420]]])
-
-    def draw(value):
-        _, packed, cu_seqlens = pack(Case(H=3, Hkv=3), (150, 70, 200, 3), 2)
-        return packed | dict(r=torch.zeros_like(packed["r"]).scatter_(2, ones, value)), cu_seqlens
-
-    check_kernel(kernel, lambda: draw(1))
-    check_kernel(kernel, lambda: draw(0))
+    _, packed, cu_seqlens = pack(Case(H=3, Hkv=3), (150, 70, 200, 3), 2)
+    units = torch.zeros_like(packed["r"]).scatter_(2, ones, 1)
+    with pooled(factor(kernel)) as compare:
+        for r in (units, units * 0):
+            check_kernel(kernel, packed | dict(r=r), cu_seqlens, compare)
 
 
-def check_kernel(kernel, draw):
-    """The error rule for the product of what draw() returns: arguments with rows r, and cu_seqlens."""
-    for compare in until_enough(factor(kernel)):
-        args, cu_seqlens = draw()
-        r = args.pop("r")
-        exact = product(r.double(), doubled(args), "reference", cu_seqlens)
-        with running(kernel) as backend:
-            out, torch_out = (
-                product(r, args, name, cu_seqlens, float(exact.amax())) for name in (backend, "reference")
-            )
-        compare(out, exact, torch_out)
+def check_kernel(kernel, packed, cu_seqlens, compare):
+    """The error rule for the product of packed rows r with the norms; compare: of `pooled`."""
+    args = dict(packed)
+    r = args.pop("r")
+    exact = product(r.double(), doubled(args), "reference", cu_seqlens)
+    with running(kernel) as backend:
+        out, torch_out = (
+            product(r, args, name, cu_seqlens, float(exact.amax())) for name in (backend, "reference")
+        )
+    compare(out, exact, torch_out)
 
 
 def test_opcheck():

@@ -1,5 +1,6 @@
 """Row mode over ranks: gloo processes against one process."""
 
+import multiprocessing
 import os
 from contextlib import nullcontext
 
@@ -121,7 +122,9 @@ def worker(rank, folder):
 def every_output(tmp_path_factory):
     """Results by number of ranks: of every case those of every rank."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, (str(folder),), nprocs=max(WORLDS))
+    # The ranks are forked from one process that has imported everything, since imports take most of the time.
+    multiprocessing.set_forkserver_preload(["models", "numerics", "published", "pyglobenc.scale.distributed"])
+    mp.start_processes(worker, (str(folder),), nprocs=max(WORLDS), start_method="forkserver")
     cases = range(len(CASES))
     return {
         world: [
