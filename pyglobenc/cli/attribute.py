@@ -33,31 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the shards. "
         "The result doesn't depend on the number of ranks."
     )
-    parser.add_argument(
-        "--input",
-        required=True,
-        metavar="FILE",
-        help="the corpus: .txt, .csv, .tsv, .jsonl, .parquet, or a folder saved by datasets",
-    )
-    parser.add_argument(
-        "--output", required=True, metavar="DIR", help="folder for the Parquet shards; created if missing"
-    )
-    parser.add_argument(
-        "--column", help="column or key that holds the text (default: text, sentence, or the only one)"
-    )
-    parser.add_argument(
-        "--keep",
-        type=listed,
-        default=[],
-        metavar="COLUMNS",
-        help="columns or keys of the input, separated by commas, that the output's column input keeps: a "
-        "gold label, an id",
-    )
-    parser.add_argument(
-        "--no-header",
-        action="store_true",
-        help="the .csv or .tsv file has no column names; --column is a number that starts at 0",
-    )
+    _add_files(parser)
     add_model(parser, "minilm", "which is a PyPI package")
     parser.add_argument(
         "--method",
@@ -91,6 +67,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="print the planned work and the memory that it needs, and stop",
     )
     parser.add_argument("--quiet", action="store_true", help="print no progress")
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--input",
+        required=True,
+        metavar="FILE",
+        help="the corpus: .txt, .csv, .tsv, .jsonl, .parquet, or a folder saved by datasets",
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="folder for the Parquet shards; created if missing"
+    )
+    parser.add_argument(
+        "--column", help="column or key that holds the text (default: text, sentence, or the only one)"
+    )
+    parser.add_argument(
+        "--keep",
+        type=listed,
+        default=[],
+        metavar="COLUMNS",
+        help="columns or keys of the input, separated by commas, that the output's column input keeps: a "
+        "gold label, an id",
+    )
+    parser.add_argument(
+        "--no-header",
+        action="store_true",
+        help="the .csv or .tsv file has no column names; --column is a number that starts at 0",
+    )
 
 
 def run(options: argparse.Namespace) -> int:

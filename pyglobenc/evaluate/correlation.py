@@ -141,22 +141,10 @@ def layer_correlations(
     from pyglobenc.hf.unwrap import stock_model
     from pyglobenc.inputs.batches import longest
     from pyglobenc.methods.gradients.attribution import GradientAttribution
-    from pyglobenc.methods.rollout.baselines import ROLLOUTS, Rollout
+    from pyglobenc.methods.rollout.baselines import Rollout
 
-    known = [name for name in ROLLOUTS if name != "attention-flow"]
-    for name in methods:
-        if name not in known:
-            raise ValueError(f"layer_correlations: methods must be of {', '.join(known)}, got {name!r}")
-    if mode not in MODES:
-        raise ValueError(f"layer_correlations: mode must be one of {', '.join(MODES)}, got {mode!r}")
-    given = isinstance(saliency, np.ndarray)
-    if not given and saliency not in SALIENCIES:
-        raise ValueError(
-            f"layer_correlations: saliency must be an array or of {', '.join(SALIENCIES)}, got {saliency!r}"
-        )
-    if mode == "hta" and not given:
-        raise ValueError("layer_correlations: mode='hta' needs saliency as an array (L, texts, m, m)")
-    names = check_texts(texts)
+    _check_choices(methods, saliency, mode)
+    given, names = isinstance(saliency, np.ndarray), check_texts(texts)
     limit = longest(stock_model(model), tokenizer, max_length)
     encoded = [
         encode(tokenizer, text, name, limit, "truncate") for text, name in zip(texts, names, strict=True)
@@ -184,6 +172,24 @@ def layer_correlations(
         name: LayerCorrelations(**{of: _stacked(some) for of, some in one.items()})
         for name, one in found.items()
     }
+
+
+def _check_choices(methods: Sequence[str], saliency: str | np.ndarray, mode: str) -> None:
+    from pyglobenc.methods.rollout.baselines import ROLLOUTS
+
+    known = [name for name in ROLLOUTS if name != "attention-flow"]
+    for name in methods:
+        if name not in known:
+            raise ValueError(f"layer_correlations: methods must be of {', '.join(known)}, got {name!r}")
+    if mode not in MODES:
+        raise ValueError(f"layer_correlations: mode must be one of {', '.join(MODES)}, got {mode!r}")
+    given = isinstance(saliency, np.ndarray)
+    if not given and saliency not in SALIENCIES:
+        raise ValueError(
+            f"layer_correlations: saliency must be an array or of {', '.join(SALIENCIES)}, got {saliency!r}"
+        )
+    if mode == "hta" and not given:
+        raise ValueError("layer_correlations: mode='hta' needs saliency as an array (L, texts, m, m)")
 
 
 def _rolled_out(layers: np.ndarray) -> np.ndarray:
