@@ -15,7 +15,7 @@ from pyglobenc.evaluate.attributions import Attributor
 from pyglobenc.evaluate.examples import KEPT, Example, Settings
 from pyglobenc.evaluate.forwards import Forwards, Sequences
 from pyglobenc.evaluate.metrics.rationales import checked_spans
-from pyglobenc.evaluate.texts import text_units
+from pyglobenc.evaluate.texts import text_examples, text_units
 from pyglobenc.hf.limits import vocabulary
 from pyglobenc.hf.registry import is_decoder
 from pyglobenc.hf.unwrap import called_module, is_stock_model, stock_model
@@ -140,6 +140,40 @@ def _mean(rows: list[Any], n: int, answer: int) -> np.ndarray | ValueError:
         size = abs(part).sum() if answer > 1 else 1
         scores[:prompt] += part / size / len(rows) if size else 0
     return scores
+
+
+def workers(model: nn.Module, *options: Any) -> tuple[Forwards, Attributor]:
+    """Return the runner of a model's forward passes and its attributor, for classes or for answers.
+
+    Args:
+        model: a text model.
+        options: the other arguments of `Attributor`: tokenizer, batch_tokens, backend and dtype.
+    """
+    if is_language_model(model):
+        return AnswerForwards(model, options[1]), AnswerAttributor(model, *options)
+    return Forwards(model, options[1]), Attributor(model, *options)
+
+
+def text_or_prompt_examples(
+    attributor: Attributor,
+    forwards: Forwards,
+    encoded: Sequence[Encoded],
+    labels: Any,
+    target: Any,
+    answers: Any,
+    settings: Settings,
+    max_length: int | None,
+) -> tuple[list[Example], str]:
+    """Return the examples of a classifier's texts or of a language model's prompts, and a note on them.
+
+    Raises:
+        TypeError, ValueError: as `text_examples` and `answer_examples`, or a classifier gets answers.
+    """
+    if isinstance(forwards, AnswerForwards):
+        return answer_examples(attributor, forwards, encoded, answers, target, labels, settings, max_length)
+    if answers is not None:
+        raise ValueError("evaluate: answers need a language model with its head (ForCausalLM)")
+    return text_examples(attributor, forwards, encoded, labels, target, settings)
 
 
 def answer_examples(

@@ -134,18 +134,10 @@ def evaluate(
             model or every text, or the output folder belongs to another evaluation.
     """
     # These imports take seconds.
-    from pyglobenc.evaluate.answers import (
-        AnswerAttributor,
-        AnswerForwards,
-        answer_examples,
-        is_language_model,
-        with_needles,
-    )
-    from pyglobenc.evaluate.attributions import Attributor
-    from pyglobenc.evaluate.forwards import Forwards
+    from pyglobenc.evaluate.answers import text_or_prompt_examples, with_needles, workers
     from pyglobenc.evaluate.images import ImageAttributor, ImageForwards, image_examples
     from pyglobenc.evaluate.sanity import sanity_checks
-    from pyglobenc.evaluate.texts import encode_texts, text_examples
+    from pyglobenc.evaluate.texts import encode_texts
 
     of_images = check_kind(
         {"tokenizer": tokenizer, "texts": texts, "words": words or None, "rationales": rationales}
@@ -168,20 +160,12 @@ def evaluate(
         attributor = ImageAttributor(model, processor, batch_tokens, backend, dtype, start_layer)
         examples, note = image_examples(attributor, forwards, images, masks, labels, target)
     else:
-        language = is_language_model(model)
-        if answers is not None and not language:
-            raise ValueError("evaluate: answers need a language model with its head (ForCausalLM)")
-        forwards = (AnswerForwards if language else Forwards)(model, batch_tokens)
+        forwards, attributor = workers(model, tokenizer, batch_tokens, backend, dtype)
         forwards.check_removal(settings)
-        attributor_kind = AnswerAttributor if language else Attributor
-        attributor = attributor_kind(model, tokenizer, batch_tokens, backend, dtype)
         encoded = encode_texts(attributor, texts, max_length, long)
-        if language:
-            examples, note = answer_examples(
-                attributor, forwards, encoded, answers, target, labels, settings, max_length
-            )
-        else:
-            examples, note = text_examples(attributor, forwards, encoded, labels, target, settings)
+        examples, note = text_or_prompt_examples(
+            attributor, forwards, encoded, labels, target, answers, settings, max_length
+        )
         examples = with_needles(examples, needles)
         examples = with_rationales(examples, rationales, tokenizer.unk_token_id)
     chosen, left_out = choose_metrics(metrics, examples, forwards.why_no_classes, protocol)
