@@ -149,10 +149,9 @@ class Runner:
         ):
             raise ValueError(
                 f"explain: {options.method} explains a class of the whole text, and {type(model).__name__} "
-                f"has logits for every token "
-                "or choice; TransformerAttribution explains them (target=, position=), and methods with a "
-                f"token target, such as globenc, "
-                "explain its tokens"
+                "has logits for every token or choice; TransformerAttribution explains them (target=, "
+                "position=), methods with a token target, such as globenc, explain its tokens, and gradient "
+                "methods a language model's next token"
             )
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise TypeError(
