@@ -1,5 +1,7 @@
-"""Every method but the flow, whose search takes minutes, on BERT-base's shape against the same model's plain
-forward pass (random weights).
+"""Methods on BERT-base's shape against the same model's plain forward pass (random weights).
+
+All but three are measured: the search of the flow takes minutes, and integrated gradients and occlusion take
+as many passes as they have steps or tokens.
 
     pytest benchmarks/bench_methods.py --csv methods
 
@@ -17,13 +19,17 @@ from op_benchmark import BATCHES, DTYPES, LENGTHS, SLOW, peak_mb
 from transformers import BertConfig, BertForSequenceClassification
 
 from pyglobenc.inputs.batching import SHARE, available_bytes
+from pyglobenc.methods.gradients.attribution import GRADIENTS
 from pyglobenc.methods.memory import estimate_memory
 from pyglobenc.methods.registry import METHODS
 
 FORWARD, ROUNDS = "forward", 3
-CALLS = [
-    (FORWARD, ""),
-    *((name, backend) for name in METHODS if name != "attention-flow" for backend in ("reference", "auto")),
+# Gradients have no kernels, and so no backends.
+CALLS = [(FORWARD, "")] + [
+    (name, backend)
+    for name, method in METHODS.items()
+    if name != "attention-flow" and not method.replaces_tokens
+    for backend in (("auto",) if name in GRADIENTS else ("reference", "auto"))
 ]
 
 
