@@ -67,10 +67,10 @@ class EvaluationTable:
     """The metrics of several methods.
 
     Attributes:
-        rows: list of dicts with method, metric, mean, low, high (95 % bootstrap over texts), sd (standard
-            deviation over texts), n (texts that count), seconds_per_text (of the attribution), skipped (texts
-            that don't count), ties (texts in which two units have the same score) and zeros (texts whose
-            scores are all zero).
+        rows: list of dicts with method, metric, mean, low, high (95 % bootstrap over texts), n (texts
+            that count), seconds_per_text (of the attribution), sd (standard deviation over texts), skipped
+            (texts that don't count), ties (texts in which two units have the same score) and zeros (texts
+            whose scores are all zero).
         per_text: maps (method, metric) to (texts,) float64, with NaN for texts that don't count.
         notes: sentences on what was left out or replaced.
         info: settings, and the counts and rate of the forward passes.
