@@ -178,7 +178,8 @@ def choose_metrics(
         "needles": any(one.needle is not None for one in examples),
         "masks": any(one.mask is not None for one in examples),
     }
-    known, chosen, notes = METRICS | OF_PROTOCOL.get(protocol, {}), [], []
+    known, chosen = METRICS | OF_PROTOCOL.get(protocol, {}), []
+    without: dict[str, list[str]] = {}
     for name in _names("metrics", asked, list(known)):
         missing = sorted(need for need in known[name].needs if not there[need])
         if not missing:
@@ -189,7 +190,8 @@ def choose_metrics(
             reason += f"; {why_no_classes}"
         if asked != ALL:
             raise ValueError(f"evaluate: the metric {name} needs {reason}")
-        notes.append(f"The metric {name} is left out: it needs {reason}.")
+        without.setdefault(reason, []).append(name)
+    notes = [f"Left out without {reason}: {', '.join(left_out)}." for reason, left_out in without.items()]
     if not chosen:
         raise ValueError("evaluate: no metric is left; " + " ".join(notes))
     return chosen, notes
