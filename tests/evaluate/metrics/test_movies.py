@@ -10,7 +10,7 @@ from tiny import tokenizer
 import pyglobenc
 
 SIZES = range(5, 85, 5)
-WORDS = ["deep", "good.", "the", "film", "xyz", "\u00e7\u00e7\u00e7", "dull!", "plot", "a", "bad"]
+WORDS = ["deep", "good.", "the", "film", "xyz", "\u00a7", "dull!", "plot", "a", "bad"]
 
 
 def reviews() -> tuple[list[str], list[list[tuple[int, int]]], list[int]]:
