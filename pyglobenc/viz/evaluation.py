@@ -20,6 +20,12 @@ Row = Mapping[str, Any]
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666")
 # Methods beyond the number of colours get the next style.
 LINES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
+# What changes along the curve of a metric, if it isn't the fraction that is removed.
+ALONG = {
+    "sanity": "parts with random weights, from the top",
+    "token-f1": "words selected",
+    "recovery": "fraction selected",
+}
 DPI, PANEL, BAR = 150, 5.0, 0.26  # of the chart: dots per inch, inches of a panel's width and of a bar
 PANELS = 3  # side by side
 STYLE = """
@@ -128,7 +134,7 @@ def _lines(axes: Any, name: str, curves: dict[str, dict[float, float]], methods:
             markersize=3,
             label=_plain(method),
         )
-    axes.set(title=_plain(name), xlabel="fraction removed", ylabel="mean")
+    axes.set(title=_plain(name), xlabel=ALONG.get(name, "fraction removed"), ylabel="mean")
     axes.legend(fontsize="xx-small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
 
 
