@@ -11,9 +11,9 @@ from pyglobenc.common.characters import printable
 from pyglobenc.common.files import write_file
 from pyglobenc.evaluate.choices import ALL, FRACTIONS, LABEL, PROTOCOLS
 from pyglobenc.evaluate.examples import REMOVALS
-from pyglobenc.evaluate.image_readers import ImageData, read_gtsegs, read_image_folder
 from pyglobenc.evaluate.metrics import METRICS
-from pyglobenc.evaluate.readers import FORMATS
+from pyglobenc.evaluate.readers.highlights import FORMATS
+from pyglobenc.evaluate.readers.images import ImageData, read_gtsegs, read_image_folder
 from pyglobenc.evaluate.table import EvaluationTable
 
 NAME = "evaluate"

@@ -134,10 +134,10 @@ def evaluate(
             model or every text, or the output folder belongs to another evaluation.
     """
     # These imports take seconds.
-    from pyglobenc.evaluate.answers import text_or_prompt_examples, with_needles, workers
-    from pyglobenc.evaluate.images import ImageAttributor, ImageForwards, image_examples
+    from pyglobenc.evaluate.kinds.answers import text_or_prompt_examples, with_needles, workers
+    from pyglobenc.evaluate.kinds.images import ImageAttributor, ImageForwards, image_examples
+    from pyglobenc.evaluate.kinds.texts import encode_texts
     from pyglobenc.evaluate.sanity import sanity_checks
-    from pyglobenc.evaluate.texts import encode_texts
 
     of_images = check_kind(
         {"tokenizer": tokenizer, "texts": texts, "words": words or None, "rationales": rationales}

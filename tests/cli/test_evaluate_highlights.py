@@ -10,7 +10,7 @@ from tiny import classifier, tokenizer
 
 import pyglobenc
 from pyglobenc.cli.main import main
-from pyglobenc.evaluate.readers import read_eraser, read_hatexplain
+from pyglobenc.evaluate.readers.highlights import read_eraser, read_hatexplain
 
 REVIEWS = {
     "neg.txt": ("the plot is dull ,\nand the film is bad .", "NEG", [(3, 4), (9, 10)]),

@@ -10,7 +10,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 import pyglobenc
 from pyglobenc.cli.main import main
-from pyglobenc.evaluate.image_readers import read_gtsegs, read_image_folder
+from pyglobenc.evaluate.readers.images import read_gtsegs, read_image_folder
 
 SIZE = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
 

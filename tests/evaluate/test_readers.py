@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from pyglobenc.evaluate.readers import read_eraser, read_hatexplain
+from pyglobenc.evaluate.readers.highlights import read_eraser, read_hatexplain
 
 DOCUMENT = "a dull film .\n\n  but  the ending\u00a0is good !\r\nwatch it\n"
 # The tokens are: a dull film . but the ending\u00a0is good ! watch it

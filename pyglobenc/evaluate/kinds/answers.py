@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from pyglobenc.evaluate.attributions import Attributor
 from pyglobenc.evaluate.examples import KEPT, Example, Settings
 from pyglobenc.evaluate.forwards import Forwards, Sequences
+from pyglobenc.evaluate.kinds.texts import text_examples, text_units
 from pyglobenc.evaluate.metrics.rationales import checked_spans
-from pyglobenc.evaluate.texts import text_examples, text_units
 from pyglobenc.hf.limits import vocabulary
 from pyglobenc.hf.registry import is_decoder
 from pyglobenc.hf.unwrap import called_module, is_stock_model, stock_model

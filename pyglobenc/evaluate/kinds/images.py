@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from pyglobenc.evaluate.attributions import RANDOM, Attributed, Progress
 from pyglobenc.evaluate.examples import Example, Settings
 from pyglobenc.evaluate.forwards import Forwards
+from pyglobenc.evaluate.kinds.texts import explained_classes
 from pyglobenc.evaluate.metrics.segmentation import IGNORED
-from pyglobenc.evaluate.texts import explained_classes
 from pyglobenc.hf.unwrap import called_module, stock_model
 from pyglobenc.inputs.batching import cached_tokens, in_batches
 from pyglobenc.inputs.images import (

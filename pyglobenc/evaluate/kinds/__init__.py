@@ -1,0 +1,1 @@
+"""The kinds of examples: texts, images, and the answers of language models."""
