@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pyglobenc.evaluate.examples import Example, Metric, Scores, Settings
 from pyglobenc.hf.labels import probabilities
 from pyglobenc.hf.limits import padding_id
+from pyglobenc.hf.trace.checks import check_still
 from pyglobenc.hf.unwrap import called_module, stock_model
 from pyglobenc.inputs.batching import cached_tokens, in_batches
 from pyglobenc.methods.arguments import accepts, run_model
@@ -38,6 +39,9 @@ class Forwards:
         batch_tokens: the most tokens, with padding, in a batch. One sequence may have more. On a CPU a
             batch has fewer, see `cached_tokens`.
 
+    Raises:
+        ValueError: the model is in training mode.
+
     Attributes:
         masks: whether the model takes an attention mask.
         why_no_classes: the reason why the model has no classes; "" before `whole` found one.
@@ -51,6 +55,8 @@ class Forwards:
     def __init__(self, model: nn.Module, batch_tokens: int):
         self.called = called_module(model)
         self.model = stock_model(self.called)
+        # Dropout would change the probabilities at random.
+        check_still(self.called)
         self.batch_tokens = cached_tokens(self.model, batch_tokens)
         self.padding, self.masks = padding_id(self.model), accepts(self.called, "attention_mask")
         self.why_no_classes = ""

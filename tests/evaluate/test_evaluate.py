@@ -253,13 +253,25 @@ def test_equal_copies_run_once():
         (dict(protocol="eraser", target=1), "protocol 'eraser' needs target=None, got 1"),
         (dict(protocol="eraser", fractions=(0.5,)), "protocol 'eraser' needs fractions="),
         (dict(texts=["a " * 60]), "at most 40 fit"),
-        (dict(texts=["good", ""]), "text 2 is empty"),
+        (dict(texts=["good", ""]), "evaluate: text 2 is empty"),
         (dict(texts=[]), "there is no text"),
     ],
 )
 def test_bad_arguments_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         evaluate(**changes)
+
+
+def test_models_and_tokenizers_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="tokenizer isn't the model's: token id 69, and the model has 60"):
+        evaluate(model=build("bert-classifier", vocab_size=60))
+    model = build("bert-classifier")
+    model.bert.encoder.layer[1].train()
+    model.bert.encoder.layer[1].output.dropout.p = 0.1
+    with pytest.raises(ValueError, match="training mode"):
+        evaluate(model=model, methods="random")
+    with pytest.raises(TypeError, match="texts must be a list of strings, got str"):
+        evaluate("the film")
 
 
 def test_heads_without_classes_are_refused():

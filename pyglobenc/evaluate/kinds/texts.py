@@ -12,6 +12,7 @@ from pyglobenc.evaluate.choices import LABEL
 from pyglobenc.evaluate.examples import KEPT, Example, Settings
 from pyglobenc.evaluate.forwards import Forwards
 from pyglobenc.explain import check_texts
+from pyglobenc.hf.limits import vocabulary
 from pyglobenc.hf.unwrap import stock_model
 from pyglobenc.inputs.batches import longest
 from pyglobenc.inputs.windows import Encoded, Text, encode
@@ -25,14 +26,26 @@ def encode_texts(
     Raises:
         TypeError, ValueError: a text is empty, too long or no string, or the tokenizer isn't the model's.
     """
-
     if long not in ("error", "truncate"):
         raise ValueError(f"evaluate: long must be error or truncate, got {long!r}")
-    names = check_texts(texts)
-    limit = longest(stock_model(attributor.model), attributor.tokenizer, max_length)
-    return [
-        encode(attributor.tokenizer, text, name, limit, long) for text, name in zip(texts, names, strict=True)
-    ]
+    if isinstance(texts, str):
+        raise TypeError("evaluate: texts must be a list of strings, got str")
+    model, tokenizer = stock_model(attributor.model), attributor.tokenizer
+    try:
+        names, limit = check_texts(texts), longest(model, tokenizer, max_length)
+        encoded = [
+            encode(tokenizer, text, name, limit, long) for text, name in zip(texts, names, strict=True)
+        ]
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(str(error).replace("explain: ", "evaluate: ", 1)) from error
+    known, largest = vocabulary(model), max(max(text.inputs["input_ids"]) for text in encoded)
+    if largest >= known:
+        raise ValueError(
+            f"evaluate: the tokenizer isn't the model's: token id {largest}, and the model has {known} "
+            f"embeddings"
+        )
+    return encoded
 
 
 def text_examples(
