@@ -135,7 +135,7 @@ def _lines(axes: Any, name: str, curves: dict[str, dict[float, float]], methods:
             label=_plain(method),
         )
     axes.set(title=_plain(name), xlabel=ALONG.get(name, "fraction removed"), ylabel="mean")
-    axes.legend(fontsize="xx-small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+    axes.legend(fontsize="xx-small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))
 
 
 def _bars(axes: Any, name: str, rows: Sequence[Row], methods: Sequence[str]) -> None:
