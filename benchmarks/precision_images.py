@@ -21,6 +21,7 @@ from scipy.stats import spearmanr
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from pyglobenc import TransformerAttribution
+from pyglobenc.backends.measurements import device_name
 from pyglobenc.inputs.images import open_image
 from pyglobenc.methods.precision.reliability import DIGITS_GONE, PrecisionWarning
 
@@ -52,10 +53,10 @@ def main(model_folder, image_folder):
     pixels = processor(images=[open_image(path) for path in paths], return_tensors="pt")["pixel_values"]
     attribute, exact = TransformerAttribution(model), TransformerAttribution(model, dtype=torch.float64)
     with OUT.open("w", newline="") as file:
-        table = csv.writer(file)
+        table = csv.writer(file, lineterminator="\n")
         table.writerow(
             ("variant", "error", "images", "rank_correlation", "within_3", "within_10", "above_1_percent")
-            + ("above_flagged", "below_flagged", "true_median", "true_worst", "cost")
+            + ("above_flagged", "below_flagged", "true_median", "true_worst", "cost", "device")
         )
         for variant in VARIANTS:
             plain = measure(attribute, exact, pixels, variant, "off")[2]
@@ -69,6 +70,7 @@ def main(model_folder, image_folder):
                 counts = (above.sum(), (above & flagged).sum(), (~above & flagged).sum())
                 row = [variant, how, len(true), *(f"{number:.2f}" for number in (rank, *shares)), *counts]
                 row += [f"{np.median(true):.1e}", f"{true.max():.1e}", f"{seconds / plain:.2f}"]
+                row.append(device_name("cpu"))
                 table.writerow(row)
                 print(*row, flush=True)
 
