@@ -72,7 +72,8 @@ def prepare(folder: Path, extras: str) -> Path:
     if not python.exists():
         print(f"+ making {folder}", flush=True)
         venv.create(folder, with_pip=True)
-    pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+    # Python compiles what is imported; pip would compile all files of torch and transformers.
+    pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile")
     gpu = has_gpu()
     # The GPU build of torch needs its own version of triton.
     locked = bool(extras) and not gpu
