@@ -1,6 +1,6 @@
 """The inputs of a model that a method honours. Every other keyword argument is refused by name."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from inspect import Parameter, signature
@@ -100,6 +100,16 @@ def packed_inputs(who: str, batch: Mapping[str, Any], method: Callable[..., Any]
         TypeError, ValueError: as `model_inputs`.
     """
     return _checked(who, batch, PACKED, PACKED_REFUSED, method)
+
+
+def check_maps(who: str, maps: Any, known: Collection[str]) -> None:
+    """Check the names of maps that a call asks for; no tensors.
+
+    Raises:
+        ValueError: they aren't a collection of known names. The message begins with `who`.
+    """
+    if isinstance(maps, str) or not isinstance(maps, Collection) or any(name not in known for name in maps):
+        raise ValueError(f"{who}: maps must be a sequence of names among {', '.join(known)}, got {maps!r}")
 
 
 def takes(model: nn.Module, name: str) -> bool:

@@ -311,7 +311,7 @@ def _positions(who: str, targets: Any, packed: Packed, layer: LayerTrace, read: 
     if targets is None or isinstance(targets, str):
         return unnamed_rows(who, targets, layer, read)
     starts, lengths = packed.cu_seqlens[:-1, None].long(), packed.cu_seqlens.diff()[:, None].long()
-    rows = target_positions(who, torch.as_tensor(targets, device="cpu"), len(packed.order))[packed.order]
+    rows = target_positions(who, targets, len(packed.order), "cpu")[packed.order]
     if bool(((rows < 0) | (rows >= lengths)).any()):
         raise ValueError(
             f"{who}: targets must lie in [0, n) for a sequence of n tokens; the shortest has "

@@ -85,7 +85,7 @@ def target_rows(
     if targets is None or isinstance(targets, str):
         return unnamed_rows(who, targets, layer, read)
     batch, _, n, _ = layer.q.shape
-    rows = target_positions(who, torch.as_tensor(targets, device=layer.q.device), batch)
+    rows = target_positions(who, targets, batch, layer.q.device)
     check_range(who, "targets", rows, n)
     if layer.key_mask is not None:
         require(
@@ -94,17 +94,25 @@ def target_rows(
     return rows
 
 
-def target_positions(who: str, targets: Tensor, batch: int) -> Tensor:
+def target_positions(
+    who: str, targets: Sequence[int] | Tensor, batch: int, device: torch.device | str | None = None
+) -> Tensor:
     """Return targets as (B, T) int64.
 
     Args:
         who: name of the method for errors.
         targets: T positions for every example, or (B, T).
         batch: B.
+        device: the device of the result. None means that of a tensor, and the default device for others.
 
     Raises:
         TypeError, ValueError: targets aren't integers, or have another shape.
     """
+    try:
+        targets = torch.as_tensor(targets, device=device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        shown = f"{targets!r:.80}"
+        raise TypeError(f"{who}: targets must be T positions or (B, T), got {shown} ({error})") from error
     if targets.numel() and (
         targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool
     ):

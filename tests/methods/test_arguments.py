@@ -48,6 +48,25 @@ def test_names_of_another_method():
         Rollout(model)(**batch, maps_=())
 
 
+@pytest.mark.parametrize("maps", ["map", ("map", 3), (None,), None, 3, [[]]], ids=str)
+def test_maps_that_are_no_names(maps):
+    for method in METHODS:
+        with pytest.raises(ValueError, match=f"{method.__name__}: maps must be a sequence of names"):
+            method(build("bert-classifier"))(**inputs(), maps=maps)
+
+
+@pytest.mark.parametrize(
+    "targets",
+    ["first", {0}, object(), [None], [[0], [1, 2]], [0.0], [True], 0, [], [-1], [5], [10**30], [[[0]]]],
+    ids=str,
+)
+def test_targets_that_are_no_positions(targets):
+    model = build("bert-classifier")
+    for call, given in ((GlobEnc(model), inputs()), (GlobEnc(model).packed, {"input_ids": [[5, 6]] * 2})):
+        with pytest.raises((TypeError, ValueError), match="GlobEnc: targets must"):
+            call(**given, targets=targets)
+
+
 def test_functions_with_fixed_names():
     model, tok = build("bert-classifier"), tokenizer()
     with pytest.raises(TypeError, match=r"explain: takes no targets; did you mean target\?"):

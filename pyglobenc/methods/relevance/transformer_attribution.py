@@ -16,7 +16,7 @@ from pyglobenc.common.deferred import may_look
 from pyglobenc.hf import find_layers
 from pyglobenc.hf.architectures import vit
 from pyglobenc.hf.unwrap import stock_model
-from pyglobenc.methods.arguments import model_inputs, packed_inputs, run_model
+from pyglobenc.methods.arguments import check_maps, model_inputs, packed_inputs, run_model
 from pyglobenc.methods.head import find_logits
 from pyglobenc.methods.inputs import check_batch, check_model
 from pyglobenc.methods.packing import Packed, in_order, pack
@@ -272,11 +272,7 @@ class TransformerAttribution:
                 f"TransformerAttribution: start_layer must lie in [0, {depth}), the model's layers, got "
                 f"{start_layer}"
             )
-        if isinstance(maps, str) or not set(maps) <= set(MAPS):
-            raise ValueError(
-                f"TransformerAttribution: maps must be a sequence of names among {', '.join(MAPS)}, got "
-                f"{maps!r}"
-            )
+        check_maps("TransformerAttribution", maps, MAPS)
         if reliability not in MODES:
             raise ValueError(
                 f"TransformerAttribution: reliability must be one of {', '.join(MODES)}, got {reliability!r}"

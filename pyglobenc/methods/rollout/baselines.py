@@ -14,7 +14,7 @@ from pyglobenc.backends.shared.rows import own_attention, rescale_rows
 from pyglobenc.common.arguments import known_arguments
 from pyglobenc.common.autocast import outside_autocast
 from pyglobenc.hf import LayerTrace
-from pyglobenc.methods.arguments import model_inputs, packed_inputs
+from pyglobenc.methods.arguments import check_maps, model_inputs, packed_inputs
 from pyglobenc.methods.inputs import check_model, require_finite, run_captured
 from pyglobenc.methods.packing import attribute_packed
 from pyglobenc.methods.rollout.flow import attention_flow
@@ -106,10 +106,7 @@ class Rollout:
             TypeError, ValueError: as `GlobEnc`.
         """
         batch = model_inputs("Rollout", self.model, batch, Rollout.__call__)
-        if isinstance(maps, str) or any(name not in MAPS for name in maps):
-            raise ValueError(
-                f"Rollout: maps must be a sequence of names among {', '.join(MAPS)}, got {maps!r}"
-            )
+        check_maps("Rollout", maps, MAPS)
         captured, output, read = run_captured("Rollout", self.model, batch, self.dtype, targets)
         rows = target_rows("Rollout", targets, captured[-1], read)
         result = rollout_result("Rollout", self.model, *self._rows(captured, rows, layers), layers, captured)

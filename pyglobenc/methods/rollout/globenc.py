@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pyglobenc.common.arguments import known_arguments
 from pyglobenc.common.autocast import outside_autocast
 from pyglobenc.hf import LayerTrace, find_layers
-from pyglobenc.methods.arguments import model_inputs, packed_inputs
+from pyglobenc.methods.arguments import check_maps, model_inputs, packed_inputs
 from pyglobenc.methods.inputs import check_model, require_finite, run_captured
 from pyglobenc.methods.packing import attribute_packed
 from pyglobenc.methods.precision.reliability import distance, nudged, warn_of_precision
@@ -100,11 +100,7 @@ class GlobEnc:
         batch = model_inputs("GlobEnc", self.model, batch, GlobEnc.__call__)
         if stage is not None and stage not in STAGES:
             raise ValueError(f"GlobEnc: stage must be one of {', '.join(STAGES)}, got {stage!r}")
-        unknown = [name for name in maps if name not in MAPS]
-        if isinstance(maps, str) or unknown:
-            raise ValueError(
-                f"GlobEnc: maps must be a sequence of names among {', '.join(MAPS)}, got {maps!r}"
-            )
+        check_maps("GlobEnc", maps, MAPS)
         if reliability not in ("off", "measured"):
             raise ValueError(f"GlobEnc: reliability must be 'off' or 'measured', got {reliability!r}")
         captured, output, read = run_captured("GlobEnc", self.model, batch, self.dtype, targets)
