@@ -38,8 +38,9 @@ td, th { padding: .15rem 1rem .15rem 0; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 dt { color: #555; float: left; clear: left; margin-right: .5rem; }
 """
-# The last column is the time of an attribution in milliseconds.
-HEADS = ("method", "mean", "low", "high", "n", "skipped", "ties", "zeros", "ms")
+# The last columns are the numbers of texts that are skipped, that have ties and whose scores are 0, and the
+# seconds of an attribution. A terminal of 80 characters has room for them.
+HEADS = ("method", "mean", "low", "high", "n", "skip", "tie", "zero", "s")
 
 
 def split(rows: Sequence[Row]) -> tuple[dict[str, list[Row]], dict[str, dict[str, dict[float, float]]]]:
@@ -68,9 +69,9 @@ def _number(text: str) -> float | None:
 
 def cells(row: Row) -> list[str]:
     """Return the entries of a row under HEADS, as text."""
-    numbers = [f"{row[name]:.4f}" for name in ("mean", "low", "high")]
+    numbers = [f"{row[name]:.3f}" for name in ("mean", "low", "high")]
     counts = [str(row.get(name, "")) for name in ("n", "skipped", "ties", "zeros")]
-    return [printable(row["method"]), *numbers, *counts, f"{1000 * row['seconds_per_text']:.3g}"]
+    return [printable(row["method"]), *numbers, *counts, f"{row['seconds_per_text']:.3f}"]
 
 
 def show(rows: Sequence[Row], notes: Sequence[str], console: Console | None = None) -> None:
@@ -82,7 +83,8 @@ def show(rows: Sequence[Row], notes: Sequence[str], console: Console | None = No
     # A console that doesn't know its width says 0.
     console.width = console.width or 80
     for metric, of_metric in split(rows)[0].items():
-        table = Table(title=printable(metric), title_justify="left", box=None, pad_edge=False)
+        shape = dict(title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+        table = Table(title=printable(metric), **shape)
         for head in HEADS:
             table.add_column(head, justify="left" if head == "method" else "right", no_wrap=True)
         for row in of_metric:

@@ -85,4 +85,4 @@ def test_pictures_and_pages(table, tmp_path, capsys):
     assert "<b>" not in page and "&lt;b&gt;" in page and "\x1b" not in page
     table.show()
     shown = capsys.readouterr().out
-    assert "0.3611" in shown and "curve.0.5" not in shown and "\x1b" not in shown
+    assert "0.361" in shown and "curve.0.5" not in shown and "\x1b" not in shown
