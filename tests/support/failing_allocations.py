@@ -1,9 +1,9 @@
-"""Lets every allocation of a call fail, one after the other, in a process with failing_allocator.cpp.
+"""Lets the allocations of a call fail, one after the other, in a process with failing_allocator.cpp.
 
     LD_PRELOAD=failing_allocator.so python failing_allocations.py ops THREADS [SET ...]
     LD_PRELOAD=failing_allocator.so python failing_allocations.py models
 
-For each call and each number n the n-th allocation of a library fails: first of the compiled module, then of
+Every allocation of each op fails, and some of each model's: first those of the compiled module, then those of
 torch's allocator. The call must raise MemoryError or RuntimeError. The same call without a failure must then
 give the same result as before. The last line printed is the number of failures as JSON, by call and library.
 """
@@ -38,13 +38,13 @@ def code_of(name: str) -> tuple[int, int]:
     return min(ends), max(ends)
 
 
-def failures(allocator: ctypes.CDLL, library: str, call: Callable[[], list[torch.Tensor]]) -> int:
-    """Let the first, second, ... allocation of a call fail, and return how many there are."""
+def failures(allocator: ctypes.CDLL, library: str, call: Callable[[], list[torch.Tensor]], step: int) -> int:
+    """Let every `step`-th allocation of a call fail, in a call of its own, and return how many failed."""
     span, count = code_of(library), 0
     wanted = [t.clone() for t in call()]
     while True:
         kernels.free_kept()
-        allocator.arm(*span, count + 1)
+        allocator.arm(*span, 1 + count * step)
         try:
             call()
             error = None
@@ -91,12 +91,13 @@ def main(kind: str, threads: str = "1", *sets: str) -> None:
     torch.set_num_threads(int(threads))
     allocator = ctypes.CDLL(None)
     allocator.arm.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_long]
-    calls, counts = op_calls() if kind == "ops" else model_calls(), {}
+    # A model's call allocates some thousand times.
+    calls, step, counts = (op_calls(), 1, {}) if kind == "ops" else (model_calls(), 37, {})
     for used in sets or kernels.instruction_sets()[:1]:
         kernels.use(used)
         for name, call in calls.items():
             counts[f"{name} {used}"] = {
-                library: failures(allocator, library, call) for library in (MODULE, TORCH)
+                library: failures(allocator, library, call, step) for library in (MODULE, TORCH)
             }
     print(json.dumps(counts))
 
