@@ -6,6 +6,7 @@ from pathlib import Path
 from pyglobenc.cli.options import dtype_named
 from pyglobenc.common.characters import printable
 from pyglobenc.common.files import check_writable
+from pyglobenc.image_results import ImageAttributions
 
 # These options have no meaning for an image.
 TEXT_OPTIONS = ("pair", "html", "json", "save", "model_dtype", "merge_words", "max_length", "stride")
@@ -59,16 +60,21 @@ def run(options: argparse.Namespace) -> int:
     for file, result in zip(files, [results] if options.png else results, strict=True):
         result.to_png(file)
     if not options.quiet:
-        for name, result in zip(options.image, results, strict=True):
-            label = "; ".join(
-                text if text == target else f"{target}: {text}" for target, text in result.labels.items()
-            )
-            predicted = (
-                ""
-                if not result.predictions
-                else f"; predicted: {', '.join(one for one, _ in result.predictions)}"
-            )
-            print(printable(f"{name}: {label}{predicted}" if len(results) > 1 else f"{label}{predicted}"))
-        for file in files:
-            print(printable(file))
+        _print(options.image, results, files)
     return 0
+
+
+def _print(names: list[str], results: ImageAttributions, files: list[str]) -> None:
+    """Print what was explained of each image, and the names of the pictures."""
+    for name, result in zip(names, results, strict=True):
+        label = "; ".join(
+            text if text == target else f"{target}: {text}" for target, text in result.labels.items()
+        )
+        predicted = (
+            ""
+            if not result.predictions
+            else f"; predicted: {', '.join(one for one, _ in result.predictions)}"
+        )
+        print(printable(f"{name}: {label}{predicted}" if len(results) > 1 else f"{label}{predicted}"))
+    for file in files:
+        print(printable(file))
