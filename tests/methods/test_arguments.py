@@ -57,7 +57,7 @@ def test_maps_that_are_no_names(maps):
 
 @pytest.mark.parametrize(
     "targets",
-    ["first", {0}, pytest.param(object(), id="object"), [None], [[0], [1, 2]], [0.0], [True], 0, [], [-1], [5], [10**30], [[[0]]]],
+    ["first", {0}, object, [None], [[0], [1, 2]], [0.0], [True], 0, [], [-1], [5], [10**30], [[[0]]]],
     ids=str,
 )
 def test_targets_that_are_no_positions(targets):
