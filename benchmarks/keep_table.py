@@ -14,8 +14,8 @@ from conftest import RESULTS
 
 from pyglobenc.backends.measurements import device_name
 
-COLUMNS = ("method", "metric", "mean", "low", "high", "n", "skipped", "zeros")
-NUMBERS = ("mean", "low", "high")
+COLUMNS = ("method", "metric", "mean", "low", "high", "n", "skipped", "zeros", "seconds_per_text")
+NUMBERS = ("mean", "low", "high", "seconds_per_text")
 
 
 def main(folders: list[Path], name: str) -> None:

@@ -1,5 +1,6 @@
 """A small tokenizer and models that explain many texts per second, and a real model from a package."""
 
+from copy import deepcopy
 from functools import cache
 
 import pytest
@@ -45,9 +46,16 @@ def tokenizer(**changes) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, **(names | changes))
 
 
-@cache
 def classifier():
-    """Return a BertForSequenceClassification with two labels and 40 positions, in float64."""
+    """Return a BertForSequenceClassification with two labels and 40 positions, in float64.
+
+    Each call returns a copy, so that no test sees what another one did to its model.
+    """
+    return deepcopy(_classifier())
+
+
+@cache
+def _classifier():
     return build("bert-classifier", id2label={0: "BAD", 1: "GOOD"}, label2id={"BAD": 0, "GOOD": 1})
 
 
