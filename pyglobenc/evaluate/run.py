@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,7 +122,7 @@ def evaluate(
             CPU batches have at most 512 tokens, because larger ones are slower there.
         backend: as for `GlobEnc`.
         dtype: dtype of the attributions. None: float64 for methods that propagate relevance (transformer
-            attribution and its relatives), else their default.
+            attribution and its relatives), and of images for all that explain a class; else their default.
         output: folder where finished steps are kept. The same call goes on where it was stopped.
         progress: show progress bars on stderr.
 
@@ -252,12 +252,17 @@ def measure_all(
     """
     from tqdm import tqdm
 
+    from pyglobenc.inputs.batching import portions
+
+    def size(example: Example) -> int:
+        return _copied_tokens(example, shown, metrics, settings)
+
     columns = {
         (method, metric.name): np.full(len(examples), np.nan) for method in shown for metric in metrics
     }
     counts = np.zeros(len(COUNTS))
     with tqdm(total=0, desc="evaluate", unit=" passes", disable=not progress) as bar:
-        for number, part in enumerate(_portions(examples, shown, metrics, settings)):
+        for number, part in enumerate(portions(examples, size, PORTION)):
             begun, left = bar.n, len(examples) - part[0].index
 
             def report(count: int, total: int, begun: int = begun, share: float = left / len(part)) -> None:
@@ -318,30 +323,16 @@ def _measure_portion(
     }
 
 
-def _portions(
-    examples: Sequence[Example],
-    shown: Mapping[str, Attributed],
-    metrics: Sequence[Metric],
-    settings: Settings,
-) -> Iterator[list[Example]]:
-    """Yield examples in portions whose masked copies have about PORTION tokens."""
-    part: list[Example] = []
-    size = 0
-    for one in examples:
-        # Every method needs as many copies of an example as any other, for each draw.
-        draws = [one_method.scores(one, settings.seed) for one_method in shown.values()]
-        copies = sum(
-            len(metric.queries(one, draw, settings))
-            for some in draws
-            for draw in some
-            for metric in metrics
-            if metric.queries
-        )
-        more = copies * len(one.units)
-        if part and size + more > PORTION:
-            yield part
-            part, size = [], 0
-        part.append(one)
-        size += more
-    if part:
-        yield part
+def _copied_tokens(
+    example: Example, shown: Mapping[str, Attributed], metrics: Sequence[Metric], settings: Settings
+) -> int:
+    """Return the number of tokens of all masked copies of an example, for every method and draw."""
+    draws = [one_method.scores(example, settings.seed) for one_method in shown.values()]
+    copies = sum(
+        len(metric.queries(example, draw, settings))
+        for some in draws
+        for draw in some
+        for metric in metrics
+        if metric.queries
+    )
+    return copies * len(example.units)

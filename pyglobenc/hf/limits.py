@@ -3,7 +3,7 @@
 Weights must be readable. If a result isn't finite, the error names the parameter that holds NaN or infinity.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -45,6 +45,18 @@ def padding_id(model: PreTrainedModel) -> int | None:
     """Return the token id that pads input_ids (B, n); None if the config has none with an embedding."""
     padding = getattr(model.config.get_text_config(), "pad_token_id", None)
     return padding if padding is not None and 0 <= padding < vocabulary(model) else None
+
+
+def patch_size(model: PreTrainedModel) -> tuple[int, int]:
+    """Return the height and width of an image model's patches in pixels."""
+    patch = model.config.patch_size
+    return (patch, patch) if isinstance(patch, int) else tuple(patch)
+
+
+def patch_grid(model: PreTrainedModel, size: Sequence[int]) -> tuple[int, int]:
+    """Return the rows and columns of patches of an image, given its height and width in pixels."""
+    rows, columns = (whole // part for whole, part in zip(size, patch_size(model), strict=True))
+    return rows, columns
 
 
 def check_readable(model: nn.Module) -> None:

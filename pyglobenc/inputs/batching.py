@@ -1,7 +1,7 @@
 """Chooses the size of a batch by an estimate of its memory, and halves it when memory runs out."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -73,6 +73,27 @@ def fitting_batch(
             available >> 20,
         )
     return max(1, min(most, fit))
+
+
+def portions(items: Iterable[Job], size: Callable[[Job], int], most: int) -> Iterator[list[Job]]:
+    """Yield items in order, in portions whose sizes add up to at most `most`.
+
+    Args:
+        items: the items.
+        size: returns the size of an item.
+        most: largest sum. One item may have more.
+    """
+    portion: list[Job] = []
+    total = 0
+    for item in items:
+        more = size(item)
+        if portion and total + more > most:
+            yield portion
+            portion, total = [], 0
+        portion.append(item)
+        total += more
+    if portion:
+        yield portion
 
 
 def buckets(texts: list[tuple[int, Encoded]], batch_tokens: int) -> Iterator[list[tuple[int, Encoded]]]:

@@ -305,12 +305,6 @@ def _attribution(
     )
 
 
-def patch_size(model: PreTrainedModel) -> tuple[int, int]:
-    """Return the height and width of a patch in pixels."""
-    patch = model.config.patch_size
-    return (patch, patch) if isinstance(patch, int) else tuple(patch)
-
-
 def _grid(scores: torch.Tensor, size: Sequence[int], model: PreTrainedModel) -> torch.Tensor:
     """Return the scores of one image as a map (rows, columns).
 
@@ -320,9 +314,11 @@ def _grid(scores: torch.Tensor, size: Sequence[int], model: PreTrainedModel) -> 
         size: the height and width of the image in pixels.
         model: the image model.
     """
+    from pyglobenc.hf.limits import patch_grid
+
     if scores.dim() == 2:
         return scores
-    rows, columns = (whole // part for whole, part in zip(size, patch_size(model), strict=True))
+    rows, columns = patch_grid(model, size)
     return scores[-rows * columns :].view(rows, columns)
 
 

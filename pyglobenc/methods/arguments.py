@@ -112,6 +112,20 @@ def check_maps(who: str, maps: Any, known: Collection[str]) -> None:
         raise ValueError(f"{who}: maps must be a sequence of names among {', '.join(known)}, got {maps!r}")
 
 
+def check_start_layer(who: str, start_layer: Any, depth: int) -> None:
+    """Check that start_layer is a layer of a model of `depth` layers; it takes no tensors.
+
+    Raises:
+        TypeError, ValueError: it isn't an integer in [0, depth). The message begins with `who`.
+    """
+    if isinstance(start_layer, bool) or not isinstance(start_layer, int):
+        raise TypeError(f"{who}: start_layer must be an integer, got {start_layer!r}")
+    if not 0 <= start_layer < depth:
+        raise ValueError(
+            f"{who}: start_layer must lie in [0, {depth}), the model's layers, got {start_layer}"
+        )
+
+
 def takes(model: nn.Module, name: str) -> bool:
     """Tell whether a module's forward pass names an argument.
 

@@ -94,6 +94,28 @@ def find_target(
     return Target(index, other, logit - logits.gather(1, other[:, None])[:, 0], at)
 
 
+def next_token_position(who: str, logits: Tensor, n: int, key_mask: Tensor | None) -> Tensor:
+    """Return the positions (B,) int64 whose logits are those of the token after each text.
+
+    Args:
+        who: name of the method for errors.
+        logits: (B, n, C), of a causal language model.
+        n: number of tokens.
+        key_mask: (B, n) bool, True for real tokens, or None if all tokens are real.
+
+    Raises:
+        ValueError: the model returned the logits of some tokens alone.
+    """
+    if logits.shape[1] != n:
+        raise ValueError(
+            f"{who}: the logits of the last token are explained, and the model returned those "
+            f"of {logits.shape[1]} of {n} tokens; leave logits_to_keep out"
+        )
+    if key_mask is None:
+        return torch.full((len(logits),), n - 1, device=logits.device)
+    return torch.arange(n, device=key_mask.device).masked_fill(~key_mask, -1).amax(1)
+
+
 def _span(
     who: str, output: Any, target: Any, contrast: Index, position: Index, key_mask: Tensor | None
 ) -> Target:

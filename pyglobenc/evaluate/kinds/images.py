@@ -19,6 +19,7 @@ from pyglobenc.evaluate.examples import Example, Settings
 from pyglobenc.evaluate.forwards import Forwards
 from pyglobenc.evaluate.kinds.masks import fitted_mask, mask_array
 from pyglobenc.evaluate.kinds.texts import explained_classes
+from pyglobenc.hf.limits import patch_grid
 from pyglobenc.hf.unwrap import called_module, stock_model
 from pyglobenc.inputs.batching import cached_tokens, in_batches
 from pyglobenc.inputs.images import (
@@ -26,7 +27,6 @@ from pyglobenc.inputs.images import (
     batches_of_one_shape,
     model_pixels,
     open_image,
-    patch_size,
     split_images,
 )
 from pyglobenc.methods.precision.reliability import NoRelevanceWarning
@@ -106,7 +106,7 @@ def image_examples(
     for index, one in enumerate(pixels):
         mask = fitted[index] if fitted else None
         units, whole = np.arange(one[0].numel()), None if chances is None else chances[index]
-        grid = patch_grid(model, one)
+        grid = patch_grid(model, one.shape[1:])
         examples.append(Example(index, one, units, targets[index], whole, truth[index], mask=mask, grid=grid))
     where = "in the model's input" if processor is None else "before the image is normalised"
     size = " and ".join(sorted({f"{one.shape[1]} x {one.shape[2]}" for one in pixels}))
@@ -160,13 +160,7 @@ class ImageForwards(Forwards):
 
 def images_at_once(model: nn.Module, pixels: Tensor, batch_tokens: int) -> int:
     """Return how many images of a size (channels, height, width) have batch_tokens patches; at least 1."""
-    return max(1, batch_tokens // (np.prod(patch_grid(model, pixels)) + 1))
-
-
-def patch_grid(model: nn.Module, pixels: Tensor) -> tuple[int, int]:
-    """Return the rows and columns of patches of an image (channels, height, width)."""
-    rows, columns = (whole // part for whole, part in zip(pixels.shape[1:], patch_size(model), strict=True))
-    return rows, columns
+    return max(1, batch_tokens // (np.prod(patch_grid(model, pixels.shape[1:])) + 1))
 
 
 class ImageAttributor:

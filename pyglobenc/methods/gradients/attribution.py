@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyglobenc.common.arguments import known_arguments
 from pyglobenc.common.autocast import outside_autocast
-from pyglobenc.hf.limits import padding_id, vocabulary
+from pyglobenc.hf.limits import padding_id, patch_grid, patch_size, vocabulary
 from pyglobenc.hf.unwrap import stock_model
 from pyglobenc.methods.arguments import model_inputs
 from pyglobenc.methods.gradients.first_layer import FirstLayer, Pass, key_mask
@@ -250,23 +250,19 @@ class GradientAttribution:
 
     def _without_patches(self, pixels: Tensor, patches: Tensor) -> Tensor:
         """Return pixels (B, channels, height, width) in which each image's patch of this number is 0."""
-        height, width = self._patch_size()
+        height, width = patch_size(self.stock)
         pixels, columns = pixels.clone(), pixels.shape[3] // width
         for image, patch in zip(pixels, patches.tolist(), strict=True):
             row, column = divmod(patch, columns)
             image[:, row * height : (row + 1) * height, column * width : (column + 1) * width] = 0
         return pixels
 
-    def _patch_size(self) -> tuple[int, int]:
-        patch = self.stock.config.patch_size
-        return (patch, patch) if isinstance(patch, int) else tuple(patch)
-
     def _prefix(self, batch: Mapping[str, Any], x: Tensor) -> int:
         """Return the number of tokens before the patches of an image, and 0 for text."""
         if not self.images:
             return 0
-        (height, width), pixels = self._patch_size(), batch["pixel_values"]
-        return x.shape[1] - (pixels.shape[2] // height) * (pixels.shape[3] // width)
+        rows, columns = patch_grid(self.stock, batch["pixel_values"].shape[2:])
+        return x.shape[1] - rows * columns
 
     def _content(self, batch: Mapping[str, Any], special: Tensor | None) -> Tensor:
         """Return the tokens that may be replaced, (B, n) bool: real tokens that aren't special."""

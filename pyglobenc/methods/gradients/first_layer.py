@@ -21,7 +21,7 @@ from pyglobenc.hf.unwrap import stock_model
 from pyglobenc.methods.arguments import run_model
 from pyglobenc.methods.head import detached, find_logits
 from pyglobenc.methods.precision.float64_forward import WideParameters
-from pyglobenc.methods.target import Target, find_target
+from pyglobenc.methods.target import Target, find_target, next_token_position
 
 
 @dataclass(frozen=True)
@@ -126,15 +126,7 @@ class FirstLayer:
         target, contrast, position = explained
         mask, logits = key_mask(batch), find_logits(output)
         if logits is not None and logits.dim() == 3 and is_decoder(self.stock) and position is None:
-            if logits.shape[1] != n:
-                raise ValueError(
-                    f"{self.who}: the logits of the last token are explained, and the model returned those "
-                    f"of {logits.shape[1]} of {n} tokens; leave logits_to_keep out"
-                )
-            last = torch.full((len(logits),), n - 1, device=logits.device)
-            if mask is not None:
-                last = torch.arange(n, device=mask.device).masked_fill(~mask, -1).amax(1)
-            position = last
+            position = next_token_position(self.who, logits, n, mask)
         return find_target(self.who, output, target, contrast, position, mask)
 
     @contextmanager

@@ -23,15 +23,15 @@ from pyglobenc.common.arguments import known_arguments
 from pyglobenc.common.autocast import outside_autocast
 from pyglobenc.hf import LayerTrace, find_layers
 from pyglobenc.hf.limits import weights_named
-from pyglobenc.methods.arguments import model_inputs, packed_inputs
+from pyglobenc.methods.arguments import check_start_layer, model_inputs, packed_inputs
 from pyglobenc.methods.differentiable import Recorded, attention_gradients, record_forward
 from pyglobenc.methods.head import detached, find_logits, tokens_read
 from pyglobenc.methods.inputs import check_batch, check_model, require_finite
 from pyglobenc.methods.packing import Packed, in_order, pack
 from pyglobenc.methods.precision.reliability import examples_reordered, warn_of_nothing
 from pyglobenc.methods.relevance.result import RelevanceResult, of_sequences
-from pyglobenc.methods.target import Index, Target, find_target
-from pyglobenc.methods.target_tokens import default_rows, unnamed_rows
+from pyglobenc.methods.target import Index, Target, find_target, next_token_position
+from pyglobenc.methods.target_tokens import unnamed_rows
 from pyglobenc.ops import relevance_rollout_step
 
 WHO = "GradientRollout"
@@ -86,7 +86,7 @@ class GradientRollout:
                 tokens in unequal shares, or a score or a logit is not finite.
         """
         batch = model_inputs(WHO, self.model, batch, GradientRollout.__call__)
-        self._check_layer(start_layer)
+        check_start_layer(WHO, start_layer, self.depth)
         check_batch(WHO, self.model, batch)
         return self._attribute(batch, (target, contrast, position), start_layer)
 
@@ -110,21 +110,13 @@ class GradientRollout:
                 set of logits for a sequence.
         """
         batch = packed_inputs(WHO, batch, GradientRollout.packed)
-        self._check_layer(start_layer)
+        check_start_layer(WHO, start_layer, self.depth)
         with torch.inference_mode(False):
             packed = pack(WHO, self.model, batch)
         explained = (in_order(target, packed.order), in_order(contrast, packed.order), None)
         with examples_reordered(packed.order):
             whole = self._attribute(packed, explained, start_layer)
         return of_sequences(whole, packed)
-
-    def _check_layer(self, start_layer: int) -> None:
-        if isinstance(start_layer, bool) or not isinstance(start_layer, int):
-            raise TypeError(f"{WHO}: start_layer must be an integer, got {start_layer!r}")
-        if not 0 <= start_layer < self.depth:
-            raise ValueError(
-                f"{WHO}: start_layer must lie in [0, {self.depth}), the model's layers, got {start_layer}"
-            )
 
     def _attribute(
         self, batch: Mapping[str, Any] | Packed, explained: tuple[Any, Index, Index], start_layer: int
@@ -160,7 +152,7 @@ class GradientRollout:
         target, contrast, position = explained
         logits, last = find_logits(run.output), run.trace.layers[-1]
         if position is None and logits is not None and logits.dim() == 3 and last.window[1] == 0:
-            position = default_rows(last)[:, 0]
+            position = next_token_position(WHO, logits, last.q.shape[2], mask)
         return find_target(WHO, run.output, target, contrast, position, mask)
 
     def _rows(self, run: Recorded, chosen: Target, mask: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ from pyglobenc.common.deferred import may_look
 from pyglobenc.hf import find_layers
 from pyglobenc.hf.architectures import vit
 from pyglobenc.hf.unwrap import stock_model
-from pyglobenc.methods.arguments import check_maps, model_inputs, packed_inputs, run_model
+from pyglobenc.methods.arguments import check_maps, check_start_layer, model_inputs, packed_inputs, run_model
 from pyglobenc.methods.head import find_logits
 from pyglobenc.methods.inputs import check_batch, check_model
 from pyglobenc.methods.packing import Packed, in_order, pack
@@ -265,13 +265,7 @@ class TransformerAttribution:
             raise ValueError(
                 f"TransformerAttribution: variant must be one of {', '.join(VARIANTS)}, got {variant!r}"
             )
-        if isinstance(start_layer, bool) or not isinstance(start_layer, int):
-            raise TypeError(f"TransformerAttribution: start_layer must be an integer, got {start_layer!r}")
-        if not 0 <= start_layer < depth:
-            raise ValueError(
-                f"TransformerAttribution: start_layer must lie in [0, {depth}), the model's layers, got "
-                f"{start_layer}"
-            )
+        check_start_layer(WHO, start_layer, depth)
         check_maps("TransformerAttribution", maps, MAPS)
         if reliability not in MODES:
             raise ValueError(

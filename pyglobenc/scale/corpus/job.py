@@ -18,7 +18,7 @@ from typing import Any
 
 from pyglobenc.common.files import check_apart
 from pyglobenc.inputs.batches import Runner, check_target, longest
-from pyglobenc.inputs.batching import buckets
+from pyglobenc.inputs.batching import buckets, portions
 from pyglobenc.inputs.options import Options
 from pyglobenc.inputs.windows import MAX_CHARACTERS, Encoded, encode, most_characters
 from pyglobenc.scale.corpus.records import Record, Source, digest
@@ -267,7 +267,7 @@ def attribute_records(
     """
     rows, rejected = [], []
     kept = {record.index: {"input": record.kept} for record in records if record.kept}
-    for portion in _portions(records):
+    for portion in _portions_of_text(records):
         texts, refused = encode_records(runner, portion)
         rejected += refused
         progress(len(refused))
@@ -282,22 +282,9 @@ def attribute_records(
     return sorted(rows, key=lambda row: row["index"]), sorted(rejected, key=lambda entry: entry["index"])
 
 
-def _portions(records: list[Record]) -> Iterator[list[Record]]:
-    """Yield records in portions with no more characters than one text may have.
-
-    Only one portion is tokenized at a time.
-    """
-    portion: list[Record] = []
-    size = 0
-    for record in records:
-        more = len(record.text or "")
-        if portion and size + more > MAX_CHARACTERS:
-            yield portion
-            portion, size = [], 0
-        portion.append(record)
-        size += more
-    if portion:
-        yield portion
+def _portions_of_text(records: list[Record]) -> Iterator[list[Record]]:
+    """Yield records with no more characters than one text may have, so that little is tokenized at once."""
+    return portions(records, lambda record: len(record.text or ""), MAX_CHARACTERS)
 
 
 def encode_records(
@@ -330,7 +317,9 @@ def batch_shapes(
 
     For records that are left out (0, 0, count) is yielded.
     """
-    for portion in (portion for _, records in _shards(source, shard_size) for portion in _portions(records)):
+    for portion in (
+        portion for _, records in _shards(source, shard_size) for portion in _portions_of_text(records)
+    ):
         texts, rejected = encode_records(runner, portion)
         yield 0, 0, len(rejected)
         for bucket in buckets(texts, batch_tokens):
