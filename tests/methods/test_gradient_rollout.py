@@ -8,6 +8,7 @@ from models import ARCHITECTURES, CAUSAL, IMAGES, PRE_NORM, build, random_batch
 from published import Float64Throughout
 from torch import nn
 
+from pyglobenc.backends.reference.attention import STORED
 from pyglobenc.methods.gradients.gradient_rollout import GradientRollout
 from pyglobenc.methods.precision.reliability import NoRelevanceWarning
 
@@ -187,13 +188,16 @@ def test_refusals():
         GradientRollout(masked)(**batch)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_no_array_is_quadratic(name):
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3"])
+def test_memory_is_linear_in_the_number_of_tokens(name):
     model = build(name, torch.float32, max_position_embeddings=8192)
-    n, tile = 4096, 1 << 18
-    batch = random_batch(model, batch=1, n=n)
-    explain = GradientRollout(model)
-    explain(**batch)
-    used = measure_allocations(lambda: explain(**batch))
-    # The largest arrays are the logits, (n, 97), and a tile of 16 queries with all keys.
-    assert used.largest <= 4 * max(tile, 4 * 16 * n, n * 97)
+    explain, peaks = GradientRollout(model), []
+    for n in (STORED + 256, 2 * (STORED + 256)):
+        batch = random_batch(model, batch=1, n=n)
+        explain(**batch)
+        used = measure_allocations(lambda batch=batch: explain(**batch))
+        # The largest arrays are the logits, (n, 97), and a tile of 64 queries of all 4 heads with all keys.
+        assert used.largest <= 4 * max(1 << 18, 64 * 4 * n, n * 97)
+        peaks.append(used.peak)
+    # Twice as many tokens take twice the memory, where arrays (n, n) would take four times as much.
+    assert peaks[1] < 2.5 * peaks[0]

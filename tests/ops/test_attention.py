@@ -84,6 +84,24 @@ def test_gradients(window):
         torch.testing.assert_close(out, exact, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["cap", "relative", "stored", "both"])
+def test_long_texts_have_the_gradients_of_the_dense_form(name, monkeypatch):
+    monkeypatch.setattr(import_module(reference_attention.__module__), "STORED", 0)
+    q, k, v = (t.requires_grad_() for t in tensors(2, 3, 3, 70, 8))
+    mask = key_mask("left", 2, 70)
+    mod, bias = (SoftCap(3.0), None) if name == "cap" else biased(name, 2, 3, 70, 8)
+    o, lse = attention(q, k, v, key_mask=mask, scaling=0.3, score_mod=mod)
+    dense_bias = None if bias is None else bias(q, k)
+    exact = dense(q, k, v, mask, 0.3, (-1, -1), dense_bias, 3.0 if name == "cap" else None)
+    weights = torch.randn(2, 3, 70, 9, dtype=torch.float64)
+
+    def gradients(o, lse):
+        return torch.autograd.grad((torch.cat([o, lse[..., None]], 3) * weights).sum(), (q, k, v))
+
+    for out, expected in zip(gradients(o, lse), gradients(*exact), strict=True):
+        torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
+
+
 def biased(name, B, H, n, dh):
     """A score mod and the dense bias it stands for, of queries and keys."""
     i = torch.arange(n)

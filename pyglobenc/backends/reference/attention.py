@@ -2,11 +2,15 @@
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from pyglobenc.backends.shared.masks import hidden_keys, visible_keys
 from pyglobenc.backends.shared.score_mods import ScoreMod
 
 QUERY_BLOCK = 64
+# An autograd graph stores the probabilities of texts up to this length, which take H * 16 MB in float32 for
+# each layer. Those of longer texts are computed again in the backward pass, so that memory is linear in n.
+STORED = 2048
 
 
 def attention(
@@ -22,8 +26,8 @@ def attention(
     n, group = q.shape[2], q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     modify = None if score_mod is None else score_mod.bind(q, k)
-    outs, lses = [], []
-    for start in range(0, n, QUERY_BLOCK):
+
+    def block(start: int) -> tuple[Tensor, Tensor]:
         rows = slice(start, min(n, start + QUERY_BLOCK))
         cols = visible_keys(rows, n, window)
         scores = q[:, :, rows] @ k[:, :, cols].transpose(2, 3) * scaling
@@ -37,8 +41,14 @@ def attention(
         top = scores.detach().amax(-1, keepdim=True)
         p = scores.sub_(top).exp_()
         total = p.sum(-1, keepdim=True)
-        lses.append((top + total.log())[..., 0])
-        outs.append(p @ v[:, :, cols] / total)
-    if not outs:
+        return p @ v[:, :, cols] / total, (top + total.log())[..., 0]
+
+    if not n:
         return torch.zeros_like(q), q.new_zeros(q.shape[:3])
-    return torch.cat(outs, 2), torch.cat(lses, 2)
+    starts = range(0, n, QUERY_BLOCK)
+    if n > STORED and torch.is_grad_enabled():
+        again = dict(use_reentrant=False, preserve_rng_state=False)
+        blocks = [checkpoint(block, start, **again) for start in starts]
+    else:
+        blocks = [block(start) for start in starts]
+    return torch.cat([o for o, _ in blocks], 2), torch.cat([lse for _, lse in blocks], 2)
