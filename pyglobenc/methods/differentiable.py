@@ -143,15 +143,15 @@ def _changed(
         yield
 
 
-def attention_gradients(logit: Tensor, run: Recorded, lowest: int) -> list[Tensor | None]:
+def attention_gradients(logit: Tensor, run: Recorded, lowest: int, keep: bool = False) -> list[Tensor | None]:
     """Return the gradient of the logits (B,) with respect to each layer's attention output, (B, H, n, dh).
 
     The sum of the logits has the same gradients, because no example depends on another one. Layers below
-    `lowest` get None.
+    `lowest` get None. `keep` keeps the graph for another backward pass.
     """
     layers = run.trace.layers
     wanted = [run.attended.get(index, layers[index].o) for index in range(lowest, len(layers))]
-    grads = torch.autograd.grad(logit.sum(), wanted) if wanted else ()
+    grads = torch.autograd.grad(logit.sum(), wanted, retain_graph=keep) if wanted else ()
     return [None] * min(lowest, len(layers)) + [
         by_head(grad, layer) for grad, layer in zip(grads, layers[lowest:], strict=True)
     ]

@@ -21,7 +21,7 @@ from pyglobenc.methods.rollout.globenc import GlobEnc
 
 @dataclass(frozen=True)
 class Rows:
-    """One row of scores for each example."""
+    """One row of scores for each example, or T rows: all tensors then have T as their second dimension."""
 
     # (B, n), 0 at padding. Of images: the patches, with or without the special tokens before them, or
     # (B, height, width) if the method scores pixels.
@@ -34,8 +34,10 @@ class Rows:
 
 
 # A call of a method. The first argument is a batch of tensors, or of lists that are packed. The second one is
-# the targets, (B,) int64 token positions or classes, or "mean". None means the default of the method.
-Run = Callable[[Mapping[str, Tensor], Tensor | str | None], Rows]
+# the targets, (B,) int64 token positions or classes, or "mean". None means the default of the method. A
+# method that explains a class also takes contrast and position by name, each (B,) int64 or None. Targets
+# (B, T), for classes with a position (B, T), are explained by one forward pass.
+Run = Callable[..., Rows]
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ def _rollout(name: str, model: PreTrainedModel, backend: str, dtype: torch.dtype
     attribute = GlobEnc(model, backend, dtype) if name == "globenc" else Rollout(model, name, backend, dtype)
 
     def run(batch: Mapping[str, Any], targets: Tensor | str | None) -> Rows:
-        rows = targets[:, None] if isinstance(targets, Tensor) else targets
+        several = isinstance(targets, Tensor) and targets.dim() == 2
+        rows = targets[:, None] if isinstance(targets, Tensor) and not several else targets
         if _is_packed(batch):
             results = attribute.packed(**batch, targets=rows)
             scores = pad_sequence([one.scores[0, 0] for one in results], batch_first=True)
@@ -100,8 +103,10 @@ def _rollout(name: str, model: PreTrainedModel, backend: str, dtype: torch.dtype
                 _logits([one.output for one in results]),
             )
         result = attribute(**batch, targets=rows)
-        explained = None if result.targets is None else result.targets[:, 0]
-        return Rows(result.scores[:, 0], result.log_scale[:, 0], explained, find_logits(result.output))
+        row = slice(None) if several else 0
+        explained = None if result.targets is None else result.targets[:, row]
+        logits = find_logits(result.output)
+        return Rows(result.scores[:, row], result.log_scale[:, row], explained, logits)
 
     return run
 
@@ -143,12 +148,17 @@ def _of_logits(
 ) -> Run:
     """Build a method that explains one logit of each example, called with the options `chosen`."""
 
-    def run(batch: Mapping[str, Any], targets: Tensor | None) -> Rows:
+    def run(
+        batch: Mapping[str, Any],
+        targets: Tensor | None,
+        contrast: Tensor | None = None,
+        position: Tensor | None = None,
+    ) -> Rows:
         if not _is_packed(batch):
-            one = attribute(**batch, target=targets, **chosen)
-            none = one.scores.new_zeros(len(one.scores))
+            one = attribute(**batch, target=targets, contrast=contrast, position=position, **chosen)
+            none = torch.zeros_like(one.target, dtype=one.scores.dtype, device=one.scores.device)
             return Rows(one.scores, none, one.target, find_logits(one.output), one.error, one.nothing)
-        results = attribute.packed(**batch, target=targets, **chosen)
+        results = attribute.packed(**batch, target=targets, contrast=contrast, **chosen)
         scores = pad_sequence([one.scores[0] for one in results], batch_first=True)
         known = results[0].error is not None
         return Rows(

@@ -17,13 +17,15 @@ Index = int | Sequence[int] | Tensor | None
 
 @dataclass
 class Target:
-    """The explained logit, or difference of two logits, of each example.
+    """The explained logit, or difference of two logits, of each example, or several logits of each.
 
     Attributes:
-        index: (B,) int64, the class explained. For question answering, 0 is the start and 1 the end.
-        contrast: (B,) int64, the class whose logit is subtracted, or None.
-        logit: (B,), the explained value, in the autograd graph.
-        position: (B,) int64, the token whose logit is explained; None if an example has one set of logits.
+        index: (B,) or (B, T) int64, the class explained. For question answering, 0 is the start and 1 the
+            end.
+        contrast: (B,) or (B, T) int64, the class whose logit is subtracted, or None.
+        logit: (B,) or (B, T), the explained value, in the autograd graph.
+        position: (B,) or (B, T) int64, the token whose logit is explained; None if an example has one set of
+            logits.
     """
 
     index: Tensor
@@ -33,7 +35,14 @@ class Target:
 
 
 def find_target(
-    who: str, output: Any, target: Any, contrast: Index, position: Index, key_mask: Tensor | None
+    who: str,
+    output: Any,
+    target: Any,
+    contrast: Index,
+    position: Index,
+    key_mask: Tensor | None,
+    kept: Tensor | None = None,
+    several: bool = False,
 ) -> Target:
     """Find the explained logit in the model's output; see `TransformerAttribution.__call__`.
 
@@ -45,9 +54,12 @@ def find_target(
             (B, n).
         target, contrast, position: arguments of the user's call.
         key_mask: (B, n) bool, True for real tokens, or None if all tokens are real.
+        kept: the positions of the tokens whose logits the model returned, as logits_to_keep gives them; None
+            for all tokens.
+        several: whether position may be (B, T), and target and contrast too, for T logits of each example.
 
     Returns:
-        The explained logit of each example, (B,), with its class.
+        The explained logit of each example, (B,) or (B, T), with its class.
 
     Raises:
         TypeError, ValueError: the output has no logits, or the arguments name none of them.
@@ -69,9 +81,10 @@ def find_target(
                 f"{who}: this model has logits for every token; name the token: position=i, "
                 "or one for each example"
             )
-        at = _indices(who, "position", position, batch, logits.shape[1], device)
+        size = logits.shape[1] if kept is None else int(kept.max()) + 1
+        at = _indices(who, "position", position, (batch,), size, device, several)
         _check_real(who, at, key_mask)
-        logits = logits.gather(1, at[:, None, None].expand(-1, 1, logits.shape[2]))[:, 0]
+        logits = _logits_at(who, logits, at, kept)
     elif position is not None:
         raise ValueError(
             f"{who}: position names a token's logit; this model has one set of logits for an example"
@@ -81,17 +94,39 @@ def find_target(
     index = (
         logits.argmax(-1)
         if target is None
-        else _indices(who, "target", target, batch, logits.shape[-1], device)
+        else _indices(who, "target", target, logits.shape[:-1], logits.shape[-1], device)
     )
-    logit = logits.gather(1, index[:, None])[:, 0]
+    logit = logits.gather(-1, index[..., None])[..., 0]
     if contrast is None:
         return Target(index, None, logit, at)
-    other = _indices(who, "contrast", contrast, batch, logits.shape[-1], device)
+    other = _indices(who, "contrast", contrast, logits.shape[:-1], logits.shape[-1], device)
     require(
         (other != index).all(),
         lambda: ValueError(f"{who}: contrast must be another class than target"),
     )
-    return Target(index, other, logit - logits.gather(1, other[:, None])[:, 0], at)
+    return Target(index, other, logit - logits.gather(-1, other[..., None])[..., 0], at)
+
+
+def _logits_at(who: str, logits: Tensor, at: Tensor, kept: Tensor | None) -> Tensor:
+    """Return the logits (B, C) or (B, T, C) at positions (B,) or (B, T), given logits (B, n or kept, C)."""
+    rows = at[:, None] if at.dim() == 1 else at
+    if kept is not None:
+        same = rows[..., None] == kept.to(rows.device)
+        require(
+            same.any(-1).all(),
+            lambda: ValueError(f"{who}: position must be one of the tokens that logits_to_keep names"),
+        )
+        rows = same.int().argmax(-1)
+    logits = logits.gather(1, rows[..., None].expand(-1, -1, logits.shape[2]))
+    return logits[:, 0] if at.dim() == 1 else logits
+
+
+def kept_positions(batch: Mapping[str, Any], n: int) -> Tensor | None:
+    """Return the positions whose logits a batch's logits_to_keep asks for; None for all n tokens."""
+    kept = batch.get("logits_to_keep")
+    if isinstance(kept, Tensor) and kept.dim():
+        return kept
+    return torch.arange(n)[-int(kept) :] if kept else None
 
 
 def next_token_position(who: str, logits: Tensor, n: int, key_mask: Tensor | None) -> Tensor:
@@ -133,22 +168,37 @@ def _span(
         real = logits if key_mask is None else logits.masked_fill(~key_mask.to(logits.device), float("-inf"))
         at = real.argmax(-1)
     else:
-        at = _indices(who, "position", position, *logits.shape, logits.device)
+        at = _indices(who, "position", position, logits.shape[:1], logits.shape[1], logits.device)
     _check_real(who, at, key_mask)
     return Target(torch.full_like(at, SPANS.index(which)), None, logits.gather(1, at[:, None])[:, 0], at)
 
 
-def _indices(who: str, name: str, value: Any, batch: int, size: int, device: torch.device) -> Tensor:
-    """Return value as a (B,) int64 tensor, and check that it lies in [0, size)."""
+def _indices(
+    who: str,
+    name: str,
+    value: Any,
+    shape: Sequence[int],
+    size: int,
+    device: torch.device,
+    several: bool = False,
+) -> Tensor:
+    """Return value as an int64 tensor of a shape, (B,) or (B, T), and check that it lies in [0, size).
+
+    One integer, or one for each example, stands for all T. With `several`, a value (B, T) may replace (B,).
+    """
     index = torch.as_tensor(value, device=device)
     if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         raise TypeError(f"{who}: {name} must be integers, got {index.dtype}")
+    if several and index.dim() == 2 and len(index) == shape[0] and index.shape[1]:
+        shape = index.shape
     if index.dim() == 0:
-        index = index.expand(batch)
-    if tuple(index.shape) != (batch,):
-        shape = tuple(index.shape)
+        index = index.expand(shape)
+    if index.dim() == 1 and len(shape) == 2 and len(index) == shape[0]:
+        index = index[:, None].expand(shape)
+    if index.shape != torch.Size(shape):
         raise ValueError(
-            f"{who}: {name} must be one integer or one for each of {batch} examples, got shape {shape}"
+            f"{who}: {name} must be one integer or one for each of {shape[0]} examples, got shape "
+            f"{tuple(index.shape)}"
         )
     check_range(who, name, index, size)
     return index.long()
@@ -156,5 +206,5 @@ def _indices(who: str, name: str, value: Any, batch: int, size: int, device: tor
 
 def _check_real(who: str, at: Tensor, key_mask: Tensor | None) -> None:
     if key_mask is not None:
-        real = key_mask.gather(1, at[:, None].to(key_mask.device)).all()
+        real = key_mask.gather(1, at.view(len(at), -1).to(key_mask.device)).all()
         require(real, lambda: ValueError(f"{who}: position is a padding token"))

@@ -47,23 +47,25 @@ STEPS = (32, 128)
 
 # The scores (B, n) by the first layer's input and its gradient, (B, n, d).
 REDUCTIONS = {
-    "gradient-x-input": lambda x, grad: (x * grad).sum(-1),
-    "gradient-x-input-norm": lambda x, grad: (x * grad).norm(dim=-1),
-    "saliency": lambda x, grad: grad.norm(dim=-1),
+    "gradient-x-input": lambda x, grad: (wide(x) * wide(grad)).sum(-1),
+    "gradient-x-input-norm": lambda x, grad: (wide(x) * wide(grad)).norm(dim=-1),
+    "saliency": lambda x, grad: wide(grad).norm(dim=-1),
 }
 
 
 @dataclass
 class GradientResult:
-    """Attribution of one logit for each example.
+    """Attribution of one logit for each example, or of T logits.
 
     Attributes:
-        scores: (B, n), one score for each token, or (B, patches) for images; padding gets 0.
-        target: (B,) int64, the class explained. For question answering, 0 is the start and 1 the end.
-        logit: (B,), the value explained.
-        error: (B,) for integrated gradients, else None: the difference between the sum of the scores and the
-            difference of the logits of text and baseline, relative to the sum of the scores' absolute values.
-            In exact arithmetic it would be 0 with infinitely many steps.
+        scores: (B, n), one score for each token, or (B, patches) for images; padding gets 0. (B, T, n) for T
+            logits of each example.
+        target: (B,) or (B, T) int64, the class explained. For question answering, 0 is the start and 1 the
+            end.
+        logit: (B,) or (B, T), the value explained.
+        error: (B,) or (B, T) for integrated gradients, else None: the difference between the sum of the
+            scores and the difference of the logits of text and baseline, relative to the sum of the scores'
+            absolute values. In exact arithmetic it would be 0 with infinitely many steps.
         nothing: always None: no method here fails to find a score.
         output: the output of the model.
     """
@@ -129,7 +131,9 @@ class GradientAttribution:
 
         Args:
             target, contrast, position: the logit explained, as `TransformerAttribution` takes them. For a
-                language model, position None is the last real token, which predicts the next one.
+                language model, position None is the last real token, which predicts the next one. A position
+                (B, T) explains T logits of each example from one forward pass; target and contrast may then
+                be (B, T) too.
             replacement: id of the token that replaces others, such as the tokenizer's mask token; None for
                 the padding id of the model's config.
             special_tokens_mask: (B, n), as a tokenizer returns it: 1 at special tokens, which are not
@@ -138,8 +142,8 @@ class GradientAttribution:
                 attention_mask (B, n), or pixel_values (B, channels, height, width).
 
         Returns:
-            GradientResult with scores (B, n). Each example gets the scores that it would get alone, without
-            padding.
+            GradientResult with scores (B, n), or (B, T, n) for T logits. Each example gets the scores that it
+            would get alone, without padding.
 
         Raises:
             TypeError, ValueError: an index is out of range; the model can't take the input, or has no head
@@ -162,12 +166,13 @@ class GradientAttribution:
             found, error = self.first_layer.run(batch, explained), None
             scores = self._occluded(batch, found, replacement, special)
         else:
-            found, error = self.first_layer.run(batch, explained, gradient=True), None
-            x, grad = wide(found.x), wide(found.grad)
-            scores = REDUCTIONS[self.method](x, grad)
+            found, error = self.first_layer.run(batch, explained, reduction=REDUCTIONS[self.method]), None
+            scores = found.scores
         mask = key_mask(batch)
-        scores = scores if mask is None else scores.masked_fill(~mask.to(scores.device), 0)
-        scores = scores[:, self._prefix(batch, found.x) :]
+        if mask is not None:
+            mask = mask.to(scores.device)
+            scores = scores.masked_fill(~(mask if scores.dim() == 2 else mask[:, None]), 0)
+        scores = scores[..., self._prefix(batch, found.x) :]
         require_finite(WHO, self.model, (scores, found.target.logit))
         if error is not None:
             _warn_of_steps(error)
@@ -176,39 +181,50 @@ class GradientAttribution:
     def _integrated(
         self, batch: Mapping[str, Any], explained: tuple, replacement: int | None, special: Tensor | None
     ) -> tuple[Pass, Tensor, Tensor]:
-        """Return the pass of the inputs, the scores (B, n) and their error (B,)."""
+        """Return the pass of the inputs, the scores (B, n) and their error (B,); (B, T, n) and (B, T)."""
         run = self.first_layer.run
         found = run(batch, explained)
-        explained = _same_logit(found)
         if self.images:
-            base = run({**batch, "pixel_values": torch.zeros_like(batch["pixel_values"])}, explained)
+            base = run({**batch, "pixel_values": torch.zeros_like(batch["pixel_values"])}, _same_logit(found))
         else:
             where, token = self._content(batch, special), self._token(batch, replacement)
-            base = run(batch, explained, replaced=(where, token))
+            base = run(batch, _same_logit(found), replaced=(where, token))
         change = wide(found.x) - wide(base.x)
         expected = wide(found.target.logit) - wide(base.target.logit)
-        scores, error = torch.zeros_like(change[..., 0]), torch.full_like(expected, float("inf"))
+        scores = change.new_zeros(*expected.shape, change.shape[1])
+        error = torch.full_like(expected, float("inf"))
         for steps in STEPS:
-            rows = (error > DIGITS_GONE).nonzero()[:, 0]
+            wrong = error > DIGITS_GONE
+            rows = wrong.view(len(wrong), -1).any(1).nonzero()[:, 0]
             if not len(rows):
                 break
-            part = self._integral(
-                _take(batch, rows, len(error)), found.x[rows], change[rows], _same_logit(found, rows), steps
+            # Of T logits, only the columns in which one is wrong need more steps.
+            part = (rows,) if wrong.dim() == 1 else (rows[:, None], wrong.any(0).nonzero()[:, 0])
+            explained = _rows(_same_logit(found), *part)
+            found_now = self._integral(
+                _take(batch, rows, len(error)), found.x[rows], change[rows], explained, steps
             )
-            size = part.abs().sum(1)
-            gap = (part.sum(1) - expected[rows].to(part.device)).abs()
-            scores[rows] = part
+            size = found_now.abs().sum(-1)
+            gap = (found_now.sum(-1) - expected[part].to(found_now.device)).abs()
             # A baseline of the same logit gives scores of 0, which are right.
-            error[rows] = torch.where(gap > 0, gap / size, gap).to(error.device)
+            gap = torch.where(gap > 0, gap / size, gap).to(error.device)
+            # Each logit keeps the smallest number of steps that suffices for it.
+            again = wrong[part]
+            scores[wrong.to(scores.device)] = found_now[again.to(found_now.device)]
+            error[wrong] = gap[again]
         return found, scores, error
 
     def _integral(
         self, batch: Mapping[str, Any], x: Tensor, change: Tensor, explained: tuple, steps: int
     ) -> Tensor:
-        """Return the integral for all examples with a number of nodes, (B, n)."""
+        """Return the integral for all examples with a number of nodes, (B, n) or (B, T, n)."""
         size, n = x.shape[:2]
         nodes, weights = np.polynomial.legendre.leggauss(steps)
-        total = torch.zeros_like(change)
+        total = 0
+
+        def times_change(x: Tensor, grad: Tensor) -> Tensor:
+            return (wide(grad).unflatten(0, (-1, size)) * change).sum(-1).flatten(0, 1)
+
         at_once = max(1, COPIED_TOKENS // (size * n))
         for start in range(0, steps, at_once):
             part = slice(start, start + at_once)
@@ -216,21 +232,21 @@ class GradientAttribution:
             back = change.new_tensor((1 - nodes[part]) / 2)
             values = (wide(x) - back[:, None, None, None] * change).flatten(0, 1).to(x.dtype)
             rows = torch.arange(size, device=x.device).repeat(len(back))
-            found = self.first_layer.run(
-                _take(batch, rows, size), _rows(explained, rows), gradient=True, values=values
-            )
+            copies, explained_by = _take(batch, rows, size), _rows(explained, rows)
+            found = self.first_layer.run(copies, explained_by, reduction=times_change, values=values)
             weight = change.new_tensor(weights[part] / 2)
-            total += (wide(found.grad).unflatten(0, (-1, size)) * weight[:, None, None, None]).sum(0)
-        return (total * change).sum(-1)
+            total = total + torch.tensordot(weight, found.scores.unflatten(0, (-1, size)), 1)
+        return total
 
     def _occluded(
         self, batch: Mapping[str, Any], found: Pass, replacement: int | None, special: Tensor | None
     ) -> Tensor:
-        """Return how much the logit falls without each token or patch, (B, n)."""
-        scores = torch.zeros_like(wide(found.x[..., 0]))
+        """Return how much the logit falls without each token or patch, (B, n) or (B, T, n)."""
+        logit = wide(found.target.logit)
+        scores = logit.new_zeros(*found.x.shape[:2], *logit.shape[1:])
         if self.images:
             prefix = self._prefix(batch, found.x)
-            where = torch.ones_like(scores, dtype=torch.bool)
+            where = torch.ones(found.x.shape[:2], dtype=torch.bool, device=found.x.device)
             where[:, :prefix] = False
         else:
             where, token = self._content(batch, special), self._token(batch, replacement)
@@ -243,10 +259,11 @@ class GradientAttribution:
                 copies, replaced = {**copies, "pixel_values": hidden}, None
             else:
                 replaced = (torch.nn.functional.one_hot(tokens, n).bool(), token)
-            changed = self.first_layer.run(copies, _same_logit(found, rows), replaced=replaced).target.logit
-            fall = wide(found.target.logit)[rows.to(found.target.logit.device)] - wide(changed)
-            scores[rows, tokens] = fall.to(scores.device)
-        return scores
+            same = _rows(_same_logit(found), rows)
+            changed = self.first_layer.run(copies, same, replaced=replaced).target.logit
+            fall = logit[rows.to(logit.device)] - wide(changed)
+            scores[rows.to(scores.device), tokens.to(scores.device)] = fall
+        return scores.movedim(1, -1)
 
     def _without_patches(self, pixels: Tensor, patches: Tensor) -> Tensor:
         """Return pixels (B, channels, height, width) in which each image's patch of this number is 0."""
@@ -314,20 +331,23 @@ def _take(batch: Mapping[str, Any], rows: Tensor, size: int) -> dict[str, Any]:
     """Return copies of some of a batch's `size` examples, in the order of rows."""
     return {
         name: value[rows.to(value.device)]
-        if isinstance(value, Tensor) and value.dim() and len(value) == size
+        if isinstance(value, Tensor) and value.dim() and len(value) == size and name != "logits_to_keep"
         else value
         for name, value in batch.items()
     }
 
 
-def _same_logit(found: Pass, rows: Tensor | None = None) -> tuple[Any, Index, Index]:
-    """Return target, contrast and position that explain the same logits again, of all or of some examples."""
+def _same_logit(found: Pass) -> tuple[Any, Index, Index]:
+    """Return target, contrast and position that explain the same logits again."""
     target = found.target
     spans = isinstance(found.output, Mapping) and f"{SPANS[0]}_logits" in found.output
     index = SPANS[int(target.index[0])] if spans else target.index
-    explained = (index, target.contrast, target.position)
-    return explained if rows is None else _rows(explained, rows)
+    return index, target.contrast, target.position
 
 
-def _rows(explained: tuple, rows: Tensor) -> tuple:
-    return tuple(value[rows.to(value.device)] if isinstance(value, Tensor) else value for value in explained)
+def _rows(explained: tuple, *part: Tensor) -> tuple:
+    """Return target, contrast and position of some examples, or of some logits of theirs."""
+    return tuple(
+        value[tuple(index.to(value.device) for index in part)] if isinstance(value, Tensor) else value
+        for value in explained
+    )

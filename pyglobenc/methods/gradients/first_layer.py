@@ -4,7 +4,7 @@ This input is the sum of the embeddings, after their norm if they have one; tran
 hidden_states[0].
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,11 @@ from pyglobenc.hf.unwrap import stock_model
 from pyglobenc.methods.arguments import run_model
 from pyglobenc.methods.head import detached, find_logits
 from pyglobenc.methods.precision.float64_forward import WideParameters
-from pyglobenc.methods.target import Target, find_target, next_token_position
+from pyglobenc.methods.target import Target, find_target, kept_positions, next_token_position
+
+# Takes the first layer's input and the gradient of a logit with respect to it, both (B, n, d), and returns a
+# score for each token, (B, n).
+Reduction = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -30,13 +34,14 @@ class Pass:
 
     Attributes:
         x: input of the first layer, (B, n, d).
-        grad: gradient of each example's logit with respect to x, (B, n, d); None if it wasn't asked for.
-        target: the explained logit of each example, (B,), with its class.
+        scores: what the reduction returned, (B, n); (B, T, n) for T logits of each example; None without a
+            reduction.
+        target: the explained logit of each example, (B,) or (B, T), with its class.
         output: the output of the model.
     """
 
     x: Tensor
-    grad: Tensor | None
+    scores: Tensor | None
     target: Target
     output: Any
 
@@ -62,7 +67,7 @@ class FirstLayer:
         batch: Mapping[str, Any],
         explained: tuple[Any, Any, Any] = (None, None, None),
         *,
-        gradient: bool = False,
+        reduction: Reduction | None = None,
         values: Tensor | None = None,
         replaced: tuple[Tensor, int] | None = None,
     ) -> Pass:
@@ -71,8 +76,11 @@ class FirstLayer:
         Args:
             batch: the model's checked inputs, such as input_ids (B, n).
             explained: target, contrast and position, as `TransformerAttribution` takes them. If a language
-                model's position is None, the logits of the token after the last real one are explained.
-            gradient: whether the gradient is wanted.
+                model's position is None, the logits of the token after the last real one are explained. A
+                position (B, T) explains T logits of each example, each by a backward pass of its own through
+                the same graph.
+            reduction: turns a gradient into scores; None computes no gradient. Only one gradient exists at a
+                time.
             values: (B, n, d), written over the first layer's input; None leaves it.
             replaced: a (B, n) bool tensor and a token id; the tokens where it is True get this id's
                 embedding.
@@ -82,7 +90,7 @@ class FirstLayer:
                 or its forward pass can't run in float64.
         """
         with weights_named(self.model), ExitStack() as stack:
-            inputs = stack.enter_context(self._graph(gradient, values))
+            inputs = stack.enter_context(self._graph(reduction is not None, values))
             if replaced is not None:
                 stack.enter_context(self._replaced(*replaced))
             narrow = self.dtype == torch.float64 and self.stock.dtype != torch.float64
@@ -100,21 +108,34 @@ class FirstLayer:
             target = self._target(batch, output, explained, inputs[0].shape[1])
             if narrow and target.logit.dtype != torch.float64:
                 self._refuse_float64()
-            return self._pass(inputs[0], target, output, gradient)
+            return self._pass(inputs[0], target, output, reduction)
 
-    def _pass(self, x: Tensor, target: Target, output: Any, gradient: bool) -> Pass:
+    def _pass(self, x: Tensor, target: Target, output: Any, reduction: Reduction | None) -> Pass:
+        scores, logit = None, target.logit
+        if reduction is not None:
+            with torch.enable_grad():
+                logits = [logit] if logit.dim() == 1 else list(logit.unbind(1))
+            rows = []
+            while logits:
+                grad = self._gradient(x, logits.pop(0), keep=bool(logits))
+                with torch.no_grad():
+                    rows.append(reduction(x.detach(), grad))
+            scores = rows[0] if logit.dim() == 1 else torch.stack(rows, 1)
+        target.logit = logit.detach()
+        return Pass(x.detach(), scores, target, detached(output))
+
+    def _gradient(self, x: Tensor, logit: Tensor, keep: bool) -> Tensor:
+        """Return the gradient of the logits (B,) with respect to x; `keep` keeps the graph for another."""
         grad = None
-        if gradient:
-            if target.logit.requires_grad:
-                # The sum of the logits has the same gradients, because no example depends on another one.
-                (grad,) = torch.autograd.grad(target.logit.sum(), x, allow_unused=True)
-            if grad is None:
-                raise ValueError(
-                    f"{self.who}: the logit can't be followed back to the first layer's input; the model or "
-                    "its head runs without gradients, or doesn't read it"
-                )
-        target.logit = target.logit.detach()
-        return Pass(x.detach(), grad, target, detached(output))
+        if logit.requires_grad:
+            # The sum of the logits has the same gradients, because no example depends on another one.
+            (grad,) = torch.autograd.grad(logit.sum(), x, allow_unused=True, retain_graph=keep)
+        if grad is None:
+            raise ValueError(
+                f"{self.who}: the logit can't be followed back to the first layer's input; the model or its "
+                "head runs without gradients, or doesn't read it"
+            )
+        return grad
 
     def _refuse_float64(self) -> None:
         raise ValueError(
@@ -127,7 +148,8 @@ class FirstLayer:
         mask, logits = key_mask(batch), find_logits(output)
         if logits is not None and logits.dim() == 3 and is_decoder(self.stock) and position is None:
             position = next_token_position(self.who, logits, n, mask)
-        return find_target(self.who, output, target, contrast, position, mask)
+        kept = kept_positions(batch, n)
+        return find_target(self.who, output, target, contrast, position, mask, kept, several=True)
 
     @contextmanager
     def _graph(self, gradient: bool, values: Tensor | None) -> Iterator[list[Tensor]]:

@@ -30,7 +30,7 @@ from pyglobenc.methods.inputs import check_batch, check_model, require_finite
 from pyglobenc.methods.packing import Packed, in_order, pack
 from pyglobenc.methods.precision.reliability import examples_reordered, warn_of_nothing
 from pyglobenc.methods.relevance.result import RelevanceResult, of_sequences
-from pyglobenc.methods.target import Index, Target, find_target, next_token_position
+from pyglobenc.methods.target import Index, Target, find_target, kept_positions, next_token_position
 from pyglobenc.methods.target_tokens import unnamed_rows
 from pyglobenc.ops import relevance_rollout_step
 
@@ -71,13 +71,16 @@ class GradientRollout:
 
         Args:
             target, contrast, position: as for `TransformerAttribution`. The default position of a causal
-                language model is the last real token, whose logits are those of the next token.
+                language model is the last real token, whose logits are those of the next token. A position
+                (B, T) explains T logits of each example from one forward pass; target and contrast may then
+                be (B, T) too.
             start_layer: the lowest layer of the rollout.
             batch: the model's inputs, as its tokenizer or image processor returns them: input_ids and
                 attention_mask (B, n), or pixel_values (B, channels, height, width).
 
         Returns:
-            RelevanceResult with scores (B, n), the row of R of the token that the head reads. For a head
+            RelevanceResult with scores (B, n), or (B, T, n) for T logits, whose other fields are (B, T). The
+            scores are the row of R of the token that the head reads. For a head
             that reads a mean of tokens it is the mean of their rows, and for the heads of transformers that
             read otherwise it is the default row of `GlobEnc`. For images n counts the special tokens too.
 
@@ -126,9 +129,35 @@ class GradientRollout:
             layers = run.trace.layers
             cu_seqlens = layers[0].cu_seqlens
             mask = layers[0].key_mask if cu_seqlens is None else real_tokens(cu_seqlens)
-            chosen = self._target(run, explained, mask)
-            rows = self._rows(run, chosen, mask)
-            grads = attention_gradients(chosen.logit, run, start_layer)
+            kept = None if isinstance(batch, Packed) else kept_positions(batch, layers[-1].q.shape[2])
+            chosen = self._target(run, explained, mask, kept)
+            several = chosen.logit.dim() == 2
+            logits = list(chosen.logit.unbind(1)) if several else [chosen.logit]
+        parts = []
+        while logits:
+            # The gradients of all layers exist for one logit at a time, on one graph.
+            parts.append(self._row(run, logits.pop(0), mask, start_layer, keep=bool(logits)))
+        scores, nothing, position = (
+            None if part[0] is None else torch.stack(part, 1) if several else part[0]
+            for part in zip(*parts, strict=True)
+        )
+        logit = chosen.logit.detach()
+        require_finite(WHO, self.model, (scores, logit))
+        warn_of_nothing(WHO, nothing.any(1) if several else nothing)
+        return RelevanceResult(scores, chosen.index, position, logit, nothing, output=detached(run.output))
+
+    def _row(
+        self, run: Recorded, logit: Tensor, mask: Tensor | None, start_layer: int, keep: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the scores (B, n) of the logits (B,), where they are nothing (B,), and the rows' positions.
+
+        `keep` keeps the graph for another logit.
+        """
+        layers = run.trace.layers
+        cu_seqlens = layers[0].cu_seqlens
+        with weights_named(self.model), torch.inference_mode(False), torch.enable_grad():
+            rows = self._rows(run, logit, mask)
+            grads = attention_gradients(logit, run, start_layer, keep)
         with torch.no_grad():
             start = _unit_rows(rows, layers[-1], self._arithmetic(layers[-1]))
             row = self._roll_out(layers[start_layer:], grads[start_layer:], start)
@@ -139,27 +168,23 @@ class GradientRollout:
             else:
                 nothing = sequence_sums(reached.double(), cu_seqlens) == 0
                 unreached = per_token(nothing[:, None], cu_seqlens)[:, 0]
-            scores = row[:, 0].masked_fill(unreached, 0)
-        logit = chosen.logit.detach()
-        require_finite(WHO, self.model, (scores, logit))
-        warn_of_nothing(WHO, nothing)
-        return RelevanceResult(
-            scores, chosen.index, _positions(rows, cu_seqlens), logit, nothing, output=detached(run.output)
-        )
+            return row[:, 0].masked_fill(unreached, 0), nothing, _positions(rows, cu_seqlens)
 
-    def _target(self, run: Recorded, explained: tuple[Any, Index, Index], mask: Tensor | None) -> Target:
+    def _target(
+        self, run: Recorded, explained: tuple[Any, Index, Index], mask: Tensor | None, kept: Tensor | None
+    ) -> Target:
         """Return the explained logit; a causal model's token logits are those of the last real token."""
         target, contrast, position = explained
         logits, last = find_logits(run.output), run.trace.layers[-1]
         if position is None and logits is not None and logits.dim() == 3 and last.window[1] == 0:
             position = next_token_position(WHO, logits, last.q.shape[2], mask)
-        return find_target(WHO, run.output, target, contrast, position, mask)
+        return find_target(WHO, run.output, target, contrast, position, mask, kept, several=True)
 
-    def _rows(self, run: Recorded, chosen: Target, mask: Tensor | None) -> Tensor:
+    def _rows(self, run: Recorded, logit: Tensor, mask: Tensor | None) -> Tensor:
         """Return the rows of R that the head reads, as `unnamed_rows` returns them."""
         logits = find_logits(run.output)
         # One logit of a token is followed alone, since the other tokens' logits read other rows.
-        followed = logits if logits is not None and logits.dim() == 2 else chosen.logit[:, None]
+        followed = logits if logits is not None and logits.dim() == 2 else logit[:, None]
         read = tokens_read(WHO, self.model, run.record, followed, mask, advice="")
         return unnamed_rows(WHO, None, run.trace.layers[-1], read)
 
