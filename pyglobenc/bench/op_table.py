@@ -85,6 +85,9 @@ OP_TABLE: dict[str, OpEntry] = {
     "relevance_attention": OpEntry(_take(*_RELEVANCE), lambda s: 9 * s.pairs * s.d, True),
     "relevance_maps": OpEntry(_take(*_RELEVANCE), lambda s: 3 * s.pairs * s.d, True),
     "relevance_rollout_step": OpEntry(_take("r", *_RELEVANCE), lambda s: 3 * s.pairs * s.d, True),
+    "relevance_product": OpEntry(
+        _take("r", "q", "k", "v", "lse", "grad_o"), lambda s: 2 * s.pairs * s.d, True
+    ),
     "add_relevance": OpEntry(_take("relevance", "x", "y"), lambda s: 0),
     "clone_relevance": OpEntry(
         lambda tensors: [[tensors["relevance"], tensors["y"]], tensors["x"]], lambda s: 0

@@ -12,6 +12,7 @@ from pyglobenc.ops.norm_terms import norm_terms
 from pyglobenc.ops.pair_norms import pair_norms
 from pyglobenc.ops.relevance_attention import relevance_attention
 from pyglobenc.ops.relevance_maps import relevance_maps
+from pyglobenc.ops.relevance_product import relevance_product
 from pyglobenc.ops.relevance_rollout_step import relevance_rollout_step
 from pyglobenc.ops.rollout_step import rollout_step
 
@@ -31,6 +32,7 @@ __all__ = [
     "norm_terms",
     "relevance_attention",
     "relevance_maps",
+    "relevance_product",
     "relevance_rollout_step",
     "rollout_step",
     "pair_norms",

@@ -66,11 +66,39 @@ def relevance_inputs(op: str, **arguments: Any) -> RelevanceInputs:
         ValueError, TypeError: shapes or dtypes that don't fit.
     """
     inputs, sizes = _made(RelevanceInputs, arguments), {}
-    q, lse = inputs.q, inputs.lse
     for name in ("q", "k", "v", "grad_o", "s"):
         check_shape(op, name, getattr(inputs, name), "B H n dh", sizes, optional=name == "grad_o")
-    check_shape(op, "lse", lse, "B H n", sizes)
+    check_shape(op, "lse", inputs.lse, "B H n", sizes)
     _check_seen(op, inputs, sizes)
+    return _one_dtype(op, inputs)
+
+
+def product_inputs(op: str, **arguments: Any) -> RelevanceInputs:
+    """Check the arguments of `relevance_product`, whose m keys may be more or fewer than the n queries.
+
+    Args, Returns, Raises: as for `relevance_inputs`, with k and v (B, H, m, dh) and key_mask (B, m).
+    """
+    inputs, sizes = _made(RelevanceInputs, arguments), {}
+    for name, symbols in (("q", "B H n dh"), ("k", "B H m dh"), ("v", "B H m dh"), ("s", "B H n dh")):
+        check_shape(op, name, getattr(inputs, name), symbols, sizes)
+    check_shape(op, "lse", inputs.lse, "B H n", sizes)
+    check_mask(op, inputs.key_mask, {"B": sizes["B"], "n": sizes["m"]})
+    check_window(op, inputs.window)
+    check_square(op, inputs.window, sizes["n"], sizes["m"])
+    return _one_dtype(op, inputs)
+
+
+def check_square(op: str, window: tuple[int, int], n: int, m: int) -> None:
+    """Refuse a limited window between n queries and another number of keys m, which have no distance."""
+    if n != m and max(window) >= 0:
+        raise ValueError(
+            f"{op}: a window needs as many keys as queries, got {m} keys, {n} queries and {tuple(window)}"
+        )
+
+
+def _one_dtype(op: str, inputs: RelevanceInputs) -> RelevanceInputs:
+    """Check the dtypes of relevance inputs, and return them with lse in the dtype of q."""
+    q, lse = inputs.q, inputs.lse
     check_floats(op, q=q, k=inputs.k, v=inputs.v, grad_o=inputs.grad_o, s=inputs.s)
     check_floats(op, lse=lse)
     if q.dtype not in (torch.float32, torch.float64):
@@ -79,10 +107,10 @@ def relevance_inputs(op: str, **arguments: Any) -> RelevanceInputs:
 
 
 def by_query_head(op: str, q: Tensor, t: Tensor) -> Tensor:
-    """Return keys or values t (B, Hkv, n, dh) with one entry for each head of q (B, H, n, dh)."""
+    """Return keys or values t (B, Hkv, m, dh) with one entry for each head of q (B, H, n, dh)."""
     sizes: dict[str, int] = {}
     check_shape(op, "q", q, "B H n dh", sizes)
-    check_shape(op, "k and v", t, "B Hkv n dh", sizes)
+    check_shape(op, "k and v", t, "B Hkv m dh", sizes)
     check_heads(op, sizes["H"], sizes["Hkv"])
     return t if sizes["H"] == sizes["Hkv"] else t.repeat_interleave(sizes["H"] // sizes["Hkv"], 1)
 

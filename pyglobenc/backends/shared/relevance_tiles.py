@@ -57,6 +57,18 @@ def roll_out(tiles: Iterator[Any], r: Tensor, normalize: bool) -> Tensor:
     return out
 
 
+def product(tiles: Iterator[Any], inputs: RelevanceInputs, r: Tensor, transposed: bool) -> Tensor:
+    """Return r A, (B, T, m), or with transposed r A^T, (B, T, n), for the map A (B, n, m) of all tiles."""
+    size = (inputs.q if transposed else inputs.k).shape[2]
+    out = r.new_zeros(*r.shape[:2], size)
+    for tile in tiles:
+        if transposed:
+            out[:, :, tile.rows] = r[:, :, tile.cols] @ tile.weighted.transpose(1, 2)
+        else:
+            out[:, :, tile.cols] += r[:, :, tile.rows] @ tile.weighted
+    return out
+
+
 def of_queries(
     inputs: RelevanceInputs, positions: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
