@@ -6,7 +6,7 @@ from typing import Any
 from pyglobenc._version import __version__
 from pyglobenc.evaluate import EvaluationTable, evaluate
 from pyglobenc.explain import explain
-from pyglobenc.results import Attribution, load
+from pyglobenc.results import Attribution, Attributions, load
 
 # These modules are imported when they are first used, because importing transformers' models takes seconds.
 _MODULES = {
@@ -22,6 +22,7 @@ _MODULES = {
 
 __all__ = [
     "Attribution",
+    "Attributions",
     "EvaluationTable",
     "GlobEnc",
     "GradientAttribution",

@@ -265,20 +265,33 @@ class Attributions(list):
 
         terminal.show(self, merge_words)
 
-    def to_html(self, path: str | Path | None = None, merge_words: bool | None = None) -> str:
-        """Return one HTML page of all attributions, as `Attribution.to_html` does of one."""
+    def to_html(
+        self, path: str | Path | None = None, merge_words: bool | None = None, columns: int = 1
+    ) -> str:
+        """Return one HTML page of all attributions, as `Attribution.to_html` does of one.
+
+        Args:
+            path, merge_words: as for `Attribution.to_html`.
+            columns: how many attributions stand side by side in a row.
+
+        Raises:
+            TypeError, ValueError: as for `Attribution.to_html`, or columns is no integer of at least 1.
+            OSError: the file can't be written.
+        """
         from pyglobenc.viz import html
 
-        page = html.page(self, merge_words)
+        page = html.page(self, merge_words, columns)
         if path is not None:
             _write(path, page.encode("utf-8"), self)
         return page
 
-    def to_png(self, path: str | Path | None = None, merge_words: bool | None = None) -> bytes:
-        """Return one PNG picture of all attributions, as `Attribution.to_png` does of one."""
+    def to_png(
+        self, path: str | Path | None = None, merge_words: bool | None = None, columns: int = 1
+    ) -> bytes:
+        """Return one PNG picture of all attributions; arguments and errors as for `to_html`."""
         from pyglobenc.viz import png
 
-        picture = png.picture(self, merge_words)
+        picture = png.picture(self, merge_words, columns)
         if path is not None:
             _write(path, picture, self)
         return picture

@@ -53,6 +53,14 @@ def top_units(units: Sequence[Unit], count: int) -> list[Unit]:
     return sorted((unit for unit in units if not unit.special), key=lambda unit: -abs(unit.score))[:count]
 
 
+def check_columns(who: str, columns: int) -> None:
+    """Raise TypeError or ValueError unless a number of columns is an integer of at least 1."""
+    if not isinstance(columns, int) or isinstance(columns, bool):
+        raise TypeError(f"{who}: columns must be an integer, got {columns!r}")
+    if columns < 1:
+        raise ValueError(f"{who}: columns must be at least 1, got {columns}")
+
+
 def remainder(attribution: Scored, limit: int = 200) -> str:
     """Return the beginning of the text that truncation removed; "" if there is none or it isn't known."""
     if not attribution.cut or attribution.offsets is None or attribution.text_pair is not None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from html import escape
 
 from pyglobenc.common.characters import printable
-from pyglobenc.viz.common import RGB, caption, color, ink, remainder, scale_of, top_units
+from pyglobenc.viz.common import RGB, caption, check_columns, color, ink, remainder, scale_of, top_units
 from pyglobenc.viz.units import Scored, Unit
 
 TOP = 10
@@ -34,22 +34,46 @@ STYLE = """
   border: 1px solid #b0611c; box-sizing: border-box; }
 .globenc td b.against { border-color: #08488c; }
 .globenc summary { cursor: pointer; font-size: .875rem; color: #555; margin: .75rem 0 .25rem; }
+.globenc:has(> .columns) { max-width: none; }
+.globenc .columns { display: grid; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); gap: 1rem; }
+.globenc .columns section { margin: 0; }
+@media (max-width: 45rem) { .globenc .columns { grid-template-columns: minmax(0, 1fr); } }
 """
 
 
-def page(attributions: Sequence[Scored], merge_words: bool | None = None) -> str:
-    """Return a whole HTML page of one or more attributions; merge_words as for `Attribution.units`."""
+def page(attributions: Sequence[Scored], merge_words: bool | None = None, columns: int = 1) -> str:
+    """Return a whole HTML page of one or more attributions.
+
+    Args:
+        attributions: attributions of one or more texts.
+        merge_words: as for `Attribution.units`.
+        columns: how many attributions stand side by side in a row.
+
+    Raises:
+        TypeError, ValueError: columns is no integer of at least 1.
+    """
+    body = fragment(attributions, merge_words, columns, "<h1>Token attribution</h1>")
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>Token '
         f"attribution</title>\n</head>\n"
-        f"<body>\n{fragment(attributions, merge_words, '<h1>Token attribution</h1>')}</body>\n</html>\n"
+        f"<body>\n{body}</body>\n</html>\n"
     )
 
 
-def fragment(attributions: Sequence[Scored], merge_words: bool | None = None, heading: str = "") -> str:
-    """Return the part of a page that a notebook shows: the style, and a section for each attribution."""
+def fragment(
+    attributions: Sequence[Scored], merge_words: bool | None = None, columns: int = 1, heading: str = ""
+) -> str:
+    """Return the part of a page that a notebook shows: the style, and a section for each attribution.
+
+    Args:
+        attributions, merge_words, columns: as for `page`.
+        heading: HTML to put above the sections.
+    """
+    check_columns("html", columns)
     sections = "".join(_section(attribution, attribution.units(merge_words)) for attribution in attributions)
+    if columns > 1:
+        sections = f'<div class="columns" style="--columns:{columns}">\n{sections}</div>\n'
     return f'<style>{STYLE}</style>\n<div class="globenc">\n{heading}\n{sections}</div>\n'
 
 

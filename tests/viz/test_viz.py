@@ -315,6 +315,34 @@ def test_pictures_of_several_texts_hold_all():
     assert several._repr_html_().count("<section>") == 2 and "<html" not in several[0]._repr_html_()
 
 
+def test_several_methods_stand_side_by_side():
+    three = Attributions(attribution(["a", "deep"], method=name) for name in ("globenc", "n", "w"))
+    page = three.to_html(columns=3)
+    assert '<div class="columns" style="--columns:3">' in page and page.count("<section>") == 3
+    assert not Page(page).stack and 'class="columns"' not in three.to_html()
+    below, beside, rows = (pixels(three.to_png(columns=count)) for count in (1, 3, 2))
+    assert beside.shape[1] == 3 * png.COLUMN and beside.shape[0] < below.shape[0]
+    assert rows.shape[1] == 2 * png.COLUMN and beside.shape[0] < rows.shape[0] < below.shape[0]
+    # Each column holds the colour of the largest score.
+    for left in range(0, 3 * png.COLUMN, png.COLUMN):
+        column = beside[:, left : left + png.COLUMN]
+        assert has_color(column, color(1.0), 500) and (column[:, : png.MARGIN // 2] == 255).all()
+    assert pixels(Attributions(three[:1]).to_png(columns=4)).shape[1] == png.WIDTH
+
+
+@pytest.mark.parametrize("columns, error", [(0, ValueError), (True, TypeError), (1.5, TypeError)])
+def test_columns_are_counted(columns, error):
+    several = Attributions([attribution(["a"])])
+    for draw in (several.to_html, several.to_png):
+        with pytest.raises(error, match="columns must be"):
+            draw(columns=columns)
+
+
+def test_png_refuses_more_columns_than_can_be_drawn():
+    with pytest.raises(ValueError, match="31 columns need a picture more than 30000 pixels wide"):
+        Attributions([attribution(["a"])] * 31).to_png(columns=31)
+
+
 def test_pictures_are_the_same_each_time():
     a = attribution(["a", "b", "c"])
     assert a.to_png() == a.to_png() and a.to_html() == a.to_html()
