@@ -29,6 +29,7 @@ def explain(
     method: str = "globenc",
     *,
     target: int | str | None = None,
+    contrast: int | str | None = None,
     start_layer: int = 0,
     merge_words: bool = False,
     long: str = "error",
@@ -50,9 +51,13 @@ def explain(
         method: a name in `pyglobenc.methods.registry.METHODS`.
         target: what is explained. Most methods explain a token: its position, which counts special tokens and
             may be negative to count from the end; "mean" for the mean of all tokens' rows; or None for the
-            default of `GlobEnc`. Other methods explain a class: its index, or None for the predicted class.
-            Of a language model, gradient methods explain the next token: its id, or None for the predicted
-            one.
+            default of `GlobEnc`. Other methods explain a class: its index, its label in the config's
+            id2label, or None for the predicted class. Of a language model, gradient methods explain the next
+            token: its id, its text, or None for the predicted one. Of a masked language model they explain
+            the token at the text's only mask token. A text such as "Paris" is read as it is and with a space
+            before it; exactly one of the two readings must be a single token.
+        contrast: another class or token, given in the same ways. Its logit is subtracted from the target's,
+            and the difference is explained. Methods that explain a position have none.
         start_layer: the lowest layer of the rollout, for methods that have it, as for
             `TransformerAttribution`. Other methods refuse a number above 0.
         merge_words: pictures show words instead of tokens, with the sum of their tokens' scores. Words are
@@ -84,6 +89,7 @@ def explain(
         [text] if single else text,
         method=method,
         target=target,
+        contrast=contrast,
         start_layer=start_layer,
         merge_words=merge_words,
         long=long,

@@ -15,15 +15,15 @@ from pyglobenc.common.result_fields import DTYPES, check_fields, is_index, is_nu
 from pyglobenc.viz.units import Unit
 
 FORMAT = "pyglobenc.attribution"
-# Version 2 added predictions and sentence pairs, and version 3 the error.
-FORMAT_VERSION = 3
+# Version 2 added predictions and sentence pairs, version 3 the error, and version 4 the contrast.
+FORMAT_VERSION = 4
 SUFFIXES = (".json", ".safetensors")
 # A folder that contains one of these files holds a model.
 MODEL_FILES = ("config.json", "adapter_config.json")
 # These saved entries can be derived from the others.
 DERIVED = ("words", "dtype")
 # Files of older format versions lack these fields.
-ADDED = ("predictions", "text_pair", "parts", "error")
+ADDED = ("predictions", "text_pair", "parts", "error", "contrast", "contrast_name")
 # These fields are lists of pairs, which JSON stores as lists of lists.
 PAIRS = ("offsets", "windows", "predictions")
 
@@ -40,7 +40,8 @@ class Attribution:
             entry is 1; see log_scale.
         method: the method's name in `pyglobenc.methods.registry`.
         model: name or folder of the model.
-        target: position of the target token, or index of the target class. It is 0 for a mean over tokens.
+        target: position of the target token, or index of the target class, or id of the next token that a
+            language model is explained by. It is 0 for a mean over tokens.
         target_name: name of the target token or class.
         target_kind: "token", "class" or "mean". "mean" is the mean of the rows of several tokens.
         log_scale: the method's own values are scores * exp(log_scale). For joined windows see
@@ -65,6 +66,8 @@ class Attribution:
         error: how far the scores may be off, where the method measures or estimates it: the relative L2
             distance that rounding moves them by (transformer attribution), or the relative gap of the sum of
             integrated gradients. None where it isn't known. For joined windows it is the largest one.
+        contrast, contrast_name: the class or token whose logit is subtracted from the target's; None if there
+            is none.
         settings: the options of the computation, as strings, numbers or None.
         version: version of pyglobenc.
 
@@ -95,6 +98,8 @@ class Attribution:
     text_pair: str | None = None
     parts: list[int | None] | None = None
     error: float | None = None
+    contrast: int | None = None
+    contrast_name: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     version: str = __version__
 

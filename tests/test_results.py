@@ -171,7 +171,7 @@ def truncated_safetensors(path):
 
 def newer(path):
     attribution().save(path)
-    path.write_text(path.read_text().replace('"format_version": 3', '"format_version": 99'))
+    path.write_text(path.read_text().replace('"format_version": 4', '"format_version": 99'))
 
 
 def emptied(path):

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, "minilm", "which is a PyPI package")
     default = "default globenc, for image classifiers transformer-attribution"
     parser.add_argument("--method", help=f"attribution method ({default}); 'help' lists them")
-    add_target(parser)
+    add_target(parser, names=True)
     parser.add_argument(
         "--start-layer",
         type=natural,
@@ -122,6 +122,7 @@ def run(options: argparse.Namespace) -> int:
     names = (
         "method",
         "target",
+        "contrast",
         "start_layer",
         "merge_words",
         "long",

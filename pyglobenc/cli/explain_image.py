@@ -42,6 +42,8 @@ def run(options: argparse.Namespace) -> int:
     if options.method not in (None, *METHODS):
         options.error(f"--method: must be one of {', '.join(METHODS)}, got {options.method!r}")
     check_outputs(files, options.model, options.image)
+    if options.contrast is not None or (isinstance(options.target, str) and options.target != "mean"):
+        options.error("--image: --target takes an integer or mean, and there is no --contrast")
     images = [open_image(name, options.max_pixels) for name in options.image]
     # A rollout needs no classifier. If the model has one, the default target is the token that it reads.
     head = True if options.method is not None and METHODS[options.method].target == "class" else None

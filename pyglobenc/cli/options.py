@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from math import isfinite
 from typing import Any
 
@@ -26,6 +27,11 @@ def integer(text: str) -> int:
 def token_or_class(text: str) -> int | str:
     """Return the target in an option's text: an integer, or the word "mean"."""
     return text if text == "mean" else integer(text)
+
+
+def named(text: str) -> int | str:
+    """Return the target in an option's text: an integer, or any other text, such as a label or a token."""
+    return integer(text) if re.fullmatch("-?[0-9]+", text) else text
 
 
 def natural(text: str) -> int:
@@ -118,14 +124,18 @@ def dtype_named(name: str | None) -> Any:
     return None if name is None else getattr(torch, name)
 
 
-def add_target(parser: argparse.ArgumentParser) -> None:
-    """Add the option --target, a token or a class."""
+def add_target(parser: argparse.ArgumentParser, names: bool = False) -> None:
+    """Add the option --target, a token or a class; with `names` also --contrast, and names for both."""
     parser.add_argument(
         "--target",
-        type=token_or_class,
-        help="token position (negative: from the end), mean (of all tokens' rows), or class index (default: "
-        "what the head reads, or the predicted class)",
+        type=named if names else token_or_class,
+        help="token position (negative: from the end), mean (of all tokens' rows), or class index"
+        f"{', label, or the next token' * names} (default: what the head reads, or the predicted class)",
     )
+    if names:
+        parser.add_argument(
+            "--contrast", type=named, help="class index, label or next token whose logit is subtracted"
+        )
 
 
 def add_lengths(parser: argparse.ArgumentParser, first: str) -> None:

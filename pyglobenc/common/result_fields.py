@@ -74,6 +74,8 @@ SCALARS = {
     ),
     "text_pair": (_or_none(is_string), "a string or None"),
     "error": (_or_none(lambda value: is_number(value) and value >= 0), "a number of at least 0 or None"),
+    "contrast": (_or_none(is_index), "an integer of at least 0 or None"),
+    "contrast_name": (_or_none(is_string), "a string or None"),
     "version": (is_string, "a string"),
 }
 # For each field: the check of an entry, its description, whether the field may be None, and whether it has
@@ -145,6 +147,8 @@ def _check_together(values: dict[str, Any], n: int) -> None:
     """Check the conditions that involve several fields."""
     if values["target_kind"] == "token" and values["target"] >= n:
         raise ValueError(f"target must be a position below n = {n}, got {values['target']}")
+    if (values["contrast"] is None) != (values["contrast_name"] is None):
+        raise ValueError("contrast and contrast_name must both be given, or both be None")
     if (values["text_pair"] is None) != (values["parts"] is None):
         raise ValueError("text_pair and parts must both be given, or both be None")
     if values["merge_words"] and values["word_ids"] is None:

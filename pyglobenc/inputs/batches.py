@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +20,7 @@ from pyglobenc.hf.limits import max_tokens, padding_id, vocabulary
 from pyglobenc.hf.registry import is_decoder
 from pyglobenc.hf.unwrap import called_module, stock_model
 from pyglobenc.inputs.batching import fitting_batch, in_batches
+from pyglobenc.inputs.targets import class_named, token_named
 from pyglobenc.inputs.windows import Encoded, join
 from pyglobenc.methods.arguments import accepts, run_model
 from pyglobenc.methods.head import find_logits
@@ -39,8 +41,8 @@ OTHER_HEADS = (
     "CausalLM",
     "LMHeadModel",
 )
-# Of these, language models have logits of the next token.
-LANGUAGE_HEADS = ("CausalLM", "LMHeadModel")
+# Of these, language models have logits of the next token, and masked language models of the token at a mask.
+LANGUAGE_HEADS, MASKED_HEAD = ("CausalLM", "LMHeadModel"), "MaskedLM"
 # A tokenizer without a limit has a huge number as its limit.
 NO_LIMIT = 10**9
 
@@ -72,23 +74,18 @@ def check_target(runner: Runner, encoded: Encoded, name: str) -> None:
     """Raise ValueError if the target doesn't exist, or if the tokenizer doesn't fit the model.
 
     Args:
-        runner: holds the target, the method and the model.
+        runner: holds the target, the method and the model; it has checked classes.
         encoded: the tokenized text.
         name: name of the text for the message.
     """
-    target, kind = runner.options.target, runner.method.target
-    # Only the logits tell how many classes a user's own head has, and a base model has none.
-    known_head = (
-        runner.called is runner.model
-        and runner.model is not runner.model.base_model
-        and type(runner.model).__module__.startswith("transformers.")
-    )
-    classes = class_count(runner.model) if known_head else None
-    if runner.next_token:
-        classes = vocabulary(runner.model)
-    if kind == "class" and target is not None and classes is not None and not 0 <= target < classes:
-        raise ValueError(f"explain: target must be a class in [0, {classes}), got {target}")
-    n = len(encoded.tokens)
+    target, kind, n = runner.target, runner.method.target, len(encoded.tokens)
+    if runner.fills_mask:
+        masks = encoded.inputs["input_ids"].count(runner.tokenizer.mask_token_id)
+        if masks != 1:
+            raise ValueError(
+                f"explain: a masked language model's prediction for one {runner.tokenizer.mask_token} is "
+                f"explained, and {name} has {masks}"
+            )
     if kind == "token" and isinstance(target, int) and not -n <= target < n:
         raise ValueError(
             f"explain: target must lie in [0, {n}), the tokens of {name}, or [-{n}, -1] from the end, got "
@@ -130,28 +127,21 @@ class Runner:
         model = stock_model(self.called)
         if model.main_input_name != "input_ids":
             raise ValueError(f"explain: {type(model).__name__} takes {model.main_input_name}, not text")
-        if self.method.target == "class" and options.target == "mean":
-            raise TypeError(
-                f"explain: {options.method} explains a class; target must be its index, got 'mean'"
-            )
-        # The "class" is then the token that the model predicts after the text.
-        self.next_token = (
-            self.method.next_token
-            and self.called is model
-            and is_decoder(model)
-            and type(model).__name__.endswith(LANGUAGE_HEADS)
-        )
+        # The "class" is then the token that the model predicts after the text, or at its mask token.
+        head = type(model).__name__ if self.method.next_token and self.called is model else ""
+        self.next_token = head.endswith(LANGUAGE_HEADS) and is_decoder(model)
+        self.fills_mask = head.endswith(MASKED_HEAD)
         if (
             self.method.target == "class"
             and self.called is model
             and type(model).__name__.endswith(OTHER_HEADS)
-            and not self.next_token
+            and not (self.next_token or self.fills_mask)
         ):
             raise ValueError(
                 f"explain: {options.method} explains a class of the whole text, and {type(model).__name__} "
                 "has logits for every token or choice; TransformerAttribution explains them (target=, "
                 "position=), methods with a token target, such as globenc, explain its tokens, and gradient "
-                "methods a language model's next token"
+                "methods a language model's next token, or the token at its mask"
             )
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise TypeError(
@@ -169,6 +159,17 @@ class Runner:
                 f"{type(tokenizer).__name__}"
             )
         self.model, self.tokenizer, self.options = model, tokenizer, options
+        if self.fills_mask and tokenizer.mask_token_id is None:
+            raise ValueError(
+                f"explain: {type(model).__name__} predicts the token at a mask, and the tokenizer has no "
+                "mask token"
+            )
+        self.target, self.contrast = (self._meant(name) for name in ("target", "contrast"))
+        if self.target is not None and self.target == self.contrast:
+            raise ValueError(
+                f"explain: contrast must be another class than target, got {options.target!r} and "
+                f"{options.contrast!r}"
+            )
         # The model is inspected only if packing is wanted, because that costs time for a short text.
         why_padded = None if options.packed is False else self._why_padded()
         if options.packed and why_padded:
@@ -185,6 +186,46 @@ class Runner:
         self.model_name = model.name_or_path or type(model).__name__
         self.versions = {"model_dtype": str(model.dtype).split(".")[-1], "device": str(model.device)}
         self.versions |= {"torch": torch.__version__, "transformers": transformers.__version__}
+
+    def _meant(self, name: str) -> int | str | None:
+        """Return the class or the token's id that the option `name`, target or contrast, means.
+
+        The target of a method that explains a token stays what it is.
+
+        Raises:
+            TypeError, ValueError: a string is no label or token, the class doesn't exist, or the method has
+                no contrast.
+        """
+        value, kind, who = getattr(self.options, name), self.method.target, self.options.method
+        if kind == "token":
+            if name == "contrast" and value is not None:
+                raise ValueError(
+                    f"explain: contrast belongs to methods that explain a class or a predicted token; {who} "
+                    "explains a position"
+                )
+            if isinstance(value, str) and value != "mean":
+                raise TypeError(
+                    f"explain: {who} explains a position of the text or 'mean'; target must be an integer, "
+                    f"got {value!r}"
+                )
+            return value
+        if value is None:
+            return None
+        if self.next_token or self.fills_mask:
+            classes = vocabulary(self.model)
+            value = token_named(self.tokenizer, value, name) if isinstance(value, str) else value
+        else:
+            # Only the logits tell how many classes a user's own head has, and a base model has none.
+            known = (
+                self.called is self.model
+                and self.model is not self.model.base_model
+                and type(self.model).__module__.startswith("transformers.")
+            )
+            classes = class_count(self.model) if known else None
+            value = class_named(self.model.config, classes, value, name) if isinstance(value, str) else value
+        if classes is not None and not 0 <= value < classes:
+            raise ValueError(f"explain: {name} must be a class in [0, {classes}), got {value}")
+        return value
 
     def _why_padded(self) -> str | None:
         """Return the reason why texts can't be packed, or None if they can."""
@@ -228,13 +269,19 @@ class Runner:
                 waiting += 1
 
     def _plan(self, text: Encoded) -> Plan:
-        target = self.options.target
+        target = self.target
         if self.method.target == "token":
             if isinstance(target, int):
                 target %= len(text.tokens)
             return target, [
                 window for window in text.windows if not isinstance(target, int) or target in window
             ]
+        if self.fills_mask:
+            mask = text.inputs["input_ids"].index(self.tokenizer.mask_token_id)
+            text = replace(text, windows=[window for window in text.windows if mask in window])
+        elif self.next_token:
+            # The next token follows the last window.
+            text = replace(text, windows=text.windows[-1:])
         if target is None and len(text.windows) > 1:
             # All windows must explain the same class.
             target = self._predict(text)
@@ -245,7 +292,10 @@ class Runner:
         """Return the class with the largest logit, averaged over the windows of a text."""
         logits = []
         for window in text.windows:
-            found = find_logits(run_model(self.called, self._batch([text], [window])))
+            batch = self._batch([text], [window])
+            found = find_logits(run_model(self.called, batch))
+            if found is not None and self.fills_mask:
+                found = found[:, self._masks(batch["input_ids"])[0]]
             if found is None or found.dim() != 2:
                 raise ValueError(f"explain: {type(self.called).__name__} has no head that classifies texts")
             logits.append(found[0])
@@ -259,8 +309,13 @@ class Runner:
         batch = arrange([texts[index] for index, _ in jobs], [window for _, window in jobs])
         if self.method.replaces_tokens:
             batch |= self._replacing([(texts[index], window) for index, window in jobs])
+        explained = {}
+        if self.contrast is not None:
+            explained["contrast"] = torch.full((len(jobs),), self.contrast, device=self.model.device)
+        if self.fills_mask:
+            explained["position"] = self._masks(batch["input_ids"])
         with examples_named([names[index] for index, _ in jobs]):
-            rows = self._run(batch, self._targets(texts, plans, jobs))
+            rows = self._run(batch, self._targets(texts, plans, jobs), **explained)
         scores, log_scale = rows.scores.detach().cpu().numpy(), rows.log_scale.tolist()
         errors = [None] * len(jobs) if rows.error is None else rows.error.tolist()
         logits, targets = (
@@ -281,9 +336,9 @@ class Runner:
     ) -> Tensor | str | None:
         """Return the targets, (B,) int64 or "mean"; None if every target is the method's own default."""
         targets = [plans[index][0] for index, _ in jobs]
-        if self.options.target == "mean":
+        if self.method.target == "token" and self.target == "mean":
             return "mean"
-        if self.method.target == "token" and self.options.target is not None:
+        if self.method.target == "token" and self.target is not None:
             targets = [window.index(target) for target, (_, window) in zip(targets, jobs, strict=True)]
         elif all(target is None for target in targets):
             return None
@@ -293,6 +348,10 @@ class Runner:
                 for target, (index, _) in zip(targets, jobs, strict=True)
             ]
         return torch.tensor(targets, device=self.model.device)
+
+    def _masks(self, ids: Tensor) -> Tensor:
+        """Return the position (B,) of the mask token in each row of ids (B, n)."""
+        return (ids == self.tokenizer.mask_token_id).int().argmax(1)
 
     def _columns(self, texts: list[Encoded], windows: list[list[int]]) -> dict[str, list[list[int]]]:
         """Return the model's inputs by name, each with one list for every window."""
@@ -336,10 +395,7 @@ class Runner:
         windows, kind, logits = plan[1], self.method.target, [row.logits for row in rows]
         if kind == "class":
             target = rows[0].target
-            name = class_name(self.model.config, target)
-            if self.next_token:
-                # The embedding table may have more rows than the tokenizer has tokens.
-                name = self.tokenizer.convert_ids_to_tokens(target) or str(target)
+            name = self._name(target)
         else:
             of_text = [
                 None if row.target is None else window[row.target]
@@ -358,10 +414,19 @@ class Runner:
             scores=scores, log_scale=log_scale, target=target, target_kind=kind, windows=text.spans(windows)
         )
         fields |= dict(target_name=name, error=_largest([row.error for row in rows]))
+        if self.contrast is not None:
+            fields |= dict(contrast=self.contrast, contrast_name=self._name(self.contrast))
         if logits[0] is None:
             return fields
         # The prediction comes from the mean of the windows' logits.
         return fields | predict(self.model.config, torch.stack(logits).mean(0))._asdict()
+
+    def _name(self, index: int) -> str:
+        """Return the name of a class, or of a predicted token."""
+        if self.next_token or self.fills_mask:
+            # The embedding table may have more rows than the tokenizer has tokens.
+            return self.tokenizer.convert_ids_to_tokens(index) or str(index)
+        return class_name(self.model.config, index)
 
 
 def _largest(errors: list[float | None]) -> float | None:

@@ -17,6 +17,7 @@ class Options:
 
     method: str = "globenc"
     target: int | str | None = None
+    contrast: int | str | None = None
     start_layer: int = 0
     merge_words: bool = False
     long: str = "error"
@@ -31,9 +32,9 @@ class Options:
     def __post_init__(self):
         if self.long not in LONG:
             raise ValueError(f"explain: long must be one of {', '.join(LONG)}, got {self.long!r}")
-        for name in ("target", "start_layer", "max_length", "stride", "batch_size"):
+        for name in ("target", "contrast", "start_layer", "max_length", "stride", "batch_size"):
             value = getattr(self, name)
-            if name == "target" and value == "mean":
+            if name in ("target", "contrast") and isinstance(value, str):
                 continue
             if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
                 raise TypeError(f"explain: {name} must be an integer, got {value!r}")
@@ -42,7 +43,7 @@ class Options:
 
     def record(self) -> dict[str, Any]:
         """Return the options that an attribution keeps, as JSON values."""
-        names = ("target", "start_layer", "long", "max_length", "stride", "batch_size", "backend")
+        names = ("target", "contrast", "start_layer", "long", "max_length", "stride", "batch_size", "backend")
         return {name: getattr(self, name) for name in names} | {
             "dtype": None if self.dtype is None else str(self.dtype).split(".")[-1]
         }

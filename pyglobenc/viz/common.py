@@ -87,6 +87,8 @@ def caption(attribution: Scored) -> list[tuple[str, str]]:
         else f"{attribution.target_name} ({attribution.target})"
     )
     out = [("method", attribution.method), (kind, name), ("model", attribution.model)]
+    if attribution.contrast is not None:
+        out.insert(2, ("against", f"{attribution.contrast_name} ({attribution.contrast})"))
     if attribution.predictions is not None:
         out.append(("predicted", _predicted(attribution) or "no label above 50%"))
     elif attribution.label is not None:

@@ -25,6 +25,8 @@ class Scored(Protocol):
     target: int
     target_kind: str
     target_name: str
+    contrast: int | None
+    contrast_name: str | None
     label: str | None
     probability: float | None
     windows: list[tuple[int, int]] | None

@@ -124,7 +124,6 @@ def test_quiet_prints_nothing(run, tmp_path):
         (["a", "--method", "magic"], None, "--method: must be one of raw-attention"),
         (["a", "--backend", "gpu"], None, "invalid choice: 'gpu'"),
         (["a", "--long", "cut"], None, "invalid choice: 'cut'"),
-        (["a", "--target", "film"], None, "invalid int or mean value: 'film'"),
         (["a", "--max-length", "0"], None, "invalid positive integer value: '0'"),
         (["a", "--nonsense"], None, "unrecognized arguments: --nonsense"),
         (
@@ -161,6 +160,7 @@ def fails(result, message):
         ([], b"\n \n", "standard input: holds no text"),
         ([], b"ab\xff", "standard input: not UTF-8 text (byte 0xff at offset 2)"),
         (["a", "--target", "9"], None, "target must lie in [0, 3)"),
+        (["a", "--target", "film"], None, "target must be an integer, got 'film'"),
         (["a", "--max-length", "99"], None, "max_length must be at most 40"),
         (["a", "--device", "nonsense"], None, "can't load model"),
         ([LONG], None, "text has 62 tokens and at most 40 fit; choose long=truncate"),
@@ -450,3 +450,15 @@ def test_version_and_help(capsys):
         with pytest.raises(SystemExit) as leave:
             main(args)
         assert leave.value.code == 0 and expected in capsys.readouterr().out
+
+
+def test_targets_by_name(run, model):
+    for target, contrast in (("GOOD", "BAD"), ("1", "0")):
+        status, out, _ = run(
+            "the film", *words(f"--method saliency --target {target} --contrast {contrast} --json -")
+        )
+        (found,) = json.loads(out)["attributions"]
+        assert status == 0 and (found["target_name"], found["contrast_name"]) == ("GOOD", "BAD")
+        assert found["settings"]["contrast"] == (int(contrast) if contrast == "0" else contrast)
+    status, _, err = run("the film", *words("--method saliency --target FINE"))
+    assert status == 1 and "one of 'BAD', 'GOOD', got 'FINE'" in err

@@ -235,7 +235,8 @@ def try_settings(runner: Runner) -> None:
         ValueError: the method refuses the model or the settings for every text.
     """
     limit = longest(runner.model, runner.tokenizer, runner.options.max_length)
-    words = min(abs(runner.options.target or 0) + 1, limit or TRIED)
+    far = runner.options.target if isinstance(runner.options.target, int) else 0
+    words = min(abs(far) + 1, limit or TRIED)
     one = encode(runner.tokenizer, "a " * words, "a text", limit, "truncate", runner.options.stride)
     try:
         check_target(runner, one, "a text")
