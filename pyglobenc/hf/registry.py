@@ -58,7 +58,13 @@ def find_layers(model: nn.Module) -> list[LayerModules]:
         ) from error
     if not layers:
         raise ValueError(f"capture: {type(model).__name__} has no layers, so there is nothing to attribute")
-    return layers
+    # An attention module that torch.compile wraps hands itself to the attention function, not its wrapper.
+    return [
+        layer._replace(attention=layer.attention._orig_mod)
+        if "_orig_mod" in layer.attention._modules
+        else layer
+        for layer in layers
+    ]
 
 
 def is_decoder(model: PreTrainedModel) -> bool:

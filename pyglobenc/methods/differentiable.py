@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyglobenc.common.autocast import callers_autocast
 from pyglobenc.hf import LayerModules, LayerTrace, Trace, capture, find_layers
+from pyglobenc.hf.trace.checks import describe
 from pyglobenc.hf.trace.threads import in_this_thread
 from pyglobenc.hf.unwrap import stock_model
 from pyglobenc.methods.arguments import run_model
@@ -93,6 +94,7 @@ def record_forward(
         stack.enter_context(callers_autocast())
         if cu_seqlens is None:
             output = run_model(model, graph_inputs(batch))
+            trace.ran_on(batch)
         else:
             output = run_packed(model, batch, record)
         return Recorded(trace, record, output, attended)
@@ -148,10 +150,20 @@ def attention_gradients(logit: Tensor, run: Recorded, lowest: int, keep: bool = 
 
     The sum of the logits has the same gradients, because no example depends on another one. Layers below
     `lowest` get None. `keep` keeps the graph for another backward pass.
+
+    Raises:
+        ValueError: the logit has no gradient at a layer, because the model cuts it off.
     """
     layers = run.trace.layers
     wanted = [run.attended.get(index, layers[index].o) for index in range(lowest, len(layers))]
-    grads = torch.autograd.grad(logit.sum(), wanted, retain_graph=keep) if wanted else ()
+    options = dict(retain_graph=keep, allow_unused=True)
+    grads = torch.autograd.grad(logit.sum(), wanted, **options) if wanted else ()
+    if any(grad is None for grad in grads):
+        index = lowest + next(i for i, grad in enumerate(grads) if grad is None)
+        name = describe(run.trace.called, layers[index].modules.block)
+        raise ValueError(
+            f"capture: the logit has no gradient at {name}; a module above it detaches its input"
+        )
     return [None] * min(lowest, len(layers)) + [
         by_head(grad, layer) for grad, layer in zip(grads, layers[lowest:], strict=True)
     ]

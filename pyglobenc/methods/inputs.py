@@ -88,6 +88,7 @@ def run_captured(
         if targets is None:
             record = stack.enter_context(recorded_head(model, stock, trace, leaf=True))
         output = run_model(model, batch)
+        trace.ran_on(batch)
         read = None
         if record is not None:
             read, output = (

@@ -184,7 +184,7 @@ def test_model_that_ignores_the_interface(model):
     model.bert.encoder.layer[1].attention.self.forward = OwnAttention().forward
     with torch.no_grad(), capture(model) as trace:
         model(**random_batch(model, batch=1, n=5))
-    with pytest.raises(RuntimeError, match=r"layers \[1\] never called the attention function"):
+    with pytest.raises(ValueError, match=r"layers \[1\] never called the attention function"):
         trace.layers  # noqa: B018
     with pytest.raises(RuntimeError, match="nothing captured"), capture(model) as trace:
         trace.layers  # noqa: B018

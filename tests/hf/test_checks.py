@@ -13,8 +13,9 @@ from models import ARCHITECTURES, IMAGES, OWN_SCORES, PRE_NORM, SMALL, build, ra
 from published import Float64Throughout, published_maps, published_rollout
 from torch import nn
 
-from pyglobenc import GlobEnc, TransformerAttribution, capture
+from pyglobenc import GlobEnc, GradientRollout, TransformerAttribution, capture
 from pyglobenc.hf import find_layers
+from pyglobenc.hf.trace.attention import Mask
 from pyglobenc.methods.rollout.baselines import ROLLOUTS, Rollout
 
 # one of each binding, and those of the same modules, which are left to the sweep
@@ -249,6 +250,120 @@ def test_a_block_called_twice_is_refused(name):
         match=path(model, blamed).replace(".", r"\.") + r".* was called 2 times|mask has the window",
     ):
         rows(GlobEnc(model), batch)
+
+
+class OutOfOrder(nn.ModuleList):
+    """Holds its layers in one order and runs them in another."""
+
+    running = False
+
+    def __iter__(self):
+        first, *rest = self._modules.values()
+        return iter([first, *(reversed(rest) if self.running else rest)])
+
+    def __getitem__(self, index):
+        return list(self)[index]
+
+
+@pytest.mark.parametrize(
+    "name", all_of(name for name in (ARCHITECTURES | PRE_NORM | IMAGES) if "albert" not in name)
+)
+def test_layers_run_in_the_order_of_the_model(name):
+    model = build(name)
+    blocks = [layer.block for layer in find_layers(model)]
+    held = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and list(m) == blocks)
+    held.__class__ = OutOfOrder
+    batch = random_batch(model, batch=1, n=5)
+    GlobEnc(model)(**batch)
+    model.register_forward_pre_hook(lambda module, args: setattr(held, "running", True))
+    model.register_forward_hook(lambda module, args, output: setattr(held, "running", False))
+    with pytest.raises(ValueError, match=r"ran in the place of|is not the output of its|mask has the window"):
+        GlobEnc(model)(**batch)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_skipped_layers_are_refused(name):
+    model = build(name)
+    skipped = find_layers(model)[1].block
+    out = returned(model, skipped)
+    skipped.forward = lambda x, *args, **kwargs: (x, *out[1:]) if isinstance(out, tuple) else x
+    with pytest.raises(
+        ValueError, match=path(model, skipped).replace(".", r"\.") + r".* was skipped|was called 3 times"
+    ):
+        GlobEnc(model)(**random_batch(model, batch=1, n=5))
+
+
+def returned(model, module):
+    """What a module returns in a forward pass."""
+    found = []
+    handle = module.register_forward_hook(lambda module, args, output: found.append(output))
+    with torch.no_grad():
+        model(**random_batch(model, batch=1, n=5))
+    handle.remove()
+    return found[0]
+
+
+class Around(nn.Module):
+    """A module of the user's around a model: it forgets the mask, or the model."""
+
+    def __init__(self, name, forgets):
+        super().__init__()
+        self.model, self.forgets = build(name), forgets
+
+    def forward(self, input_ids, attention_mask):
+        if self.forgets == "mask":
+            return self.model(input_ids=input_ids)
+        return self.model.get_input_embeddings()(input_ids)[:, 0]
+
+
+@pytest.mark.parametrize("method", [GlobEnc, GradientRollout, TransformerAttribution])
+@pytest.mark.parametrize("name", ["bert-classifier", "gpt2", "deberta-v3"])
+def test_what_a_module_around_a_model_forgets(name, method):
+    if method is TransformerAttribution and name != "bert-classifier":
+        pytest.skip("no relevance rules")
+    batch = random_batch(build(name), batch=2, n=7, pads=[2, 0])
+    options = {"targets": [0]} if method is GlobEnc else {"target": 1}
+    with pytest.raises(
+        ValueError, match=r"(layer|h)\.0\..*att.* doesn't hide the padding"
+    ):
+        method(Around(name, "mask").eval())(**batch, **options)
+    with pytest.raises(ValueError, match=r"layers \[0, 1, 2\] never called .* was skipped|can't be followed"):
+        method(Around(name, "model").eval())(**batch, **options)
+
+
+@pytest.mark.parametrize("name", all_of([*ARCHITECTURES, *PRE_NORM]))
+def test_a_layer_that_sees_padding_is_refused(name):
+    model = build(name)
+
+    def unmasked(module, args, kwargs):
+        named = {name: None for name in kwargs if name == "attention_mask"}
+        return tuple(None if isinstance(a, Mask) else a for a in args), kwargs | named
+
+    m = find_layers(model)[1]
+    if m.own_scores is not None:
+        pytest.skip("its attention takes no other mask than the model's")
+    m.attention.register_forward_pre_hook(unmasked, with_kwargs=True)
+    with pytest.raises(ValueError, match="doesn't hide the padding"):
+        GlobEnc(model)(**random_batch(model, batch=2, n=7, pads=[2, 0]), targets=[0])
+
+
+@pytest.mark.parametrize("part", ["attention", "block", "output", "output_norm"])
+@pytest.mark.parametrize("name", ["bert", "mpnet", "deberta-v3", "gpt2", "gemma3", "vit"])
+def test_compiled_modules(name, part):
+    model, plain = build(name), build(name)
+    module = getattr(find_layers(model)[1], part)
+    replace(model, module, torch.compile(module))
+    assert_exact(model, plain, random_batch(model, batch=2, n=7, pads=[0, 2]))
+
+
+@pytest.mark.parametrize("method", [GradientRollout, TransformerAttribution])
+def test_layers_without_a_gradient_are_refused(method):
+    model = build("bert-classifier")
+    block = find_layers(model)[1].block
+    forward = block.forward
+    block.forward = lambda x, *args, **kwargs: forward(x.detach(), *args, **kwargs)
+    with pytest.raises(ValueError, match=r"no gradient at bert\.encoder\.layer\.0 "):
+        method(model)(**random_batch(model, batch=1, n=7), target=1)
 
 
 @pytest.mark.parametrize("method", [*ROLLOUTS, "packed", "compat", "relevance"])

@@ -1,7 +1,7 @@
 """Runs a stock transformers model once, and keeps the tensors of every layer that attribution needs."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from threading import Lock, get_ident
 from typing import Any
@@ -48,8 +48,14 @@ class Trace:
                     self._order[part, module].append(index)
         self.clear()
 
+    def ran_on(self, batch: Mapping[str, Any]) -> None:
+        """Note that the model ran on a batch: each layer should have run, and hidden the batch's padding."""
+        self._ran, self._mask = True, batch.get("attention_mask")
+
     def clear(self) -> None:
         """Forget the last forward pass."""
+        self._ran, self._mask = False, None
+        self._blocks_run: list[int] = []  # indices of the layers, in the order in which their blocks ran
         self.directions = Directions()
         self._layers = [LayerTrace(layer, directions=self.directions) for layer in self.modules]
         self._running: int | None = None  # index of the layer whose block was called last
@@ -66,6 +72,7 @@ class Trace:
         indices = self._order["block", block]
         self._running = indices[self._blocks[block] % len(indices)]
         self._blocks[block] += 1
+        self._blocks_run.append(self._running)
         return self.layer_of("block", block)
 
     def layer_of(self, part: str, module: nn.Module) -> LayerTrace:
@@ -115,20 +122,21 @@ class Trace:
         """Tensors of every layer, first to last; reading them runs the checks once for each forward pass.
 
         Raises:
-            RuntimeError: no forward pass ran yet, or a layer of the last one didn't call the attention
-                function.
-            ValueError: a layer computed something else than the attribution decomposes, see `check_layers`.
+            RuntimeError: no forward pass ran yet.
+            ValueError: a layer didn't run, or didn't call the attention function; or it computed something
+                else than the attribution decomposes, see `check_layers`.
         """
-        if not any(layer.calls for layer in self._layers):
+        if not self._ran and not any(layer.calls for layer in self._layers):
             raise RuntimeError("capture: nothing captured; run the model's forward pass inside the context")
         missing = [index for index, layer in enumerate(self._layers) if layer.q is None]
         if missing:
-            raise RuntimeError(
-                f"capture: layers {missing} never called the attention function; the model ignores "
-                "transformers' attention interface"
+            block = describe(self.called, self.modules[missing[0]].block)
+            raise ValueError(
+                f"capture: layers {missing} never called the attention function: {block} was skipped, or "
+                "its attention ignores transformers' attention interface"
             )
         if not self._checked:
-            check_layers(self.called, self._layers, self.io, self._calls)
+            check_layers(self.called, self._layers, self.io, self._calls, self._blocks_run, self._mask)
             self._checked = True
         return self._layers
 

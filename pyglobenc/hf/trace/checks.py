@@ -146,6 +146,8 @@ def check_layers(
     layers: Sequence[LayerTrace],
     io: InputsOutputs,
     calls: Mapping[nn.Module, LinearCall | None],
+    order: Sequence[int],
+    mask: Tensor | None = None,
 ) -> None:
     """Check that every layer of a forward pass computed what the attribution decomposes.
 
@@ -157,11 +159,14 @@ def check_layers(
         calls: the calls of those Linear modules that ran torch's own forward pass once. Their product with
             the weights isn't computed again. Instead the weights, the input and the output must still be
             those of the call.
+        order: indices of the layers, in the order in which they ran.
+        mask: the attention_mask (B, n) that the model was called with, or None if it is unknown.
 
     Raises:
         ValueError: a layer computed something else; the error names the module.
     """
-    _check_calls(called, layers)
+    _check_calls(called, layers, order)
+    _check_masks(called, layers, mask)
     with torch.no_grad():
         once = _Once(layers[0].directions)
         compared = list(_comparisons(called, layers, once))
@@ -182,7 +187,28 @@ def check_layers(
     require(holds.all(), error)
 
 
-def _check_calls(called: nn.Module, layers: Sequence[LayerTrace]) -> None:
+def _check_masks(called: nn.Module, layers: Sequence[LayerTrace], mask: Tensor | None) -> None:
+    """Check that every layer hides the padding that the attention_mask names, and no other tokens."""
+    # A multiple choice model takes (B, choices, n). A module of the user's may add or drop tokens itself.
+    mask = None if mask is None else mask.flatten(0, -2)
+    if mask is None or mask.shape != layers[0].x.shape[:2]:
+        mask = layers[0].key_mask
+    for layer in {id(layer.key_mask): layer for layer in reversed(layers)}.values():
+        # Without a mask all tokens are seen.
+        given = [one.bool() for one in (layer.key_mask, mask) if one is not None]
+        if not given:
+            continue
+        require(
+            given[0].all() if len(given) == 1 else (given[0] == given[1].to(given[0].device)).all(),
+            lambda layer=layer: ValueError(
+                f"capture: {describe(called, layer.modules.attention)} doesn't hide the padding that "
+                "attention_mask names, or hides other tokens; pass the mask on to every layer, or give one "
+                "text at a time"
+            ),
+        )
+
+
+def _check_calls(called: nn.Module, layers: Sequence[LayerTrace], order: Sequence[int]) -> None:
     for layer in layers:
         for part in ("block", "attention"):
             if layer.calls[part] != 1:
@@ -206,6 +232,13 @@ def _check_calls(called: nn.Module, layers: Sequence[LayerTrace]) -> None:
                     f"capture: {describe(called, module)} has statistics of shape "
                     f"{tuple(stats.rstd.shape)}, not one for each of the {tokens} tokens"
                 )
+    for index, ran in enumerate(order):
+        if index != ran:
+            expected, found = (describe(called, layers[i].modules.block) for i in (index, ran))
+            raise ValueError(
+                f"capture: {found} ran in the place of {expected}; the layers must run in the order in which "
+                "the model holds them"
+            )
 
 
 def _comparisons(called: nn.Module, layers: Sequence[LayerTrace], once: _Once) -> Iterator[Comparison]:
