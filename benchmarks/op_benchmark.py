@@ -28,7 +28,7 @@ LENGTHS, BATCHES, DTYPES = (128, 512, 2048), (1, 8), ("float32", "bfloat16", "fl
 # of ops alone, beside those; the methods would store too much
 LONGER = (4096,) if DEVICE.type == "cuda" else ()
 # ops that may be given a half-precision model's tensors; the rules of relevance need float32's digits
-HALF = ("pair_norms", "rollout_step", "head_gram", "head_norms", "mapped_square")
+HALF = ("pair_norms", "rollout_step", "head_gram", "head_norms", "mapped_square", "proximity")
 D = H * DH
 COMPILED, MATERIALISED, SDPA = "compile", "materialised", "sdpa"
 # (n, batch): the compiler takes up to a minute a shape

@@ -179,6 +179,13 @@ static void relevance_tile(const py::tuple& tensors, int64_t first, float scalin
     in_use->relevance_tile(tile, out, threads);
 }
 
+static void proximity(const py::object& alpha, const py::object& f, const py::object& y, const py::object& out,
+                      int threads) {
+    const View views[] = {view(alpha), view(f), view(y), view(out)};
+    py::gil_scoped_release nogil;
+    in_use->proximity(views[0], views[1], views[2], views[3], threads < 1 ? 1 : threads);
+}
+
 static void exp_of(const py::object& x, const py::object& out, int threads) {
     const int64_t count = view(x).shape[0];
     const float* const from = floats(x);
@@ -213,5 +220,6 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("linear_quotient", linear_quotient);
     m.def("linear_product", linear_product);
     m.def("relevance_tile", relevance_tile);
+    m.def("proximity", proximity);
     m.def("exp", exp_of, py::arg("x"), py::arg("out"), py::arg("threads") = 1);
 }

@@ -61,6 +61,7 @@ struct Kernels {
     void (*linear_product)(const float* x, const float* signed_sums, const float* abs_sums, float* out,
                            int64_t count, int threads);
     void (*relevance_tile)(const RelevanceTile& tile, double* sums, int threads);  // sums [B, 2], added to
+    void (*proximity)(const View& alpha, const View& f, const View& y, const View& out, int threads);
     void (*exp)(const float* x, float* out, int64_t count, int threads);
 };
 

@@ -60,6 +60,16 @@ def _pair_norms(s: Shape) -> float:
     return s.pairs * (s.d + s.heads * (s.heads + 1) // 2)
 
 
+# Rows of a call of `proximity`, which is made for a block of queries at a time.
+_ROWS = 64
+
+
+def _proximity(tensors: dict[str, Tensor]) -> list[Tensor]:
+    q, k = (tensors[name].float() for name in ("q", "k"))
+    alpha = (q[:, :, :_ROWS] @ k.mT * q.shape[3] ** -0.5).softmax(-1)
+    return [alpha, tensors["v"], tensors["weight"].float(), tensors["y"][:, :_ROWS].float()]
+
+
 _RELEVANCE = ("q", "k", "v", "lse", "grad_o", "s")
 
 OP_TABLE: dict[str, OpEntry] = {
@@ -82,6 +92,7 @@ OP_TABLE: dict[str, OpEntry] = {
     "rollout_step": OpEntry(_take("r", "log_scale", "q", "k", "lse", "gram"), _pair_norms, True),
     "mapped_square": OpEntry(lambda tensors: [tensors["x"], [tensors["gamma"]] * 2], lambda s: 0),
     "mixing_ratio": OpEntry(_take("q", "k", "v", "o", "lse", "weight"), lambda s: s.tokens * s.d * s.d),
+    "proximity": OpEntry(_proximity, lambda s: s.tokens * s.d * (s.d + s.heads * min(s.n, _ROWS))),
     "relevance_attention": OpEntry(_take(*_RELEVANCE), lambda s: 9 * s.pairs * s.d, True),
     "relevance_maps": OpEntry(_take(*_RELEVANCE), lambda s: 3 * s.pairs * s.d, True),
     "relevance_rollout_step": OpEntry(_take("r", *_RELEVANCE), lambda s: 3 * s.pairs * s.d, True),

@@ -29,8 +29,8 @@ RELEVANCE = (
     "partial-lrp",
     "attention-gradcam",
 )
-GRADIENT_ROLLOUT = "gradient-rollout"
-ESTIMATED = (*ROLLOUTS, *RELEVANCE, GRADIENT_ROLLOUT, *GRADIENTS)
+GRADIENT_ROLLOUT, INFORMATION_FLOW = "gradient-rollout", "information-flow"
+ESTIMATED = (*ROLLOUTS, INFORMATION_FLOW, *RELEVANCE, GRADIENT_ROLLOUT, *GRADIENTS)
 # How many tiles of (query, key) pairs the relevance ops hold, and the most numbers in all of them together.
 # The float32 entry is for the CPU kernels, and the float64 entry for the reference.
 TILES = {FLOAT32: (4, 1 << 20), FLOAT64: (8, 3 << 20)}
@@ -258,6 +258,8 @@ class _Sizes:
 
 def _rollout_numbers(s: _Sizes, method: str) -> int:
     """Return how many numbers a token the rollout holds when it holds the most."""
+    if method == INFORMATION_FLOW:
+        return s.d + 2 * s.queries
     if method not in OF_STAGE and method != "n-fixedres":
         return s.heads**2 + 4 * s.queries
     # These are the model's output, the mapped residual, G of the heads, and tiles as large as the values.

@@ -17,6 +17,7 @@ from pyglobenc.methods.relevance.transformer_attribution import TransformerAttri
 from pyglobenc.methods.relevance.variants import FOLLOWED, VARIANTS
 from pyglobenc.methods.rollout.baselines import ROLLOUTS, Rollout
 from pyglobenc.methods.rollout.globenc import GlobEnc
+from pyglobenc.methods.rollout.information_flow import InformationFlow
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,20 @@ def _rollout(name: str, model: PreTrainedModel, backend: str, dtype: torch.dtype
         explained = None if result.targets is None else result.targets[:, row]
         logits = find_logits(result.output)
         return Rows(result.scores[:, row], result.log_scale[:, row], explained, logits)
+
+    return run
+
+
+def _information_flow(model: PreTrainedModel, backend: str, dtype: torch.dtype | None) -> Run:
+    """Build `InformationFlow` to one token, or to the mean of all tokens."""
+    attribute = InformationFlow(model, backend, dtype)
+
+    def run(batch: Mapping[str, Any], targets: Tensor | str | None) -> Rows:
+        span = torch.stack([targets, targets + 1], 1) if isinstance(targets, Tensor) else targets
+        result = attribute(**batch, target_span=span)
+        explained = targets if isinstance(targets, Tensor) else result.targets
+        none = torch.zeros_like(result.scores[:, 0])
+        return Rows(result.scores, none, explained, find_logits(result.output), result.error)
 
     return run
 
@@ -206,6 +221,12 @@ METHODS = {
     name: Method(name, summary, partial(_rollout, name), supports_packing=name != "attention-flow")
     for name, summary in ROLLOUTS.items()
 }
+METHODS["information-flow"] = Method(
+    "information-flow",
+    "information flow routes: L1 proximity of each head's vectors to the residual stream, summed over the "
+    "layers (Ferrando and Voita, 2024)",
+    _information_flow,
+)
 METHODS |= {
     name: Method(
         name,

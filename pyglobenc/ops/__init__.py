@@ -10,6 +10,7 @@ from pyglobenc.ops.mapped_square import mapped_square
 from pyglobenc.ops.mixing_ratio import mixing_ratio
 from pyglobenc.ops.norm_terms import norm_terms
 from pyglobenc.ops.pair_norms import pair_norms
+from pyglobenc.ops.proximity import proximity
 from pyglobenc.ops.relevance_attention import relevance_attention
 from pyglobenc.ops.relevance_maps import relevance_maps
 from pyglobenc.ops.relevance_product import relevance_product
@@ -30,6 +31,7 @@ __all__ = [
     "mapped_square",
     "mixing_ratio",
     "norm_terms",
+    "proximity",
     "relevance_attention",
     "relevance_maps",
     "relevance_product",

@@ -8,7 +8,7 @@ import transformers
 from allocations import measure_allocations
 from models import randomize
 
-from pyglobenc import GlobEnc, Rollout, TransformerAttribution
+from pyglobenc import GlobEnc, InformationFlow, Rollout, TransformerAttribution
 from pyglobenc.methods.memory import ESTIMATED, estimate_memory
 from pyglobenc.methods.registry import METHODS
 
@@ -82,6 +82,13 @@ def test_family(method):
         estimate_memory(model, batch=2, n=200, method=method),
         *measured(Rollout(model, method), model, 2, 200),
     )
+
+
+@pytest.mark.parametrize("settings, batch, n", [(BERT, 2, 200), (WIDE, 1, 512)])
+def test_information_flow(settings, batch, n):
+    model = make(settings)
+    found = measured(InformationFlow(model), model, batch, n)
+    check(estimate_memory(model, batch=batch, n=n, method="information-flow"), *found)
 
 
 @pytest.mark.parametrize("name, expected", [("float64", torch.float64), ("double states", torch.float32)])

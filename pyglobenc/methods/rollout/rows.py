@@ -138,10 +138,19 @@ def rollout_result(
         ValueError: a score isn't finite.
     """
     require_finite(who, model, (scores, log_scale))
-    error = None
-    if any(layer.in_half for layer in unmeasured):
-        error = torch.full((len(log_scale),), float("nan"), dtype=torch.float64, device=scores.device)
-        measure = "ask GlobEnc for reliability='measured', or run the model in float32"
-        warn_of_precision(who, error, None, "the model ran in half precision", measure)
+    error = unknown_error(who, unmeasured, len(log_scale), scores.device)
     of_layers = (scores, log_scale) if layers else (None, None)
     return RolloutResult(scores[:, -1], log_scale[:, -1], *of_layers, error=error)
+
+
+def unknown_error(who: str, captured: Iterable[LayerTrace], size: int, device: torch.device) -> Tensor | None:
+    """Return the error of B = size examples that isn't measured: NaN (B,) in half precision, otherwise None.
+
+    A PrecisionWarning in the name of `who` says that it is unknown. captured are the model's layers.
+    """
+    if not any(layer.in_half for layer in captured):
+        return None
+    error = torch.full((size,), float("nan"), dtype=torch.float64, device=device)
+    measure = "ask GlobEnc for reliability='measured', or run the model in float32"
+    warn_of_precision(who, error, None, "the model ran in half precision", measure)
+    return error

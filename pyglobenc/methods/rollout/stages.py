@@ -92,7 +92,7 @@ class StageOps:
         """Return the weights (d,) of the LayerNorms that the stage passes."""
         return [layer.norm_weight(name).to(self.dtype_of(layer)) for name in stage.norms]
 
-    def _weight(self, layer: LayerTrace) -> Tensor:
+    def output_weight(self, layer: LayerTrace) -> Tensor:
         """Return W_O by head, (H, dh, d), with the factors that the layer applies before the residual sum."""
         m, dtype = layer.modules, self.dtype_of(layer)
         weight = layer.output_weight.to(dtype)
@@ -119,7 +119,7 @@ class StageOps:
 
         c and |x M|^2 are None for a stage without the residual.
         """
-        weight, gammas, v = self._weight(layer), self._gammas(layer, stage), layer.v.detach()
+        weight, gammas, v = self.output_weight(layer), self._gammas(layer, stage), layer.v.detach()
         x = self._residual(layer) if stage.residual else None
         # The dtypes differ under autocast, and where x was divided by the scale of an added norm.
         if x is not None and x.dtype != v.dtype:
@@ -192,9 +192,9 @@ class StageOps:
         Source: Kobayashi et al., 2020.
         """
         dtype = self.dtype_of(layer)
-        norms = head_norms(layer.v.detach().to(dtype), self._weight(layer), backend=self.backend).transpose(
-            1, 2
-        )
+        norms = head_norms(
+            layer.v.detach().to(dtype), self.output_weight(layer), backend=self.backend
+        ).transpose(1, 2)
         maps = self.attention_maps(layer).mul_(norms[:, :, None, :])
         if layer.modules.added_norm is not None:
             maps.mul_(self.rstd(layer, STAGES["N"])[:, None, :, None])
@@ -204,18 +204,26 @@ class StageOps:
 
     def attention_maps(self, layer: LayerTrace) -> Tensor:
         """Return the attention probabilities (B, H, n, n), computed again from lse."""
-        dtype = self.dtype_of(layer)
-        q, k = layer.q.detach().to(dtype), layer.k.detach().to(dtype)
+        everything = slice(0, layer.q.shape[2])
+        return self.attention_tile(layer, everything, everything)
+
+    def attention_tile(self, layer: LayerTrace, rows: slice, cols: slice) -> Tensor:
+        """Return the attention probabilities of a range of queries and of keys, (B, H, rows, cols).
+
+        They are computed again from q (B, H, n, dh), k and lse. Keys that the query does not see get 0.
+        """
+        dtype, mod = self.dtype_of(layer), layer.score_mod
+        q, lse = (t[:, :, rows].detach().to(dtype) for t in (layer.q, layer.lse))
+        # A bias may depend on the number of all keys.
+        k = (layer.k if mod is not None else layer.k[:, :, cols]).detach().to(dtype)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        scores = torch.matmul(q * layer.scaling, k.transpose(2, 3))
-        if layer.score_mod is not None:
-            everything = slice(0, q.shape[2])
-            scores = layer.score_mod.bind(q, k)(
-                scores, everything, torch.arange(q.shape[2], device=q.device)[None], everything
-            )
-        scores -= layer.lse.detach().to(dtype)[..., None]
-        everything = slice(0, q.shape[2])
-        hidden = hidden_keys(everything, everything, layer.window, layer.key_mask, q.device)
+        seen = k if mod is None else k[:, :, cols]
+        scores = torch.matmul(q * layer.scaling, seen.transpose(2, 3))
+        if mod is not None:
+            i = torch.arange(rows.start, rows.stop, device=q.device)[None]
+            scores = mod.bind(q, k)(scores, slice(0, q.shape[2]), i, cols)
+        scores -= lse[..., None]
+        hidden = hidden_keys(rows, cols, layer.window, layer.key_mask, q.device)
         return (scores if hidden is None else scores.masked_fill_(hidden, float("-inf"))).exp_()
 
     def mixing_ratio(self, layer: LayerTrace, name: str) -> Tensor:
@@ -231,7 +239,7 @@ class StageOps:
         gammas = self._gammas(layer, stage)
         q, k, v, o, lse = (t.detach().to(dtype) for t in (layer.q, layer.k, layer.v, layer.o, layer.lse))
         mapped_x = stage_map(self._residual(layer).to(dtype), gammas) if stage.residual else None
-        weight = stage_map(self._weight(layer), gammas)
+        weight = stage_map(self.output_weight(layer), gammas)
         score_mod = None if layer.score_mod is None else to_dtype(layer.score_mod, dtype)
         settings = dict(scaling=layer.scaling, score_mod=score_mod, backend=self.backend)
         ratio = mixing_ratio(q, k, v, o, lse, weight, mapped_x, **settings)
