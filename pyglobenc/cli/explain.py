@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from pyglobenc.cli import explain_image
+from pyglobenc.cli import explain_image, methods
 from pyglobenc.cli.options import (
     add_arithmetic,
     add_lengths,
@@ -96,7 +96,7 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Explain the texts or images, and return the exit status."""
     if options.method == "help":
-        return _list_methods()
+        return methods.run(options)
     _check_names(options)
     if options.image is not None:
         return explain_image.run(options)
@@ -149,15 +149,6 @@ def run(options: argparse.Namespace) -> int:
             _write(options, done, picture=False)
         raise
     _write(options, done[0] if len(texts) == 1 else done, picture=not options.quiet)
-    return 0
-
-
-def _list_methods() -> int:
-    from pyglobenc.methods.registry import METHODS
-
-    width = max(map(len, METHODS))
-    for method in METHODS.values():
-        print(f"{method.name:{width}}  {method.summary}")
     return 0
 
 

@@ -311,8 +311,12 @@ def test_traceback_on_request(run):
 
 def test_methods_are_listed(run):
     status, out, _ = run("--method", "help")
-    assert status == 0 and [line.split()[0] for line in out.splitlines()] == list(METHODS)
-    assert all(method.summary in out for method in METHODS.values())
+    lines = out.splitlines()
+    assert status == 0 and [line.split()[0] for line in lines[::2]] == list(METHODS)
+    assert [line.strip() for line in lines[1::2]] == [method.summary for method in METHODS.values()]
+    for line, method in zip(lines[::2], METHODS.values(), strict=True):
+        assert all(fact in line for fact in (method.target, method.models, method.cost))
+    assert main(["methods"]) == 0
 
 
 def command(*args, **options):
