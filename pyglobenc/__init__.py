@@ -18,6 +18,7 @@ _MODULES = {
     "TransformerAttribution": "pyglobenc.methods.relevance.transformer_attribution",
     "capture": "pyglobenc.hf",
     "explain_image": "pyglobenc.inputs.images",
+    "explain_layers": "pyglobenc.explain_layers",
     "graphed": "pyglobenc.scale.graphs",
 }
 
@@ -36,6 +37,7 @@ __all__ = [
     "evaluate",
     "explain",
     "explain_image",
+    "explain_layers",
     "graphed",
     "load",
 ]
