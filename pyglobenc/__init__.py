@@ -10,6 +10,7 @@ from pyglobenc.results import Attribution, Attributions, load
 
 # These modules are imported when they are first used, because importing transformers' models takes seconds.
 _MODULES = {
+    "CrossAttribution": "pyglobenc.methods.gradients.cross_attribution",
     "GradientAttribution": "pyglobenc.methods.gradients.attribution",
     "GradientRollout": "pyglobenc.methods.gradients.gradient_rollout",
     "GlobEnc": "pyglobenc.methods.rollout.globenc",
@@ -25,6 +26,7 @@ _MODULES = {
 __all__ = [
     "Attribution",
     "Attributions",
+    "CrossAttribution",
     "EvaluationTable",
     "GlobEnc",
     "GradientAttribution",
