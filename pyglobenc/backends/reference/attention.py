@@ -26,32 +26,29 @@ def attention(
     n, m, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     modify = None if score_mod is None else score_mod.bind(q, k)
-    graph = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    outs, lses = [], []
-    for start in range(0, n, QUERY_BLOCK):
+
+    def block(start: int) -> tuple[Tensor, Tensor]:
         rows = slice(start, min(n, start + QUERY_BLOCK))
         cols = visible_keys(rows, m, window)
+        scores = q[:, :, rows] @ k[:, :, cols].transpose(2, 3) * scaling
+        if modify is not None:
+            scores = modify(scores, rows, torch.arange(n, device=q.device)[None, rows], cols)
+        hidden = hidden_keys(rows, cols, window, key_mask, q.device)
+        if hidden is not None:
+            # The value is finite, so that a query that sees no key does not divide by zero.
+            scores = scores.masked_fill_(hidden, torch.finfo(scores.dtype).min / 2)
+        # Both results share one pass of exponentials.
+        top = scores.detach().amax(-1, keepdim=True)
+        p = scores.sub_(top).exp_()
+        total = p.sum(-1, keepdim=True)
+        return p @ v[:, :, cols] / total, (top + total.log())[..., 0]
 
-        def block(q: Tensor, k: Tensor, v: Tensor, rows: slice = rows, cols: slice = cols):
-            scores = q @ k.transpose(2, 3) * scaling
-            if modify is not None:
-                scores = modify(scores, rows, torch.arange(n, device=q.device)[None, rows], cols)
-            hidden = hidden_keys(rows, cols, window, key_mask, q.device)
-            if hidden is not None:
-                # The value is finite, so that a query that sees no key does not divide by zero.
-                scores = scores.masked_fill_(hidden, torch.finfo(scores.dtype).min / 2)
-            # Both results share one pass of exponentials.
-            top = scores.detach().amax(-1, keepdim=True)
-            p = scores.sub_(top).exp_()
-            total = p.sum(-1, keepdim=True)
-            return p @ v / total, (top + total.log())[..., 0]
-
-        tensors = (q[:, :, rows], k[:, :, cols], v[:, :, cols])
-        # In a graph, the blocks' probabilities would add up to (B, H, n, m). The backward pass computes them
-        # again instead.
-        o, lse = checkpoint(block, *tensors, use_reentrant=False) if graph else block(*tensors)
-        outs.append(o)
-        lses.append(lse)
-    if not outs:
+    if not n:
         return torch.zeros_like(q), q.new_zeros(q.shape[:3])
-    return torch.cat(outs, 2), torch.cat(lses, 2)
+    starts = range(0, n, QUERY_BLOCK)
+    if max(n, m) > STORED and torch.is_grad_enabled():
+        again = dict(use_reentrant=False, preserve_rng_state=False)
+        blocks = [checkpoint(block, start, **again) for start in starts]
+    else:
+        blocks = [block(start) for start in starts]
+    return torch.cat([o for o, _ in blocks], 2), torch.cat([lse for _, lse in blocks], 2)

@@ -40,6 +40,8 @@ DECODER = ("decoder_input_ids", "decoder_attention_mask")
 class CrossResult:
     """Attribution of one value for each example to the tokens of both streams.
 
+    If T logits of each example are explained, all fields but the output have T as their second dimension.
+
     Attributes:
         scores: (B, n), one score for each decoder token, or for each token of the text that is compared with
             an image; padding gets 0.
@@ -103,7 +105,8 @@ class CrossAttribution:
             target, contrast: the logit explained, as for `TransformerAttribution`; for a model that
                 generates text token ids, None for the predicted one. A similarity takes neither.
             position: the decoder token whose logits are explained. They are those of the token after it.
-                None means the last real decoder token.
+                None means the last real decoder token. A position (B, T) explains T logits of each example
+                from one forward pass; target and contrast may then be (B, T) too.
             batch: the model's inputs. Texts are input_ids and attention_mask (B, m), images are pixel_values
                 (B, channels, height, width). decoder_input_ids (B, n) are the decoder's tokens, as the model
                 takes them, the start token first; without them the decoder gets the start token alone, and
@@ -123,33 +126,20 @@ class CrossAttribution:
         with weights_named(self.model), torch.inference_mode(False), torch.enable_grad():
             trace, output = self._run(batch)
             chosen = self._target(trace, output, (target, contrast, position))
-            return self._attribute(trace, output, chosen, keep=False)
-
-    @outside_autocast
-    def each_token(self, *, decoder_input_ids: Tensor, **batch: Any) -> list[CrossResult]:
-        """Attribute every token of decoder_input_ids after the first one, by one forward pass.
-
-        Args:
-            decoder_input_ids: (B, n), the start token and the tokens that are explained, without padding.
-            batch: the model's other inputs, as for a call.
-
-        Returns:
-            n - 1 results with scores (B, n). The first one explains the second token.
-
-        Raises:
-            TypeError, ValueError: as for a call, or the decoder's tokens have padding.
-        """
-        batch = self._inputs({"decoder_input_ids": decoder_input_ids, **batch})
-        if "decoder_input_ids" not in batch or "decoder_attention_mask" in batch:
-            raise ValueError(f"{WHO}: each_token needs decoder_input_ids without padding or a mask")
-        ids, results = batch["decoder_input_ids"], []
-        with weights_named(self.model), torch.inference_mode(False), torch.enable_grad():
-            trace, output = self._run(batch)
-            for position in range(ids.shape[1] - 1):
-                chosen = self._target(trace, output, (ids[:, position + 1], None, position))
-                keep = position < ids.shape[1] - 2
-                results.append(self._attribute(trace, output, chosen, keep))
-        return results
+            several = chosen.logit.dim() == 2
+            logits = list(chosen.logit.unbind(1)) if several else [chosen.logit]
+            parts = []
+            while logits:
+                # The gradients of all layers exist for one logit at a time, on one graph.
+                parts.append(self._rows(trace, logits.pop(0), keep=bool(logits)))
+        scores, source_scores, at, nothing = (
+            torch.stack(part, 1) if several else part[0] for part in zip(*parts, strict=True)
+        )
+        logit = chosen.logit.detach()
+        require_finite(WHO, self.model, (scores, source_scores, logit))
+        warn_of_nothing(WHO, nothing.any(1) if several else nothing)
+        index = None if self.kind == "similarity" else chosen.index
+        return CrossResult(scores, source_scores, index, at, logit, nothing, detached(output))
 
     def _run(self, batch: Mapping[str, Any]) -> tuple[StreamsTrace, Any]:
         with capture_streams(self.model) as trace, callers_autocast():
@@ -172,9 +162,13 @@ class CrossAttribution:
         logits, first = find_logits(output), trace.of(trace.streams.target[0].own)
         if position is None and logits is not None and logits.dim() == 3:
             position = next_token_position(WHO, logits, first.q.shape[2], first.key_mask)
-        return find_target(WHO, output, target, contrast, position, first.key_mask)
+        return find_target(WHO, output, target, contrast, position, first.key_mask, several=True)
 
-    def _attribute(self, trace: StreamsTrace, output: Any, chosen: Target, keep: bool) -> CrossResult:
+    def _rows(self, trace: StreamsTrace, logit: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the scores (B, n) and (B, m) of the logits (B,), the token read and where they are nothing.
+
+        `keep` keeps the graph for another logit.
+        """
         streams = trace.streams
         tops = [trace.tops["target"]] + ([trace.tops["source"]] if self.kind == "similarity" else [])
         attentions = [
@@ -185,7 +179,7 @@ class CrossAttribution:
         ]
         captured = [trace.of(one) for one in attentions]
         wanted = [*tops, *(one.o for one in captured)]
-        found = torch.autograd.grad(chosen.logit.sum(), wanted, retain_graph=keep, allow_unused=True)
+        found = torch.autograd.grad(logit.sum(), wanted, retain_graph=keep, allow_unused=True)
         if any(grad is None for grad in found):
             raise ValueError(
                 f"{WHO}: the logit can't be followed to every layer; a part of the model runs without "
@@ -210,13 +204,7 @@ class CrossAttribution:
             scores, source_scores = (
                 t[:, 0].masked_fill(nothing[:, None], 0) for t in (scores, source_scores)
             )
-        logit = chosen.logit.detach()
-        require_finite(WHO, self.model, (scores, source_scores, logit))
-        warn_of_nothing(WHO, nothing)
-        index = None if self.kind == "similarity" else chosen.index
-        # The output of several results is detached with the last one.
-        output = output if keep else detached(output)
-        return CrossResult(scores, source_scores, index, read[0], logit, nothing, output)
+        return scores, source_scores, read[0], nothing
 
     def _inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Check the inputs of a call, and add the decoder's start token where it has none."""
