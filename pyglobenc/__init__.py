@@ -6,7 +6,8 @@ from typing import Any
 from pyglobenc._version import __version__
 from pyglobenc.evaluate import EvaluationTable, evaluate
 from pyglobenc.explain import explain
-from pyglobenc.results import Attribution, Attributions, load
+from pyglobenc.generation_results import GenerationAttribution, load
+from pyglobenc.results import Attribution, Attributions
 
 # These modules are imported when they are first used, because importing transformers' models takes seconds.
 _MODULES = {
@@ -18,6 +19,7 @@ _MODULES = {
     "Rollout": "pyglobenc.methods.rollout.baselines",
     "TransformerAttribution": "pyglobenc.methods.relevance.transformer_attribution",
     "capture": "pyglobenc.hf",
+    "explain_generation": "pyglobenc.inputs.generation",
     "explain_image": "pyglobenc.inputs.images",
     "explain_layers": "pyglobenc.explain_layers",
     "graphed": "pyglobenc.scale.graphs",
@@ -28,6 +30,7 @@ __all__ = [
     "Attributions",
     "CrossAttribution",
     "EvaluationTable",
+    "GenerationAttribution",
     "GlobEnc",
     "GradientAttribution",
     "GradientRollout",
@@ -38,6 +41,7 @@ __all__ = [
     "capture",
     "evaluate",
     "explain",
+    "explain_generation",
     "explain_image",
     "explain_layers",
     "graphed",

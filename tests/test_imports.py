@@ -19,6 +19,8 @@ RANKS = {
     "results": 2,
     "image_results": 2,
     "layer_results": 3,
+    "span_sums": 2,
+    "generation_results": 3,
     "bench": 3,
     "hf": 3,
     "models": 4,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,7 +27,7 @@ from pyglobenc.methods.head import find_logits
 from pyglobenc.methods.inputs import require_finite
 from pyglobenc.methods.packing import check_packable
 from pyglobenc.methods.precision.reliability import examples_named
-from pyglobenc.methods.registry import find_method
+from pyglobenc.methods.registry import Rows, find_method
 
 if TYPE_CHECKING:
     from pyglobenc.inputs.options import Options
@@ -330,6 +330,23 @@ class Runner:
             Row(scores[b, : len(window)], log_scale[b], targets[b], logits[b], errors[b])
             for b, (_, window) in enumerate(jobs)
         ]
+
+    def one_pass(
+        self, text: Encoded, window: list[int], targets: Tensor, options: Mapping[str, Any], **explained: Any
+    ) -> Rows:
+        """Return T rows of scores (1, T, n) of one text.
+
+        Args:
+            text: the text.
+            window: the positions of the n tokens that the model reads.
+            targets: (1, T), as `Run` in the registry takes them.
+            options: further arguments of the model.
+            explained: position and contrast, as `Run` takes them.
+        """
+        batch = self._batch([text], [window]) | options
+        if self.method.replaces_tokens:
+            batch |= self._replacing([(text, window)])
+        return self._run(batch, targets, **explained)
 
     def _targets(
         self, texts: list[Encoded], plans: list[Plan], jobs: list[tuple[int, list[int]]]
