@@ -23,11 +23,12 @@ from pyglobenc.inputs.batching import fitting_batch, in_batches
 from pyglobenc.inputs.targets import class_named, token_named
 from pyglobenc.inputs.windows import Encoded, join
 from pyglobenc.methods.arguments import accepts, run_model
+from pyglobenc.methods.builders import Rows
 from pyglobenc.methods.head import find_logits
 from pyglobenc.methods.inputs import require_finite
 from pyglobenc.methods.packing import check_packable
 from pyglobenc.methods.precision.reliability import examples_named
-from pyglobenc.methods.registry import Rows, find_method
+from pyglobenc.methods.registry import find_method
 
 if TYPE_CHECKING:
     from pyglobenc.inputs.options import Options

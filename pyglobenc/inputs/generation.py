@@ -18,9 +18,10 @@ from pyglobenc.inputs.options import Options
 from pyglobenc.inputs.windows import Encoded, encode
 from pyglobenc.inputs.words import word_numbers
 from pyglobenc.methods.arguments import takes
+from pyglobenc.methods.builders import Rows
 from pyglobenc.methods.head import find_logits, rounding
 from pyglobenc.methods.inputs import check_evaluation
-from pyglobenc.methods.registry import METHODS, Rows, find_method
+from pyglobenc.methods.registry import METHODS, find_method
 
 WHO = "explain_generation"
 # A conversation: dicts with "role" and "content".
