@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from pyglobenc.backends.shared.relevance_tiles import MIN_QUERIES, TILE_FLOATS
 from pyglobenc.methods.gradients.attribution import COPIED_TOKENS, GRADIENTS, STEPS
+from pyglobenc.methods.gradients.backward_rules import RULES
 from pyglobenc.methods.precision.reliability import measured
 from pyglobenc.methods.rollout.baselines import OF_STAGE, ROLLOUTS
 
@@ -30,7 +31,7 @@ RELEVANCE = (
     "attention-gradcam",
 )
 GRADIENT_ROLLOUT, INFORMATION_FLOW = "gradient-rollout", "information-flow"
-ESTIMATED = (*ROLLOUTS, INFORMATION_FLOW, *RELEVANCE, GRADIENT_ROLLOUT, *GRADIENTS)
+ESTIMATED = (*ROLLOUTS, INFORMATION_FLOW, *RELEVANCE, GRADIENT_ROLLOUT, *GRADIENTS, *RULES)
 # How many tiles of (query, key) pairs the relevance ops hold, and the most numbers in all of them together.
 # The float32 entry is for the CPU kernels, and the float64 entry for the reference.
 TILES = {FLOAT32: (4, 1 << 20), FLOAT64: (8, 3 << 20)}
@@ -116,7 +117,7 @@ def estimate_memory(
         return _relevance(
             s, method, weights, batch, n, element if dtype is None else wide, wide, model.device
         )
-    if method in GRADIENTS:
+    if method in GRADIENTS or method in RULES:
         return _gradients(s, method, weights, batch, n, element if dtype is None else wide)
     if method == GRADIENT_ROLLOUT:
         return _gradient_rollout(s, weights, batch, n, element, wide)

@@ -17,6 +17,7 @@ from pyglobenc.methods.builders import (
     rollout,
 )
 from pyglobenc.methods.gradients.attribution import GRADIENTS, REPLACING
+from pyglobenc.methods.gradients.backward_rules import RULES
 
 # The `model_type`s that a method takes, by the words that describe them.
 BERT_AND_VIT = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "vit", "deit")
@@ -97,13 +98,13 @@ def _relevance(name: str, summary: str, passes: str, **more: bool) -> Method:
     )
 
 
-def _gradient(name: str, cost: str) -> Method:
+def _gradient(name: str, cost: str, defined_for: str = "every model") -> Method:
     """Return the entry of a method of `GradientAttribution`."""
     return Method(
         name,
-        GRADIENTS[name],
+        RULES[name].summary if name in RULES else GRADIENTS[name],
         partial(gradient, name),
-        "every model",
+        defined_for,
         cost=cost,
         target="class",
         replaces_tokens=name in REPLACING,
@@ -227,6 +228,10 @@ _ENTRIES = (
     _gradient("saliency", _BACKWARD),
     _gradient("integrated-gradients", "2 forward passes, 32 or 160 forward and backward passes"),
     _gradient("occlusion", "1 forward pass per token, and 1 more"),
+    _gradient("attnlrp", _BACKWARD),
+    _gradient("cp-lrp", _BACKWARD, "encoders"),
+    _gradient("gim", _BACKWARD, "decoders"),
+    _gradient("libragrad", _BACKWARD, "image encoders"),
 )
 METHODS = {method.name: method for method in _ENTRIES}
 

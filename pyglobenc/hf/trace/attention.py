@@ -104,39 +104,65 @@ def attention_function(
         ValueError: dropout, cached attention, cross attention of a module that the capture does not know as
             such, an option that isn't supported, or another mask.
     """
-    name, recorder = type(module).__name__, RECORDERS.get(module)
+    recorder = RECORDERS.get(module)
     recorder = None if recorder is None or recorder.thread != get_ident() else recorder
-    if kwargs.get("s_aux") is not None:
-        raise ValueError(f"capture: {name} uses s_aux, which is not supported")
-    if kwargs.get("dropout"):
-        raise ValueError(f"capture: {name} applies dropout of {kwargs['dropout']}; call model.eval() first")
     cross = recorder is not None and recorder.cross
+    (query, key, value), settings = attention_inputs(
+        module, query, key, value, attention_mask, scaling, kwargs, cross
+    )
+    cu_seqlens = None if recorder is None else recorder.cu_seqlens
+    mod = settings["score_mod"]
+    if cu_seqlens is not None and mod is not None and not isinstance(mod, SoftCap):
+        raise ValueError(
+            f"capture: {type(module).__name__} adds a bias for each pair of positions, which is not "
+            "supported for packed sequences"
+        )
+    settings["cu_seqlens"] = cu_seqlens
+    o, lse = attention(query, key, value, **settings)
+    if recorder is not None:
+        recorder(q=query, k=key, v=value, o=o, lse=lse, **settings)
+    return o.transpose(1, 2).contiguous(), None
+
+
+def attention_inputs(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None,
+    options: dict[str, Any],
+    cross: bool = False,
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """Return q, k and v, and the settings for `pyglobenc.ops.attention`, of a call that transformers makes.
+
+    Args:
+        module, query, key, value, attention_mask, scaling: as for `attention_function`.
+        options: its further keyword arguments.
+        cross: whether the module may attend to another sequence.
+
+    Raises:
+        ValueError: as `attention_function`.
+    """
+    name = type(module).__name__
+    if options.get("s_aux") is not None:
+        raise ValueError(f"capture: {name} uses s_aux, which is not supported")
+    if options.get("dropout"):
+        raise ValueError(f"capture: {name} applies dropout of {options['dropout']}; call model.eval() first")
     if query.shape[2] != key.shape[2] and not cross:
         raise ValueError(
             f"capture: {name} attends to {key.shape[2]} keys from {query.shape[2]} queries; cached or cross "
             "attention is not supported"
         )
-    window = window_of(module, kwargs)
+    window = window_of(module, options)
     key_mask, bias = _read_mask(name, attention_mask, window, query.shape[2])
-    bias = _with_positions(name, bias, kwargs.get("position_bias"))
-    score_mod = bias if kwargs.get("softcap") is None else SoftCap(kwargs["softcap"])
+    bias = _with_positions(name, bias, options.get("position_bias"))
+    score_mod = bias if options.get("softcap") is None else SoftCap(options["softcap"])
     if bias is not None and score_mod is not bias:
         raise ValueError(f"capture: {name} has a soft cap and a bias of its scores, which can't be joined")
-    cu_seqlens = None if recorder is None else recorder.cu_seqlens
-    if cu_seqlens is not None and bias is not None:
-        raise ValueError(
-            f"capture: {name} adds a bias for each pair of positions, which is not supported for packed "
-            "sequences"
-        )
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
-    query, key, value = cast_by_autocast(query, key, value)
-    settings = dict(
-        key_mask=key_mask, scaling=scaling, window=window, score_mod=score_mod, cu_seqlens=cu_seqlens
-    )
-    o, lse = attention(query, key, value, **settings)
-    if recorder is not None:
-        recorder(q=query, k=key, v=value, o=o, lse=lse, **settings)
-    return o.transpose(1, 2).contiguous(), None
+    settings = dict(key_mask=key_mask, scaling=scaling, window=window, score_mod=score_mod)
+    return cast_by_autocast(query, key, value), settings
 
 
 def window_of(module: nn.Module, options: dict[str, Any]) -> tuple[int, int]:

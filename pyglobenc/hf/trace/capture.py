@@ -194,7 +194,7 @@ def capture(
         )
         stack.enter_context(_hooked(called, trace, found, modules))
         if any(layer.own_scores is None for layer in found):
-            stack.enter_context(attention_in_this_thread(_configs(model, found), attention))
+            stack.enter_context(attention_in_this_thread(attention_configs(model, found), attention))
         stack.enter_context(uncompiled())
         yield trace
 
@@ -358,7 +358,7 @@ def _record(trace: Trace, module: nn.Module):
     return record
 
 
-def _configs(model: PreTrainedModel, found: list[LayerModules]) -> list[PreTrainedConfig]:
+def attention_configs(model: PreTrainedModel, found: list[LayerModules]) -> list[PreTrainedConfig]:
     """Return the configs from which the parts of a model choose their masks and attention.
 
     Layers may come from another model and then have a config of their own.
