@@ -18,6 +18,7 @@ from pyglobenc.backends.shared.launch import HALF
 from pyglobenc.hf.labels import class_count, class_name, predict
 from pyglobenc.hf.limits import max_tokens, padding_id, vocabulary
 from pyglobenc.hf.registry import is_decoder
+from pyglobenc.hf.streams.registry import reads_a_source
 from pyglobenc.hf.unwrap import called_module, stock_model
 from pyglobenc.inputs.batching import fitting_batch, in_batches
 from pyglobenc.inputs.targets import class_named, token_named
@@ -131,6 +132,15 @@ class Runner:
         # The "class" is then the token that the model predicts after the text, or at its mask token.
         head = type(model).__name__ if self.method.next_token and self.called is model else ""
         self.next_token = head.endswith(LANGUAGE_HEADS) and is_decoder(model)
+        # An encoder-decoder's text is the source, and its decoder's first token is explained.
+        self.source = reads_a_source(self.called)
+        if self.source:
+            self.next_token = self.method.next_token and model.get_output_embeddings() is not None
+            if options.long == "windows":
+                raise ValueError(
+                    "explain: long='windows' splits the source of an encoder-decoder, whose parts have other "
+                    "targets; truncate it"
+                )
         self.fills_mask = head.endswith(MASKED_HEAD)
         if (
             self.method.target == "class"
@@ -262,8 +272,9 @@ class Runner:
             jobs += [(index, window) for window in windows]
         width, options = max((len(window) for _, window in jobs), default=0), self.options
         most = min(options.batch_size, len(jobs)) if self.batches else 1
-        size = fitting_batch(self.model, width, most, options.method, options.dtype)
-        for (index, _), row in in_batches(lambda batch: self._rows(texts, plans, names, batch), jobs, size):
+        if not self.source:
+            most = fitting_batch(self.model, width, most, options.method, options.dtype)
+        for (index, _), row in in_batches(lambda batch: self._rows(texts, plans, names, batch), jobs, most):
             done[index].append(row)
             while waiting < len(texts) and len(done[waiting]) == len(plans[waiting][1]):
                 yield self._joined(texts[waiting], plans[waiting], done.pop(waiting))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,12 +14,14 @@ from pyglobenc.common.arguments import known_arguments
 from pyglobenc.generation_results import GenerationAttribution
 from pyglobenc.hf.limits import vocabulary
 from pyglobenc.hf.registry import is_decoder
+from pyglobenc.hf.streams.registry import start_token
 from pyglobenc.inputs.batches import LANGUAGE_HEADS, Runner, longest
 from pyglobenc.inputs.options import Options
 from pyglobenc.inputs.windows import Encoded, encode
 from pyglobenc.inputs.words import word_numbers
 from pyglobenc.methods.arguments import takes
 from pyglobenc.methods.builders import Rows
+from pyglobenc.methods.gradients.cross_attribution import CrossAttribution
 from pyglobenc.methods.head import find_logits, rounding
 from pyglobenc.methods.inputs import check_evaluation
 from pyglobenc.methods.registry import METHODS, find_method
@@ -53,7 +56,9 @@ def explain_generation(
     that token.
 
     Args:
-        model: a transformers language model (decoder) of a known architecture, in evaluation mode.
+        model: a transformers language model (decoder) of a known architecture, in evaluation mode. Or an
+            encoder-decoder that `CrossAttribution` takes, with the method "gradient-rollout": the prompt is
+            its source, and the decoder's start token counts as the prompt's last token.
         tokenizer: the model's tokenizer.
         prompt: a text; or a conversation, a list of messages with "role" and "content", which the tokenizer's
             chat template makes a text of. The model's answer follows the last message, or continues it if
@@ -94,6 +99,8 @@ def explain_generation(
         able = ", ".join(one.name for one in METHODS.values() if one.target == "token" or one.next_token)
         raise ValueError(f"{WHO}: {method} explains a class of the whole text; choose one of {able}")
     runner = Runner(model, tokenizer, options)
+    if runner.source:
+        return explain_target(runner, prompt, answer, count)
     _check_language_model(runner)
     limit = longest(runner.model, tokenizer, max_length)
     encoded = _encode(tokenizer, prompt, limit)
@@ -113,6 +120,66 @@ def explain_generation(
     if logits is not None:
         _check_same(runner, logits, rows.logits)
     return _result(runner, whole, n, rows, GREEDY if answer is None else GIVEN)
+
+
+def explain_target(
+    runner: Runner, source: str | Messages, answer: str | Sequence[int] | None, count: int
+) -> GenerationAttribution:
+    """Explain each token of an encoder-decoder's answer to a source.
+
+    The arguments are those of `explain_generation`; `count` is max_new_tokens.
+    """
+    model, tokenizer, options = runner.called, runner.tokenizer, runner.options
+    start = start_token(model)
+    if model.get_output_embeddings() is None or start is None:
+        raise ValueError(f"{WHO}: {type(model).__name__} generates no text, or its config has no start token")
+    if not isinstance(source, str):
+        raise TypeError(f"{WHO}: an encoder-decoder takes a text as its prompt, got {f'{source!r}'[:80]}")
+    encoded = encode(tokenizer, source, "the prompt", longest(model, tokenizer, options.max_length))
+    inputs = {"input_ids": torch.tensor([encoded.inputs["input_ids"]], device=model.device)}
+    if answer is None:
+        ids = _generate_target(model, tokenizer, inputs, start, count)
+    elif isinstance(answer, str):
+        given = tokenizer(text_target=answer, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = _answer_ids(runner, given)
+    else:
+        ids = _answer_ids(runner, answer)
+    decoder = torch.tensor([[start, *ids[:-1]]], device=model.device)
+    at = torch.arange(len(ids), device=model.device)[None]
+    attribute = CrossAttribution(model, options.backend, options.dtype)
+    result = attribute(
+        **inputs, decoder_input_ids=decoder, position=at, target=torch.tensor([ids], device=model.device)
+    )
+    scores = torch.cat([result.source_scores[0], result.scores[0].to(result.source_scores.device)], 1)
+    rows = Rows(scores, torch.zeros(len(ids)), None, find_logits(result.output)[0])
+    prompt = _followed_by(replace(encoded, text=f"{encoded.text}\n"), [start], tokenizer)
+    whole = _followed_by(prompt, ids, tokenizer)
+    return _result(runner, whole, len(prompt.tokens), rows, GREEDY if answer is None else GIVEN)
+
+
+@torch.no_grad()
+def _generate_target(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source: dict[str, Tensor],
+    start: int,
+    count: int,
+) -> list[int]:
+    """Return the ids of up to `count` tokens, each the most probable one, after the decoder's start token.
+
+    A first token that the generation config forces, such as that of a language, is taken as it is.
+    """
+    configs = (getattr(model, "generation_config", None), model.config, tokenizer)
+    ends = {i for one in configs for i in _listed(getattr(one, "eos_token_id", None))}
+    forced = next((i for one in configs for i in _listed(getattr(one, "forced_bos_token_id", None))), None)
+    ids, encoded = ([] if forced is None else [forced]), None
+    while len(ids) < count and not (ids and ids[-1] in ends):
+        step = torch.tensor([[start, *ids]], device=model.device)
+        read = source if encoded is None else {"encoder_outputs": encoded}
+        output = model(**read, decoder_input_ids=step, use_cache=False, return_dict=True)
+        encoded = (output.encoder_last_hidden_state,)
+        ids.append(int(output.logits[0, -1].argmax()))
+    return ids
 
 
 def _check_language_model(runner: Runner) -> None:

@@ -9,7 +9,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from pyglobenc.hf.streams.registry import reads_a_source
+from pyglobenc.hf.unwrap import called_module
 from pyglobenc.methods.gradients.attribution import GradientAttribution
+from pyglobenc.methods.gradients.cross_attribution import CrossAttribution
 from pyglobenc.methods.gradients.gradient_rollout import GradientRollout
 from pyglobenc.methods.head import find_logits
 from pyglobenc.methods.relevance.transformer_attribution import TransformerAttribution
@@ -116,7 +119,9 @@ def gradient_rollout(
     dtype: torch.dtype | None = None,
     start_layer: int = 0,
 ) -> Run:
-    """Build `GradientRollout`."""
+    """Build `GradientRollout`, or for an encoder-decoder `CrossAttribution`, with source tokens' scores."""
+    if reads_a_source(called_module(model)):
+        return _of_source(model, backend, dtype, start_layer)
     return _of_logits(GradientRollout(model, backend, dtype), start_layer=start_layer)
 
 
@@ -146,6 +151,20 @@ def _of_logits(
             torch.cat([one.error for one in results]) if known else None,
             torch.cat([one.nothing for one in results]),
         )
+
+    return run
+
+
+def _of_source(model: PreTrainedModel, backend: str, dtype: torch.dtype | None, start_layer: int) -> Run:
+    """Build `CrossAttribution`; its `Rows` hold the scores (B, m) of source tokens for the first target."""
+    attribute = CrossAttribution(model, backend, dtype)
+    if start_layer:
+        raise ValueError(f"CrossAttribution: an encoder-decoder has no start_layer, got {start_layer}")
+
+    def run(batch: Mapping[str, Any], targets: Tensor | None, contrast: Tensor | None = None) -> Rows:
+        one = attribute(**batch, target=targets, contrast=contrast)
+        none = torch.zeros_like(one.source_scores[:, 0])
+        return Rows(one.source_scores, none, one.target, find_logits(one.output), None, one.nothing)
 
     return run
 

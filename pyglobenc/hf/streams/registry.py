@@ -43,3 +43,20 @@ def find_streams(model: nn.Module) -> Streams:
     if not found.target or not found.source:
         raise ValueError(f"capture: {name} has no layers in one of its streams")
     return found
+
+
+def reads_a_source(model: nn.Module) -> bool:
+    """Return whether a model is an encoder-decoder of a known architecture that reads token ids."""
+    try:
+        return find_streams(model).kind == "cross" and model.main_input_name == "input_ids"
+    except (TypeError, ValueError):
+        return False
+
+
+def start_token(model: PreTrainedModel) -> int | None:
+    """Return the id of the token that a decoder starts with; None if the model's configs name none."""
+    for config in (getattr(model, "generation_config", None), model.config):
+        start = getattr(config, "decoder_start_token_id", None)
+        if start is not None:
+            return start
+    return None

@@ -18,7 +18,7 @@ from pyglobenc.common.deferred import check_range, require
 from pyglobenc.hf.limits import check_readable, weights_named
 from pyglobenc.hf.streams.capture import AttentionTrace, StreamsTrace, capture_streams
 from pyglobenc.hf.streams.modules import StreamLayer
-from pyglobenc.hf.streams.registry import find_streams
+from pyglobenc.hf.streams.registry import find_streams, start_token
 from pyglobenc.hf.unwrap import called_module, is_stock_model
 from pyglobenc.methods.arguments import REFUSED, run_model, takes
 from pyglobenc.methods.gradients.cross_rules import (
@@ -262,14 +262,13 @@ class CrossAttribution:
 
     def _start(self, size: int) -> Tensor:
         """Return the decoder's start token for each example, (B, 1)."""
-        for config in (getattr(self.model, "generation_config", None), self.model.config):
-            start = getattr(config, "decoder_start_token_id", None)
-            if start is not None:
-                return torch.full((size, 1), start, device=self.model.device)
-        raise ValueError(
-            f"{WHO}: the config of {type(self.model).__name__} has no decoder_start_token_id; give "
-            "decoder_input_ids"
-        )
+        start = start_token(self.model)
+        if start is None:
+            raise ValueError(
+                f"{WHO}: the config of {type(self.model).__name__} has no decoder_start_token_id; give "
+                "decoder_input_ids"
+            )
+        return torch.full((size, 1), start, device=self.model.device)
 
 
 @dataclass(frozen=True)
