@@ -11,12 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyglobenc.backends.shared.proximity_tiles import by_keys
+from pyglobenc.backends.shared.proximity_tiles import GPU_KEYS, by_keys
 from pyglobenc.kernels._device import COUNTS, MAX_HEADS, float32_precision, on, positive_part, power_of_two
 from pyglobenc.kernels._division import float32_reasons
 
-# The fewest keys whose vectors exist at a time: enough programs for a GPU, and 12 MB for BERT-base.
-MIN_KEYS = 256
 # These depend on the number of tokens, like COUNTS.
 STRIDES = ("stride_ab", "stride_ah", "stride_at", "stride_ob", "stride_ot")
 
@@ -61,6 +59,8 @@ def _proximity_kernel(
         other = 2 * tl.abs(y)[None, :, :] - signed
         # tl.minimum would lose a NaN of y.
         acc += tl.sum(tl.where(signed < other, signed, other), 2)
+    # A key without factors adds nothing, even if its vectors hold NaN.
+    acc = tl.where(tl.sum((alpha != 0).to(tl.int32), 2) > 0, acc, 0.0)
     at = OUT + b * stride_ob + (j * stride_on)[:, None] + (t * stride_ot)[None, :]
     tl.store(at, positive_part(acc), mask=j_ok[:, None] & t_ok[None, :])
 
@@ -82,7 +82,7 @@ def why_not(alpha: Tensor, v: Tensor, weight: Tensor, y: Tensor, per_head: bool)
 
 def run(alpha: Tensor, v: Tensor, weight: Tensor, y: Tensor, per_head: bool) -> Tensor:
     """See `pyglobenc.ops.proximity`: -> (B, T, n), or (B, H, T, n) with per_head."""
-    return by_keys(_fill, alpha, v, weight, y, per_head, MIN_KEYS)
+    return by_keys(_fill, alpha, v, weight, y, per_head, GPU_KEYS)
 
 
 def _fill(alpha: Tensor, f: Tensor, y: Tensor, out: Tensor) -> None:
