@@ -22,6 +22,7 @@ _MODULES = {
     "explain_generation": "pyglobenc.inputs.generation",
     "explain_image": "pyglobenc.inputs.images",
     "explain_layers": "pyglobenc.explain_layers",
+    "explain_similarity": "pyglobenc.explain_similarity",
     "graphed": "pyglobenc.scale.graphs",
 }
 
@@ -43,6 +44,7 @@ __all__ = [
     "explain",
     "explain_generation",
     "explain_image",
+    "explain_similarity",
     "explain_layers",
     "graphed",
     "load",

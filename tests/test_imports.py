@@ -28,6 +28,7 @@ RANKS = {
     "inputs": 5,
     "explain": 6,
     "explain_layers": 7,
+    "explain_similarity": 7,
     "compat": 7,
     "evaluate": 8,
     "scale": 7,
