@@ -5,7 +5,7 @@ and the selection of one token. A sum or mean over tokens is a Linear function w
 Any other head has no rule and is refused.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -52,6 +52,7 @@ class Head:
         shares: (B, n), the share of each token in what the head reads. The shares of an example sum to 1.
             For packed sequences B is their number S, and n is the length of the longest one.
         position: (B,) int64, the token that the head reads; None if it reads a sum over tokens.
+        norms: the layer norms between the steps.
     """
 
     steps: list[LinearStep | SumStep]
@@ -59,6 +60,7 @@ class Head:
     contrast: Tensor | None
     shares: Tensor
     position: Tensor | None
+    norms: list[nn.LayerNorm] = field(default_factory=list)
 
     def to(self, dtype: torch.dtype) -> "Head":
         """Return a copy whose tensors are detached and in the given dtype."""
@@ -83,7 +85,12 @@ class _Point(NamedTuple):
 
 
 def follow_head(
-    called: nn.Module, record: HeadRecord, logit: Tensor, contrast: bool, real: Tensor | None
+    called: nn.Module,
+    record: HeadRecord,
+    logit: Tensor,
+    contrast: bool,
+    real: Tensor | None,
+    who: str = "TransformerAttribution",
 ) -> Head:
     """Find the chain of modules below the explained logit, and check that it is the whole head.
 
@@ -93,6 +100,7 @@ def follow_head(
         logit: (B,), the explained value of each example, or (B / 2,) if the second half repeats the first.
         contrast: True if the logit is the difference of two logits.
         real: (B, n) bool, True for real tokens, or None if all tokens are real.
+        who: name of the method for errors.
 
     Returns:
         The head, with its tensors still in the autograd graph.
@@ -100,15 +108,16 @@ def follow_head(
     Raises:
         ValueError: the head has no relevance rule. The message gives the reason.
     """
-    return _Chain(called, record, logit).follow(contrast, real)
+    return _Chain(who, called, record, logit).follow(contrast, real)
 
 
 class _Chain:
-    def __init__(self, called: nn.Module, record: HeadRecord, logit: Tensor):
-        self.called = called
+    def __init__(self, who: str, called: nn.Module, record: HeadRecord, logit: Tensor):
+        self.who, self.called = who, called
         self.names = {module: name for name, module in called.named_modules()}
         self.record, self.logit = record, logit
         self.checks: list[tuple[Tensor, str]] = []
+        self.norms: list[nn.LayerNorm] = []
 
     def follow(self, contrast: bool, real: Tensor | None) -> Head:
         points = self._points()
@@ -121,7 +130,7 @@ class _Chain:
             None,
         )
         if first is None:
-            raise _refusal(self._why_no_linear())
+            raise self._refusal(self._why_no_linear())
         upper = points[first]
         index, other, position = self._top(upper, contrast)
         weights: Tensor | None = None
@@ -160,7 +169,7 @@ class _Chain:
             self.checks.append(
                 (inside, "it reads padding tokens; give texts of one length, or one at a time")
             )
-        head = Head(steps, index, other, shares, position if weights is None else None)
+        head = Head(steps, index, other, shares, position if weights is None else None, self.norms)
         self._replay(head)
         self._require()
         return head
@@ -170,7 +179,7 @@ class _Chain:
         record, logit = self.record, self.logit
         why = record.way(logit)
         if why is not None:
-            raise _refusal(why)
+            raise self._refusal(why)
         points = []
         for call in reversed(record.calls):
             for t, edge, returned in (
@@ -225,11 +234,11 @@ class _Chain:
     def _linear(self, call: Call) -> LinearStep:
         module = call.module
         if not is_plain(module.weight):
-            raise _refusal(
+            raise self._refusal(
                 f"the weights of {self.names[module]} aren't a plain matrix; load the model unquantised"
             )
         if call.given._version != call.versions[0]:
-            raise _refusal(f"the input of {self.names[module]} is changed in place after the call")
+            raise self._refusal(f"the input of {self.names[module]} is changed in place after the call")
         # accelerate may move the input to the module's device inside the call.
         given, returned = call.given.detach().to(call.returned.device), call.returned.detach()
         if call.returned._version != call.versions[1]:
@@ -240,8 +249,9 @@ class _Chain:
 
     def _check_norm(self, call: Call) -> None:
         norm, given = call.module, call.given.detach()
+        self.norms.append(norm)
         if norm.normalized_shape != given.shape[-1:]:
-            raise _refusal(f"{self.names[norm]} normalises tokens together")
+            raise self._refusal(f"{self.names[norm]} normalises tokens together")
         if type(norm) is not nn.LayerNorm:
             returned = call.returned.detach()
             expected = nn.LayerNorm.forward(norm, given.to(returned.device))
@@ -255,7 +265,7 @@ class _Chain:
         Then the Jacobian J is diagonal. For two random vectors s and t, this means s * (J^T t) = t * (J^T s).
         """
         if upper.t.numel() != lower.t.numel():
-            raise _refusal(f"{where} joins or reshapes tensors")
+            raise self._refusal(f"{where} joins or reshapes tensors")
         seeds = [direction(upper.t, seed) for seed in (1, 2)]
         products = [
             torch.autograd.grad([upper.edge], [lower.edge], [seed], retain_graph=True)[0] for seed in seeds
@@ -275,7 +285,7 @@ class _Chain:
         """
         batch, _, d = lower.t.shape
         if upper.t.numel() != batch * d:
-            raise _refusal(f"{where} joins or reshapes tensors")
+            raise self._refusal(f"{where} joins or reshapes tensors")
         seeds = [direction(upper.t, seed).view(batch, 1, d) for seed in (1, 2)]
         products = [
             torch.autograd.grad([upper.edge], [lower.edge], [seed.view(upper.t.shape)], retain_graph=True)[0]
@@ -287,7 +297,7 @@ class _Chain:
         if not may_look():
             self.checks.append(((count == 1).all(), SELECTED))
         elif bool((count == 0).any()):
-            raise _refusal(f"{where} has no gradient for this input")
+            raise self._refusal(f"{where} has no gradient for this input")
         elif bool((count > 1).any()):
             size = seeds[0].square().sum((1, 2))
             weight = (products[0] * seeds[0]).sum((1, 2)) / (count * size)
@@ -342,8 +352,8 @@ class _Chain:
 
         def error() -> ValueError:
             if not bool(torch.isfinite(self.logit).all()):
-                return not_finite("TransformerAttribution", self.called)
-            return _refusal(
+                return not_finite(self.who, self.called)
+            return self._refusal(
                 next(
                     message
                     for (_, message), fine in zip(self.checks, holds.tolist(), strict=True)
@@ -362,16 +372,15 @@ class _Chain:
             "pooled" if t.dim() > 1 and len(t) == len(top) and t.numel() == len(top) * t.shape[-1] else None
         )
 
+    def _refusal(self, reason: str) -> ValueError:
+        return ValueError(f"{self.who}: the head has no relevance rule: {reason}")
+
     def _name(self, point: _Point) -> str:
         return (
             "the last layer"
             if point.call is None
             else self.names.get(point.call.module, type(point.call.module).__name__)
         )
-
-
-def _refusal(reason: str) -> ValueError:
-    return ValueError(f"TransformerAttribution: the head has no relevance rule: {reason}")
 
 
 def _at(t: Tensor, position: Tensor | None) -> Tensor:
