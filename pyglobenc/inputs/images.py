@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from pyglobenc.methods.builders import Run
-    from pyglobenc.methods.registry import Method
+    from pyglobenc.methods.registry import Method, Run
 
 # The default method explains classes. Models without classes, or whose head has no relevance rules, take the
 # second one.
@@ -84,8 +83,7 @@ def explain_image(
     import torch
 
     from pyglobenc.hf.unwrap import called_module, stock_model
-    from pyglobenc.methods.builders import relevance
-    from pyglobenc.methods.registry import find_method
+    from pyglobenc.methods.registry import find_method, relevance
 
     called = called_module(model)
     inner = stock_model(called)

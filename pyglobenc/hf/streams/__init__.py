@@ -1,1 +1,0 @@
-"""Models of two streams of tokens: encoder-decoders, and an image beside a text."""
