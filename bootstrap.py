@@ -107,7 +107,7 @@ def main() -> None:
         "--venv", type=Path, default=ROOT / ".venv", help="folder of the virtual environment (default .venv)"
     )
     args, rest = parser.parse_known_args()
-    python = prepare(args.venv.resolve(), "[test]" if args.job == "test" else "")
+    python = prepare(args.venv.resolve(), "[test,docs]" if args.job == "test" else "")
     if args.job == "demo":
         command = (
             python,

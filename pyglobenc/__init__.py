@@ -6,11 +6,12 @@ from typing import Any
 from pyglobenc._version import __version__
 from pyglobenc.evaluate import EvaluationTable, evaluate
 from pyglobenc.explain import explain
-from pyglobenc.results import Attribution, Attributions, load
+from pyglobenc.generation_results import GenerationAttribution, load
+from pyglobenc.results import Attribution, Attributions
 
 # These modules are imported when they are first used, because importing transformers' models takes seconds.
 _MODULES = {
-    "DecompX": "pyglobenc.methods.decompx.decompx",
+    "CrossAttribution": "pyglobenc.methods.gradients.cross_attribution",
     "GradientAttribution": "pyglobenc.methods.gradients.attribution",
     "GradientRollout": "pyglobenc.methods.gradients.gradient_rollout",
     "GlobEnc": "pyglobenc.methods.rollout.globenc",
@@ -18,15 +19,19 @@ _MODULES = {
     "Rollout": "pyglobenc.methods.rollout.baselines",
     "TransformerAttribution": "pyglobenc.methods.relevance.transformer_attribution",
     "capture": "pyglobenc.hf",
+    "explain_generation": "pyglobenc.inputs.generation",
     "explain_image": "pyglobenc.inputs.images",
+    "explain_layers": "pyglobenc.explain_layers",
+    "explain_similarity": "pyglobenc.explain_similarity",
     "graphed": "pyglobenc.scale.graphs",
 }
 
 __all__ = [
     "Attribution",
     "Attributions",
-    "DecompX",
+    "CrossAttribution",
     "EvaluationTable",
+    "GenerationAttribution",
     "GlobEnc",
     "GradientAttribution",
     "GradientRollout",
@@ -37,7 +42,10 @@ __all__ = [
     "capture",
     "evaluate",
     "explain",
+    "explain_generation",
     "explain_image",
+    "explain_similarity",
+    "explain_layers",
     "graphed",
     "load",
 ]

@@ -287,7 +287,7 @@ class Attributions(list):
 
         page = html.page(self, merge_words, columns)
         if path is not None:
-            _write(path, page.encode("utf-8"), self)
+            write(path, page.encode("utf-8"), self)
         return page
 
     def to_png(
@@ -298,7 +298,7 @@ class Attributions(list):
 
         picture = png.picture(self, merge_words, columns)
         if path is not None:
-            _write(path, picture, self)
+            write(path, picture, self)
         return picture
 
     def _repr_html_(self) -> str:
@@ -337,7 +337,7 @@ def save(path: str | Path, attributions: Attribution | Iterable[Attribution]) ->
     attributions = attributions if isinstance(attributions, Attribution) else list(attributions)
     single = [attributions] if isinstance(attributions, Attribution) else attributions
     if path.suffix == ".json":
-        return _write(path, to_json(attributions).encode("ascii"), single)
+        return write(path, to_json(attributions).encode("ascii"), single)
     from safetensors.numpy import save as to_safetensors
 
     document = _document(attributions)
@@ -346,10 +346,10 @@ def save(path: str | Path, attributions: Attribution | Iterable[Attribution]) ->
     tensors = {
         str(index): np.ascontiguousarray(attribution.scores) for index, attribution in enumerate(single)
     }
-    return _write(path, to_safetensors(tensors, {FORMAT: json.dumps(document)}), single)
+    return write(path, to_safetensors(tensors, {FORMAT: json.dumps(document)}), single)
 
 
-def _write(path: str | Path, data: bytes, attributions: Iterable[Attribution]) -> None:
+def write(path: str | Path, data: bytes, attributions: Iterable[Attribution]) -> None:
     """Write a file, but refuse to write over or into the folder of a model that was attributed."""
     models = {attribution.model for attribution in attributions}
     check_apart(
@@ -379,7 +379,7 @@ def load(path: str | Path) -> Attribution | Attributions:
     if path.suffix not in SUFFIXES:
         raise ValueError(f"load: the file's name must end in {' or '.join(SUFFIXES)}, got {path.name!r}")
     try:
-        document, tensors = _read(path)
+        document, tensors = read(path)
         _check_header(document)
         names = [str(index) for index in range(len(document["attributions"]))]
         if tensors is not None and tensors.keys() != set(names):
@@ -431,15 +431,24 @@ def _check_header(document: Any) -> None:
         )
 
 
-def _read(path: Path) -> tuple[Any, dict[str, np.ndarray] | None]:
-    """Return the document in a file, and the tensors by name if it is a .safetensors file."""
+def read(path: Path, form: str = FORMAT) -> tuple[Any, dict[str, np.ndarray] | None]:
+    """Return the document in a file, and the tensors by name if it is a .safetensors file.
+
+    Args:
+        path: the .json or .safetensors file.
+        form: name of the metadata of a .safetensors file that holds the document.
+
+    Raises:
+        ValueError: the file is damaged.
+        OSError: it can't be read.
+    """
     if path.suffix == ".json":
         return json.loads(path.read_bytes()), None
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "numpy") as file:
-            document = (file.metadata() or {}).get(FORMAT, "null")
+            document = (file.metadata() or {}).get(form, "null")
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
     # NumPy raises its own errors for a dtype that it lacks.

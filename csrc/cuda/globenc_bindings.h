@@ -57,12 +57,18 @@ inline void bind_mapped_square(const pybind11::object& x, const pybind11::list& 
     mapped_square(p, reinterpret_cast<void*>(stream));
 }
 
+inline void bind_proximity(const pybind11::object& alpha, const pybind11::object& f, const pybind11::object& y,
+                           const pybind11::object& out, uintptr_t stream) {
+    proximity({view(alpha), view(f), view(y), view(out)}, reinterpret_cast<void*>(stream));
+}
+
 inline void bind_globenc(pybind11::module_& m) {
     m.def("rollout_step", bind_pair_op<rollout_step>);
     m.def("pair_norms", bind_pair_op<pair_norms>);
     m.def("head_gram", bind_value_op<head_gram>);
     m.def("head_norms", bind_value_op<head_norms>);
     m.def("mapped_square", bind_mapped_square);
+    m.def("proximity", bind_proximity);
     m.def("pair_tile", bind_tile,
           "Return the keys of a block and the queries of a tile on the current device; 0 keys if none fit.");
     m.def("pair_room", bind_room,

@@ -22,5 +22,6 @@ void pair_norms(const PairArgs& args, bool exact, void* stream);
 void head_gram(const ValueArgs& args, bool exact, void* stream);
 void head_norms(const ValueArgs& args, bool exact, void* stream);
 void mapped_square(const SquareArgs& args, void* stream);
+void proximity(const ProximityArgs& args, void* stream);
 
 }  // namespace pyglobenc

@@ -1,4 +1,5 @@
-// Declares the arguments of head_gram and head_norms, which value_tile.h describes, and of mapped_square.
+// Declares the arguments of head_gram and head_norms, which value_tile.h describes, of mapped_square
+// and of proximity.
 #pragma once
 
 #include <cstdint>
@@ -29,6 +30,14 @@ struct SquareArgs {
     int count;                       // number of gammas
     int width;                       // d
     float* out;                      // [B, n]
+};
+
+// All tensors are f32, and the features of f and y are contiguous.
+struct ProximityArgs {
+    View alpha;  // [B, H, T, n]
+    View f;      // [B, H, n, d]
+    View y;      // [B, T, d]
+    View out;    // [B, T, n]
 };
 
 }  // namespace pyglobenc

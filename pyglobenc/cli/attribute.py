@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method",
         default="globenc",
-        help="attribution method (default globenc); `pyglobenc explain --method help` lists all",
+        help="attribution method (default globenc); `pyglobenc methods` lists all",
     )
     add_target(parser)
     parser.add_argument(

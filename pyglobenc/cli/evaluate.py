@@ -101,8 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         type=names,
         default="globenc,transformer-attribution,random",
-        help="methods, separated by commas, or all (default: %(default)s); `pyglobenc explain --method help` "
-        "lists them",
+        help="methods, separated by commas, or all (default: %(default)s); `pyglobenc methods` lists them",
     )
     parser.add_argument(
         "--metrics",

@@ -5,8 +5,9 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from pyglobenc.cli import explain_image
+from pyglobenc.cli import explain_image, methods
 from pyglobenc.cli.options import (
     add_arithmetic,
     add_lengths,
@@ -18,6 +19,7 @@ from pyglobenc.cli.options import (
 )
 from pyglobenc.common.files import check_writable, decode, one_line, read_at_most, write_file
 from pyglobenc.explain import explain_each
+from pyglobenc.generation_results import GenerationAttribution
 from pyglobenc.inputs.images import MAX_PIXELS
 from pyglobenc.inputs.windows import Text
 from pyglobenc.results import SUFFIXES, Attribution, Attributions, to_json
@@ -58,7 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"largest number of pixels of an image (default {MAX_PIXELS})",
     )
     add_model(parser, "minilm", "which is a PyPI package")
-    default = "default globenc, for image classifiers transformer-attribution"
+    _add_generation(parser)
+    default = (
+        "default globenc, for image classifiers transformer-attribution, with --generate gradient-x-input"
+    )
     parser.add_argument("--method", help=f"attribution method ({default}); 'help' lists them")
     add_target(parser, names=True)
     parser.add_argument(
@@ -79,6 +84,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_outputs(parser)
 
 
+def _add_generation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--generate",
+        metavar="N",
+        type=positive,
+        help="let a language model generate up to N tokens after the text, always the most probable one, and "
+        "explain each of them",
+    )
+    parser.add_argument("--answer", help="explain the tokens of this answer instead of generating one")
+    parser.add_argument(
+        "--chat", action="store_true", help="make the text a user's message by the model's chat template"
+    )
+
+
 def _add_outputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--html", metavar="FILE", help="write an HTML page")
     parser.add_argument("--png", metavar="FILE", help="write a PNG picture")
@@ -96,12 +115,15 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Explain the texts or images, and return the exit status."""
     if options.method == "help":
-        return _list_methods()
+        return methods.run(options)
     _check_names(options)
     if options.image is not None:
         return explain_image.run(options)
-    options.method = options.method or "globenc"
+    answers = options.generate is not None or options.answer is not None
+    options.method = options.method or ("gradient-x-input" if answers else "globenc")
     texts = _texts(options)
+    if answers or options.chat:
+        _check_generation(options, texts)
     _check_outputs(options)
     # These imports take seconds.
 
@@ -114,11 +136,14 @@ def run(options: argparse.Namespace) -> int:
     check_outputs((path for path, _ in _outputs(options)), options.model, read)
     if options.method not in METHODS:
         options.error(f"--method: must be one of {', '.join(METHODS)}, got {options.method!r}")
-    # Only methods that explain a class need the model's head.
-    head = METHODS[options.method].target == "class"
+    # Only methods that explain a class, and generation, need the model's head.
+    head = answers or METHODS[options.method].target == "class"
     model, tokenizer = load_pretrained(
         options.model, dtype_named(options.model_dtype), options.device, options.trust_remote_code, head
     )
+    if answers:
+        _write(options, _explain_generation(options, model, tokenizer, texts[0]), picture=not options.quiet)
+        return 0
     names = (
         "method",
         "target",
@@ -152,13 +177,39 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _list_methods() -> int:
-    from pyglobenc.methods.registry import METHODS
+def _explain_generation(
+    options: argparse.Namespace, model: Any, tokenizer: Any, text: str
+) -> GenerationAttribution:
+    """Return the attribution of the answer to a text."""
+    from pyglobenc.inputs.generation import explain_generation
 
-    width = max(map(len, METHODS))
-    for method in METHODS.values():
-        print(f"{method.name:{width}}  {method.summary}")
-    return 0
+    names = ("method", "answer", "start_layer", "max_length", "backend")
+    found = explain_generation(
+        model,
+        tokenizer,
+        [{"role": "user", "content": text}] if options.chat else text,
+        max_new_tokens=options.generate,
+        dtype=dtype_named(options.dtype),
+        **{name: getattr(options, name) for name in names},
+    )
+    found.model = options.model
+    return found
+
+
+def _check_generation(options: argparse.Namespace, texts: list[Text]) -> None:
+    """Refuse options that don't go with an answer's explanation."""
+    if options.generate is None and options.answer is None:
+        options.error("--chat goes with --generate or --answer")
+    if options.generate is not None and options.answer is not None:
+        options.error("--generate and --answer exclude each other")
+    others = {"pair": False, "target": None, "contrast": None, "merge_words": False, "long": "error"}
+    for name, default in (others | {"stride": None}).items():
+        if getattr(options, name) != default:
+            options.error(f"--{name.replace('_', '-')} doesn't go with --generate or --answer")
+    if len(texts) != 1:
+        options.error(
+            f"--generate and --answer take one text at a time, got {len(texts)}; --whole joins lines"
+        )
 
 
 def _check_names(options: argparse.Namespace) -> None:
@@ -222,13 +273,17 @@ def _outputs(
     """Return the files to write, each with its writer; those that can be made again from others come last."""
     ways = {
         "save": lambda path, result: result.save(path),
-        "json": lambda path, result: write_file(path, to_json(result).encode("ascii")),
+        "json": lambda path, result: write_file(path, _json(result).encode("ascii")),
         "html": lambda path, result: result.to_html(path),
         "png": lambda path, result: result.to_png(path),
     }
     return [
         (path, write) for name, write in ways.items() if (path := getattr(options, name)) not in (None, "-")
     ]
+
+
+def _json(result: Attribution | Attributions | GenerationAttribution) -> str:
+    return result.to_json() if isinstance(result, GenerationAttribution) else to_json(result)
 
 
 def _check_outputs(options: argparse.Namespace) -> None:
@@ -240,7 +295,9 @@ def _check_outputs(options: argparse.Namespace) -> None:
         check_writable(path)
 
 
-def _write(options: argparse.Namespace, result: Attribution | Attributions, picture: bool) -> None:
+def _write(
+    options: argparse.Namespace, result: Attribution | Attributions | GenerationAttribution, picture: bool
+) -> None:
     """Write the files and print the result; if one output fails, the others are still written."""
     failed = []
     for path, write in _outputs(options):
@@ -249,7 +306,7 @@ def _write(options: argparse.Namespace, result: Attribution | Attributions, pict
         except (OSError, ValueError) as error:
             failed.append(error)
     if options.json == "-":
-        print(to_json(result), end="")
+        print(_json(result), end="")
     elif picture:
         result.show()
     if failed:

@@ -44,6 +44,8 @@ def run(options: argparse.Namespace) -> int:
     check_outputs(files, options.model, options.image)
     if options.contrast is not None or (isinstance(options.target, str) and options.target != "mean"):
         options.error("--image: --target takes an integer or mean, and there is no --contrast")
+    if options.generate is not None or options.answer is not None or options.chat:
+        options.error("--image doesn't go with --generate, --answer or --chat")
     images = [open_image(name, options.max_pixels) for name in options.image]
     # A rollout needs no classifier. If the model has one, the default target is the token that it reads.
     head = True if options.method is not None and METHODS[options.method].target == "class" else None

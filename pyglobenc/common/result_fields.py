@@ -49,11 +49,13 @@ def is_prediction(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) == 2 and is_string(value[0]) and is_number(value[1])
 
 
-def _or_none(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def or_none(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Return a check that also accepts None."""
     return lambda value: value is None or check(value)
 
 
-def _is_setting(value: Any) -> bool:
+def is_setting(value: Any) -> bool:
+    """Return whether a value is a string, a flag, a finite number or None."""
     return value is None or is_string(value) or is_flag(value) or is_number(value)
 
 
@@ -67,15 +69,15 @@ SCALARS = {
     "log_scale": (is_number, "finite and a number"),
     "merge_words": (is_flag, "True or False"),
     "cut": (is_index, "an integer of at least 0"),
-    "label": (_or_none(is_string), "a string or None"),
+    "label": (or_none(is_string), "a string or None"),
     "probability": (
-        _or_none(lambda value: is_number(value) and 0 <= value <= 1),
+        or_none(lambda value: is_number(value) and 0 <= value <= 1),
         "a number in [0, 1] or None",
     ),
-    "text_pair": (_or_none(is_string), "a string or None"),
-    "error": (_or_none(lambda value: is_number(value) and value >= 0), "a number of at least 0 or None"),
-    "contrast": (_or_none(is_index), "an integer of at least 0 or None"),
-    "contrast_name": (_or_none(is_string), "a string or None"),
+    "text_pair": (or_none(is_string), "a string or None"),
+    "error": (or_none(lambda value: is_number(value) and value >= 0), "a number of at least 0 or None"),
+    "contrast": (or_none(is_index), "an integer of at least 0 or None"),
+    "contrast_name": (or_none(is_string), "a string or None"),
     "version": (is_string, "a string"),
 }
 # For each field: the check of an entry, its description, whether the field may be None, and whether it has
@@ -84,7 +86,7 @@ LISTS = {
     "tokens": (is_string, "strings", False, True),
     "token_ids": (is_index, "integers of at least 0", False, True),
     "special": (is_flag, "True or False", False, True),
-    "word_ids": (_or_none(is_index), "integers of at least 0 or None", True, True),
+    "word_ids": (or_none(is_index), "integers of at least 0 or None", True, True),
     "offsets": (is_pair, "pairs of integers, 0 <= start <= stop", True, True),
     "windows": (is_pair, "pairs of integers, 0 <= start <= stop", True, False),
     "parts": (lambda value: value is None or (is_index(value) and value < 2), "0, 1 or None", True, True),
@@ -103,13 +105,12 @@ def check_fields(values: dict[str, Any]) -> None:
             the field.
     """
     for name, (check, expected) in SCALARS.items():
-        if not check(values[name]):
-            raise ValueError(f"{name} must be {expected}, got {shown(values[name])}")
+        check_scalar(name, values[name], check, expected)
     for name, (check, expected, optional, _) in LISTS.items():
-        _check_list(name, values[name], check, expected, optional)
+        check_list(name, values[name], check, expected, optional)
     settings = values["settings"]
     if not isinstance(settings, dict) or not all(
-        is_string(key) and _is_setting(value) for key, value in settings.items()
+        is_string(key) and is_setting(value) for key, value in settings.items()
     ):
         raise ValueError(
             f"settings must be a dict from strings to strings, finite numbers or None, got {shown(settings)}"
@@ -124,7 +125,14 @@ def check_fields(values: dict[str, Any]) -> None:
     _check_together(values, n)
 
 
-def _check_list(name: str, value: Any, check: Callable[[Any], bool], expected: str, optional: bool) -> None:
+def check_scalar(name: str, value: Any, check: Callable[[Any], bool], expected: str) -> None:
+    """Raise ValueError if a field's value doesn't pass a check; `expected` describes what does."""
+    if not check(value):
+        raise ValueError(f"{name} must be {expected}, got {shown(value)}")
+
+
+def check_list(name: str, value: Any, check: Callable[[Any], bool], expected: str, optional: bool) -> None:
+    """Raise ValueError if a field isn't a list whose entries pass a check; it may be None if optional."""
     if value is None and optional:
         return
     if not isinstance(value, list):

@@ -44,8 +44,8 @@ def find_layers(model: nn.Module) -> list[LayerModules]:
         )
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(
-            f"capture: {type(model).__name__} ({model_type}) belongs to an encoder-decoder; such "
-            f"architectures are not supported, with or without the decoder; {known}"
+            f"capture: {type(model).__name__} ({model_type}) belongs to an encoder-decoder, which "
+            f"CrossAttribution explains if it is complete; {known}"
         )
     if model_type not in BINDINGS:
         raise ValueError(f"capture: unknown architecture {model_type!r} ({type(model).__name__}); {known}")

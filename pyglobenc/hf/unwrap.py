@@ -39,6 +39,11 @@ def called_module(model: nn.Module | Pipeline) -> nn.Module:
             # PeftMixedModel has no get_base_model.
             inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner.base_model.model
         elif isinstance(inner, nn.Sequential) and len(inner) and hasattr(inner[0], "auto_model"):
+            if type(inner).__name__ == "CrossEncoder" and len(inner) > 1:
+                raise ValueError(
+                    f"capture: this CrossEncoder computes its score after the transformers model "
+                    f"({type(inner[-1]).__name__}); explain that model itself, model[0].auto_model"
+                )
             # The first module of a sentence-transformers model contains the transformers model.
             inner = inner[0].auto_model
         else:

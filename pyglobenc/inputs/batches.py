@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,11 +18,13 @@ from pyglobenc.backends.shared.launch import HALF
 from pyglobenc.hf.labels import class_count, class_name, predict
 from pyglobenc.hf.limits import max_tokens, padding_id, vocabulary
 from pyglobenc.hf.registry import is_decoder
+from pyglobenc.hf.streams.registry import reads_a_source
 from pyglobenc.hf.unwrap import called_module, stock_model
 from pyglobenc.inputs.batching import fitting_batch, in_batches
 from pyglobenc.inputs.targets import class_named, token_named
 from pyglobenc.inputs.windows import Encoded, join
 from pyglobenc.methods.arguments import accepts, run_model
+from pyglobenc.methods.builders import Rows
 from pyglobenc.methods.head import find_logits
 from pyglobenc.methods.inputs import require_finite
 from pyglobenc.methods.packing import check_packable
@@ -130,6 +132,15 @@ class Runner:
         # The "class" is then the token that the model predicts after the text, or at its mask token.
         head = type(model).__name__ if self.method.next_token and self.called is model else ""
         self.next_token = head.endswith(LANGUAGE_HEADS) and is_decoder(model)
+        # An encoder-decoder's text is the source, and its decoder's first token is explained.
+        self.source = reads_a_source(self.called)
+        if self.source:
+            self.next_token = self.method.next_token and model.get_output_embeddings() is not None
+            if options.long == "windows":
+                raise ValueError(
+                    "explain: long='windows' splits the source of an encoder-decoder, whose parts have other "
+                    "targets; truncate it"
+                )
         self.fills_mask = head.endswith(MASKED_HEAD)
         if (
             self.method.target == "class"
@@ -261,8 +272,9 @@ class Runner:
             jobs += [(index, window) for window in windows]
         width, options = max((len(window) for _, window in jobs), default=0), self.options
         most = min(options.batch_size, len(jobs)) if self.batches else 1
-        size = fitting_batch(self.model, width, most, options.method, options.dtype)
-        for (index, _), row in in_batches(lambda batch: self._rows(texts, plans, names, batch), jobs, size):
+        if not self.source:
+            most = fitting_batch(self.model, width, most, options.method, options.dtype)
+        for (index, _), row in in_batches(lambda batch: self._rows(texts, plans, names, batch), jobs, most):
             done[index].append(row)
             while waiting < len(texts) and len(done[waiting]) == len(plans[waiting][1]):
                 yield self._joined(texts[waiting], plans[waiting], done.pop(waiting))
@@ -330,6 +342,23 @@ class Runner:
             Row(scores[b, : len(window)], log_scale[b], targets[b], logits[b], errors[b])
             for b, (_, window) in enumerate(jobs)
         ]
+
+    def one_pass(
+        self, text: Encoded, window: list[int], targets: Tensor, options: Mapping[str, Any], **explained: Any
+    ) -> Rows:
+        """Return T rows of scores (1, T, n) of one text.
+
+        Args:
+            text: the text.
+            window: the positions of the n tokens that the model reads.
+            targets: (1, T), as `Run` in the registry takes them.
+            options: further arguments of the model.
+            explained: position and contrast, as `Run` takes them.
+        """
+        batch = self._batch([text], [window]) | options
+        if self.method.replaces_tokens:
+            batch |= self._replacing([(text, window)])
+        return self._run(batch, targets, **explained)
 
     def _targets(
         self, texts: list[Encoded], plans: list[Plan], jobs: list[tuple[int, list[int]]]

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from pyglobenc.methods.registry import Method, Run
+    from pyglobenc.methods.builders import Run
+    from pyglobenc.methods.registry import Method
 
 # The default method explains classes. Models without classes, or whose head has no relevance rules, take the
 # second one.
@@ -83,7 +84,8 @@ def explain_image(
     import torch
 
     from pyglobenc.hf.unwrap import called_module, stock_model
-    from pyglobenc.methods.registry import find_method, relevance
+    from pyglobenc.methods.builders import relevance
+    from pyglobenc.methods.registry import find_method
 
     called = called_module(model)
     inner = stock_model(called)

@@ -62,7 +62,13 @@ def check_characters(text: str, name: str, limit: int | None, long: str) -> None
 
 
 def encode(
-    tokenizer: Any, text: Text, name: str, limit: int | None, long: str = "error", stride: int | None = None
+    tokenizer: Any,
+    text: Text,
+    name: str,
+    limit: int | None,
+    long: str = "error",
+    stride: int | None = None,
+    add_special_tokens: bool = True,
 ) -> Encoded:
     """Tokenize a text or a pair, and split it into windows if asked to.
 
@@ -78,6 +84,8 @@ def encode(
             "windows" is refused.
         stride: number of tokens from the start of one window to the start of the next; None for half a
             window.
+        add_special_tokens: False for a text that holds its special tokens already, as chat templates write
+            it.
 
     Returns:
         Encoded, with n tokens and windows of at most `limit` positions.
@@ -95,7 +103,7 @@ def encode(
             raise ValueError(
                 f"explain: {part} isn't valid Unicode (a lone surrogate at character {error.start})"
             ) from error
-    found, special, parts = _tokenize(tokenizer, texts)
+    found, special, parts = _tokenize(tokenizer, texts, add_special_tokens=add_special_tokens)
     for number, part in enumerate(_part_names(name, len(texts))):
         if number not in parts:
             raise ValueError(

@@ -1,45 +1,32 @@
 """Methods by name, each called the same way, for `pyglobenc.explain` and the command line."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from pyglobenc.methods.decompx.decompx import DecompX
-from pyglobenc.methods.gradients.attribution import GRADIENTS, REPLACING, GradientAttribution
-from pyglobenc.methods.gradients.gradient_rollout import GradientRollout
-from pyglobenc.methods.head import find_logits
-from pyglobenc.methods.relevance.transformer_attribution import TransformerAttribution
-from pyglobenc.methods.relevance.variants import FOLLOWED, VARIANTS
-from pyglobenc.methods.rollout.baselines import ROLLOUTS, Rollout
-from pyglobenc.methods.rollout.globenc import GlobEnc
-from pyglobenc.methods.rollout.information_flow import InformationFlow
+from pyglobenc.hf.registry import BINDINGS
+from pyglobenc.methods.builders import (
+    Run,
+    gradient,
+    gradient_rollout,
+    information_flow,
+    relevance,
+    rollout,
+)
+from pyglobenc.methods.gradients.attribution import GRADIENTS, REPLACING
+from pyglobenc.methods.gradients.backward_rules import RULES
 
-
-@dataclass(frozen=True)
-class Rows:
-    """One row of scores for each example, or T rows: all tensors then have T as their second dimension."""
-
-    # (B, n), 0 at padding. Of images: the patches, with or without the special tokens before them, or
-    # (B, height, width) if the method scores pixels.
-    scores: Tensor
-    log_scale: Tensor  # (B,); the method's own value is scores * exp(log_scale)
-    targets: Tensor | None  # (B,) int64, the targets explained; None for a mean over tokens
-    logits: Tensor | None  # (B, ...); None without a head, or if the head wasn't run
-    error: Tensor | None = None  # (B,), as `RelevanceResult.error` of a batch; None if it isn't known
-    nothing: Tensor | None = None  # (B,) bool, True where the method finds nothing and all scores are 0
-
-
-# A call of a method. The first argument is a batch of tensors, or of lists that are packed. The second one is
-# the targets, (B,) int64 token positions or classes, or "mean". None means the default of the method. A
-# method that explains a class also takes contrast and position by name, each (B,) int64 or None. Targets
-# (B, T), for classes with a position (B, T), are explained by one forward pass.
-Run = Callable[..., Rows]
+# The `model_type`s that a method takes, by the words that describe them.
+BERT_AND_VIT = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "vit", "deit")
+POST_NORM = (*BERT_AND_VIT[:6], "albert", "mpnet", "nomic_bert", "deberta-v2")
+MODELS = {
+    "every model": tuple(BINDINGS),
+    "post-norm encoders": POST_NORM,
+    "BERT and ViT kinds": BERT_AND_VIT,
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +38,9 @@ class Method:
         summary: one line, with the paper.
         build: function of model, backend and dtype, as `GlobEnc` takes them, and of start_layer if the method
             has one. It returns a function that computes the `Rows` of a batch.
+        defined_for: the models that the paper defines the method for. Other models extend the paper.
+        models: the models that the method takes, a key of MODELS.
+        cost: what the method computes, in passes of the model.
         target: "token" if targets are positions, "class" if they are classes of a sequence classifier.
         supports_packing: whether the method also takes packed sequences.
         has_start_layer: whether the method takes start_layer, the lowest layer of its rollout.
@@ -62,6 +52,9 @@ class Method:
     name: str
     summary: str
     build: Callable[..., Run]
+    defined_for: str
+    models: str = "every model"
+    cost: str = "1 forward pass, 1 pass over the pairs of tokens"
     target: str = "token"
     supports_packing: bool = False
     has_start_layer: bool = False
@@ -85,180 +78,162 @@ class Method:
         return self.build(model, backend, dtype)
 
 
-def _rollout(name: str, model: PreTrainedModel, backend: str, dtype: torch.dtype | None) -> Run:
-    """Build a method that returns a `RolloutResult`."""
-    attribute = GlobEnc(model, backend, dtype) if name == "globenc" else Rollout(model, name, backend, dtype)
-
-    def run(batch: Mapping[str, Any], targets: Tensor | str | None) -> Rows:
-        several = isinstance(targets, Tensor) and targets.dim() == 2
-        rows = targets[:, None] if isinstance(targets, Tensor) and not several else targets
-        if _is_packed(batch):
-            results = attribute.packed(**batch, targets=rows)
-            scores = pad_sequence([one.scores[0, 0] for one in results], batch_first=True)
-            explained = (
-                None if results[0].targets is None else torch.cat([one.targets[:, 0] for one in results])
-            )
-            return Rows(
-                scores,
-                torch.cat([one.log_scale[0] for one in results]),
-                explained,
-                _logits([one.output for one in results]),
-            )
-        result = attribute(**batch, targets=rows)
-        row = slice(None) if several else 0
-        explained = None if result.targets is None else result.targets[:, row]
-        logits = find_logits(result.output)
-        return Rows(result.scores[:, row], result.log_scale[:, row], explained, logits)
-
-    return run
+def _rollout(name: str, summary: str, defined_for: str, **more: str) -> Method:
+    """Return the entry of `GlobEnc` or of a method of `Rollout`."""
+    packs = name != "attention-flow"
+    return Method(name, summary, partial(rollout, name), defined_for, supports_packing=packs, **more)
 
 
-def _information_flow(model: PreTrainedModel, backend: str, dtype: torch.dtype | None) -> Run:
-    """Build `InformationFlow` to one token, or to the mean of all tokens."""
-    attribute = InformationFlow(model, backend, dtype)
-
-    def run(batch: Mapping[str, Any], targets: Tensor | str | None) -> Rows:
-        span = torch.stack([targets, targets + 1], 1) if isinstance(targets, Tensor) else targets
-        result = attribute(**batch, target_span=span)
-        explained = targets if isinstance(targets, Tensor) else result.targets
-        none = torch.zeros_like(result.scores[:, 0])
-        return Rows(result.scores, none, explained, find_logits(result.output), result.error)
-
-    return run
-
-
-def _is_packed(batch: Mapping[str, Any]) -> bool:
-    """Tell whether a batch holds lists of sequences to be packed, instead of tensors (B, n)."""
-    return isinstance(batch.get("input_ids"), list)
-
-
-def _logits(outputs: Sequence[Any]) -> Tensor | None:
-    """Join the logits of S sequences, one output each, to (S, classes), or return None without logits."""
-    return None if outputs[0] is None else torch.cat([find_logits(output) for output in outputs])
-
-
-def relevance(
-    variant: str,
-    model: PreTrainedModel,
-    backend: str = "auto",
-    dtype: torch.dtype | None = None,
-    start_layer: int = 0,
-) -> Run:
-    """Build a variant of `TransformerAttribution`; its `Rows` hold scores (B, n), of images (B, patches)."""
-    chosen = dict(variant=variant, start_layer=start_layer)
-    return _of_logits(TransformerAttribution(model, backend, dtype), **chosen)
-
-
-def _of_logits(
-    attribute: TransformerAttribution | GradientRollout | GradientAttribution, **chosen: Any
-) -> Run:
-    """Build a method that explains one logit of each example, called with the options `chosen`."""
-
-    def run(
-        batch: Mapping[str, Any],
-        targets: Tensor | None,
-        contrast: Tensor | None = None,
-        position: Tensor | None = None,
-    ) -> Rows:
-        if not _is_packed(batch):
-            one = attribute(**batch, target=targets, contrast=contrast, position=position, **chosen)
-            none = torch.zeros_like(one.target, dtype=one.scores.dtype, device=one.scores.device)
-            return Rows(one.scores, none, one.target, find_logits(one.output), one.error, one.nothing)
-        results = attribute.packed(**batch, target=targets, contrast=contrast, **chosen)
-        scores = pad_sequence([one.scores[0] for one in results], batch_first=True)
-        known = results[0].error is not None
-        return Rows(
-            scores,
-            torch.zeros_like(scores[:, 0]),
-            torch.cat([one.target for one in results]),
-            _logits([one.output for one in results]),
-            torch.cat([one.error for one in results]) if known else None,
-            torch.cat([one.nothing for one in results]),
-        )
-
-    return run
-
-
-def _of_class(name: str, summary: str, attribute: Callable[..., Any], **traits: bool) -> Method:
-    """Return a method that explains a class; attribute(model, backend, dtype) makes the object to call."""
-
-    def build(
-        model: PreTrainedModel, backend: str = "auto", dtype: torch.dtype | None = None, **chosen: Any
-    ) -> Run:
-        return _of_logits(attribute(model, backend, dtype), **chosen)
-
-    return Method(name, summary, build, target="class", **traits)
-
-
-# Maps a name to its variant and summary. The last three are computed as in the paper's comparison.
-RELEVANCE = {
-    "transformer-attribution": (
-        "transformer_attribution",
-        "relevance times attention gradients, rolled out (Chefer et al., CVPR 2021)",
-    ),
-    "transformer-attribution-last": (
-        "transformer_attribution_last",
-        "transformer attribution from the last layer alone, the published default for BERT-base",
-    ),
-    "lrp": (
-        "lrp",
-        "layer-wise relevance of the input tokens, summed over the hidden size; signed (Binder et al., 2016)",
-    ),
-    "partial-lrp": (
-        "lrp_last_layer",
-        "layer-wise relevance of the last layer's attention (Voita et al., 2019)",
-    ),
-    "attention-gradcam": (
-        "attn_gradcam",
-        "Grad-CAM on the last layer's attention (after Selvaraju et al., 2017)",
-    ),
-}
-
-METHODS = {
-    name: Method(name, summary, partial(_rollout, name), supports_packing=name != "attention-flow")
-    for name, summary in ROLLOUTS.items()
-}
-METHODS["information-flow"] = Method(
-    "information-flow",
-    "information flow routes: L1 proximity of each head's vectors to the residual stream, summed over the "
-    "layers (Ferrando and Voita, 2024)",
-    _information_flow,
-)
-METHODS |= {
-    name: Method(
+def _relevance(name: str, summary: str, passes: str, **more: bool) -> Method:
+    """Return the entry of a variant of `TransformerAttribution`."""
+    return Method(
         name,
         summary,
-        partial(relevance, variant),
+        partial(relevance, RELEVANCE[name]),
+        "BERT and ViT kinds",
+        models="BERT and ViT kinds",
+        cost=passes,
         target="class",
-        supports_packing=VARIANTS[variant].kind in FOLLOWED,
-        has_start_layer=VARIANTS[variant].kind == "rollout" and VARIANTS[variant].layer is None,
+        **more,
     )
-    for name, (variant, summary) in RELEVANCE.items()
-}
-METHODS["gradient-rollout"] = _of_class(
-    "gradient-rollout",
-    "rollout of attention times its gradient, for every architecture (Chefer et al., ICCV 2021)",
-    GradientRollout,
-    supports_packing=True,
-    has_start_layer=True,
-    next_token=True,
-)
-METHODS |= {
-    name: _of_class(
+
+
+def _gradient(name: str, cost: str, defined_for: str = "every model") -> Method:
+    """Return the entry of a method of `GradientAttribution`."""
+    return Method(
         name,
-        summary,
-        # torch's own functions run, whatever the backend is
-        lambda model, backend, dtype, name=name: GradientAttribution(model, name, dtype),
+        RULES[name].summary if name in RULES else GRADIENTS[name],
+        partial(gradient, name),
+        defined_for,
+        cost=cost,
+        target="class",
         replaces_tokens=name in REPLACING,
         next_token=True,
     )
-    for name, summary in GRADIENTS.items()
+
+
+# The variant of `TransformerAttribution` that each name stands for. The last three are computed as in the
+# paper's comparison.
+RELEVANCE = {
+    "transformer-attribution": "transformer_attribution",
+    "transformer-attribution-last": "transformer_attribution_last",
+    "lrp": "lrp",
+    "partial-lrp": "lrp_last_layer",
+    "attention-gradcam": "attn_gradcam",
 }
-METHODS["decompx"] = _of_class(
-    "decompx",
-    "decomposed vectors of each input token, propagated up to the logit; signed (Modarressi et al., 2023)",
-    DecompX,
+_BACKWARD = "1 forward and 1 backward pass"
+_ENTRIES = (
+    _rollout(
+        "raw-attention",
+        "attention of the last layer, averaged over heads",
+        "every model",
+    ),
+    _rollout(
+        "w",
+        "rollout of attention without a residual (W; Modarressi et al., 2022)",
+        "post-norm encoders",
+    ),
+    _rollout(
+        "attention-rollout",
+        "rollout of attention with a fixed residual of one half (W-FixedRes; Abnar and Zuidema, 2020)",
+        "every model",
+    ),
+    _rollout(
+        "w-res",
+        "rollout of attention with the measured mixing ratio as residual (W-Res; Modarressi et al., 2022)",
+        "post-norm encoders",
+    ),
+    _rollout(
+        "n-fixedres",
+        "rollout of the norms N, rows summing to 1, with a fixed residual of one half (N-FixedRes)",
+        "post-norm encoders",
+    ),
+    _rollout(
+        "n",
+        "rollout of the norms N: attention and value vectors (Kobayashi et al., 2020)",
+        "post-norm encoders",
+    ),
+    _rollout(
+        "n-res",
+        "rollout of the norms N_Res: with the residual",
+        "post-norm encoders",
+    ),
+    _rollout(
+        "n-resln",
+        "rollout of the norms N_ResLN: with the residual and the first LayerNorm (Kobayashi et al., 2021)",
+        "post-norm encoders",
+        models="post-norm encoders",
+    ),
+    _rollout(
+        "globenc",
+        "rollout of the norms N_Enc: the whole encoder layer (Modarressi et al., 2022)",
+        "post-norm encoders",
+    ),
+    _rollout(
+        "attention-flow",
+        "maximum flow through attention with a fixed residual of one half (Abnar and Zuidema, 2020)",
+        "every model",
+        cost="1 forward pass, 1 maximum flow per token",
+    ),
+    Method(
+        "information-flow",
+        "information flow routes: L1 proximity of each head's vectors to the residual stream, summed over "
+        "the layers (Ferrando and Voita, 2024)",
+        information_flow,
+        "decoders",
+    ),
+    _relevance(
+        "transformer-attribution",
+        "relevance times attention gradients, rolled out (Chefer et al., CVPR 2021)",
+        "about 5 forward passes",
+        supports_packing=True,
+        has_start_layer=True,
+    ),
+    _relevance(
+        "transformer-attribution-last",
+        "transformer attribution from the last layer alone, the published default for BERT-base",
+        "1 forward pass, the relevance of 1 layer",
+        supports_packing=True,
+    ),
+    _relevance(
+        "lrp",
+        "layer-wise relevance of the input tokens, summed over the hidden size; signed (Binder et al., 2016)",
+        "about 6 forward passes",
+        supports_packing=True,
+    ),
+    _relevance(
+        "partial-lrp",
+        "layer-wise relevance of the last layer's attention (Voita et al., 2019)",
+        "1 forward pass, the relevance of 1 layer",
+        supports_packing=True,
+    ),
+    _relevance(
+        "attention-gradcam",
+        "Grad-CAM on the last layer's attention (after Selvaraju et al., 2017)",
+        "1 forward pass, the gradient of 1 layer",
+    ),
+    Method(
+        "gradient-rollout",
+        "rollout of attention times its gradient, for every architecture (Chefer et al., ICCV 2021)",
+        gradient_rollout,
+        "encoders",
+        cost=_BACKWARD + ", 1 pass over the pairs of tokens",
+        target="class",
+        supports_packing=True,
+        has_start_layer=True,
+        next_token=True,
+    ),
+    _gradient("gradient-x-input", _BACKWARD),
+    _gradient("gradient-x-input-norm", _BACKWARD),
+    _gradient("saliency", _BACKWARD),
+    _gradient("integrated-gradients", "2 forward passes, 32 or 160 forward and backward passes"),
+    _gradient("occlusion", "1 forward pass per token, and 1 more"),
+    _gradient("attnlrp", _BACKWARD),
+    _gradient("cp-lrp", _BACKWARD, "encoders"),
+    _gradient("gim", _BACKWARD, "decoders"),
+    _gradient("libragrad", _BACKWARD, "image encoders"),
 )
+METHODS = {method.name: method for method in _ENTRIES}
 
 
 def find_method(name: str, who: str = "explain") -> Method:

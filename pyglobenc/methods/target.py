@@ -187,6 +187,9 @@ def _indices(
     One integer, or one for each example, stands for all T. With `several`, a value (B, T) may replace (B,).
     """
     index = torch.as_tensor(value, device=device)
+    if index.is_inference():
+        # A tensor that was made in inference mode can't be part of an autograd graph.
+        index = index.clone()
     if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         raise TypeError(f"{who}: {name} must be integers, got {index.dtype}")
     if several and index.dim() == 2 and len(index) == shape[0] and index.shape[1]:

@@ -100,6 +100,14 @@ def check_window(op: str, window: tuple[int, int]) -> None:
         )
 
 
+def check_square(op: str, window: tuple[int, int], n: int, m: int) -> None:
+    """Refuse a limited window between n queries and another number of keys m, which have no distance."""
+    if n != m and max(window) >= 0:
+        raise ValueError(
+            f"{op}: a window needs as many keys as queries, got {m} keys, {n} queries and {tuple(window)}"
+        )
+
+
 def check_cu_seqlens(
     op: str, cu_seqlens: Tensor | None, key_mask: Tensor | None, sizes: dict[str, int]
 ) -> None:

@@ -16,6 +16,7 @@ from pyglobenc.ops._checks import (
     check_heads,
     check_mask,
     check_shape,
+    check_square,
     check_window,
 )
 
@@ -86,14 +87,6 @@ def product_inputs(op: str, **arguments: Any) -> RelevanceInputs:
     check_window(op, inputs.window)
     check_square(op, inputs.window, sizes["n"], sizes["m"])
     return _one_dtype(op, inputs)
-
-
-def check_square(op: str, window: tuple[int, int], n: int, m: int) -> None:
-    """Refuse a limited window between n queries and another number of keys m, which have no distance."""
-    if n != m and max(window) >= 0:
-        raise ValueError(
-            f"{op}: a window needs as many keys as queries, got {m} keys, {n} queries and {tuple(window)}"
-        )
 
 
 def _one_dtype(op: str, inputs: RelevanceInputs) -> RelevanceInputs:

@@ -16,6 +16,7 @@ from pyglobenc.ops._checks import (
     check_heads,
     check_mask,
     check_shape,
+    check_square,
     check_window,
 )
 
@@ -40,15 +41,15 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Compute softmax attention and the log-sum-exp of its scaled scores.
 
-    The op is differentiable. Without an autograd graph, its memory is linear in n.
+    The op is differentiable, and its memory is linear in n and m.
 
     Args:
         q: queries (B, H, n, dh), any float dtype.
-        k, v: keys and values (B, Hkv, n, dh), H a multiple of Hkv.
-        key_mask: (B, n) bool, True for the keys that may be attended to; None: all.
+        k, v: keys and values (B, Hkv, m, dh), H a multiple of Hkv. In cross attention m may differ from n.
+        key_mask: (B, m) bool, True for the keys that may be attended to; None: all.
         scaling: factor of q . k; the default is dh ** -0.5.
         window: (left, right): query i sees the keys i - left to i + right. -1 is unlimited, and (-1, 0) is
-            causal.
+            causal. It must be unlimited if n and m differ.
         score_mod: change of the scaled scores before the softmax. The reference computes it.
         cu_seqlens: ends of packed sequences, (S + 1,), as for `rollout_step`. Each sequence attends only to
             itself.
@@ -62,12 +63,17 @@ def attention(
     """
     op, sizes = "attention", {}
     check_shape(op, "q", q, "B H n dh", sizes)
-    check_shape(op, "k", k, "B Hkv n dh", sizes)
-    check_shape(op, "v", v, "B Hkv n dh", sizes)
+    check_shape(op, "k", k, "B Hkv m dh", sizes)
+    check_shape(op, "v", v, "B Hkv m dh", sizes)
     check_heads(op, sizes["H"], sizes["Hkv"])
-    check_mask(op, key_mask, sizes)
+    check_mask(op, key_mask, {"B": sizes["B"], "n": sizes["m"]})
     check_window(op, window)
+    check_square(op, window, sizes["n"], sizes["m"])
     check_floats(op, q=q, k=k, v=v)
+    if cu_seqlens is not None and sizes["n"] != sizes["m"]:
+        raise ValueError(
+            f"{op}: packed sequences need as many keys as queries, got {sizes['m']} and {sizes['n']}"
+        )
     check_cu_seqlens(op, cu_seqlens, key_mask, sizes)
     scaling = sizes["dh"] ** -0.5 if scaling is None else float(scaling)
     if cu_seqlens is not None:

@@ -6,7 +6,7 @@ from pyglobenc.backends.dispatch import run
 from pyglobenc.ops._checks import check_floats, check_heads, check_shape, check_widened
 from pyglobenc.ops._registered import register
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("triton", "cuda", "cpu", "reference")
 
 
 def proximity(

@@ -57,9 +57,10 @@ def relevance_attention(
     This module's docstring gives the rules. No (n, n) array is stored.
 
     Args:
-        q, k, v, lse, grad_o, s, key_mask, scaling, window, additive_mask, normalize, stabilizer, rescale,
-            cu_seqlens: fields of `pyglobenc.backends.inputs.RelevanceInputs`, which gives their shapes. lse
-            may have any float dtype; scaling None means dh ** -0.5.
+        q, k, v, lse, grad_o, s: fields of `pyglobenc.backends.inputs.RelevanceInputs`, which gives their
+            shapes. lse may have any float dtype.
+        key_mask, scaling, window, additive_mask: more fields; scaling None means dh ** -0.5.
+        normalize, stabilizer, rescale, cu_seqlens: more fields.
         r: rows of the rollout of the layers above, (B, T, n), or None.
         backend: "auto" or a backend's name.
 

@@ -94,6 +94,8 @@ def caption(attribution: Scored) -> list[tuple[str, str]]:
     elif attribution.label is not None:
         chance = "" if attribution.probability is None else f" ({attribution.probability:.1%})"
         out.append(("predicted", f"{attribution.label}{chance}"))
+    if "layer" in attribution.settings:
+        out.append(("layer", str(attribution.settings["layer"])))
     if attribution.windows:
         out.append(("windows", f"{len(attribution.windows)} overlapping, scores joined"))
     if attribution.cut:

@@ -52,7 +52,11 @@ def page(attributions: Sequence[Scored], merge_words: bool | None = None, column
     Raises:
         TypeError, ValueError: columns is no integer of at least 1.
     """
-    body = fragment(attributions, merge_words, columns, "<h1>Token attribution</h1>")
+    return document(fragment(attributions, merge_words, columns, "<h1>Token attribution</h1>"))
+
+
+def document(body: str) -> str:
+    """Return a whole HTML page with this body."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>Token '

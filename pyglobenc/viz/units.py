@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Scored(Protocol):
     windows: list[tuple[int, int]] | None
     offsets: list[tuple[int, int]] | None
     cut: int
+    settings: dict[str, Any]
 
     def units(self, merge_words: bool | None = None) -> Sequence[Unit]:
         """Return the tokens or words that a picture shows."""

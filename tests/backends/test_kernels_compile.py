@@ -58,7 +58,14 @@ def cases() -> list[dict]:
         if capability == AMD:
             for op in ("rollout_step", "pair_norms"):
                 case(op, BERT, precision="ieee")
-            for op in (*ELEMENTWISE, "relevance_attention", "relevance_maps", "head_gram", "head_norms"):
+            for op in (
+                *ELEMENTWISE,
+                "relevance_attention",
+                "relevance_maps",
+                "head_gram",
+                "head_norms",
+                "proximity",
+            ):
                 case(op, HEADS[0], precision="ieee", packed=False)
             for op in ("add_relevance", "relevance_attention"):
                 case(op, HEADS[0], precision="ieee")
@@ -75,6 +82,9 @@ def cases() -> list[dict]:
         for shape in (HEADS[0], HEADS[-1], BERT, (12, 12, 64, "float16", 1)):
             case("head_gram", shape)
         case("head_norms", HEADS[0])
+        for shape in (HEADS[1], (64, 8, 256, "bfloat16", 24)):
+            case("proximity", shape)
+        case("proximity", BERT, full=False)
         case("mapped_square", BERT)
         case("pair_norms", BERT)
         case("rollout_step", BERT, precision="tf32")
@@ -123,7 +133,12 @@ def test_shared_memory_fits(resources):
 
 @pytest.mark.slow
 def test_products_run_on_tensor_cores(resources):
-    without = [row for row in resources if row["op"] in ELEMENTWISE or row["kernel"] == "_finish_kernel"]
+    # Heads that are compared alone have no products of matrices.
+    without = [
+        row
+        for row in resources
+        if row["op"] in ELEMENTWISE or row["kernel"] == "_finish_kernel" or row.get("BLOCK_H") == 1
+    ]
     assert [row for row in resources if bool(row["mma"]) == (row in without)] == []
 
 
@@ -161,7 +176,8 @@ def variant(kernel, args: tuple, kwargs: dict) -> tuple:
 
 @pytest.mark.parametrize(
     "op",
-    "rollout_step pair_norms head_gram head_norms mapped_square relevance_attention relevance_maps".split(),
+    "rollout_step pair_norms head_gram head_norms mapped_square proximity".split()
+    + ["relevance_attention", "relevance_maps"],
 )
 def test_a_corpus_compiles_a_kernel_a_few_times(op):
     case, found = (

@@ -1,8 +1,10 @@
-"""`head_gram`, `head_norms`, `mapped_square` of the GPU backends against the reference: on the GPU where
-there is one, else interpreted.
+"""`head_gram`, `head_norms`, `mapped_square`, `proximity` of the GPU backends against the reference: on the
+GPU where there is one, else interpreted.
 
 The CUDA backend takes these tests over in cuda/test_values.py.
 """
+
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from numerics import pooled
 from pair_cases import spread
 from test_kernels_pairs import factor
 
-from pyglobenc.ops import gram_weights, head_gram, head_norms, mapped_square
+from pyglobenc.ops import gram_weights, head_gram, head_norms, mapped_square, proximity
 
 HALF = (torch.bfloat16, torch.float16)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -129,6 +131,42 @@ def test_strided(backend):
             check(backend, head_gram, (v.to(dtype), kernel, x.to(dtype), cross_kernel), compare)
 
 
+def proximity_inputs(B, H, Hkv, n, dh, d, rows=5):
+    """alpha, v, weight and y, rounded to float32."""
+    v, weight = torch.randn(B, Hkv, n, dh), torch.randn(H, dh, d) / dh**0.5
+    return [t.to(DEVICE) for t in (torch.rand(B, H, rows, n), v, weight, torch.randn(B, rows, d))]
+
+
+@pytest.mark.parametrize(
+    "shape, rows, dtype, per_head",
+    [
+        ((1, 6, 2, 40, 20, 70), 35, torch.float32, False),
+        ((1, 3, 1, 31, 9, 33), 33, torch.bfloat16, False),
+        ((2, 1, 1, 32, 8, 17), 17, torch.float16, False),
+        ((4, 4, 2, 64, 8, 24), 1, torch.float32, True),
+        ((1, 3, 3, 19, 8, 65), 18, torch.bfloat16, True),
+    ],
+    ids=str,
+)
+def test_proximity(shape, rows, dtype, per_head, backend):
+    """A tile of rows and some more, one head, and heads that are compared alone for one row and for many."""
+    with pooled(factor(backend)) as compare:
+        alpha, v, weight, y = proximity_inputs(*shape, rows)
+        check(backend, partial(proximity, per_head=per_head), (alpha, v.to(dtype), weight, y), compare)
+
+
+def test_proximity_of_what_lies_apart(backend):
+    with pooled(factor(backend)) as compare:
+        args = [spread(t) for t in proximity_inputs(1, 4, 2, 37, 16, 24, 28)]
+        for per_head in (False, True):
+            check(backend, partial(proximity, per_head=per_head), args, compare)
+    alpha, v, weight, y = proximity_inputs(2, 4, 2, 9, 16, 24)
+    for shape in ((0, 4, 5, 9), (2, 4, 0, 9), (2, 4, 5, 0)):
+        B, H, rows, n = shape
+        out = proximity(alpha[:B, :, :rows, :n], v[:B, :, :n], weight, y[:B, :rows], backend=backend)
+        assert out.shape == (B, rows, n)
+
+
 def test_heads_without_features(backend):
     v, _, x, *_ = inputs(2, 4, 2, 5, 16, 24)
     kernel, cross_kernel = v.new_zeros(4, 0, 4, 0), v.new_zeros(4, 0, 24)
@@ -155,5 +193,8 @@ def test_refuses_with_reasons(backend):
         head_norms(v.double(), weight.double(), backend=backend)
     with pytest.raises(ValueError, match="computes in float32, got kernel torch.bfloat16"):
         head_gram(v.bfloat16(), kernel.bfloat16(), backend=backend)
+    alpha, y = torch.rand(1, 2, 4, 3, device=DEVICE), torch.rand(1, 4, 8, device=DEVICE)
+    with pytest.raises(ValueError, match="computes in float32, got v torch.float64"):
+        proximity(alpha.double(), v.double(), weight.double(), y.double(), backend=backend)
     with pytest.raises(ValueError, match="computes in float32, got x torch.float64"):
         mapped_square(x.double(), [], backend=backend)

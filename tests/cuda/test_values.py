@@ -1,4 +1,4 @@
-"""`head_gram`, `head_norms` and `mapped_square` in CUDA C++: emulated where there is no GPU."""
+"""`head_gram`, `head_norms`, `mapped_square` and `proximity` in CUDA C++: emulated where there is no GPU."""
 
 import pytest
 import torch
@@ -11,6 +11,8 @@ from test_kernels_values import (  # noqa: F401
     test_heads_without_features,
     test_mapped_square,
     test_mapped_square_of_what_lies_apart,
+    test_proximity,
+    test_proximity_of_what_lies_apart,
     test_refuses_with_reasons,
     test_strided,
 )

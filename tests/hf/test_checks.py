@@ -323,9 +323,7 @@ def test_what_a_module_around_a_model_forgets(name, method):
         pytest.skip("no relevance rules")
     batch = random_batch(build(name), batch=2, n=7, pads=[2, 0])
     options = {"targets": [0]} if method is GlobEnc else {"target": 1}
-    with pytest.raises(
-        ValueError, match=r"(layer|h)\.0\..*att.* doesn't hide the padding"
-    ):
+    with pytest.raises(ValueError, match=r"(layer|h)\.0\..*att.* doesn't hide the padding"):
         method(Around(name, "mask").eval())(**batch, **options)
     with pytest.raises(ValueError, match=r"layers \[0, 1, 2\] never called .* was skipped|can't be followed"):
         method(Around(name, "model").eval())(**batch, **options)

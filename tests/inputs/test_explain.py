@@ -15,7 +15,8 @@ from pyglobenc import GlobEnc, Rollout, TransformerAttribution, explain
 from pyglobenc.explain import explain_each
 from pyglobenc.inputs.batches import Runner
 from pyglobenc.inputs.windows import MAX_CHARACTERS, encode, join
-from pyglobenc.methods.registry import METHODS, RELEVANCE, Method, Rows
+from pyglobenc.methods.builders import Rows
+from pyglobenc.methods.registry import METHODS, RELEVANCE, Method
 from pyglobenc.viz.common import caption
 
 TEXT = "the good film is deep, filming."
@@ -104,7 +105,7 @@ def test_wrapped_models_are_the_models_inside():
 def test_every_variant_is_explained_as_it_computes(method, target):
     a = explain(classifier(), tokenizer(), TEXT, method=method, target=target)
     attribute = TransformerAttribution(classifier())
-    expected = attribute(input_ids=torch.tensor([a.token_ids]), target=target, variant=RELEVANCE[method][0])
+    expected = attribute(input_ids=torch.tensor([a.token_ids]), target=target, variant=RELEVANCE[method])
     assert (
         np.array_equal(a.scores, expected.scores[0].numpy()) and a.log_scale == 0 and a.target_kind == "class"
     )
@@ -320,7 +321,9 @@ def test_windows_all_explain_one_class(monkeypatch):
 
         return run
 
-    monkeypatch.setitem(METHODS, "by-class", Method("by-class", "for tests", build_it, target="class"))
+    monkeypatch.setitem(
+        METHODS, "by-class", Method("by-class", "for tests", build_it, "every model", target="class")
+    )
     a = explain(classifier(), tokenizer(), LONG, method="by-class", long="windows", batch_size=2)
     assert calls == [a.target] * len(a.windows) and a.target_name == a.label
     assert a.windows[0][0] == 1 and a.windows[-1][1] == len(a) - 1

@@ -5,10 +5,7 @@ import pytest
 import torch
 import transformers
 from models import SMALL, build, randomize
-from tiny import classifier, tokenizer
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
+from tiny import by_bytes, classifier, tokenizer
 
 import pyglobenc
 from pyglobenc import explain
@@ -31,14 +28,6 @@ def masked_model(name):
     own |= dict(pad_token_id=0, cls_token_id=2, sep_token_id=3) if name == "modernbert" else {}
     config = getattr(transformers, MASKED_MODELS[name][0])(**SMALL | own)
     return randomize(getattr(transformers, MASKED_MODELS[name][1])(config)).double().eval()
-
-
-def by_bytes(*merges, **names):
-    """Return a byte-level BPE tokenizer, as GPT-2's, with some pieces joined: "ab" joins a and b."""
-    pieces = sorted(pre_tokenizers.ByteLevel.alphabet()) + [merge.replace(" ", "") for merge in merges]
-    inner = Tokenizer(BPE({piece: i for i, piece in enumerate(pieces)}, [tuple(m.split()) for m in merges]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return PreTrainedTokenizerFast(tokenizer_object=inner, **names)
 
 
 def direct(model, ids, position, target, contrast=None):

@@ -394,7 +394,7 @@ def test_explain_takes_modules_around_an_encoder(pool, method):
         logits = model(**batch)[0].detach()
         assert one.probability == pytest.approx(float(logits.softmax(0).max()), rel=1e-9)
         if METHODS[method].target == "class":
-            variant = RELEVANCE[method][0]
+            variant = RELEVANCE[method]
             result = TransformerAttribution(model)(**batch, variant=variant)
             assert one.target == int(logits.argmax()) == int(result.target)
             scores = result.scores[0]

@@ -1,17 +1,71 @@
-"""The pages that list methods name those of the registry."""
+"""The registry tells the truth, and the pages that list methods are drawn from it."""
 
 from pathlib import Path
 
-from pyglobenc.methods.registry import METHODS
+import pytest
+import torch
+from models import ARCHITECTURES, CAUSAL, IMAGES, PRE_NORM, build, random_batch
+from torch import nn
+
+from pyglobenc.hf.registry import BINDINGS
+from pyglobenc.methods.registry import METHODS, MODELS
 
 ROOT = Path(__file__).parents[2]
+WITH_A_HEAD = ("Classification", "CausalLM", "LMHeadModel")
+
+
+class Headed(nn.Module):
+    """A user's module with a linear head on the first or the last token of an encoder."""
+
+    def __init__(self, encoder: nn.Module, token: int):
+        super().__init__()
+        self.encoder, self.token, self.config = encoder, token, encoder.config
+        self.linear = nn.Linear(encoder.config.hidden_size, 3).to(encoder.dtype)
+
+    def forward(self, **batch):
+        return self.linear(self.encoder(**batch).last_hidden_state[:, self.token])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *PRE_NORM, *IMAGES])
+def test_every_yes_runs_and_every_no_gives_its_reason(name):
+    stock = build(name)
+    headed = type(stock).__name__.endswith(WITH_A_HEAD)
+    model = stock if headed else Headed(stock, -1 if name in CAUSAL else 0).eval()
+    batch = random_batch(stock, batch=2, n=7)
+    for method in METHODS.values():
+        extra = {}
+        if method.replaces_tokens and "input_ids" in batch:
+            extra = dict(replacement=0, special_tokens_mask=torch.zeros_like(batch["input_ids"]))
+        run = method.run("test", model, "auto", None) if _takes(method, stock) else None
+        if run is not None:
+            rows = run({**batch, **extra}, None)
+            assert torch.isfinite(rows.scores).all(), method.name
+            found = (rows.scores != 0).flatten(1).any(1)
+            assert found.all() if rows.nothing is None else (found | rows.nothing).all(), method.name
+            continue
+        with pytest.raises(ValueError, match="this model|no Linear module|share modules"):
+            method.run("test", model, "auto", None)({**batch, **extra}, None)
+
+
+def _takes(method, model: nn.Module) -> bool:
+    return model.config.model_type in MODELS[method.models]
+
+
+def test_all_model_types_are_tested():
+    tested = {build(name).config.model_type for name in (*ARCHITECTURES, *PRE_NORM, *IMAGES)}
+    assert tested == set(BINDINGS)
+    assert all(set(types) <= set(BINDINGS) for types in MODELS.values())
 
 
 def test_the_page_of_methods_is_the_registry():
     page = (ROOT / "docs" / "methods.md").read_text()
     for method in METHODS.values():
-        line = f"| `{method.name}` | {method.summary} | a {method.target} |"
+        facts = (f"a {method.target}", method.models, method.defined_for, method.cost)
+        line = f"| {' | '.join((f'`{method.name}`', method.summary, *facts))} |"
         assert line in page, line
     assert page.count("\n| `") == len(METHODS) + 1
+    for words, types in MODELS.items():
+        assert f"- **{words}**: {', '.join(f'`{name}`' for name in types)}." in page, words
     readme = (ROOT / "README.md").read_text()
     assert [name for name in METHODS if f"`{name}`" not in readme] == []

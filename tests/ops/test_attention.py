@@ -260,3 +260,21 @@ def test_gradients_on_a_gpu(dh):
     for out, exact, torch_out in zip(*grads, strict=True):
         # as above; the exact gradient is rounded to float32 once more, where it enters the graph
         assert_as_good_as_torch(out, exact.double(), torch_out, 4.0)
+
+
+@pytest.mark.parametrize("n, m", [(1, 7), (130, 9), (5, 130)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cross_attention_has_its_own_number_of_keys(n, m, dtype):
+    q, k, v = (torch.randn(2, heads, size, 8, dtype=dtype) for heads, size in ((4, n), (2, m), (2, m)))
+    mask = torch.arange(m) < torch.tensor([[m], [m // 2]])
+    scores = q.double() @ k.double().repeat_interleave(2, 1).mT * 0.3
+    for seen_keys in (None, mask):
+        seen = scores if seen_keys is None else scores.masked_fill(~seen_keys[:, None, None], -torch.inf)
+        o, lse = attention(q, k, v, key_mask=seen_keys, scaling=0.3)
+        expected = seen.softmax(-1) @ v.double().repeat_interleave(2, 1)
+        # A sum over 130 keys has fewer than 130 roundings of half an eps each.
+        tolerance = 65 * torch.finfo(dtype).eps
+        torch.testing.assert_close(o.double(), expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(lse.double(), seen.logsumexp(-1), rtol=tolerance, atol=tolerance)
+    with pytest.raises(ValueError, match="a window needs as many keys as queries"):
+        attention(q, k, v, window=(-1, 0))

@@ -83,7 +83,7 @@ def test_a_small_vector_keeps_its_digits(kernel):
 @pytest.mark.parametrize("kernel", ["reference", *KERNELS])
 @pytest.mark.parametrize("per_head", [False, True])
 def test_strided_inputs(kernel, per_head):
-    args = rounded(arguments(2, 4, 2, 7, 37, 8, 24), torch.float32)
+    args = rounded(arguments(2, 4, 2, 7, 37, 8, 90), torch.float32)
     alpha, v, weight, y = args
     layouts = [
         tuple(map(spread, args)),
@@ -111,9 +111,8 @@ def test_keys_and_rows_stand_alone(kernel):
     bad = torch.zeros(2, 9, 21, dtype=torch.bool)
     bad[0, :, 3], bad[1, 4] = True, True
     bad[:, :, 7] = False
-    # A key that no head reads adds nothing, whatever the row is.
-    assert torch.equal(out.isnan() & (torch.arange(21) != 7), bad)
-    assert (out[0, :, 7] == 0).all()
+    assert torch.equal(out.isnan(), bad)
+    assert (out[:, :, 7] == 0).all()
 
 
 @pytest.mark.parametrize("kernel", ["reference", *KERNELS])

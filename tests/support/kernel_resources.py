@@ -196,6 +196,12 @@ def arguments(case: dict, n: int = 1024) -> tuple:
         return x, x, x, 0.0, True, cu_seqlens
     if op == "linear_relevance":
         return meta(2, n, 3072), x, weight, weight, meta(2, n, 3072), weight[:, 0]
+    if op == "proximity":
+        heads, head_dim, dtype = case["heads"], case["head_dim"], getattr(torch, case["dtype"])
+        width, rows, n = heads * head_dim, case["rows"], min(n, 256)
+        v = meta(2, case["kv_heads"], n, head_dim, dtype=dtype)
+        per_head = not case["full"]
+        return meta(2, heads, rows, n), v, meta(heads, head_dim, width), meta(2, rows, width), per_head
     if op.startswith("head_"):
         heads, head_dim = case["heads"], case["head_dim"]
         dtype, width = getattr(torch, case["dtype"]), heads * head_dim

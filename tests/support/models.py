@@ -7,6 +7,7 @@ import torch
 import transformers
 from numerics import SEED
 from safetensors.torch import load_file
+from torch import nn
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -166,3 +167,28 @@ def golden(name: str):
     )
     model.load_state_dict(load_file(GOLDEN / f"{name}.weights.safetensors"))
     return model.double().eval(), load_file(GOLDEN / f"{name}.outputs.safetensors")
+
+
+class Classifier(nn.Module):
+    """A user's module with a linear head that reads the last real token, the first one, or the mean."""
+
+    def __init__(self, encoder: nn.Module, reads: str):
+        super().__init__()
+        self.encoder, self.reads = encoder, reads
+        self.linear = nn.Linear(encoder.config.hidden_size, 3).to(encoder.dtype)
+
+    def forward(self, **batch):
+        h = self.encoder(**batch).last_hidden_state
+        mask = batch.get("attention_mask")
+        mask = torch.ones_like(h[..., 0]) if mask is None else mask.to(h.dtype)
+        if self.reads == "mean":
+            h = (h * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        else:
+            index = (mask * torch.arange(h.shape[1])).argmax(1) if self.reads == "last" else mask.argmax(1)
+            h = h[torch.arange(len(h)), index]
+        return self.linear(h)
+
+
+def classifier(name: str, reads: str, dtype: torch.dtype = torch.float64) -> Classifier:
+    model = build(name, dtype).base_model
+    return Classifier(model, reads).eval()

@@ -5,8 +5,8 @@ from functools import cache
 
 import pytest
 from models import build
-from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
-from tokenizers.models import WordPiece
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE, WordPiece
 from transformers import PreTrainedTokenizerFast
 
 from pyglobenc.models.pretrained import load_pretrained, model_folder
@@ -44,6 +44,15 @@ def tokenizer(**changes) -> PreTrainedTokenizerFast:
         "mask_token": "[MASK]",
     }
     return PreTrainedTokenizerFast(tokenizer_object=inner, **(names | changes))
+
+
+def by_bytes(*merges, **names):
+    """Return a byte-level BPE tokenizer, as GPT-2's, with some pieces joined: "ab" joins a and b."""
+    pieces = sorted(pre_tokenizers.ByteLevel.alphabet()) + [merge.replace(" ", "") for merge in merges]
+    inner = Tokenizer(BPE({piece: i for i, piece in enumerate(pieces)}, [tuple(m.split()) for m in merges]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **names)
 
 
 def classifier():

@@ -23,13 +23,13 @@ def attention(
     score_mod: ScoreMod | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `pyglobenc.ops.attention`: -> o (B, H, n, dh), lse (B, H, n)."""
-    n, group = q.shape[2], q.shape[1] // k.shape[1]
+    n, m, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     modify = None if score_mod is None else score_mod.bind(q, k)
 
     def block(start: int) -> tuple[Tensor, Tensor]:
         rows = slice(start, min(n, start + QUERY_BLOCK))
-        cols = visible_keys(rows, n, window)
+        cols = visible_keys(rows, m, window)
         scores = q[:, :, rows] @ k[:, :, cols].transpose(2, 3) * scaling
         if modify is not None:
             scores = modify(scores, rows, torch.arange(n, device=q.device)[None, rows], cols)
@@ -46,7 +46,7 @@ def attention(
     if not n:
         return torch.zeros_like(q), q.new_zeros(q.shape[:3])
     starts = range(0, n, QUERY_BLOCK)
-    if n > STORED and torch.is_grad_enabled():
+    if max(n, m) > STORED and torch.is_grad_enabled():
         again = dict(use_reentrant=False, preserve_rng_state=False)
         blocks = [checkpoint(block, start, **again) for start in starts]
     else:

@@ -24,3 +24,5 @@ def _fill(alpha: Tensor, f: Tensor, y: Tensor, out: Tensor) -> None:
         rows = slice(start, start + step)
         vectors = alpha[:, :, rows].permute(0, 3, 2, 1) @ f  # (B, J, rows, d)
         out[:, rows] = positive_part_(nearer(vectors, y[:, None, rows])).transpose(1, 2)
+    # A key without factors adds nothing, even if its vectors hold NaN.
+    out.masked_fill_((alpha == 0).all(1), 0)

@@ -8,6 +8,8 @@ from torch import Tensor
 # The smallest number of keys whose vectors exist at a time. It is larger if they still have no more entries
 # than the hidden states.
 MIN_KEYS = 32
+# The same on a GPU: enough programs to fill it, and 9 MB for BERT-base.
+GPU_KEYS = 256
 
 
 def by_keys(

@@ -3,9 +3,10 @@
 They are registered together. Without the mask function transformers passes no mask, even for padded batches.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from threading import get_ident
+from threading import Lock, get_ident
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -44,6 +45,7 @@ class Recorder:
     record: Callable[..., None]  # called with the inputs, settings and outputs of the attention function
     cu_seqlens: Tensor | None = None  # (S + 1,) int32, where each sequence packed into the input starts
     thread: int = field(default_factory=get_ident)
+    cross: bool = False  # whether the module attends to another sequence than its own
 
     def __call__(self, **tensors: Any) -> None:
         """Record a call, if it was made in the capture's own thread."""
@@ -53,6 +55,26 @@ class Recorder:
 
 # The recorder of each attention module that is being captured.
 RECORDERS: "WeakKeyDictionary[nn.Module, Recorder]" = WeakKeyDictionary()
+_CLAIM = Lock()
+
+
+@contextmanager
+def recording(recorders: Mapping[nn.Module, Recorder]) -> Iterator[None]:
+    """Context in which each attention module reports its calls to a recorder of its own.
+
+    Raises:
+        RuntimeError: this or another thread already captures one of the modules.
+    """
+    # All modules are claimed at once, because another thread may want to capture the same model.
+    with _CLAIM:
+        if any(module in RECORDERS for module in recorders):
+            raise RuntimeError("capture: the model is being captured already")
+        RECORDERS.update(recorders)
+    try:
+        yield
+    finally:
+        for module in recorders:
+            RECORDERS.pop(module)
 
 
 def attention_function(
@@ -69,7 +91,8 @@ def attention_function(
     Args:
         module: the attention module that calls.
         query: (B, H, n, dh), floating point.
-        key, value: (B, Hkv, n, dh), the same dtype. Under autocast the dtypes may differ.
+        key, value: (B, Hkv, n, dh), the same dtype. Under autocast the dtypes may differ. Cross attention
+            may have another number of keys.
         attention_mask: the `Mask` that `mask_function` returned, or None.
         scaling: factor of the scores; None: dh ** -0.5.
         kwargs: further options of transformers' attention functions.
@@ -78,38 +101,68 @@ def attention_function(
         The attention output (B, n, H, dh), the query's dtype; and None in place of the weights.
 
     Raises:
-        ValueError: dropout, cached or cross attention, an option that isn't supported, or another mask.
+        ValueError: dropout, cached attention, cross attention of a module that the capture does not know as
+            such, an option that isn't supported, or another mask.
     """
-    name = type(module).__name__
-    for option in ("position_bias", "s_aux"):
-        if kwargs.get(option) is not None:
-            raise ValueError(f"capture: {name} uses {option}, which is not supported")
-    if kwargs.get("dropout"):
-        raise ValueError(f"capture: {name} applies dropout of {kwargs['dropout']}; call model.eval() first")
-    if query.shape[2] != key.shape[2]:
-        raise ValueError(
-            f"capture: {name} attends to {key.shape[2]} keys from {query.shape[2]} queries; cached or cross "
-            "attention is not supported"
-        )
-    window = window_of(module, kwargs)
-    key_mask, bias = _read_mask(name, attention_mask, window, query.shape[2])
-    score_mod = bias if kwargs.get("softcap") is None else SoftCap(kwargs["softcap"])
     recorder = RECORDERS.get(module)
-    cu_seqlens = None if recorder is None or recorder.thread != get_ident() else recorder.cu_seqlens
-    if cu_seqlens is not None and bias is not None:
-        raise ValueError(
-            f"capture: {name} adds a bias for each pair of positions, which is not supported for packed "
-            "sequences"
-        )
-    scaling = query.shape[3] ** -0.5 if scaling is None else scaling
-    query, key, value = cast_by_autocast(query, key, value)
-    settings = dict(
-        key_mask=key_mask, scaling=scaling, window=window, score_mod=score_mod, cu_seqlens=cu_seqlens
+    recorder = None if recorder is None or recorder.thread != get_ident() else recorder
+    cross = recorder is not None and recorder.cross
+    (query, key, value), settings = attention_inputs(
+        module, query, key, value, attention_mask, scaling, kwargs, cross
     )
+    cu_seqlens = None if recorder is None else recorder.cu_seqlens
+    mod = settings["score_mod"]
+    if cu_seqlens is not None and mod is not None and not isinstance(mod, SoftCap):
+        raise ValueError(
+            f"capture: {type(module).__name__} adds a bias for each pair of positions, which is not "
+            "supported for packed sequences"
+        )
+    settings["cu_seqlens"] = cu_seqlens
     o, lse = attention(query, key, value, **settings)
     if recorder is not None:
         recorder(q=query, k=key, v=value, o=o, lse=lse, **settings)
     return o.transpose(1, 2).contiguous(), None
+
+
+def attention_inputs(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None,
+    options: dict[str, Any],
+    cross: bool = False,
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """Return q, k and v, and the settings for `pyglobenc.ops.attention`, of a call that transformers makes.
+
+    Args:
+        module, query, key, value, attention_mask, scaling: as for `attention_function`.
+        options: its further keyword arguments.
+        cross: whether the module may attend to another sequence.
+
+    Raises:
+        ValueError: as `attention_function`.
+    """
+    name = type(module).__name__
+    if options.get("s_aux") is not None:
+        raise ValueError(f"capture: {name} uses s_aux, which is not supported")
+    if options.get("dropout"):
+        raise ValueError(f"capture: {name} applies dropout of {options['dropout']}; call model.eval() first")
+    if query.shape[2] != key.shape[2] and not cross:
+        raise ValueError(
+            f"capture: {name} attends to {key.shape[2]} keys from {query.shape[2]} queries; cached or cross "
+            "attention is not supported"
+        )
+    window = window_of(module, options)
+    key_mask, bias = _read_mask(name, attention_mask, window, query.shape[2])
+    bias = _with_positions(name, bias, options.get("position_bias"))
+    score_mod = bias if options.get("softcap") is None else SoftCap(options["softcap"])
+    if bias is not None and score_mod is not bias:
+        raise ValueError(f"capture: {name} has a soft cap and a bias of its scores, which can't be joined")
+    scaling = query.shape[3] ** -0.5 if scaling is None else scaling
+    settings = dict(key_mask=key_mask, scaling=scaling, window=window, score_mod=score_mod)
+    return cast_by_autocast(query, key, value), settings
 
 
 def window_of(module: nn.Module, options: dict[str, Any]) -> tuple[int, int]:
@@ -142,6 +195,16 @@ def _read_mask(
     return mask.padding, None if mask.bias is None else StoredBias(mask.bias)
 
 
+def _with_positions(name: str, bias: ScoreMod | None, positions: Tensor | None) -> ScoreMod | None:
+    """Return the bias of the scores, which the model may pass as position_bias (1 or B, H, n, m)."""
+    if positions is None or (may_look() and not bool(positions.any())):
+        return bias
+    if bias is not None:
+        raise ValueError(f"capture: {name} adds both a mask with a bias and a position_bias to its scores")
+    # It does not depend on the tokens, so their gradients do not pass through it.
+    return StoredBias(positions.detach())
+
+
 def _within(window: tuple[int, int], n: int) -> tuple[int, ...]:
     """Return the window, with -1 for each side that reaches all n tokens."""
     return tuple(-1 if side >= n - 1 else side for side in window)
@@ -161,14 +224,16 @@ def mask_function(
     Args:
         mask_function: transformers' description of the mask: whether a query sees a key.
         batch_size, q_length: B and n.
-        attention_mask: (B, n), 1 for real tokens and 0 for padding; or None.
+        attention_mask: (B, n), 1 for real tokens and 0 for padding; or None. Cross attention may have another
+            number of keys than queries.
         q_offset: position of the first query; only 0 is supported.
         kwargs: further options of transformers' mask functions.
 
     Raises:
         ValueError: attention uses a cache, or the mask is not bidirectional, causal or a sliding window.
     """
-    if q_offset or kwargs.get("kv_length", q_length) != q_length:
+    cross = mask_function is bidirectional_mask_function
+    if q_offset or (kwargs.get("kv_length", q_length) != q_length and not cross):
         raise ValueError("capture: cached attention is not supported; pass use_cache=False")
     window = _window(mask_function, batch_size, q_length)
     padding = (

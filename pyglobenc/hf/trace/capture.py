@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from threading import Lock, get_ident
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyglobenc.common.arguments import known_arguments
 from pyglobenc.hf.registry import find_layers
-from pyglobenc.hf.trace.attention import NAME, RECORDERS, Recorder
+from pyglobenc.hf.trace.attention import NAME, RECORDERS, Recorder, recording
 from pyglobenc.hf.trace.checks import (
     LINEAR,
     LinearCall,
@@ -33,7 +33,6 @@ from pyglobenc.hf.weights import runs_as_torchs
 
 NORMS = ("attention_norm", "output_norm", "added_norm")
 FULL = (torch.float32, torch.float64)
-_CLAIM = Lock()
 
 
 class Trace:
@@ -189,15 +188,13 @@ def capture(
     with ExitStack() as stack:
         # The capture claims the model before it changes anything, and releases it last, because another
         # thread may want to capture the same model.
-        with _CLAIM:
-            if any(layer.attention in RECORDERS for layer in found):
-                raise RuntimeError("capture: the model is being captured already")
-            for module in {layer.attention for layer in found}:
-                RECORDERS[module] = Recorder(_record(trace, module), cu_seqlens)
-                stack.callback(RECORDERS.pop, module)
+        modules_called = {layer.attention for layer in found}
+        stack.enter_context(
+            recording({module: Recorder(_record(trace, module), cu_seqlens) for module in modules_called})
+        )
         stack.enter_context(_hooked(called, trace, found, modules))
         if any(layer.own_scores is None for layer in found):
-            stack.enter_context(attention_in_this_thread(_configs(model, found), attention))
+            stack.enter_context(attention_in_this_thread(attention_configs(model, found), attention))
         stack.enter_context(uncompiled())
         yield trace
 
@@ -361,7 +358,7 @@ def _record(trace: Trace, module: nn.Module):
     return record
 
 
-def _configs(model: PreTrainedModel, found: list[LayerModules]) -> list[PreTrainedConfig]:
+def attention_configs(model: PreTrainedModel, found: list[LayerModules]) -> list[PreTrainedConfig]:
     """Return the configs from which the parts of a model choose their masks and attention.
 
     Layers may come from another model and then have a config of their own.

@@ -17,6 +17,7 @@ from pyglobenc.common.autocast import outside_autocast
 from pyglobenc.hf.limits import padding_id, patch_grid, patch_size, vocabulary
 from pyglobenc.hf.unwrap import stock_model
 from pyglobenc.methods.arguments import model_inputs
+from pyglobenc.methods.gradients.backward_rules import RULES
 from pyglobenc.methods.gradients.first_layer import FirstLayer, Pass, key_mask
 from pyglobenc.methods.inputs import check_batch, check_model, graph_inputs, require_finite
 from pyglobenc.methods.precision.reliability import DIGITS_GONE, PrecisionWarning, named
@@ -94,13 +95,15 @@ class GradientAttribution:
 
     @known_arguments
     def __init__(self, model: nn.Module, method: str = "gradient-x-input", dtype: torch.dtype | None = None):
-        if method not in GRADIENTS:
-            raise ValueError(f"{WHO}: method must be one of {', '.join(GRADIENTS)}, got {method!r}")
+        if method not in GRADIENTS and method not in RULES:
+            raise ValueError(
+                f"{WHO}: method must be one of {', '.join([*GRADIENTS, *RULES])}, got {method!r}"
+            )
         self.model = check_model(WHO, model, "auto", dtype)
         self.stock = stock_model(self.model)
         self.images = self.stock.main_input_name == "pixel_values"
         self.method = method
-        self.first_layer = FirstLayer(WHO, self.model, dtype)
+        self.first_layer = FirstLayer(WHO, self.model, dtype, method if method in RULES else None)
 
     @outside_autocast
     def __call__(
@@ -166,7 +169,8 @@ class GradientAttribution:
             found, error = self.first_layer.run(batch, explained), None
             scores = self._occluded(batch, found, replacement, special)
         else:
-            found, error = self.first_layer.run(batch, explained, reduction=REDUCTIONS[self.method]), None
+            reduction = REDUCTIONS["gradient-x-input" if self.method in RULES else self.method]
+            found, error = self.first_layer.run(batch, explained, reduction=reduction), None
             scores = found.scores
         mask = key_mask(batch)
         if mask is not None:

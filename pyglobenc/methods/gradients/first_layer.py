@@ -19,6 +19,7 @@ from pyglobenc.hf.registry import is_decoder
 from pyglobenc.hf.trace.threads import in_this_thread
 from pyglobenc.hf.unwrap import stock_model
 from pyglobenc.methods.arguments import run_model
+from pyglobenc.methods.gradients.modified_backward import ModifiedBackward
 from pyglobenc.methods.head import detached, find_logits
 from pyglobenc.methods.precision.float64_forward import WideParameters
 from pyglobenc.methods.target import Target, find_target, kept_positions, next_token_position
@@ -56,10 +57,11 @@ class FirstLayer:
         who: name of the method for errors.
         model: the module that `called_module` returned.
         dtype: torch.float64 runs the forward pass of a narrower model in float64.
+        rules: a name in `RULES`, whose rules the gradients then follow; None for true gradients.
     """
 
-    def __init__(self, who: str, model: nn.Module, dtype: torch.dtype | None):
-        self.who, self.model, self.dtype = who, model, dtype
+    def __init__(self, who: str, model: nn.Module, dtype: torch.dtype | None, rules: str | None = None):
+        self.who, self.model, self.dtype, self.rules = who, model, dtype, rules
         self.stock = stock_model(model)
 
     def run(
@@ -87,10 +89,14 @@ class FirstLayer:
 
         Raises:
             ValueError: the model has no logits, or they can't be followed back to the first layer's input;
-                or its forward pass can't run in float64.
+                or its forward pass can't run in float64; or one of its operations has no rule.
         """
         with weights_named(self.model), ExitStack() as stack:
-            inputs = stack.enter_context(self._graph(reduction is not None, values))
+            tape = None
+            if reduction is not None and self.rules is not None:
+                tape = ModifiedBackward(self.who, self.rules)
+                stack.enter_context(tape.active(self.model))
+            inputs = stack.enter_context(self._graph(reduction is not None, values, tape))
             if replaced is not None:
                 stack.enter_context(self._replaced(*replaced))
             narrow = self.dtype == torch.float64 and self.stock.dtype != torch.float64
@@ -108,6 +114,8 @@ class FirstLayer:
             target = self._target(batch, output, explained, inputs[0].shape[1])
             if narrow and target.logit.dtype != torch.float64:
                 self._refuse_float64()
+            if tape is not None:
+                tape.check(target.logit)
             return self._pass(inputs[0], target, output, reduction)
 
     def _pass(self, x: Tensor, target: Target, output: Any, reduction: Reduction | None) -> Pass:
@@ -129,7 +137,7 @@ class FirstLayer:
         grad = None
         if logit.requires_grad:
             # The sum of the logits has the same gradients, because no example depends on another one.
-            (grad,) = torch.autograd.grad(logit.sum(), x, allow_unused=True, retain_graph=keep)
+            grad = gradient(logit.sum(), x, keep)
         if grad is None:
             raise ValueError(
                 f"{self.who}: the logit can't be followed back to the first layer's input; the model or its "
@@ -152,7 +160,9 @@ class FirstLayer:
         return find_target(self.who, output, target, contrast, position, mask, kept, several=True)
 
     @contextmanager
-    def _graph(self, gradient: bool, values: Tensor | None) -> Iterator[list[Tensor]]:
+    def _graph(
+        self, gradient: bool, values: Tensor | None, tape: ModifiedBackward | None
+    ) -> Iterator[list[Tensor]]:
         """Context of one forward pass; yields a list that the first layer's input is put into.
 
         What the encoder computes before its first layer gets no graph. The input itself is flagged, not a
@@ -185,6 +195,8 @@ class FirstLayer:
                     flagged.append(x.requires_grad_())
                 # A user's module may run its encoder under torch.no_grad.
                 torch.set_grad_enabled(True)
+            if tape is not None:
+                tape.start(x)
 
         flagged: list[Tensor] = []
         handles = [
@@ -225,6 +237,20 @@ class FirstLayer:
                 f"{self.who}: {type(self.stock).__name__} doesn't look the ids up in its embedding table, so "
                 "no token can be replaced"
             )
+
+
+def gradient(y: Tensor, x: Tensor, keep: bool = False) -> Tensor | None:
+    """Return the gradient of a sum y (a scalar) with respect to x (any shape), or None without a way to x.
+
+    torch's engine is called itself. `torch.autograd.grad` would leave an active TorchFunctionMode, which
+    must stay active for blocks that compute their forward pass again (torch.utils.checkpoint). For the same
+    reason the backward pass stays in this thread.
+    """
+    run = torch.autograd.Variable._execution_engine.run_backward
+    with torch.autograd.set_multithreading_enabled(False):
+        return run(
+            (y,), (torch.ones_like(y),), keep, False, (x,), allow_unreachable=True, accumulate_grad=False
+        )[0]
 
 
 def _without_gradients() -> None:

@@ -29,22 +29,18 @@ from pyglobenc.methods.rollout.rows import (
 from pyglobenc.methods.rollout.stages import STAGES, StageOps, check_stage, deepest_stage
 from pyglobenc.methods.target_tokens import target_rows
 
-ROLLOUTS = {
-    "raw-attention": "attention of the last layer, averaged over heads",
-    "w": "rollout of attention without a residual (W; Modarressi et al., 2022)",
-    "attention-rollout": "rollout of attention with a fixed residual of one half (W-FixedRes; Abnar and "
-    "Zuidema, 2020)",
-    "w-res": "rollout of attention with the measured mixing ratio as residual (W-Res; Modarressi et al., "
-    "2022)",
-    "n-fixedres": "rollout of the norms N, rows summing to 1, with a fixed residual of one half (N-FixedRes)",
-    "n": "rollout of the norms N: attention and value vectors (Kobayashi et al., 2020)",
-    "n-res": "rollout of the norms N_Res: with the residual",
-    "n-resln": "rollout of the norms N_ResLN: with the residual and the first LayerNorm (Kobayashi et al., "
-    "2021)",
-    "globenc": "rollout of the norms N_Enc: the whole encoder layer (Modarressi et al., 2022)",
-    "attention-flow": "maximum flow through attention with a fixed residual of one half (Abnar and Zuidema, "
-    "2020)",
-}
+ROLLOUTS = (
+    "raw-attention",
+    "w",
+    "attention-rollout",
+    "w-res",
+    "n-fixedres",
+    "n",
+    "n-res",
+    "n-resln",
+    "globenc",
+    "attention-flow",
+)
 OF_STAGE = {name.lower().replace("_", "-"): name for name in STAGES} | {"globenc": "N_Enc"}
 MAPS = ("layers", "rollout")
 
@@ -55,7 +51,7 @@ class Rollout:
     Args:
         model: a model of a known architecture, or a module with its own head around one, in evaluation
             mode. It is left unchanged.
-        method: a name in ROLLOUTS, which gives the source of each method.
+        method: a name in ROLLOUTS. `pyglobenc.methods.registry` gives the source of each method.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
         dtype: dtype of the attribution arithmetic. None means float32, or float64 for a float64 model.
 

@@ -1,0 +1,1 @@
+"""Models of two streams of tokens: encoder-decoders, and an image beside a text."""

@@ -1,1 +1,0 @@
-"""DecompX: decomposed token representations, from the input tokens up to a logit."""

@@ -1,0 +1,327 @@
+"""Gradient-weighted rollout of models with two streams of tokens (Chefer, Gur and Wolf, ICCV 2021).
+
+An encoder-decoder's target token rests on decoder tokens and on source tokens. The similarity of a text and
+an image rests on tokens and on patches. `pyglobenc.methods.gradients.cross_rules` gives the equations.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyglobenc.backends.dispatch import check_backend
+from pyglobenc.common.arguments import known_arguments, refuse_unknown
+from pyglobenc.common.autocast import callers_autocast, outside_autocast
+from pyglobenc.common.deferred import check_range, require
+from pyglobenc.hf.limits import check_readable, weights_named
+from pyglobenc.hf.streams.capture import AttentionTrace, StreamsTrace, capture_streams
+from pyglobenc.hf.streams.modules import StreamLayer
+from pyglobenc.hf.streams.registry import find_streams, start_token
+from pyglobenc.hf.unwrap import called_module, is_stock_model
+from pyglobenc.methods.arguments import REFUSED, run_model, takes
+from pyglobenc.methods.gradients.cross_rules import (
+    AttentionMap,
+    encoder_decoder_rows,
+    self_attention_rows,
+)
+from pyglobenc.methods.head import detached, find_logits
+from pyglobenc.methods.inputs import check_evaluation, graph_inputs, require_finite
+from pyglobenc.methods.precision.reliability import warn_of_nothing
+from pyglobenc.methods.target import Index, Target, find_target, next_token_position
+
+WHO = "CrossAttribution"
+TEXT = ("input_ids", "attention_mask")
+DECODER = ("decoder_input_ids", "decoder_attention_mask")
+
+
+@dataclass
+class CrossResult:
+    """Attribution of one value for each example to the tokens of both streams.
+
+    If T logits of each example are explained, all fields but the output have T as their second dimension.
+
+    Attributes:
+        scores: (B, n), one score for each decoder token, or for each token of the text that is compared with
+            an image; padding gets 0.
+        source_scores: (B, m), one score for each source token, or for each token of the image encoder, its
+            special tokens included; padding gets 0.
+        target: (B,) int64, the class or the token id explained. For question answering, 0 is the start and 1
+            the end. None for a similarity.
+        position: (B,) int64, the decoder or text token whose rows the scores are.
+        logit: (B,), the value explained.
+        nothing: (B,) bool, True where no relevance reaches any token of either stream. The scores are 0
+            there.
+        output: the output of the model.
+    """
+
+    scores: Tensor
+    source_scores: Tensor
+    target: Tensor | None
+    position: Tensor
+    logit: Tensor
+    nothing: Tensor
+    output: Any = None
+
+
+class CrossAttribution:
+    """Gradient-weighted rollout through self-attention and cross attention (Chefer et al., ICCV 2021).
+
+    Args:
+        model: an encoder-decoder (BART's and T5's families, or a vision encoder-decoder), or CLIP, in
+            evaluation mode. It is not changed.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+        dtype: dtype of the rollout's arithmetic. None means float32, or float64 for a float64 model. The
+            model itself runs in its own dtype.
+
+    Raises:
+        TypeError, ValueError: an unknown architecture, backend or dtype, or a model in training mode.
+    """
+
+    @known_arguments
+    def __init__(self, model: nn.Module, backend: str = "auto", dtype: torch.dtype | None = None):
+        check_backend(backend, WHO)
+        if dtype not in (None, torch.float32, torch.float64):
+            raise ValueError(f"{WHO}: dtype must be None, torch.float32 or torch.float64, got {dtype}")
+        self.model = called_module(model)
+        if not is_stock_model(self.model):
+            raise TypeError(
+                f"{WHO}: model must be a transformers model itself, got {type(self.model).__name__} around "
+                "one"
+            )
+        self.kind = find_streams(self.model).kind
+        check_readable(self.model)
+        check_evaluation(WHO, self.model)
+        self.backend, self.dtype = backend, dtype
+
+    @outside_autocast
+    def __call__(
+        self, *, target: Any = None, contrast: Index = None, position: Index = None, **batch: Any
+    ) -> CrossResult:
+        """Attribute one value of each example to the tokens of both streams.
+
+        Args:
+            target, contrast: the logit explained, as for `TransformerAttribution`; for a model that
+                generates text token ids, None for the predicted one. A similarity takes neither.
+            position: the decoder token whose logits are explained. They are those of the token after it.
+                None means the last real decoder token. A position (B, T) explains T logits of each example
+                from one forward pass; target and contrast may then be (B, T) too.
+            batch: the model's inputs. Texts are input_ids and attention_mask (B, m), images are pixel_values
+                (B, channels, height, width). decoder_input_ids (B, n) are the decoder's tokens, as the model
+                takes them, the start token first; without them the decoder gets the start token alone, and
+                the first generated token is explained. decoder_attention_mask is (B, n). CLIP compares text
+                b with image b.
+
+        Returns:
+            CrossResult with scores (B, n) and source_scores (B, m): the rows, at the token that the head
+            reads, of the relevance between the target's tokens and of that of the source's tokens. For CLIP
+            they are the rows of the text encoder and of the image encoder.
+
+        Raises:
+            TypeError, ValueError: an index is out of range, the model can't take the input, the head reads
+                several tokens, or a score or a logit is not finite.
+        """
+        batch = self._inputs(batch)
+        with weights_named(self.model), torch.inference_mode(False), torch.enable_grad():
+            trace, output = self._run(batch)
+            chosen = self._target(trace, output, (target, contrast, position))
+            several = chosen.logit.dim() == 2
+            logits = list(chosen.logit.unbind(1)) if several else [chosen.logit]
+            parts = []
+            while logits:
+                # The gradients of all layers exist for one logit at a time, on one graph.
+                parts.append(self._rows(trace, logits.pop(0), keep=bool(logits)))
+        scores, source_scores, at, nothing = (
+            torch.stack(part, 1) if several else part[0] for part in zip(*parts, strict=True)
+        )
+        logit = chosen.logit.detach()
+        require_finite(WHO, self.model, (scores, source_scores, logit))
+        warn_of_nothing(WHO, nothing.any(1) if several else nothing)
+        index = None if self.kind == "similarity" else chosen.index
+        return CrossResult(scores, source_scores, index, at, logit, nothing, detached(output))
+
+    def _run(self, batch: Mapping[str, Any]) -> tuple[StreamsTrace, Any]:
+        with capture_streams(self.model) as trace, callers_autocast():
+            output = run_model(self.model, graph_inputs(batch))
+        trace.check()
+        return trace, output
+
+    def _target(self, trace: StreamsTrace, output: Any, explained: tuple[Any, Index, Index]) -> Target:
+        """Return the explained value of each example."""
+        if self.kind == "similarity":
+            if any(value is not None for value in explained):
+                raise ValueError(
+                    f"{WHO}: {type(self.model).__name__} explains the similarity of each text and its image; "
+                    "it takes no target, contrast or position"
+                )
+            logits = output.logits_per_text
+            # Only text b and image b contribute to entry (b, b).
+            return Target(torch.zeros(len(logits), dtype=torch.long), None, logits.diagonal())
+        target, contrast, position = explained
+        logits, first = find_logits(output), trace.of(trace.streams.target[0].own)
+        if position is None and logits is not None and logits.dim() == 3:
+            position = next_token_position(WHO, logits, first.q.shape[2], first.key_mask)
+        return find_target(WHO, output, target, contrast, position, first.key_mask, several=True)
+
+    def _rows(self, trace: StreamsTrace, logit: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the scores (B, n) and (B, m) of the logits (B,), the token read and where they are nothing.
+
+        `keep` keeps the graph for another logit.
+        """
+        streams = trace.streams
+        tops = [trace.tops["target"]] + ([trace.tops["source"]] if self.kind == "similarity" else [])
+        attentions = [
+            one
+            for layer in (*streams.target, *streams.source)
+            for one in (layer.own, layer.cross)
+            if one is not None
+        ]
+        captured = [trace.of(one) for one in attentions]
+        wanted = [*tops, *(one.o for one in captured)]
+        found = torch.autograd.grad(logit.sum(), wanted, retain_graph=keep, allow_unused=True)
+        if any(grad is None for grad in found):
+            raise ValueError(
+                f"{WHO}: the logit can't be followed to every layer; a part of the model runs without "
+                "gradients, or the head doesn't read both streams"
+            )
+        dtype = self.dtype or (torch.float64 if captured[0].q.dtype == torch.float64 else torch.float32)
+        with torch.no_grad():
+            read = [_token_read(grad) for grad in found[: len(tops)]]
+            of = dict(zip((one.module for one in attentions), found[len(tops) :], strict=True))
+            maps = _Maps(trace, of, dtype, self.backend)
+            rows = [_unit_row(at, top, dtype) for at, top in zip(read, tops, strict=True)]
+            own, source = maps.own(streams.target), maps.own(streams.source)
+            if self.kind == "similarity":
+                scores, source_scores = (
+                    self_attention_rows(stream, row) for stream, row in zip((own, source), rows, strict=True)
+                )
+                reached = (scores != rows[0]).any(2) | (source_scores != rows[1]).any(2)
+            else:
+                scores, source_scores = encoder_decoder_rows(source, own, maps.cross(streams.target), rows[0])
+                reached = (scores != rows[0]).any(2) | (source_scores != 0).any(2)
+            nothing = ~reached[:, 0]
+            scores, source_scores = (
+                t[:, 0].masked_fill(nothing[:, None], 0) for t in (scores, source_scores)
+            )
+        return scores, source_scores, read[0], nothing
+
+    def _inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Check the inputs of a call, and add the decoder's start token where it has none."""
+        check_evaluation(WHO, self.model)
+        names = [name for name in (*TEXT, *DECODER, "pixel_values") if takes(self.model, name)]
+        if self.kind == "similarity":
+            names.append("interpolate_pos_encoding")
+        elif "pixel_values" in names:
+            names = [name for name in names if name not in TEXT]
+        neutral = {name for name, value in batch.items() if name in REFUSED and value is REFUSED[name][0]}
+        unknown = [name for name in batch if name not in names and name not in neutral]
+        if set(unknown) & REFUSED.keys():
+            name = next(name for name in unknown if name in REFUSED)
+            raise ValueError(f"{WHO}: {name} can't be honoured: {REFUSED[name][1]}")
+        refuse_unknown(WHO, unknown, {*names, "target", "contrast", "position"})
+        batch = {name: batch[name] for name in names if batch.get(name) is not None}
+        needed = ["pixel_values"] if "pixel_values" in names else []
+        needed += ["input_ids"] if "input_ids" in names else []
+        size = 0
+        for name in needed:
+            if name not in batch:
+                raise ValueError(f"{WHO}: the batch has no {name}, got {', '.join(batch) or 'nothing'}")
+            size = self._check_size(name, batch[name], size)
+        if self.kind == "cross" and self.model.get_output_embeddings() is not None:
+            batch.setdefault("decoder_input_ids", self._start(size))
+        for ids, mask in (TEXT, DECODER):
+            if ids in batch:
+                self._check_size(ids, batch[ids], size)
+                self._check_ids(ids, batch[ids])
+            if mask in batch:
+                _check_mask(mask, batch[mask], batch.get(ids))
+        return batch
+
+    def _check_size(self, name: str, t: Any, size: int) -> int:
+        """Return the number of examples in an input, which must be `size` unless that is 0."""
+        axes = 4 if name == "pixel_values" else 2
+        if not isinstance(t, Tensor) or t.dim() != axes or 0 in t.shape or (size and len(t) != size):
+            came = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
+            of = f" with B={size}" if size else ""
+            shape = "(B, channels, height, width)" if axes == 4 else "(B, n)"
+            raise ValueError(f"{WHO}: {name} must be a tensor {shape}{of}, got {came}")
+        return len(t)
+
+    def _check_ids(self, name: str, ids: Tensor) -> None:
+        if ids.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{WHO}: {name} must be int64 or int32, got {ids.dtype}")
+        if self.kind == "similarity":
+            part = self.model.text_model
+        else:
+            part = self.model.get_encoder() if name == "input_ids" else self.model.get_decoder()
+        check_range(WHO, name, ids, part.get_input_embeddings().num_embeddings)
+        limit = getattr(part.config, "max_position_embeddings", None)
+        if limit is not None and ids.shape[1] > limit:
+            raise ValueError(f"{WHO}: {name} has {ids.shape[1]} tokens and the model takes {limit}")
+
+    def _start(self, size: int) -> Tensor:
+        """Return the decoder's start token for each example, (B, 1)."""
+        start = start_token(self.model)
+        if start is None:
+            raise ValueError(
+                f"{WHO}: the config of {type(self.model).__name__} has no decoder_start_token_id; give "
+                "decoder_input_ids"
+            )
+        return torch.full((size, 1), start, device=self.model.device)
+
+
+@dataclass(frozen=True)
+class _Maps:
+    """The maps of a forward pass, by stream."""
+
+    trace: StreamsTrace
+    grads: dict[nn.Module, Tensor]
+    dtype: torch.dtype
+    backend: str
+
+    def _map(self, module: nn.Module, captured: AttentionTrace) -> AttentionMap:
+        return AttentionMap(captured, self.grads[module], self.dtype, self.backend)
+
+    def own(self, stream: list[StreamLayer]) -> list[AttentionMap]:
+        return [self._map(layer.own.module, self.trace.of(layer.own)) for layer in stream]
+
+    def cross(self, stream: list[StreamLayer]) -> list[AttentionMap]:
+        return [self._map(layer.cross.module, self.trace.of(layer.cross)) for layer in stream]
+
+
+def _token_read(gradient: Tensor) -> Tensor:
+    """Return the one token that the explained value reads of a last layer's output, (B,) int64.
+
+    gradient is that of the value with respect to the output, (B, n, d).
+    """
+    read = (gradient != 0).any(-1)
+
+    def error() -> ValueError:
+        count = read.sum(1).tolist()
+        return ValueError(
+            f"{WHO}: the rules give the rows of one token, but the head reads {count} tokens of the last "
+            "layer's output in the examples of the batch"
+        )
+
+    require((read.sum(1) == 1).all(), error)
+    return read.int().argmax(1)
+
+
+def _unit_row(at: Tensor, top: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the rows of the identity at positions (B,), (B, 1, n), for an output `top` (B, n, d)."""
+    rows = torch.zeros(top.shape[0], 1, top.shape[1], dtype=dtype, device=top.device)
+    return rows.scatter_(2, at[:, None, None].to(top.device), 1)
+
+
+def _check_mask(name: str, mask: Any, ids: Tensor | None) -> None:
+    if ids is None:
+        raise ValueError(f"{WHO}: {name} is given without its token ids")
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        came = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"{WHO}: {name} must be a tensor (B, n) = {tuple(ids.shape)}, got {came}")
+    real = mask == 1
+    require(
+        (real | (mask == 0)).all() & real.any(1).all(),
+        lambda: ValueError(f"{WHO}: {name} must hold 0 and 1 alone, and a real token in each example"),
+    )

@@ -1,0 +1,294 @@
+"""AttnLRP, CP-LRP, GIM and LibraGrad against the papers' rules, by two computations of their own."""
+
+import pytest
+import torch
+import transformers
+from models import ARCHITECTURES, CAUSAL, IMAGES, PRE_NORM, build, classifier, random_batch
+from numerics import assert_as_good_as_torch
+from published import Float64Throughout
+from relevance_by_operations import token_relevance
+from ruled_graph import ruled_scores
+from torch import nn
+
+import pyglobenc
+from pyglobenc.hf import find_layers
+from pyglobenc.methods.gradients.attribution import GradientAttribution
+from pyglobenc.methods.gradients.backward_rules import RULES
+
+FULL = dict(layer_types=["full_attention"] * 3, sliding_window=40, final_logit_softcapping=2.0)
+
+
+def assert_equal(out: torch.Tensor, exact: torch.Tensor, tolerance: float = 1e-9) -> None:
+    assert (out - exact).abs().max() <= tolerance * exact.abs().max()
+
+
+@pytest.mark.parametrize("method", RULES)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "bert-classifier", "vit"])
+def test_equals_relevance_by_operations(name, method):
+    """Divisions by small q . k lose up to five digits in the explicit computation."""
+    model = build(name, **(FULL if name == "gemma2" else {}))
+    batch = random_batch(model, batch=2, n=7)
+    with Float64Throughout():
+        exact, logit = token_relevance(name, model, batch, method, target=1)
+        result = GradientAttribution(model, method)(**batch, target=1)
+    assert_equal(result.logit, logit)
+    assert_equal(result.scores, exact[:, 1:] if name == "vit" else exact)
+
+
+@pytest.mark.parametrize("method", RULES)
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *PRE_NORM, *IMAGES])
+def test_every_architecture_equals_hooks_on_the_eager_graph(name, method):
+    model = classifier(name, "last" if name in CAUSAL else "first")
+    batch = random_batch(model.encoder, batch=3, n=9, pads=[0, 4, 2])
+    with Float64Throughout():
+        result = GradientAttribution(model, method)(**batch, target=1)
+        exact, logit = ruled_scores(model, batch, method, target=1)
+    if name in IMAGES:
+        exact = exact[:, exact.shape[1] - result.scores.shape[1] :]
+    else:
+        exact = exact * batch["attention_mask"]
+    assert_equal(result.logit, logit)
+    assert_equal(result.scores, exact)
+    attention = "sdpa" if model.encoder.config._attn_implementation == "eager" else "eager"
+    if name in ("bert", "llama", "vit"):
+        model.encoder.set_attn_implementation(attention)
+        with Float64Throughout():
+            assert_equal(GradientAttribution(model, method)(**batch, target=1).scores, result.scores)
+
+
+@pytest.mark.parametrize("method", ["cp-lrp", "libragrad"])
+def test_relevance_is_conserved_without_biases(method):
+    """With constant probabilities every rule passes on what it gets, so the scores add up to the logit."""
+    model = build("llama")
+    with Float64Throughout():
+        result = GradientAttribution(model, method)(**random_batch(model, batch=2, n=9, pads=[0, 3]))
+    assert_equal(result.scores.sum(1), result.logit)
+
+
+@pytest.mark.parametrize("method", RULES)
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3", "modernbert", "deberta-v3"])
+def test_padded_and_several_logits_are_what_each_gives_alone(name, method):
+    model = build(name)
+    batch = random_batch(model, batch=2, n=8, pads=[0, 3])
+    explain = GradientAttribution(model, method)
+    padded = explain(**batch, target=1)
+    alone = [explain(input_ids=batch["input_ids"][b : b + 1, :n], target=1) for b, n in ((0, 8), (1, 5))]
+    for b, one in enumerate(alone):
+        n = one.scores.shape[1]
+        # transformers rotates queries and keys in float32, whatever the model's dtype is.
+        assert_equal(padded.scores[b, :n], one.scores[0], 1e-6 if name in CAUSAL else 1e-9)
+        assert not padded.scores[b, n:].any()
+    if name in CAUSAL:
+        several = explain(**batch, target=1, position=torch.tensor([[7, 4], [4, 2]]))
+        assert_equal(several.scores[:, 0], padded.scores)
+        assert_equal(several.scores[:, 1, 5:], torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("method", RULES)
+def test_low_precision_is_as_good_as_the_eager_graph(name, method):
+    exact, ours, theirs = [], [], []
+    for dtype, out in ((torch.float64, exact), (torch.bfloat16, ours)):
+        model = classifier(name, "mean", torch.bfloat16).to(dtype)
+        for seed in range(6):
+            torch.manual_seed(seed)
+            batch = random_batch(model.encoder, batch=12, n=16)
+            out.append(GradientAttribution(model, method)(**batch, target=1).scores)
+            if dtype == torch.bfloat16:
+                theirs.append(ruled_scores(model, batch, method, target=1)[0])
+    exact, ours, theirs = (torch.cat(parts) for parts in (exact, ours, theirs))
+    assert ours.dtype == torch.float32
+    assert_as_good_as_torch(ours, exact, theirs.float())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", ["bert-classifier", "llama", "gpt2"])
+def test_checkpointed_blocks(name):
+    model = build(name)
+    batch = random_batch(model, batch=2, n=7)
+    for method in RULES:
+        explain = GradientAttribution(model, method)
+        model.gradient_checkpointing_disable()
+        expected = explain(**batch, target=0).scores
+        model.gradient_checkpointing_enable()
+        assert torch.equal(explain(**batch, target=0).scores, expected)
+        # transformers checkpoints in training mode alone. The flag of the block switches no dropout on.
+        calls = []
+        for layer in find_layers(model):
+            layer.block.training = True
+        handle = find_layers(model)[1].output.register_forward_hook(lambda *args, c=calls: c.append(1))
+        assert_equal(explain(**batch, target=0).scores, expected, 1e-12)
+        assert len(calls) == 2
+        handle.remove()
+        model.eval()
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_the_model_is_left_as_it_was(name, mode):
+    model = build(name, torch.float32)
+    model.get_output_embeddings().weight.requires_grad_(False)
+    batch = random_batch(model, batch=2, n=6, pads=[0, 2])
+
+    def state():
+        modules = list(model.modules())
+        hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
+        replaced = sum("forward" in vars(m) for m in modules)
+        flags = [(p.requires_grad, p.grad, p._version) for p in model.parameters()]
+        return hooks, replaced, flags, model.config._attn_implementation, type(model.config)
+
+    before = state()
+    computed = []
+    # A hook of a parameter runs if its gradient is computed, whether it is kept or not.
+    handles = [p.register_hook(computed.append) for p in model.parameters() if p.requires_grad]
+    for method in RULES:
+        with mode():
+            result = GradientAttribution(model, method)(**{k: v.clone() for k, v in batch.items()})
+        assert not result.scores.requires_grad and not result.output.logits.requires_grad
+        assert state() == before
+    assert not computed
+    for handle in handles:
+        handle.remove()
+    assert len(torch.overrides._get_current_function_mode_stack()) == 0
+    handle = find_layers(model)[-1].block.register_forward_pre_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        GradientAttribution(model, "gim")(**batch)
+    handle.remove()
+    assert state() == before and len(torch.overrides._get_current_function_mode_stack()) == 0
+
+
+def test_logits_are_those_of_the_model():
+    for name in ("bert-classifier", "gpt2", "llama", "gemma2"):
+        model = build(name, torch.float32)
+        batch = random_batch(model, batch=2, n=7)
+        with torch.no_grad():
+            logits = model(**batch).logits
+        for method in RULES:
+            found = GradientAttribution(model, method)(**batch).output.logits
+            torch.testing.assert_close(found, logits)
+
+
+@pytest.mark.parametrize("method", RULES)
+def test_float64_of_a_narrower_model(method):
+    model = build("bert-classifier", torch.float32)
+    batch = random_batch(model, batch=2, n=7)
+    wide = GradientAttribution(model, method, torch.float64)(**batch).scores
+    assert_equal(wide, GradientAttribution(model.double(), method)(**batch).scores)
+
+
+class Add(torch.autograd.Function):
+    """Not a sum, whatever its name says."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.exp()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class Gate(nn.Module):
+    """A user's MLP; `kind` tells what it computes."""
+
+    def __init__(self, mlp: nn.Module, kind: str):
+        super().__init__()
+        self.mlp, self.kind = mlp, kind
+
+    def forward(self, x):
+        gate, up = self.mlp.gate_proj(x), self.mlp.up_proj(x)
+        if self.kind == "own gated":
+            return self.mlp.down_proj(up * nn.functional.silu(gate))
+        if self.kind == "sigmoid":
+            return self.mlp.down_proj(up * gate.sigmoid())
+        if self.kind == "maximum":
+            return self.mlp.down_proj(torch.maximum(up, gate))
+        if self.kind == "in place":
+            gate[..., 0].tanh_()
+            return self.mlp.down_proj(gate)
+        if self.kind == "own function":
+            return self.mlp.down_proj(Add.apply(gate))
+        if self.kind == "cube":
+            return self.mlp.down_proj(up**3)
+        return self.mlp.down_proj(up * gate)
+
+
+class Halved(transformers.activations.SiLUActivation):
+    """An activation of transformers' name whose outputs depend on other elements."""
+
+    def forward(self, x):
+        return x.softmax(-1)
+
+
+Halved.__module__ = "transformers.activations"
+
+
+def test_a_users_gated_mlp_follows_the_rules_whatever_its_name_is():
+    model = build("llama")
+    batch = random_batch(model, batch=2, n=6)
+    for method in RULES:
+        expected = GradientAttribution(model, method)(**batch).scores
+        own = build("llama")
+        for layer in own.model.layers:
+            layer.mlp = Gate(layer.mlp, "own gated")
+            layer.mlp.down_proj = layer.mlp.mlp.down_proj
+        assert_equal(GradientAttribution(own, method)(**batch).scores, expected)
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("sigmoid", "attnlrp has no rule for an operation of this model, sigmoid in Gate"),
+        ("maximum", "attnlrp has no rule for an operation of this model, maximum in Gate"),
+        ("cube", "attnlrp has no rule for an operation of this model, pow in Gate"),
+        ("in place", "attnlrp has no rule for an operation of this model"),
+        ("own function", "gim has no rule for an operation of this model, AddBackward"),
+        ("product", "cp-lrp has no rule for an operation of this model, mul in Gate"),
+    ],
+)
+def test_operations_without_a_rule_are_refused_by_name(kind, message):
+    model = build("llama")
+    layer = model.model.layers[1]
+    layer.mlp = Gate(layer.mlp, kind)
+    layer.mlp.down_proj = layer.mlp.mlp.down_proj
+    method = message.split()[0]
+    with pytest.raises(ValueError, match=message):
+        GradientAttribution(model, method)(**random_batch(model, batch=1, n=5))
+
+
+def test_refusals():
+    model = build("llama")
+    batch = random_batch(model, batch=1, n=5)
+    model.model.layers[0].mlp.act_fn = Halved()
+    with pytest.raises(ValueError, match="libragrad has no rule for Halved, which isn't an elementwise"):
+        GradientAttribution(model, "libragrad")(**batch)
+    model.model.layers[0].mlp.act_fn = transformers.activations.ACT2FN["laplace"]
+    with pytest.raises(ValueError, match="has no rule for LaplaceActivation"):
+        GradientAttribution(model, "attnlrp")(**batch)
+    model = build("llama")
+    norm = model.model.layers[0].input_layernorm
+    norm.forward = lambda x: norm.weight * nn.functional.normalize(x, dim=-1)
+    normalized = GradientAttribution(model, "attnlrp")(**batch).scores
+    norm.forward = lambda x: norm.weight * x / x.norm(dim=-1, keepdim=True).detach()
+    assert_equal(GradientAttribution(model, "attnlrp")(**batch).scores, normalized)
+    norm.forward = lambda x: norm.weight * x / (1 + x.abs().amax(-1, keepdim=True)).log()
+    assert GradientAttribution(model, "attnlrp")(**batch).scores.any()
+    norm.forward = lambda x: norm.weight * x * (1 + x.abs().amax(-1, keepdim=True)).reciprocal()
+    with pytest.raises(ValueError, match="attnlrp has no rule"):
+        GradientAttribution(model, "attnlrp")(**batch)
+    norm.forward = lambda x: norm.weight / (2 + x.tanh()) * x.tanh() / (3 + x.tanh())
+    with pytest.raises(ValueError, match="attnlrp has no rule for an operation of this model, div in"):
+        GradientAttribution(model, "attnlrp")(**batch)
+    with pytest.raises(ValueError, match="method must be one of .* attnlrp"):
+        GradientAttribution(model, "attn-lrp")
+
+
+@pytest.mark.parametrize("method", RULES)
+def test_explain_takes_the_names(method):
+    from tiny import classifier, tokenizer
+
+    model, texts = classifier(), ["the good film is deep, filming.", "a film"]
+    for a in pyglobenc.explain(model, tokenizer(), texts, method, progress=False):
+        exact = GradientAttribution(model, method)(input_ids=torch.tensor([a.token_ids])).scores[0]
+        assert_equal(torch.tensor(a.scores), exact)
+        assert a.target_kind == "class"
