@@ -38,9 +38,14 @@ class ImageAttribution:
 
     def heat(self, target: int | str) -> np.ndarray:
         """Return a target's scores at every pixel, (height, width) in [0, 1], by bilinear interpolation."""
-        from pyglobenc.viz.image import to_unit, upscale
+        from pyglobenc.viz.image import to_unit
 
-        return to_unit(upscale(self.scores[target], *self.image.shape[:2]))
+        return to_unit(self._upscaled(target))
+
+    def _upscaled(self, target: int | str) -> np.ndarray:
+        from pyglobenc.viz.image import upscale
+
+        return upscale(self.scores[target], *self.image.shape[:2])
 
     def to_png(self, path: str | Path | None = None) -> bytes:
         """Return a PNG picture of the image and of one overlay for each target; write it to path if given."""
@@ -58,7 +63,10 @@ class ImageAttributions(list):
         from pyglobenc.viz.image import to_png
 
         png = to_png(
-            [(one.image, [(one.labels[target], one.heat(target)) for target in one.scores]) for one in self]
+            [
+                (one.image, [(one.labels[target], one._upscaled(target)) for target in one.scores])
+                for one in self
+            ]
         )
         if path is not None:
             write_file(str(path), png)

@@ -1,20 +1,25 @@
-"""Draws scores of patches or pixels over an image, as the published notebooks do.
+"""Draws scores of patches or pixels over an image.
 
-The scores are interpolated bilinearly, coloured with matplotlib's "jet", and added to the image.
+The scores are interpolated bilinearly. Their colours, which are those of the text pictures, tint the image in
+grey, and a colour bar gives their values.
 """
 
 from collections.abc import Sequence
 from io import BytesIO
 
-import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from pyglobenc.common.characters import printable
+from pyglobenc.viz.plots import ramp, tick_text
 
 DPI = 100
 INCHES = 3.0  # side of one picture
+# Luma of red, green and blue (ITU-R BT.601).
+GREY = np.array([0.299, 0.587, 0.114])
 # matplotlib's Agg renderer draws fewer than 2**16 pixels per side.
 TALLEST = 30_000
 
@@ -45,33 +50,39 @@ def to_unit(values: np.ndarray) -> np.ndarray:
     return (values - low) / (high - low) if high > low else np.zeros_like(values)
 
 
-def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
+def overlay(image: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, ScalarMappable]:
     """Draw a heat map over an image.
 
     Args:
         image: (height, width, 3) in [0, 1].
-        heat: (height, width) in [0, 1].
+        values: (height, width).
 
     Returns:
-        (height, width, 3) uint8: the colours of the heat map added to the image, divided by the largest
-        value.
+        (height, width, 3) uint8, the image in pale grey, tinted; and the scale of the colours for a colour
+        bar. It reaches from the smallest to the largest value. If a value is negative, it is symmetric, and
+        negative values are blue.
     """
-    mixed = matplotlib.colormaps["jet"](heat)[..., :3] + image
-    return np.round(255 * mixed / mixed.max()).astype(np.uint8)
+    high, signed = float(np.abs(values).max()), bool(values.min() < 0)
+    low = -high if signed else float(values.min())
+    scale = ScalarMappable(Normalize(low, high), ramp(signed))
+    grey = image @ GREY
+    # Only the lightest greys are used, so that the tint stands out more than the image.
+    mixed = (0.7 + 0.3 * grey[..., None]) * scale.to_rgba(values)[..., :3]
+    return np.round(255 * mixed).astype(np.uint8), scale
 
 
 def to_png(rows: Sequence[tuple[np.ndarray, Sequence[tuple[str, np.ndarray]]]]) -> bytes:
     """Draw rows of pictures as a PNG file.
 
     Args:
-        rows: for each row an image (height, width, 3) in [0, 1], and the name and the heat map (height,
-            width) in [0, 1] of each overlay.
+        rows: for each row an image (height, width, 3) in [0, 1], and the name and the scores (height, width)
+            of each overlay.
 
     Raises:
         ValueError: there are too many rows for one picture.
     """
     pictures = [
-        [("input", image), *((printable(name), overlay(image, heat)) for name, heat in heats)]
+        [("input", image, None), *((printable(name), *overlay(image, values)) for name, values in heats)]
         for image, heats in rows
     ]
     columns = max(map(len, pictures))
@@ -86,8 +97,12 @@ def to_png(rows: Sequence[tuple[np.ndarray, Sequence[tuple[str, np.ndarray]]]]) 
     for cells, row in zip(grid, pictures, strict=True):
         for axes in cells:
             axes.set_axis_off()
-        for axes, (name, picture) in zip(cells, row, strict=False):
+        for axes, (name, picture, scale) in zip(cells, row, strict=False):
             axes.imshow(picture, interpolation="nearest")
+            if scale is not None:
+                bar = figure.colorbar(scale, ax=axes, shrink=0.7)
+                bar.ax.tick_params(labelsize=7)
+                bar.ax.yaxis.set_major_formatter(tick_text)
             # Dollar signs in a label are no formulas, whatever the user's settings are.
             axes.set_title(name, fontsize=9, parse_math=False, usetex=False)
     out = BytesIO()

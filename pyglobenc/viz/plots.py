@@ -14,6 +14,8 @@ from pyglobenc.common.characters import printable
 from pyglobenc.viz.common import RAMPS
 
 DPI = 120
+# An odd number, so that 0 is exactly white between negative and positive values.
+SHADES = 257
 # Inches of a row or column with a name, and the smallest and largest side of a map.
 CELL, LEAST, MOST = 0.22, 3.0, 16.0
 # A longer name is cut.
@@ -24,10 +26,13 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#00
 MARKERS = "osD^vPX"
 
 
-def _ramp(*signs: bool) -> LinearSegmentedColormap:
-    """Return the colours of the text pictures as a map of matplotlib: for positive scores, or for both."""
-    colors = [*reversed(RAMPS[False][1:])] * (False in signs) + list(RAMPS[True])
-    return LinearSegmentedColormap.from_list("scores", [np.array(rgb) / 255 for rgb in colors], 256)
+def ramp(signed: bool) -> LinearSegmentedColormap:
+    """Return the colours of the text pictures as a map of matplotlib; `signed` adds those of negative scores.
+
+    The luminance falls evenly from 0 to the largest absolute value, so pictures are readable in grey.
+    """
+    colors = [*reversed(RAMPS[False][1:])] * signed + list(RAMPS[True])
+    return LinearSegmentedColormap.from_list("scores", [np.array(rgb) / 255 for rgb in colors], SHADES)
 
 
 def heat_map(
@@ -58,15 +63,16 @@ def heat_map(
     if not np.isfinite(values).all():
         raise ValueError("heat_map: values must be finite")
     high = np.abs(values).max() or 1.0
-    signed = values.min() < 0
+    signed = bool(values.min() < 0)
     sides = [min(max(CELL * len(names), LEAST), MOST) for names in (columns, rows)]
     figure = Figure(figsize=(sides[0] + 3, sides[1] + 2), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
-    colors = _ramp(False, True) if signed else _ramp(True)
-    drawn = axes.imshow(values, cmap=colors, vmin=-high if signed else 0, vmax=high, interpolation="nearest")
+    drawn = axes.imshow(
+        values, cmap=ramp(signed), vmin=-high if signed else 0, vmax=high, interpolation="nearest"
+    )
     bar = figure.colorbar(drawn, ax=axes, shrink=0.8)
     bar.ax.tick_params(labelsize=8)
-    bar.ax.yaxis.set_major_formatter(_number)
+    bar.ax.yaxis.set_major_formatter(tick_text)
     for axis, names, side in ((axes.xaxis, columns, sides[0]), (axes.yaxis, rows, sides[1])):
         # Where there is no room for every name, evenly spaced ones are shown.
         step = max(1, round(CELL * len(names) / side))
@@ -114,14 +120,14 @@ def layer_curves(values: np.ndarray, names: Sequence[str], title: str = "", labe
         )
     axes.set_xticks(range(len(values)), map(str, range(len(values))))
     axes.set_xlabel("layer", fontsize=9)
-    axes.yaxis.set_major_formatter(_number)
+    axes.yaxis.set_major_formatter(tick_text)
     axes.set_ylabel(printable(label), fontsize=9)
     figure.legend(loc="outside right upper", fontsize=8, title="token", title_fontsize=8)
     return _written(figure, axes, title)
 
 
-def _number(value: float, position: int | None = None) -> str:
-    # matplotlib's own formatter writes formulas if the user's settings say so.
+def tick_text(value: float, position: int | None = None) -> str:
+    """Return the text of a tick; matplotlib's own formatter writes formulas if the user's settings say so."""
     return f"{value:.4g}"
 
 

@@ -14,6 +14,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from pyglobenc import GlobEnc, Rollout, TransformerAttribution, explain_image
 from pyglobenc.methods.precision.reliability import NoRelevanceWarning
 from pyglobenc.methods.registry import METHODS
+from pyglobenc.viz.common import contrast
 from pyglobenc.viz.image import overlay, to_unit, upscale
 
 
@@ -122,12 +123,20 @@ def test_upscale_is_bilinear_as_torch_has_it(shape, size):
     assert np.abs(upscale(scores, *size) - exact.numpy()).max() <= 1e-12
 
 
-def test_overlay_adds_heat_to_the_image():
-    image, heat = np.zeros((2, 2, 3)), to_unit(np.array([[0.0, 1.0], [2.0, 4.0]]))
-    mixed = overlay(image, heat)
-    assert mixed.dtype == np.uint8 and mixed.max() == 255
-    assert mixed[0, 0, 2] > mixed[0, 0, 0] and mixed[1, 1, 0] > mixed[1, 1, 2]  # cold is blue, hot is red
+def test_overlay_tints_the_image():
+    image, values = np.full((2, 2, 3), 0.6), np.array([[0.0, 1.0], [2.0, 4.0]])
+    mixed, scale = overlay(image, values)
+    assert mixed.dtype == np.uint8 and (scale.norm.vmin, scale.norm.vmax) == (0, 4)
+    # Printed in grey, a larger score is darker.
+    luminance = [contrast(tuple(mixed.reshape(4, 3)[place].tolist()), (0, 0, 0)) for place in range(4)]
+    assert sorted(luminance, reverse=True) == luminance and len(set(luminance)) == 4
+    mixed, scale = overlay(image, values - 1)
+    assert (scale.norm.vmin, scale.norm.vmax) == (-3, 3)
+    assert mixed[0, 0, 2] > mixed[0, 0, 0] and mixed[1, 1, 0] > mixed[1, 1, 2], "blue is below 0"
+    assert len(set(mixed[0, 1])) == 1, "0 leaves the grey of the image"
     assert (to_unit(np.full((2, 2), 3.0)) == 0).all()
+    for constant in (0.0, 3.0, -3.0):
+        assert np.isfinite(overlay(image, np.full((2, 2), constant))[0]).all()
 
 
 def same(one, other):
