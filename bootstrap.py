@@ -107,7 +107,13 @@ def main() -> None:
         "--venv", type=Path, default=ROOT / ".venv", help="folder of the virtual environment (default .venv)"
     )
     args, rest = parser.parse_known_args()
-    python = prepare(args.venv.resolve(), "[test,docs]" if args.job == "test" else "")
+    extras = ""
+    if args.job == "test":
+        browser = shutil.which("chromedriver")
+        extras = f"[test,docs{',browser' if browser else ''}]"
+        if not browser:
+            print("chromedriver isn't installed, so the demo page isn't tested in a browser", flush=True)
+    python = prepare(args.venv.resolve(), extras)
     if args.job == "demo":
         command = (
             python,

@@ -175,7 +175,8 @@ def test_bootstrap_says_why_a_module_is_not_built(checkout):
 def test_the_lock_names_every_requirement_for_every_python():
     tomllib = pytest.importorskip("tomllib", reason="of Python 3.11 and later")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-    wanted = [*project["project"]["dependencies"], *project["project"]["optional-dependencies"]["test"]]
+    extras = project["project"]["optional-dependencies"]
+    wanted = [*project["project"]["dependencies"], *extras["test"], *extras["demo"], *extras["browser"]]
     wanted += project["build-system"]["requires"]
     lines = [
         line

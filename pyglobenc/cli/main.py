@@ -12,12 +12,12 @@ from contextlib import contextmanager, suppress
 from typing import NoReturn, TextIO
 
 from pyglobenc._version import __version__
-from pyglobenc.cli import attribute, bench, doctor, evaluate, explain, methods
+from pyglobenc.cli import attribute, bench, demo, doctor, evaluate, explain, methods
 from pyglobenc.common.characters import printable
 from pyglobenc.common.files import one_line
 
 # Each module has NAME, HELP, add_arguments(parser) and run(options), which returns the exit status.
-COMMANDS = (explain, attribute, evaluate, methods, bench, doctor)
+COMMANDS = (explain, attribute, evaluate, demo, methods, bench, doctor)
 
 FAILED, INTERRUPTED = 1, 130
 # These errors carry messages that are written for the user. Any other error is a fault of this program.

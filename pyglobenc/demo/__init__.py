@@ -1,0 +1,1 @@
+"""The web page of `pyglobenc demo`, made with Gradio."""
