@@ -12,7 +12,7 @@ import torch
 import transformers
 from models import build, random_batch
 from PIL import Image
-from tiny import classifier, tokenizer
+from tiny import VOCABULARY, classifier, tokenizer
 from transformers import BertForQuestionAnswering, BertForTokenClassification, ViTImageProcessor
 
 from pyglobenc.cli.main import _parser
@@ -54,6 +54,12 @@ def names(page: str) -> dict:
         processor=ViTImageProcessor(size=dict(height=12, width=12)),
         image=Image.new("RGB", (20, 20), "white"),
     )
+    if page == "generation.md":
+        template = "{% for m in messages %}{{ m.content }} . {% endfor %}"
+        writer = build("llama", vocab_size=len(VOCABULARY))
+        given |= dict(model=writer, tokenizer=tokenizer(chat_template=template))
+    if page == "embeddings.md":
+        given |= dict(model=build("bert"), reranker=build("bert-classifier", num_labels=1))
     if page == "information_flow.md":
         decoder = build("llama", max_position_embeddings=140)
         given |= dict(model=decoder, batch=random_batch(decoder, batch=1, n=130))

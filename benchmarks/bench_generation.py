@@ -1,0 +1,70 @@
+"""`explain_generation`: tokens of an answer after a long prompt, on a small Llama shape.
+
+    pytest benchmarks/bench_generation.py --csv generation
+
+An answer of `count` tokens after a prompt of 4,000 is explained, in float32 at batch 1. `ratio` is the
+process time over that of the model's plain forward pass of the same tokens, taken after it. `peak_mb` is the
+allocator's peak above the weights.
+"""
+
+import time
+from functools import lru_cache
+
+import pytest
+import torch
+from measure import DEVICE, finished
+from op_benchmark import peak_mb
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from pyglobenc import explain_generation
+
+PROMPT, VOCABULARY = 4000, 8192
+METHODS = ("globenc", "gradient-x-input", "gradient-rollout")
+
+
+@lru_cache
+def model() -> LlamaForCausalLM:
+    """Return 4 layers of a Llama of width 256, with random weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=8192,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(config).to(DEVICE).eval()
+
+
+@lru_cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer whose words are the ids themselves."""
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="0", pad_token="0")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("count", [1, 10, 100])
+def bench_generation(benchmark, method, count):
+    ids = torch.randint(1, VOCABULARY, (PROMPT + count,), generator=torch.Generator().manual_seed(0)).tolist()
+    prompt = " ".join(map(str, ids[:PROMPT]))
+
+    def call():
+        return explain_generation(model(), tokenizer(), prompt, method, answer=ids[PROMPT:])
+
+    whole = torch.tensor([ids[:-1]], device=DEVICE)
+    forward = torch.no_grad()(lambda: model()(input_ids=whole, logits_to_keep=count))
+    # The profiler that finds the peak also warms the call up.
+    peak = peak_mb(call, DEVICE)
+    forward()
+    start = time.process_time()
+    benchmark.pedantic(finished(call), rounds=1, iterations=1)
+    middle = time.process_time()
+    finished(forward)()
+    ratio = (middle - start) / (time.process_time() - middle)
+    benchmark.extra_info.update(ratio=f"{ratio:.3f}", prompt=PROMPT, peak_mb=f"{peak:.1f}")
