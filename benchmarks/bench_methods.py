@@ -1,7 +1,7 @@
 """Methods on BERT-base's shape against the same model's plain forward pass (random weights).
 
-All but three are measured: the search of the flow takes minutes, and integrated gradients and occlusion take
-as many passes as they have steps or tokens.
+All but four are measured: the search of the flow takes minutes, integrated gradients and occlusion take as
+many passes as they have steps or tokens, and DecompX has a benchmark of its own.
 
     pytest benchmarks/bench_methods.py --csv methods
 
@@ -28,7 +28,7 @@ FORWARD, ROUNDS = "forward", 3
 CALLS = [(FORWARD, "")] + [
     (name, backend)
     for name, method in METHODS.items()
-    if name != "attention-flow" and not method.replaces_tokens
+    if name not in ("attention-flow", "decompx") and not method.replaces_tokens
     for backend in (("auto",) if name in GRADIENTS else ("reference", "auto"))
 ]
 

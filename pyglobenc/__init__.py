@@ -12,6 +12,7 @@ from pyglobenc.results import Attribution, Attributions
 # These modules are imported when they are first used, because importing transformers' models takes seconds.
 _MODULES = {
     "CrossAttribution": "pyglobenc.methods.gradients.cross_attribution",
+    "DecompX": "pyglobenc.methods.decompx.decompx",
     "GradientAttribution": "pyglobenc.methods.gradients.attribution",
     "GradientRollout": "pyglobenc.methods.gradients.gradient_rollout",
     "GlobEnc": "pyglobenc.methods.rollout.globenc",
@@ -30,6 +31,7 @@ __all__ = [
     "Attribution",
     "Attributions",
     "CrossAttribution",
+    "DecompX",
     "EvaluationTable",
     "GenerationAttribution",
     "GlobEnc",

@@ -48,7 +48,8 @@ def fitting_batch(
         model: as for `GlobEnc`; its weights are in memory already.
         n: number of tokens of the longest example, special tokens included.
         most: the largest answer.
-        method: a name in ESTIMATED. For any other method the answer is `most`.
+        method: name of the method. One that isn't in ESTIMATED counts as gradient x input, which keeps the
+            graph of all layers.
         dtype: dtype of the attribution, as for `GlobEnc`.
         available: bytes that may be used; None for what is free on the model's device.
 
@@ -60,8 +61,9 @@ def fitting_batch(
         return most
     model = stock_model(model)
     available = available_bytes(model.device) if available is None else available
-    if available is None or method not in ESTIMATED:
+    if available is None:
         return most
+    method = method if method in ESTIMATED else "gradient-x-input"
     one = estimate_memory(model, batch=1, n=n, method=method, dtype=dtype)
     fit = int((available * SHARE - one.kernels) // (one.saved + one.workspace + one.maps))
     if fit < most:

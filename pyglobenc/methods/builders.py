@@ -125,9 +125,22 @@ def gradient_rollout(
     return _of_logits(GradientRollout(model, backend, dtype), start_layer=start_layer)
 
 
-def _of_logits(
-    attribute: TransformerAttribution | GradientRollout | GradientAttribution, **chosen: Any
+def of_class(
+    attribute: Callable[..., Any],
+    model: PreTrainedModel,
+    backend: str = "auto",
+    dtype: torch.dtype | None = None,
+    **chosen: Any,
 ) -> Run:
+    """Build a method that explains a class, given its class `attribute`, called with the options `chosen`.
+
+    attribute(model, backend, dtype) is called with target, contrast and position, and a batch. Its result has
+    scores (B, n), target (B,), error and nothing (B,) or None, and the output of the model.
+    """
+    return _of_logits(attribute(model, backend, dtype), **chosen)
+
+
+def _of_logits(attribute: Callable[..., Any], **chosen: Any) -> Run:
     """Build a method that explains one logit of each example, called with the options `chosen`."""
 
     def run(

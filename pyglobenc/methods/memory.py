@@ -14,6 +14,8 @@ import torch
 from transformers import PreTrainedModel
 
 from pyglobenc.backends.shared.relevance_tiles import MIN_QUERIES, TILE_FLOATS
+from pyglobenc.methods.decompx.absdot import TILE_VECTORS
+from pyglobenc.methods.decompx.decompx import MEMORY
 from pyglobenc.methods.gradients.attribution import COPIED_TOKENS, GRADIENTS, STEPS
 from pyglobenc.methods.gradients.backward_rules import RULES
 from pyglobenc.methods.precision.reliability import measured
@@ -30,8 +32,8 @@ RELEVANCE = (
     "partial-lrp",
     "attention-gradcam",
 )
-GRADIENT_ROLLOUT, INFORMATION_FLOW = "gradient-rollout", "information-flow"
-ESTIMATED = (*ROLLOUTS, INFORMATION_FLOW, *RELEVANCE, GRADIENT_ROLLOUT, *GRADIENTS, *RULES)
+GRADIENT_ROLLOUT, INFORMATION_FLOW, DECOMPX = "gradient-rollout", "information-flow", "decompx"
+ESTIMATED = (*ROLLOUTS, INFORMATION_FLOW, *RELEVANCE, GRADIENT_ROLLOUT, *GRADIENTS, *RULES, DECOMPX)
 # How many tiles of (query, key) pairs the relevance ops hold, and the most numbers in all of them together.
 # The float32 entry is for the CPU kernels, and the float64 entry for the reference.
 TILES = {FLOAT32: (4, 1 << 20), FLOAT64: (8, 3 << 20)}
@@ -121,6 +123,8 @@ def estimate_memory(
         return _gradients(s, method, weights, batch, n, element if dtype is None else wide)
     if method == GRADIENT_ROLLOUT:
         return _gradient_rollout(s, weights, batch, n, element, wide)
+    if method == DECOMPX:
+        return _decompx(s, weights, batch, n, element if dtype is None else wide, wide)
     tokens = batch * n
     # If float64 is asked for, the states of a float32 model are cast before the rollout.
     state = wide if dtype == torch.float64 else element
@@ -217,6 +221,24 @@ def _gradient_rollout(s: "_Sizes", weights: int, batch: int, n: int, element: in
         0,
         saved=tokens * (s.layers * s.graph * element + cast),
         workspace=tokens * 7 * s.d * element + tiles * wide,
+        maps=0,
+    )
+
+
+def _decompx(s: "_Sizes", weights: int, batch: int, n: int, element: int, wide: int) -> Estimate:
+    """Estimate `DecompX` with bias="absdot", one example at a time after the forward pass."""
+    step = max(1, TILE_VECTORS // n)
+    tile = min(step, n) * n * s.d
+    kept = min(-(-n // step), MEMORY // (step * n * s.d * wide)) * tile
+    # Without room for all vectors, the shares of all layers are kept, and two layers' probabilities exist.
+    again = kept < n * n * s.d
+    pairs = n * n * (s.heads * (2 if again else 1) + 5 * (s.layers if again else 1))
+    inner = tile // s.d * (s.mlp + 4 * s.d)
+    return Estimate(
+        weights,
+        0,
+        saved=s.layers * batch * n * ((2 * s.d + s.queries + 2 * s.keys) * element + s.mlp * wide),
+        workspace=int(kept + pairs + inner) * wide,
         maps=0,
     )
 

@@ -13,9 +13,11 @@ from pyglobenc.methods.builders import (
     gradient,
     gradient_rollout,
     information_flow,
+    of_class,
     relevance,
     rollout,
 )
+from pyglobenc.methods.decompx.decompx import DecompX
 from pyglobenc.methods.gradients.attribution import GRADIENTS, REPLACING
 from pyglobenc.methods.gradients.backward_rules import RULES
 
@@ -24,6 +26,7 @@ BERT_AND_VIT = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "disti
 POST_NORM = (*BERT_AND_VIT[:6], "albert", "mpnet", "nomic_bert", "deberta-v2")
 MODELS = {
     "every model": tuple(BINDINGS),
+    "BERT's layer": tuple(name for name in POST_NORM if name != "nomic_bert"),
     "post-norm encoders": POST_NORM,
     "BERT and ViT kinds": BERT_AND_VIT,
 }
@@ -232,6 +235,15 @@ _ENTRIES = (
     _gradient("cp-lrp", _BACKWARD, "encoders"),
     _gradient("gim", _BACKWARD, "decoders"),
     _gradient("libragrad", _BACKWARD, "image encoders"),
+    Method(
+        "decompx",
+        "vectors of each input token, propagated up to the logit; signed (Modarressi et al., 2023)",
+        partial(of_class, DecompX),
+        "BERT and RoBERTa",
+        models="BERT's layer",
+        cost="2 forward passes, and about 0.7 per token for its default split of biases",
+        target="class",
+    ),
 )
 METHODS = {method.name: method for method in _ENTRIES}
 

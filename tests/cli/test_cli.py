@@ -73,6 +73,15 @@ def test_a_picture_and_every_file(run, tmp_path):
         assert page.read() == a.to_html() and picture.read() == a.to_png()
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs(run, method):
+    status, out, err = run("a good film", "--method", method, "--json", "-")
+    assert status == 0 and err == ""
+    a = json.loads(out)["attributions"][0]
+    one = pyglobenc.explain(classifier(), tokenizer(), "a good film", method=method)
+    assert a["method"] == method and a["scores"] == pytest.approx(one.scores.tolist(), rel=1e-6, abs=1e-12)
+
+
 def test_options_reach_explain(run):
     lengths = words("--long windows --max-length 20 --stride 7 --batch-size 3")
     status, out, _ = run(LONG, *lengths, *words("--dtype float64 --backend reference --json -"))

@@ -22,7 +22,7 @@ def test_as_many_as_the_estimate_says():
         assert fitting_batch(model, 30, 64, available=available) == count
         assert fitting_batch(model, 30, count, available=10**12) == count
     assert fitting_batch(model, 30, 64, available=0) == 1
-    assert fitting_batch(model, 30, 64, method="another", available=0) == 64
+    assert fitting_batch(model, 30, 64, method="another", available=0) == 1
     assert fitting_batch(model, 30, 64, method="transformer-attribution", available=0) == 1
 
 

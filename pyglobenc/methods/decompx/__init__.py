@@ -1,0 +1,1 @@
+"""DecompX: decomposed token representations, from the input tokens up to a logit."""
