@@ -9,8 +9,11 @@ from two_streams import (
     CLASSIFIERS,
     build,
     clip,
+    co_attention,
     encoder_decoder,
+    lxmert,
     maps,
+    objects,
     sources,
     targets,
 )
@@ -114,6 +117,58 @@ def test_clip_equals_the_equations():
         assert_equal(result.source_scores[2], alone.source_scores[0])
 
 
+def lxmert_direct(model, batch: dict, target: int) -> list[torch.Tensor]:
+    """Return the first text token's rows of both relevances, (B, n) and (B, m)."""
+    probabilities, handles, encoder = [], [], model.lxmert.encoder
+    for module in model.modules():
+        if type(module).__name__ == "LxmertAttention":
+            # The dropout receives the probabilities.
+            keep = module.dropout.register_forward_pre_hook(
+                lambda module, args: probabilities.append(args[0])
+            )
+            handles.append(keep)
+    value = model(**batch).question_answering_score[:, target].sum()
+    for handle in handles:
+        handle.remove()
+    gradients = torch.autograd.grad(value, probabilities, allow_unused=True)
+    found = [
+        (alpha * (torch.zeros_like(alpha) if gradient is None else gradient)).clamp(min=0).mean(1).detach()
+        for alpha, gradient in zip(probabilities, gradients, strict=True)
+    ]
+    first, second = len(encoder.layer), len(encoder.layer) + len(encoder.r_layers)
+    layers = [(found[at : at + 2], found[at + 2 : at + 4]) for at in range(second, len(found), 4)]
+    return [one[:, 0] for one in co_attention([found[:first], found[first:second]], layers)[0]]
+
+
+@pytest.mark.parametrize("x_layers", [1, 2, 4])
+def test_lxmert_equals_the_equations(x_layers):
+    model = lxmert(x_layers=x_layers)
+    batch = sources(model, 3) | objects(model, 3)
+    explain = CrossAttribution(model)
+    result = explain(**batch, target=1)
+    expected = lxmert_direct(model, batch, 1)
+    for scores, exact in zip((result.scores, result.source_scores), expected, strict=True):
+        assert (exact.amax(1) > 0).all()
+        assert_equal(scores, exact)
+    assert (result.position == 0).all() and (result.target == 1).all()
+    alone = {name: value[1:2] for name, value in batch.items() if "mask" not in name}
+    alone["input_ids"] = alone["input_ids"][:, :6]
+    alone |= {name: alone[name][:, :3] for name in ("visual_feats", "visual_pos")}
+    one = explain(**alone, target=1)
+    assert_equal(result.scores[1, :6], one.scores[0])
+    assert_equal(result.source_scores[1, :3], one.source_scores[0])
+    for name in ("visual_feats", "visual_pos"):
+        with pytest.raises(ValueError, match=f"no {name}"):
+            explain(**{key: value for key, value in batch.items() if key != name})
+    # The image's attention to the text is followed too.
+    handle = model.lxmert.encoder.x_layers[0].visual_attention.output.dense.register_forward_pre_hook(
+        lambda module, args: (args[0].flip(1),)
+    )
+    with pytest.raises(ValueError, match="is not what the rules assume"):
+        explain(**batch)
+    handle.remove()
+
+
 @pytest.mark.parametrize("name", ["bart", "t5", "vit-gpt2"])
 def test_several_tokens_of_an_answer(name):
     model = build(name)
@@ -161,15 +216,15 @@ def assert_untouched(model, before: dict, hooks: int) -> None:
     modules = list(model.modules())
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules) == hooks
     assert not any(module in RECORDERS for module in modules)
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation in ("sdpa", "eager")
     assert all(p.grad is None for p in model.parameters())
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
 
 
-@pytest.mark.parametrize("name", ["bart", "t5", "vit-gpt2", "clip"])
+@pytest.mark.parametrize("name", ["bart", "t5", "vit-gpt2", "clip", "lxmert"])
 def test_the_model_is_left_as_it_was(name):
-    model = clip() if name == "clip" else build(name)
-    batch = sources(model, 2)
+    model = {"clip": clip, "lxmert": lxmert}[name]() if name in ("clip", "lxmert") else build(name)
+    batch = sources(model, 2) | (objects(model, 2) if name == "lxmert" else {})
     if name == "clip":
         batch["pixel_values"] = torch.randn(2, 3, 12, 12, dtype=torch.float64)
     explain = CrossAttribution(model)

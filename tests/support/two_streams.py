@@ -81,6 +81,22 @@ def clip(dtype: torch.dtype = torch.float64):
     return randomize(transformers.CLIPModel(config)).to(dtype).eval()
 
 
+def lxmert(dtype: torch.dtype = torch.float64, x_layers: int = 3):
+    """Return a random LXMERT for question answering, whose image features have 7 numbers."""
+    layers = dict(l_layers=2, r_layers=2, x_layers=x_layers, visual_feat_dim=7, num_qa_labels=5)
+    sizes = {name: SMALL[name] for name in ("vocab_size", "hidden_size", "num_attention_heads")}
+    config = transformers.LxmertConfig(**sizes, intermediate_size=80, max_position_embeddings=40, **layers)
+    return randomize(transformers.LxmertForQuestionAnswering(config)).to(dtype).eval()
+
+
+def objects(model, size: int, m: int = 5) -> dict[str, Tensor]:
+    """Return an image's features, their boxes, and a mask in which the second image has m - 2 objects."""
+    mask = torch.ones(size, m, dtype=torch.long)
+    mask[1:2, m - 2 :] = 0
+    of = dict(visual_feats=torch.randn(size, m, 7), visual_pos=torch.rand(size, m, 4))
+    return {name: t.to(model.dtype) for name, t in of.items()} | {"visual_attention_mask": mask}
+
+
 def sources(model, size: int, m: int = 9, pads=(0, 3, 5)) -> dict[str, Tensor]:
     """Return the inputs of an encoder: random texts, with pads[b] padding tokens at the right, or images."""
     if model.main_input_name == "pixel_values":
@@ -131,3 +147,31 @@ def encoder_decoder(encoder: list[Tensor], own: list[Tensor], cross: list[Tensor
         r_ts = r_ts + normalized(r_tt).mT @ c @ normalized(r_ss)
         r_tt = r_tt + c @ r_st
     return r_tt, r_ts
+
+
+def co_attention(
+    alone: list[list[Tensor]], layers: list[tuple[list[Tensor], list[Tensor]]]
+) -> list[list[Tensor]]:
+    """Return R_st of streams s and t, by the equations in the order of the published code.
+
+    Args:
+        alone: the maps of each stream's first layers.
+        layers: for each later layer the two cross maps, and then the two own maps.
+    """
+    r = [
+        [torch.zeros(one[0].shape[0], one[0].shape[1], two[0].shape[1]).double() for two in alone]
+        for one in alone
+    ]
+    for s in (0, 1):
+        size, n, _ = alone[s][0].shape
+        r[s][s] = torch.eye(n, dtype=torch.float64).expand(size, n, n)
+        for a in alone[s]:
+            r[s][s] = r[s][s] + a @ r[s][s]
+    for cross, own in layers:
+        old = [list(row) for row in r]
+        for s, o in ((0, 1), (1, 0)):
+            r[s][o] = old[s][o] + normalized(old[s][s]).mT @ cross[s] @ normalized(old[o][o])
+            r[s][s] = old[s][s] + cross[s] @ old[o][s]
+        for s in (0, 1):
+            r[s] = [one + own[s] @ one for one in r[s]]
+    return r

@@ -5,9 +5,11 @@ added to the residual, and a layer's output is the next layer's input. As in `py
 sides are projected on one fixed direction, and no tensor is kept for it.
 """
 
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from pyglobenc.hf.trace.layers import outside
 from pyglobenc.hf.trace.projections import Directions, Projection, project
 from pyglobenc.hf.trace.threads import attention_in_this_thread, in_this_thread, uncompiled
 from pyglobenc.hf.weights import parameter
+from pyglobenc.ops.attention import attention
 
 
 @dataclass
@@ -38,8 +41,11 @@ class AttentionTrace:
     key_mask: Tensor | None  # (B, m) bool
     scaling: float
     window: tuple[int, int]
-    score_mod: ScoreMod | None
-    cu_seqlens: None
+    score_mod: ScoreMod | None = None
+    cu_seqlens: None = None
+    # The attention output as W_O receives it, in the autograd graph: o, or (B, n, H * dh) for a module that
+    # computes attention itself.
+    graph: Tensor | None = None
 
 
 @dataclass
@@ -63,29 +69,25 @@ class StreamsTrace:
         """Forget the last forward pass."""
         self.tops.clear()
         self.directions = Directions()
-        self._attended: dict[nn.Module, AttentionTrace] = {}
-        self._points: dict[Any, Projection] = {}
-        self._shapes: dict[Any, tuple[int, ...]] = {}
-        self._calls: list[nn.Module] = []
+        self._attended: dict[nn.Module, list[AttentionTrace]] = defaultdict(list)
+        self._points: dict[tuple[nn.Module, str], list[Projection]] = defaultdict(list)
 
-    def keep(self, name: Any, t: Tensor, weight: Tensor | None = None) -> None:
-        """Keep the projection of a tensor (B, n, d). An MLP that works in pieces may call a norm again."""
-        before, new = self._points.get(name), project(t, self.directions, length=True, weight=weight)
-        self._points[name] = new if before is None else before.followed_by(new)
+    def keep(self, module: nn.Module, side: str, t: Tensor, weight: Tensor | None = None) -> None:
+        """Keep the projection of a module's tensor (B, n, d); each call of the module adds one."""
+        self._points[module, side].append(project(t, self.directions, length=True, weight=weight))
 
     def record(self, module: nn.Module, tensors: dict[str, Any]) -> None:
         """Keep the tensors of one call of an attention module."""
-        self._calls.append(module)
-        self._attended[module] = AttentionTrace(**tensors)
-        self.keep((module, "attended"), tensors["o"].transpose(1, 2).flatten(2))
+        self._attended[module].append(AttentionTrace(**{"graph": tensors["o"]} | tensors))
+        self.keep(module, "attended", tensors["o"].transpose(1, 2).flatten(2))
 
-    def called_block(self, block: nn.Module) -> None:
-        """Note a call of a layer."""
-        self._calls.append(block)
+    def last(self, module: nn.Module) -> AttentionTrace:
+        """Return the tensors of an attention module's last call."""
+        return self._attended[module][-1]
 
-    def of(self, attention: Attention | None) -> AttentionTrace | None:
+    def of(self, attention: Attention) -> AttentionTrace:
         """Return the tensors of an attention."""
-        return None if attention is None else self._attended[attention.module]
+        return self._attended[attention.module][attention.call]
 
     def check(self) -> None:
         """Check that the model computed what the rules assume; see the module's docstring.
@@ -94,47 +96,56 @@ class StreamsTrace:
             RuntimeError: an attention module never called transformers' attention function.
             ValueError: a module was called several times, or computed something else.
         """
-        layers = [layer for stream in (self.streams.target, self.streams.source) for layer in stream]
-        attentions = [one for layer in layers for one in (layer.own, layer.cross) if one is not None]
-        for module in (one.module for one in attentions):
-            if module not in self._attended:
+        attentions = [one for layer in self.streams.layers for one in layer.attentions]
+        expected = Counter(one.module for one in attentions)
+        for module, count in expected.items():
+            if not self._attended[module]:
                 raise RuntimeError(
                     f"capture: {describe(self.called, module)} never called the attention function; the "
                     "model ignores transformers' attention interface, or did not run this part"
                 )
-        for module in (*(layer.block for layer in layers), *(one.module for one in attentions)):
-            if self._calls.count(module) != 1:
-                raise ValueError(
-                    f"capture: {describe(self.called, module)} was called {self._calls.count(module)} times "
-                    "in one forward pass; the rules need one call"
-                )
+            self._check_calls(module, len(self._attended[module]), count)
+        ends = {point for layer in self.streams.layers for point in (layer.start, layer.end)}
+        for (module, side), count in Counter((point.module, point.side) for point in ends).items():
+            self._check_calls(module, len(self._points[module, side]), count)
         for stream in (self.streams.target, self.streams.source):
             self._check_sums(stream)
 
+    def _check_calls(self, module: nn.Module, count: int, expected: int) -> None:
+        if count != expected:
+            raise ValueError(
+                f"capture: {describe(self.called, module)} was called {count} times in one forward pass; the "
+                f"rules need {expected}"
+            )
+
+    def _at(self, point: Point) -> Projection:
+        return self._points[point.module, point.side][point.call]
+
     def _check_sums(self, stream: list[StreamLayer]) -> None:
         real, compared = self.of(stream[0].own).key_mask, []
-        for layer in stream:
-            for one in (layer.own, layer.cross):
-                if one is not None:
-                    added, x, total = (
-                        self._points[at] for at in ((one.output, "added"), one.residual, one.total)
-                    )
-                    difference = total.product - x.product - added.product
-                    compared.append((difference, (total, x), one.total.module))
-                    given, o = (self._points[at] for at in ((one.output, "input"), (one.module, "attended")))
-                    compared.append((given.product - o.product, (given, o), one.output))
+        for one in (one for layer in stream for one in layer.attentions):
+            added, given, o = (
+                self._points[at][one.call]
+                for at in ((one.output, "added"), (one.output, "input"), (one.module, "attended"))
+            )
+            x, total = self._at(one.residual), self._at(one.total)
+            compared.append((total.product - x.product - added.product, (total, x), 1, one.total.module))
+            # The attention of a module that computes it itself is computed twice. A softmax of scores of size
+            # s has an error of about s rounding units.
+            twice = 1 if one.own_scores is None else 1 + self.of(one).lse.abs().amax(1).nan_to_num(posinf=0)
+            compared.append((given.product - o.product, (given, o), twice, one.output))
         for below, above in zip(stream, stream[1:], strict=False):
-            returned, given = self._points[below.block, "output"], self._points[above.block, "input"]
-            compared.append((given.product - returned.product, (given, returned), above.block))
+            returned, given = self._at(below.end), self._at(above.start)
+            compared.append((given.product - returned.product, (given, returned), 1, above.start.module))
         holds = []
-        for difference, sides, _ in compared:
-            allowed = self._eps(*sides) * sum(side.length for side in sides)
+        for difference, sides, factor, _ in compared:
+            allowed = self._eps(*sides) * sum(side.length for side in sides) * factor
             close = ~(difference.abs() > allowed)
             holds.append(close if real is None else close | ~real.to(close.device))
         every = torch.stack([one.all().to(holds[0].device) for one in holds])
 
         def error() -> ValueError:
-            module = compared[int((~every).nonzero()[0])][2]
+            module = compared[int((~every).nonzero()[0])][3]
             return ValueError(
                 f"capture: the input of {describe(self.called, module)} is not what the rules assume: the "
                 "residual x + o W_O + b, the attention output o, or the layer's output below. An adapter, a "
@@ -173,18 +184,14 @@ def capture_streams(model: PreTrainedModel, leaves: bool = True) -> Iterator[Str
     streams = find_streams(model)
     check_still(model)
     trace = StreamsTrace(model, streams)
-    layers = [*streams.target, *streams.source]
-    recorders = {}
-    for layer in layers:
-        for one, cross in ((layer.own, False), (layer.cross, True)):
-            if one is not None:
-                recorders[one.module] = Recorder(_record(trace, one.module), cross=cross)
+    attentions = [(one, one is layer.cross) for layer in streams.layers for one in layer.attentions]
+    recorders = {one.module: Recorder(_record(trace, one.module), cross=cross) for one, cross in attentions}
     with ExitStack() as stack:
         stack.enter_context(recording(recorders))
         handles: list[Any] = []
         stack.callback(lambda: [handle.remove() for handle in handles])
         handles += _hooks(model, trace, leaves)
-        blocks = {layer.block for layer in layers}
+        blocks = {layer.start.module for layer in streams.layers}
         models = [part for part in outside(model, blocks) if isinstance(part, PreTrainedModel)]
         configs = [part.config for part in (*models, *recorders) if hasattr(part, "config")]
         stack.enter_context(attention_in_this_thread(configs, NAME))
@@ -198,26 +205,49 @@ def _record(trace: StreamsTrace, module: nn.Module):
 
 def _hooks(model: nn.Module, trace: StreamsTrace, leaves: bool) -> Iterator[Any]:
     yield model.register_forward_pre_hook(in_this_thread(lambda module, args: trace.clear()))
-    points: set[Point] = set()
-    for name, stream in (("target", trace.streams.target), ("source", trace.streams.source)):
-        for layer in stream:
-            called = in_this_thread(lambda module, args: trace.called_block(module))
-            yield layer.block.register_forward_pre_hook(called)
-            points |= {Point(layer.block, "input"), Point(layer.block, "output")}
-            for one in (layer.own, layer.cross):
-                if one is not None:
-                    points |= {one.residual, one.total, Point(one.output, "input")}
-                    yield one.output.register_forward_hook(in_this_thread(_keep_added(trace, one)))
-        if leaves:
+    if leaves:
+        for stream in (trace.streams.target, trace.streams.source):
             leaf = in_this_thread(_leaf)
-            yield stream[0].block.register_forward_pre_hook(leaf, prepend=True, with_kwargs=True)
-        yield stream[-1].block.register_forward_hook(in_this_thread(_keep_top(trace, name)))
-    for point in points:
-        keep = in_this_thread(_keep_point(trace, point))
-        if point.side == "input":
-            yield point.module.register_forward_pre_hook(keep, with_kwargs=True)
+            yield stream[0].start.module.register_forward_pre_hook(leaf, prepend=True, with_kwargs=True)
+    attentions = [one for layer in trace.streams.layers for one in layer.attentions]
+    points = {point for layer in trace.streams.layers for point in (layer.start, layer.end)}
+    points |= {point for one in attentions for point in (one.residual, one.total)}
+    for module, side in {(point.module, point.side) for point in points}:
+        keep = in_this_thread(_keep_point(trace, side))
+        if side == "input":
+            yield module.register_forward_pre_hook(keep, with_kwargs=True)
         else:
-            yield point.module.register_forward_hook(keep)
+            yield module.register_forward_hook(keep)
+    for one in {one.module: one for one in attentions}.values():
+        yield one.output.register_forward_pre_hook(in_this_thread(_keep_given(trace, one)))
+        yield one.output.register_forward_hook(in_this_thread(_keep_added(trace, one)))
+        if one.own_scores is not None:
+            yield from _own_hooks(trace, one)
+    for name, stream in (("target", trace.streams.target), ("source", trace.streams.source)):
+        yield stream[-1].end.module.register_forward_hook(in_this_thread(_keep_top(trace, name)))
+
+
+def _own_hooks(trace: StreamsTrace, one: Attention) -> Iterator[Any]:
+    """Yield hooks that record an attention module which computes attention itself."""
+    projected: list[Tensor] = []
+    arguments = signature(type(one.module).forward)
+    yield one.module.register_forward_pre_hook(in_this_thread(lambda module, args: projected.clear()))
+    for projection in one.projections:
+        keep = in_this_thread(lambda module, args, output: projected.append(output))
+        yield projection.register_forward_hook(keep)
+
+    @torch.no_grad()
+    def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        given = arguments.bind(module, *args, **kwargs)
+        given.apply_defaults()
+        own = one.own_scores(module, given.arguments)
+        heads = module.num_attention_heads
+        q, k, v = (t.detach().unflatten(2, (heads, -1)).transpose(1, 2) for t in projected)
+        settings = dict(key_mask=own.key_mask, scaling=own.scaling, score_mod=own.score_mod)
+        o, lse = attention(q, k, v, **settings)
+        trace.record(module, dict(q=q, k=k, v=v, o=o, lse=lse, window=(-1, -1), **settings))
+
+    yield one.module.register_forward_hook(in_this_thread(record), with_kwargs=True)
 
 
 def _leaf(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -230,9 +260,18 @@ def _first(value: Any) -> Tensor:
     return value if isinstance(value, Tensor) else value[0]
 
 
+def _keep_given(trace: StreamsTrace, one: Attention):
+    def hook(module: nn.Module, args: tuple) -> None:
+        trace.keep(module, "input", args[0])
+        if one.own_scores is not None:
+            trace.last(one.module).graph = args[0]
+
+    return hook
+
+
 def _keep_added(trace: StreamsTrace, one: Attention):
     def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-        trace.keep((module, "added"), output, None if one.scale is None else parameter(*one.scale))
+        trace.keep(module, "added", output, None if one.scale is None else parameter(*one.scale))
 
     return hook
 
@@ -244,11 +283,11 @@ def _keep_top(trace: StreamsTrace, name: str):
     return hook
 
 
-def _keep_point(trace: StreamsTrace, point: Point):
+def _keep_point(trace: StreamsTrace, side: str):
     def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        trace.keep(point, args[0] if args else next(iter(kwargs.values())))
+        trace.keep(module, side, args[0] if args else next(iter(kwargs.values())))
 
     def after(module: nn.Module, args: tuple, output: Any) -> None:
-        trace.keep(point, _first(output))
+        trace.keep(module, side, _first(output))
 
-    return before if point.side == "input" else after
+    return before if side == "input" else after

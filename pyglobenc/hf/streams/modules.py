@@ -1,10 +1,12 @@
 """The attention modules of a model's two streams of tokens, and the residual sums that they add to."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from pyglobenc.hf.registry import find_layers
+from pyglobenc.hf.trace.layers import OwnScores
 
 
 class Point(NamedTuple):
@@ -12,6 +14,7 @@ class Point(NamedTuple):
 
     module: nn.Module
     side: str  # "input" or "output"
+    call: int = 0  # which of the module's calls in one forward pass
 
 
 class Attention(NamedTuple):
@@ -23,14 +26,25 @@ class Attention(NamedTuple):
     total: Point  # x + o W_O + b
     # module and name of a parameter (d,) that multiplies o W_O + b
     scale: tuple[nn.Module, str] | None = None
+    call: int = 0  # which of the module's calls in one forward pass
+    # For a module that ignores transformers' interface: its projections, and a function that returns how it
+    # changes the products q . k, given the module and its arguments by name.
+    projections: tuple[nn.Module, nn.Module, nn.Module] | None = None
+    own_scores: Callable[[nn.Module, dict[str, Any]], OwnScores] | None = None
 
 
 class StreamLayer(NamedTuple):
-    """One layer of a stream: attention to its own tokens, then to the other stream's if there is such one."""
+    """One layer of a stream: attention to its own tokens, and to the other stream's if there is such one."""
 
-    block: nn.Module  # called with the layer's input
+    start: Point  # the layer's input
+    end: Point  # its output
     own: Attention
     cross: Attention | None = None
+
+    @property
+    def attentions(self) -> list[Attention]:
+        """The layer's attentions."""
+        return [self.own] if self.cross is None else [self.own, self.cross]
 
 
 class Streams(NamedTuple):
@@ -39,13 +53,19 @@ class Streams(NamedTuple):
     Attributes:
         target: the decoder of an encoder-decoder; the text encoder of a model of texts and images.
         source: the encoder; the image encoder.
-        kind: "cross" if the target attends to the source's last output, "similarity" if both end in a
-            vector and the model compares the vectors.
+        kind: "cross" if the target attends to the source's last output; "similarity" if both end in a
+            vector and the model compares the vectors; "co-attention" if the layers of both streams with cross
+            attention attend to each other, before each attends to its own tokens.
     """
 
     target: list[StreamLayer]
     source: list[StreamLayer]
     kind: str
+
+    @property
+    def layers(self) -> list[StreamLayer]:
+        """The layers of both streams."""
+        return [*self.target, *self.source]
 
 
 def encoder_layers(model: nn.Module) -> list[StreamLayer]:
@@ -74,8 +94,9 @@ def one_sum(
     scale: tuple[nn.Module, str] | None = None,
 ) -> StreamLayer:
     """Return a layer without cross attention, whose residual sum goes into a norm."""
+    start = Point(block, "input")
     return StreamLayer(
-        block, Attention(attention, output, Point(block, "input"), Point(norm, "input"), scale)
+        start, Point(block, "output"), Attention(attention, output, start, Point(norm, "input"), scale)
     )
 
 
@@ -95,9 +116,10 @@ def two_sums(
             the residual of the second sum, in a pre-norm layer its input.
         pre_norm: whether the norms come before the attention and the MLP.
     """
-    first, second = norms
+    (first, second), start = norms, Point(block, "input")
     return StreamLayer(
-        block,
-        Attention(*own, Point(block, "input"), Point(first, "input")),
+        start,
+        Point(block, "output"),
+        Attention(*own, start, Point(first, "input")),
         Attention(*cross, Point(first, "input" if pre_norm else "output"), Point(second, "input")),
     )

@@ -17,10 +17,11 @@ from pyglobenc.common.autocast import callers_autocast, outside_autocast
 from pyglobenc.common.deferred import check_range, require
 from pyglobenc.hf.limits import check_readable, weights_named
 from pyglobenc.hf.streams.capture import AttentionTrace, StreamsTrace, capture_streams
-from pyglobenc.hf.streams.modules import StreamLayer
+from pyglobenc.hf.streams.modules import Attention, Streams
 from pyglobenc.hf.streams.registry import find_streams, start_token
 from pyglobenc.hf.unwrap import called_module, is_stock_model
 from pyglobenc.methods.arguments import REFUSED, run_model, takes
+from pyglobenc.methods.gradients.co_attention_rules import CoAttentionRules
 from pyglobenc.methods.gradients.cross_rules import (
     AttentionMap,
     encoder_decoder_rows,
@@ -32,8 +33,17 @@ from pyglobenc.methods.precision.reliability import warn_of_nothing
 from pyglobenc.methods.target import Index, Target, find_target, next_token_position
 
 WHO = "CrossAttribution"
-TEXT = ("input_ids", "attention_mask")
+TEXT = ("input_ids", "attention_mask", "token_type_ids")
 DECODER = ("decoder_input_ids", "decoder_attention_mask")
+OBJECTS = ("visual_feats", "visual_pos", "visual_attention_mask")
+IMAGE = ("pixel_values", "interpolate_pos_encoding", *OBJECTS)
+# Inputs that a model which takes them can't do without, and their shapes.
+SHAPES = {
+    "input_ids": "(B, n)",
+    "pixel_values": "(B, channels, height, width)",
+    "visual_feats": "(B, m, features)",
+    "visual_pos": "(B, m, 4)",
+}
 
 
 @dataclass
@@ -69,8 +79,8 @@ class CrossAttribution:
     """Gradient-weighted rollout through self-attention and cross attention (Chefer et al., ICCV 2021).
 
     Args:
-        model: an encoder-decoder (BART's and T5's families, or a vision encoder-decoder), or CLIP, in
-            evaluation mode. It is not changed.
+        model: an encoder-decoder (BART's and T5's families, or a vision encoder-decoder), CLIP, or LXMERT for
+            question answering, in evaluation mode. It is not changed.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
         dtype: dtype of the rollout's arithmetic. None means float32, or float64 for a float64 model. The
             model itself runs in its own dtype.
@@ -158,6 +168,9 @@ class CrossAttribution:
             logits = output.logits_per_text
             # Only text b and image b contribute to entry (b, b).
             return Target(torch.zeros(len(logits), dtype=torch.long), None, logits.diagonal())
+        if self.kind == "co-attention":
+            # LXMERT has a name of its own for the logits.
+            output = {"logits": output.get("question_answering_score")}
         target, contrast, position = explained
         logits, first = find_logits(output), trace.of(trace.streams.target[0].own)
         if position is None and logits is not None and logits.dim() == 3:
@@ -171,49 +184,63 @@ class CrossAttribution:
         """
         streams = trace.streams
         tops = [trace.tops["target"]] + ([trace.tops["source"]] if self.kind == "similarity" else [])
-        attentions = [
-            one
-            for layer in (*streams.target, *streams.source)
-            for one in (layer.own, layer.cross)
-            if one is not None
-        ]
-        captured = [trace.of(one) for one in attentions]
-        wanted = [*tops, *(one.o for one in captured)]
+        attentions = [one for layer in streams.layers for one in layer.attentions]
+        wanted = [*tops, *(trace.of(one).graph for one in attentions)]
         found = torch.autograd.grad(logit.sum(), wanted, retain_graph=keep, allow_unused=True)
-        if any(grad is None for grad in found):
+        # The text's last layer does not see what the image's last layer computes.
+        unread = streams.source[-1].attentions if self.kind == "co-attention" else []
+        missing = [one for grad, one in zip(found[len(tops) :], attentions, strict=True) if grad is None]
+        if any(grad is None for grad in found[: len(tops)]) or any(one not in unread for one in missing):
             raise ValueError(
                 f"{WHO}: the logit can't be followed to every layer; a part of the model runs without "
                 "gradients, or the head doesn't read both streams"
             )
-        dtype = self.dtype or (torch.float64 if captured[0].q.dtype == torch.float64 else torch.float32)
+        wide = trace.of(attentions[0]).q.dtype == torch.float64
+        dtype = self.dtype or (torch.float64 if wide else torch.float32)
         with torch.no_grad():
             read = [_token_read(grad) for grad in found[: len(tops)]]
-            of = dict(zip((one.module for one in attentions), found[len(tops) :], strict=True))
-            maps = _Maps(trace, of, dtype, self.backend)
-            rows = [_unit_row(at, top, dtype) for at, top in zip(read, tops, strict=True)]
-            own, source = maps.own(streams.target), maps.own(streams.source)
-            if self.kind == "similarity":
-                scores, source_scores = (
-                    self_attention_rows(stream, row) for stream, row in zip((own, source), rows, strict=True)
-                )
-                reached = (scores != rows[0]).any(2) | (source_scores != rows[1]).any(2)
-            else:
-                scores, source_scores = encoder_decoder_rows(source, own, maps.cross(streams.target), rows[0])
-                reached = (scores != rows[0]).any(2) | (source_scores != 0).any(2)
+            starts = [_unit_row(at, top, dtype) for at, top in zip(read, tops, strict=True)]
+            maps = {
+                one: AttentionMap(trace.of(one), _by_head(grad, trace.of(one)), dtype, self.backend)
+                for one, grad in zip(attentions, found[len(tops) :], strict=True)
+            }
+            scores, source_scores = self._rolled_out(streams, maps, starts)
+            start = starts[1] if self.kind == "similarity" else 0
+            reached = (scores != starts[0]).any(2) | (source_scores != start).any(2)
             nothing = ~reached[:, 0]
             scores, source_scores = (
                 t[:, 0].masked_fill(nothing[:, None], 0) for t in (scores, source_scores)
             )
         return scores, source_scores, read[0], nothing
 
+    def _rolled_out(
+        self, streams: Streams, maps: Mapping[Attention, AttentionMap], starts: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the rows (B, 1, n) and (B, 1, m) of both relevances, given the unit rows `starts`."""
+        own = [[maps[layer.own] for layer in stream] for stream in (streams.target, streams.source)]
+        if self.kind == "similarity":
+            return tuple(self_attention_rows(*pair) for pair in zip(own, starts, strict=True))
+        if self.kind == "cross":
+            cross = [maps[layer.cross] for layer in streams.target]
+            return encoder_decoder_rows(own[1], own[0], cross, starts[0])
+        cross = [
+            [maps[layer.cross] for layer in stream if layer.cross is not None]
+            for stream in (streams.target, streams.source)
+        ]
+        both = len(cross[0])
+        alone, own = [maps[:-both] for maps in own], [maps[-both:] for maps in own]
+        return CoAttentionRules(alone, cross, own).rows(starts[0])
+
     def _inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Check the inputs of a call, and add the decoder's start token where it has none."""
         check_evaluation(WHO, self.model)
-        names = [name for name in (*TEXT, *DECODER, "pixel_values") if takes(self.model, name)]
-        if self.kind == "similarity":
-            names.append("interpolate_pos_encoding")
-        elif "pixel_values" in names:
+        names = [name for name in (*TEXT, *DECODER, *IMAGE) if takes(self.model, name)]
+        if self.kind == "cross" and "pixel_values" in names:
             names = [name for name in names if name not in TEXT]
+        types = batch.get("token_type_ids")
+        if "token_type_ids" not in names and isinstance(types, Tensor) and not bool(types.any()):
+            # Some tokenizers return token types of 0 for models without token types.
+            batch = {name: value for name, value in batch.items() if name != "token_type_ids"}
         neutral = {name for name, value in batch.items() if name in REFUSED and value is REFUSED[name][0]}
         unknown = [name for name in batch if name not in names and name not in neutral]
         if set(unknown) & REFUSED.keys():
@@ -221,38 +248,36 @@ class CrossAttribution:
             raise ValueError(f"{WHO}: {name} can't be honoured: {REFUSED[name][1]}")
         refuse_unknown(WHO, unknown, {*names, "target", "contrast", "position"})
         batch = {name: batch[name] for name in names if batch.get(name) is not None}
-        needed = ["pixel_values"] if "pixel_values" in names else []
-        needed += ["input_ids"] if "input_ids" in names else []
         size = 0
-        for name in needed:
-            if name not in batch:
+        for name in SHAPES:
+            if name in names and name not in batch:
                 raise ValueError(f"{WHO}: the batch has no {name}, got {', '.join(batch) or 'nothing'}")
-            size = self._check_size(name, batch[name], size)
+            if name in names:
+                size = _check_size(name, batch[name], size)
         if self.kind == "cross" and self.model.get_output_embeddings() is not None:
             batch.setdefault("decoder_input_ids", self._start(size))
-        for ids, mask in (TEXT, DECODER):
+        for ids, mask in ((TEXT[0], TEXT[1]), DECODER):
             if ids in batch:
-                self._check_size(ids, batch[ids], size)
+                _check_size(ids, batch[ids], size)
                 self._check_ids(ids, batch[ids])
             if mask in batch:
                 _check_mask(mask, batch[mask], batch.get(ids))
+        if "token_type_ids" in batch:
+            _check_size("token_type_ids", batch["token_type_ids"], size)
+            check_range(WHO, "token_type_ids", batch["token_type_ids"], self.model.config.type_vocab_size)
+        if "visual_attention_mask" in batch:
+            _check_mask(
+                "visual_attention_mask", batch["visual_attention_mask"], batch["visual_feats"][..., 0]
+            )
         return batch
-
-    def _check_size(self, name: str, t: Any, size: int) -> int:
-        """Return the number of examples in an input, which must be `size` unless that is 0."""
-        axes = 4 if name == "pixel_values" else 2
-        if not isinstance(t, Tensor) or t.dim() != axes or 0 in t.shape or (size and len(t) != size):
-            came = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
-            of = f" with B={size}" if size else ""
-            shape = "(B, channels, height, width)" if axes == 4 else "(B, n)"
-            raise ValueError(f"{WHO}: {name} must be a tensor {shape}{of}, got {came}")
-        return len(t)
 
     def _check_ids(self, name: str, ids: Tensor) -> None:
         if ids.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{WHO}: {name} must be int64 or int32, got {ids.dtype}")
         if self.kind == "similarity":
             part = self.model.text_model
+        elif self.kind == "co-attention":
+            part = self.model
         else:
             part = self.model.get_encoder() if name == "input_ids" else self.model.get_decoder()
         check_range(WHO, name, ids, part.get_input_embeddings().num_embeddings)
@@ -271,23 +296,11 @@ class CrossAttribution:
         return torch.full((size, 1), start, device=self.model.device)
 
 
-@dataclass(frozen=True)
-class _Maps:
-    """The maps of a forward pass, by stream."""
-
-    trace: StreamsTrace
-    grads: dict[nn.Module, Tensor]
-    dtype: torch.dtype
-    backend: str
-
-    def _map(self, module: nn.Module, captured: AttentionTrace) -> AttentionMap:
-        return AttentionMap(captured, self.grads[module], self.dtype, self.backend)
-
-    def own(self, stream: list[StreamLayer]) -> list[AttentionMap]:
-        return [self._map(layer.own.module, self.trace.of(layer.own)) for layer in stream]
-
-    def cross(self, stream: list[StreamLayer]) -> list[AttentionMap]:
-        return [self._map(layer.cross.module, self.trace.of(layer.cross)) for layer in stream]
+def _by_head(grad: Tensor | None, captured: AttentionTrace) -> Tensor:
+    """Return a gradient (B, H, n, dh) or (B, n, H * dh) as (B, H, n, dh); zeros for None."""
+    if grad is None:
+        return torch.zeros_like(captured.o)
+    return grad if grad.dim() == 4 else grad.unflatten(2, (captured.q.shape[1], -1)).transpose(1, 2)
 
 
 def _token_read(gradient: Tensor) -> Tensor:
@@ -312,6 +325,22 @@ def _unit_row(at: Tensor, top: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the rows of the identity at positions (B,), (B, 1, n), for an output `top` (B, n, d)."""
     rows = torch.zeros(top.shape[0], 1, top.shape[1], dtype=dtype, device=top.device)
     return rows.scatter_(2, at[:, None, None].to(top.device), 1)
+
+
+def _check_size(name: str, t: Any, size: int) -> int:
+    """Return the number of examples in an input, which must be `size` unless that is 0."""
+    shape = SHAPES.get(name, "(B, n)")
+    if (
+        not isinstance(t, Tensor)
+        or t.dim() != len(shape.split(","))
+        or 0 in t.shape
+        or size not in (0, len(t))
+    ):
+        came = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
+        raise ValueError(
+            f"{WHO}: {name} must be a tensor {shape}{f' with B={size}' if size else ''}, got {came}"
+        )
+    return len(t)
 
 
 def _check_mask(name: str, mask: Any, ids: Tensor | None) -> None:

@@ -72,7 +72,7 @@ class AttentionMap:
 
 def self_attention_rows(maps: Sequence[AttentionMap], r: Tensor) -> Tensor:
     """Return r (I + A_L) ... (I + A_1), (B, T, n), for rows r (B, T, n) and maps, first layer first."""
-    return r + _rows_less_identity(maps, r)
+    return r + rows_less_identity(maps, r)
 
 
 def encoder_decoder_rows(
@@ -103,7 +103,7 @@ def encoder_decoder_rows(
     return rows, _normalized_rows(encoder, y)
 
 
-def _rows_less_identity(maps: Sequence[AttentionMap], r: Tensor) -> Tensor:
+def rows_less_identity(maps: Sequence[AttentionMap], r: Tensor) -> Tensor:
     """Return r (R - I), (B, T, n), for R = (I + A_L) ... (I + A_1)."""
     change = torch.zeros_like(r)
     for one in reversed(maps):
@@ -111,13 +111,18 @@ def _rows_less_identity(maps: Sequence[AttentionMap], r: Tensor) -> Tensor:
     return change
 
 
+def columns_less_identity(maps: Sequence[AttentionMap], columns: Tensor) -> Tensor:
+    """Return (R - I) times columns (B, T, n), for R = (I + A_L) ... (I + A_1)."""
+    change = torch.zeros_like(columns)
+    for one in maps:
+        change = change + one.after(columns + change)
+    return change
+
+
 def _normalized_rows(maps: Sequence[AttentionMap], y: Tensor) -> Tensor:
     """Return y norm(R), (B, T, n), for y (B, T, n)."""
-    ones = torch.ones_like(y[:, :1])
-    sums = torch.zeros_like(ones)
-    for one in maps:
-        sums = sums + one.after(ones + sums)
-    return y + _rows_less_identity(maps, _divided(y, sums))
+    sums = columns_less_identity(maps, torch.ones_like(y[:, :1]))
+    return y + rows_less_identity(maps, divided(y, sums))
 
 
 def _normalized_columns(maps: Sequence[AttentionMap], columns: Sequence[Tensor]) -> list[Tensor]:
@@ -127,13 +132,13 @@ def _normalized_columns(maps: Sequence[AttentionMap], columns: Sequence[Tensor])
     change, out = torch.zeros_like(given), []
     for one, column in zip(maps, columns, strict=True):
         change = change + one.after(given + change)
-        out.append(column + _divided(change[:, 1 : 1 + targets], change[:, :1]))
+        out.append(column + divided(change[:, 1 : 1 + targets], change[:, :1]))
         # The vectors of this layer are complete.
         keep = [0, *range(1 + targets, given.shape[1])]
         given, change = given[:, keep], change[:, keep]
     return out
 
 
-def _divided(t: Tensor, sums: Tensor) -> Tensor:
+def divided(t: Tensor, sums: Tensor) -> Tensor:
     """Return t / sums, with 0 where a sum is 0."""
     return torch.where(sums > 0, t / torch.where(sums > 0, sums, 1), 0)
