@@ -23,7 +23,7 @@ from pyglobenc.methods.arguments import takes
 from pyglobenc.methods.builders import Rows
 from pyglobenc.methods.gradients.cross_attribution import CrossAttribution
 from pyglobenc.methods.head import find_logits, rounding
-from pyglobenc.methods.inputs import check_evaluation
+from pyglobenc.methods.inputs import check_evaluation, require_finite
 from pyglobenc.methods.registry import METHODS, find_method
 
 WHO = "explain_generation"
@@ -343,6 +343,8 @@ def _rows(runner: Runner, whole: Encoded, n: int) -> Rows:
     if logits is None or logits.shape[1] not in (len(at), length):
         raise ValueError(f"{WHO}: {type(runner.called).__name__} gives no logits for each token")
     logits = logits[0, -len(at) :]
+    # A NaN weight may affect the logits but not the scores.
+    require_finite(WHO, runner.called, (logits,))
     later = torch.ones_like(rows.scores[0], dtype=torch.bool).triu(n)
     scores = rows.scores[0]
     # Occlusion subtracts logits of different passes, so that its zeros are off by a few roundings.

@@ -76,12 +76,11 @@ def information_flow(model: PreTrainedModel, backend: str, dtype: torch.dtype | 
 
     def run(batch: Mapping[str, Any], targets: Tensor | str | None) -> Rows:
         if isinstance(targets, Tensor) and targets.dim() == 2:
-            rows = [run(batch, column) for column in targets.unbind(1)]
-            scores, log_scale = (
-                torch.stack([getattr(row, name) for row in rows], 1) for name in ("scores", "log_scale")
-            )
+            rows = attribute.each(**batch, targets=targets)
+            scores = torch.stack([row.scores for row in rows], 1)
             error = None if rows[0].error is None else torch.stack([row.error for row in rows], 1)
-            return Rows(scores, log_scale, targets, rows[0].logits, error)
+            none = torch.zeros_like(scores[..., 0])
+            return Rows(scores, none, targets, find_logits(rows[0].output), error)
         span = torch.stack([targets, targets + 1], 1) if isinstance(targets, Tensor) else targets
         result = attribute(**batch, target_span=span)
         explained = targets if isinstance(targets, Tensor) else result.targets

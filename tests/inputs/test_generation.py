@@ -256,6 +256,14 @@ def test_a_cache_that_changes_the_logits_is_refused():
     explain_generation(model, tokenizer(), PROMPT, max_new_tokens=3)
 
 
+@pytest.mark.parametrize("method", ["globenc", "gradient-x-input"])
+def test_weights_that_are_no_numbers_are_named(method):
+    model = language_model("llama")
+    model.lm_head.weight.data[3] = float("nan")
+    with pytest.raises(ValueError, match="parameter lm_head.weight holds NaN"):
+        explain_generation(model, tokenizer(), PROMPT, method, answer="the deep film")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_generates_what_it_explains(dtype):
     a = explain_generation(language_model("llama", dtype), tokenizer(), PROMPT, max_new_tokens=4)

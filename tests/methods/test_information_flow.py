@@ -258,3 +258,17 @@ def test_the_command_line(name, tmp_path):
     exact = InformationFlow(model)(input_ids=ids, target_span=(2, 3)).scores[0]
     assert found.target == 2
     torch.testing.assert_close(torch.as_tensor(found.scores), exact)
+
+
+def test_several_tokens_from_one_forward_pass():
+    model = build("llama")
+    batch = random_batch(model, batch=2, n=9, pads=[0, 2])
+    flow, positions = InformationFlow(model), torch.tensor([[3, 8], [6, 2]])
+    runs = []
+    handle = model.register_forward_hook(lambda *_: runs.append(1))
+    several = flow.each(**batch, targets=positions)
+    handle.remove()
+    assert len(runs) == 1
+    for t, result in enumerate(several):
+        one = flow(**batch, target_span=torch.stack([positions[:, t], positions[:, t] + 1], 1))
+        assert torch.equal(result.scores, one.scores) and torch.equal(result.targets, positions[:, t])

@@ -154,6 +154,39 @@ class InformationFlow:
         result.error = unknown_error(WHO, captured, len(target), result.scores.device)
         return result
 
+    @outside_autocast
+    @torch.no_grad()
+    def each(self, *, targets: Sequence[int] | Tensor, **batch: Any) -> list[FlowResult]:
+        """Attribute each of T tokens to the input tokens, all from one forward pass.
+
+        Args:
+            targets: T positions for every example, or (B, T), as `GlobEnc` takes them.
+            batch: as for a call.
+
+        Returns:
+            T results, each as a call gives it for this token as its target span.
+
+        Raises:
+            TypeError, ValueError: as `GlobEnc`.
+        """
+        batch = model_inputs(WHO, self.model, batch, InformationFlow.each)
+        captured, output, _ = run_captured(WHO, self.model, batch, self.dtype, ())
+        rows, results = target_rows(WHO, targets, captured[-1]), []
+        for row in rows.unbind(1):
+            unit = self._unit(row[:, None], captured[-1])
+            result = self._passes(captured, unit, unit, 0)
+            require_finite(WHO, self.model, (result.scores,))
+            result.targets, result.output = row, output
+            result.error = unknown_error(WHO, captured, len(row), result.scores.device)
+            results.append(result)
+        return results
+
+    @staticmethod
+    def _unit(rows: Tensor, layer: LayerTrace) -> Tensor:
+        """Return weights (B, n) float64 that are 1 at positions rows, (B, 1)."""
+        unit = torch.zeros(len(rows), layer.q.shape[2], dtype=torch.float64, device=layer.q.device)
+        return unit.scatter_(1, rows, 1)
+
     def _target(
         self, name: str | None, layer: LayerTrace, read: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
@@ -161,8 +194,7 @@ class InformationFlow:
         rows = target_rows(WHO, name, layer, read)
         if rows.is_floating_point():
             return rows[:, 0], None
-        unit = torch.zeros(len(rows), layer.q.shape[2], dtype=torch.float64, device=layer.q.device)
-        return unit.scatter_(1, rows, 1), rows[:, 0]
+        return self._unit(rows, layer), rows[:, 0]
 
     def _passes(self, captured: list[LayerTrace], target: Tensor, reasoning: Tensor, hops: int) -> FlowResult:
         """Return the result of all passes, for weights (B, n) of the two spans."""
