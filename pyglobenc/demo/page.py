@@ -40,7 +40,7 @@ MOST_WAITING = 32
 # Uploads and downloads are deleted after this many seconds. The second number is how often this is done.
 KEPT_SECONDS, SWEPT_SECONDS = 3600, 600
 MAX_UPLOAD = "20mb"
-METRICS = ("method", "metric", "mean")
+METRICS = ("method", "metric", "value")
 # System fonts, so that the page asks no other server for fonts.
 FONTS = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 LAUNCH = dict(share=False, max_file_size=MAX_UPLOAD, theme=gr.themes.Default(**FONTS), quiet=True)
@@ -104,6 +104,8 @@ def _text_tab(models: Models, max_characters: int) -> None:
         with gr.Column():
             text = gr.Textbox(TEXTS[0][0], label="Text", lines=3, max_length=max_characters, elem_id="text")
             pair = gr.Textbox(label="Second text of a pair (optional)", max_length=max_characters)
+            labels = [" / ".join(filter(None, row)) for row in TEXTS]
+            gr.Examples(TEXTS, [text, pair], label="Examples", example_labels=labels)
         with gr.Column():
             model = _model_choice(models, models.texts)
             methods = gr.Dropdown(
@@ -127,7 +129,6 @@ def _text_tab(models: Models, max_characters: int) -> None:
             words = gr.Checkbox(True, label="Merge tokens to words")
     asked = [model, text, pair, methods, token, label, words]
     button = gr.Button("Explain", variant="primary", elem_id="explain")
-    gr.Examples(TEXTS, [text, pair], label="Examples")
     shown = gr.HTML(elem_id="shown", apply_default_css=False)
     with gr.Row():
         files = [gr.DownloadButton(kind, interactive=False) for kind in ("HTML", "PNG", "JSON")]
@@ -189,6 +190,8 @@ def _image_tab(models: Models, max_pixels: int) -> None:
             # Gradio's own image component would decode files before they are checked.
             upload = gr.File(label="Image", file_count="single", type="filepath", elem_id="upload")
             preview = gr.HTML(elem_id="preview")
+            if IMAGES:
+                gr.Examples([[path] for path in IMAGES], [upload], label="Examples")
         with gr.Column():
             model = _model_choice(models, models.images)
             method = gr.Dropdown(["", *METHODS], value="", label="Method", info="empty: the model's default")
@@ -199,8 +202,6 @@ def _image_tab(models: Models, max_pixels: int) -> None:
                 elem_id="classes",
             )
     button = gr.Button("Explain", variant="primary", elem_id="explain-image")
-    if IMAGES:
-        gr.Examples([[path] for path in IMAGES], [upload], label="Examples")
     shown = gr.HTML(elem_id="shown-image")
     file = gr.DownloadButton("PNG", interactive=False)
 

@@ -37,6 +37,9 @@ STYLE = """
 .globenc:has(> .columns) { max-width: none; }
 .globenc .columns { display: grid; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); gap: 1rem; }
 .globenc .columns section { margin: 0; }
+.globenc .unit { width: 12rem; }
+.globenc .columns .unit { width: 30%; }
+.globenc .columns .number { width: 3.5rem; }
 @media (max-width: 45rem) { .globenc .columns { grid-template-columns: minmax(0, 1fr); } }
 """
 
@@ -167,5 +170,5 @@ def _bar_row(unit: Unit, scale: float) -> str:
     value = unit.score / scale
     kind = ' class="against"' if value < 0 else ""
     bar = f'<b{kind} style="width:{abs(value):.1%};background:{_hex(color(value))}"></b>'
-    word = f'<td style="width:12rem">{escape(printable(unit.text))}</td>'
+    word = f'<td class="unit">{escape(printable(unit.text))}</td>'
     return f'<tr>{word}<td class="number">{unit.score:.4g}</td><td>{bar}</td></tr>\n'
