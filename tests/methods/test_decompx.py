@@ -184,6 +184,39 @@ def test_half_precision_and_float64_arithmetic():
         assert float(wide.error.max()) <= TOLERANCE < float(half.error.max())
 
 
+def test_autocast_changes_the_forward_pass_alone():
+    model = build("bert-classifier", torch.float32)
+    batch = random_batch(model, batch=2, n=16, pads=[0, 3])
+    exact = DecompX(build("bert-classifier"))(**batch, target=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = DecompX(model)(**batch, target=1)
+    assert result.logit.dtype == torch.bfloat16 and result.scores.dtype == torch.float32
+    difference = (result.scores - exact.scores).abs().max()
+    assert difference <= 64 * torch.finfo(torch.bfloat16).eps * exact.scores.abs().max()
+
+
+def test_large_attention_scores_are_attributed_in_float64():
+    model = build("bert-classifier")
+    for layer in model.bert.encoder.layer:
+        layer.attention.self.query.weight.data *= 900
+    batch = random_batch(model, batch=2, n=12, pads=[0, 3])
+    exact = DecompX(model)(**batch, target=1)
+    result = DecompX(model.float())(**batch, target=1)
+    assert result.scores.dtype == torch.float64 and float(result.error.max()) <= 1e-4
+    assert (result.scores - exact.scores).abs().max() <= 1e-3 * exact.scores.abs().max()
+
+
+def test_adapters_count_merged_or_not():
+    peft = pytest.importorskip("peft")
+    parts = ["key", "value", "intermediate.dense", "attention.output.dense"]
+    config = peft.LoraConfig(target_modules=parts, init_lora_weights=False)
+    model = peft.get_peft_model(build("bert-classifier"), config).double().eval()
+    batch = random_batch(build("bert-classifier"), batch=2, n=9, pads=[0, 3])
+    apart = DecompX(model)(**batch, target=1).scores
+    merged = DecompX(model.merge_and_unload())(**batch, target=1).scores
+    assert (apart - merged).abs().max() <= TOLERANCE * merged.abs().max()
+
+
 def hooks(model: nn.Module) -> int:
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return sum(len(getattr(module, name)) for module in model.modules() for name in names)

@@ -7,7 +7,7 @@ import torch
 from devices import HOST, Devices
 from models import build, random_batch
 
-from pyglobenc import GlobEnc, TransformerAttribution
+from pyglobenc import DecompX, GlobEnc, TransformerAttribution
 from pyglobenc.hf import find_layers
 from pyglobenc.methods.relevance.transformer_attribution import VARIANTS
 from pyglobenc.methods.rollout.baselines import ROLLOUTS, Rollout
@@ -180,3 +180,16 @@ def test_a_head_that_reads_the_mean(rest):
         with devices.apart():
             out = method(model)(**batch)
         equal(out.scores, exact.scores)
+
+
+@pytest.mark.parametrize("bias, memory", [("equal", 0), ("absdot", 0), ("absdot", 1 << 30)])
+@pytest.mark.parametrize("name, rest, given", EVERYWHERE)
+def test_decompx(name, rest, given, bias, memory):
+    devices, model = scattered(name, rest)
+    plain = build(name)
+    batch = random_batch(plain, 2, 9, pads=[0, 3])
+    exact = DecompX(plain)(**batch, target=1, bias=bias)
+    with devices.apart():
+        there = {key: value.to(given) for key, value in batch.items()}
+        out = DecompX(model, memory=memory)(**there, target=1, bias=bias)
+        equal(out.scores.cpu(), exact.scores)

@@ -110,13 +110,13 @@ class AbsDot:
     def _last(self, vectors: dict[int, Tensor]) -> Tensor:
         """Return the vectors (sources, d) of the weighted sum of tokens that the head reads."""
         head, index = self.states.head, len(self.states.traces) - 1
-        weights = head.weights[self.number, self.tokens.to(head.weights.device)]
-        read = weights.nonzero()[:, 0]
-        layer = self._layer(index, read.to(self.tokens.device))
+        tokens = self.tokens.to(head.weights.device)
+        read = head.weights[self.number, tokens].nonzero()[:, 0]
+        layer = self._layer(index, read)
         stages = Stages(layer)
-        scale = weights[read, None].to(layer.x)
+        scale = head.weights[self.number, tokens[read], None].to(layer.x)
         if head.token_slopes is not None:
-            scale = scale * head.token_slopes[self.number, self.tokens[read]].to(layer.x)
+            scale = scale * head.token_slopes[self.number, tokens[read]].to(layer.x)
         products, pooled = layer.x.new_empty(5, len(read), len(self.tokens)), []
         for which, tile in enumerate(self.tiles):
             u = layer.attend(self._vectors(vectors.pop(which, None), index, tile), tile)
@@ -151,10 +151,11 @@ class SourceLayer(LinearLayer):
     def __init__(self, *layer: Any, rows: Tensor | None, first: bool):
         super().__init__(*layer)
         self.first, self.alpha = first, self.probabilities()
-        self.rows = torch.arange(self.x.shape[1], device=self.x.device) if rows is None else rows
+        self.rows = torch.arange(self.x.shape[1], device=self.x.device)
         if rows is not None:
-            self.alpha = self.alpha[:, rows]
-            self.only(rows)
+            self.rows = rows.to(self.x.device)
+            self.alpha = self.alpha[:, self.rows]
+            self.only(self.rows)
 
     @property
     def attention_bias(self) -> Tensor:

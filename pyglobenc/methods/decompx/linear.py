@@ -89,8 +89,7 @@ class LinearPass:
             ValueError: they don't. The message names the highest layer where they don't.
         """
         depth, width = len(self.states.traces), self.states.top.shape[2]
-        stored = max(torch.finfo(trace.x.dtype).eps for trace in self.states.traces)
-        eps = MARGIN * (stored + width**0.5 * torch.finfo(self.states.dtype).eps)
+        eps = MARGIN * (self.states.eps + width**0.5 * torch.finfo(self.states.dtype).eps)
         home = self.biases.device
         # A layer's parts carry the rounding of all layers above.
         allowed = torch.stack([self.sizes[index].to(home) for index in reversed(range(depth + 1))]).cumsum(0)

@@ -1,7 +1,7 @@
 """Runs the forward pass, and keeps what the decomposition holds fixed."""
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from pyglobenc.methods.decompx.head import LinearHead
 from pyglobenc.methods.decompx.layers import WHO, LinearLayer, check_layers, recorded_slopes
 from pyglobenc.methods.head import detached, recorded_head
 from pyglobenc.methods.inputs import graph_inputs
+from pyglobenc.methods.precision.arithmetic import set_precision
 from pyglobenc.methods.precision.float64_forward import WideParameters
 from pyglobenc.methods.relevance.head_chain import Head, LinearStep, SumStep, follow_head
 from pyglobenc.methods.target import Target, find_target
@@ -34,6 +35,7 @@ class States:
         target: the logit explained.
         output: the output of the model.
         dtype: dtype of the arithmetic.
+        eps: relative rounding of the forward pass's coarsest tensors.
     """
 
     traces: list[LayerTrace]
@@ -43,6 +45,7 @@ class States:
     target: Target
     output: Any
     dtype: torch.dtype
+    eps: float
 
     def layer(self, index: int, example: tuple[int, Tensor] | None = None) -> LinearLayer:
         """Return a layer as a linear map, for the batch or for the real tokens of one example."""
@@ -75,27 +78,33 @@ def run_forward(
     stock, own = stock_model(model), stock_model(model).dtype
     found = find_layers(stock)
     check_layers(found)
-    dtype = dtype or (torch.float64 if own == torch.float64 else torch.float32)
+    arithmetic = dtype or (torch.float64 if own == torch.float64 else torch.float32)
     config = stock.config
     activation = config.activation if config.model_type == "distilbert" else config.hidden_act
     with weights_named(model), torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
         trace = stack.enter_context(capture(model))
         record = stack.enter_context(recorded_head(model, stock, trace, leaf=True))
-        pieces = stack.enter_context(recorded_slopes(found, activation, dtype))
-        if dtype == torch.float64 and own != torch.float64:
-            stack.enter_context(WideParameters(torch.float64))
-        stack.enter_context(callers_autocast())
-        output = run_model(model, graph_inputs(batch))
+        pieces = stack.enter_context(recorded_slopes(found, activation, arithmetic))
+        wide = arithmetic == torch.float64 and own != torch.float64
+        with WideParameters(torch.float64) if wide else nullcontext(), callers_autocast():
+            output = run_model(model, graph_inputs(batch))
         traces = trace.layers
         check_layers(found, traces)
+        # Under autocast the Linear modules compute in half precision and the norms don't.
+        eps = max(torch.finfo(t.dtype).eps for one in traces for t in (one.x, one.q, one.o))
+        set_precision(traces, dtype)
         mask = traces[0].key_mask
         target = find_target(WHO, output, *explained, mask)
         head = follow_head(model, record, target.logit, target.contrast is not None, mask, WHO)
         check_head(model, head)
-        top = record.top.detach().to(dtype)
+        eps = max(eps, torch.finfo(target.logit.dtype).eps)
+        # Large attention scores need float64.
+        arithmetic = torch.promote_types(arithmetic, traces[0].q.dtype)
+        top = record.top.detach().to(arithmetic)
     target.logit = target.logit.detach()
     slopes = [torch.cat(layer, 1) for layer in pieces]
-    return States(traces, slopes, LinearHead.of(head.to(dtype), top), top, target, detached(output), dtype)
+    linear = LinearHead.of(head.to(arithmetic), top)
+    return States(traces, slopes, linear, top, target, detached(output), arithmetic, eps)
 
 
 def check_head(model: nn.Module, head: Head) -> None:
