@@ -178,6 +178,13 @@ _ENTRIES = (
         "every model",
         cost="1 forward pass, 1 maximum flow per token",
     ),
+    _rollout(
+        "alti",
+        "rollout of ALTI: L1 proximity of each token's vector to the attention block's output (Ferrando et "
+        "al., 2022)",
+        "post-norm encoders",
+        cost="1 forward pass, 1 pass over the pairs of tokens and features",
+    ),
     Method(
         "information-flow",
         "information flow routes: L1 proximity of each head's vectors to the residual stream, summed over "

@@ -40,7 +40,7 @@ def published_layers(method, maps, b, n):
     return torch.stack(layers)
 
 
-@pytest.mark.parametrize("method", [name for name in ROLLOUTS if name != "attention-flow"])
+@pytest.mark.parametrize("method", [name for name in ROLLOUTS if name not in ("attention-flow", "alti")])
 @pytest.mark.parametrize("name", ["bert", "gemma2", "mpnet"])
 def test_equals_published_definition(name, method):
     if name == "gemma2" and method == "n-resln":

@@ -1,12 +1,12 @@
 """Information flow equals the papers' equations on stored attention probabilities, and FlashTrace's code."""
 
 import sys
-from contextlib import ExitStack
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 
 import pytest
 import torch
 from allocations import measure_allocations
+from attention_parts import parts
 from command_line import words
 from models import ARCHITECTURES, CAUSAL, IMAGES, PRE_NORM, build, random_batch
 from published import Float64Throughout
@@ -14,7 +14,7 @@ from tiny import tokenizer
 from transformers import AutoTokenizer
 
 import pyglobenc
-from pyglobenc import InformationFlow, capture
+from pyglobenc import InformationFlow
 from pyglobenc.cli.main import main
 
 ALL = [*ARCHITECTURES, *PRE_NORM, *IMAGES]
@@ -24,42 +24,13 @@ def l1(t: torch.Tensor) -> torch.Tensor:
     return t.abs().sum(-1)
 
 
-def parts(model, batch):
-    """For each layer x and z (B, n, d), before and after the attention's sum, and every vector that the sum
-    adds to x, (B, H, n, n, d).
-    """
-    model = model.base_model
-    with capture(model) as trace, torch.no_grad():
-        model(**batch)
-    layers = trace.layers
-    outs, inputs, sums = [], [], []
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    with ExitStack() as stack, torch.no_grad():
-        for module in {layer.modules.output for layer in layers}:
-            stack.callback(module.register_forward_hook(lambda m, args, out: outs.append(out)).remove)
-        for module in {layer.modules.block for layer in layers}:
-            keep = lambda m, args, kwargs: inputs.append(args[0] if args else kwargs["hidden_states"])  # noqa: E731
-            stack.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
-        norm = "output_norm" if layers[0].modules.pre_norm else "attention_norm"
-        for module in {getattr(layer.modules, norm) for layer in layers}:
-            stack.callback(module.register_forward_pre_hook(lambda m, args: sums.append(args[0])).remove)
-        probabilities = model(**batch, output_attentions=True).attentions
-    model.set_attn_implementation(before)
-    for layer, alpha, out, x, z in zip(layers, probabilities, outs, inputs, sums, strict=True):
-        v = layer.v.repeat_interleave(alpha.shape[1] // layer.v.shape[1], 1)
-        vectors = torch.einsum("bhij,bhjc,hcd->bhijd", alpha, v, layer.output_weight)
-        # A layer scale or a norm multiplies the attention's output by these factors.
-        yield x, z, vectors * ((z - x) / out)[:, None, :, None]
-
-
 def direct(model, batch, spans, weights=None):
     """Scores of one pass (B, n) by the equations, for a span (start, stop) of each example."""
     rows = []
     for b, (start, stop) in enumerate(spans):
         u = torch.full((stop - start,), 1 / (stop - start)) if weights is None else weights[b]
         score = 0
-        for x, z, vectors in parts(model, {k: t[b : b + 1] for k, t in batch.items()}):
+        for _, x, z, vectors in parts(model, {k: t[b : b + 1] for k, t in batch.items()}):
             y, kept = (torch.einsum("i,id->d", u.to(t.dtype), t[0, start:stop]) for t in (z, x))
             added = torch.einsum("i,hijd->hjd", u.to(x.dtype), vectors[0, :, start:stop])
             prox = (l1(y) - l1(y - added)).clamp(min=0)
@@ -235,7 +206,7 @@ def test_no_array_is_quadratic():
     n, tile = 8192, 1 << 18
     model = build("llama", torch.float32, num_hidden_layers=2, max_position_embeddings=n)
     batch = random_batch(model, batch=1, n=n)
-    flow, call = InformationFlow(model), dict(target_span=(n - 64, n), reasoning_span=(n - 3000, n - 64))
+    flow, call = InformationFlow(model), dict(target_span=(n - 64, n), reasoning_span=(n - 600, n - 64))
     flow(**batch, **call)
     with torch.no_grad():
         forward = measure_allocations(lambda: model(**batch))

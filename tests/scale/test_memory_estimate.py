@@ -74,7 +74,8 @@ def test_globenc(settings, batch, n, backend):
 
 
 @pytest.mark.parametrize(
-    "method", ["raw-attention", "w", "attention-rollout", "w-res", "n-fixedres", "n", "n-res", "n-resln"]
+    "method",
+    ["raw-attention", "w", "attention-rollout", "w-res", "n-fixedres", "n", "n-res", "n-resln", "alti"],
 )
 def test_family(method):
     model = make(BERT)

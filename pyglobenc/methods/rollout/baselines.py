@@ -17,6 +17,7 @@ from pyglobenc.hf import LayerTrace
 from pyglobenc.methods.arguments import check_maps, model_inputs, packed_inputs
 from pyglobenc.methods.inputs import check_model, require_finite, run_captured
 from pyglobenc.methods.packing import attribute_packed
+from pyglobenc.methods.rollout.alti import AltiMatrix
 from pyglobenc.methods.rollout.flow import attention_flow
 from pyglobenc.methods.rollout.layer_matrix import LayerMatrix, ResidualMatrix
 from pyglobenc.methods.rollout.rows import (
@@ -40,6 +41,7 @@ ROLLOUTS = (
     "n-resln",
     "globenc",
     "attention-flow",
+    "alti",
 )
 OF_STAGE = {name.lower().replace("_", "-"): name for name in STAGES} | {"globenc": "N_Enc"}
 MAPS = ("layers", "rollout")
@@ -171,6 +173,8 @@ class Rollout:
         return rescale_rows(scores, torch.zeros_like(scores[..., 0]))
 
     def _matrix(self, layer: LayerTrace) -> LayerMatrix:
+        if self.method == "alti":
+            return AltiMatrix(layer, self.ops)
         if self.method in OF_STAGE:
             return self.ops.norm_matrix(
                 layer, deepest_stage(layer) if self.method == "globenc" else OF_STAGE[self.method]

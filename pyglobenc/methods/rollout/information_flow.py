@@ -37,8 +37,6 @@ from pyglobenc.common.arguments import known_arguments
 from pyglobenc.common.autocast import outside_autocast
 from pyglobenc.common.deferred import require
 from pyglobenc.hf import LayerTrace
-from pyglobenc.hf.trace.checks import attended_weight
-from pyglobenc.hf.weights import dense_bias
 from pyglobenc.methods.arguments import model_inputs
 from pyglobenc.methods.inputs import check_model, require_finite, run_captured
 from pyglobenc.methods.rollout.rows import unknown_error
@@ -260,10 +258,8 @@ class InformationFlow:
         x, o = x.masked_fill(out, 0), o.transpose(1, 2).flatten(2).masked_fill(out, 0)
         factors = factors.masked_fill(u == 0, 0)
         added = (factors[:, None] @ o)[:, 0] @ weight.flatten(0, 1)
-        bias = dense_bias(layer.modules.output, o.shape[2])
+        bias = self.ops.output_bias(layer)
         if bias is not None:
-            scale = attended_weight(layer.modules)
-            bias = bias.to(u) if scale is None else bias.to(u) * scale.detach().to(u)
             added = added + factors.sum(1, keepdim=True) * bias
         return (u[:, None] @ x)[:, 0], added, factors
 

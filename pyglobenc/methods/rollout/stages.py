@@ -14,10 +14,12 @@ from torch import Tensor
 
 from pyglobenc.backends.inputs import PairInputs
 from pyglobenc.backends.reference.stage_map import stage_map
-from pyglobenc.backends.shared.masks import hidden_keys
+from pyglobenc.backends.shared.masks import outside_window
+from pyglobenc.backends.shared.rows import take_queries
 from pyglobenc.backends.shared.score_mods import to_dtype
 from pyglobenc.hf import LayerTrace
-from pyglobenc.hf.weights import parameter
+from pyglobenc.hf.trace.checks import attended_weight
+from pyglobenc.hf.weights import dense_bias, parameter
 from pyglobenc.methods.rollout.layer_matrix import NormMatrix
 from pyglobenc.ops import gram_weights, head_gram, head_norms, mapped_square, mixing_ratio, norm_terms
 
@@ -101,6 +103,14 @@ class StageOps:
         if m.added_norm is not None:
             weight = weight * (parameter(m.added_norm, "weight").to(dtype) + m.unit_offset)
         return weight
+
+    def output_bias(self, layer: LayerTrace) -> Tensor | None:
+        """Return the bias of W_O, (d,), with the same factors; None if it has none."""
+        dtype, heads = self.dtype_of(layer), layer.q.shape[1] * layer.q.shape[3]
+        bias, factor = dense_bias(layer.modules.output, heads), attended_weight(layer.modules)
+        if bias is None:
+            return None
+        return bias.to(dtype) if factor is None else bias.to(dtype) * factor.detach().to(dtype)
 
     def _residual(self, layer: LayerTrace) -> Tensor:
         """Return the residual x, (B, n, d).
@@ -207,24 +217,34 @@ class StageOps:
         everything = slice(0, layer.q.shape[2])
         return self.attention_tile(layer, everything, everything)
 
-    def attention_tile(self, layer: LayerTrace, rows: slice, cols: slice) -> Tensor:
-        """Return the attention probabilities of a range of queries and of keys, (B, H, rows, cols).
+    def attention_tile(self, layer: LayerTrace, rows: slice | Tensor, cols: slice) -> Tensor:
+        """Return the attention probabilities of m queries and a range of keys, (B, H, m, cols).
 
-        They are computed again from q (B, H, n, dh), k and lse. Keys that the query does not see get 0.
+        They are computed again from q (B, H, n, dh), k and lse. Keys that a query does not see get 0. rows is
+        a range of queries, or their positions (B, m).
         """
-        dtype, mod = self.dtype_of(layer), layer.score_mod
-        q, lse = (t[:, :, rows].detach().to(dtype) for t in (layer.q, layer.lse))
+        dtype, mod, device = self.dtype_of(layer), layer.score_mod, layer.q.device
+        if isinstance(rows, Tensor):
+            q, lse, i = take_queries(layer.q, rows), take_queries(layer.lse, rows), rows
+        else:
+            q, lse = layer.q[:, :, rows], layer.lse[:, :, rows]
+            i = torch.arange(rows.start, rows.stop, device=device)[None]
+        q, lse = q.detach().to(dtype), lse.detach().to(dtype)
         # A bias may depend on the number of all keys.
         k = (layer.k if mod is not None else layer.k[:, :, cols]).detach().to(dtype)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         seen = k if mod is None else k[:, :, cols]
         scores = torch.matmul(q * layer.scaling, seen.transpose(2, 3))
         if mod is not None:
-            i = torch.arange(rows.start, rows.stop, device=q.device)[None]
             scores = mod.bind(q, k)(scores, slice(0, q.shape[2]), i, cols)
         scores -= lse[..., None]
-        hidden = hidden_keys(rows, cols, layer.window, layer.key_mask, q.device)
-        return (scores if hidden is None else scores.masked_fill_(hidden, float("-inf"))).exp_()
+        ahead = torch.arange(cols.start, cols.stop, device=device) - i[..., None]
+        hidden = outside_window(ahead, layer.window)
+        if hidden is not None:
+            scores.masked_fill_(hidden[:, None], float("-inf"))
+        if layer.key_mask is not None:
+            scores.masked_fill_(~layer.key_mask[:, None, None, cols], float("-inf"))
+        return scores.exp_()
 
     def mixing_ratio(self, layer: LayerTrace, name: str) -> Tensor:
         """Return the mixing ratio of stage `name`, (B, n), 0 at padding.
