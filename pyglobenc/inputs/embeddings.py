@@ -48,7 +48,14 @@ class Sentences(nn.Module):
 
     def forward(self, **batch: Any) -> Tensor:
         """Return the embeddings (B, d) of a batch, such as input_ids and attention_mask (B, n)."""
-        return self.model(dict(batch))["sentence_embedding"]
+        found = self.model(dict(batch))["sentence_embedding"]
+        # `encode` keeps this many numbers of an embedding.
+        return found[..., : getattr(self.model, "truncate_dim", None)]
+
+    def ids(self, text: str) -> list[int]:
+        """Return the token ids that the model itself makes of a text."""
+        read = getattr(self.model, "preprocess", self.model.tokenize)
+        return read([text])["input_ids"].flatten().tolist()
 
 
 class SimilarityTo(nn.Module):
@@ -117,10 +124,15 @@ def embedding(
     """Return the embedding (d,) of a text; long and max_length as for `explain`.
 
     Raises:
-        ValueError: as `encode`.
+        ValueError: as `encode`; or a SentenceTransformer makes other tokens of the text.
     """
     stock = stock_model(embed)
     inputs = encode(tokenizer, text, "text", longest(stock, tokenizer, max_length), long).inputs
+    if isinstance(embed, Sentences) and embed.ids(text) != inputs["input_ids"]:
+        raise ValueError(
+            "explain_similarity: the SentenceTransformer makes other tokens of this text than its tokenizer, "
+            "such as lower-case ones or a longer beginning; change the text or the length as it does"
+        )
     inputs |= {"attention_mask": [1] * len(inputs["input_ids"])}
     kept = {name: value for name, value in inputs.items() if accepts(embed, name)}
     return embed(**{name: torch.tensor([value], device=stock.device) for name, value in kept.items()})[0]

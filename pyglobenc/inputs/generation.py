@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from operator import index
 from typing import Any
 
 import torch
@@ -223,8 +224,11 @@ def _answer_ids(runner: Runner, answer: str | Sequence[int]) -> list[int]:
     if isinstance(answer, str):
         ids = runner.tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]
     else:
-        ids = answer.tolist() if isinstance(answer, Tensor) else list(answer)
-        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        try:
+            ids = [index(i) for i in answer if not isinstance(i, bool)]
+        except TypeError:
+            ids = None
+        if ids is None or len(ids) != len(answer):
             raise TypeError(f"{WHO}: answer must be a text or a list of token ids, got {f'{answer!r}'[:80]}")
     if not ids:
         raise ValueError(f"{WHO}: the answer has no tokens: {answer!r}")

@@ -94,7 +94,7 @@ def test_an_answer_that_is_given():
     model, tok = language_model("llama"), tokenizer()
     a = explain_generation(model, tok, PROMPT, answer="the deep film")
     ids = tok.convert_tokens_to_ids(["the", "deep", "film"])
-    for answer in (ids, torch.tensor(ids), tuple(ids)):
+    for answer in (ids, torch.tensor(ids), tuple(ids), np.array(ids)):
         b = explain_generation(model, tok, PROMPT, answer=answer)
         assert np.array_equal(a.scores, b.scores) and a.text == b.text
     assert a.generated_tokens == ["the", "deep", "film"] and a.token_ids[9:] == ids
@@ -284,6 +284,9 @@ def test_half_precision_generates_what_it_explains(dtype):
         (dict(answer=""), ValueError, "the answer has no tokens"),
         (dict(answer=[99]), ValueError, r"token ids in \[0, 70\), got 99 to 99"),
         (dict(answer=[1.5]), TypeError, "answer must be a text or a list of token ids"),
+        (dict(answer=[True]), TypeError, "answer must be a text or a list of token ids"),
+        (dict(answer=torch.tensor([[7, 8]])), TypeError, "answer must be a text or a list of token ids"),
+        (dict(answer=7), TypeError, "answer must be a text or a list of token ids"),
         (dict(method="lrp"), ValueError, "lrp explains a class of the whole text; choose one of .*globenc"),
         (dict(method="norms"), ValueError, "explain_generation: method must be one of"),
         (dict(max_length=5), ValueError, "the prompt has 9 tokens and at most 5 fit"),

@@ -53,6 +53,10 @@ class SentenceTransformer(nn.Sequential):
         super().__init__(Transformer(model), Pooling(model.config.hidden_size))
         self.tokenizer, self.max_seq_length, self.default_prompt_name = tokenizer, 20, None
 
+    def tokenize(self, texts):
+        (text,) = texts
+        return self.tokenizer(text, return_tensors="pt", truncation=True, max_length=self.max_seq_length)
+
     def forward(self, features):
         for module in self:
             features = module(features)
@@ -99,6 +103,9 @@ def test_a_sentence_transformers_own_modules():
     assert explain_similarity(whole, None, "film " * 30, B, long="truncate")[0].cut == 12
     with pytest.raises(ValueError, match="has a pooling of its own"):
         explain_similarity(whole, None, A, B, pooling="mean")
+    whole.tokenize = lambda texts: {"input_ids": torch.tensor([[2, 5, 3]])}
+    with pytest.raises(ValueError, match="makes other tokens of this text than its tokenizer"):
+        explain_similarity(whole, None, A, B)
     whole.default_prompt_name = "query"
     with pytest.raises(ValueError, match="puts its prompt 'query' before texts"):
         explain_similarity(whole, None, A, B)
@@ -113,6 +120,12 @@ def test_the_real_library(tmp_path):
     vectors = whole.encode([A, B], convert_to_tensor=True)
     assert pair.similarity == pytest.approx(float(torch.cosine_similarity(*vectors, dim=0)), rel=1e-9)
     assert_is_gradient_x_input(pair, whole[0].auto_model, POOLED["mean"])
+    whole.truncate_dim = 9
+    pair = explain_similarity(whole, None, A, B)
+    vectors = whole.encode([A, B], convert_to_tensor=True)
+    assert vectors.shape == (2, 9)
+    assert pair.similarity == pytest.approx(float(torch.cosine_similarity(*vectors, dim=0)), rel=1e-9)
+    assert_is_gradient_x_input(pair, whole[0].auto_model, lambda states: states[0].mean(0)[:9])
 
 
 @pytest.mark.parametrize("name, pooling", [("bert", "mean"), ("qwen3", "lasttoken")])
