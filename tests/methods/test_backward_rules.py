@@ -1,8 +1,12 @@
 """AttnLRP, CP-LRP, GIM and LibraGrad against the papers' rules, by two computations of their own."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
+import tiny
 import torch
 import transformers
+from allocations import measure_allocations
 from models import ARCHITECTURES, CAUSAL, IMAGES, PRE_NORM, build, classifier, random_batch
 from numerics import assert_as_good_as_torch
 from published import Float64Throughout
@@ -283,12 +287,56 @@ def test_refusals():
         GradientAttribution(model, "attn-lrp")
 
 
+@pytest.mark.parametrize("name, method", [("llama", "attnlrp"), ("gemma2", "attnlrp"), ("gemma2", "gim")])
+def test_no_array_is_quadratic(name, method):
+    n, tile = 2304, 64
+    settings = dict(max_position_embeddings=n)
+    model = build(
+        name, torch.float32, **settings, **(FULL | dict(sliding_window=n) if name == "gemma2" else {})
+    )
+    batch = random_batch(model, batch=1, n=n)
+    explain = GradientAttribution(model, method)
+    explain(**batch)
+    used = measure_allocations(lambda: explain(**batch))
+    # The largest arrays are the logits (n, 97), the MLP's (n, 192), or a tile of queries with all keys.
+    heads = model.config.num_attention_heads
+    assert used.largest <= 4 * max(192 * n, heads * tile * n if name == "gemma2" else 0)
+
+
+def test_threads_run_methods_of_one_model_at_the_same_time():
+    model = build("gpt2")
+    batch = random_batch(model, batch=2, n=7)
+    expected = {method: GradientAttribution(model, method)(**batch).scores for method in RULES}
+    with torch.no_grad():
+        logits = model(**batch).logits
+
+    def explain(method):
+        for _ in range(5):
+            assert torch.equal(GradientAttribution(model, method)(**batch).scores, expected[method])
+            with torch.no_grad():
+                assert_equal(model(**batch).logits, logits, 1e-12)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(explain, RULES))
+
+
+@pytest.mark.parametrize("method", RULES)
+@pytest.mark.parametrize("name", ["bert-classifier", "llama"])
+def test_under_autocast_the_scores_are_those_of_the_model_in_bfloat16(name, method):
+    model = build(name, torch.float32)
+    batch = random_batch(model, batch=4, n=16)
+    exact = GradientAttribution(model, method)(**batch, target=1).scores
+    with torch.autocast("cpu", torch.bfloat16):
+        result = GradientAttribution(model, method)(**batch, target=1)
+    assert result.scores.dtype == torch.float32 and not torch.equal(result.scores, exact)
+    # bfloat16 keeps 8 bits. Three layers of about ten roundings each lose at most five of them here.
+    assert_equal(result.scores, exact, 2.0**-3)
+
+
 @pytest.mark.parametrize("method", RULES)
 def test_explain_takes_the_names(method):
-    from tiny import classifier, tokenizer
-
-    model, texts = classifier(), ["the good film is deep, filming.", "a film"]
-    for a in pyglobenc.explain(model, tokenizer(), texts, method, progress=False):
+    model, texts = tiny.classifier(), ["the good film is deep, filming.", "a film"]
+    for a in pyglobenc.explain(model, tiny.tokenizer(), texts, method, progress=False):
         exact = GradientAttribution(model, method)(input_ids=torch.tensor([a.token_ids])).scores[0]
         assert_equal(torch.tensor(a.scores), exact)
         assert a.target_kind == "class"

@@ -43,12 +43,17 @@ def attention(
         total = p.sum(-1, keepdim=True)
         return p @ v[:, :, cols] / total, (top + total.log())[..., 0]
 
+    def whole(start: int) -> tuple[Tensor, Tensor]:
+        # A TorchFunctionMode that is active in the backward pass must not see the operations again.
+        with torch._C.DisableTorchFunction():
+            return block(start)
+
     if not n:
         return torch.zeros_like(q), q.new_zeros(q.shape[:3])
     starts = range(0, n, QUERY_BLOCK)
     if max(n, m) > STORED and torch.is_grad_enabled():
         again = dict(use_reentrant=False, preserve_rng_state=False)
-        blocks = [checkpoint(block, start, **again) for start in starts]
+        blocks = [checkpoint(whole, start, **again) for start in starts]
     else:
         blocks = [block(start) for start in starts]
     return torch.cat([o for o, _ in blocks], 2), torch.cat([lse for _, lse in blocks], 2)

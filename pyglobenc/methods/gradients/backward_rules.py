@@ -136,6 +136,34 @@ class Norm(Function):
         return grad.mul_(rstd).to(ctx.dtype), None, None
 
 
+class Linear(Function):
+    """A linear layer x W^T + bias, or x W + bias, differentiable with respect to x (..., inputs) only.
+
+    The backward pass skips rows whose gradient is 0: all tokens but the one that the head reads, in the head
+    and in the last layer's MLP.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, compute: Callable[[], Tensor], transposed: bool
+    ) -> Tensor:
+        ctx.transposed = transposed
+        ctx.save_for_backward(weight)
+        return compute()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (weight,) = ctx.saved_tensors
+        weight = weight.T if ctx.transposed else weight
+        flat = grad.reshape(-1, grad.shape[-1])
+        # A minimum and a maximum of 0 take a tenth of the time of `any`.
+        rows = (flat.amin(1).ne(0) | flat.amax(1).ne(0)).nonzero()[:, 0]
+        if 2 * len(rows) > len(flat):
+            return grad @ weight, None, None, None
+        out = grad.new_zeros(len(flat), weight.shape[1]).index_copy_(0, rows, flat[rows] @ weight)
+        return out.view(*grad.shape[:-1], -1), None, None, None
+
+
 class TemperedSoftmax(Function):
     """softmax(x), whose gradient is that of softmax(x / temperature) times the temperature (GIM)."""
 

@@ -22,6 +22,7 @@ from pyglobenc.hf.unwrap import stock_model
 from pyglobenc.methods.gradients import ruled_attention
 from pyglobenc.methods.gradients.backward_rules import (
     RULES,
+    Linear,
     Norm,
     Product,
     Scaled,
@@ -34,7 +35,7 @@ from pyglobenc.methods.gradients.backward_rules import (
 from pyglobenc.methods.gradients.graph import LINEAR, Graph, kind
 from pyglobenc.methods.precision.float64_forward import WideLinear
 
-OURS = {f._backward_cls for f in (Norm, Product, Scaled, Secant, TemperedSoftmax, WideLinear)}
+OURS = {f._backward_cls for f in (Linear, Norm, Product, Scaled, Secant, TemperedSoftmax, WideLinear)}
 # Elementwise functions of one tensor that are 0 at 0.
 ACTIVATIONS = set(
     "celu elu gelu hardswish leaky_relu mish relu relu6 selu silu softsign tanh tanhshrink".split()
@@ -174,6 +175,25 @@ class ModifiedBackward(TorchFunctionMode):
             b = b.detach()
         return func(a, b, **kwargs)
 
+    def _linear(self, func: Callable, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not self._is_linear(x, weight, bias):
+            return func(x, weight, bias)
+        return Linear.apply(x, weight, lambda: func(x, weight, bias), False)
+
+    def _addmm(self, func: Callable, bias: Tensor, x: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
+        if kwargs or not self._is_linear(x, weight, bias):
+            return func(bias, x, weight, **kwargs)
+        return Linear.apply(x, weight, lambda: func(bias, x, weight), True)
+
+    def _is_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+        """Tell whether a product is that of tokens with constant weights, all of one dtype."""
+        return (
+            self._depends(x)
+            and not (self._depends(weight) or self._depends(bias))
+            and weight.dtype == x.dtype
+            and not torch.is_autocast_enabled(x.device.type)
+        )
+
     def _matmul(self, func: Callable, a: Tensor, b: Tensor, **kwargs: Any) -> Tensor:
         if not (self.rules.halves and self._depends(a, b)):
             return func(a, b, **kwargs)
@@ -220,10 +240,12 @@ class ModifiedBackward(TorchFunctionMode):
 
 # Maps the name of a torch function to the rule for it.
 FUNCTIONS = {name: ModifiedBackward._activation for name in ACTIVATIONS} | {
+    "addmm": ModifiedBackward._addmm,
     "bmm": ModifiedBackward._matmul,
     "div": ModifiedBackward._quotient,
     "div_": ModifiedBackward._quotient,
     "layer_norm": ModifiedBackward._layer_norm,
+    "linear": ModifiedBackward._linear,
     "matmul": ModifiedBackward._matmul,
     "mul": ModifiedBackward._product,
     "normalize": ModifiedBackward._normalize,
