@@ -170,20 +170,23 @@ class InformationFlow:
         batch = model_inputs(WHO, self.model, batch, InformationFlow.each)
         captured, output, _ = run_captured(WHO, self.model, batch, self.dtype, ())
         rows, results = target_rows(WHO, targets, captured[-1]), []
-        for row in rows.unbind(1):
-            unit = self._unit(row[:, None], captured[-1])
-            result = self._passes(captured, unit, unit, 0)
-            require_finite(WHO, self.model, (result.scores,))
-            result.targets, result.output = row, output
-            result.error = unknown_error(WHO, captured, len(row), result.scores.device)
-            results.append(result)
+        error = unknown_error(WHO, captured, len(rows), rows.device)
+        # The heads' proximities of this many tokens have at most as many entries as the queries.
+        for some in rows.split(captured[-1].q.shape[3], dim=1):
+            units = self._units(some, captured[-1])
+            parts = self._shares(captured, units)
+            for index, row in enumerate(some.unbind(1)):
+                result = _first_pass([part[:, :, index] for part in parts], units[:, index] > 0)
+                require_finite(WHO, self.model, (result.scores,))
+                result.targets, result.output, result.error = row, output, error
+                results.append(result)
         return results
 
     @staticmethod
-    def _unit(rows: Tensor, layer: LayerTrace) -> Tensor:
-        """Return weights (B, n) float64 that are 1 at positions rows, (B, 1)."""
-        unit = torch.zeros(len(rows), layer.q.shape[2], dtype=torch.float64, device=layer.q.device)
-        return unit.scatter_(1, rows, 1)
+    def _units(rows: Tensor, layer: LayerTrace) -> Tensor:
+        """Return weights (B, S, n) float64 that are 1 at positions rows, (B, S)."""
+        units = torch.zeros(*rows.shape, layer.q.shape[2], dtype=torch.float64, device=layer.q.device)
+        return units.scatter_(2, rows[..., None], 1)
 
     def _target(
         self, name: str | None, layer: LayerTrace, read: Tensor | None
@@ -192,88 +195,100 @@ class InformationFlow:
         rows = target_rows(WHO, name, layer, read)
         if rows.is_floating_point():
             return rows[:, 0], None
-        return self._unit(rows, layer), rows[:, 0]
+        return self._units(rows, layer)[:, 0], rows[:, 0]
 
     def _passes(self, captured: list[LayerTrace], target: Tensor, reasoning: Tensor, hops: int) -> FlowResult:
         """Return the result of all passes, for weights (B, n) of the two spans."""
-        first = [self._layer(layer, target) for layer in captured]
-        tokens, residual, heads = (torch.stack(parts, 1) for parts in zip(*first, strict=True))
-        passes, inside = [tokens.sum(1)], reasoning > 0
-        ratios = [_part(passes[0], inside)]
+        inside = reasoning > 0
+        result = _first_pass([part[:, :, 0] for part in self._shares(captured, target[:, None])], inside)
+        passes, ratios = [result.scores], [result.ratios[:, 0]]
         for _ in range(hops):
             weights = passes[-1].masked_fill(~inside, 0)
             weights = _share(weights, weights.sum(1, keepdim=True))
-            passes.append(sum(self._layer(layer, weights)[0] for layer in captured))
+            passes.append(self._shares(captured, weights[:, None])[0][:, :, 0].sum(1))
             ratios.append(ratios[-1] * _part(passes[-1], inside))
-        scores = passes[0]
         if hops:
             # A token after the reasoning span can't be the source of it.
             after = inside.flip(1).cumsum(1).flip(1) == 0
             factors = torch.stack([torch.ones_like(ratios[0]), *ratios[:-1]], 1)
-            scores = (torch.stack(passes, 1) * factors[..., None]).sum(1)
-            scores = scores.masked_fill(inside | (target > 0) | after, 0)
-        return FlowResult(scores, torch.stack(passes, 1), torch.stack(ratios, 1), tokens, residual, heads)
+            result.pass_scores, result.ratios = torch.stack(passes, 1), torch.stack(ratios, 1)
+            scores = (result.pass_scores * factors[..., None]).sum(1)
+            result.scores = scores.masked_fill(inside | (target > 0) | after, 0)
+        return result
+
+    def _shares(self, captured: list[LayerTrace], weights: Tensor) -> list[Tensor]:
+        """Return the shares of the tokens (B, L, S, n), the residual (B, L, S) and the heads (B, L, S, H).
+
+        weights (B, S, n) are those of the tokens of S spans.
+        """
+        parts = (self._layer(layer, weights) for layer in captured)
+        return [torch.stack(part, 1) for part in zip(*parts, strict=True)]
 
     def _layer(self, layer: LayerTrace, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the shares of the tokens (B, n), the residual (B,) and the heads (B, H) in a span.
+        """Return the shares of the tokens (B, S, n), the residual (B, S) and the heads (B, S, H) in S spans.
 
-        weights (B, n) are those of the span's tokens. The results are on the device of the weights.
+        weights (B, S, n) are those of the spans' tokens. The results are on the device of the weights.
         """
         dtype, device, n = self.ops.dtype_of(layer), layer.q.device, layer.q.shape[2]
         u = weights.to(device, dtype)
-        used = (u != 0).any(0).nonzero()
+        used = (u != 0).any(1).any(0).nonzero()
         first, last = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
         rows, weight = slice(first, last), self.ops.output_weight(layer)
-        kept, added, factors = self._sums(layer, u[:, rows], rows, weight)
+        kept, added, factors = self._sums(layer, u[..., rows], rows, weight)
         y = kept + added
         cols = visible_keys(rows, n, layer.window)
         w = self._span_attention(layer, factors, rows, cols)
-        prox = proximity(
-            w, layer.v[:, :, cols].detach(), weight, y[:, None], per_head=True, backend=self.ops.backend
-        )
-        prox = prox[:, :, 0]
-        if layer.key_mask is not None:
-            prox = prox.masked_fill(~layer.key_mask[:, None, cols], 0)
+        v = layer.v[:, :, cols].detach()
+        prox = proximity(w, v, weight, y, per_head=True, backend=self.ops.backend)
         residual = nearer(kept, y).clamp(min=0)
-        total = prox.sum((1, 2)) + residual
-        tokens = u.new_zeros(u.shape)
-        tokens[:, cols] = _share(prox.sum(1), total[:, None])
-        shares = tokens, _share(residual, total), _share(prox.sum(2), total[:, None])
-        return tuple(share.to(weights.device) for share in shares)
+        total = prox.sum((1, 3)) + residual
+        tokens = torch.zeros_like(u)
+        tokens[..., cols] = _share(prox.sum(1), total[..., None])
+        heads = _share(prox.sum(3).transpose(1, 2), total[..., None])
+        return tuple(share.to(weights.device) for share in (tokens, _share(residual, total), heads))
 
     def _sums(
         self, layer: LayerTrace, u: Tensor, rows: slice, weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the span's sums of x and of the attention's output, (B, d), and the factors of alpha (B, m).
+        """Return the spans' sums of x and of the attention's output, (B, S, d), and the factors of alpha.
 
-        u are the weights of the m tokens of `rows`, (B, m), and weight is W_O by head, (H, dh, d). An added
-        norm scales each row of the attention's output.
+        u are the weights of the m tokens of `rows`, (B, S, m), as the factors are. weight is W_O by head,
+        (H, dh, d). An added norm scales each row of the attention's output.
         """
         x, o = layer.x[:, rows].detach().to(u.dtype), layer.o[:, :, rows].detach().to(u.dtype)
         factors = u
         if layer.modules.added_norm is not None:
-            factors = u * layer.norms["added_norm"].rstd[:, rows].to(u.dtype)
+            factors = u * layer.norms["added_norm"].rstd[:, None, rows].to(u.dtype)
         # A padded token may have any value, also infinity.
-        out = u[:, :, None] == 0
+        out = (u == 0).all(1)[..., None]
         x, o = x.masked_fill(out, 0), o.transpose(1, 2).flatten(2).masked_fill(out, 0)
         factors = factors.masked_fill(u == 0, 0)
-        added = (factors[:, None] @ o)[:, 0] @ weight.flatten(0, 1)
+        added = factors @ o @ weight.flatten(0, 1)
         bias = self.ops.output_bias(layer)
         if bias is not None:
-            added = added + factors.sum(1, keepdim=True) * bias
-        return (u[:, None] @ x)[:, 0], added, factors
+            added = added + factors.sum(2, keepdim=True) * bias
+        return u @ x, added, factors
 
     def _span_attention(self, layer: LayerTrace, factors: Tensor, rows: slice, cols: slice) -> Tensor:
-        """Return w, the sum of factors (B, m) times the rows of attention, (B, H, 1, cols)."""
+        """Return w, the sums of factors (B, S, m) times the rows of attention, (B, H, S, cols)."""
         batch, heads = layer.q.shape[:2]
         count = cols.stop - cols.start
         step = max(MIN_QUERIES, TILE_FLOATS // max(1, batch * heads * count))
-        w = factors.new_zeros(batch, heads, 1, count)
+        w = factors.new_zeros(batch, heads, factors.shape[1], count)
         for start in range(rows.start, rows.stop, step):
             part = slice(start, min(rows.stop, start + step))
-            own = factors[:, None, None, start - rows.start : part.stop - rows.start]
+            own = factors[:, None, :, start - rows.start : part.stop - rows.start]
             w += own @ self.ops.attention_tile(layer, part, cols)
         return w
+
+
+def _first_pass(shares: list[Tensor], inside: Tensor) -> FlowResult:
+    """Return the result of one pass, for the shares (B, L, n), (B, L) and (B, L, H) of its layers.
+
+    inside (B, n) bool says which tokens belong to the reasoning span.
+    """
+    scores = shares[0].sum(1)
+    return FlowResult(scores, scores[:, None], _part(scores, inside)[:, None], *shares)
 
 
 def span_weights(who: str, name: str, span: Span, layer: LayerTrace) -> Tensor:
