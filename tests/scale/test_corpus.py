@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
-from models import build
+from models import build, randomize
+from transformers import BertForMaskedLM
 
 import pyglobenc
 from pyglobenc.cli.main import main
@@ -151,6 +152,20 @@ def test_what_a_classifier_predicts_is_kept(tmp_path, monkeypatch, kind):
         alone = pyglobenc.explain(model, tiny.tokenizer(), row["text"])
         found = {entry["name"]: entry["value"] for entry in row["predictions"]}
         assert found == pytest.approx(dict(alone.predictions), rel=1e-9) and row["label"] == alone.label
+
+
+def test_masks_are_filled_and_a_mean_is_explained(tmp_path, monkeypatch, minilm_is_tiny):
+    (tmp_path / "corpus.txt").write_text("good [MASK]\ndeep\n")
+    assert run(tmp_path / "corpus.txt", tmp_path / "mean", "--target", "mean") == 0
+    assert {row["target_kind"] for row in rows(tmp_path / "mean")} == {"mean"}
+    config = build("bert").config
+    model = randomize(BertForMaskedLM(config)).double().eval()
+    monkeypatch.setattr(
+        "pyglobenc.models.pretrained.load_pretrained", lambda *args: (model, tiny.tokenizer())
+    )
+    run(tmp_path / "corpus.txt", tmp_path / "out", "--method", "saliency")
+    (row,), left_out = rows(tmp_path / "out"), rejected(tmp_path / "out")
+    assert row["text"] == "good [MASK]" and "has 0" in left_out[1]
 
 
 @pytest.mark.parametrize("model", [lambda: build("bert"), tiny.classifier], ids=["encoder", "classifier"])

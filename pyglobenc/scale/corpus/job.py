@@ -237,7 +237,8 @@ def try_settings(runner: Runner) -> None:
     limit = longest(runner.model, runner.tokenizer, runner.options.max_length)
     far = runner.options.target if isinstance(runner.options.target, int) else 0
     words = min(abs(far) + 1, limit or TRIED)
-    one = encode(runner.tokenizer, "a " * words, "a text", limit, "truncate", runner.options.stride)
+    text = runner.tokenizer.mask_token if runner.fills_mask else "a " * words
+    one = encode(runner.tokenizer, text, "a text", limit, "truncate", runner.options.stride)
     try:
         check_target(runner, one, "a text")
     except ValueError:
