@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pyglobenc.cli import explain_image, methods
+from pyglobenc.cli import explain_generation, explain_image, methods
 from pyglobenc.cli.options import (
     add_arithmetic,
     add_lengths,
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"largest number of pixels of an image (default {MAX_PIXELS})",
     )
     add_model(parser, "minilm", "which is a PyPI package")
-    _add_generation(parser)
+    explain_generation.add_arguments(parser)
     default = (
         "default globenc, for image classifiers transformer-attribution, with --generate gradient-x-input"
     )
@@ -84,20 +84,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_outputs(parser)
 
 
-def _add_generation(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--generate",
-        metavar="N",
-        type=positive,
-        help="let a language model generate up to N tokens after the text, always the most probable one, and "
-        "explain each of them",
-    )
-    parser.add_argument("--answer", help="explain the tokens of this answer instead of generating one")
-    parser.add_argument(
-        "--chat", action="store_true", help="make the text a user's message by the model's chat template"
-    )
-
-
 def _add_outputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--html", metavar="FILE", help="write an HTML page")
     parser.add_argument("--png", metavar="FILE", help="write a PNG picture")
@@ -119,11 +105,10 @@ def run(options: argparse.Namespace) -> int:
     _check_names(options)
     if options.image is not None:
         return explain_image.run(options)
-    answers = options.generate is not None or options.answer is not None
+    answers = explain_generation.wanted(options)
     options.method = options.method or ("gradient-x-input" if answers else "globenc")
     texts = _texts(options)
-    if answers or options.chat:
-        _check_generation(options, texts)
+    explain_generation.check(options, texts)
     _check_outputs(options)
     # These imports take seconds.
 
@@ -142,8 +127,15 @@ def run(options: argparse.Namespace) -> int:
         options.model, dtype_named(options.model_dtype), options.device, options.trust_remote_code, head
     )
     if answers:
-        _write(options, _explain_generation(options, model, tokenizer, texts[0]), picture=not options.quiet)
-        return 0
+        result = explain_generation.explained(options, model, tokenizer, texts[0])
+        _write(options, result, picture=not options.quiet)
+    else:
+        _explain_each(options, model, tokenizer, texts)
+    return 0
+
+
+def _explain_each(options: argparse.Namespace, model: Any, tokenizer: Any, texts: list[Text]) -> None:
+    """Explain the texts and write the result; after an error, write what was finished before it."""
     names = (
         "method",
         "target",
@@ -174,42 +166,6 @@ def run(options: argparse.Namespace) -> int:
             _write(options, done, picture=False)
         raise
     _write(options, done[0] if len(texts) == 1 else done, picture=not options.quiet)
-    return 0
-
-
-def _explain_generation(
-    options: argparse.Namespace, model: Any, tokenizer: Any, text: str
-) -> GenerationAttribution:
-    """Return the attribution of the answer to a text."""
-    from pyglobenc.inputs.generation import explain_generation
-
-    names = ("method", "answer", "start_layer", "max_length", "backend")
-    found = explain_generation(
-        model,
-        tokenizer,
-        [{"role": "user", "content": text}] if options.chat else text,
-        max_new_tokens=options.generate,
-        dtype=dtype_named(options.dtype),
-        **{name: getattr(options, name) for name in names},
-    )
-    found.model = options.model
-    return found
-
-
-def _check_generation(options: argparse.Namespace, texts: list[Text]) -> None:
-    """Refuse options that don't go with an answer's explanation."""
-    if options.generate is None and options.answer is None:
-        options.error("--chat goes with --generate or --answer")
-    if options.generate is not None and options.answer is not None:
-        options.error("--generate and --answer exclude each other")
-    others = {"pair": False, "target": None, "contrast": None, "merge_words": False, "long": "error"}
-    for name, default in (others | {"stride": None}).items():
-        if getattr(options, name) != default:
-            options.error(f"--{name.replace('_', '-')} doesn't go with --generate or --answer")
-    if len(texts) != 1:
-        options.error(
-            f"--generate and --answer take one text at a time, got {len(texts)}; --whole joins lines"
-        )
 
 
 def _check_names(options: argparse.Namespace) -> None:
