@@ -8,7 +8,7 @@ from operator import index
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pyglobenc.common.arguments import known_arguments
@@ -16,10 +16,10 @@ from pyglobenc.generation_results import GenerationAttribution
 from pyglobenc.hf.limits import vocabulary
 from pyglobenc.hf.registry import is_decoder
 from pyglobenc.hf.streams.registry import start_token
+from pyglobenc.inputs.answers import followed_by, generate, generate_target
 from pyglobenc.inputs.batches import LANGUAGE_HEADS, Runner, longest
 from pyglobenc.inputs.options import Options
 from pyglobenc.inputs.windows import Encoded, encode
-from pyglobenc.inputs.words import word_numbers
 from pyglobenc.methods.arguments import takes
 from pyglobenc.methods.builders import Rows
 from pyglobenc.methods.gradients.cross_attribution import CrossAttribution
@@ -30,8 +30,6 @@ from pyglobenc.methods.registry import METHODS, find_method
 WHO = "explain_generation"
 # A conversation: dicts with "role" and "content".
 Messages = Sequence[Mapping[str, Any]]
-# The number of tokens of the prompt that an answer is decoded with, so that its spaces are kept.
-CONTEXT = 8
 GREEDY, GIVEN = "generated, always the most probable token", "given"
 
 
@@ -116,7 +114,7 @@ def explain_generation(
     logits = None
     if ids is None:
         ids, logits = generate(runner.called, tokenizer, encoded.inputs["input_ids"], count)
-    whole = _followed_by(encoded, ids, tokenizer)
+    whole = followed_by(encoded, ids, tokenizer)
     rows = _rows(runner, whole, n)
     if logits is not None:
         _check_same(runner, logits, rows.logits)
@@ -139,7 +137,7 @@ def explain_target(
     encoded = encode(tokenizer, source, "the prompt", longest(model, tokenizer, options.max_length))
     inputs = {"input_ids": torch.tensor([encoded.inputs["input_ids"]], device=model.device)}
     if answer is None:
-        ids = _generate_target(model, tokenizer, inputs, start, count)
+        ids = generate_target(model, tokenizer, inputs, start, count)
     elif isinstance(answer, str):
         given = tokenizer(text_target=answer, add_special_tokens=False, verbose=False)["input_ids"]
         ids = _answer_ids(runner, given)
@@ -153,34 +151,9 @@ def explain_target(
     )
     scores = torch.cat([result.source_scores[0], result.scores[0].to(result.source_scores.device)], 1)
     rows = Rows(scores, torch.zeros(len(ids)), None, find_logits(result.output)[0])
-    prompt = _followed_by(replace(encoded, text=f"{encoded.text}\n"), [start], tokenizer)
-    whole = _followed_by(prompt, ids, tokenizer)
+    prompt = followed_by(replace(encoded, text=f"{encoded.text}\n"), [start], tokenizer)
+    whole = followed_by(prompt, ids, tokenizer)
     return _result(runner, whole, len(prompt.tokens), rows, GREEDY if answer is None else GIVEN)
-
-
-@torch.no_grad()
-def _generate_target(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    source: dict[str, Tensor],
-    start: int,
-    count: int,
-) -> list[int]:
-    """Return the ids of up to `count` tokens, each the most probable one, after the decoder's start token.
-
-    A first token that the generation config forces, such as that of a language, is taken as it is.
-    """
-    configs = (getattr(model, "generation_config", None), model.config, tokenizer)
-    ends = {i for one in configs for i in _listed(getattr(one, "eos_token_id", None))}
-    forced = next((i for one in configs for i in _listed(getattr(one, "forced_bos_token_id", None))), None)
-    ids, encoded = ([] if forced is None else [forced]), None
-    while len(ids) < count and not (ids and ids[-1] in ends):
-        step = torch.tensor([[start, *ids]], device=model.device)
-        read = source if encoded is None else {"encoder_outputs": encoded}
-        output = model(**read, decoder_input_ids=step, use_cache=False, return_dict=True)
-        encoded = (output.encoder_last_hidden_state,)
-        ids.append(int(output.logits[0, -1].argmax()))
-    return ids
 
 
 def _check_language_model(runner: Runner) -> None:
@@ -236,92 +209,6 @@ def _answer_ids(runner: Runner, answer: str | Sequence[int]) -> list[int]:
     if not all(0 <= i < known for i in ids):
         raise ValueError(f"{WHO}: answer must hold token ids in [0, {known}), got {min(ids)} to {max(ids)}")
     return ids
-
-
-@torch.no_grad()
-def generate(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], count: int
-) -> tuple[list[int], Tensor]:
-    """Generate tokens after a prompt, each time the most probable one, with the model's cache.
-
-    `model.generate` would apply the model's generation config, such as a penalty of repetitions, so that a
-    token might not be the one with the largest logit.
-
-    Args:
-        model: a language model in evaluation mode.
-        tokenizer: its tokenizer; its end token, and those of the model's configs, end the answer.
-        ids: ids of the prompt's tokens.
-        count: the most tokens.
-
-    Returns:
-        The ids of T generated tokens, with the end token if there is one, and their logits (T, V).
-    """
-    configs = (getattr(model, "generation_config", None), model.config, tokenizer)
-    ends = {i for one in configs for i in _listed(getattr(one, "eos_token_id", None))}
-    last = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
-    # transformers renamed the argument in 5.23.
-    name = "cache" if takes(model, "cache") else "past_key_values"
-    answer, rows, cache = [], [], None
-    step = torch.tensor([list(ids)], device=model.device)
-    while len(answer) < count and not (answer and answer[-1] in ends):
-        output = model(input_ids=step, use_cache=True, return_dict=True, **{name: cache}, **last)
-        cache = output[name]
-        rows.append(output.logits[0, -1])
-        answer.append(int(rows[-1].argmax()))
-        step = torch.tensor([answer[-1:]], device=model.device)
-    return answer, torch.stack(rows)
-
-
-def _listed(value: Any) -> list[int]:
-    return [] if value is None else [value] if isinstance(value, int) else list(value)
-
-
-def _followed_by(text: Encoded, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    """Return a prompt followed by the tokens of an answer."""
-    known = set(tokenizer.all_special_ids)
-    special = text.special + [token in known for token in ids]
-    columns = {name: column + column[-1:] * len(ids) for name, column in text.inputs.items()}
-    columns["input_ids"] = text.inputs["input_ids"] + list(ids)
-    tokens = text.tokens + [
-        # The embedding table may have more rows than the tokenizer has tokens.
-        name or str(token)
-        for name, token in zip(tokenizer.convert_ids_to_tokens(list(ids)), ids, strict=True)
-    ]
-    pieces = _pieces(tokenizer, text.inputs["input_ids"][-CONTEXT:], ids)
-    offsets, words, whole = text.offsets, text.word_ids, text.text
-    if offsets is not None:
-        # Special tokens and white space after the prompt's last token belong to no token.
-        offsets = list(offsets)
-        for piece in pieces:
-            offsets.append((len(whole), len(whole) + len(piece)))
-            whole += piece
-        own = [None if flag else 0 for flag in special[len(text.tokens) :]]
-        of_answer = offsets[len(text.tokens) :]
-        found = word_numbers(own, of_answer, own, [whole])
-        first = max((word for word in words if word is not None), default=-1) + 1
-        words = words + [None if word is None else first + word for word in found]
-    n = len(tokens)
-    return Encoded(whole, columns, tokens, special, words, offsets, 0, [list(range(n))])
-
-
-def _pieces(tokenizer: PreTrainedTokenizerBase, context: Sequence[int], ids: Sequence[int]) -> list[str]:
-    """Return the text that each token adds to the text before it; "" for special tokens.
-
-    A character that several tokens spell belongs to the last of them.
-    """
-
-    def decoded(count: int) -> str:
-        some = [*context, *ids[:count]]
-        text = tokenizer.decode(some, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        # Bytes of a character that isn't complete are decoded to this one.
-        return text.rstrip("\ufffd")
-
-    pieces, before = [], decoded(0)
-    for count in range(1, len(ids) + 1):
-        after = decoded(count)
-        pieces.append(after[len(before) :] if after.startswith(before) else "")
-        before = after
-    return pieces
 
 
 def _rows(runner: Runner, whole: Encoded, n: int) -> Rows:
