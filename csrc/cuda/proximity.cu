@@ -2,7 +2,7 @@
 //
 //   out[t, j] = max(0, |y[t]|_1 - |y[t] - F|_1),   F = sum_h alpha[h, t, j] f[h, j]
 //
-// (Ferrando et al., 2022, eq. 7 and 8.) Each feature adds min(s, 2 |y| - s), with s = F where y >= 0 and -F
+// (Ferrando et al., 2022.) Each feature adds min(s, 2 |y| - s), with s = F where y >= 0 and -F
 // elsewhere, so that the rounding error depends on F and not on the larger y. A warp takes a key and ROWS
 // rows, and its lanes take the features. F stays in registers. The kernel takes T*n*d*H multiply-adds.
 #include "division.h"

@@ -35,7 +35,7 @@ def proximity(
     Raises:
         ValueError, TypeError: shapes or dtypes that don't fit, or a backend that can't run.
 
-    Source: Ferrando et al., 2022, eq. 7 and 8 (ALTI); with per_head Ferrando and Voita, 2024, eq. 5.
+    Source: Ferrando et al., 2022 (ALTI); with per_head Ferrando and Voita, 2024 (information flow routes).
     """
     op, sizes = "proximity", {}
     check_shape(op, "alpha", alpha, "B H T n", sizes)

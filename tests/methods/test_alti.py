@@ -24,7 +24,7 @@ def float64_throughout():
 
 
 def direct(model, batch):
-    """The layers' matrices (B, L, n, n) by eq. 7 and 8, rows of padding 0."""
+    """The layers' matrices (B, L, n, n) by the equations of the paper, rows of padding 0."""
     out = []
     for modules, x, z, vectors in parts(model, batch):
         i = torch.arange(x.shape[1])

@@ -1,4 +1,4 @@
-"""L1 proximity of each key's vectors to the values of rows (Ferrando et al., 2022, eq. 7 and 8).
+"""L1 proximity of each key's vectors to the values of rows (Ferrando et al., 2022).
 
     p[t, j] = max(0, |y[t]|_1 - |y[t] - F|_1),   F = sum_h alpha[h, t, j] f[h, j]
 

@@ -3,8 +3,8 @@
 In layer l, let y = sum_i u_i z_i be the residual stream of the span after the attention, with z_i = x_i plus
 the attention's output, and weights u_i of the span's tokens that sum to 1. Its parts are the residual
 sum_i u_i x_i, and for each head h and key j the vector w[h, j] f[h, j], where f[h, j] = v[h, j] W_O[h] and
-w[h, j] = sum_i u_i alpha[h, i, j]. The proximity of a part p to their sum y, in L1 (Ferrando and Voita, 2024,
-eq. 5), is
+w[h, j] = sum_i u_i alpha[h, i, j]. The proximity of a part p to their sum y, in L1 (Ferrando and Voita,
+2024), is
 
     prox(p, y) = max(0, |y|_1 - |y - p|_1)
 
@@ -129,7 +129,7 @@ class InformationFlow:
             TypeError, ValueError: as `GlobEnc`; or a span is empty, out of range or holds padding; or hops
                 without a reasoning_span start from a mean of tokens.
 
-        Source: Ferrando and Voita, 2024, eq. 5 to 7; FlashTrace (arXiv 2602.01914).
+        Source: Ferrando and Voita, 2024; FlashTrace (arXiv 2602.01914).
         """
         batch = model_inputs(WHO, self.model, batch, InformationFlow.__call__)
         hops = _checked_hops(hops, reasoning_span)
