@@ -43,16 +43,17 @@ def test_equals_relevance_by_operations(name, method):
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *PRE_NORM, *IMAGES])
 def test_every_architecture_equals_hooks_on_the_eager_graph(name, method):
     model = classifier(name, "last" if name in CAUSAL else "first")
-    batch = random_batch(model.encoder, batch=3, n=9, pads=[0, 4, 2])
-    with Float64Throughout():
-        result = GradientAttribution(model, method)(**batch, target=1)
-        exact, logit = ruled_scores(model, batch, method, target=1)
-    if name in IMAGES:
-        exact = exact[:, exact.shape[1] - result.scores.shape[1] :]
-    else:
-        exact = exact * batch["attention_mask"]
-    assert_equal(result.logit, logit)
-    assert_equal(result.scores, exact)
+    for side in ("left", "right") if name not in IMAGES else ("right",):
+        batch = random_batch(model.encoder, batch=3, n=9, pads=[0, 4, 2], side=side)
+        with Float64Throughout():
+            result = GradientAttribution(model, method)(**batch, target=1)
+            exact, logit = ruled_scores(model, batch, method, target=1)
+        if name in IMAGES:
+            exact = exact[:, exact.shape[1] - result.scores.shape[1] :]
+        else:
+            exact = exact * batch["attention_mask"]
+        assert_equal(result.logit, logit)
+        assert_equal(result.scores, exact)
     attention = "sdpa" if model.encoder.config._attn_implementation == "eager" else "eager"
     if name in ("bert", "llama", "vit"):
         model.encoder.set_attn_implementation(attention)
