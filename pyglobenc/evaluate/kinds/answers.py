@@ -19,6 +19,7 @@ from pyglobenc.evaluate.metrics.rationales import checked_spans
 from pyglobenc.hf.limits import vocabulary
 from pyglobenc.hf.registry import is_decoder
 from pyglobenc.hf.unwrap import called_module, is_stock_model, stock_model
+from pyglobenc.inputs.answers import followed_by
 from pyglobenc.inputs.batches import Runner, longest
 from pyglobenc.inputs.windows import Encoded
 from pyglobenc.methods.arguments import run_model, takes
@@ -226,7 +227,7 @@ def answer_examples(
                 f"evaluate: text {index + 1} and its answer have {n + len(answer)} tokens, of which "
                 f"{limit + 1} fit"
             )
-        whole = _followed_by(text, answer[:-1], attributor.tokenizer)
+        whole = followed_by(text, answer[:-1], attributor.tokenizer)
         units = np.full(n + len(answer) - 1, KEPT)
         units[:n] = text_units(text, n - 1, settings.words)
         inputs = whole.inputs | {ANSWER: [NOTHING] * (n - 1) + list(answer)}
@@ -253,24 +254,6 @@ def _answer_ids(
             raise ValueError(f"evaluate: answer {number} has no tokens: {answer!r}")
         found.append(tuple(ids))
     return found
-
-
-def _followed_by(text: Encoded, ids: Sequence[int], tokenizer: Any) -> Encoded:
-    """Return a text followed by tokens."""
-    more = len(ids)
-    inputs = {name: column + column[-1:] * more for name, column in text.inputs.items()}
-    inputs["input_ids"] = text.inputs["input_ids"] + list(ids)
-    n = len(inputs["input_ids"])
-    return replace(
-        text,
-        inputs=inputs,
-        tokens=text.tokens + tokenizer.convert_ids_to_tokens(list(ids)),
-        special=text.special + [False] * more,
-        word_ids=None if text.word_ids is None else text.word_ids + [None] * more,
-        offsets=None if text.offsets is None else text.offsets + [(0, 0)] * more,
-        parts=None if text.parts is None else text.parts + [None] * more,
-        windows=[list(range(n))],
-    )
 
 
 def with_needles(examples: Sequence[Example], needles: Any) -> Sequence[Example]:
