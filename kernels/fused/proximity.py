@@ -69,7 +69,9 @@ def launch(heads: int, rows: int) -> dict[str, int]:
     """Return tile sizes and warps. Products of matrices need at least 16 rows and 16 heads."""
     if heads == 1:
         return dict(BLOCK_H=1, BLOCK_I=min(16, power_of_two(rows, 1)), BLOCK_J=8, BLOCK_D=64, num_warps=4)
-    return dict(BLOCK_H=power_of_two(heads, 16), BLOCK_I=32, BLOCK_J=2, BLOCK_D=32, num_warps=4, num_stages=1)
+    # More than 32 heads in 4 warps would need more registers than there are.
+    tiles = dict(BLOCK_H=power_of_two(heads, 16), BLOCK_I=32, BLOCK_J=2, BLOCK_D=32, num_stages=1)
+    return dict(tiles, num_warps=8 if heads > 32 else 4)
 
 
 def why_not(alpha: Tensor, v: Tensor, weight: Tensor, y: Tensor, per_head: bool) -> list[str]:

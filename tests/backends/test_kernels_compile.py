@@ -82,7 +82,7 @@ def cases() -> list[dict]:
         for shape in (HEADS[0], HEADS[-1], BERT, (12, 12, 64, "float16", 1)):
             case("head_gram", shape)
         case("head_norms", HEADS[0])
-        for shape in (HEADS[1], (64, 8, 256, "bfloat16", 24)):
+        for shape in (HEADS[1], (32, 8, 128, "bfloat16", 24), (64, 8, 256, "bfloat16", 24)):
             case("proximity", shape)
         case("proximity", BERT, full=False)
         case("mapped_square", BERT)
