@@ -94,11 +94,12 @@ static void pair_norms(const py::tuple& given, const py::object& out, int thread
     in_use->pair_norms(args, to);
 }
 
-static void rollout_step(const py::tuple& given, const py::object& r, const py::object& out, int threads) {
+static void rollout_step(const py::tuple& given, const py::object& r, const py::object& out,
+                         const py::object& log_scale, int threads) {
     const PairArgs args = pair_args(given, threads);
-    const View from = view(r), to = view(out);
+    const View from = view(r), to = view(out), scale = view(log_scale);
     py::gil_scoped_release nogil;
-    in_use->rollout_step(args, from, to);
+    in_use->rollout_step(args, from, to, scale);
 }
 
 static void head_gram(const py::object& v, const py::object& kernel, const py::object& x,

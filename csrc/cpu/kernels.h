@@ -45,8 +45,9 @@ struct RelevanceTile {
 struct Kernels {
     const char* name;
     bool (*supported)();
-    void (*pair_norms)(const PairArgs& args, const View& out);                   // out [B, T or n, n]
-    void (*rollout_step)(const PairArgs& args, const View& r, const View& out);  // r, out [B, T, n]
+    void (*pair_norms)(const PairArgs& args, const View& out);  // out [B, T or n, n]
+    // r, out [B, T, n]; log_scale [B or S, T], to which the scale of each row of out is added
+    void (*rollout_step)(const PairArgs& args, const View& r, const View& out, const View& log_scale);
     void (*head_gram)(const View& v, const View& kernel, const View& x, const View& cross_kernel,
                       const View& gram, const View& cross, int threads);
     void (*norm_terms)(const View& v, const View& weight, const View& x, const View& gammas, const View& gram,

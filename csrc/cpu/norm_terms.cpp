@@ -27,7 +27,7 @@ constexpr int64_t ENOUGH = 8;
 
 struct TermsArgs {
     const View& v;         // [B, Hkv, n, dh]
-    const View& weight;    // [d, H * dh], rows contiguous
+    const View& weight;    // [H, dh, d], the numbers of each feature contiguous
     const View& x;         // [B, n, d] or none
     const View& gammas;    // [count, d] contiguous, or none
     const View& gram;      // [B, n, H, H]
@@ -37,7 +37,7 @@ struct TermsArgs {
     int64_t heads() const { return gram.shape[2]; }
     int64_t dh() const { return v.shape[3]; }
     int64_t width() const { return heads() * dh(); }
-    int64_t features() const { return weight.shape[0]; }
+    int64_t features() const { return weight.shape[2]; }
     // The last tile is filled up with rows of zeros.
     int64_t rows() const { return (features() + J - 1) / J * J; }
     int64_t tokens() const { return v.shape[0] * v.shape[2]; }
@@ -51,7 +51,7 @@ struct TermsArgs {
         return static_cast<const float*>(gammas.data) + stage * features();
     }
     const float* row(int64_t e) const {
-        return static_cast<const float*>(weight.data) + e * weight.stride[0];
+        return static_cast<const float*>(weight.data) + e * weight.stride[2];
     }
 };
 

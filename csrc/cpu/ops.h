@@ -7,7 +7,7 @@ namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
 void pair_norms(const PairArgs& args, const View& out);
-void rollout_step(const PairArgs& args, const View& r, const View& out);
+void rollout_step(const PairArgs& args, const View& r, const View& out, const View& log_scale);
 void head_gram(const View& v, const View& kernel, const View& x, const View& cross_kernel, const View& gram,
                const View& cross, int threads);
 void norm_terms(const View& v, const View& weight, const View& x, const View& gammas, const View& gram,

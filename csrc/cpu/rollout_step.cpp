@@ -1,4 +1,7 @@
-// rollout_step: multiplies rows of the rollout by the norms, without storing the norms.
+// rollout_step: multiplies rows of the rollout by the norms, without storing the norms, and scales each row to
+// maximum 1.
+#include <cmath>
+
 #include "ops.h"
 #include "walk.h"
 
@@ -65,9 +68,31 @@ struct RolloutSink {
     }
 };
 
-void rollout_step(const PairArgs& args, const View& r, const View& out) {
+// Divides the numbers [first, last) of a row by their maximum, and adds the maximum's logarithm to log_scale.
+// Numbers that are all zero, or hold NaN, keep their scale.
+static void rescale(float* row, int64_t step, int64_t first, int64_t last, float* log_scale) {
+    float top = 0;
+    bool all = true;
+    for (int64_t j = first; j < last; ++j) {
+        const float x = row[j * step];
+        all = all && x == x;
+        if (x > top) top = x;
+    }
+    if (!all || top == 0) return;
+    for (int64_t j = first; j < last; ++j) row[j * step] /= top;
+    *log_scale += std::log(top);
+}
+
+void rollout_step(const PairArgs& args, const View& r, const View& out, const View& log_scale) {
     RolloutSink sink{args, r, out};
     walk(args, sink);
+    const int64_t* const ends = static_cast<const int64_t*>(args.cu_seqlens.data);
+    const int64_t sequences = ends ? args.cu_seqlens.shape[0] - 1 : out.shape[0];
+    for (int64_t s = 0; s < sequences; ++s)
+        for (int64_t t = 0; t < out.shape[1]; ++t)
+            rescale(static_cast<float*>(out.data) + at(out, ends ? 0 : s, t), out.stride[2],
+                    ends ? ends[s] : 0, ends ? ends[s + 1] : out.shape[2],
+                    static_cast<float*>(log_scale.data) + at(log_scale, s, t));
 }
 
 }  // namespace PYGLOBENC_ISA

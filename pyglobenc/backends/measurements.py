@@ -53,7 +53,12 @@ def device_name(kind: str) -> str:
 def preferred(op: str, available: tuple[str, ...], kind: str) -> tuple[str, ...]:
     """Return the backends of an op in the order to try them; kind is "cpu" or "cuda"."""
     table = _table()
-    measured = table.get(device_name(kind), {}).get(op, []) if table else []
+    measured = table.get(device_name(kind), {}).get(op, ()) if table else ()
+    return _order(tuple(measured), available, kind)
+
+
+@cache
+def _order(measured: tuple[str, ...], available: tuple[str, ...], kind: str) -> tuple[str, ...]:
     first = [name for name in measured if name in available]
     rest = [name for name in available if name not in first]
     # For CPU tensors the CPU kernels come first, because the GPU backends would refuse them.

@@ -66,16 +66,14 @@ def check_readable(model: nn.Module) -> None:
         ValueError: a parameter was created in torch.inference_mode.
     """
     # `parameters()` is ten times slower, which is noticeable beside the forward pass of a short text.
-    if any(
-        p is not None and p.is_inference()
-        for module in outside(model, ())
-        for p in module._parameters.values()
-    ):
-        name = next(name for name, parameter in model.named_parameters() if parameter.is_inference())
-        raise ValueError(
-            f"{type(model).__name__}: parameter {name} was made in torch.inference_mode; load the model "
-            "outside of it"
-        )
+    for module in outside(model, ()):
+        for p in module._parameters.values():
+            if p is not None and p.is_inference():
+                name = next(name for name, parameter in model.named_parameters() if parameter.is_inference())
+                raise ValueError(
+                    f"{type(model).__name__}: parameter {name} was made in torch.inference_mode; load the "
+                    "model outside of it"
+                )
 
 
 def not_finite(who: str, model: nn.Module) -> ValueError:

@@ -30,12 +30,14 @@ def dense_weight(module: nn.Module, inputs: int | None = None) -> Tensor:
     Raises:
         ValueError: the module isn't linear, so no matrix describes it.
     """
-    if _is_dense(module):
-        return _matrix(module)
+    own = _matrix(module)
+    if own is not None:
+        return own
     with torch.no_grad(), _present(module):
         # An offloaded module may be dense once its weights are fetched.
-        if _is_dense(module):
-            return _matrix(module)
+        own = _matrix(module)
+        if own is not None:
+            return own
         return _with_adapters(module, inputs) if hasattr(module, "base_layer") else _quantised(module, inputs)
 
 
@@ -73,10 +75,9 @@ def runs_as_torchs(module: nn.Module) -> bool:
     The module must be of one of these classes. Its weight, (outputs, inputs) or (inputs, outputs), must be an
     ordinary tensor. No hook and no replaced forward pass may change the output.
     """
-    changed = (
-        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or has_global_hooks()
-    )
-    return type(module) in (nn.Linear, Conv1D) and is_plain(module.weight) and not changed
+    if type(module) not in (nn.Linear, Conv1D) or "forward" in vars(module) or has_global_hooks():
+        return False
+    return not module._forward_hooks and not module._forward_pre_hooks and is_plain(module.weight)
 
 
 def versions(module: nn.Module) -> list[tuple[Tensor, int]] | None:
@@ -109,8 +110,11 @@ def _is_dense(module: nn.Module) -> bool:
     return (type(module) is nn.Linear or isinstance(module, Conv1D)) and is_plain(module.weight)
 
 
-def _matrix(module: nn.Module) -> Tensor:
-    return module.weight.detach() if isinstance(module, Conv1D) else module.weight.detach().T
+def _matrix(module: nn.Module) -> Tensor | None:
+    """Return the matrix of a dense module, (inputs, outputs); None if the module isn't dense."""
+    if not (type(module) is nn.Linear or isinstance(module, Conv1D)) or not is_plain(weight := module.weight):
+        return None
+    return weight.detach() if isinstance(module, Conv1D) else weight.detach().T
 
 
 def _zeros(module: nn.Module, inputs: int) -> Tensor:
@@ -119,11 +123,15 @@ def _zeros(module: nn.Module, inputs: int) -> Tensor:
     return torch.zeros(1, inputs, dtype=like.dtype, device=like.device)
 
 
-def parameter(module: nn.Module, name: str) -> Tensor:
-    """Return a module's parameter by name, of any shape, detached; an offloaded one is fetched."""
+def parameter(module: nn.Module, name: str) -> Tensor | None:
+    """Return a module's parameter by name, of any shape, detached; an offloaded one is fetched.
+
+    Returns:
+        The parameter, or None if the module has none of this name, as a norm without a weight.
+    """
     own = getattr(module, name)
-    if own.device.type != "meta":
-        return own.detach()
+    if own is None or own.device.type != "meta":
+        return own if own is None else own.detach()
     with _present(module):
         return getattr(module, name).detach()
 

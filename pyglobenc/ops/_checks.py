@@ -30,20 +30,19 @@ def check_shape(
     if not isinstance(t, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
     expected, came = symbols.split(), t.shape
-    ok = len(came) == len(expected)
-    if ok:
+    if len(came) == len(expected):
         for symbol, size in zip(expected, came, strict=True):
-            ok = ok and sizes.setdefault(symbol, size) == size
-    if not ok:
-        shape = ", ".join(expected)
-        known = (
-            ", ".join(f"{s}={sizes[s]}" for s in dict.fromkeys(expected) if s in sizes)
-            if len(came) == len(expected)
-            else ""
-        )
-        raise ValueError(
-            f"{op}: {name} must be ({shape}){f' with {known}' if known else ''}, got {tuple(came)}"
-        )
+            if sizes.setdefault(symbol, size) != size:
+                break
+        else:
+            return
+    shape = ", ".join(expected)
+    known = (
+        ", ".join(f"{s}={sizes[s]}" for s in dict.fromkeys(expected) if s in sizes)
+        if len(came) == len(expected)
+        else ""
+    )
+    raise ValueError(f"{op}: {name} must be ({shape}){f' with {known}' if known else ''}, got {tuple(came)}")
 
 
 def check_floats(op: str, **tensors: Tensor | None) -> None:

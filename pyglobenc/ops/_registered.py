@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyglobenc.backends.inputs import Inputs
 
-PLAIN = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str}
+PLAIN = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str, tuple}
 
 
 def register(
@@ -43,14 +43,13 @@ def register(
 
         @wraps(function)
         def call(first: Any, *others: Any) -> Any:
-            args = (first, *others) if inputs is None else (*first.flat(), *others)
-            flat = _flat(args)
+            flat = _flat((first, *others) if inputs is None else (*vars(first).values(), *others))
             _check_device(name, flat)
-            if getattr(first, "score_mod", None) is not None:
-                # torch.library has no type for a score_mod.
-                return function(first, *others)
             watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-            return op(*args) if watched or not _plain(flat) else function(first, *others)
+            # torch.library has no type for a score_mod.
+            if getattr(first, "score_mod", None) is not None or (not watched and _plain(flat)):
+                return function(first, *others)
+            return op(*((first,) if inputs is None else first.flat()), *others)
 
         call.register_fake = lambda fake: op.register_fake(fake if inputs is None else _unflat(fake, inputs))
         return call

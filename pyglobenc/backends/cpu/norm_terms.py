@@ -30,8 +30,8 @@ def run(
     if gram.numel() == 0 or dh == 0 or weight.shape[2] == 0:
         return tuple(t if t is None else t.zero_() for t in out)
     # The kernel reads W_O as a Linear layer stores it, with a row for each output. Other layouts are copied.
-    rows = weight.flatten(0, 1).T
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    if weight.stride()[:2] != (dh, 1):
+        weight = weight.permute(2, 0, 1).contiguous().permute(1, 2, 0)
     gamma = torch.stack(tuple(gammas)) if gammas else None
-    kernels.norm_terms(v, rows, x, gamma, out, torch.get_num_threads())
+    kernels.norm_terms(v, weight, x, gamma, out, torch.get_num_threads())
     return out

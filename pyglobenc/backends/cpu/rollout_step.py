@@ -5,7 +5,6 @@ from torch import Tensor
 
 from pyglobenc.backends.cpu._extension import kernels, pair_limits
 from pyglobenc.backends.inputs import PairInputs
-from pyglobenc.backends.shared.rows import rescale_rows
 
 
 def why_not(inputs: PairInputs, r: Tensor, log_scale: Tensor) -> list[str]:
@@ -18,10 +17,10 @@ def run(inputs: PairInputs, r: Tensor, log_scale: Tensor) -> tuple[Tensor, Tenso
 
     Returns r @ norms (B, T, n), with each row scaled to maximum 1, and log_scale (B, T).
     """
-    out = r.new_zeros(r.shape)
+    out, log_scale = r.new_zeros(r.shape), log_scale.clone()
     if out.numel():
-        kernels.rollout_step(kernel_arguments(inputs), r, out, torch.get_num_threads())
-    return rescale_rows(out, log_scale, inputs.cu_seqlens)
+        kernels.rollout_step(kernel_arguments(inputs), r, out, log_scale, torch.get_num_threads())
+    return out, log_scale
 
 
 def kernel_arguments(inputs: PairInputs, rows: Tensor | None = None) -> tuple:

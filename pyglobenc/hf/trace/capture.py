@@ -1,7 +1,7 @@
 """Runs a stock transformers model once, and keeps the tensors of every layer that attribution needs."""
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from threading import get_ident
 from typing import Any
@@ -32,6 +32,8 @@ from pyglobenc.hf.unwrap import called_module, stock_model
 from pyglobenc.hf.weights import runs_as_torchs
 
 NORMS = ("attention_norm", "output_norm", "added_norm")
+# These modules are observed when they are called.
+PARTS = ("block", "attention", "output", "intermediate", "mlp_output", *NORMS)
 FULL = (torch.float32, torch.float64)
 
 
@@ -40,11 +42,11 @@ class Trace:
 
     def __init__(self, called: nn.Module, modules: list[LayerModules]):
         self.called, self.modules = called, modules
+        # the layers in which each module plays a part
         self._order: dict[tuple[str, nn.Module], list[int]] = defaultdict(list)
         for index, layer in enumerate(modules):
-            for part, module in layer._asdict().items():
-                if isinstance(module, nn.Module):
-                    self._order[part, module].append(index)
+            for part in PARTS:
+                self._order[part, getattr(layer, part)].append(index)
         self.clear()
 
     def ran_on(self, batch: Mapping[str, Any]) -> None:
@@ -58,7 +60,7 @@ class Trace:
         self.directions = Directions()
         self._layers = [LayerTrace(layer, directions=self.directions) for layer in self.modules]
         self._running: int | None = None  # index of the layer whose block was called last
-        self._blocks: Counter[nn.Module] = Counter()  # number of calls of each block in this pass
+        self._blocks: dict[nn.Module, int] = defaultdict(int)  # number of calls of each block in this pass
         self._io: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
         self._calls: dict[nn.Module, LinearCall | None] = {}  # of Linear modules
         self._checked = False
@@ -72,7 +74,9 @@ class Trace:
         self._running = indices[self._blocks[block] % len(indices)]
         self._blocks[block] += 1
         self._blocks_run.append(self._running)
-        return self.layer_of("block", block)
+        layer = self._layers[self._running]
+        layer.calls["block"] += 1
+        return layer
 
     def layer_of(self, part: str, module: nn.Module) -> LayerTrace:
         """Return the layer that this call of a module belongs to: the layer whose block is running."""
@@ -203,24 +207,13 @@ def capture(
 def _hooked(
     called: nn.Module, trace: Trace, found: list[LayerModules], extra: Iterable[nn.Module]
 ) -> Iterator[None]:
-    handles, replaced = [], []
+    handles: list[Any] = []
     try:
         handles += _hooks(called, trace, found, extra)
-        for part, module in _norms(found):
-            if is_stock(module) and "forward" not in vars(module):
-                # Assigning through `vars` avoids `nn.Module.__setattr__`, which is about ten times slower.
-                vars(module)["forward"] = _with_stats(trace, part, module)
-                replaced.append(module)
-            else:
-                handles.append(
-                    module.register_forward_hook(in_this_thread(_norm_hook(trace, part)), with_kwargs=True)
-                )
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for module in replaced:
-            del vars(module)["forward"]
 
 
 def _hooks(
@@ -256,17 +249,50 @@ def _hooks(
     yield found[-1].block.register_forward_hook(in_this_thread(keep_output))
     if not found[-1].pre_norm:
         for module in {layer.mlp_output for layer in found}:
-            yield module.register_forward_hook(in_this_thread(keep_mlp))
-    # For any other module the checks apply its matrix themselves, so no output is needed.
-    for module in [
-        module
-        for module in {layer.output for layer in found if layer.own_scores is None}
-        if runs_as_torchs(module)
-    ]:
-        yield module.register_forward_hook(in_this_thread(keep_attended))
+            yield _after(module, keep_mlp)
+    for module in {layer.output for layer in found if layer.own_scores is None}:
+        # For any other module the checks apply its matrix themselves, so no output is needed.
+        if runs_as_torchs(module):
+            yield _after(module, keep_attended)
     yield from own_attention_hooks(found, RECORDERS)
     for module in extra:
-        yield module.register_forward_hook(in_this_thread(keep_io))
+        yield _after(module, keep_io)
+    for part, module in _norms(found):
+        if is_stock(module) and "forward" not in vars(module):
+            yield Replaced(module, _with_stats(trace, part, module))
+        else:
+            yield module.register_forward_hook(in_this_thread(_norm_hook(trace, part)), with_kwargs=True)
+
+
+class Replaced:
+    """A forward pass in the place of a module's own. Like a hook's handle, it can be removed.
+
+    torch calls it several times faster than a hook, which is noticeable beside the layers of a short text.
+    """
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]):
+        self._module = module
+        # Assigning through `vars` avoids `nn.Module.__setattr__`, which is about ten times slower.
+        vars(module)["forward"] = forward
+
+    def remove(self) -> None:
+        """Give the module its own forward pass back."""
+        del vars(self._module)["forward"]
+
+
+def _after(module: nn.Module, keep: Callable[[nn.Module, tuple, Any], None]) -> Any:
+    """Let keep(module, args, output) follow each call of a module in this thread; return a handle."""
+    if not runs_as_torchs(module):
+        return module.register_forward_hook(in_this_thread(keep))
+    thread, own = get_ident(), module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        output = own(*args, **kwargs)
+        if get_ident() == thread:
+            keep(module, (*args, *kwargs.values()), output)
+        return output
+
+    return Replaced(module, forward)
 
 
 def _norms(found: list[LayerModules]) -> Iterator[tuple[str, nn.Module]]:
@@ -303,7 +329,7 @@ def _with_stats(trace: Trace, part: str, module: nn.LayerNorm):
             out, *stats = torch.native_layer_norm(
                 input, module.normalized_shape, weight, module.bias, module.eps
             )
-        _keep_norm(trace.layer_of(part, module), part, input, out, NormStats(*stats))
+        _keep_norm(trace.layer_of(part, module), part, input, out, NormStats.of(*stats))
         return out
 
     return forward
@@ -315,7 +341,7 @@ def _norm_hook(trace: Trace, part: str):
     def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
         layer, z = trace.layer_of(part, module), args[0] if args else next(iter(kwargs.values()))
         if part == "added_norm":
-            layer.add_stats(part, NormStats(None, rms_stats(z, module)))
+            layer.add_stats(part, NormStats.of(None, rms_stats(z, module)))
         elif not layer.modules.pre_norm:
             # The norm's parts are estimated from its outputs; the checks compare them with this call.
             try:
@@ -325,10 +351,10 @@ def _norm_hook(trace: Trace, part: str):
                 raise ValueError(
                     f"capture: {name} doesn't compute a layer norm, which GlobEnc and LRP assume: {error}"
                 ) from None
-            _keep_norm(layer, part, z, output, NormStats(*layer_norm_stats(z, parts.eps)))
+            _keep_norm(layer, part, z, output, NormStats.of(*layer_norm_stats(z, parts.eps)))
             layer.keep(f"{part} weighted", z, weight=parts.weight)
         elif isinstance(module, nn.LayerNorm):
-            _keep_norm(layer, part, z, output, NormStats(*layer_norm_stats(z, module.eps)))
+            _keep_norm(layer, part, z, output, NormStats.of(*layer_norm_stats(z, module.eps)))
         else:
             layer.keep(part, z, length=True)
 

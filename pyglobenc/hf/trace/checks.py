@@ -37,8 +37,8 @@ import torch
 from torch import Tensor, nn
 
 from pyglobenc.common.deferred import require
-from pyglobenc.hf.trace.layers import LayerModules, LayerTrace
-from pyglobenc.hf.trace.projections import Directions, Projection, project, wide
+from pyglobenc.hf.trace.layers import LayerModules, LayerTrace, outside
+from pyglobenc.hf.trace.projections import Directions, Projection, wide
 from pyglobenc.hf.weights import dense_bias, dense_weight, parameter, rounding_of, same_versions, versions
 
 InputsOutputs = Mapping[nn.Module, tuple[Tensor, Tensor]]
@@ -63,9 +63,7 @@ def check_still(called: nn.Module) -> None:
             "capture: the model is in training mode, where dropout changes the result; call model.eval() "
             "first"
         )
-    modules = [called]
-    for module in modules:
-        modules.extend(inner for inner in module._modules.values() if inner is not None)
+    for module in outside(called, ()):
         if module.training and (rate := _drop_rate(module)):
             raise ValueError(
                 f"capture: {describe(called, module)} is in training mode, where its {rate} changes the "
@@ -110,7 +108,8 @@ def linear_call(
     parameters = versions(module)
     if parameters is None:
         return None
-    return LinearCall(project(given, directions).product, project(returned, directions).product, parameters)
+    given, returned = (directions.project(t).product for t in (given, returned))
+    return LinearCall(given, returned, parameters)
 
 
 def shares_memory(given: Tensor, o: Tensor) -> bool:
@@ -137,7 +136,7 @@ class _Once:
         if id(t) not in self._kept:
             tokens = t if t.dim() == 3 else t.transpose(1, 2).flatten(2)
             # The tensor is kept too: another one may get its id once it is gone.
-            self._kept[id(t)] = t, project(tokens, self._directions, length=True)
+            self._kept[id(t)] = t, self._directions.project(tokens, length=True)
         return self._kept[id(t)][1]
 
 
@@ -170,11 +169,10 @@ def check_layers(
     with torch.no_grad():
         once = _Once(layers[0].directions)
         compared = list(_comparisons(called, layers, once))
-        if all(getattr(layer.modules, part) in io for layer in layers for part in LINEAR):
+        if io and all(getattr(layer.modules, part) in io for layer in layers for part in LINEAR):
             compared += _module_comparisons(layers, io, calls, once)
-        holds = torch.stack(
-            [~(difference.abs() > allowed) for difference, allowed, _ in compared]
-        )  # (C, L, B, n)
+        differences, allowed, _ = zip(*compared, strict=True)
+        holds = ~(torch.stack(differences).abs() > torch.stack(allowed))  # (C, L, B, n)
         real = layers[0].key_mask
         if real is not None:
             # Padding rows may hold any values.
@@ -217,20 +215,20 @@ def _check_calls(called: nn.Module, layers: Sequence[LayerTrace], order: Sequenc
                     f"{layer.calls[part]} times for one layer in one forward pass; a forward pass may call "
                     "the encoder only once, so pass several texts as one batch or one after the other"
                 )
-        tokens = tuple(layer.x.shape[:2])
+        tokens = layer.x.shape[:2]
         for name, projection in layer.projections.items():
-            if tuple(projection.product.shape) != tokens:
+            if projection.product.shape != tokens:
                 module = getattr(layer.modules, name.split()[0])
                 raise ValueError(
                     f"capture: {describe(called, module)} was applied to {tuple(projection.product.shape)} "
-                    f"tokens in one forward pass, but its layer has {tokens}"
+                    f"tokens in one forward pass, but its layer has {tuple(tokens)}"
                 )
         for part, stats in layer.norms.items():
-            if tuple(stats.rstd.shape) != tokens:
+            if stats.rstd.shape != tokens:
                 module = getattr(layer.modules, part)
                 raise ValueError(
                     f"capture: {describe(called, module)} has statistics of shape "
-                    f"{tuple(stats.rstd.shape)}, not one for each of the {tokens} tokens"
+                    f"{tuple(stats.rstd.shape)}, not one for each of the {tuple(tokens)} tokens"
                 )
     for index, ran in enumerate(order):
         if index != ran:
@@ -243,69 +241,87 @@ def _check_calls(called: nn.Module, layers: Sequence[LayerTrace], order: Sequenc
 
 def _comparisons(called: nn.Module, layers: Sequence[LayerTrace], once: _Once) -> Iterator[Comparison]:
     """Yield differences and the rounding that each may have, (L, B, n) each, with the text of its error."""
-    home, d, post = layers[0].x.device, layers[0].x.shape[2], not layers[0].modules.pre_norm
-
-    def stack(tensors: Sequence[Tensor]) -> Tensor:
-        return torch.stack([t.to(home) for t in tensors])
-
-    def products(name: str) -> Tensor:
-        return stack([layer.projections[name].product for layer in layers])
-
-    def lengths(name: str) -> Tensor:
-        if not post:
-            return stack([layer.projections[name].length for layer in layers])
-        mean, rstd = (stack([getattr(layer.norms[name], of) for layer in layers]) for of in ("mean", "rstd"))
-        return (mean.square() + rstd.pow(-2)).sqrt() * d**0.5
-
-    x, after = (
-        [once(layer.x) for layer in layers],
-        "attention_norm" if post else "output_norm",
-    )
-    eps = _eps(layers, x)
-    inputs, sizes = stack([one.product for one in x]), stack([one.length for one in x])
-    attended = stack([_attended(called, layer) for layer in layers])
-    allowed = eps * (sizes + lengths(after))
+    post, x, eps = not layers[0].modules.pre_norm, [once(layer.x) for layer in layers], _eps(layers)
+    after = [layer.projections["attention_norm" if post else "output_norm"] for layer in layers]
+    attended = [_attended(called, layer) for layer in layers]
+    sums, inputs, outputs = _by_layer(_products(after), _products(x), attended)
+    (sizes,) = _by_layer(_lengths(x))
+    after_sizes, *above_sizes = _norm_lengths(layers) if post else _by_layer(_lengths(after))
+    allowed = eps * (sizes + after_sizes)
     if layers[0].modules.own_scores is not None:
         # The attention of such a module is computed twice. A softmax of scores of size s has an error of
         # about s rounding units.
-        allowed = allowed * (1 + stack([layer.lse.abs().amax(1).nan_to_num(posinf=0.0) for layer in layers]))
-    yield products(after) - inputs - attended, allowed, _not_the_sum
+        (scores,) = _by_layer([layer.lse.abs().amax(1).nan_to_num(posinf=0.0) for layer in layers])
+        allowed = allowed * (1 + scores)
+    yield sums - inputs - outputs, allowed, _not_the_sum
     if any("output given" in layer.projections or _written_to(layer) for layer in layers):
-        differences, sizes_given = zip(*(_given_difference(layer, once) for layer in layers), strict=True)
-        yield stack(differences), eps * stack(sizes_given), _not_the_sum
-    if not post:
-        return
-    returned = stack([layer.projections["attention_norm returned"].length for layer in layers])
-    expected = products("attention_norm returned") + products("mlp_output")
-    yield (
-        products("output_norm") - expected,
-        eps * (returned + lengths("output_norm")),
-        _not_the_sum_after_the_mlp,
+        given = (_given_difference(layer, once) for layer in layers)
+        differences, sizes = _by_layer(*zip(*given, strict=True))
+        yield differences, eps * sizes, _not_the_sum
+    if post:
+        yield from _mlp_comparisons(layers, x, eps, *above_sizes)
+
+
+def _mlp_comparisons(
+    layers: Sequence[LayerTrace], x: Sequence[Projection], eps: float, sizes: Tensor
+) -> Iterator[Comparison]:
+    """Yield the comparisons above the attention of post-norm layers, as `_comparisons` does.
+
+    Args:
+        layers, x: the layers, and the projections of their inputs.
+        eps: the relative error that a comparison may have.
+        sizes: (L, B, n), the lengths of the sums after the MLP.
+    """
+    above = [*x[1:], layers[-1].projections["block"]]
+    y, mlp, z, out = (
+        [layer.projections[name] for layer in layers]
+        for name in ("attention_norm returned", "mlp_output", "output_norm", "output_norm returned")
     )
-    last = layers[-1].projections["block"]
-    above, above_sizes = (
-        torch.cat([t[1:], new.to(home)[None]]) for t, new in ((inputs, last.product), (sizes, last.length))
-    )
-    yield above - products("output_norm returned"), eps * above_sizes, _not_the_output
+    normed, added, sums, outputs, inputs = _by_layer(*map(_products, (y, mlp, z, out, above)))
+    normed_sizes, input_sizes = _by_layer(_lengths(y), _lengths(above))
+    yield sums - normed - added, eps * (normed_sizes + sizes), _not_the_sum_after_the_mlp
+    yield inputs - outputs, eps * input_sizes, _not_the_output
     for part in ("attention_norm", "output_norm"):
         if any(part in layer.parts for layer in layers):
-            differences, allowed = zip(*(_norm_difference(layer, part) for layer in layers), strict=True)
+            differences, allowed = _by_layer(
+                *zip(*(_norm_difference(layer, part) for layer in layers), strict=True)
+            )
             yield (
-                stack(differences),
-                eps * stack(allowed),
+                differences,
+                eps * allowed,
                 lambda called, layer, part=part: _not_a_layer_norm(called, layer, part),
             )
+
+
+def _by_layer(*columns: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Stack columns of one tensor (B, n) for each of L layers, (L, B, n) each, on the first one's device."""
+    home = columns[0][0].device
+    return tuple(torch.stack([t.to(home) for t in column]) for column in columns)
+
+
+def _products(column: Sequence[Projection]) -> list[Tensor]:
+    return [one.product for one in column]
+
+
+def _lengths(column: Sequence[Projection]) -> list[Tensor]:
+    return [one.length for one in column]
+
+
+def _norm_lengths(layers: Sequence[LayerTrace]) -> tuple[Tensor, ...]:
+    """Return the L2 lengths of the inputs of both norms of post-norm layers, (L, B, n) each."""
+    stats = [layer.norms[name] for name in ("attention_norm", "output_norm") for layer in layers]
+    mean, rstd = _by_layer([one.mean for one in stats], [one.rstd for one in stats])
+    return ((mean.square() + rstd.pow(-2)).sqrt() * layers[0].x.shape[2] ** 0.5).chunk(2)
 
 
 def _module_comparisons(
     layers: Sequence[LayerTrace], io: InputsOutputs, calls: Mapping[nn.Module, LinearCall], once: _Once
 ) -> Iterator[Comparison]:
     """Yield the comparisons of each Linear module's output and input, as `_comparisons` does."""
-    home, eps = layers[0].x.device, _eps(layers, [once(layer.x) for layer in layers])
+    eps = _eps(layers)
 
     def compare(text: str, part: str, pairs: Iterator[tuple[Tensor, Tensor]]) -> Comparison:
-        differences, sizes = zip(*pairs, strict=True)
-        differences, sizes = (torch.stack([t.to(home) for t in tensors]) for tensors in (differences, sizes))
+        differences, sizes = _by_layer(*zip(*pairs, strict=True))
         return differences, eps * sizes, lambda called, layer: _not_the_module(called, layer, part, text)
 
     for part in LINEAR:
@@ -360,7 +376,8 @@ def _input_difference(layer: LayerTrace, part: str, io: InputsOutputs, once: _On
     if m.pre_norm:
         norm = "output_norm" if part == "intermediate" else "attention_norm"
         z = layer.x if part != "intermediate" else layer.x + io[m.output][1].to(layer.x.device)
-        expected, size = _layer_norm(layer, norm, layer.project(z, weight=layer.norm_weight(norm)).product)
+        along = layer.directions.project(z, weight=layer.norm_weight(norm)).product
+        expected, size = _layer_norm(layer, norm, along)
         return given.product.to(expected.device) - expected, given.length.to(size.device) + size
     if part != "intermediate":
         return _distance(given, once(layer.x))
@@ -383,42 +400,30 @@ def _output_differences(
         yield x.product - expected.to(x.product.device), x.length + z.length.to(x.length.device)
 
 
-def _eps(layers: Sequence[LayerTrace], x: Sequence[Projection]) -> float:
-    """Return the relative error that a comparison may have.
+def _eps(layers: Sequence[LayerTrace]) -> float:
+    """Return the relative error that a comparison may have, once the tensors were projected.
 
     It covers the rounding of the stored tensors, of the products, and of sums over d numbers.
     """
-    stored = max(
-        projection.eps
-        for layer, one in zip(layers, x, strict=True)
-        for projection in (one, *layer.projections.values())
-    )
-    stored = max(
-        stored,
-        *(torch.finfo(layer.o.dtype).eps for layer in layers),
-        *(_matrix_eps(layer) for layer in layers),
-    )
-    summed = max(
-        torch.finfo(layer.q.dtype if layer.q.dtype == torch.float64 else torch.float32).eps
-        for layer in layers
-    )
-    return MARGIN * (stored + layers[0].x.shape[2] ** 0.5 * summed)
+    stored = [layers[0].directions.eps]
+    stored += [_product_eps(*kind) for kind in {(layer.o.device.type, layer.o.dtype) for layer in layers}]
+    stored += [rounding_of(module) for module in {layer.modules.output for layer in layers}]
+    if any(layer.modules.added_norm is not None for layer in layers):
+        # An RMSNorm computes in float32, whatever the model's dtype is.
+        stored.append(torch.finfo(torch.float32).eps)
+    double = all(layer.q.dtype == torch.float64 for layer in layers)
+    summed = torch.finfo(torch.float64 if double else torch.float32).eps
+    return MARGIN * (max(stored) + layers[0].x.shape[2] ** 0.5 * summed)
 
 
-def _matrix_eps(layer: LayerTrace) -> float:
-    """Return the rounding inside the product with W_O.
+def _product_eps(device: str, dtype: torch.dtype) -> float:
+    """Return the rounding of a product of matrices.
 
-    It comes from quantised weights, or from TF32 and bfloat16 products of float32 that the user allowed.
+    It is that of the dtype, or of TF32 and bfloat16 products of float32 that the user allowed.
     """
-    backends = torch.backends.cuda.matmul if layer.o.device.type == "cuda" else torch.backends.mkldnn.matmul
-    fewer = (
-        {"tf32": 2.0**-10, "bf16": 2.0**-7}.get(backends.fp32_precision, 0.0)
-        if layer.o.dtype == torch.float32
-        else 0.0
-    )
-    # An RMSNorm computes in float32, whatever the model's dtype is.
-    added = 0.0 if layer.modules.added_norm is None else torch.finfo(torch.float32).eps
-    return max(fewer, added, rounding_of(layer.modules.output))
+    backends = torch.backends.cuda.matmul if device == "cuda" else torch.backends.mkldnn.matmul
+    coarse = {"tf32": 2.0**-10, "bf16": 2.0**-7} if dtype == torch.float32 else {}
+    return max(torch.finfo(dtype).eps, coarse.get(backends.fp32_precision, 0.0))
 
 
 def attended_weight(m: LayerModules) -> Tensor | None:

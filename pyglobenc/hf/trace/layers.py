@@ -1,6 +1,6 @@
 """The modules of one layer, and the tensors that one forward pass computed in them."""
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pyglobenc.backends.shared.score_mods import ScoreMod
-from pyglobenc.hf.trace.norms import NormParts, is_stock, norm_parts
-from pyglobenc.hf.trace.projections import Directions, Projection, project
+from pyglobenc.hf.trace.norms import NormParts, norm_parts
+from pyglobenc.hf.trace.projections import Directions, Projection, wide
 from pyglobenc.hf.weights import dense_weight
 
 
@@ -45,36 +45,21 @@ class LayerModules(NamedTuple):
     own_scores: Callable[[nn.Module, dict[str, Any]], OwnScores] | None = None
 
 
-class NormStats:
-    """Statistics of one norm in the forward pass, float32 or float64.
+class NormStats(NamedTuple):
+    """Statistics of one norm in the forward pass, float32 or float64, outside the autograd graph."""
 
-    Attributes:
-        mean: (B, n); None for an RMSNorm.
-        rstd: (B, n), the reciprocal standard deviation, including eps.
-    """
+    mean: Tensor | None  # (B, n); None for an RMSNorm
+    rstd: Tensor  # (B, n), the reciprocal standard deviation, including eps
 
-    def __init__(self, mean: Tensor | None, rstd: Tensor):
+    @classmethod
+    def of(cls, mean: Tensor | None, rstd: Tensor) -> "NormStats":
         """Take the statistics as norms return them, (B, n, 1)."""
-        self._mean, self._rstd = mean, rstd
-
-    # Views are made on demand, because creating all four for a layer costs as much as one kernel launch.
-    @property
-    def mean(self) -> Tensor | None:
-        return None if self._mean is None else _by_token(self._mean)
-
-    @property
-    def rstd(self) -> Tensor:
-        return _by_token(self._rstd)
+        return cls(None if mean is None else wide(mean).squeeze(-1), wide(rstd).squeeze(-1))
 
     def followed_by(self, more: "NormStats") -> "NormStats":
         """Return the statistics of these tokens, followed by those of the tokens in `more`."""
-        pairs = ((self._mean, more._mean), (self._rstd, more._rstd))
+        pairs = zip(self, more, strict=True)
         return NormStats(*(None if t is None else torch.cat([t, other], 1) for t, other in pairs))
-
-
-def _by_token(t: Tensor) -> Tensor:
-    t = t.squeeze(-1)
-    return t.detach() if t.requires_grad else t
 
 
 @dataclass
@@ -100,37 +85,39 @@ class LayerTrace:
     # torch's counts of the writes to q, k, v and o when they were kept; none in inference mode
     writes: dict[str, int] = field(default_factory=dict)
     directions: Directions = field(default_factory=Directions)
-    calls: Counter[str] = field(default_factory=Counter)  # number of calls, by field name of LayerModules
+    # number of calls, by field name of LayerModules
+    calls: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
     def add_stats(self, part: str, stats: NormStats) -> None:
         """Keep a norm's statistics; those of a second call are appended to those of the first."""
         before = self.norms.get(part)
         self.norms[part] = stats if before is None else before.followed_by(stats)
 
-    def project(self, t: Tensor, **options: Any) -> Projection:
-        """Project a tensor (B, n, d) on the direction of the checks, with the options of `project`."""
-        return project(t, self.directions, **options)
+    def keep(self, name: str, t: Tensor, length: bool = False, weight: Tensor | None = None) -> None:
+        """Keep a tensor's projection; that of a second call is appended to that of the first.
 
-    def keep(self, name: str, t: Tensor, **options: Any) -> None:
-        """Keep a tensor's projection; that of a second call is appended to that of the first."""
-        before, new = self.projections.get(name), self.project(t, **options)
+        Args:
+            name: name of the projection.
+            t, length, weight: as for `Directions.project`.
+        """
+        before, new = self.projections.get(name), self.directions.project(t, length, weight)
         self.projections[name] = new if before is None else before.followed_by(new)
 
     @property
     def in_half(self) -> bool:
-        """Tell whether the forward pass computed a part of the layer's hidden states in half precision."""
-        return any(p.eps > torch.finfo(torch.float32).eps for p in self.projections.values())
+        """Tell whether the forward pass computed a part of the hidden states in half precision."""
+        return self.directions.eps > torch.finfo(torch.float32).eps
 
     @property
     def output_weight(self) -> Tensor:
         """Return W_O by head, (H, dh, d)."""
         heads = (self.q.shape[1], self.q.shape[3])
-        return dense_weight(self.modules.output, heads[0] * heads[1]).unflatten(0, heads)
+        return dense_weight(self.modules.output, heads[0] * heads[1]).view(*heads, -1)
 
     def norm_parts(self, name: str) -> NormParts:
         """Return weight, bias and eps of a layer norm, given its field name in LayerModules."""
-        norm = getattr(self.modules, name)
-        return norm_parts(norm, self.x.shape[2]) if is_stock(norm) else self.parts[name]
+        parts = self.parts.get(name)
+        return norm_parts(getattr(self.modules, name), self.x.shape[2]) if parts is None else parts
 
     def norm_weight(self, name: str) -> Tensor:
         """Return the weight of a layer norm, (d,); ones if it has none."""
@@ -145,5 +132,7 @@ def outside(model: nn.Module, blocks: Container[nn.Module]) -> list[nn.Module]:
     """
     found = [model]
     for module in found:
-        found.extend(inner for inner in module._modules.values() if inner is not None and inner not in blocks)
+        for inner in module._modules.values():
+            if inner is not None and inner not in blocks:
+                found.append(inner)
     return found

@@ -48,11 +48,7 @@ def norm_parts(norm: nn.Module, d: int) -> NormParts:
                 f"it normalises over {tuple(norm.normalized_shape)}, not over the {d} features of single "
                 "tokens"
             )
-        read = {
-            name: None if getattr(norm, name) is None else parameter(norm, name)
-            for name in ("weight", "bias")
-        }
-        return NormParts(eps=norm.eps, **read)
+        return NormParts(parameter(norm, "weight"), parameter(norm, "bias"), norm.eps)
     try:
         return _probed(norm, d)
     except (RuntimeError, TypeError, IndexError, AttributeError) as error:

@@ -8,8 +8,26 @@ from torch import Tensor
 from pyglobenc.backends.shared.launch import HALF
 
 
+class Projection(NamedTuple):
+    """The projection of a tensor (B, n, d) on the direction."""
+
+    product: Tensor  # (B, n)
+    length: Tensor | None  # (B, n), L2 norms of the tokens; None if not needed
+
+    def followed_by(self, more: "Projection") -> "Projection":
+        """Return the projection of these tokens, followed by that of the tokens in `more`."""
+        length = None if self.length is None else torch.cat([self.length, more.length], 1)
+        return Projection(torch.cat([self.product, more.product], 1), length)
+
+
 class Directions(dict[tuple[int, torch.dtype, torch.device], Tensor]):
-    """The direction u (d,) for each size, dtype and device, created when it is first needed."""
+    """The direction u (d,) for each size, dtype and device, created when it is first needed.
+
+    Attributes:
+        eps: machine epsilon of the coarsest dtype among the tensors that were projected.
+    """
+
+    eps = 0.0
 
     def __missing__(self, key: tuple[int, torch.dtype, torch.device]) -> Tensor:
         d, dtype, device = key
@@ -22,41 +40,24 @@ class Directions(dict[tuple[int, torch.dtype, torch.device], Tensor]):
         """Return the direction for a tensor t (..., d) of float32 or float64."""
         return self[t.shape[-1], t.dtype, t.device]
 
+    def project(self, t: Tensor, length: bool = False, weight: Tensor | None = None) -> Projection:
+        """Project a tensor on the direction.
 
-class Projection(NamedTuple):
-    """The projection of a tensor (B, n, d) on the direction."""
+        Args:
+            t: (B, n, d), floating point.
+            length: also compute the L2 norms of the tokens.
+            weight: (d,); t is projected on weight * u instead of u.
 
-    product: Tensor  # (B, n)
-    length: Tensor | None  # (B, n), L2 norms of the tokens; None if not needed
-    eps: float  # machine epsilon of the tensor's dtype
-
-    def followed_by(self, more: "Projection") -> "Projection":
-        """Return the projection of these tokens, followed by that of the tokens in `more`."""
-        length = None if self.length is None else torch.cat([self.length, more.length], 1)
-        return Projection(torch.cat([self.product, more.product], 1), length, max(self.eps, more.eps))
+        Returns:
+            Projection, with product and length (B, n) in float32 or float64.
+        """
+        self.eps, t = max(self.eps, torch.finfo(t.dtype).eps), wide(t)
+        u = self.of(t)
+        product = t @ (u if weight is None else u * weight.to(t.dtype))
+        return Projection(product, torch.linalg.vector_norm(t, dim=-1) if length else None)
 
 
 def wide(t: Tensor) -> Tensor:
     """Return a tensor, such as (B, n, d), outside the autograd graph; half precision becomes float32."""
     t = t.detach() if t.requires_grad else t
     return t.float() if t.dtype in HALF else t
-
-
-def project(
-    t: Tensor, directions: Directions, length: bool = False, weight: Tensor | None = None
-) -> Projection:
-    """Project a tensor on the direction.
-
-    Args:
-        t: (B, n, d), floating point.
-        directions: creates and keeps the direction u.
-        length: also compute the L2 norms of the tokens.
-        weight: (d,); t is projected on weight * u instead of u.
-
-    Returns:
-        Projection, with product and length (B, n) in float32 or float64.
-    """
-    eps, t = torch.finfo(t.dtype).eps, wide(t)
-    u = directions.of(t)
-    product = t @ (u if weight is None else u * weight.to(t.dtype))
-    return Projection(product, torch.linalg.vector_norm(t, dim=-1) if length else None, eps)

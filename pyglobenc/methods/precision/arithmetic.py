@@ -34,7 +34,7 @@ def set_precision(layers: list[LayerTrace], dtype: torch.dtype | None) -> None:
     if dtype is None and layers[0].q.dtype == torch.float32:
         # All layers are checked together, so the GPU is waited for only once. A padded query that sees no
         # key has an infinite lse, which doesn't count.
-        scores = torch.cat([layer.lse.detach().flatten().to(layers[0].lse.device) for layer in layers])
+        scores = torch.cat([layer.lse.detach().to(layers[0].lse.device) for layer in layers], 1)
         largest = scores.nan_to_num_(posinf=0.0).abs_().amax()
         if not may_look():
             message = "attention scores are too large for float32; ask for dtype=torch.float64"

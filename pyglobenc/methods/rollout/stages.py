@@ -69,12 +69,17 @@ def check_stage(who: str, layer: LayerTrace, name: str) -> None:
     Raises:
         ValueError: it has no such stage.
     """
-    if name not in stages_of(layer):
+    if layer.modules.pre_norm and STAGES[name].norms:
         raise ValueError(
             f"{who}: stage {name} follows vectors through a LayerNorm after the residual sum, and this "
             f"model normalises before it; "
             f"its stages are {', '.join(stages_of(layer))}"
         )
+
+
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    # `to` takes as long as a small kernel, even if the dtype is the same.
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 class StageOps:
@@ -92,12 +97,13 @@ class StageOps:
 
     def _gammas(self, layer: LayerTrace, stage: Stage) -> list[Tensor]:
         """Return the weights (d,) of the LayerNorms that the stage passes."""
-        return [layer.norm_weight(name).to(self.dtype_of(layer)) for name in stage.norms]
+        dtype = self.dtype_of(layer)
+        return [_cast(layer.norm_weight(name), dtype) for name in stage.norms]
 
     def output_weight(self, layer: LayerTrace) -> Tensor:
         """Return W_O by head, (H, dh, d), with the factors that the layer applies before the residual sum."""
         m, dtype = layer.modules, self.dtype_of(layer)
-        weight = layer.output_weight.to(dtype)
+        weight = _cast(layer.output_weight, dtype)
         if m.scale is not None:
             weight = weight * parameter(*m.scale).to(dtype)
         if m.added_norm is not None:
@@ -163,7 +169,7 @@ class StageOps:
         """Return the product of the inverse standard deviations that scale each row of the stage, (B, n)."""
         out = None
         for name in stage.norms if layer.modules.added_norm is None else ("added_norm",):
-            rstd = layer.norms[name].rstd.to(self.dtype_of(layer))
+            rstd = _cast(layer.norms[name].rstd, self.dtype_of(layer))
             out = rstd if out is None else out * rstd
         return out
 
