@@ -23,7 +23,7 @@ from pyglobenc.hf.streams.registry import find_streams
 from pyglobenc.hf.trace.attention import NAME, Recorder, recording
 from pyglobenc.hf.trace.checks import MARGIN, check_still, describe
 from pyglobenc.hf.trace.layers import outside
-from pyglobenc.hf.trace.projections import Directions, Projection, project
+from pyglobenc.hf.trace.projections import Directions, Projection
 from pyglobenc.hf.trace.threads import attention_in_this_thread, in_this_thread, uncompiled
 from pyglobenc.hf.weights import parameter
 from pyglobenc.ops.attention import attention
@@ -74,7 +74,7 @@ class StreamsTrace:
 
     def keep(self, module: nn.Module, side: str, t: Tensor, weight: Tensor | None = None) -> None:
         """Keep the projection of a module's tensor (B, n, d); each call of the module adds one."""
-        self._points[module, side].append(project(t, self.directions, length=True, weight=weight))
+        self._points[module, side].append(self.directions.project(t, length=True, weight=weight))
 
     def record(self, module: nn.Module, tensors: dict[str, Any]) -> None:
         """Keep the tensors of one call of an attention module."""
@@ -139,7 +139,7 @@ class StreamsTrace:
             compared.append((given.product - returned.product, (given, returned), 1, above.start.module))
         holds = []
         for difference, sides, factor, _ in compared:
-            allowed = self._eps(*sides) * sum(side.length for side in sides) * factor
+            allowed = self._eps(sides[0].product.dtype) * sum(side.length for side in sides) * factor
             close = ~(difference.abs() > allowed)
             holds.append(close if real is None else close | ~real.to(close.device))
         every = torch.stack([one.all().to(holds[0].device) for one in holds])
@@ -154,12 +154,10 @@ class StreamsTrace:
 
         require(every.all(), error)
 
-    def _eps(self, *sides: Projection) -> float:
+    def _eps(self, dtype: torch.dtype) -> float:
         """Return the relative rounding of a comparison: of the stored tensors, and of sums over d."""
-        stored = max(side.eps for side in sides)
-        summed = torch.finfo(sides[0].product.dtype).eps
         width = max(size for size, _, _ in self.directions)
-        return MARGIN * (stored + width**0.5 * summed)
+        return MARGIN * (self.directions.eps + width**0.5 * torch.finfo(dtype).eps)
 
 
 @contextmanager
