@@ -28,10 +28,10 @@ class ImageAttribution:
         error: for each target, the estimated rounding error of the scores; see `TransformerAttribution`.
     """
 
-    image: np.ndarray
-    scores: dict[int | str, np.ndarray]
+    image: np.ndarray = field(repr=False)
+    scores: dict[int | str, np.ndarray] = field(repr=False)
     labels: dict[int | str, str]
-    probabilities: np.ndarray | None
+    probabilities: np.ndarray | None = field(repr=False)
     predicted: int | None
     predictions: list[tuple[str, float]] | None = None
     error: dict[int | str, float] = field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +30,9 @@ class LayerAttribution:
     """
 
     attribution: Attribution
-    scores: np.ndarray
-    log_scale: np.ndarray
-    maps: np.ndarray | None = None
+    scores: np.ndarray = field(repr=False)
+    log_scale: np.ndarray = field(repr=False)
+    maps: np.ndarray | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.scores)

@@ -108,7 +108,7 @@ def load_pretrained(
 
         with _quiet():
             model, tokenizer = minilm_sentiment(model_folder("minilm"), dtype)
-        return model.to(device), tokenizer
+        return _named(model, name).to(device), tokenizer
     folder = model_folder(name)
     if name in BUNDLED:
         check_minilm(folder)
@@ -120,10 +120,18 @@ def load_pretrained(
                 if adapted
                 else _load(folder, dtype, trust_remote_code, head)
             )
+        if name in BUNDLED:
+            _named(model, name)
         return model.to(device).eval(), tokenizer
     # Files of unknown origin may cause errors of any kind.
     except Exception as error:
         raise ValueError(f"can't load model {name!r}: {error}") from error
+
+
+def _named(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """Return a bundled model, which results then name by its name instead of a folder of this machine."""
+    model.name_or_path = model.config._name_or_path = name
+    return model
 
 
 def _load(
