@@ -1,6 +1,7 @@
 """The class GenerationAttribution: the scores of all tokens for each token that was generated."""
 
 import json
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -136,7 +137,7 @@ class GenerationAttribution:
         self,
         sources: Sequence[tuple[int, int]],
         targets: Sequence[tuple[int, int]] | None = None,
-        shares: bool = False,
+        shares: bool | None = None,
     ) -> SpanSums:
         """Add the scores within spans of tokens.
 
@@ -144,8 +145,8 @@ class GenerationAttribution:
             sources: C pairs (start, stop) of token positions. The scores of a span's tokens are added.
             targets: R pairs (start, stop) of positions of generated tokens, whose rows are added. None: each
                 generated token alone.
-            shares: add `shares` in the place of `scores`. Rows of a rollout have scales of their own, so
-                their sums mean something only with it.
+            shares: add `shares` in the place of `scores`. None does so for methods that explain a position:
+                the rows of a rollout have scales of their own, so their sums would mean nothing.
 
         Returns:
             SpanSums with scores (R, C).
@@ -164,7 +165,7 @@ class GenerationAttribution:
         rows = [range(start - first, stop - first) for start, stop in targets]
         return self._sums([range(*span) for span in sources], rows, shares)
 
-    def sentences(self, shares: bool = False) -> SpanSums:
+    def sentences(self, shares: bool | None = None) -> SpanSums:
         """Add the scores within the sentences of prompt and answer, for each sentence of the answer.
 
         A sentence ends at a full stop, an exclamation mark or a question mark with white space after it, and
@@ -184,16 +185,16 @@ class GenerationAttribution:
                 "sentences: the tokens' places in the text aren't known; a fast tokenizer tells them"
             )
         ends = sentence_ends(self.text, self._bounds(self.prompt_length, len(self.tokens))[0])
-        groups: dict[int, list[int]] = {}
+        groups: dict[tuple[int, bool], list[int]] = {}
         for i, (low, high) in enumerate(self.offsets):
             if not self.special[i] and low < high:
                 # White space at a token's beginning may belong to the sentence before.
                 low += len(self.text[low:high]) - len(self.text[low:high].lstrip())
-                owner = next(place for place, end in enumerate(ends) if min(low, high - 1) < end)
+                owner = bisect_right(ends, min(low, high - 1))
                 groups.setdefault((owner, i >= self.prompt_length), []).append(i)
         return self._grouped(groups, shares)
 
-    def words(self, shares: bool = False) -> SpanSums:
+    def words(self, shares: bool | None = None) -> SpanSums:
         """Add the scores within words, for each word of the answer; special tokens belong to none.
 
         Args:
@@ -206,21 +207,22 @@ class GenerationAttribution:
             raise ValueError(
                 "words: the tokenizer doesn't tell which tokens form a word; a fast tokenizer does"
             )
-        groups: dict[int, list[int]] = {}
+        groups: dict[tuple[int, bool], list[int]] = {}
         for i, word in enumerate(self.word_ids):
             if word is not None and not self.special[i]:
                 groups.setdefault((word, i >= self.prompt_length), []).append(i)
         return self._grouped(groups, shares)
 
-    def _grouped(self, groups: dict[Any, list[int]], shares: bool) -> SpanSums:
+    def _grouped(self, groups: dict[Any, list[int]], shares: bool | None) -> SpanSums:
         """Return the sums over groups of positions; the groups of generated tokens are also the rows."""
         first, columns = self.prompt_length, list(groups.values())
         rows = [[i - first for i in group] for group in columns if group[0] >= first]
         return self._sums(columns, rows, shares)
 
     def _sums(
-        self, columns: Sequence[Sequence[int]], rows: Sequence[Sequence[int]], shares: bool
+        self, columns: Sequence[Sequence[int]], rows: Sequence[Sequence[int]], shares: bool | None
     ) -> SpanSums:
+        shares = self.target_kind == "token" if shares is None else shares
         scores = self.shares() if shares else self.scores.astype(np.float64)
         by_column = (
             np.stack([scores[:, list(group)].sum(1) for group in columns], 1) if columns else scores[:, :0]

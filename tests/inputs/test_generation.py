@@ -194,6 +194,10 @@ def test_rows_are_attributions():
     assert [b.target for b in a] == [8, 9, 10] and "film" in one.to_html()
     with pytest.raises(IndexError, match="there are 3 generated tokens, got 3"):
         a[3]
+    # Rows of a rollout have scales of their own, so their shares are added.
+    words, own = a.words(), a.words(shares=True)
+    assert np.array_equal(words.scores, own.scores) and ("sums of", "shares") in words.caption
+    assert ("sums of", "scores") in a.words(shares=False).caption
     shares = a.shares()
     assert np.allclose(np.abs(shares).sum(1), 1) and np.allclose(a.mean().scores, shares.mean(0))
 
