@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from pyglobenc.cli.options import positive
+from pyglobenc.demo import MAX_CHARACTERS, MAX_PIXELS
 
 NAME = "demo"
 HELP = "serve a web page that explains texts and images"
@@ -16,10 +17,10 @@ LARGEST_PORT = 65535
 
 
 def port(text: str) -> int:
-    """Return the number of a port in an option's text; 0 lets the system choose one."""
+    """Return the number of a port in an option's text."""
     value = int(text)
-    if not 0 <= value <= LARGEST_PORT:
-        raise argparse.ArgumentTypeError(f"must lie in [0, {LARGEST_PORT}], got {text[:40]!r}")
+    if not 1 <= value <= LARGEST_PORT:
+        raise argparse.ArgumentTypeError(f"must lie in [1, {LARGEST_PORT}], got {text[:40]!r}")
     return value
 
 
@@ -36,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image-model", nargs="+", default=[], metavar="MODEL", help="image models that the page offers"
     )
     parser.add_argument(
+        "--method",
+        nargs="+",
+        help="methods that the page offers (default: all; with --public those that are quick for long texts)",
+    )
+    parser.add_argument(
         "--public",
         action="store_true",
         help="refuse every model that --model and --image-model don't name, for a page that strangers use",
@@ -43,13 +49,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", help="address to listen on (default 127.0.0.1, this machine alone)")
     parser.add_argument("--port", type=port, help="port to listen on (default: the first free one from 7860)")
     parser.add_argument(
-        "--max-characters", type=positive, default=5_000, help="longest text that is explained (default 5000)"
+        "--max-characters",
+        type=positive,
+        default=MAX_CHARACTERS,
+        help=f"longest text that is explained (default {MAX_CHARACTERS})",
     )
     parser.add_argument(
         "--max-pixels",
         type=positive,
-        default=1 << 24,
-        help=f"largest number of pixels of an image (default {1 << 24})",
+        default=MAX_PIXELS,
+        help=f"largest number of pixels of an image (default {MAX_PIXELS})",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1... (default: a GPU if there is one)")
 
@@ -68,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
         from pyglobenc.demo.models import Models
         from pyglobenc.demo.page import LAUNCH, build
 
-        models = Models(options.model, options.image_model, options.public, options.device)
+        models = Models(options.model, options.image_model, options.public, options.device, options.method)
         page = build(models, options.max_characters, options.max_pixels)
         where = dict(server_name=options.host, server_port=options.port)
         _, url, _ = page.launch(**LAUNCH, **where, prevent_thread_lock=True)

@@ -1,4 +1,4 @@
-"""Loads the models that the page offers, keeps a few of them, and lends them to one request at a time."""
+"""What a page offers: its methods, and its models, of which one request at a time uses some."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -6,20 +6,27 @@ from functools import lru_cache
 from threading import Lock
 from typing import Any
 
+from pyglobenc.methods.registry import METHODS, find_method
 from pyglobenc.models.pretrained import load_image_model, load_pretrained
 
 # So many text models and so many image models stay in memory.
 KEPT = 2
+# For a long text these methods take minutes, in which all other users of a page wait.
+SLOW = ("attention-flow", "decompx", "integrated-gradients", "occlusion")
 
 
 class Models:
-    """The models of a page.
+    """The models and methods of a page. A few models stay in memory.
 
     Args:
         texts: names of text models that the page offers, as `load_pretrained` takes them.
         images: names of image models.
         public: refuse every other name. Without it, a user may name any model of the hub and any folder.
         device: name of a torch device; None for a GPU if there is one.
+        methods: names of the methods that the page offers. None: all, or all but SLOW if the page is public.
+
+    Raises:
+        ValueError: a method is unknown.
     """
 
     def __init__(
@@ -28,7 +35,11 @@ class Models:
         images: Sequence[str] = (),
         public: bool = False,
         device: str | None = None,
+        methods: Sequence[str] | None = None,
     ):
+        if methods is None:
+            methods = [name for name in METHODS if not (public and name in SLOW)]
+        self.methods = tuple(find_method(name, "demo").name for name in methods)
         self.texts, self.images, self.public, self.device = tuple(texts), tuple(images), public, device
         self._lock = Lock()
         self._text = lru_cache(KEPT)(self._load_text)
@@ -55,6 +66,11 @@ class Models:
         self._check(name, self.images)
         with self._lock:
             yield self._image(name, head)
+
+    def check_method(self, name: str) -> None:
+        """Raise ValueError if the page doesn't offer a method."""
+        if name not in self.methods:
+            raise ValueError(f"demo: the method must be one of {', '.join(self.methods)}, got {name!r}")
 
     def _check(self, name: str, offered: Sequence[str]) -> None:
         if not isinstance(name, str) or not name.strip():

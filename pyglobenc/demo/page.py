@@ -15,11 +15,10 @@ from gradio.utils import get_upload_folder
 
 from pyglobenc.common.characters import printable
 from pyglobenc.common.files import one_line
+from pyglobenc.demo import MAX_CHARACTERS, MAX_PIXELS
 from pyglobenc.demo.examples import IMAGES, TEXTS
 from pyglobenc.demo.models import Models
 from pyglobenc.demo.requests import (
-    MAX_CHARACTERS,
-    MAX_PIXELS,
     MOST_METHODS,
     TextRequest,
     explain_every_layer,
@@ -28,7 +27,6 @@ from pyglobenc.demo.requests import (
     measure_text,
     open_upload,
 )
-from pyglobenc.methods.registry import METHODS
 from pyglobenc.results import to_json
 from pyglobenc.viz.html import fragment
 
@@ -46,6 +44,8 @@ FONTS = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monos
 LAUNCH = dict(share=False, max_file_size=MAX_UPLOAD, theme=gr.themes.Default(**FONTS), quiet=True)
 # Nothing is rendered by a second server, and neither runs nor traffic are recorded.
 LAUNCH |= dict(ssr_mode=False, run_history=False, enable_monitoring=False)
+# Gradio would refuse to start if its first request to localhost takes 3 seconds, as on a busy machine.
+LAUNCH |= dict(_frontend=False)
 
 
 def build(models: Models, max_characters: int = MAX_CHARACTERS, max_pixels: int = MAX_PIXELS) -> gr.Blocks:
@@ -94,9 +94,10 @@ def _model_choice(models: Models, offered: Sequence[str]) -> gr.Dropdown:
     )
 
 
-def _download(name: str, data: bytes) -> str:
-    """Write a file for a download button, and return its path. The page's delete_cache removes it."""
-    return save_bytes_to_cache(data, name, get_upload_folder())
+def _download(name: str, data: bytes) -> gr.DownloadButton:
+    """Return a button with a file to download, which the page's delete_cache deletes."""
+    path = save_bytes_to_cache(data, name, get_upload_folder())
+    return gr.DownloadButton(value=path, interactive=True)
 
 
 def _text_tab(models: Models, max_characters: int) -> None:
@@ -109,8 +110,8 @@ def _text_tab(models: Models, max_characters: int) -> None:
         with gr.Column():
             model = _model_choice(models, models.texts)
             methods = gr.Dropdown(
-                list(METHODS),
-                value=["globenc"],
+                list(models.methods),
+                value=list(models.methods[:1] if "globenc" not in models.methods else ["globenc"]),
                 multiselect=True,
                 max_choices=MOST_METHODS,
                 label=f"Methods, side by side (1 to {MOST_METHODS})",
@@ -138,14 +139,8 @@ def _text_tab(models: Models, max_characters: int) -> None:
         done = explain_text(models, TextRequest(*values), max_characters)
         columns = len(done)
         data = (done.to_html(columns=columns).encode(), done.to_png(columns=columns), to_json(done).encode())
-        paths = [
-            _download(f"attribution.{kind}", one)
-            for kind, one in zip(("html", "png", "json"), data, strict=True)
-        ]
-        return [
-            fragment(done, columns=columns),
-            *(gr.DownloadButton(value=path, interactive=True) for path in paths),
-        ]
+        names = [f"attribution.{kind}" for kind in ("html", "png", "json")]
+        return [fragment(done, columns=columns), *map(_download, names, data)]
 
     gr.on([button.click, text.submit], explained, asked, [shown, *files], api_name="explain")
     with gr.Accordion("Layer by layer", open=False):
@@ -194,7 +189,9 @@ def _image_tab(models: Models, max_pixels: int) -> None:
                 gr.Examples([[path] for path in IMAGES], [upload], label="Examples")
         with gr.Column():
             model = _model_choice(models, models.images)
-            method = gr.Dropdown(["", *METHODS], value="", label="Method", info="empty: the model's default")
+            method = gr.Dropdown(
+                ["", *models.methods], value="", label="Method", info="empty: the model's default"
+            )
             targets = gr.Textbox(
                 label="Classes, side by side",
                 info="indices or labels, separated by commas; empty: the predicted class",
@@ -213,10 +210,7 @@ def _image_tab(models: Models, max_pixels: int) -> None:
     def explained(name: str, path: str | None, *values: Any) -> list[Any]:
         done = explain_picture(models, name, path, *values, max_pixels=max_pixels)
         png, names = done.to_png(), ", ".join(done.labels.values())
-        return [
-            _picture(png, names),
-            gr.DownloadButton(value=_download("attribution.png", png), interactive=True),
-        ]
+        return [_picture(png, names), _download("attribution.png", png)]
 
     upload.change(previewed, upload, preview, api_name="preview")
     button.click(explained, [model, upload, method, targets], [shown, file], api_name="explain_image")

@@ -6,6 +6,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from pyglobenc.demo import MAX_CHARACTERS, MAX_PIXELS
 from pyglobenc.demo.models import Models
 from pyglobenc.evaluate import evaluate
 from pyglobenc.explain import explain
@@ -15,12 +16,10 @@ from pyglobenc.inputs.images import explain_image, open_image
 from pyglobenc.inputs.targets import class_named
 from pyglobenc.inputs.windows import Text
 from pyglobenc.layer_results import LayerAttribution
-from pyglobenc.methods.registry import METHODS, find_method
+from pyglobenc.methods.registry import METHODS
 from pyglobenc.results import Attributions
 
 MOST_METHODS, MOST_CLASSES = 4, 4
-MAX_CHARACTERS = 5_000
-MAX_PIXELS = 1 << 24
 PREVIEW = 400  # pixels, the longer side of an image's preview
 
 
@@ -45,13 +44,15 @@ class TextRequest:
     label: str = ""
     merge_words: bool = True
 
-    def check(self, max_characters: int) -> None:
-        """Raise ValueError if there are too many characters, too many methods or none."""
+    def check(self, models: Models, max_characters: int) -> None:
+        """Raise ValueError if there are too many characters or methods, or if a method isn't offered."""
         count = len(self.text or "") + len(self.pair or "")
         if count > max_characters:
             raise ValueError(f"demo: at most {max_characters} characters are explained, got {count}")
         if not 1 <= len(self.methods) <= MOST_METHODS:
             raise ValueError(f"demo: choose 1 to {MOST_METHODS} methods, got {len(self.methods)}")
+        for name in self.methods:
+            models.check_method(name)
 
     @property
     def given(self) -> Text:
@@ -61,7 +62,7 @@ class TextRequest:
     @property
     def head(self) -> bool:
         """Whether a method needs the model's head."""
-        return any(find_method(name, "demo").target == "class" for name in self.methods)
+        return any(METHODS[name].target == "class" for name in self.methods)
 
     def target(self, method: str) -> int | str | None:
         """Return the target of a method, as `explain` takes it."""
@@ -83,7 +84,7 @@ def explain_text(models: Models, request: TextRequest, max_characters: int = MAX
     Raises:
         TypeError, ValueError: the request is refused, or `explain` refuses it.
     """
-    request.check(max_characters)
+    request.check(models, max_characters)
     done = Attributions()
     with models.text(request.model, request.head) as (model, tokenizer):
         for method in request.methods:
@@ -102,7 +103,7 @@ def explain_every_layer(
     Raises:
         TypeError, ValueError: the request is refused, or `explain_layers` refuses it.
     """
-    request.check(max_characters)
+    request.check(models, max_characters)
     method = request.methods[0]
     with models.text(request.model, request.head) as (model, tokenizer):
         chosen = dict(target=request.target(method), merge_words=request.merge_words, maps=True)
@@ -119,7 +120,7 @@ def measure_text(
     Raises:
         TypeError, ValueError: the request is refused, or `evaluate` refuses it.
     """
-    request.check(max_characters)
+    request.check(models, max_characters)
     with models.text(request.model, True) as (model, tokenizer):
         options = dict(words=request.merge_words, target=number_or_name(request.label))
         options |= dict(methods=list(request.methods), bootstrap=0, progress=False)
@@ -170,8 +171,10 @@ def explain_picture(
     if len(listed) > MOST_CLASSES:
         raise ValueError(f"demo: at most {MOST_CLASSES} classes are explained, got {len(listed)}")
     listed = "mean" if listed == ["mean"] else listed or None
+    if method:
+        models.check_method(method)
     # A rollout needs no classifier.
-    head = True if method and find_method(method, "demo").target == "class" else None
+    head = True if method and METHODS[method].target == "class" else None
     image = _opened(path, max_pixels)
     with models.image(name, head) as (model, processor):
         if isinstance(listed, list):

@@ -21,7 +21,7 @@ def test_without_gradio_one_line_says_what_to_install(monkeypatch, capsys):
     assert not os.path.exists(os.environ["GRADIO_TEMP_DIR"])
 
 
-@pytest.mark.parametrize("port", ["-1", "65536", "x"])
+@pytest.mark.parametrize("port", ["-1", "0", "65536", "x"])
 def test_ports_are_checked(port, capsys):
     with pytest.raises(SystemExit):
         main(["demo", "--port", port])

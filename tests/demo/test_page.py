@@ -38,6 +38,9 @@ def served(tmp_path_factory):
     try:
         _, url, _ = page.launch(**LAUNCH, prevent_thread_lock=True)
         yield url, models
+        page.close(verbose=False)
+        left = [path for path in (folder / "files").rglob("*") if path.name.startswith("attribution")]
+        assert not left, "downloads are deleted with the page"
     finally:
         page.close(verbose=False)
         os.environ.pop("GRADIO_TEMP_DIR")
@@ -69,6 +72,8 @@ def test_downloads_are_the_attribution(served, client):
     page, png, saved = (Path(one["value"] if isinstance(one, dict) else one) for one in files)
     assert page.read_text().startswith("<!DOCTYPE html>") and png.read_bytes().startswith(b"\x89PNG")
     assert [one.method for one in pyglobenc.load(saved)] == ["globenc", "saliency"]
+    kept = Path(os.environ["GRADIO_TEMP_DIR"]).rglob("attribution.*")
+    assert sorted(path.suffix for path in kept) == [".html", ".json", ".png"], "the server keeps one copy"
 
 
 def test_users_at_the_same_time_get_their_own_texts(served, client):

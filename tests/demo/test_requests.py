@@ -9,7 +9,7 @@ from PIL import Image
 
 import pyglobenc
 from pyglobenc.demo.examples import IMAGES, TEXTS
-from pyglobenc.demo.models import Models
+from pyglobenc.demo.models import SLOW, Models
 from pyglobenc.demo.requests import (
     TextRequest,
     explain_every_layer,
@@ -20,6 +20,7 @@ from pyglobenc.demo.requests import (
     open_upload,
 )
 from pyglobenc.inputs.images import open_image
+from pyglobenc.methods.registry import METHODS
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def test_long_texts_come_in_windows_and_pairs_as_pairs(models, folder):
 
 
 def test_layers_and_faithfulness(models, folder):
-    request = TextRequest(folder, "the good film", methods=("globenc", "occlusion"))
+    request = TextRequest(folder, "the good film", methods=("globenc", "saliency"))
     found = explain_every_layer(models, request)
     assert found.maps.shape[1:] == (len(found.attribution),) * 2 and found.attribution.method == "globenc"
     rows = measure_text(models, request)
@@ -67,7 +68,7 @@ def test_layers_and_faithfulness(models, folder):
         (dict(text="a" * 30, pair="b" * 30), "at most 50 characters are explained, got 60"),
         (dict(methods=()), "choose 1 to 4 methods, got 0"),
         (dict(methods=("globenc",) * 5), "choose 1 to 4 methods, got 5"),
-        (dict(methods=("none",)), "method must be one of"),
+        (dict(methods=("none",)), "the method must be one of"),
         (dict(text=""), "text is empty"),
         (dict(text=None), "text is empty"),
         (dict(token="99"), "target must lie in"),
@@ -90,6 +91,19 @@ def test_a_public_page_loads_only_what_it_offers(models, folder, name, monkeypat
             ask(models, TextRequest(name, "good"))
     with pytest.raises(ValueError, match=r"the model must be one of \(none\)"):
         explain_picture(models, folder, IMAGES[0], "", "")
+
+
+def test_a_public_page_offers_no_slow_methods(models, folder):
+    for method in SLOW:
+        with pytest.raises(ValueError, match="the method must be one of"):
+            explain_text(models, TextRequest(folder, "good", methods=("globenc", method)))
+        with pytest.raises(ValueError, match="the method must be one of"):
+            explain_picture(models, folder, IMAGES[0], method, "")
+    own = Models([folder], public=True, device="cpu", methods=["occlusion"])
+    assert explain_text(own, TextRequest(folder, "good", methods=["occlusion"]))[0].method == "occlusion"
+    assert set(Models([]).methods) == set(METHODS) > set(models.methods) == set(METHODS) - set(SLOW)
+    with pytest.raises(ValueError, match="demo: method must be one of"):
+        Models([], methods=["none"])
 
 
 def test_a_private_page_loads_any_folder(folder):
