@@ -11,6 +11,7 @@ import numpy as np
 
 from pyglobenc import results
 from pyglobenc._version import __version__
+from pyglobenc.common.arguments import known_arguments
 from pyglobenc.common.generation_fields import check_generation
 from pyglobenc.common.result_fields import DTYPES, is_index, is_number, is_pair, shown
 from pyglobenc.results import SUFFIXES, Attribution, Attributions
@@ -249,6 +250,7 @@ class GenerationAttribution:
         terminal.show([self.mean()], merge_words=False)
         heatmap.show(self.heat())
 
+    @known_arguments
     def to_html(self, path: str | Path | None = None) -> str:
         """Return a self-contained HTML page with the heat map, and write it to path if given.
 
@@ -263,6 +265,7 @@ class GenerationAttribution:
 
         return _written(path, heatmap.page(self.heat(), self.mean()), self)
 
+    @known_arguments
     def to_png(self, path: str | Path | None = None) -> bytes:
         """Return a PNG picture of the heat map, and write it to path if given.
 
@@ -282,6 +285,7 @@ class GenerationAttribution:
 
         return heatmap.fragment(self.heat(), self.mean())
 
+    @known_arguments
     def save(self, path: str | Path) -> None:
         """Write a .json or .safetensors file from which `pyglobenc.load` restores every bit.
 
@@ -378,6 +382,7 @@ class GenerationAttribution:
         return self.text[low:high]
 
 
+@known_arguments
 def load(path: str | Path) -> Attribution | Attributions | GenerationAttribution:
     """Read a file that one of the methods `save` wrote.
 

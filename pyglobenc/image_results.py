@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pyglobenc.common.arguments import known_arguments
 from pyglobenc.common.files import write_file
 
 
@@ -47,6 +48,7 @@ class ImageAttribution:
 
         return upscale(self.scores[target], *self.image.shape[:2])
 
+    @known_arguments
     def to_png(self, path: str | Path | None = None) -> bytes:
         """Return a PNG picture of the image and of one overlay for each target; write it to path if given."""
         return ImageAttributions([self]).to_png(path)
@@ -58,6 +60,7 @@ class ImageAttribution:
 class ImageAttributions(list):
     """A list of the attributions of several images, which are shown in one picture."""
 
+    @known_arguments
     def to_png(self, path: str | Path | None = None) -> bytes:
         """Return a PNG picture with one row for each image, and write it to path if given."""
         from pyglobenc.viz.image import to_png

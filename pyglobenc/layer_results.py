@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pyglobenc.common.arguments import known_arguments
 from pyglobenc.common.files import write_file
 from pyglobenc.results import Attribution
 from pyglobenc.viz.common import caption
@@ -49,6 +50,7 @@ class LayerAttribution:
             self.attribution, settings=self.attribution.settings | {"layer": layer}, error=None, **changed
         )
 
+    @known_arguments
     def to_png(self, path: str | Path | None = None) -> bytes:
         """Return a PNG plot of the tokens' scores along the layers, and write it to path if given.
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pyglobenc._version import __version__
+from pyglobenc.common.arguments import known_arguments
 from pyglobenc.common.files import check_apart, one_line, write_file
 from pyglobenc.common.result_fields import DTYPES, check_fields, is_index, is_number, shown
 from pyglobenc.viz.units import Unit
@@ -123,6 +124,7 @@ class Attribution:
             f"{self.target_name!r})"
         )
 
+    @known_arguments
     def units(self, merge_words: bool | None = None) -> list[Unit]:
         """Return the tokens, or the words with the sum of their tokens' scores; special tokens stay alone.
 
@@ -217,14 +219,17 @@ class Attribution:
                 values[name] = [tuple(pair) if isinstance(pair, list) else pair for pair in values[name]]
         return cls(**values | {"scores": scores})
 
+    @known_arguments
     def save(self, path: str | Path) -> None:
         """Write a .json or .safetensors file from which `pyglobenc.load` restores every bit."""
         save(path, self)
 
+    @known_arguments
     def show(self, merge_words: bool | None = None) -> None:
         """Print a coloured picture in the terminal; merge_words as for `units`."""
         Attributions([self]).show(merge_words)
 
+    @known_arguments
     def to_html(self, path: str | Path | None = None, merge_words: bool | None = None) -> str:
         """Return a self-contained HTML page, and write it to path if given.
 
@@ -238,6 +243,7 @@ class Attribution:
         """
         return Attributions([self]).to_html(path, merge_words)
 
+    @known_arguments
     def to_png(self, path: str | Path | None = None, merge_words: bool | None = None) -> bytes:
         """Return a PNG picture, and write it to path if given.
 
@@ -260,16 +266,19 @@ class Attribution:
 class Attributions(list):
     """A list of the attributions of several texts, with the methods of `Attribution` for the whole list."""
 
+    @known_arguments
     def save(self, path: str | Path) -> None:
         """Write a .json or .safetensors file from which `pyglobenc.load` restores every bit."""
         save(path, self)
 
+    @known_arguments
     def show(self, merge_words: bool | None = None) -> None:
         """Print a coloured picture of each attribution; merge_words as for `Attribution.units`."""
         from pyglobenc.viz import terminal
 
         terminal.show(self, merge_words)
 
+    @known_arguments
     def to_html(
         self, path: str | Path | None = None, merge_words: bool | None = None, columns: int = 1
     ) -> str:
@@ -290,6 +299,7 @@ class Attributions(list):
             write(path, page.encode("utf-8"), self)
         return page
 
+    @known_arguments
     def to_png(
         self, path: str | Path | None = None, merge_words: bool | None = None, columns: int = 1
     ) -> bytes:
@@ -319,6 +329,7 @@ def _document(attributions: Attribution | Iterable[Attribution]) -> dict[str, An
     return header | {"attributions": entries}
 
 
+@known_arguments
 def save(path: str | Path, attributions: Attribution | Iterable[Attribution]) -> None:
     """Write one attribution or several to a file.
 
@@ -359,6 +370,7 @@ def write(path: str | Path, data: bytes, attributions: Iterable[Attribution]) ->
     write_file(path, data)
 
 
+@known_arguments
 def load(path: str | Path) -> Attribution | Attributions:
     """Read a file that `save` wrote.
 

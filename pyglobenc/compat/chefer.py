@@ -15,12 +15,13 @@ A batch may hold more than one example.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pyglobenc.backends.shared.relevance_tiles import probability_tiles
 
 # Scripts import the classifiers from here.
+from pyglobenc.common.integers import integers
 from pyglobenc.compat.chefer_models import (  # noqa: F401
     BaselineVisionTransformer,
     BertForClsOrigLrp,
@@ -56,8 +57,10 @@ class _Explainer:
     """Explains a model, which is put into evaluation mode, with the rules that its class asks for."""
 
     def __init__(self, model: PreTrainedModel, backend: str = "auto"):
-        self.model = model.eval()
+        if isinstance(model, nn.Module):
+            model.eval()
         self._attribute = TransformerAttribution(model, backend)
+        self.model = model
         if getattr(model, "lrp_baseline", False):
             self._attribute.rules = LrpRules
 
@@ -224,7 +227,7 @@ def _class(index: Any, attribute: TransformerAttribution) -> Any:
     """
     if index is None:
         return None
-    index = torch.as_tensor(index)
+    index = integers("compat", "target", index)
     index = torch.where(index < 0, index + attribute.model.config.num_labels, index)
     return index.reshape(()) if index.numel() == 1 else index
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from pyglobenc.evaluate.examples import REMOVALS, Example, Metric, Settings
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pyglobenc")
 
+# The means of this many resamples take 80 MB.
+MAX_RESAMPLES = 10_000_000
 FRACTIONS = (0.01, 0.05, 0.1, 0.2, 0.5)
 ALL = "all"
 # This target stands for the true class of each text.
@@ -76,12 +79,26 @@ def check_protocol(protocol: str | None, given: Mapping[str, Any], of_images: bo
     return chosen
 
 
-def check_count(name: str, value: Any, least: int) -> None:
-    """Raise TypeError or ValueError unless a value is an integer of at least `least`."""
+def check_count(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """Raise TypeError or ValueError unless a value is an integer in [least, most]; most None: no limit."""
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"evaluate: {name} must be an integer, got {value!r}")
+        raise TypeError(f"evaluate: {name} must be an integer, got {value!r:.80}")
     if value < least:
         raise ValueError(f"evaluate: {name} must be at least {least}, got {value}")
+    if most is not None and value > most:
+        raise ValueError(f"evaluate: {name} must be at most {most}, got {value}")
+
+
+def check_lists(given: Mapping[str, Any]) -> None:
+    """Check that arguments of `evaluate` that hold several values are lists, arrays or strings.
+
+    Raises:
+        TypeError: one is something else. The message names it.
+    """
+    for name, value in given.items():
+        many = isinstance(value, Sequence) and not isinstance(value, bytes)
+        if not many and not getattr(value, "ndim", 0):
+            raise TypeError(f"evaluate: {name} must be a list, got {value!r:.80}")
 
 
 def check_kind(of_texts: Mapping[str, Any], of_images: Mapping[str, Any]) -> bool:
@@ -119,6 +136,8 @@ def make_settings(
     """
     if remove not in REMOVALS:
         raise ValueError(f"evaluate: remove must be one of {', '.join(REMOVALS)}, got {remove!r}")
+    if isinstance(fractions, str) or not all(isinstance(fraction, Real) for fraction in fractions):
+        raise TypeError(f"evaluate: fractions must be a list of numbers, got {fractions!r:.80}")
     fractions = tuple(float(fraction) for fraction in fractions)
     if not fractions or not all(0 < fraction <= 1 for fraction in fractions):
         raise ValueError(f"evaluate: fractions must lie above 0 and be at most 1, got {fractions}")
@@ -127,6 +146,8 @@ def make_settings(
     notes: list[str] = []
     if tokenizer is None:
         return Settings(fractions, remove, seed=seed, protocol=protocol), notes
+    if not hasattr(tokenizer, "mask_token_id"):
+        raise TypeError(f"evaluate: tokenizer must be a transformers tokenizer, got {tokenizer!r:.80}")
     mask_id = tokenizer.mask_token_id
     if remove == "mask" and mask_id is None:
         notes.append("The tokenizer has no mask token, so removed tokens are deleted (remove='delete').")
@@ -152,9 +173,10 @@ def wanted_methods(methods: str | Sequence[str], protocol: str | None) -> list[s
 
 def _names(what: str, asked: str | Sequence[str], known: Sequence[str]) -> list[str]:
     """Return each of the names once; "all" stands for all known ones."""
-    names = list(known) if asked == ALL else [asked] if isinstance(asked, str) else list(asked)
+    every = isinstance(asked, str) and asked == ALL
+    names = list(known) if every else [asked] if isinstance(asked, str) else list(asked)
     for name in names:
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise ValueError(f"evaluate: {what} must be {ALL!r} or of {', '.join(known)}, got {name!r}")
     if not names:
         raise ValueError(f"evaluate: {what} is empty")

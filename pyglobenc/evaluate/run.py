@@ -12,9 +12,11 @@ from pyglobenc.common.arguments import known_arguments
 from pyglobenc.evaluate.choices import (
     ALL,
     FRACTIONS,
+    MAX_RESAMPLES,
     USUAL_METRICS,
     check_count,
     check_kind,
+    check_lists,
     check_protocol,
     choose_metrics,
     make_settings,
@@ -138,7 +140,13 @@ def evaluate(
     from pyglobenc.evaluate.kinds.images import ImageAttributor, ImageForwards, image_examples
     from pyglobenc.evaluate.kinds.texts import encode_texts
     from pyglobenc.evaluate.sanity import sanity_checks
+    from pyglobenc.methods.inputs import check_dtype
 
+    several = {"texts": texts, "images": images, "masks": masks, "labels": labels, "rationales": rationales}
+    several |= {"answers": answers, "needles": needles}
+    check_lists({name: value for name, value in several.items() if value is not None})
+    check_lists({"methods": methods, "metrics": metrics, "fractions": fractions})
+    check_dtype("evaluate", dtype)
     of_images = check_kind(
         {"tokenizer": tokenizer, "texts": texts, "words": words or None, "rationales": rationales}
         | {"remove": None if remove == "mask" else remove, "long": None if long == "error" else long}
@@ -151,7 +159,7 @@ def evaluate(
     given = check_protocol(protocol, given, of_images)
     target, long, max_length, metrics = (given[name] for name in ("target", "long", "max_length", "metrics"))
     start_layer = given["start_layer"] or 0
-    check_count("bootstrap", bootstrap, 0)
+    check_count("bootstrap", bootstrap, 0, MAX_RESAMPLES)
     check_count("batch_tokens", batch_tokens, 1)
     settings, notes = make_settings(tokenizer, fractions, remove, words, seed, protocol, top_k)
     wanted = wanted_methods(methods, protocol)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pyglobenc.common.arguments import known_arguments
 from pyglobenc.common.files import write_file
 
 FORMAT, FORMAT_VERSION = "pyglobenc.evaluation", 1
@@ -118,6 +119,7 @@ class EvaluationTable:
 
         show(self.rows, self.notes)
 
+    @known_arguments
     def to_csv(self, path: str | Path | None = None) -> str:
         """Return the rows as CSV, with numbers to their last digit, and write them to path if given.
 
@@ -131,6 +133,7 @@ class EvaluationTable:
         writer.writerows(self.rows)
         return self._written(path, out.getvalue())
 
+    @known_arguments
     def to_json(self, path: str | Path | None = None) -> str:
         """Return rows, numbers of every text, notes and settings as JSON, and write it to path if given.
 
@@ -147,6 +150,7 @@ class EvaluationTable:
         document |= {"per_text": per_text, "notes": self.notes, "info": self.info}
         return self._written(path, json.dumps(_without_nan(document), indent=1, allow_nan=False) + "\n")
 
+    @known_arguments
     def to_png(self, path: str | Path | None = None) -> bytes:
         """Return a PNG chart of all rows, and write it to path if given.
 
@@ -160,6 +164,7 @@ class EvaluationTable:
             write_file(path, picture)
         return picture
 
+    @known_arguments
     def to_html(self, path: str | Path | None = None) -> str:
         """Return an HTML page with the chart, tables, notes and settings, and write it to path if given.
 

@@ -107,6 +107,10 @@ def explain_image(
         run = relevance(variant, model, backend, dtype, start_layer)
     else:
         raise ValueError(f"explain_image: variant belongs to method={CLASSES!r}; {method} has none")
+    if processor is not None and not callable(processor):
+        raise TypeError(
+            f"explain_image: processor must be the model's image processor or None, got {processor!r:.80}"
+        )
     images, single = split_images(image)
     pixels = [model_pixels(inner, processor, one, max_pixels) for one in images]
     done: dict[int, ImageAttribution] = {}
@@ -226,14 +230,21 @@ def _has_rules(model: PreTrainedModel, own_head: bool) -> bool:
 
 
 def _targets(targets: Sequence[int] | str | None, method: Method) -> list[int] | str | None:
+    from pyglobenc.common.integers import integers
+
     if isinstance(targets, str):
         if targets != "mean" or method.target == "class":
             wanted = "classes" if method.target == "class" else "token positions or 'mean'"
             raise TypeError(f"explain_image: targets of {method.name} must be {wanted}, got {targets!r}")
         return targets
-    if targets is not None and not len(targets):
+    if targets is None:
+        return None
+    targets = integers("explain_image", "targets", targets)
+    if targets.dim() != 1:
+        raise ValueError(f"explain_image: targets must be a list, got shape {tuple(targets.shape)}")
+    if not len(targets):
         raise ValueError("explain_image: there is no target, got an empty list")
-    return None if targets is None else list(targets)
+    return targets.tolist()
 
 
 def _count(targets: list[int] | str | None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pyglobenc.common.result_fields import is_number
 from pyglobenc.inputs.windows import LONG
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ class Options:
                 continue
             if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
                 raise TypeError(f"explain: {name} must be an integer, got {value!r}")
+            if value is not None and not is_number(value):
+                raise ValueError(f"explain: {name} must fit in 64 bits, got {value!r:.80}")
         if self.batch_size < 1:
             raise ValueError(f"explain: batch_size must be at least 1, got {self.batch_size}")
 

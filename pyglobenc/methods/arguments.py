@@ -1,8 +1,8 @@
 """The inputs of a model that a method honours. Every other keyword argument is refused by name."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
+from functools import lru_cache, wraps
 from inspect import Parameter, signature
 from threading import get_ident
 from typing import Any
@@ -108,7 +108,8 @@ def check_maps(who: str, maps: Any, known: Collection[str]) -> None:
     Raises:
         ValueError: they aren't a collection of known names. The message begins with `who`.
     """
-    if isinstance(maps, str) or not isinstance(maps, Collection) or any(name not in known for name in maps):
+    names = list(maps) if isinstance(maps, Sequence | Set) and not isinstance(maps, str) else [None]
+    if any(name not in tuple(known) for name in names):
         raise ValueError(f"{who}: maps must be a sequence of names among {', '.join(known)}, got {maps!r}")
 
 
@@ -193,9 +194,12 @@ def _named_outputs(base: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Context in which a function stands in the place of a module's forward method."""
+    """Context in which a function stands in the place of a module's forward method.
+
+    The function gets the method's signature, because other threads may read it meanwhile.
+    """
     own = vars(module).get("forward")
-    vars(module)["forward"] = forward
+    vars(module)["forward"] = wraps(module.forward)(forward)
     try:
         yield
     finally:
@@ -219,6 +223,9 @@ def _checked(
         neutral, reason = refused[name]
         if batch[name] is not None and batch[name] is not neutral:
             raise ValueError(f"{who}: {name} can't be honoured: {reason}")
+    hidden = batch.get("output_hidden_states")
+    if not isinstance(hidden, bool | None):
+        raise TypeError(f"{who}: output_hidden_states must be True or False, got {hidden!r:.80}")
     return {name: batch[name] for name in batch if name in honoured}
 
 

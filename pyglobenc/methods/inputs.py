@@ -40,12 +40,17 @@ def check_model(who: str, model: nn.Module, backend: str, dtype: torch.dtype | N
             message begins with `who`.
     """
     check_backend(backend, who)
-    if dtype not in (None, torch.float32, torch.float64):
-        raise ValueError(f"{who}: dtype must be None, torch.float32 or torch.float64, got {dtype}")
+    check_dtype(who, dtype)
     model = called_module(model)
     find_layers(model)
     check_readable(model)
     return model
+
+
+def check_dtype(who: str, dtype: Any) -> None:
+    """Raise ValueError unless a dtype is None, float32 or float64; the message begins with `who`."""
+    if not any(dtype is known for known in (None, torch.float32, torch.float64)):
+        raise ValueError(f"{who}: dtype must be None, torch.float32 or torch.float64, got {dtype!r:.80}")
 
 
 def run_captured(

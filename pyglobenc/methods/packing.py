@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from pyglobenc.backends.shared.packing import padded, real_tokens, slices
 from pyglobenc.common.autocast import callers_autocast
 from pyglobenc.common.deferred import check_range
+from pyglobenc.common.integers import integers
 from pyglobenc.hf import LayerTrace, capture, find_layers
 from pyglobenc.hf.labels import classifies
 from pyglobenc.hf.limits import max_tokens, padding_id, token_types
@@ -259,8 +260,11 @@ def pack(who: str, model: nn.Module, batch: Mapping[str, Any]) -> Packed:
     order = sorted(range(len(ids)), key=lengths.__getitem__)
     columns = {}
     for name, rows in batch.items():
-        if [len(row) for row in rows] != lengths:
-            raise ValueError(f"{who}: {name} must be as long as input_ids for every sequence")
+        rows = rows if isinstance(rows, Sequence) else ()
+        if not all(_is_row(row) for row in rows) or [len(row) for row in rows] != lengths:
+            raise ValueError(
+                f"{who}: {name} must be as long as input_ids for every sequence, in a list of lists"
+            )
         columns[name] = torch.cat([torch.as_tensor(rows[s], device="cpu") for s in order])
     check_ids(who, model, columns["input_ids"])
     if "token_type_ids" in columns:
@@ -277,11 +281,15 @@ def pack(who: str, model: nn.Module, batch: Mapping[str, Any]) -> Packed:
     )
 
 
-def in_order(index: Any, order: list[int]) -> Any:
-    """Return the classes (S,) in the order in which the sequences are packed; one class stays as it is."""
+def in_order(who: str, name: str, index: Any, order: list[int]) -> Any:
+    """Return the classes (S,) in the order in which the sequences are packed; one class stays as it is.
+
+    Raises:
+        TypeError: the classes aren't integers. The message names who and name.
+    """
     if index is None or isinstance(index, str):
         return index
-    index = torch.as_tensor(index)
+    index = integers(who, name, index)
     return index[order] if index.shape == (len(order),) else index
 
 
@@ -298,9 +306,11 @@ def _check_types(who: str, model: PreTrainedModel, columns: dict[str, Tensor]) -
 
 
 def _is_row(row: Any) -> bool:
-    return (
-        isinstance(row, Tensor | Sequence) and torch.as_tensor(row, device="cpu").dim() == 1 and len(row) > 0
-    )
+    """Tell whether this is a list or tensor of integers, at least one."""
+    try:
+        return isinstance(row, Tensor | Sequence) and integers("", "", row).dim() == 1 and len(row) > 0
+    except TypeError:
+        return False
 
 
 def _positions(who: str, targets: Any, packed: Packed, layer: LayerTrace, read: Tensor | None) -> Tensor:

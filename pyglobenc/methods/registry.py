@@ -261,6 +261,6 @@ def find_method(name: str, who: str = "explain") -> Method:
     Raises:
         ValueError: there is no such method. The message begins with `who` and lists those that there are.
     """
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"{who}: method must be one of {', '.join(METHODS)}, got {name!r}")
     return METHODS[name]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyglobenc.common.deferred import check_range, require
+from pyglobenc.common.integers import integers
 from pyglobenc.methods.head import find_logits
 
 SPANS = ("start", "end")
@@ -186,12 +187,10 @@ def _indices(
 
     One integer, or one for each example, stands for all T. With `several`, a value (B, T) may replace (B,).
     """
-    index = torch.as_tensor(value, device=device)
+    index = integers(who, name, value, device)
     if index.is_inference():
         # A tensor that was made in inference mode can't be part of an autograd graph.
         index = index.clone()
-    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
-        raise TypeError(f"{who}: {name} must be integers, got {index.dtype}")
     if several and index.dim() == 2 and len(index) == shape[0] and index.shape[1]:
         shape = index.shape
     if index.dim() == 0:

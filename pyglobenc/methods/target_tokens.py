@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pyglobenc.backends.shared.packing import real_tokens
 from pyglobenc.common.deferred import check_range, require
+from pyglobenc.common.integers import integers
 from pyglobenc.hf import LayerTrace
 
 
@@ -108,15 +109,7 @@ def target_positions(
     Raises:
         TypeError, ValueError: targets aren't integers, or have another shape.
     """
-    try:
-        targets = torch.as_tensor(targets, device=device)
-    except (RuntimeError, TypeError, ValueError) as error:
-        shown = f"{targets!r:.80}"
-        raise TypeError(f"{who}: targets must be T positions or (B, T), got {shown} ({error})") from error
-    if targets.numel() and (
-        targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool
-    ):
-        raise TypeError(f"{who}: targets must be integers, got {targets.dtype}")
+    targets = integers(who, "targets", targets, device)
     rows = targets.expand(batch, -1) if targets.dim() == 1 else targets
     if rows.dim() != 2 or rows.shape[0] != batch or rows.shape[1] == 0:
         raise ValueError(

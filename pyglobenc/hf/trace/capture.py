@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from pyglobenc.common.arguments import known_arguments
 from pyglobenc.hf.registry import find_layers
@@ -182,6 +182,12 @@ def capture(
         RuntimeError: this or another thread already captures the model, or one that shares layers with it.
     """
     called, model = called_module(model), stock_model(model)
+    many = isinstance(modules, Iterable) and not isinstance(modules, Tensor)
+    modules = list(modules) if many else [modules]
+    if not all(isinstance(module, nn.Module) for module in modules):
+        raise TypeError(f"capture: modules must be torch modules, got {modules!r:.80}")
+    if attention not in AttentionInterface().valid_keys():
+        raise ValueError(f"capture: transformers knows no attention function {attention!r:.80}")
     found = find_layers(model)
     check_still(called)
     if cu_seqlens is not None and any(layer.own_scores is not None for layer in found):

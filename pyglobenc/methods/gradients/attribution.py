@@ -105,6 +105,7 @@ class GradientAttribution:
         self.method = method
         self.first_layer = FirstLayer(WHO, self.model, dtype, method if method in RULES else None)
 
+    @known_arguments
     @outside_autocast
     def __call__(
         self,
@@ -295,10 +296,9 @@ class GradientAttribution:
         content = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
         if special is None:
             return content
-        if special.shape != ids.shape:
-            raise ValueError(
-                f"{WHO}: special_tokens_mask must be (B, n) = {tuple(ids.shape)}, got {tuple(special.shape)}"
-            )
+        if not isinstance(special, Tensor) or special.shape != ids.shape:
+            came = tuple(special.shape) if isinstance(special, Tensor) else type(special).__name__
+            raise ValueError(f"{WHO}: special_tokens_mask must be (B, n) = {tuple(ids.shape)}, got {came}")
         return content & (special.to(content.device) == 0)
 
     def _token(self, batch: Mapping[str, Any], replacement: int | None) -> int:

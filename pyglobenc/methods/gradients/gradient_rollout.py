@@ -57,6 +57,7 @@ class GradientRollout:
         self.depth = len(find_layers(self.model))
         self.backend, self.dtype = backend, dtype
 
+    @known_arguments
     @outside_autocast
     def __call__(
         self,
@@ -93,6 +94,7 @@ class GradientRollout:
         check_batch(WHO, self.model, batch)
         return self._attribute(batch, (target, contrast, position), start_layer)
 
+    @known_arguments
     @outside_autocast
     def packed(
         self, *, target: Any = None, contrast: Index = None, start_layer: int = 0, **batch: Any
@@ -116,7 +118,11 @@ class GradientRollout:
         check_start_layer(WHO, start_layer, self.depth)
         with torch.inference_mode(False):
             packed = pack(WHO, self.model, batch)
-        explained = (in_order(target, packed.order), in_order(contrast, packed.order), None)
+        explained = (
+            in_order(WHO, "target", target, packed.order),
+            in_order(WHO, "contrast", contrast, packed.order),
+            None,
+        )
         with examples_reordered(packed.order):
             whole = self._attribute(packed, explained, start_layer)
         return of_sequences(whole, packed)

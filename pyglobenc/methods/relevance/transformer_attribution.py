@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pyglobenc.common.arguments import known_arguments
 from pyglobenc.common.autocast import callers_autocast, outside_autocast
 from pyglobenc.common.deferred import may_look
+from pyglobenc.common.integers import integers
 from pyglobenc.hf import find_layers
 from pyglobenc.hf.architectures import vit
 from pyglobenc.hf.unwrap import stock_model
@@ -90,6 +91,7 @@ class TransformerAttribution:
         self.backend = backend
         self.stabilizer = stabilizer
 
+    @known_arguments
     @outside_autocast
     def __call__(
         self,
@@ -148,6 +150,7 @@ class TransformerAttribution:
         how = self._error_method(reliability, chosen, batch)
         return self._attribute(batch, (target, contrast, position), chosen, start_layer, layers, maps, how)
 
+    @known_arguments
     @outside_autocast
     def packed(
         self,
@@ -188,7 +191,10 @@ class TransformerAttribution:
             )
         with torch.inference_mode(False):
             packed = pack(who, self.model, batch)
-        explained = (*(in_order(index, packed.order) for index in (target, contrast)), None)
+        explained = tuple(
+            in_order("TransformerAttribution", name, index, packed.order)
+            for name, index in (("target", target), ("contrast", contrast), ("position", None))
+        )
         how = self._error_method(reliability, chosen, packed.inputs)
         how = None if how == "estimated" else how
         with examples_reordered(packed.order):
@@ -313,7 +319,13 @@ class TransformerAttribution:
         if target is None:
             with torch.no_grad(), callers_autocast():
                 target = find_logits(run_model(self.model, batch)).argmax(-1)
-        index = torch.as_tensor(target, device=first.device).expand(first.shape[0])
+        index = integers("TransformerAttribution", "target", target, first.device)
+        if index.shape not in ((), (1,), (first.shape[0],)):
+            raise ValueError(
+                f"TransformerAttribution: target must be one choice or one for each of {first.shape[0]} "
+                f"examples, got shape {tuple(index.shape)}"
+            )
+        index = index.expand(first.shape[0])
         if int(index.min()) < 0 or int(index.max()) >= first.shape[1]:
             raise ValueError(
                 f"TransformerAttribution: target must lie in [0, {first.shape[1]}), the choices, got "

@@ -76,6 +76,7 @@ class Rollout:
         self.method, self.dtype = method, dtype
         self.ops = StageOps(backend)
 
+    @known_arguments
     @outside_autocast
     @torch.no_grad()
     def __call__(
@@ -117,6 +118,7 @@ class Rollout:
             require_finite("Rollout", self.model, result.maps.values())
         return result
 
+    @known_arguments
     @outside_autocast
     @torch.no_grad()
     def packed(

@@ -47,6 +47,7 @@ class GlobEnc:
         self.dtype = dtype
         self.ops = StageOps(backend)
 
+    @known_arguments
     @outside_autocast
     @torch.no_grad()
     def __call__(
@@ -130,6 +131,7 @@ class GlobEnc:
             require_finite("GlobEnc", self.model, result.maps.values())
         return result
 
+    @known_arguments
     @outside_autocast
     @torch.no_grad()
     def packed(
