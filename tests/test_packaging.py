@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+
+from pyglobenc import __version__
 
 ROOT = Path(__file__).parents[1]
 IMPORT_BERT = """
@@ -200,3 +203,8 @@ def test_the_lock_names_every_requirement_for_every_python():
             if one.name != "torch":
                 exact = str(chosen[one.name]).removeprefix("==")
                 assert one.specifier.contains(exact), (version, one.name, exact)
+
+
+def test_the_citation_has_the_version_of_the_package():
+    version = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE).group(1)
+    assert version == __version__
