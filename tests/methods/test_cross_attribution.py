@@ -388,6 +388,11 @@ def test_refusals():
         CrossAttribution(model.eval(), backend="gpu")
     with pytest.raises(ValueError, match="no head to explain"):
         CrossAttribution(build("bart").model)(**batch)
+    startless = build("t5")
+    startless.config.decoder_start_token_id = startless.generation_config.decoder_start_token_id = None
+    CrossAttribution(startless)(**batch)
+    with pytest.raises(ValueError, match="no decoder_start_token_id; give decoder_input_ids"):
+        CrossAttribution(startless)(**sources(startless, 2))
     image = clip()
     with pytest.raises(ValueError, match="it takes no target"):
         CrossAttribution(image)(**sources(image, 1), pixel_values=torch.rand(1, 3, 12, 12).double(), target=1)

@@ -254,8 +254,9 @@ class CrossAttribution:
                 raise ValueError(f"{WHO}: the batch has no {name}, got {', '.join(batch) or 'nothing'}")
             if name in names:
                 size = _check_size(name, batch[name], size)
-        if self.kind == "cross" and self.model.get_output_embeddings() is not None:
-            batch.setdefault("decoder_input_ids", self._start(size))
+        generates = self.kind == "cross" and self.model.get_output_embeddings() is not None
+        if generates and "decoder_input_ids" not in batch:
+            batch["decoder_input_ids"] = self._start(size)
         for ids, mask in ((TEXT[0], TEXT[1]), DECODER):
             if ids in batch:
                 _check_size(ids, batch[ids], size)
