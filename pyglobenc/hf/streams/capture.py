@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from pyglobenc.backends.shared.score_mods import ScoreMod
 from pyglobenc.common.deferred import require
-from pyglobenc.hf.streams.modules import Attention, Point, StreamLayer, Streams
+from pyglobenc.hf.streams.modules import Attention, StreamLayer, Streams
 from pyglobenc.hf.streams.registry import find_streams
 from pyglobenc.hf.trace.attention import NAME, Recorder, recording
 from pyglobenc.hf.trace.checks import MARGIN, check_still, describe
@@ -118,31 +118,36 @@ class StreamsTrace:
                 f"rules need {expected}"
             )
 
-    def _at(self, point: Point) -> Projection:
-        return self._points[point.module, point.side][point.call]
+    def _at(self, module: nn.Module, side: str, call: int, home: torch.device) -> Projection:
+        """Return a projection on the device `home`, since the layers may be on several devices."""
+        one = self._points[module, side][call]
+        return Projection(one.product.to(home), one.length.to(home))
 
     def _check_sums(self, stream: list[StreamLayer]) -> None:
-        real, compared = self.of(stream[0].own).key_mask, []
+        first = self.of(stream[0].own)
+        real, home, compared = first.key_mask, first.q.device, []
         for one in (one for layer in stream for one in layer.attentions):
             added, given, o = (
-                self._points[at][one.call]
+                self._at(*at, one.call, home)
                 for at in ((one.output, "added"), (one.output, "input"), (one.module, "attended"))
             )
-            x, total = self._at(one.residual), self._at(one.total)
+            x, total = (self._at(*point, home) for point in (one.residual, one.total))
             compared.append((total.product - x.product - added.product, (total, x), 1, one.total.module))
             # The attention of a module that computes it itself is computed twice. A softmax of scores of size
             # s has an error of about s rounding units.
-            twice = 1 if one.own_scores is None else 1 + self.of(one).lse.abs().amax(1).nan_to_num(posinf=0)
+            twice = 1
+            if one.own_scores is not None:
+                twice = 1 + self.of(one).lse.abs().amax(1).nan_to_num(posinf=0).to(home)
             compared.append((given.product - o.product, (given, o), twice, one.output))
         for below, above in zip(stream, stream[1:], strict=False):
-            returned, given = self._at(below.end), self._at(above.start)
+            returned, given = (self._at(*point, home) for point in (below.end, above.start))
             compared.append((given.product - returned.product, (given, returned), 1, above.start.module))
         holds = []
         for difference, sides, factor, _ in compared:
             allowed = self._eps(sides[0].product.dtype) * sum(side.length for side in sides) * factor
             close = ~(difference.abs() > allowed)
-            holds.append(close if real is None else close | ~real.to(close.device))
-        every = torch.stack([one.all().to(holds[0].device) for one in holds])
+            holds.append(close if real is None else close | ~real)
+        every = torch.stack([one.all() for one in holds])
 
         def error() -> ValueError:
             module = compared[int((~every).nonzero()[0])][3]
