@@ -1,4 +1,5 @@
-"""A user's first calls on one short text, MiniLM, against the plain forward pass in processor time.
+"""A user's first calls on one short text, MiniLM and BERT-base's shape, against the plain forward pass in
+processor time.
 
     pytest benchmarks/bench_explain.py --threads 1 --csv explain
 
@@ -12,6 +13,7 @@ import time
 import pytest
 import torch
 from measure import paired_ratio
+from transformers import BertConfig, BertModel
 
 from pyglobenc import GlobEnc, explain
 from pyglobenc.models.pretrained import load_pretrained
@@ -19,7 +21,7 @@ from pyglobenc.models.pretrained import load_pretrained
 DEVICE = torch.device("cpu")
 ROUNDS = 30
 WORD = "deep "
-LENGTHS = (14, 16, 64, 128)
+LENGTHS = (14, 16, 32, 64, 128)
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +60,25 @@ def bench_short(benchmark, loaded, call, n):
         run(), forward()
     benchmark.extra_info.update(paired_ratio(run, forward, ROUNDS, clock=time.process_time))
     benchmark.pedantic(run, rounds=ROUNDS, iterations=1)
+
+
+@pytest.mark.parametrize("n", LENGTHS[1:])
+def bench_bert_base(benchmark, n):
+    torch.manual_seed(0)
+    model = BertModel(BertConfig(attn_implementation="sdpa")).eval()
+    batch = {"input_ids": torch.randint(1000, 30000, (1, n))}
+
+    def run():
+        return GlobEnc(model)(**batch)
+
+    exact = GlobEnc(model, "reference")(**batch).scores
+    torch.testing.assert_close(run().scores, exact, rtol=1e-3, atol=1e-3)
+
+    @torch.no_grad()
+    def forward():
+        return model(**batch)
+
+    for _ in range(3):
+        run(), forward()
+    benchmark.extra_info.update(paired_ratio(run, forward, ROUNDS, clock=time.process_time))
+    benchmark.pedantic(run, rounds=3, iterations=1)

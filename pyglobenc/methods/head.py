@@ -177,7 +177,7 @@ def recorded_head(called: nn.Module, encoder: nn.Module, trace: Trace, leaf: boo
     handles.append(trace.modules[-1].block.register_forward_hook(hook))
     keep = in_this_thread(record.keep)
     for module in outside(called, blocks):
-        if not any(True for _ in module.children()):
+        if not any(inner is not None for inner in module._modules.values()):
             handles.append(module.register_forward_hook(keep, with_kwargs=True))
     try:
         with torch.set_grad_enabled(True):

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from pyglobenc.hf.trace.layers import LayerModules
+from pyglobenc.hf.trace.layers import LayerModules, part
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 
@@ -14,21 +14,17 @@ def layers(base: nn.Module) -> list[LayerModules]:
         base: the model without its head. Its layers map hidden states (B, n, d) to (B, n, d).
     """
     return [
-        _layer(layer, layer.attention.self, layer.attention.output, layer.output)
+        LayerModules(
+            block=layer,
+            attention=part(layer, "attention.self"),
+            query=part(layer, "attention.self.query"),
+            key=part(layer, "attention.self.key"),
+            value=part(layer, "attention.self.value"),
+            output=part(layer, "attention.output.dense"),
+            attention_norm=part(layer, "attention.output.LayerNorm"),
+            intermediate=part(layer, "intermediate.dense"),
+            mlp_output=part(layer, "output.dense"),
+            output_norm=part(layer, "output.LayerNorm"),
+        )
         for layer in base.encoder.layer
     ]
-
-
-def _layer(layer: nn.Module, attention: nn.Module, attended: nn.Module, output: nn.Module) -> LayerModules:
-    return LayerModules(
-        block=layer,
-        attention=attention,
-        query=attention.query,
-        key=attention.key,
-        value=attention.value,
-        output=attended.dense,
-        attention_norm=attended.LayerNorm,
-        intermediate=layer.intermediate.dense,
-        mlp_output=output.dense,
-        output_norm=output.LayerNorm,
-    )

@@ -45,6 +45,21 @@ class LayerModules(NamedTuple):
     own_scores: Callable[[nn.Module, dict[str, Any]], OwnScores] | None = None
 
 
+def part(module: nn.Module, path: str) -> nn.Module:
+    """Return the module at a path such as "attention.output" inside a module.
+
+    Reading `_modules` is ten times faster than a module's attribute, which is noticeable for a short text. No
+    tensor is read.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    for name in path.split("."):
+        inner = module._modules.get(name)
+        module = getattr(module, name) if inner is None else inner
+    return module
+
+
 class NormStats(NamedTuple):
     """Statistics of one norm in the forward pass, float32 or float64, outside the autograd graph."""
 
