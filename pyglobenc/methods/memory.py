@@ -19,11 +19,12 @@ from pyglobenc.methods.decompx.decompx import MEMORY
 from pyglobenc.methods.gradients.attribution import COPIED_TOKENS, GRADIENTS, STEPS
 from pyglobenc.methods.gradients.backward_rules import RULES
 from pyglobenc.methods.precision.reliability import measured
+from pyglobenc.methods.rollout.alti import block_size, keys_at_a_time
 from pyglobenc.methods.rollout.baselines import OF_STAGE, ROLLOUTS
 
 # Attention flow reads the whole map of every layer. For one example at a time, numpy and scipy hold this many
 # bytes for each entry of its maps.
-FLOW, EDGE = "attention-flow", 64
+FLOW, EDGE, ALTI = "attention-flow", 64, "alti"
 FLOAT32, FLOAT64 = 4, 8
 RELEVANCE = (
     "transformer-attribution",
@@ -134,6 +135,12 @@ def estimate_memory(
     workspace, entries = max(tokens * forward, tokens * rollout + rows), s.layers * n * n
     # The maps of all layers exist together with the array that they are stacked into.
     stored = 2 * maps * batch * entries * wide
+    if method == ALTI:
+        # The tile of probabilities, and two blocks of rows; the numbers a token were counted.
+        m = min(n, block_size(s.d, s.heads))
+        keys = min(n, keys_at_a_time(batch * s.heads * m, model.device))
+        pairs = batch * m * (s.heads * keys + 2 * n)
+        workspace = max(tokens * forward, (tokens * 7 * s.d + pairs) * wide + rows)
     if method == FLOW:
         stored += batch * entries * wide
         workspace = max(workspace + batch * entries * wide, EDGE * entries)

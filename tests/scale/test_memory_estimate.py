@@ -75,7 +75,7 @@ def test_globenc(settings, batch, n, backend):
 
 @pytest.mark.parametrize(
     "method",
-    ["raw-attention", "w", "attention-rollout", "w-res", "n-fixedres", "n", "n-res", "n-resln", "alti"],
+    ["raw-attention", "w", "attention-rollout", "w-res", "n-fixedres", "n", "n-res", "n-resln"],
 )
 def test_family(method):
     model = make(BERT)
@@ -83,6 +83,15 @@ def test_family(method):
         estimate_memory(model, batch=2, n=200, method=method),
         *measured(Rollout(model, method), model, 2, 200),
     )
+
+
+@pytest.mark.parametrize(
+    "settings, batch, n", [(BERT, 2, 200), (WIDE, 1, 512), (DEEP, 1, 300), (BERT, 8, 64)]
+)
+def test_alti(settings, batch, n):
+    model = make(settings)
+    found = measured(Rollout(model, "alti"), model, batch, n)
+    check(estimate_memory(model, batch=batch, n=n, method="alti"), *found)
 
 
 @pytest.mark.parametrize("settings, batch, n", [(BERT, 2, 200), (WIDE, 1, 512)])

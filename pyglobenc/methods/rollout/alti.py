@@ -110,9 +110,9 @@ class AltiMatrix:
     def _blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """Yield blocks of rows of the matrix, with the ranges of the rows and of the keys that they see.
 
-        With 8 d / H rows in a block, computing f for each block takes an eighth of what the pairs take.
+        With the rows of `block_size`, computing f for each block takes an eighth of what the pairs take.
         """
-        n, most = self.y.shape[1], max(1, 8 * self.y.shape[2] // self.weight.shape[0])
+        n, most = self.y.shape[1], block_size(self.y.shape[2], len(self.weight))
         packed = self.layer.cu_seqlens
         for tokens in [slice(0, n)] if packed is None else slices(packed):
             for start in range(tokens.start, tokens.stop, most):
@@ -132,8 +132,7 @@ class AltiMatrix:
             y, own: (B, m, d) and (B, m) of the rows.
         """
         layer, (batch, m, _) = self.layer, y.shape
-        tile = TILE if y.device.type == "cpu" else GPU_TILE
-        step = max(MIN_KEYS, tile // max(1, batch * layer.q.shape[1] * m))
+        step = keys_at_a_time(batch * layer.q.shape[1] * m, y.device)
         out = y.new_empty(batch, m, cols.stop - cols.start)
         i = i.expand(batch, m)
         scale = None if self.factors is None else self.factors.gather(1, i)[:, None, :, None]
@@ -152,3 +151,13 @@ class AltiMatrix:
             out.masked_fill_(~layer.key_mask.gather(1, i)[..., None], 0)
         total = out.sum(-1, keepdim=True)
         return out.div_(torch.where(total == 0, 1, total))
+
+
+def block_size(d: int, heads: int) -> int:
+    """Return the number of rows of a block, for hidden states (B, n, d) and H heads."""
+    return max(1, 8 * d // heads)
+
+
+def keys_at_a_time(rows: int, device: torch.device) -> int:
+    """Return the number of keys of a tile of probabilities, (B, H, m, keys) with rows = B * H * m."""
+    return max(MIN_KEYS, (TILE if device.type == "cpu" else GPU_TILE) // max(1, rows))
