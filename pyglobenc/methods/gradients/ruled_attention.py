@@ -53,8 +53,8 @@ class ConstantProbabilities(Function):
     """Attention o = p v whose probabilities p are constants, so that only v gets a gradient.
 
     The gradient of v_j is sum_i p_ij g_i with p_ij = exp(q_i . k_j scaling - lse_i). This is an attention
-    too: the keys ask, and the queries answer with g. A further feature adds -lse_i to the scores, and exp of the
-    new log-sum-exp undoes the new softmax's division. It takes half the time of the usual backward pass.
+    too: the keys ask, and the queries answer with g. A further feature adds -lse_i to the scores, and exp of
+    the new log-sum-exp undoes the new softmax's division. It takes half the time of the usual backward pass.
     """
 
     @staticmethod
