@@ -10,10 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import two_streams
 from models import build, random_batch
 from PIL import Image
 from tiny import VOCABULARY, classifier, tokenizer
-from transformers import BertForQuestionAnswering, BertForTokenClassification, ViTImageProcessor
+from transformers import (
+    BertForQuestionAnswering,
+    BertForTokenClassification,
+    CLIPImageProcessor,
+    CLIPProcessor,
+    ViTImageProcessor,
+)
 
 from pyglobenc.cli.main import _parser
 
@@ -63,6 +70,11 @@ def names(page: str) -> dict:
     if page == "information_flow.md":
         decoder = build("llama", max_position_embeddings=140)
         given |= dict(model=decoder, batch=random_batch(decoder, batch=1, n=130))
+    if page == "cross_attention.md":
+        pixels = CLIPImageProcessor(size=dict(height=12, width=12), crop_size=dict(height=12, width=12))
+        given |= dict(model=two_streams.build("t5", vocab_size=len(VOCABULARY)), clip=two_streams.clip())
+        given |= dict(source=TEXTS[0], text=TEXTS[1], ids=torch.tensor([[0, 7, 8]]), token_id=9)
+        given |= dict(processor=CLIPProcessor(pixels, words))
     return given
 
 
