@@ -5,7 +5,7 @@ the first layer's input x and of every bias. The gradient g of this function is 
 down. The scores are <g, x> for each token, and the biases' part is the sum of <g, b> over all places of a
 bias. The first layer's values count with their bias, as in the published code.
 
-This takes 10 d^2 + n d multiply-adds for a token and layer, where the forward pass takes 12 d^2 + 2 n d.
+This takes 10 d^2 + 2 n d multiply-adds for a token and layer, where the forward pass takes 12 d^2 + 2 n d.
 """
 
 import torch
@@ -16,7 +16,8 @@ from pyglobenc.methods.decompx.layers import WHO, LinearLayer
 from pyglobenc.methods.decompx.states import States
 from pyglobenc.methods.differentiable import by_head
 
-# A part that sums |g| |t| over its tokens may be off by so many rounding units of it.
+# A layer computes about eight vectors of each token. The half unit by which each is rounded moves <g, t> by at
+# most half a unit of |g| |t|. On random models of five architectures the gaps were below 5 % of this bound.
 MARGIN = 4
 
 
