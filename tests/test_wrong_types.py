@@ -12,7 +12,7 @@ from models import build, random_batch
 from tiny import classifier, tokenizer
 
 import pyglobenc
-from pyglobenc import GlobEnc, GradientAttribution, GradientRollout, Rollout, TransformerAttribution
+from pyglobenc import DecompX, GlobEnc, GradientAttribution, GradientRollout, Rollout, TransformerAttribution
 from pyglobenc.common.arguments import known_arguments
 from pyglobenc.compat import chefer
 
@@ -21,7 +21,7 @@ ODD = [
     *(set(), range(0), slice(1), object(), len, int, np.int64(1), np.array(["a"]), torch.float16),
     *(torch.tensor(1), torch.tensor([1.5]), torch.tensor([[0]])),
 ]
-CLASSES = {GlobEnc: {}, Rollout: {}, TransformerAttribution: {}, GradientRollout: {}}
+CLASSES = {GlobEnc: {}, Rollout: {}, TransformerAttribution: {}, GradientRollout: {}, DecompX: {}}
 CLASSES[GradientAttribution] = {"method": "integrated-gradients"}
 
 
