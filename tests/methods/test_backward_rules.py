@@ -61,6 +61,17 @@ def test_every_architecture_equals_hooks_on_the_eager_graph(name, method):
             assert_equal(GradientAttribution(model, method)(**batch, target=1).scores, result.scores)
 
 
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_many_tokens_of_which_the_head_reads_one(name):
+    """The last layer's MLP then skips tokens without a gradient."""
+    model = classifier(name, "last" if name in CAUSAL else "first")
+    batch = random_batch(model.encoder, batch=3, n=30, pads=[0, 4, 2])
+    with Float64Throughout():
+        scores = GradientAttribution(model, "attnlrp")(**batch, target=1).scores
+        exact, _ = ruled_scores(model, batch, "attnlrp", target=1)
+    assert_equal(scores, exact * batch["attention_mask"])
+
+
 @pytest.mark.parametrize("method", ["cp-lrp", "libragrad"])
 def test_relevance_is_conserved_without_biases(method):
     """With constant probabilities every rule passes on what it gets, so the scores add up to the logit."""

@@ -60,6 +60,8 @@ class ModifiedBackward(TorchFunctionMode):
         self._graph: Graph | None = None
         # How many activation modules are running, whose operations have no rules of their own.
         self._whole = 0
+        # The classes of activation modules that were checked in this pass.
+        self._activations: set[Any] = set()
         # The name of each operation without a rule, and of the module that computed it.
         self._named: dict[Any, str] = {}
 
@@ -153,7 +155,7 @@ class ModifiedBackward(TorchFunctionMode):
                 return None
             self._whole -= 1
             with torch._C.DisableTorchFunction():
-                if not _is_activation(module.forward, x.detach(), y.detach()):
+                if not self._checked(module) and not _is_activation(module.forward, x.detach(), y.detach()):
                     raise ValueError(
                         f"{self.who}: {self.method} has no rule for {type(module).__name__}, which isn't an "
                         "elementwise function that is 0 at 0"
@@ -162,6 +164,13 @@ class ModifiedBackward(TorchFunctionMode):
 
         yield module.register_forward_pre_hook(in_this_thread(before))
         yield module.register_forward_hook(in_this_thread(after), prepend=True)
+
+    def _checked(self, module: nn.Module) -> bool:
+        """Tell whether another activation of this class was checked in this pass, and note this one."""
+        kind_of = type(module) if "forward" not in vars(module) else module
+        seen = kind_of in self._activations
+        self._activations.add(kind_of)
+        return seen
 
     def _product(self, func: Callable, a: Any, b: Any, **kwargs: Any) -> Any:
         if kwargs or not self._depends(a, b):
@@ -247,6 +256,7 @@ FUNCTIONS = {name: ModifiedBackward._activation for name in ACTIVATIONS} | {
     "layer_norm": ModifiedBackward._layer_norm,
     "linear": ModifiedBackward._linear,
     "matmul": ModifiedBackward._matmul,
+    "mm": ModifiedBackward._matmul,
     "mul": ModifiedBackward._product,
     "normalize": ModifiedBackward._normalize,
     "rms_norm": ModifiedBackward._rms_norm,
