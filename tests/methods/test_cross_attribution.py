@@ -292,6 +292,10 @@ def test_changes_between_layers_are_refused():
         with pytest.raises(ValueError, match="is not what the rules assume"):
             CrossAttribution(model)(**batch)
         del block.forward
+    handle = model.encoder.final_layer_norm.register_forward_hook(lambda module, args, output: output.flip(1))
+    with pytest.raises(ValueError, match="doesn't attend to the encoder's last output token by token"):
+        CrossAttribution(model)(**batch)
+    handle.remove()
     attention = model.decoder.block[1].layer[1].EncDecAttention
     attention.o.register_forward_pre_hook(lambda module, args: (args[0].flip(1),))
     with pytest.raises(ValueError, match="is not what the rules assume"):

@@ -155,6 +155,8 @@ class CrossAttribution:
         with capture_streams(self.model) as trace, callers_autocast():
             output = run_model(self.model, graph_inputs(batch))
         trace.check()
+        if self.kind == "cross":
+            _check_keys(trace)
         return trace, output
 
     def _target(self, trace: StreamsTrace, output: Any, explained: tuple[Any, Index, Index]) -> Target:
@@ -302,6 +304,30 @@ def _by_head(grad: Tensor | None, captured: AttentionTrace) -> Tensor:
     if grad is None:
         return torch.zeros_like(captured.o)
     return grad if grad.dim() == 4 else grad.unflatten(2, (captured.q.shape[1], -1)).transpose(1, 2)
+
+
+def _check_keys(trace: StreamsTrace) -> None:
+    """Check that the last source token's key and value come from that token alone of the encoder's output.
+
+    A norm or a projection may lie between the encoder's last layer and the decoder, but nothing that mixes
+    tokens.
+    """
+    one, top = trace.of(trace.streams.target[0].cross), trace.tops["source"]
+    last = one.k.shape[2] - 1
+    value = one.k[:, :, last].sum() + one.v[:, :, last].sum()
+    gradient = torch.zeros_like(top)
+    if value.requires_grad:
+        (found,) = torch.autograd.grad(value, top, retain_graph=True, allow_unused=True)
+        gradient = gradient if found is None else found
+    read = (gradient != 0).any(2)
+    own = read.shape[1] == last + 1 and read[:, last].all() & ~read[:, :last].any()
+    require(
+        torch.as_tensor(own),
+        lambda: ValueError(
+            f"{WHO}: the decoder doesn't attend to the encoder's last output token by token; a module "
+            "between them mixes tokens, or its output doesn't depend on them"
+        ),
+    )
 
 
 def _token_read(gradient: Tensor) -> Tensor:
