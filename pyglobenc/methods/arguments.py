@@ -166,7 +166,11 @@ def run_model(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     Args:
         model: a stock model, or the user's module around one.
         batch: its inputs, such as input_ids (B, n).
+
+    Raises:
+        ValueError: the model takes several choices an example, and the batch has one text each.
     """
+    _check_choices(model, batch)
     with ExitStack() as stack:
         if (
             is_stock_model(model)
@@ -175,6 +179,17 @@ def run_model(model: nn.Module, batch: Mapping[str, Any]) -> Any:
         ):
             stack.enter_context(_named_outputs(model.base_model))
         return model(**{**batch, **output_settings(model)})
+
+
+def _check_choices(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    ids = batch.get("input_ids")
+    if any(kind.__name__.endswith("ForMultipleChoice") for kind in type(model).__mro__) and (
+        isinstance(ids, Tensor) and ids.dim() != 3
+    ):
+        raise ValueError(
+            f"capture: {type(model).__name__} takes input_ids (B, choices, n), got {tuple(ids.shape)}; "
+            "TransformerAttribution explains a choice, and other methods explain its base_model"
+        )
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from models import ARCHITECTURES, IMAGES, PRE_NORM, build, random_batch
+import transformers
+from models import ARCHITECTURES, IMAGES, PRE_NORM, SMALL, build, random_batch
 from tiny import tokenizer
 
 from pyglobenc import GlobEnc, Rollout, TransformerAttribution, explain, explain_image
@@ -65,6 +66,20 @@ def test_targets_that_are_no_positions(targets):
     for call, given in ((GlobEnc(model), inputs()), (GlobEnc(model).packed, {"input_ids": [[5, 6]] * 2})):
         with pytest.raises((TypeError, ValueError), match="GlobEnc: targets must"):
             call(**given, targets=targets)
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 5)], ids=str)
+def test_a_model_of_several_choices(shape):
+    model = transformers.BertForMultipleChoice(transformers.BertConfig(**SMALL)).eval()
+    batch = {"input_ids": torch.randint(5, 97, (2, *shape))}
+    for method in (GlobEnc(model), Rollout(model), TransformerAttribution(model)):
+        if len(shape) == 2 and isinstance(method, TransformerAttribution):
+            assert method(**batch).scores.shape == (2, 5)
+            continue
+        with pytest.raises(ValueError, match=r"takes input_ids \(B, choices, n\)|input_ids must be \(B, n\)"):
+            method(**batch)
+    with pytest.raises(ValueError, match=r"BertForMultipleChoice takes input_ids \(B, choices, n\)"):
+        explain(model, tokenizer(), "film")
 
 
 def test_functions_with_fixed_names():
