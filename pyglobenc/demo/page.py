@@ -38,6 +38,8 @@ MOST_WAITING = 32
 # Uploads and downloads are deleted after this many seconds. The second number is how often this is done.
 KEPT_SECONDS, SWEPT_SECONDS = 3600, 600
 MAX_UPLOAD = "20mb"
+# A message is cut to this many characters, because it may repeat a long argument.
+MOST = 600
 METRICS = ("method", "metric", "value")
 # System fonts, so that the page asks no other server for fonts.
 FONTS = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
@@ -79,7 +81,9 @@ def told(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*values)
         except (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError) as error:
             # Gradio shows a message as HTML.
-            raise gr.Error(escape(one_line(error)), title="Not explained", print_exception=False) from error
+            raise gr.Error(
+                escape(one_line(error)[:MOST]), title="Not explained", print_exception=False
+            ) from error
         except Exception as error:
             log.exception("demo: unexpected error")
             raise gr.Error(f"unexpected {type(error).__name__}, which the server has logged") from error
@@ -101,6 +105,27 @@ def _download(name: str, data: bytes) -> gr.DownloadButton:
 
 
 def _text_tab(models: Models, max_characters: int) -> None:
+    asked = _text_choices(models, max_characters)
+    button = gr.Button("Explain", variant="primary", elem_id="explain")
+    shown = gr.HTML(elem_id="shown", apply_default_css=False)
+    with gr.Row():
+        files = [gr.DownloadButton(kind, interactive=False) for kind in ("HTML", "PNG", "JSON")]
+
+    @told
+    def explained(*values: Any) -> list[Any]:
+        done = explain_text(models, TextRequest(*values), max_characters)
+        columns = len(done)
+        data = (done.to_html(columns=columns).encode(), done.to_png(columns=columns), to_json(done).encode())
+        names = [f"attribution.{kind}" for kind in ("html", "png", "json")]
+        return [fragment(done, columns=columns), *map(_download, names, data)]
+
+    button.click(explained, asked, [shown, *files], api_name="explain")
+    _layers(models, asked, max_characters)
+    _faithfulness(models, asked, max_characters)
+
+
+def _text_choices(models: Models, max_characters: int) -> list[gr.Component]:
+    """Return the components whose values are the fields of `TextRequest`, in their order."""
     with gr.Row():
         with gr.Column():
             text = gr.Textbox(TEXTS[0][0], label="Text", lines=3, max_length=max_characters, elem_id="text")
@@ -111,7 +136,7 @@ def _text_tab(models: Models, max_characters: int) -> None:
             model = _model_choice(models, models.texts)
             methods = gr.Dropdown(
                 list(models.methods),
-                value=list(models.methods[:1] if "globenc" not in models.methods else ["globenc"]),
+                value=[name for name in models.methods if name == "globenc"] or list(models.methods[:1]),
                 multiselect=True,
                 max_choices=MOST_METHODS,
                 label=f"Methods, side by side (1 to {MOST_METHODS})",
@@ -128,21 +153,10 @@ def _text_tab(models: Models, max_characters: int) -> None:
                     label="Class", info="index or label; for methods that explain a class", max_length=100
                 )
             words = gr.Checkbox(True, label="Merge tokens to words")
-    asked = [model, text, pair, methods, token, label, words]
-    button = gr.Button("Explain", variant="primary", elem_id="explain")
-    shown = gr.HTML(elem_id="shown", apply_default_css=False)
-    with gr.Row():
-        files = [gr.DownloadButton(kind, interactive=False) for kind in ("HTML", "PNG", "JSON")]
+    return [model, text, pair, methods, token, label, words]
 
-    @told
-    def explained(*values: Any) -> list[Any]:
-        done = explain_text(models, TextRequest(*values), max_characters)
-        columns = len(done)
-        data = (done.to_html(columns=columns).encode(), done.to_png(columns=columns), to_json(done).encode())
-        names = [f"attribution.{kind}" for kind in ("html", "png", "json")]
-        return [fragment(done, columns=columns), *map(_download, names, data)]
 
-    gr.on([button.click, text.submit], explained, asked, [shown, *files], api_name="explain")
+def _layers(models: Models, asked: list[gr.Component], max_characters: int) -> None:
     with gr.Accordion("Layer by layer", open=False):
         gr.Markdown(
             "For the first method, if it is a rollout or transformer-attribution: the text at the chosen "
@@ -151,7 +165,7 @@ def _text_tab(models: Models, max_characters: int) -> None:
         )
         layer = gr.Slider(0, 11, 11, step=1, label="Layer", elem_id="layer")
         look = gr.Button("Show the layers", elem_id="look")
-        layers = gr.HTML(elem_id="layers", apply_default_css=False)
+        shown = gr.HTML(elem_id="layers", apply_default_css=False)
 
     @told
     def looked(number: float, *values: Any) -> list[Any]:
@@ -162,7 +176,10 @@ def _text_tab(models: Models, max_characters: int) -> None:
         pictures += _picture(found.map_to_png(number), f"the map of layer {number}")
         return [gr.Slider(maximum=top, value=number), fragment([found.at(number)]) + pictures]
 
-    gr.on([look.click, layer.release], looked, [layer, *asked], [layer, layers], api_name="layers")
+    gr.on([look.click, layer.release], looked, [layer, *asked], [layer, shown], api_name="layers")
+
+
+def _faithfulness(models: Models, asked: list[gr.Component], max_characters: int) -> None:
     with gr.Accordion("How faithful are they?", open=False):
         gr.Markdown(
             "How much the predicted probability falls if the highest tokens are removed (comprehensiveness, "

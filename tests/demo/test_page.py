@@ -130,6 +130,7 @@ def test_errors_of_clients_are_messages(served, client):
     for changes, message in (
         (dict(text="a" * 301), "at most 300 characters"),
         (dict(token="<b>"), "&lt;b&gt;"),
+        (dict(label="&" * 5000, methods=["saliency"]), "^.{,3000}$"),
         (dict(methods=["globenc"] * 5), "1 to 4 methods|4"),
     ):
         with pytest.raises(Exception, match=message):
