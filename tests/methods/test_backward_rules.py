@@ -192,6 +192,30 @@ def test_float64_of_a_narrower_model(method):
     assert_equal(wide, GradientAttribution(model.double(), method)(**batch).scores)
 
 
+@pytest.mark.parametrize("normalized", [False, True])
+def test_every_implementation_of_experts_gives_the_same(normalized):
+    scores = []
+    for implementation in ("eager", "grouped_mm", "batched_mm"):
+        model = build("qwen3-moe", torch.float32, norm_topk_prob=normalized)
+        model.set_experts_implementation(implementation)
+        ids = torch.arange(18).view(2, 9) + 6
+        scores.append([GradientAttribution(model, method)(input_ids=ids).scores for method in RULES])
+    for others in scores[1:]:
+        for one, other in zip(scores[0], others, strict=True):
+            # About sixty roundings add up, and terms of both signs cancel to a tenth.
+            assert_equal(other, one, 600 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("method", RULES)
+def test_normalized_weights_of_experts_have_a_constant_sum(method):
+    model = build("qwen3-moe", norm_topk_prob=True)
+    batch = random_batch(model, batch=2, n=8)
+    with Float64Throughout():
+        scores = GradientAttribution(model, method)(**batch, target=1).scores
+        exact, _ = ruled_scores(model, batch, method, target=1)
+    assert_equal(scores, exact)
+
+
 class Add(torch.autograd.Function):
     """Not a sum, whatever its name says."""
 

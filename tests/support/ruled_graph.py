@@ -103,6 +103,8 @@ def _rule(node, reaching, secants, halves, temperature):
             return lambda given, out: tuple(
                 torch.zeros_like(g) if gate else g for g, gate in zip(given, gates, strict=True)
             )
+    if name == "DivBackward0" and len(reaching) == 2:
+        return lambda given, out: (given[0], torch.zeros_like(given[1]))
     if name == "SoftmaxBackward0" and temperature != 1:
         p = node._saved_result
         tempered = (p.log() / temperature).softmax(-1)

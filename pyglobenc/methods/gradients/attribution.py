@@ -1,4 +1,4 @@
-"""Gradient x input, saliency, integrated gradients and occlusion of a logit.
+"""Gradient x input, saliency, integrated gradients and occlusion of a logit, and modified backward passes.
 
 All explain a logit y by the input h of the first layer, a vector for each token or patch; see `first_layer`.
 """
@@ -80,12 +80,12 @@ class GradientResult:
 
 
 class GradientAttribution:
-    """One of the methods in GRADIENTS, on any model with a head whose layers are known.
+    """One of the methods in GRADIENTS or RULES, on any model with a head whose layers are known.
 
     Args:
         model: a known architecture with a head, or a user's module with a head of its own around one, in
             evaluation mode. It is not changed: parameters get no gradient and keep their flags.
-        method: a name in GRADIENTS.
+        method: a name in GRADIENTS, or in `RULES` for AttnLRP and its relatives.
         dtype: None computes in the model's own dtype, and in float32 at least after the forward pass.
             torch.float64 runs the forward pass of a narrower model in float64, where its modules allow it.
 
@@ -131,6 +131,9 @@ class GradientAttribution:
         - occlusion: y minus the logit of the text in which token i is replaced; of the image in which the
           pixels of patch i are 0.
 
+        - attnlrp, cp-lrp, gim, libragrad: as gradient-x-input, with a gradient that follows the method's
+          backward rules; see `pyglobenc.methods.gradients.backward_rules`.
+
         A replaced token keeps its position and token type, and gets the embedding of another id.
 
         Args:
@@ -151,7 +154,8 @@ class GradientAttribution:
 
         Raises:
             TypeError, ValueError: an index is out of range; the model can't take the input, or has no head
-                that reads it; there is no token that could replace others; or a score isn't finite.
+                that reads it; there is no token that could replace others; a score isn't finite; or an
+                operation of the model has no backward rule.
         """
         batch = model_inputs(WHO, self.model, batch, GradientAttribution.__call__)
         check_batch(WHO, self.model, batch)

@@ -22,6 +22,7 @@ FACTORS = {
     "Bmm": (0, 1),
     "Convolution": (0, 1),
     "Dot": (0, 1),
+    "GroupedMm": (0, 1),
     "Mm": (0, 1),
     "Mul": (0, 1),
     "Mv": (0, 1),
