@@ -16,7 +16,7 @@ STYLE = """
 .globenc section { border: 1px solid #ddd; border-radius: .5rem; padding: 1rem 1.25rem; margin: 0 0 1.25rem; }
 .globenc dl { display: flex; flex-wrap: wrap; gap: .1rem 1.5rem; margin: 0 0 1rem; font-size: .875rem; }
 .globenc dl div { display: flex; gap: .4rem; }
-.globenc dt { color: #666; }
+.globenc dt { color: #666; white-space: nowrap; }
 .globenc dd { margin: 0; font-weight: 600; }
 .globenc .text { white-space: pre-wrap; line-height: 2; font-size: 1.125rem; margin: 0 0 1rem; }
 .globenc .text span { padding: .15em .1em; border-radius: .2em; unicode-bidi: isolate; }
@@ -36,7 +36,7 @@ STYLE = """
 .globenc summary { cursor: pointer; font-size: .875rem; color: #555; margin: .75rem 0 .25rem; }
 .globenc:has(> .columns) { max-width: none; }
 .globenc .columns { display: grid; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); gap: 1rem; }
-.globenc .columns section { margin: 0; }
+.globenc .columns section { margin: 0; padding: .75rem; }
 .globenc .unit { width: 12rem; }
 .globenc .columns .unit { width: 30%; }
 .globenc .columns .number { width: 3.5rem; }
