@@ -17,7 +17,7 @@ from pyglobenc.methods.decompx.states import States
 from pyglobenc.methods.differentiable import by_head
 
 # A layer computes about eight vectors of each token. The half unit by which each is rounded moves <g, t> by
-# at most half a unit of |g| |t|. On random models of five architectures the gaps were below 5 % of this bound.
+# at most half a unit of |g| |t|. On random models of five architectures, gaps were below 5 % of this bound.
 MARGIN = 4
 
 
