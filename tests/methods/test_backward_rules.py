@@ -139,6 +139,22 @@ def test_checkpointed_blocks(name):
         model.eval()
 
 
+@pytest.mark.parametrize("method", RULES)
+def test_a_checkpoint_that_ends_in_an_activation(method):
+    """torch stops the second forward pass there, with an exception inside the activation."""
+    model = build("gpt2")
+    batch = random_batch(model, batch=2, n=7)
+    expected = GradientAttribution(model, method)(**batch).scores
+    for layer in model.transformer.h:
+
+        def forward(x, mlp=layer.mlp):
+            first = torch.utils.checkpoint.checkpoint(lambda t: mlp.act(mlp.c_fc(t)), x, use_reentrant=False)
+            return mlp.c_proj(first)
+
+        layer.mlp.forward = forward
+    assert_equal(GradientAttribution(model, method)(**batch).scores, expected, 1e-12)
+
+
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_the_model_is_left_as_it_was(name, mode):

@@ -144,16 +144,18 @@ class ModifiedBackward(TorchFunctionMode):
         given: list[Tensor | None] = []
 
         def before(module: nn.Module, args: tuple) -> tuple | None:
-            ruled = self._graph is not None and torch.is_grad_enabled() and self._depends(args[0])
+            on = self._graph is not None and torch.is_grad_enabled()
+            ruled = on and len(args) == 1 and self._depends(*args)
             given.append(args[0] if ruled else None)
             self._whole += ruled
-            return (args[0].detach(), *args[1:]) if ruled and self.rules.secants else None
+            return (args[0].detach(),) if ruled and self.rules.secants else None
 
-        def after(module: nn.Module, args: tuple, y: Tensor) -> Tensor | None:
+        def after(module: nn.Module, args: tuple, y: Tensor | None) -> Tensor | None:
             x = given.pop()
-            if x is None:
+            self._whole -= x is not None
+            # A checkpoint stops the second forward pass early, with an exception; then there is no output.
+            if x is None or y is None:
                 return None
-            self._whole -= 1
             with torch._C.DisableTorchFunction():
                 if not self._checked(module) and not _is_activation(module.forward, x.detach(), y.detach()):
                     raise ValueError(
@@ -163,7 +165,7 @@ class ModifiedBackward(TorchFunctionMode):
                 return self._activation(lambda _: y, x)
 
         yield module.register_forward_pre_hook(in_this_thread(before))
-        yield module.register_forward_hook(in_this_thread(after), prepend=True)
+        yield module.register_forward_hook(in_this_thread(after), prepend=True, always_call=True)
 
     def _checked(self, module: nn.Module) -> bool:
         """Tell whether another activation of this class was checked in this pass, and note this one."""
