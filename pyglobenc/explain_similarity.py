@@ -80,9 +80,6 @@ def explain_similarity(
         )
     if long == "windows":
         raise ValueError(f"{WHO}: an embedding belongs to a whole text, so long must be error or truncate")
-    for name, text in (("text_a", text_a), ("text_b", text_b)):
-        if not isinstance(text, str):
-            raise TypeError(f"{WHO}: {name} must be a string, got {type(text).__name__}")
     embed, own_tokenizer, limit = embedder(WHO, model, pooling)
     tokenizer = own_tokenizer if tokenizer is None else tokenizer
     if tokenizer is None:
