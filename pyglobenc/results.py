@@ -303,9 +303,15 @@ class Attributions(list):
     def to_png(
         self, path: str | Path | None = None, merge_words: bool | None = None, columns: int = 1
     ) -> bytes:
-        """Return one PNG picture of all attributions; arguments and errors as for `to_html`."""
+        """Return one PNG picture of all attributions; arguments and errors as for `to_html`.
+
+        Raises:
+            ValueError: there is no attribution.
+        """
         from pyglobenc.viz import png
 
+        if not self:
+            raise ValueError("Attributions: there is nothing to draw, the list is empty")
         picture = png.picture(self, merge_words, columns)
         if path is not None:
             write(path, picture, self)

@@ -363,3 +363,8 @@ def test_decode():
     assert decode("\ufeffa\r\nb\rc\n\u00e9".encode(), "f") == "a\nb\nc\n\u00e9"
     with pytest.raises(ValueError, match="^f: not UTF-8 text .byte 0xff at offset 2.$"):
         decode(b"ab\xff", "f")
+
+
+def test_an_empty_list_has_no_picture():
+    with pytest.raises(ValueError, match="Attributions: there is nothing to draw"):
+        Attributions().to_png()

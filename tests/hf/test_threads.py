@@ -5,6 +5,7 @@ models theirs.
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from inspect import signature
 from threading import Barrier
 
 import pytest
@@ -15,6 +16,7 @@ from torch._dynamo import eval_frame
 from pyglobenc import GlobEnc, TransformerAttribution, capture
 from pyglobenc.hf import find_layers
 from pyglobenc.hf.trace.attention import RECORDERS
+from pyglobenc.methods.arguments import forward_replaced, takes
 
 CALLS = 12
 
@@ -141,3 +143,32 @@ def test_what_captures_share_is_given_back_by_the_last():
     assert all(m in RECORDERS for m in untouched_layers)
     second.__exit__(None, None, None)
     untouched(one, other)
+
+
+def test_a_replaced_forward_keeps_its_signature():
+    """A thread that checks its arguments while another one runs a packed call reads the model's own."""
+    model = build("bert-classifier")
+    before = signature(model.base_model.forward)
+    with forward_replaced(model.base_model, lambda *args, **kwargs: None):
+        assert signature(model.base_model.forward) == before and takes(model.base_model, "position_ids")
+    assert "forward" not in vars(model.base_model)
+
+
+def test_packed_calls_of_several_threads():
+    """Two threads pack sequences of their own models while a third one calls both with padding."""
+    models = [build("bert-classifier"), build("roberta")]
+    packed = {"input_ids": [[5, 6, 7, 8], [9, 10]]}
+    batches = [random_batch(model, 2, 9, pads=[0, 3]) for model in models]
+    expected = [[one.scores for one in GlobEnc(model).packed(**packed)] for model in models]
+    plain = [model(**batch)[0].detach() for model, batch in zip(models, batches, strict=True)]
+
+    def called():
+        with torch.no_grad():
+            return [model(**batch)[0] for model, batch in zip(models, batches, strict=True)]
+
+    calls = [lambda m=model: [one.scores for one in GlobEnc(m).packed(**packed)] for model in models]
+    *found, outputs = at_once(*(repeated(call) for call in calls), repeated(called))
+    for each, exact in [*zip(found, expected, strict=True), (outputs, plain)]:
+        for result in each:
+            assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(result, exact, strict=True))
+    untouched(*models)
