@@ -11,7 +11,7 @@ from pyglobenc.results import Attribution, Attributions
 
 # These modules are imported when they are first used, because importing transformers' models takes seconds.
 _MODULES = {
-    "CrossAttribution": "pyglobenc.methods.gradients.cross_attribution",
+    "CrossAttribution": "pyglobenc.methods.cross.attribution",
     "DecompX": "pyglobenc.methods.decompx.decompx",
     "GradientAttribution": "pyglobenc.methods.gradients.attribution",
     "GradientRollout": "pyglobenc.methods.gradients.gradient_rollout",

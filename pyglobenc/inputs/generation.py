@@ -22,7 +22,7 @@ from pyglobenc.inputs.options import Options
 from pyglobenc.inputs.windows import Encoded, encode
 from pyglobenc.methods.arguments import takes
 from pyglobenc.methods.builders import Rows
-from pyglobenc.methods.gradients.cross_attribution import CrossAttribution
+from pyglobenc.methods.cross.attribution import CrossAttribution
 from pyglobenc.methods.head import find_logits, rounding
 from pyglobenc.methods.inputs import check_evaluation, require_finite
 from pyglobenc.methods.registry import METHODS, find_method

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from pyglobenc.hf.streams.registry import reads_a_source
 from pyglobenc.hf.unwrap import called_module
+from pyglobenc.methods.cross.attribution import CrossAttribution
 from pyglobenc.methods.gradients.attribution import GradientAttribution
-from pyglobenc.methods.gradients.cross_attribution import CrossAttribution
 from pyglobenc.methods.gradients.gradient_rollout import GradientRollout
 from pyglobenc.methods.head import find_logits
 from pyglobenc.methods.relevance.transformer_attribution import TransformerAttribution

@@ -20,8 +20,8 @@ from two_streams import (
 
 from pyglobenc.hf.streams.capture import AttentionTrace
 from pyglobenc.hf.trace.attention import RECORDERS
-from pyglobenc.methods.gradients.cross_attribution import CrossAttribution
-from pyglobenc.methods.gradients.cross_rules import AttentionMap, encoder_decoder_rows
+from pyglobenc.methods.cross.attribution import CrossAttribution
+from pyglobenc.methods.cross.encoder_decoder import AttentionMap, encoder_decoder_rows
 from pyglobenc.methods.precision.reliability import NoRelevanceWarning
 from pyglobenc.ops import attention
 

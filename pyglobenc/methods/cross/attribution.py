@@ -1,7 +1,7 @@
 """Gradient-weighted rollout of models with two streams of tokens (Chefer, Gur and Wolf, ICCV 2021).
 
 An encoder-decoder's target token rests on decoder tokens and on source tokens. The similarity of a text and
-an image rests on tokens and on patches. `pyglobenc.methods.gradients.cross_rules` gives the equations.
+an image rests on tokens and on patches. `pyglobenc.methods.cross.encoder_decoder` gives the equations.
 """
 
 from collections.abc import Mapping
@@ -21,8 +21,8 @@ from pyglobenc.hf.streams.modules import Attention, Streams
 from pyglobenc.hf.streams.registry import find_streams, start_token
 from pyglobenc.hf.unwrap import called_module, is_stock_model
 from pyglobenc.methods.arguments import REFUSED, run_model, takes
-from pyglobenc.methods.gradients.co_attention_rules import CoAttentionRules
-from pyglobenc.methods.gradients.cross_rules import (
+from pyglobenc.methods.cross.co_attention import CoAttentionRules
+from pyglobenc.methods.cross.encoder_decoder import (
     AttentionMap,
     encoder_decoder_rows,
     self_attention_rows,

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyglobenc.methods.gradients.cross_rules import (
+from pyglobenc.methods.cross.encoder_decoder import (
     AttentionMap,
     columns_less_identity,
     divided,
