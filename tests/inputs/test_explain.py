@@ -11,7 +11,7 @@ from tokenizers.models import BPE
 from transformers import BertForTokenClassification, ByT5Tokenizer, PreTrainedTokenizerFast
 
 import pyglobenc
-from pyglobenc import GlobEnc, Rollout, TransformerAttribution, explain
+from pyglobenc import GlobEnc, InformationFlow, Rollout, TransformerAttribution, explain
 from pyglobenc.explain import explain_each
 from pyglobenc.inputs.batches import Runner
 from pyglobenc.inputs.windows import MAX_CHARACTERS, encode, join
@@ -25,6 +25,9 @@ LONG = " ".join(["the", "deep", "good", "film", "a", "b", "c"] * 10)
 
 def alone(model, ids, target=0, method="globenc"):
     """Return the scores (n,) float64 and the log_scale of one example, directly from the method."""
+    if method == "information-flow":
+        flow = InformationFlow(model)(input_ids=torch.tensor([ids]), target_span=(target, target + 1))
+        return flow.scores[0].numpy(), 0.0
     attribute = GlobEnc(model) if method == "globenc" else Rollout(model, method)
     result = attribute(input_ids=torch.tensor([ids]), targets=[target])
     return result.scores[0, 0].numpy(), float(result.log_scale[0, 0])
