@@ -6,8 +6,7 @@ from typing import Any
 from pyglobenc._version import __version__
 from pyglobenc.evaluate import EvaluationTable, evaluate
 from pyglobenc.explain import explain
-from pyglobenc.generation_results import GenerationAttribution, load
-from pyglobenc.results import Attribution, Attributions
+from pyglobenc.results import Attribution, Attributions, GenerationAttribution, load
 
 # These modules are imported when they are first used, because importing transformers' models takes seconds.
 _MODULES = {

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pyglobenc.common.arguments import known_arguments
 from pyglobenc.explain import explain
 from pyglobenc.inputs.windows import Text, encode
-from pyglobenc.layer_results import LayerAttribution
+from pyglobenc.results.layers import LayerAttribution
 
 if TYPE_CHECKING:
     import torch

@@ -19,10 +19,10 @@ from pyglobenc.cli.options import (
 )
 from pyglobenc.common.files import check_writable, decode, one_line, read_at_most, write_file
 from pyglobenc.explain import explain_each
-from pyglobenc.generation_results import GenerationAttribution
 from pyglobenc.inputs.images import MAX_PIXELS
 from pyglobenc.inputs.windows import Text
-from pyglobenc.results import SUFFIXES, Attribution, Attributions, to_json
+from pyglobenc.results.attribution import SUFFIXES, Attribution, Attributions, to_json
+from pyglobenc.results.generation import GenerationAttribution
 
 NAME = "explain"
 HELP = "show how much each token of a text contributes to a model's result"

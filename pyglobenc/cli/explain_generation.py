@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from pyglobenc.cli.options import dtype_named, positive
-from pyglobenc.generation_results import GenerationAttribution
 from pyglobenc.inputs.windows import Text
+from pyglobenc.results.generation import GenerationAttribution
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

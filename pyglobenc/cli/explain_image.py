@@ -6,7 +6,7 @@ from pathlib import Path
 from pyglobenc.cli.options import dtype_named
 from pyglobenc.common.characters import printable
 from pyglobenc.common.files import check_writable
-from pyglobenc.image_results import ImageAttributions
+from pyglobenc.results.images import ImageAttributions
 
 # These options have no meaning for an image.
 TEXT_OPTIONS = ("pair", "html", "json", "save", "model_dtype", "merge_words", "max_length", "stride")

@@ -11,13 +11,13 @@ from pyglobenc.demo.models import Models
 from pyglobenc.evaluate import evaluate
 from pyglobenc.explain import explain
 from pyglobenc.explain_layers import explain_layers
-from pyglobenc.image_results import ImageAttribution
 from pyglobenc.inputs.images import explain_image, open_image
 from pyglobenc.inputs.targets import class_named
 from pyglobenc.inputs.windows import Text
-from pyglobenc.layer_results import LayerAttribution
 from pyglobenc.methods.registry import METHODS
 from pyglobenc.results import Attributions
+from pyglobenc.results.images import ImageAttribution
+from pyglobenc.results.layers import LayerAttribution
 
 MOST_METHODS, MOST_CLASSES = 4, 4
 PREVIEW = 400  # pixels, the longer side of an image's preview

@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pyglobenc.common.arguments import known_arguments
-from pyglobenc.generation_results import GenerationAttribution
 from pyglobenc.hf.limits import vocabulary
 from pyglobenc.hf.registry import is_decoder
 from pyglobenc.hf.streams.registry import start_token
@@ -26,6 +25,7 @@ from pyglobenc.methods.cross.attribution import CrossAttribution
 from pyglobenc.methods.head import find_logits, rounding
 from pyglobenc.methods.inputs import check_evaluation, require_finite
 from pyglobenc.methods.registry import METHODS, find_method
+from pyglobenc.results.generation import GenerationAttribution
 
 WHO = "explain_generation"
 # A conversation: dicts with "role" and "content".

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyglobenc.common.arguments import known_arguments
-from pyglobenc.image_results import ImageAttribution, ImageAttributions
+from pyglobenc.results.images import ImageAttribution, ImageAttributions
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ import numpy as np
 
 from pyglobenc.common.arguments import known_arguments
 from pyglobenc.common.files import write_file
-from pyglobenc.results import Attribution
+from pyglobenc.results.attribution import Attribution
 from pyglobenc.viz.common import caption
 
 # Longer titles would run off the picture.

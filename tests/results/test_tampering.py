@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save as to_safetensors
 
 import pyglobenc
-from pyglobenc.results import FORMAT, Attribution, Attributions
+from pyglobenc.results.attribution import FORMAT, Attribution, Attributions
 
 # Each value is wrong for most fields: another type, a number too large for 64 bits or for a float, a control
 # character or a lone surrogate.

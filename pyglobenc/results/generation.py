@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from pyglobenc import results
 from pyglobenc._version import __version__
 from pyglobenc.common.arguments import known_arguments
 from pyglobenc.common.generation_fields import check_generation
 from pyglobenc.common.result_fields import DTYPES, is_index, is_number, is_pair, shown
-from pyglobenc.results import SUFFIXES, Attribution, Attributions
-from pyglobenc.span_sums import SpanSums, sentence_ends
+from pyglobenc.results import attribution as texts
+from pyglobenc.results.attribution import SUFFIXES, Attribution, Attributions
+from pyglobenc.results.span_sums import SpanSums, sentence_ends
 from pyglobenc.viz.heatmap import Heat
 
 FORMAT, FORMAT_VERSION = "pyglobenc.generation", 1
@@ -297,14 +297,14 @@ class GenerationAttribution:
         if path.suffix not in SUFFIXES:
             raise ValueError(f"save: the file's name must end in {' or '.join(SUFFIXES)}, got {path.name!r}")
         if path.suffix == ".json":
-            results.write(path, self.to_json().encode("ascii"), [self])
+            texts.write(path, self.to_json().encode("ascii"), [self])
             return
         from safetensors.numpy import save
 
         document = _document(self)
         del document["generation"]["scores"]
         scores = np.ascontiguousarray(self.scores)
-        results.write(path, save({"scores": scores}, {FORMAT: json.dumps(document)}), [self])
+        texts.write(path, save({"scores": scores}, {FORMAT: json.dumps(document)}), [self])
 
     def to_json(self) -> str:
         """Return the text of a .json file."""
@@ -402,11 +402,11 @@ def load(path: str | Path) -> Attribution | Attributions | GenerationAttribution
     """
     path = Path(path)
     try:
-        document, tensors = results.read(path, FORMAT) if path.suffix in SUFFIXES else (None, None)
+        document, tensors = texts.read(path, FORMAT) if path.suffix in SUFFIXES else (None, None)
     except (ValueError, RecursionError):
         document = None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        return results.load(path)
+        return texts.load(path)
     try:
         version = document.get("format_version")
         if not is_index(version) or version > FORMAT_VERSION:
@@ -432,5 +432,5 @@ def _written(path: str | Path | None, picture: str | bytes, generation: Generati
     """Write a picture to a path if there is one, and return the picture."""
     if path is not None:
         data = picture.encode("utf-8") if isinstance(picture, str) else picture
-        results.write(path, data, [generation])
+        texts.write(path, data, [generation])
     return picture
