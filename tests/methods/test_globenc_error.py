@@ -9,8 +9,9 @@ from chefer import relative
 from models import SMALL, build, random_batch
 from transformers import BertConfig, BertModel
 
-from pyglobenc import GlobEnc, Rollout
-from pyglobenc.methods.precision.reliability import PrecisionWarning
+from pyglobenc import GlobEnc, Rollout, capture
+from pyglobenc.hf import find_layers
+from pyglobenc.methods.precision.reliability import PrecisionWarning, nudged
 
 
 def extreme(seed):
@@ -88,3 +89,26 @@ def test_an_unmeasured_error_of_a_full_model_is_none():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert GlobEnc(model)(**random_batch(model, batch=2, n=9)).error is None
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "llama"])
+def test_biases_do_not_hide_the_nudge(name):
+    """A query that is nearly its bias rounds the nudge of the layer's input away, and is moved itself."""
+    model = build(name, torch.bfloat16)
+    with torch.no_grad():
+        for layer in find_layers(model):
+            for module in (layer.query, layer.key, layer.value):
+                module.weight.mul_(1e-3)
+                module.bias = torch.nn.Parameter(torch.full_like(module.weight[:, 0], 3.0))
+    batch, seen = random_batch(model, batch=1, n=9), []
+    for second in (False, True):
+        with torch.no_grad(), capture(model) as trace:
+            if second:
+                with nudged(find_layers(model)):
+                    model(**batch)
+            else:
+                model(**batch)
+            seen.append([(layer.q, layer.k, layer.v) for layer in trace.layers])
+    for layer, moved in zip(*seen, strict=True):
+        for t, other in zip(layer, moved, strict=True):
+            assert (t != other).float().mean() > 0.2

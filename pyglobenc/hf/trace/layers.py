@@ -44,6 +44,11 @@ class LayerModules(NamedTuple):
     # for attention that ignores transformers' interface; called with the module and its arguments by name
     own_scores: Callable[[nn.Module, dict[str, Any]], OwnScores] | None = None
 
+    def rounded(self) -> list[nn.Module]:
+        """Return the layer's modules that round their output, (B, n, features) each."""
+        parts = (self.query, self.key, self.value, self.output, self.mlp_output)
+        return [module for module in parts if module is not None]
+
 
 def part(module: nn.Module, path: str) -> nn.Module:
     """Return the module at a path such as "attention.output" inside a module.

@@ -134,7 +134,8 @@ def nudge(x: Tensor, cu_seqlens: Tensor | None = None, place: int = 0) -> Tensor
 def nudged(found: Sequence[LayerModules]) -> Iterator[None]:
     """Context in which a model runs with its hidden states moved by one rounding unit.
 
-    Every layer's input and the outputs of its attention and MLP, each (B, n, d), are moved as by `nudge`. The
+    Every layer's input and the outputs of its Linear modules, each (B, n, features), are moved as by `nudge`.
+    A bias that is large beside the rest of a query, key or value hides the nudge of the layer's input. The
     hooks are removed on exit.
 
     Args:
@@ -142,7 +143,7 @@ def nudged(found: Sequence[LayerModules]) -> Iterator[None]:
     """
     places = {
         id(m): place
-        for place, m in enumerate(t for layer in found for t in (layer.block, layer.output, layer.mlp_output))
+        for place, m in enumerate(t for layer in found for t in (layer.block, *layer.rounded()))
     }
 
     def change(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -159,7 +160,7 @@ def nudged(found: Sequence[LayerModules]) -> Iterator[None]:
             stack.callback(
                 block.register_forward_pre_hook(in_this_thread(change), prepend=True, with_kwargs=True).remove
             )
-        for module in {t for layer in found for t in (layer.output, layer.mlp_output)} - {None}:
+        for module in {t for layer in found for t in layer.rounded()}:
             stack.callback(module.register_forward_hook(in_this_thread(change_output), prepend=True).remove)
         yield
 

@@ -79,7 +79,7 @@ class GlobEnc:
                 are (B, L, n, n). "mix_" followed by the name of a stage is (B, L, n). "rollout" is (B, n, n)
                 in float64, not normalised. Rows of padding are 0.
             reliability: "off" or "measured". With "measured" the model runs a second time, with every layer's
-                input and the outputs of its attention and MLP moved by one rounding unit. `error` tells how
+                input and the outputs of its Linear modules moved by one rounding unit. `error` tells how
                 far the scores moved. A PrecisionWarning is given if it is above 1e-2 or unknown (NaN), as
                 happens for half-precision models with large attention scores. With "off" the error of a
                 model in half precision is unknown: `error` is NaN, and a PrecisionWarning says so.
