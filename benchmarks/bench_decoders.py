@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pyglobenc.methods.registry import METHODS
 
-ROUNDS, TOKEN, VOCABULARY, STEPS = 3, 7, 8192, 32
+ROUNDS, TOKEN, VOCABULARY, STEPS = 3, 7, 4096, 32
 # The search of the flow takes minutes, and occlusion takes as many forward passes as there are tokens.
 LEFT_OUT = ("attention-flow", "occlusion")
 # The most tokens of methods that take a forward and a backward pass for each of their steps.
@@ -27,15 +27,15 @@ LONGEST, STEPWISE = 512, ("integrated-gradients", "captum IntegratedGradients")
 
 @lru_cache
 def model() -> LlamaForCausalLM:
-    """Return 2 layers of Llama 3.2 1B's proportions at half its width, with random weights."""
+    """Return 2 layers of Llama 3.2 1B's proportions at a quarter of its width, with random weights."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=1024,
-        intermediate_size=4096,
+        hidden_size=512,
+        intermediate_size=2048,
         num_hidden_layers=2,
-        num_attention_heads=16,
-        num_key_value_heads=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
         max_position_embeddings=max(LENGTHS),
         attn_implementation="sdpa",
     )
