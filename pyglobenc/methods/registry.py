@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pyglobenc.hf.registry import BINDINGS
+from pyglobenc.hf.streams.architectures import bart, encoder_decoder, t5
 from pyglobenc.methods.builders import (
     Run,
     gradient,
@@ -24,8 +25,10 @@ from pyglobenc.methods.gradients.backward_rules import RULES
 # The `model_type`s that a method takes, by the words that describe them.
 BERT_AND_VIT = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "vit", "deit")
 POST_NORM = (*BERT_AND_VIT[:6], "albert", "mpnet", "nomic_bert", "deberta-v2")
+ENCODER_DECODERS = (*bart.MODEL_TYPES, *t5.MODEL_TYPES, "encoder-decoder")
 MODELS = {
     "every model": tuple(BINDINGS),
+    "every model, encoder-decoders": (*BINDINGS, *ENCODER_DECODERS),
     "BERT's layer": tuple(name for name in POST_NORM if name != "nomic_bert"),
     "post-norm encoders": POST_NORM,
     "BERT and ViT kinds": BERT_AND_VIT,
@@ -226,7 +229,8 @@ _ENTRIES = (
         "gradient-rollout",
         "rollout of attention times its gradient, for every architecture (Chefer et al., ICCV 2021)",
         gradient_rollout,
-        "encoders",
+        "encoders, encoder-decoders",
+        models="every model, encoder-decoders",
         cost=_BACKWARD + ", 1 pass over the pairs of tokens",
         target="class",
         supports_packing=True,

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import two_streams
 from models import ARCHITECTURES, CAUSAL, IMAGES, PRE_NORM, build, random_batch
 from torch import nn
 
 from pyglobenc.hf.registry import BINDINGS
-from pyglobenc.methods.registry import METHODS, MODELS
+from pyglobenc.methods.registry import ENCODER_DECODERS, METHODS, MODELS
 
 ROOT = Path(__file__).parents[2]
 WITH_A_HEAD = ("Classification", "CausalLM", "LMHeadModel")
@@ -48,6 +49,19 @@ def test_every_yes_runs_and_every_no_gives_its_reason(name):
             method.run("test", model, "auto", None)({**batch, **extra}, None)
 
 
+@pytest.mark.parametrize("name", [*two_streams.GENERATORS, "bert-bert"])
+def test_encoder_decoders_are_for_the_methods_that_say_so(name):
+    model = two_streams.build(name)
+    batch = {"input_ids": torch.randint(5, 90, (2, 7))}
+    for method in METHODS.values():
+        if _takes(method, model):
+            rows = method.run("test", model, "auto", None)(batch, None)
+            assert torch.isfinite(rows.scores).all() and (rows.scores != 0).any(1).all(), method.name
+        else:
+            with pytest.raises(ValueError, match="encoder-decoder"):
+                method.run("test", model, "auto", None)(batch, None)
+
+
 def _takes(method, model: nn.Module) -> bool:
     return model.config.model_type in MODELS[method.models]
 
@@ -55,7 +69,9 @@ def _takes(method, model: nn.Module) -> bool:
 def test_all_model_types_are_tested():
     tested = {build(name).config.model_type for name in (*ARCHITECTURES, *PRE_NORM, *IMAGES)}
     assert tested == set(BINDINGS)
-    assert all(set(types) <= set(BINDINGS) for types in MODELS.values())
+    two = {two_streams.build(name).config.model_type for name in (*two_streams.GENERATORS, "bert-bert")}
+    assert two == set(ENCODER_DECODERS)
+    assert all(set(types) <= tested | two for types in MODELS.values())
 
 
 def test_the_page_of_methods_is_the_registry():
