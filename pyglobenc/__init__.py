@@ -21,8 +21,8 @@ _MODULES = {
     "capture": "pyglobenc.hf",
     "explain_generation": "pyglobenc.inputs.generation",
     "explain_image": "pyglobenc.inputs.images",
-    "explain_layers": "pyglobenc.explain_layers",
-    "explain_similarity": "pyglobenc.explain_similarity",
+    "explain_layers": "pyglobenc.explain.layers",
+    "explain_similarity": "pyglobenc.explain.similarity",
     "graphed": "pyglobenc.scale.graphs",
 }
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import pyglobenc
+
 ROOT = Path(__file__).parents[1]
 # A module imports its own room and rooms of a lower rank.
 RANKS = {
@@ -23,8 +25,6 @@ RANKS = {
     "methods": 4,
     "inputs": 5,
     "explain": 6,
-    "explain_layers": 7,
-    "explain_similarity": 7,
     "compat": 7,
     "evaluate": 8,
     "scale": 7,
@@ -107,6 +107,17 @@ def test_no_modules_import_each_other_in_a_circle():
 
     for module in sorted(known):
         visit(module)
+
+
+def test_no_module_has_the_name_of_a_public_function():
+    """Importing such a module would replace the function by the module."""
+    for name in pyglobenc.__all__:
+        module = ROOT / "pyglobenc" / name
+        # `explain` is imported with the package, after its room.
+        assert name in ("explain", "evaluate") or not (module.exists() or module.with_suffix(".py").exists())
+    import_module("pyglobenc.explain.layers")
+    assert callable(pyglobenc.explain) and callable(pyglobenc.evaluate)
+    assert callable(pyglobenc.explain_layers)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pyglobenc.demo import MAX_CHARACTERS, MAX_PIXELS
 from pyglobenc.demo.models import Models
 from pyglobenc.evaluate import evaluate
 from pyglobenc.explain import explain
-from pyglobenc.explain_layers import explain_layers
+from pyglobenc.explain.layers import explain_layers
 from pyglobenc.inputs.images import explain_image, open_image
 from pyglobenc.inputs.targets import class_named
 from pyglobenc.inputs.windows import Text

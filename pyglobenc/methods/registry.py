@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pyglobenc.hf.registry import BINDINGS
-from pyglobenc.hf.streams.architectures import bart, encoder_decoder, t5
+from pyglobenc.hf.streams.architectures import bart, t5
 from pyglobenc.methods.builders import (
     Run,
     gradient,

@@ -63,16 +63,17 @@ def test_unknown_op_and_unwritable_file(table, tmp_path, capsys):
     assert "there is no folder" in capsys.readouterr().err
 
 
+PAIRS = (
+    *("pair_norms", "rollout_step", "relevance_attention", "relevance_maps", "relevance_product"),
+    "relevance_rollout_step",
+)
+
+
 @pytest.mark.parametrize("op", list(OP_TABLE))
 def test_counts_grow_as_the_formulas_say(op):
     """For twice the tokens, work on pairs grows four times, on tokens twice, and on weights not at all."""
     small, middle, large = (count(op, [], [], batch=1, heads=H, n=n, dh=DH) for n in (128, 256, 512))
-    factor = (
-        4
-        if op
-        in ("pair_norms", "rollout_step", "relevance_attention", "relevance_maps", "relevance_rollout_step")
-        else 2
-    )
+    factor = 4 if op in PAIRS else 2
     assert (
         large.flops - middle.flops == factor * (middle.flops - small.flops)
         and large.exps == factor * middle.exps

@@ -171,8 +171,10 @@ def check_layers(
         compared = list(_comparisons(called, layers, once))
         if io and all(getattr(layer.modules, part) in io for layer in layers for part in LINEAR):
             compared += _module_comparisons(layers, io, calls, once)
-        differences, allowed, _ = zip(*compared, strict=True)
-        holds = ~(torch.stack(differences).abs() > torch.stack(allowed))  # (C, L, B, n)
+        # The layers may be on several devices.
+        place = compared[0][0].device
+        differences, allowed = (torch.stack([one[i].to(place) for one in compared]) for i in (0, 1))
+        holds = ~(differences.abs() > allowed)  # (C, L, B, n)
         real = layers[0].key_mask
         if real is not None:
             # Padding rows may hold any values.

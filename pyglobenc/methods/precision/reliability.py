@@ -142,8 +142,7 @@ def nudged(found: Sequence[LayerModules]) -> Iterator[None]:
         found: the layers of the model, as `find_layers` returns them.
     """
     places = {
-        id(m): place
-        for place, m in enumerate(t for layer in found for t in (layer.block, *layer.rounded()))
+        id(m): place for place, m in enumerate(t for layer in found for t in (layer.block, *layer.rounded()))
     }
 
     def change(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

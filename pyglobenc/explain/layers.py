@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pyglobenc.common.arguments import known_arguments
-from pyglobenc.explain import explain
+from pyglobenc.explain.texts import explain
 from pyglobenc.inputs.windows import Text, encode
 from pyglobenc.results.layers import LayerAttribution
 
