@@ -42,6 +42,7 @@ def test_transformers_imports_from_the_repository_root():
     python(IMPORT_BERT, ROOT)
 
 
+@pytest.mark.slow
 def test_transformers_imports_beside_the_other_kernels_package(tmp_path):
     """Models import whether a stand-in for the package "kernels" is found before or after our folder."""
     other = tmp_path / "kernels"

@@ -353,7 +353,7 @@ evaluate(tiny.classifier(), tiny.tokenizer(), {texts!r}, output={folder!r}, **{s
 """
 
 
-@pytest.mark.parametrize("steps", [2, 6])
+@pytest.mark.parametrize("steps", [2, pytest.param(6, marks=pytest.mark.slow)])
 def test_killed_and_restarted_gives_the_same_table(tmp_path, monkeypatch, steps):
     portion = 1500
     monkeypatch.setattr(run_module, "PORTION", portion)
