@@ -27,7 +27,7 @@ VALUES = [
     *("model", HUGE),
 ]
 # Of the 1,700 cases, these many always run, and a slow run adds these many.
-SAMPLE, LONG = 12, 312
+SAMPLE, LONG = 12, 212
 
 
 @pytest.fixture(scope="module")

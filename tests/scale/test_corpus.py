@@ -534,8 +534,8 @@ def faults(tmp_path, *options):
 
 @pytest.mark.slow
 def test_killed_at_every_write_with_jobs_at_once_and_without_room(tmp_path):
-    printed = faults(tmp_path, "--pairs", "6")
-    assert "killed at 7 writes" in printed and "jobs at once: 6" in printed and "no room" in printed
+    printed = faults(tmp_path, "--pairs", "4")
+    assert "killed at 7 writes" in printed and "jobs at once: 4" in printed and "no room" in printed
 
 
 def with_middle_cut(path, whole):
