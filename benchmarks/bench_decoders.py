@@ -14,7 +14,8 @@ import pytest
 import torch
 from measure import DEVICE, finished, paired_ratio
 from op_benchmark import LENGTHS, peak_mb
-from transformers import LlamaConfig, LlamaForCausalLM
+from small_llama import number_tokenizer, small_llama
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pyglobenc.methods.registry import METHODS
 
@@ -28,18 +29,14 @@ LONGEST, STEPWISE = 512, ("integrated-gradients", "captum IntegratedGradients")
 @lru_cache
 def model() -> LlamaForCausalLM:
     """Return 2 layers of Llama 3.2 1B's proportions at a quarter of its width, with random weights."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    return small_llama(
         vocab_size=VOCABULARY,
         hidden_size=512,
         intermediate_size=2048,
-        num_hidden_layers=2,
         num_attention_heads=8,
         num_key_value_heads=2,
         max_position_embeddings=max(LENGTHS),
-        attn_implementation="sdpa",
     )
-    return LlamaForCausalLM(config).to(DEVICE).eval()
 
 
 def tokens(n: int) -> torch.Tensor:
@@ -48,16 +45,9 @@ def tokens(n: int) -> torch.Tensor:
 
 
 @lru_cache
-def tokenizer():
+def tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer whose words are the ids themselves, since the rivals take texts alone."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="0", pad_token="0", bos_token="1", eos_token="2"
-    )
+    return number_tokenizer(VOCABULARY, bos_token="1", eos_token="2")
 
 
 def own(name: str) -> Callable[[int], Callable[[], object]]:
@@ -122,9 +112,7 @@ CALLS = {
     for name, method in METHODS.items()
     if name not in LEFT_OUT and (method.target == "token" or method.next_token)
 }
-CALLS |= {
-    f"captum {name}": captum(name) for name in ("Saliency", "InputXGradient", "IntegratedGradients")
-}
+CALLS |= {f"captum {name}": captum(name) for name in ("Saliency", "InputXGradient", "IntegratedGradients")}
 CALLS |= {f"inseq {name}": inseq(name) for name in ("saliency", "input_x_gradient")}
 CALLS |= {"flashtrace ifr-span": flashtrace("ifr-span")}
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from measure import DEVICE, finished
 from op_benchmark import peak_mb
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from small_llama import number_tokenizer, small_llama
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pyglobenc import explain_generation
 
@@ -27,26 +27,20 @@ METHODS = ("globenc", "gradient-x-input", "gradient-rollout")
 @lru_cache
 def model() -> LlamaForCausalLM:
     """Return 2 layers of a Llama of width 128, with random weights."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    return small_llama(
         vocab_size=VOCABULARY,
         hidden_size=128,
         intermediate_size=344,
-        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=8192,
-        attn_implementation="sdpa",
     )
-    return LlamaForCausalLM(config).to(DEVICE).eval()
 
 
 @lru_cache
 def tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer whose words are the ids themselves."""
-    words = Tokenizer(models.WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="0", pad_token="0")
+    return number_tokenizer(VOCABULARY)
 
 
 @pytest.mark.parametrize("method", METHODS)

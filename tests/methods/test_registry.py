@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 import two_streams
-from models import ARCHITECTURES, CAUSAL, IMAGES, PRE_NORM, build, random_batch
+from methods_page import tables
+from models import ARCHITECTURES, CAUSAL, IMAGES, PRE_NORM, build, classifier, random_batch
 from torch import nn
 
 from pyglobenc.hf.registry import BINDINGS
@@ -15,24 +16,12 @@ ROOT = Path(__file__).parents[2]
 WITH_A_HEAD = ("Classification", "CausalLM", "LMHeadModel")
 
 
-class Headed(nn.Module):
-    """A user's module with a linear head on the first or the last token of an encoder."""
-
-    def __init__(self, encoder: nn.Module, token: int):
-        super().__init__()
-        self.encoder, self.token, self.config = encoder, token, encoder.config
-        self.linear = nn.Linear(encoder.config.hidden_size, 3).to(encoder.dtype)
-
-    def forward(self, **batch):
-        return self.linear(self.encoder(**batch).last_hidden_state[:, self.token])
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *PRE_NORM, *IMAGES])
 def test_every_yes_runs_and_every_no_gives_its_reason(name):
     stock = build(name)
     headed = type(stock).__name__.endswith(WITH_A_HEAD)
-    model = stock if headed else Headed(stock, -1 if name in CAUSAL else 0).eval()
+    model = stock if headed else classifier(name, "last" if name in CAUSAL else "first")
     batch = random_batch(stock, batch=2, n=7)
     for method in METHODS.values():
         extra = {}
@@ -81,6 +70,7 @@ def test_the_page_of_methods_is_the_registry():
         line = f"| {' | '.join((f'`{method.name}`', method.summary, *facts))} |"
         assert line in page, line
     assert page.count("\n| `") == len(METHODS) + 1
+    assert page.endswith(tables()), "python tests/support/methods_page.py draws it again"
     for words, types in MODELS.items():
         assert f"- **{words}**: {', '.join(f'`{name}`' for name in types)}." in page, words
     readme = (ROOT / "README.md").read_text()
