@@ -569,6 +569,7 @@ DAMAGE = {
     "cut in half": lambda path, whole: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "cut in the middle": with_middle_cut,
     "emptied": lambda path, whole: path.write_bytes(b""),
+    "with another name of its format": lambda path, whole: path.write_bytes(b"PARX" + path.read_bytes()[4:]),
     "without rows": with_rows(lambda table: table.slice(0, 0)),
     "short of a row": with_rows(lambda table: table.slice(0, table.num_rows - 1)),
     "with a row twice": with_rows(
@@ -617,6 +618,24 @@ def test_a_shard_that_is_not_what_it_was_is_computed_again(
     assert contents(out) == contents(finished / "whole")
     assert "is computed again: " in caplog.text
     assert not (out / "part-000001.parquet").is_symlink()
+
+
+def test_every_byte_of_a_shard_counts(tmp_path):
+    common = {"method": "globenc", "model": "m", "dtype": "float32"}
+    part = shards.Part(shard=0, first=4, records=2, sha256="0")
+    row = {"index": 4, "text": "a film", "tokens": ["a", "film"], "scores": [0.25, 0.75], "target": 1}
+    shards.write_shard(tmp_path, part, [row], [{"index": 5, "reason": "empty text"}], common)
+    assert shards.look_at_shard(tmp_path, part, common) == shards.Found(None, rows=1)
+    assert row.items() <= pq.read_table(tmp_path).to_pylist()[0].items()
+    for path in (shards.shard_path(tmp_path, 0), shards.rejected_path(tmp_path, 0)):
+        data = path.read_bytes()
+        for place in range(0, len(data), 29):
+            flipped = bytes([data[place] ^ 1 << place % 8])
+            for bad in (data[:place], data[:place] + flipped + data[place + 1 :]):
+                path.write_bytes(bad)
+                assert shards.look_at_shard(tmp_path, part, common).lacks, (path.name, place, len(bad))
+        path.write_bytes(data)
+    assert shards.look_at_shard(tmp_path, part, common).lacks is None
 
 
 def test_a_finished_job_computes_nothing(finished, tmp_path, minilm_is_tiny, monkeypatch, caplog):

@@ -27,6 +27,8 @@ except ImportError:
 # The errors that file systems without locks give.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 KEY = "pyglobenc"
+# The SHA-256 of a shard's other bytes stands just before its footer. Readers of Parquet ignore it.
+SEAL = 32
 MISSING = "it isn't there"
 
 
@@ -107,9 +109,9 @@ def write_shard(
 
 
 def look_at_shard(folder: Path, part: Part, common: dict[str, Any]) -> Found:
-    """Find whether a shard exists and is complete.
+    """Find whether a shard exists and is complete, and whether it and its side file are as they were written.
 
-    Only its footer, its index column and its side file are read.
+    Every byte of both files is read, but no column is decoded.
     """
     path, side = shard_path(folder, part.shard), rejected_path(folder, part.shard)
     if not os.path.lexists(path):
@@ -117,49 +119,36 @@ def look_at_shard(folder: Path, part: Part, common: dict[str, Any]) -> Found:
     # A symbolic link may point to any file, so it isn't read.
     if not _is_regular(path) or (os.path.lexists(side) and not _is_regular(side)):
         return Found("it or its side file isn't a regular file")
-    arrow = load_arrow()
+    load_arrow()
     try:
-        with arrow.parquet.ParquetFile(path) as file:
-            return Found(_why_another(file, path, side, part, common), file.metadata.num_rows)
+        return _compare(path.read_bytes(), side, part, common)
     # A file of unknown origin may raise any exception.
     except Exception as error:
         return Found(f"it can't be read: {' '.join(str(error).split())}")
+
+
+def _compare(data: bytes, side: Path, part: Part, common: dict[str, Any]) -> Found:
+    """Find whether the bytes of a file are those of a complete shard."""
+    arrow, start = load_arrow(), _footer_start(data)
+    if hashlib.sha256(data[: start - SEAL] + data[start:]).digest() != data[start - SEAL : start]:
+        return Found("its bytes aren't those that were written")
+    metadata = arrow.parquet.read_metadata(arrow.BufferReader(data))
+    facts = json.loads((metadata.metadata or {}).get(KEY.encode(), b"{}"))
+    side_sha256 = facts.pop("rejected_sha256", None)
+    if facts != json.loads(json.dumps(_facts(part, common))):
+        return Found("it holds other records or belongs to another job")
+    if hashlib.sha256(side.read_bytes() if side.exists() else b"").hexdigest() != side_sha256:
+        return Found(f"{side.name} is missing or has another content")
+    return Found(None, metadata.num_rows)
 
 
 def _is_regular(path: Path) -> bool:
     return stat.S_ISREG(os.lstat(path).st_mode)
 
 
-def _why_another(file: Any, path: Path, side: Path, part: Part, common: dict[str, Any]) -> str | None:
-    """Return the reason why a file isn't the shard of these records, or None if it is."""
-    facts = json.loads((file.schema_arrow.metadata or {}).get(KEY.encode(), b"{}"))
-    side_sha256 = facts.pop("rejected_sha256", None)
-    if facts != json.loads(json.dumps(_facts(part, common))):
-        return "it holds other records or belongs to another job"
-    if not file.schema_arrow.remove_metadata().equals(_schema(common)):
-        return "its columns differ"
-    # The data is followed by the footer, the length of the footer and the name of the format.
-    if _end_of_data(file.metadata) + file.metadata.serialized_size + 8 > os.stat(path).st_size:
-        return "it is truncated"
-    data = side.read_bytes() if side.exists() else b""
-    if hashlib.sha256(data).hexdigest() != side_sha256:
-        return f"{side.name} is missing or has another content"
-    left_out = [json.loads(line)["index"] for line in data.splitlines()]
-    index = file.read(["index"]).column(0).to_pylist()
-    if index != sorted(index) or sorted(index + left_out) != list(
-        range(part.first, part.first + part.records)
-    ):
-        return "its rows differ"
-    return None
-
-
-def _end_of_data(metadata: Any) -> int:
-    end = 0
-    for group in (metadata.row_group(number) for number in range(metadata.num_row_groups)):
-        for chunk in (group.column(number) for number in range(group.num_columns)):
-            first = min(filter(None, (chunk.data_page_offset, chunk.dictionary_page_offset)))
-            end = max(end, first + chunk.total_compressed_size)
-    return end
+def _footer_start(data: bytes) -> int:
+    """Return where a Parquet file's footer begins; the length of the footer comes after it."""
+    return max(SEAL, len(data) - 8 - int.from_bytes(data[-8:-4], "little"))
 
 
 @contextmanager
@@ -252,7 +241,7 @@ def _schema(common: dict[str, Any]) -> Any:
     return arrow.schema(list(types.items()))
 
 
-def _parquet_bytes(rows: list[dict[str, Any]], common: dict[str, Any], facts: dict[str, Any]) -> memoryview:
+def _parquet_bytes(rows: list[dict[str, Any]], common: dict[str, Any], facts: dict[str, Any]) -> bytes:
     arrow, schema = load_arrow(), _schema(common)
     same = {name: common[name] for name in ("method", "model")}
     columns = [
@@ -263,4 +252,6 @@ def _parquet_bytes(rows: list[dict[str, Any]], common: dict[str, Any], facts: di
     )
     sink = arrow.BufferOutputStream()
     arrow.parquet.write_table(table, sink, compression="zstd")
-    return memoryview(sink.getvalue())
+    data = sink.getvalue().to_pybytes()
+    start = _footer_start(data)
+    return data[:start] + hashlib.sha256(data).digest() + data[start:]
