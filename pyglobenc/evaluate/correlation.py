@@ -11,6 +11,7 @@ import numpy as np
 
 from pyglobenc.common.arguments import known_arguments
 from pyglobenc.common.rank_correlation import correlate_rows
+from pyglobenc.inputs.pipelines import takes_pipelines
 from pyglobenc.inputs.windows import Encoded, Text, encode
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def read_saliencies(path: str | Path) -> np.ndarray:
     return found
 
 
+@takes_pipelines
 @known_arguments
 def layer_correlations(
     model: PreTrainedModel,

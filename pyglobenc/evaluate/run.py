@@ -26,6 +26,7 @@ from pyglobenc.evaluate.examples import Example, Metric, Settings, Span
 from pyglobenc.evaluate.kept import Arrays, Kept, kept_steps
 from pyglobenc.evaluate.metrics.rationales import with_rationales
 from pyglobenc.evaluate.table import EvaluationTable
+from pyglobenc.inputs.pipelines import takes_pipelines
 from pyglobenc.inputs.windows import Text
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ PORTION = 1 << 22
 COUNTS = ("asked", "done", "seconds", "in_model")
 
 
+@takes_pipelines
 @known_arguments
 def evaluate(
     model: PreTrainedModel,
@@ -77,7 +79,7 @@ def evaluate(
     """Measure how faithful attribution methods are to a model, on data.
 
     Args:
-        model: a transformers model, as for `pyglobenc.explain`.
+        model: a transformers model or a pipeline, as for `pyglobenc.explain`.
         tokenizer: the model's tokenizer.
         texts: texts, or pairs of texts as tuples.
         images: instead of texts, a list of what `pyglobenc.explain_image` takes, or of names of files. All of

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from pyglobenc.common.arguments import known_arguments
 from pyglobenc.explain.texts import explain
+from pyglobenc.inputs.pipelines import takes_pipelines
 from pyglobenc.inputs.windows import Text, encode
 from pyglobenc.results.layers import LayerAttribution
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 RELEVANCE = "transformer-attribution"
 
 
+@takes_pipelines
 @known_arguments
 def explain_layers(
     model: PreTrainedModel,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyglobenc.common.arguments import known_arguments
 from pyglobenc.explain.texts import explain
+from pyglobenc.inputs.pipelines import takes_pipelines
 from pyglobenc.results import Attributions
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class SimilarityAttributions(Attributions):
     similarity: float
 
 
+@takes_pipelines
 @known_arguments
 def explain_similarity(
     model: PreTrainedModel | nn.Module,

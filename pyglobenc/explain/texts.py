@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyglobenc.common.arguments import known_arguments, refuse_unknown
 from pyglobenc.inputs.options import Options
+from pyglobenc.inputs.pipelines import takes_pipelines
 from pyglobenc.inputs.windows import Encoded, Text, encode
 from pyglobenc.results import Attribution, Attributions
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 NAMES = {field.name for field in fields(Options)}
 
 
+@takes_pipelines
 @known_arguments
 def explain(
     model: PreTrainedModel,
@@ -44,7 +46,8 @@ def explain(
 
     Args:
         model: a transformers model of a known architecture, in evaluation mode. It may be wrapped, or be part
-            of a module with its own head, as for `GlobEnc`.
+            of a module with its own head, as for `GlobEnc`. A pipeline of transformers stands for model and
+            tokenizer: `explain(pipeline, text)`.
         tokenizer: the model's tokenizer.
         text: one text, or a list of texts. A tuple of two texts is a sentence pair: the tokenizer joins the
             two texts and sets their token types. A list may contain pairs.

@@ -18,6 +18,7 @@ from pyglobenc.hf.streams.registry import start_token
 from pyglobenc.inputs.answers import followed_by, generate, generate_target
 from pyglobenc.inputs.batches import LANGUAGE_HEADS, Runner, longest
 from pyglobenc.inputs.options import Options
+from pyglobenc.inputs.pipelines import takes_pipelines
 from pyglobenc.inputs.windows import Encoded, encode
 from pyglobenc.methods.arguments import takes
 from pyglobenc.methods.builders import Rows
@@ -33,6 +34,7 @@ Messages = Sequence[Mapping[str, Any]]
 GREEDY, GIVEN = "generated, always the most probable token", "given"
 
 
+@takes_pipelines
 @known_arguments
 def explain_generation(
     model: PreTrainedModel,
@@ -57,7 +59,8 @@ def explain_generation(
     Args:
         model: a transformers language model (decoder) of a known architecture, in evaluation mode. Or an
             encoder-decoder that `CrossAttribution` takes, with the method "gradient-rollout": the prompt is
-            its source, and the decoder's start token counts as the prompt's last token.
+            its source, and the decoder's start token counts as the prompt's last token. Or a text-generation
+            pipeline, in place of model and tokenizer.
         tokenizer: the model's tokenizer.
         prompt: a text; or a conversation, a list of messages with "role" and "content", which the tokenizer's
             chat template makes a text of. The model's answer follows the last message, or continues it if

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyglobenc.common.arguments import known_arguments
+from pyglobenc.inputs.pipelines import takes_pipelines
 from pyglobenc.results.images import ImageAttribution, ImageAttributions
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ MAX_PIXELS = 1 << 26
 BATCH = 8
 
 
+@takes_pipelines
 @known_arguments
 def explain_image(
     model: PreTrainedModel,
@@ -52,7 +54,7 @@ def explain_image(
 
     Args:
         model: an image model of a known architecture, in evaluation mode. It may be wrapped, as for
-            `GlobEnc`.
+            `GlobEnc`. An image-classification pipeline stands for model and processor.
         processor: the model's image processor, or None if the image is already the model's input, a tensor
             (channels, height, width).
         image: a PIL image with 8 bits per channel, which is rotated as its EXIF data says; or what the
