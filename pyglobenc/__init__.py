@@ -10,6 +10,7 @@ from pyglobenc.results import Attribution, Attributions, GenerationAttribution, 
 
 # These modules are imported when they are first used, because importing transformers' models takes seconds.
 _MODULES = {
+    "AttCat": "pyglobenc.methods.gradients.attcat",
     "CrossAttribution": "pyglobenc.methods.cross.attribution",
     "DecompX": "pyglobenc.methods.decompx.decompx",
     "GradientAttribution": "pyglobenc.methods.gradients.attribution",
@@ -27,6 +28,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "AttCat",
     "Attribution",
     "Attributions",
     "CrossAttribution",

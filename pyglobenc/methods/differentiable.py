@@ -8,17 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyglobenc.backends.shared.packing import real_tokens
 from pyglobenc.common.autocast import callers_autocast
 from pyglobenc.hf import LayerModules, LayerTrace, Trace, capture, find_layers
 from pyglobenc.hf.trace.checks import describe
 from pyglobenc.hf.trace.threads import in_this_thread
 from pyglobenc.hf.unwrap import stock_model
 from pyglobenc.methods.arguments import run_model
-from pyglobenc.methods.head import HeadRecord, recorded_head
+from pyglobenc.methods.head import HeadRecord, find_logits, recorded_head
 from pyglobenc.methods.inputs import graph_inputs
 from pyglobenc.methods.packing import Packed, run_packed
 from pyglobenc.methods.precision.float64_forward import WideParameters
 from pyglobenc.methods.precision.reliability import nudge
+from pyglobenc.methods.target import Index, Target, find_target, kept_positions, next_token_position
 
 
 @dataclass
@@ -145,28 +147,88 @@ def _changed(
         yield
 
 
+def recorded_target(
+    who: str,
+    run: Recorded,
+    batch: Mapping[str, Any] | Packed,
+    explained: tuple[Any, Index, Index],
+) -> Target:
+    """Find the logits that a call explains, as `find_target` does.
+
+    Without a position, a causal model's logits of tokens are explained at the last real token.
+
+    Args:
+        who: name of the method for errors.
+        run: what `record_forward` returned for the batch.
+        batch: the model's inputs, such as input_ids (B, n), or packed sequences.
+        explained: target, contrast and position of the user's call. A position (B, T) explains T logits.
+
+    Returns:
+        The explained logit of each example, (B,) or (B, T), with its class.
+
+    Raises:
+        TypeError, ValueError: as `find_target`, or the model returned the logits of some tokens alone.
+    """
+    target, contrast, position = explained
+    logits, last, mask = find_logits(run.output), run.trace.layers[-1], real_keys(run)
+    if position is None and logits is not None and logits.dim() == 3 and last.window[1] == 0:
+        position = next_token_position(who, logits, last.q.shape[2], mask)
+    kept = None if isinstance(batch, Packed) else kept_positions(batch, last.q.shape[2])
+    return find_target(who, run.output, target, contrast, position, mask, kept, several=True)
+
+
+def real_keys(run: Recorded) -> Tensor | None:
+    """Return the real tokens of a recorded batch, (B, n) bool; None if all tokens are real.
+
+    Of S packed sequences it returns (S, longest), the tokens of each sequence.
+    """
+    layer = run.trace.layers[0]
+    return layer.key_mask if layer.cu_seqlens is None else real_tokens(layer.cu_seqlens)
+
+
+def input_gradients(logit: Tensor, run: Recorded, keep: bool = False) -> list[Tensor]:
+    """Return the gradient of the logits (B,) with respect to each layer's input, (B, n, d).
+
+    `keep` keeps the graph for another backward pass.
+
+    Raises:
+        ValueError: the logit has no gradient at a layer, because the model cuts it off.
+    """
+    return _gradients(logit, run, [layer.x for layer in run.trace.layers], 0, keep)
+
+
 def attention_gradients(logit: Tensor, run: Recorded, lowest: int, keep: bool = False) -> list[Tensor | None]:
     """Return the gradient of the logits (B,) with respect to each layer's attention output, (B, H, n, dh).
 
-    The sum of the logits has the same gradients, because no example depends on another one. Layers below
-    `lowest` get None. `keep` keeps the graph for another backward pass.
+    Layers below `lowest` get None. `keep` keeps the graph for another backward pass.
 
     Raises:
         ValueError: the logit has no gradient at a layer, because the model cuts it off.
     """
     layers = run.trace.layers
     wanted = [run.attended.get(index, layers[index].o) for index in range(lowest, len(layers))]
-    options = dict(retain_graph=keep, allow_unused=True)
-    grads = torch.autograd.grad(logit.sum(), wanted, **options) if wanted else ()
-    if any(grad is None for grad in grads):
-        index = lowest + next(i for i, grad in enumerate(grads) if grad is None)
-        name = describe(run.trace.called, layers[index].modules.block)
-        raise ValueError(
-            f"capture: the logit has no gradient at {name}; a module above it detaches its input"
-        )
+    grads = _gradients(logit, run, wanted, lowest, keep)
     return [None] * min(lowest, len(layers)) + [
         by_head(grad, layer) for grad, layer in zip(grads, layers[lowest:], strict=True)
     ]
+
+
+def _gradients(logit: Tensor, run: Recorded, wanted: list[Tensor], lowest: int, keep: bool) -> list[Tensor]:
+    """Return the gradient with respect to one tensor of each layer from `lowest` on.
+
+    The sum of the logits has the same gradients, because no example depends on another one.
+    """
+    options = dict(retain_graph=keep, allow_unused=True)
+    grads: Sequence[Tensor | None] = [None] * len(wanted)
+    if wanted and logit.requires_grad:
+        grads = torch.autograd.grad(logit.sum(), wanted, **options)
+    if any(grad is None for grad in grads):
+        index = lowest + next(i for i, grad in enumerate(grads) if grad is None)
+        name = describe(run.trace.called, run.trace.layers[index].modules.block)
+        raise ValueError(
+            f"capture: the logit has no gradient at {name}; a module above it detaches its input"
+        )
+    return list(grads)
 
 
 def by_head(grad: Tensor, layer: LayerTrace) -> Tensor:

@@ -19,6 +19,7 @@ from pyglobenc.methods.builders import (
     rollout,
 )
 from pyglobenc.methods.decompx.decompx import DecompX
+from pyglobenc.methods.gradients.attcat import AttCat
 from pyglobenc.methods.gradients.attribution import GRADIENTS, REPLACING
 from pyglobenc.methods.gradients.backward_rules import RULES
 
@@ -235,6 +236,16 @@ _ENTRIES = (
         target="class",
         supports_packing=True,
         has_start_layer=True,
+        next_token=True,
+    ),
+    Method(
+        "attcat",
+        "gradient times input at every layer, times the mean attention that the token receives; signed "
+        "(Qiang et al., 2022)",
+        partial(of_class, AttCat),
+        "encoders",
+        cost=_BACKWARD + ", 1 pass over the pairs of tokens",
+        target="class",
         next_token=True,
     ),
     _gradient("gradient-x-input", _BACKWARD),

@@ -17,20 +17,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyglobenc.backends.shared.packing import per_token, real_tokens, sequence_sums
+from pyglobenc.backends.shared.packing import per_token, sequence_sums
 from pyglobenc.backends.shared.score_mods import to_dtype
 from pyglobenc.common.arguments import known_arguments
 from pyglobenc.common.autocast import outside_autocast
 from pyglobenc.hf import LayerTrace, find_layers
 from pyglobenc.hf.limits import weights_named
 from pyglobenc.methods.arguments import check_start_layer, model_inputs, packed_inputs
-from pyglobenc.methods.differentiable import Recorded, attention_gradients, record_forward
+from pyglobenc.methods.differentiable import (
+    Recorded,
+    attention_gradients,
+    real_keys,
+    record_forward,
+    recorded_target,
+)
 from pyglobenc.methods.head import detached, find_logits, tokens_read
 from pyglobenc.methods.inputs import check_batch, check_model, require_finite
 from pyglobenc.methods.packing import Packed, in_order, pack
 from pyglobenc.methods.precision.reliability import examples_reordered, warn_of_nothing
 from pyglobenc.methods.relevance.result import RelevanceResult, of_sequences
-from pyglobenc.methods.target import Index, Target, find_target, kept_positions, next_token_position
+from pyglobenc.methods.target import Index
 from pyglobenc.methods.target_tokens import unnamed_rows
 from pyglobenc.ops import relevance_rollout_step
 
@@ -132,17 +138,13 @@ class GradientRollout:
     ) -> RelevanceResult:
         with weights_named(self.model), torch.inference_mode(False), torch.enable_grad():
             run = record_forward(WHO, self.model, batch)
-            layers = run.trace.layers
-            cu_seqlens = layers[0].cu_seqlens
-            mask = layers[0].key_mask if cu_seqlens is None else real_tokens(cu_seqlens)
-            kept = None if isinstance(batch, Packed) else kept_positions(batch, layers[-1].q.shape[2])
-            chosen = self._target(run, explained, mask, kept)
+            chosen = recorded_target(WHO, run, batch, explained)
             several = chosen.logit.dim() == 2
             logits = list(chosen.logit.unbind(1)) if several else [chosen.logit]
         parts = []
         while logits:
             # The gradients of all layers exist for one logit at a time, on one graph.
-            parts.append(self._row(run, logits.pop(0), mask, start_layer, keep=bool(logits)))
+            parts.append(self._row(run, logits.pop(0), start_layer, keep=bool(logits)))
         scores, nothing, position = (
             None if part[0] is None else torch.stack(part, 1) if several else part[0]
             for part in zip(*parts, strict=True)
@@ -153,7 +155,7 @@ class GradientRollout:
         return RelevanceResult(scores, chosen.index, position, logit, nothing, output=detached(run.output))
 
     def _row(
-        self, run: Recorded, logit: Tensor, mask: Tensor | None, start_layer: int, keep: bool
+        self, run: Recorded, logit: Tensor, start_layer: int, keep: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the scores (B, n) of the logits (B,), where they are nothing (B,), and the rows' positions.
 
@@ -162,7 +164,7 @@ class GradientRollout:
         layers = run.trace.layers
         cu_seqlens = layers[0].cu_seqlens
         with weights_named(self.model), torch.inference_mode(False), torch.enable_grad():
-            rows = self._rows(run, logit, mask)
+            rows = self._rows(run, logit)
             grads = attention_gradients(logit, run, start_layer, keep)
         with torch.no_grad():
             start = _unit_rows(rows, layers[-1], self._arithmetic(layers[-1]))
@@ -176,22 +178,12 @@ class GradientRollout:
                 unreached = per_token(nothing[:, None], cu_seqlens)[:, 0]
             return row[:, 0].masked_fill(unreached, 0), nothing, _positions(rows, cu_seqlens)
 
-    def _target(
-        self, run: Recorded, explained: tuple[Any, Index, Index], mask: Tensor | None, kept: Tensor | None
-    ) -> Target:
-        """Return the explained logit; a causal model's token logits are those of the last real token."""
-        target, contrast, position = explained
-        logits, last = find_logits(run.output), run.trace.layers[-1]
-        if position is None and logits is not None and logits.dim() == 3 and last.window[1] == 0:
-            position = next_token_position(WHO, logits, last.q.shape[2], mask)
-        return find_target(WHO, run.output, target, contrast, position, mask, kept, several=True)
-
-    def _rows(self, run: Recorded, logit: Tensor, mask: Tensor | None) -> Tensor:
+    def _rows(self, run: Recorded, logit: Tensor) -> Tensor:
         """Return the rows of R that the head reads, as `unnamed_rows` returns them."""
         logits = find_logits(run.output)
         # One logit of a token is followed alone, since the other tokens' logits read other rows.
         followed = logits if logits is not None and logits.dim() == 2 else logit[:, None]
-        read = tokens_read(WHO, self.model, run.record, followed, mask, advice="")
+        read = tokens_read(WHO, self.model, run.record, followed, real_keys(run), advice="")
         return unnamed_rows(WHO, None, run.trace.layers[-1], read)
 
     def _arithmetic(self, layer: LayerTrace) -> torch.dtype:
