@@ -1,15 +1,19 @@
 """Row mode for one long sequence, shared by the ranks of torch.distributed.
 
 Each rank holds a share of the tokens and runs the stock model on them. An attention layer gathers the keys
-and values of all ranks, so the forward pass is split as evenly as the rollout. In the rollout a rank computes
-the rows of the norms for its own queries, from the gathered keys and Gram matrices. One all-reduce of a
-(T, n) array for each layer adds up the ranks' parts of r @ norms. A rank keeps only its own tokens' share of
-each layer. The whole keys and Gram matrices exist for one layer at a time.
+and values that the rank's queries see, so the forward pass is split as evenly as the rollout. In the rollout
+a rank computes the rows of the norms for its own queries, from the gathered keys and Gram matrices. One
+all-reduce of a (T, n) array for each layer adds up the ranks' parts of r @ norms. A rank keeps only its own
+tokens' share of each layer.
+
+Gathers run while the products before them are computed: in the forward pass those of the heads before, and in
+the rollout those of the layer before. So two groups of heads, or two layers, are gathered at one time.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,7 +37,7 @@ from pyglobenc.methods.rollout.rows import RolloutResult, roll_out_rows, rollout
 from pyglobenc.methods.rollout.stages import STAGES, StageOps, check_stage, deepest_stage
 from pyglobenc.ops import pair_norms
 from pyglobenc.ops.attention import BAND, fused_bias, fused_call
-from pyglobenc.scale.sequence_shards import Shares
+from pyglobenc.scale.sequence_shards import Shares, one_ahead
 
 NAME = "pyglobenc_sharded"
 # These architectures take positions as an argument.
@@ -42,6 +46,8 @@ ARCHITECTURES += ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3
 # How many queries have their norms in memory at one time. Their (BLOCK, n) array is no larger than the hidden
 # states of all tokens.
 BLOCK = 256
+# The keys and values of a layer are gathered in at most so many groups of heads.
+HEAD_GROUPS = 4
 
 # Maps each attention module that is in use to the distribution of the tokens over the ranks.
 _SHARES: dict[nn.Module, Shares] = {}
@@ -82,18 +88,35 @@ def sharded_attention(
     shares, window = _SHARES[module], window_of(module, kwargs)
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     query, key, value = cast_by_autocast(query, key, value)
-    k, v = (
-        shares.gather(t, 2).repeat_interleave(query.shape[1] // key.shape[1], dim=1) for t in (key, value)
+    size = -(-key.shape[1] // HEAD_GROUPS)
+    shared = query.shape[1] // key.shape[1]  # queries for each key
+    groups = (
+        (q, shares.gather(k, 2, window), shares.gather(v, 2, window))
+        for q, k, v in zip(
+            query.split(size * shared, 1), key.split(size, 1), value.split(size, 1), strict=True
+        )
     )
-    sizes = [chunk.stop - chunk.start for chunk in shares.own]
-    parts = [
-        attend(q, k, v, chunk, window, scaling)
-        for q, chunk in zip(query.split(sizes, dim=2), shares.own, strict=True)
-        if q.shape[2]
-    ]
-    o, lse = (torch.cat(found, 2) for found in zip(*parts, strict=True))
+    parts = [_attend_own(q, k.wait(), v.wait(), shares.own, window, scaling) for q, k, v in one_ahead(groups)]
+    o, lse = (torch.cat(found, 1) for found in zip(*parts, strict=True))
     RECORDERS[module](q=query, k=key, v=value, o=o, lse=lse, scaling=scaling, window=window)
     return o.transpose(1, 2).contiguous(), None
+
+
+def _attend_own(
+    q: Tensor, k: Tensor, v: Tensor, chunks: Sequence[slice], window: tuple[int, int], scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Return `attend` of the rank's own queries (1, H, m, dh) to keys and values (1, Hkv, n, dh)."""
+    shared = q.shape[1] // k.shape[1]
+    if shared > 1:
+        k, v = (t.repeat_interleave(shared, dim=1) for t in (k, v))
+    sizes = [chunk.stop - chunk.start for chunk in chunks]
+    parts = [
+        attend(own, k, v, chunk, window, scaling)
+        for own, chunk in zip(q.split(sizes, dim=2), chunks, strict=True)
+        if own.shape[2]
+    ]
+    o, lse = (torch.cat(found, 2) for found in zip(*parts, strict=True))
+    return o, lse
 
 
 def attend(
@@ -149,28 +172,40 @@ AttentionMaskInterface.register(NAME, _no_mask)
 class ShardedMatrix:
     """The norms of one layer, (1, n, n), as a matrix that `roll_out_rows` takes.
 
-    The rank computes the rows of its own queries. The fields of `local` hold its own tokens.
+    The rank computes the rows of its own queries. The fields of `local` hold its own tokens. The other ranks'
+    keys and Gram matrices begin to come when the object is made.
     """
 
     local: NormMatrix
     shares: Shares
 
     def __post_init__(self):
-        own, shares = self.local.inputs, self.shares
-        self._tensors = {
-            name: (shares.gather if name in ("k", "gram") else shares.place)(t, own.AXES[name])
-            for name, t in own.of_tokens().items()
+        own = self.local.inputs
+        self._given = own.of_tokens()
+        self._gathers = {
+            name: self.shares.gather(self._given[name], own.AXES[name], own.window) for name in ("k", "gram")
         }
         self._settings = dict(scaling=own.scaling, window=own.window, backend=self.local.backend)
+
+    @cached_property
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return the inputs of `pair_norms` of all n tokens, when the ranks have sent theirs."""
+        return {
+            name: self._gathers[name].wait()
+            if name in self._gathers
+            else self.shares.place(t, self.local.inputs.AXES[name])
+            for name, t in self._given.items()
+        }
 
     def rows(self, targets: Tensor) -> Tensor:
         """Return the rows `targets` (1, T) of the matrix, (1, T, n), on every rank."""
         mine = sum(
             ((targets[0] >= chunk.start) & (targets[0] < chunk.stop)).long() for chunk in self.shares.own
         ).bool()
-        out = self.local.inputs.gram.new_zeros(1, targets.shape[1], self.shares.n)
+        # A rank without targets waits too, because its own tokens are on their way to others.
+        tensors, out = self._tensors, self.local.inputs.gram.new_zeros(1, targets.shape[1], self.shares.n)
         if mine.any():
-            out[:, mine] = pair_norms(**self._tensors, **self._settings, rows=targets[:, mine])
+            out[:, mine] = pair_norms(**tensors, **self._settings, rows=targets[:, mine])
         dist.all_reduce(out, group=self.shares.group)
         return out
 
@@ -277,7 +312,7 @@ class ShardedGlobEnc:
         else:
             rows = torch.as_tensor(targets, device=input_ids.device)[None]
         matrices = (ShardedMatrix(self.ops.norm_matrix(layer, stage), shares) for layer in reversed(captured))
-        rolled = roll_out_rows(matrices, rows, layers)
+        rolled = roll_out_rows(one_ahead(matrices), rows, layers)
         return rollout_result("ShardedGlobEnc", self.model, *rolled, layers, captured)
 
     def _shares(self, input_ids: Tensor, targets: Sequence[int] | str | None, stage: str | None) -> Shares:

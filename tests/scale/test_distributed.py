@@ -14,6 +14,7 @@ from published import Float64Throughout
 
 from pyglobenc import GlobEnc
 from pyglobenc.ops.attention import attention
+from pyglobenc.scale import distributed
 from pyglobenc.scale.distributed import ShardedGlobEnc, attend
 from pyglobenc.scale.sequence_shards import Shares
 
@@ -29,6 +30,12 @@ CASES = [
     ("mistral", torch.float64, "N"),
     ("gemma3", torch.float64, None),
     ("modernbert", torch.float64, None),
+    # Windows that see only the token itself; one token more than a chunk of 2 ranks and of 4; exactly a chunk
+    # of 2 ranks; three chunks of 4 ranks; the whole text but for a token.
+    *(("mistral", torch.float64, None, dict(sliding_window=size)) for size in (1, 10, 15, 36)),
+    ("mistral", torch.float32, None, dict(sliding_window=9)),
+    ("gemma3", torch.float64, None, dict(sliding_window=20)),
+    *(("modernbert", torch.float64, None, dict(local_attention=size)) for size in (10, 18, 40)),
 ]
 WORLDS = (2, 4)
 RESULTS = ("scores", "log_scale", "layer_scores", "layer_log_scale")
@@ -41,9 +48,10 @@ def targets_of(dtype):
 
 def call(case):
     """Model and arguments, the same in every process."""
-    name, dtype, stage = case
+    name, dtype, stage, *changes = case
     torch.manual_seed(SEED)
-    model = build(name, dtype, **{"n_positions" if name == "gpt2" else "max_position_embeddings": 64})
+    longer = {"n_positions" if name == "gpt2" else "max_position_embeddings": 64}
+    model = build(name, dtype, **longer, **dict(*changes))
     ids = random_batch(model, 1, N)["input_ids"]
     # RoBERTa's positions pass over the padding id inside a text
     ids[0, [4, 20]] = model.config.pad_token_id
@@ -51,44 +59,71 @@ def call(case):
 
 
 class Counted:
-    """Bytes that one rank receives, by collective, as a ring sends them."""
+    """What one rank receives, and how many gathers are on their way while it computes products.
 
-    def __init__(self, monkeypatch, world):
-        self.calls, self.bytes, others = [], 0.0, (world - 1) / world
-        gather, reduce = dist.all_gather_into_tensor, dist.all_reduce
+    `received` and `reduced` hold the shape of each slice that arrives and of each tensor that is summed up.
+    """
 
-        def counted_gather(out, mine, group=None):
-            self.bytes += out.numel() * out.element_size() * others
-            return gather(out, mine, group=group)
+    def __init__(self, patch):
+        self.received, self.reduced, self.meanwhile, self.bytes, on_the_way = [], [], [], 0, set()
+        exchange, reduce = dist.batch_isend_irecv, dist.all_reduce
+
+        class Waited:
+            def __init__(self, transfer, number):
+                self.transfer, self.number = transfer, number
+
+            def wait(self):
+                on_the_way.discard(self.number)
+                self.transfer.wait()
+
+        def counted_exchange(transfers):
+            slices = [one.tensor for one in transfers if one.op == dist.irecv]
+            self.received += [tuple(t.shape) for t in slices]
+            self.bytes += sum(t.numel() * t.element_size() for t in slices)
+            number = object()
+            on_the_way.add(number)
+            return [Waited(transfer, number) for transfer in exchange(transfers)]
 
         def counted_reduce(t, group=None):
-            self.calls.append(tuple(t.shape))
-            self.bytes += 2 * t.numel() * t.element_size() * others
+            self.reduced.append(tuple(t.shape))
             return reduce(t, group=group)
 
-        monkeypatch.setattr(dist, "all_gather_into_tensor", counted_gather)
-        monkeypatch.setattr(dist, "all_reduce", counted_reduce)
+        def observed(product):
+            def run(*args, **kwargs):
+                self.meanwhile.append((product.__name__, len(on_the_way)))
+                return product(*args, **kwargs)
+
+            return run
+
+        patch.setattr(dist, "batch_isend_irecv", counted_exchange)
+        patch.setattr(dist, "all_reduce", counted_reduce)
+        for product in (distributed.attend, distributed.pair_norms):
+            patch.setattr(distributed, product.__name__, observed(product))
 
 
-def bytes_received(
-    *, n: int, keys: int, heads: int, layers: int, targets: int, world: int, size: int = 4
-) -> dict[str, float]:
-    """Bytes that one rank receives in a call, by collective; ring algorithms are assumed.
+def received_by(model, rank, world):
+    """Return how many bytes a rank must receive in a call, counted one pair of tokens at a time."""
+    size, heads = model.dtype.itemsize, model.config.num_attention_heads
+    keys = D // heads * getattr(model.config, "num_key_value_heads", heads)
+    own = [i for chunk in Shares(N, rank, world).own for i in range(chunk.start, chunk.stop)]
+    total = 0
+    for left, right in windows(model):
+        seen = {j for i in own for j in range(N) if (i - j <= left if j < i else j - i <= right)}
+        # keys and values in the forward pass, keys and G in the rollout; G is float32 at least
+        total += len(seen - set(own)) * (3 * keys * size + heads**2 * max(size, 4))
+    return total
 
-    Args:
-        n, heads, layers, targets, world: tokens, query heads, layers, target rows, ranks.
-        keys: width of a token's keys, all key-value heads together.
-        size: bytes of an activation.
 
-    The Gram matrices and the rows of the rollout are float32 whatever the activations are.
-    """
-    others = (world - 1) / world
-    return {
-        "gather k, v (forward)": others * layers * 2 * n * keys * size,
-        "gather k (rollout)": others * layers * n * keys * size,
-        "gather G (rollout)": others * layers * n * heads**2 * 4,
-        "all-reduce r": 2 * others * layers * targets * n * 4,
-    }
+def windows(model):
+    """Return the window (left, right) of each layer by the model's config, N for an unlimited side."""
+    config, count = model.config, model.config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * count
+    size = getattr(config, "sliding_window", None) or N + 1
+    causal = config.model_type in ("gpt2", "llama", "mistral", "gemma3_text")
+    # ModernBERT's config counts the tokens on one side in sliding_window
+    reach = size if config.model_type == "modernbert" else size - 1
+    limits = [reach if kind == "sliding_attention" else N for kind in kinds]
+    return [(limit, 0 if causal else limit) for limit in limits]
 
 
 def worker(rank, folder):
@@ -105,11 +140,11 @@ def worker(rank, folder):
                 pytest.MonkeyPatch.context() as patch,
                 Float64Throughout() if case[1] == torch.float64 else nullcontext(),
             ):
-                counted = Counted(patch, world)
+                counted = Counted(patch)
                 result = ShardedGlobEnc(model, group=group)(**arguments)
             found = {name: getattr(result, name) for name in RESULTS}
             torch.save(
-                found | {"reduced": counted.calls, "bytes": counted.bytes},
+                found | vars(counted),
                 f"{folder}/{number}-{rank}-{world}.pt",
             )
             assert model.config._attn_implementation == "sdpa"
@@ -139,9 +174,7 @@ def outputs(request, every_output):
     return every_output[request.param]
 
 
-@pytest.mark.parametrize(
-    "number", range(len(CASES)), ids=[f"{name}-{dtype}-{stage}" for name, dtype, stage in CASES]
-)
+@pytest.mark.parametrize("number", range(len(CASES)), ids=["-".join(map(str, case)) for case in CASES])
 def test_ranks_agree_with_one_process(outputs, number):
     model, arguments = call(CASES[number])
     alone = GlobEnc(model)(**arguments)
@@ -168,18 +201,46 @@ def test_ranks_agree_with_one_process(outputs, number):
         ).eps * best.abs().max()
 
 
-def test_communication_is_as_counted(outputs):
-    world, received, targets = len(outputs[0]), outputs[1][0], len(targets_of(CASES[1][1]))
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_each_rank_receives_the_tokens_that_its_queries_see(outputs, number):
+    model, world = call(CASES[number])[0], len(outputs[0])
+    for rank, found in enumerate(outputs[number]):
+        assert found["bytes"] == received_by(model, rank, world)
+
+
+def test_the_ranks_sum_up_one_row_of_each_layer(outputs):
+    targets, shapes = len(targets_of(CASES[1][1])), outputs[1][0]["reduced"]
     # one all-reduce a layer; the rows that enter at each layer, which layers=True asks for, take one more in
     # all but the last
-    shapes = received["reduced"]
     assert shapes[0] == (1, targets, N) and len(shapes) == 2 * DEPTH - 1
     assert all(shape[0] == 1 and shape[2] == N for shape in shapes)
-    even = -(-N // world) * world
-    counted = bytes_received(n=even, keys=D, heads=HEADS, layers=DEPTH, targets=targets, world=world)
-    rows = sum(shape[1] for shape in shapes)
-    expected = sum(counted.values()) + counted["all-reduce r"] * (rows * N / (DEPTH * targets * even) - 1)
-    assert received["bytes"] == pytest.approx(expected)
+
+
+def test_gathers_run_while_products_are_computed(outputs):
+    """Only the last heads of a layer, and the lowest layer of the rollout, have nothing to wait for."""
+    for rank in outputs[0]:
+        attended = [count for name, count in rank["meanwhile"] if name == "attend"]
+        # keys and values of the next heads; each chunk of queries takes one call
+        assert attended == ([2] * 2 * (HEADS - 1) + [0] * 2) * DEPTH
+        norms = [count for name, count in rank["meanwhile"] if name == "pair_norms"]
+        # keys and Gram matrices of the next layer
+        assert set(norms) == {0, 2} and norms == sorted(norms, reverse=True)
+        assert norms.count(0) in (2, 3), "two chunks, and the targets' rows where the rank holds one"
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (0, 0), (3, 0), (3, 3), (9, 2), (2, 9), (40, 0)])
+@pytest.mark.parametrize("n, world", [(5, 4), (8, 4), (37, 2), (37, 3), (50, 1)])
+def test_tokens_that_a_rank_wants_of_another(n, world, window):
+    left, right = (n if side < 0 else side for side in window)
+    shares = Shares(n, 0, world)
+    tokens = [
+        [i for chunk in shares.chunks(rank) for i in range(chunk.start, chunk.stop)] for rank in range(world)
+    ]
+    for owner in range(world):
+        for reader in range(world):
+            seen = [j for j in tokens[owner] if any(i - left <= j <= i + right for i in tokens[reader])]
+            pieces = shares.wanted(owner, reader, window)
+            assert [j for piece in pieces for j in range(piece.start, piece.stop)] == seen
 
 
 @pytest.mark.parametrize("n, world", [(5, 4), (8, 4), (4, 4), (1, 1), (37, 2), (1000, 4)])

@@ -46,6 +46,8 @@ def roll_out_rows(
             rows, scale = _first_rows(matrix, targets, cu_seqlens)
             r = rows if r is None else torch.cat([rows, r], dim=1)
             log_scale = scale if log_scale is None else torch.cat([scale, log_scale], dim=1)
+        # A generator would otherwise make the next layer's tensors beside those of this one.
+        del matrix
     return r.unflatten(1, (-1, count)), log_scale.unflatten(1, (-1, count))
 
 
