@@ -29,6 +29,7 @@ RANKS = {
     "evaluate": 8,
     "scale": 7,
     "demo": 9,
+    "integrations": 9,
     "cli": 10,
     "memory": 8,
     "windows": 8,

@@ -101,7 +101,7 @@ def explain_generation(
     runner = Runner(model, tokenizer, options)
     if runner.source:
         return explain_target(runner, prompt, answer, count)
-    _check_language_model(runner)
+    check_language_model(runner)
     limit = longest(runner.model, tokenizer, max_length)
     encoded = _encode(tokenizer, prompt, limit)
     n = len(encoded.tokens)
@@ -157,7 +157,7 @@ def explain_target(
     return _result(runner, whole, len(prompt.tokens), rows, GREEDY if answer is None else GIVEN)
 
 
-def _check_language_model(runner: Runner) -> None:
+def check_language_model(runner: Runner) -> None:
     """Refuse a model that generates no text."""
     name = type(runner.called).__name__
     if not (runner.called is runner.model and is_decoder(runner.model) and name.endswith(LANGUAGE_HEADS)):
