@@ -1,13 +1,12 @@
 """Options of every benchmark, and the CSV that a run leaves: `pytest benchmarks/bench_x.py --csv x` writes
-results/x.csv.
+results/x.csv, which keeps the rows of other devices.
 """
 
-import csv
 from pathlib import Path
 
 import pytest
 import torch
-from measure import DEVICE
+from measure import DEVICE, merge
 
 from pyglobenc.backends.measurements import device_name
 
@@ -18,7 +17,7 @@ QUICK_TOKENS, QUICK_DTYPES = 1024, ("float32", "bfloat16")
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--csv", metavar="NAME", help="write medians and quartiles to benchmarks/results/NAME.csv"
+        "--csv", metavar="NAME", help="write medians and quartiles to benchmarks/results/NAME.csv, or a path"
     )
     parser.addoption("--threads", type=int, default=2, help="torch threads (default 2)")
     parser.addoption(
@@ -48,23 +47,18 @@ def surroundings(request):
     torch.manual_seed(0)
     # a suite for one device alone says which
     KINDS[request.node.nodeid] = getattr(request.module, "DEVICE", DEVICE).type
+    yield
+    # after each benchmark, so that a run that is cut off leaves what it measured
+    write_rows(request.config)
 
 
-def pytest_sessionfinish(session):
-    name = session.config.getoption("--csv")
-    benchmarks = getattr(session.config, "_benchmarksession", None)
-    if not name or benchmarks is None or not benchmarks.benchmarks:
-        return
-    rows = [
-        row_of(b, session.config.getoption("--threads")) for b in benchmarks.benchmarks if not b.has_error
-    ]
-    RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / f"{name}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(
-            file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n"
-        )
-        writer.writeheader()
-        writer.writerows(rows)
+def write_rows(config):
+    name, session = config.getoption("--csv"), getattr(config, "_benchmarksession", None)
+    measured = [one for one in session.benchmarks if not one.has_error] if name and session else []
+    if measured:
+        threads = config.getoption("--threads")
+        parameters = {key for one in measured for key in one.params or {}}
+        merge(RESULTS / f"{name}.csv", [row_of(one, threads) for one in measured], parameters)
 
 
 def row_of(benchmark, threads: int) -> dict:

@@ -1,11 +1,13 @@
 """Measurements beside pytest-benchmark's own: ratios of two calls in turn, peak memory in a process of its
-own.
+own. Tables that keep the rows of other devices.
 """
 
+import csv
+import io
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 
 from pyglobenc.bench.costs import synchronize
+from pyglobenc.common.files import write_file
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -28,6 +31,29 @@ def finished(call: Callable[[], Any]) -> Callable[[], Any]:
     return run
 
 
+def paired_times(
+    call: Callable[[], object],
+    baseline: Callable[[], object],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[tuple[float, float]]:
+    """Run baseline and call in turn, and return the seconds of both for each round."""
+    taken = []
+    for _ in range(rounds):
+        start = clock()
+        baseline()
+        middle = clock()
+        call()
+        taken.append((middle - start, clock() - middle))
+    return taken
+
+
+def spread(numbers: list[float]) -> tuple[float, float, float]:
+    """Return the median and the quartiles of one number or more."""
+    low, _, high = quantiles(numbers, n=4) if len(numbers) > 1 else numbers * 3
+    return median(numbers), low, high
+
+
 def paired_ratio(
     call: Callable[[], object],
     baseline: Callable[[], object],
@@ -40,15 +66,13 @@ def paired_ratio(
     The speed of a shared machine drifts: a ratio of neighbours in time keeps its meaning, a ratio of two
     medians doesn't.
     """
-    ratios = []
-    for _ in range(rounds):
-        start = clock()
-        baseline()
-        middle = clock()
-        call()
-        ratios.append((clock() - middle) / (middle - start))
-    low, _, high = quantiles(ratios, n=4) if rounds > 1 else ratios * 3
-    return {"ratio": f"{median(ratios):.3f}", "ratio_q1": f"{low:.3f}", "ratio_q3": f"{high:.3f}"}
+    return ratio_of(paired_times(call, baseline, rounds, clock))
+
+
+def ratio_of(taken: list[tuple[float, float]]) -> dict[str, str]:
+    """Return the quartiles of the ratios of `paired_times`."""
+    middle, low, high = spread([ours / plain for plain, ours in taken])
+    return {"ratio": f"{middle:.3f}", "ratio_q1": f"{low:.3f}", "ratio_q3": f"{high:.3f}"}
 
 
 def peak_memory_mb(script: Path, *args: str) -> float:
@@ -72,3 +96,22 @@ def resident_mb() -> float:
     parent's.
     """
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+
+
+def merge(path: Path, rows: list[dict], parameters: Iterable[str]) -> None:
+    """Write rows to a CSV, in the place of those of the same benchmark, parameters, threads and device."""
+    names = ("benchmark", *parameters, "threads", "device")
+
+    def key(row):
+        return tuple("" if row.get(name) is None else str(row[name]) for name in names)
+
+    kept = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))) if path.exists() else []
+    new = {key(row) for row in rows}
+    rows = [row for row in kept if key(row) not in new] + rows
+    text = io.StringIO()
+    writer = csv.DictWriter(
+        text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n"
+    )
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(path, text.getvalue().encode())

@@ -75,17 +75,21 @@ def run(options: argparse.Namespace) -> int:
         for backend in backends_of(op)
         if backend != "triton" or not INTERPRETED
     ]
+    measured: list[tuple[dict[str, Any], Any]] = []
     with tqdm(jobs, desc="bench", unit="op", disable=options.quiet) as bar:
-        measured = [
-            found for op, backend in bar for found in measure(op, backend, options.n, options.seconds, device)
-        ]
+        for op, backend in bar:
+            measured += measure(op, backend, options.n, options.seconds, device)
+            # A run that is cut off leaves what it has measured.
+            rows = [row | _share(row, cost, ceilings, device.type) for row, cost in measured]
+            _write_csv(options, rows)
     # The speed of a machine drifts, so the best rates are measured before and after the ops.
     ceilings = ceilings.best(measure_ceilings(device, torch.float32, options.seconds))
     rows = [row | _share(row, cost, ceilings, device.type) for row, cost in measured]
     if not rows:
         raise ValueError("bench: no backend of these ops runs here; `pyglobenc doctor` prints the reasons")
     _show(rows, ceilings)
-    _write(options, rows)
+    _write_csv(options, rows)
+    _write_png(options, rows)
     if options.save:
         _save(rows, device.type)
     return 0
@@ -179,10 +183,10 @@ def _show(rows: list[dict[str, Any]], ceilings: Any) -> None:
     Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 110).print(table)
 
 
-def _write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+def _write_csv(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     from pyglobenc.common.files import write_file
 
-    if options.csv:
+    if options.csv and rows:
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -191,6 +195,11 @@ def _write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             for row in rows
         )
         write_file(options.csv, text.getvalue().encode())
+
+
+def _write_png(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    from pyglobenc.common.files import write_file
+
     if options.png:
         from pyglobenc.bench.roofline import roofline
 

@@ -25,6 +25,8 @@ ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "build" / "kernel_resources.csv"
 AMD = "gfx942"
 CAPABILITIES = (80, 90, 100, AMD)
+if "PYGLOBENC_CUDA_ARCHS" in os.environ:
+    CAPABILITIES = tuple(map(int, os.environ["PYGLOBENC_CUDA_ARCHS"].split(",")))
 LIMITS = SHARED_LIMITS | {AMD: SMALLEST_LIMIT}
 
 # BERT-base, Llama-like, and the ends of what is taken: heads, key-value heads, head size, dtype, rows
@@ -95,17 +97,18 @@ def cases() -> list[dict]:
 
 @pytest.fixture(scope="module")
 def resources():
-    """Rows of the table, compiled in two processes that don't interpret Triton."""
+    """Rows of the table, compiled in processes that don't interpret Triton."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
         "OMP_NUM_THREADS": "1"
     }
     command = [sys.executable, Path(__file__).parents[1] / "support" / "kernel_resources.py"]
     todo = cases()
-    halves = [todo[::2], todo[1::2]]
+    count = min(os.cpu_count() or 1, 8)
+    shares = [todo[start::count] for start in range(count)]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    running = [subprocess.Popen(command, env=env, **pipes) for _ in halves]
-    for process, half in zip(running, halves, strict=True):
-        process.stdin.write("".join(json.dumps(case) + "\n" for case in half))
+    running = [subprocess.Popen(command, env=env, **pipes) for _ in shares]
+    for process, share in zip(running, shares, strict=True):
+        process.stdin.write("".join(json.dumps(case) + "\n" for case in share))
         process.stdin.close()
         process.stdin = None
     rows = []
