@@ -43,9 +43,9 @@ def model_of(dtype):
 def build(model, method, backend, batch, n, dtype=None):
     """A call without arguments that returns what was computed."""
     inputs = {
-        "input_ids": torch.randint(
-            100, model.config.vocab_size, (batch, n), generator=torch.Generator().manual_seed(0)
-        ).to(DEVICE)
+        "input_ids": torch.randint(1000, 30000, (batch, n), generator=torch.Generator().manual_seed(0)).to(
+            DEVICE
+        )
     }
     if method == FORWARD:
         return finished(torch.no_grad()(lambda: model(**inputs)))
