@@ -20,7 +20,7 @@ import torch
 from measure import DEVICE, finished, paired_ratio
 from transformers import BertConfig, BertForSequenceClassification
 
-from pyglobenc import GlobEnc, TransformerAttribution
+from pyglobenc import GlobEnc, GradientRollout, TransformerAttribution
 from pyglobenc.backends.measurements import device_name
 from pyglobenc.bench.example_inputs import tensors
 from pyglobenc.bench.op_table import OP_TABLE
@@ -44,9 +44,10 @@ def cases(n: int, layers: int) -> Iterator[tuple[str, Callable[[], object], Call
     def forward() -> object:
         return model(**batch)
 
-    globenc, relevance = GlobEnc(model), TransformerAttribution(model)
+    globenc, relevance, gradients = GlobEnc(model), TransformerAttribution(model), GradientRollout(model)
     yield "globenc", lambda: globenc(**batch), forward
     yield "transformer_attribution", lambda: relevance(**batch, reliability="off"), forward
+    yield "gradient_rollout", lambda: gradients(**batch), forward
     for op in OPS:
         function, args = (
             getattr(import_module(f"pyglobenc.ops.{op}"), op),

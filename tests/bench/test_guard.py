@@ -47,5 +47,6 @@ def test_machines_are_compared_with_their_own_kind(run, capsys):
 
 def test_every_case_runs():
     measured = guard.measure(lengths=(8,), layers=1, rounds=2)
-    assert [row["case"] for row in measured] == ["globenc", "transformer_attribution", *guard.OPS]
+    methods = ["globenc", "transformer_attribution", "gradient_rollout"]
+    assert [row["case"] for row in measured] == [*methods, *guard.OPS]
     assert all(float(row["ratio"]) > 0 for row in measured)
