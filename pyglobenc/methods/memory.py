@@ -210,10 +210,10 @@ def _gradients(s: "_Sizes", method: str, weights: int, batch: int, n: int, eleme
     tokens, rest = batch * n, 4 * s.d
     if method in RULES:
         # A layer keeps no input for the gradients of its weights. Attention keeps q, k, v, o and lse, and the
-        # activation the slope of its secant. A tempered softmax has a second output. Constant
-        # probabilities need neither v nor o, except in half precision.
+        # activation the slope of its secant. Constant probabilities need neither v nor o, except in half
+        # precision, where a tempered softmax has a second output.
         rules = RULES[method]
-        second = s.queries + s.heads if rules.temperature != 1 else 0
+        second = s.queries + s.heads if rules.temperature != 1 and element < FLOAT32 else 0
         kept = (1 if not rules.probabilities and element >= FLOAT32 else 2) * (s.queries + s.keys)
         graph = s.layers * (kept + s.mlp + s.heads + second)
         rest = max(2 * s.mlp + 3 * s.d, 7 * s.d)

@@ -16,6 +16,7 @@ from torch import nn
 
 import pyglobenc
 from pyglobenc.hf import find_layers
+from pyglobenc.methods.gradients import ruled_attention
 from pyglobenc.methods.gradients.attribution import GradientAttribution
 from pyglobenc.methods.gradients.backward_rules import RULES
 
@@ -353,6 +354,16 @@ def test_no_array_is_quadratic(name, method):
     # The largest arrays are the logits (n, 97), the MLP's (n, 192), or a tile of queries with all keys.
     heads = model.config.num_attention_heads
     assert used.largest <= 4 * max(192 * n, heads * tile * n if name == "gemma2" else 0)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "bert-classifier"])
+def test_a_tempered_softmax_in_blocks_is_that_of_two_attentions(name, monkeypatch):
+    model = build(name, max_position_embeddings=150)
+    batch = random_batch(model, batch=2, n=140, pads=[0, 9], side="left")
+    found = GradientAttribution(model, "gim")(**batch, target=1)
+    # A GPU computes it with torch's kernels.
+    monkeypatch.setattr(ruled_attention, "_by_blocks", lambda q, mod: False)
+    assert_equal(found.scores, GradientAttribution(model, "gim")(**batch, target=1).scores, 1e-9)
 
 
 def test_threads_run_methods_of_one_model_at_the_same_time():
