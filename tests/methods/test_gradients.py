@@ -308,6 +308,35 @@ def test_explain_names_the_next_token_of_a_language_model():
         pyglobenc.explain(model, tokenizer(), "a", "gradient-x-input", target=97)
 
 
+@pytest.mark.parametrize("method", ["gradient-x-input", "attnlrp"])
+def test_elements_are_the_products_that_a_tokens_score_adds_up(method):
+    model = build("llama")
+    batch = random_batch(model, 2, 9, [0, 3])
+    attribute = GradientAttribution(model, method)
+    for given in (
+        dict(target=7),
+        dict(target=torch.tensor([[7, 8], [7, 8]]), position=torch.tensor([[3, 4]] * 2)),
+    ):
+        scores = attribute(**batch, **given).scores
+        found = attribute(**batch, **given, elements=True).scores
+        assert found.shape == (*scores.shape, model.config.hidden_size)
+        assert (found.sum(-1) - scores).abs().max() <= 1e-12 * scores.abs().max()
+        assert not found.movedim(-2, 1)[batch["attention_mask"] == 0].any()
+    if method == "gradient-x-input":
+        _, _, h, grad = direct(model, {name: t[:1] for name, t in batch.items()}, target=7)
+        found = attribute(**batch, target=7, elements=True).scores[0]
+        assert (found - h * grad).abs().max() <= 1e-10 * (h * grad).abs().max()
+
+
+def test_elements_belong_to_products_of_texts():
+    with pytest.raises(ValueError, match="elements belong to texts, .*got saliency$"):
+        GradientAttribution(classifier(), "saliency")(input_ids=torch.tensor([[2, 9, 3]]), elements=True)
+    with pytest.raises(ValueError, match="got attnlrp of images"):
+        GradientAttribution(build("vit"), "attnlrp")(
+            pixel_values=torch.zeros(1, 3, 12, 12, dtype=torch.float64), elements=True
+        )
+
+
 def test_equals_captum():
     captum = pytest.importorskip("captum.attr", reason="captum isn't installed")
     model = build("bert-classifier")

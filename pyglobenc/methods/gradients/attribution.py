@@ -48,8 +48,8 @@ STEPS = (32, 128)
 
 # The scores (B, n) by the first layer's input and its gradient, (B, n, d).
 REDUCTIONS = {
-    "gradient-x-input": lambda x, grad: (wide(x) * wide(grad)).sum(-1),
-    "gradient-x-input-norm": lambda x, grad: (wide(x) * wide(grad)).norm(dim=-1),
+    "gradient-x-input": lambda x, grad: _products(x, grad).sum(-1),
+    "gradient-x-input-norm": lambda x, grad: _products(x, grad).norm(dim=-1),
     "saliency": lambda x, grad: wide(grad).norm(dim=-1),
 }
 
@@ -115,6 +115,7 @@ class GradientAttribution:
         position: Index = None,
         replacement: int | None = None,
         special_tokens_mask: Tensor | None = None,
+        elements: bool = False,
         **batch: Any,
     ) -> GradientResult:
         """Attribute one logit of each example to its tokens or patches.
@@ -145,12 +146,14 @@ class GradientAttribution:
                 the padding id of the model's config.
             special_tokens_mask: (B, n), as a tokenizer returns it: 1 at special tokens, which are not
                 replaced. None replaces all tokens.
+            elements: keep the products of gradient and input apart, where a method adds them up for a token's
+                score: gradient-x-input and the methods in RULES, of texts.
             batch: the model's inputs, as its tokenizer or image processor returns them: input_ids and
                 attention_mask (B, n), or pixel_values (B, channels, height, width).
 
         Returns:
-            GradientResult with scores (B, n), or (B, T, n) for T logits. Each example gets the scores that it
-            would get alone, without padding.
+            GradientResult with scores (B, n), or (B, T, n) for T logits; with `elements` (B, n, d) or
+            (B, T, n, d). Each example gets the scores that it would get alone, without padding.
 
         Raises:
             TypeError, ValueError: an index is out of range; the model can't take the input, or has no head
@@ -159,13 +162,23 @@ class GradientAttribution:
         """
         batch = model_inputs(WHO, self.model, batch, GradientAttribution.__call__)
         check_batch(WHO, self.model, batch)
+        if elements and (self.images or self.method not in ("gradient-x-input", *RULES)):
+            raise ValueError(
+                f"{WHO}: elements belong to texts, and to gradient-x-input, {', '.join(RULES)}; got "
+                f"{self.method}{' of images' * self.images}"
+            )
         explained = dict(target=target, contrast=contrast, position=position)
         with torch.inference_mode(False), torch.no_grad():
             explained = tuple(graph_inputs(explained).values())
-            return self._attribute(graph_inputs(batch), explained, replacement, special_tokens_mask)
+            return self._attribute(graph_inputs(batch), explained, replacement, special_tokens_mask, elements)
 
     def _attribute(
-        self, batch: Mapping[str, Any], explained: tuple, replacement: int | None, special: Tensor | None
+        self,
+        batch: Mapping[str, Any],
+        explained: tuple,
+        replacement: int | None,
+        special: Tensor | None,
+        elements: bool,
     ) -> GradientResult:
         """Return the result for a checked batch; the arguments are those of the call."""
         if self.method == "integrated-gradients":
@@ -175,13 +188,17 @@ class GradientAttribution:
             scores = self._occluded(batch, found, replacement, special)
         else:
             reduction = REDUCTIONS["gradient-x-input" if self.method in RULES else self.method]
+            if elements:
+                reduction = _products
             found, error = self.first_layer.run(batch, explained, reduction=reduction), None
             scores = found.scores
         mask = key_mask(batch)
         if mask is not None:
             mask = mask.to(scores.device)
-            scores = scores.masked_fill(~(mask if scores.dim() == 2 else mask[:, None]), 0)
-        scores = scores[..., self._prefix(batch, found.x) :]
+            mask = mask if found.target.logit.dim() == 1 else mask[:, None]
+            scores = scores.masked_fill(~(mask[..., None] if elements else mask), 0)
+        if not elements:
+            scores = scores[..., self._prefix(batch, found.x) :]
         require_finite(WHO, self.model, (scores, found.target.logit))
         if error is not None:
             _warn_of_steps(error)
@@ -333,6 +350,10 @@ def _warn_of_steps(error: Tensor) -> None:
 def wide(t: Tensor) -> Tensor:
     """Return a tensor in float32 at least."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _products(x: Tensor, grad: Tensor) -> Tensor:
+    return wide(x) * wide(grad)
 
 
 def _take(batch: Mapping[str, Any], rows: Tensor, size: int) -> dict[str, Any]:
