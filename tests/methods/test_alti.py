@@ -121,8 +121,9 @@ def test_the_command_line(tmp_path):
     torch.testing.assert_close(torch.as_tensor(pyglobenc.load(out).scores), exact)
 
 
-def test_no_array_is_quadratic():
-    n, d = 2048, 48
+@pytest.mark.parametrize("n", [2048, pytest.param(8192, marks=pytest.mark.slow)])
+def test_no_array_is_quadratic(n):
+    d = 48
     model = build("llama", torch.float32, num_hidden_layers=2, max_position_embeddings=n)
     batch = random_batch(model, batch=1, n=n)
     alti = Rollout(model, "alti")

@@ -6,9 +6,19 @@ from allocations import measure_allocations
 from models import build, random_batch
 
 from pyglobenc import GlobEnc, Rollout
+from pyglobenc.methods.registry import METHODS
 
 D, HEADS, DEPTH, N = 48, 4, 3, 800
 FLOAT = 4
+# The flow is searched in stored maps, and occlusion takes as many forward passes as there are tokens.
+LEFT_OUT = ("attention-flow", "occlusion")
+DECODERS = [
+    name
+    for name, method in METHODS.items()
+    if name not in LEFT_OUT
+    and "post-norm" not in method.models
+    and (method.next_token or method.target == "token")
+]
 
 
 def used(run, n, pads=None, **call):
@@ -52,3 +62,17 @@ def test_full_mode_never_forms_vectors():
     # the stack of the layers' maps
     assert allocated.largest <= DEPTH * 200 * 200 * FLOAT
     assert allocated.largest < 200 * 200 * D * FLOAT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DECODERS)
+def test_no_method_stores_pairs_of_8192_tokens(name, monkeypatch):
+    n, method = 8192, METHODS[name]
+    # Of integrated gradients, each step is a pass of its own.
+    monkeypatch.setattr("pyglobenc.methods.gradients.attribution.STEPS", (2,))
+    model = build("llama", torch.float32, num_hidden_layers=2, max_position_embeddings=n)
+    run, batch = method.run("test", model, "auto", None), random_batch(model, batch=1, n=n)
+    extra = dict(replacement=4) if method.replaces_tokens else {}
+    found = measure_allocations(lambda: run({**batch, **extra}, None))
+    # A mask of one byte for each pair would be larger.
+    assert found.largest < n * n
