@@ -24,7 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
@@ -41,13 +41,14 @@ name, capability = (torch.cuda.get_device_name(), torch.cuda.get_device_capabili
 arch = "".join(map(str, capability))
 print(json.dumps(dict(device=name, arch=arch, torch=torch.__version__, triton=triton.__version__)))
 """
+TEST = f"{PYTHON} -m pytest -q -p no:cacheprovider"
 # What is kept of a step's output: pytest's counts, and of a failed step the failed tests or the last lines.
 COUNTS = re.compile(r"^.*\d (?:passed|failed|skipped|errors?)\b.*$", re.MULTILINE)
 FAILED = re.compile(r"^(?:FAILED|ERROR) .*$", re.MULTILINE)
 TAIL = 1500
 # Ops whose inputs may have a model's half precision.
 HALF = ("rollout_step", "pair_norms", "head_gram", "head_norms", "mapped_square", "proximity")
-EMPTY = "-k 'empty or finite'"
+FIRST, KERNELS = "tests/backends/test_first_launch.py", "tests/backends/test_kernels_{}.py".format
 NOT_SLOW = "-m 'not slow' -k 'corpus and mapped_square'"
 
 
@@ -59,6 +60,7 @@ class Step:
         name: what `--again` selects by.
         limit: seconds after which the command is killed.
         command: the command.
+        few: words that a dry run adds to choose small cases. They overrule those before them.
         env: further variables of its environment.
         missing: why the step can't run on this machine; "" if it can.
     """
@@ -66,6 +68,7 @@ class Step:
     name: str
     limit: float
     command: str
+    few: str = ""
     env: dict[str, str] = field(default_factory=dict)
     missing: str = ""
 
@@ -76,81 +79,102 @@ def plan(arch: str, folder: Path, dry: bool) -> list[Step]:
     Args:
         arch: compute capability, such as "90".
         folder: folder of the results.
-        dry: a few small cases, which run on a CPU. Words that follow others overrule them.
+        dry: a few small cases, which run on a CPU.
     """
-
-    def few(words: str) -> str:
-        return f" {words}" if dry else ""
-
-    test = f"{PYTHON} -m pytest -q -p no:cacheprovider"
     parallel = f" -n {min(8, os.cpu_count() or 1)}" if find_spec("xdist") and not dry else ""
-    kernels, first = "tests/backends/test_kernels_{}.py".format, "tests/backends/test_first_launch.py"
-    build = {"PYGLOBENC_CUDA_ARCHS": arch}
-    out: list[Step] = []
+    steps = [*builds(arch, folder, dry), *tests(parallel), *sanitizers(dry), *times(folder)]
+    compiled = f"{TEST} {KERNELS('compile')} tests/cuda/test_compile.py -m slow"
+    # The last one takes minutes, and is about registers and shared memory alone.
+    steps.append(Step("tests: compiled", 300, compiled, NOT_SLOW, {"PYGLOBENC_CUDA_ARCHS": arch}))
+    return [replace(step, command=f"{step.command} {step.few}".strip()) for step in steps] if dry else steps
+
+
+def builds(arch: str, folder: Path, dry: bool) -> list[Step]:
+    """Return the steps that install what is not installed, and build the modules where sources changed."""
+    out, env = [], {"PYGLOBENC_CUDA_ARCHS": arch}
     if not (find_spec("pyglobenc") and find_spec("pyglobenc.kernels")):
         install = f"{PYTHON} -m pip install --no-build-isolation --no-deps -e ."
-        out.append(Step("install", 120, install, {"PYGLOBENC_NO_EXTENSIONS": "1"}))
+        out.append(Step("install", 120, install, env={"PYGLOBENC_NO_EXTENSIONS": "1"}))
     target, options = ROOT, "--inplace"
     if dry:
         # These are put beside the modules that are in use.
-        target, build = folder / "lib", build | {"PYGLOBENC_SETS": "portable"}
+        target, env = folder / "lib", env | {"PYGLOBENC_SETS": "portable"}
         options = f"--build-lib {quote(str(target))} --build-temp {quote(str(folder / 'temp'))}"
     loads = f"import sys; sys.path.insert(0, {str(target / 'pyglobenc')!r}); import _cuda"
-    out += [
-        Step("build", 300, f"{PYTHON} setup.py -q build_ext {options} && {PYTHON} -c {quote(loads)}", build),
-        Step("first: ops", 90, f"{test} {first}{parallel}{few('-k mapped_square')}"),
-        Step("first: methods", 60, f"{test} {kernels('gpu')} -k of_a_model"),
-        Step("methods", 150, f"{test} tests/methods/test_on_gpu.py{parallel}{few('-k bert-globenc')}"),
+    command = f"{PYTHON} setup.py -q build_ext {options} && {PYTHON} -c {quote(loads)}"
+    return [*out, Step("build", 600 if dry else 300, command, env=env)]
+
+
+def tests(parallel: str) -> list[Step]:
+    """Return the steps that compare ops and methods with the reference."""
+    out = [
+        Step("first: ops", 90, f"{TEST} {FIRST}{parallel}", "-k mapped_square"),
+        Step("first: methods", 60, f"{TEST} {KERNELS('gpu')} -k of_a_model"),
+        Step("methods", 150, f"{TEST} tests/methods/test_on_gpu.py{parallel}", "-k bert-globenc"),
     ]
     for name in ("pairs", "relevance", "rules", "values", "product", "nan"):
-        command = f"{test} {kernels(name)}{parallel}{few(EMPTY)}"
-        out.append(Step(f"tests: triton {name}", 90, command))
+        few = "-k 'test_empty or mapped_square'"
+        out.append(Step(f"tests: triton {name}", 90, f"{TEST} {KERNELS(name)}{parallel}", few))
     # The file left out counts the launches of emulated kernels.
     cuda = "tests/cuda --ignore tests/cuda/test_launches.py -m 'not gpu and not slow'"
-    large = f"{kernels('gpu')} tests/cuda tests/ops/test_attention.py"
-    compiled = f"{kernels('compile')} tests/cuda/test_compile.py -m slow"
-    out += [
-        Step("tests: cuda", 180, f"{test} {cuda}{few('-k reasons')}"),
-        Step("tests: large", 180, f"{test} {large} -m gpu"),
-    ]
-    sanitizer = shutil.which("compute-sanitizer")
+    large = f"{KERNELS('gpu')} tests/cuda tests/ops/test_attention.py -m gpu"
+    out.append(Step("tests: cuda", 180, f"{TEST} {cuda}", "-k reasons"))
+    out.append(Step("tests: large", 180, f"{TEST} {large}"))
+    return out
+
+
+def sanitizers(dry: bool) -> list[Step]:
+    """Return the steps under compute-sanitizer; a dry run takes none."""
+    found, out = shutil.which("compute-sanitizer"), []
     checked = [
-        (f"{tool} {backend}", f"{test} {first} -k {backend}{few('-k mapped_square')}")
+        (f"{tool} {backend}", f"{TEST} {FIRST} -k {backend}", "-k mapped_square")
         for tool in ("memcheck", "racecheck")
         for backend in ("cuda", "triton")
     ]
     # The tests fill new memory with NaN, so initcheck would miss what is never written. The doctor doesn't.
-    checked.append(("initcheck", f"{PYTHON} -m pyglobenc doctor"))
-    for name, command in checked:
+    checked.append(("initcheck", f"{PYTHON} -m pyglobenc doctor", ""))
+    for name, command, few in checked:
         if not dry:
-            command = f"{sanitizer} --tool {name.split()[0]} --error-exitcode 1 {command}"
-        why = "" if sanitizer or dry else "compute-sanitizer is not on PATH"
-        out.append(Step(f"sanitizer: {name}", 90, command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, why))
+            command = f"{found} --tool {name.split()[0]} --error-exitcode 1 {command}"
+        why = "" if found or dry else "compute-sanitizer is not on PATH"
+        out.append(Step(f"sanitizer: {name}", 90, command, few, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, why))
+    return out
 
-    def timed(name: str, limit: float, suites: str, chosen: str = "", dry_chosen: str = "") -> Step:
-        path = quote(str(folder / f"gpu_{name.split()[0]}"))
-        words = "".join(f" -k {quote(one)}" for one in (chosen, dry_chosen * dry) if one)
-        return Step(f"times: {name}", limit, f"{test} {suites} --csv {path}{words}")
 
-    table = quote(str(folder / "gpu_machine.csv"))
-    bench = f"{PYTHON} -m pyglobenc bench --save --quiet --n 4096 --csv {table}"
-    out += [
-        timed("ceilings", 60, "benchmarks/bench_ceilings.py", dry_chosen="float32"),
-        Step("times: ops", 180, bench + few("--n 8 --seconds 0.01 --op mapped_square")),
-    ]
-    lengths = "benchmarks/bench_lengths.py"
-    for dtype in ("bfloat16", "float32", "float16"):
-        for shape in ("bert", "llama"):
-            name, chosen = f"lengths {shape} {dtype}", f"{shape} and {dtype}"
-            out.append(timed(name, 180, lengths, chosen, f"bert and 128 and globenc and {dtype}"))
-    suites = " ".join(f"benchmarks/bench_{op}.py" for op in HALF)
-    slow = "not compile and not materialised and (512 or 4096)"
-    methods = "benchmarks/bench_methods.py --quick"
-    return out + [
-        timed("dtypes", 240, suites, slow, "mapped_square and 128-float32-1-cpu"),
-        timed("host", 60, "benchmarks/bench_host.py", "", "globenc"),
-        timed("methods", 240, methods, "", "forward and 128 and float32 and 1-"),
-        Step("tests: compiled", 300, f"{test} {compiled}{few(NOT_SLOW)}", build),
+def times(folder: Path) -> list[Step]:
+    """Return the steps that measure speed, each with a table in the folder."""
+
+    def suite(name: str, limit: float, files: str, few: str, chosen: str = "") -> Step:
+        words = f" -k {quote(chosen)}" if chosen else ""
+        command = f"{TEST} {files} --csv {quote(str(folder / f'gpu_{name.split()[0]}'))}{words}"
+        return Step(f"times: {name}", limit, command, f"-k {quote(few)}")
+
+    machine = quote(str(folder / "gpu_machine.csv"))
+    bench = f"{PYTHON} -m pyglobenc bench --save --quiet --n 4096 --csv {machine}"
+    halves = " ".join(f"benchmarks/bench_{op}.py" for op in HALF)
+    return [
+        suite("ceilings", 60, "benchmarks/bench_ceilings.py", "float32"),
+        Step("times: ops", 180, bench, "--n 8 --seconds 0.01 --op mapped_square"),
+        *(
+            suite(
+                f"lengths {shape} {dtype.split()[0]}",
+                180,
+                "benchmarks/bench_lengths.py",
+                f"bert and 128 and globenc and {dtype}",
+                f"{shape} and {dtype}",
+            )
+            for dtype in ("bfloat16", "float32", "float16 and not bfloat16")
+            for shape in ("bert", "llama")
+        ),
+        suite(
+            "dtypes",
+            240,
+            halves,
+            "mapped_square and 128-float32-1-cpu",
+            "not compile and not materialised and (512 or 4096)",
+        ),
+        suite("host", 60, "benchmarks/bench_host.py", "globenc"),
+        suite("methods", 240, "benchmarks/bench_methods.py --quick", "forward and 128-float32-1-"),
     ]
 
 

@@ -51,7 +51,7 @@ def test_each_step_is_recorded_and_the_next_follows(tmp_path):
         Step("crash", 60, "kill -SEGV $$"),
         Step("hang", 0.3, "sleep 1000 & sleep 1000"),
         Step("absent", 60, "exit 1", missing="there is no such tool"),
-        Step("variable", 60, 'test "$A$B" = 12', {"B": "2"}),
+        Step("variable", 60, 'test "$A$B" = 12', env={"B": "2"}),
     ]
     gpu_proof.go(steps, path, 600, FACTS, {"A": "1"})
     found = gpu_proof.done(path, FACTS)
