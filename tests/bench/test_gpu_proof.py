@@ -187,3 +187,18 @@ def test_table(tmp_path, capsys):
     printed = re.sub(" +", " ", capsys.readouterr().out)
     assert "bert float32 globenc 512: 1.400, 2048: out of memory\n" in printed
     assert "head_gram 70% (triton)" in printed and "x failed: why" in printed
+
+
+@pytest.mark.slow
+def test_dry_run(tmp_path, monkeypatch):
+    """Every step but the build, whose sources other tests compile."""
+    monkeypatch.setattr(gpu_proof, "builds", lambda *_: [])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        status = gpu_proof.main(["--dry-run", "--minutes", "60", "--results", str(tmp_path)])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert status == 0, (tmp_path / "gpu_proof.jsonl").read_text()
+    tables = {path.name for path in tmp_path.glob("*.csv")}
+    kinds = ("ceilings", "dtypes", "host", "lengths", "machine", "methods")
+    assert tables == {f"gpu_{kind}.csv" for kind in kinds} and (tmp_path / "backends.json").exists()
