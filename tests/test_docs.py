@@ -1,6 +1,5 @@
 """Every code block of the documentation runs, its commands parse, and the site builds without a warning."""
 
-import re
 import shlex
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import pytest
 import torch
 import transformers
 import two_streams
+from code_blocks import blocks
 from models import build, random_batch
 from PIL import Image
 from tiny import VOCABULARY, classifier, tokenizer
@@ -29,12 +29,6 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # What torchrun tells the only rank of a machine.
 RANK = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="0")
 TEXTS = ["A deep film.", "Not good at all."]
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    """Return the code blocks of a page in a language, "" for those that name none."""
-    fences = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    return [code for name, code in fences if name == language]
 
 
 def tagger(config) -> BertForTokenClassification:

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("gradio", reason="Gradio is not installed: pip install 'pyglobenc[demo]'")
 
 from browser import PATIENCE, chromium  # noqa: E402
+from code_blocks import block_of  # noqa: E402
 from folders import image_folder, text_folder  # noqa: E402
 from PIL import Image  # noqa: E402
 
@@ -74,6 +75,17 @@ def test_downloads_are_the_attribution(served, client):
     assert [one.method for one in pyglobenc.load(saved)] == ["globenc", "saliency"]
     kept = Path(os.environ["GRADIO_TEMP_DIR"]).rglob("attribution.*")
     assert sorted(path.suffix for path in kept) == [".html", ".json", ".png"], "the server keeps one copy"
+
+
+def test_the_documentations_client(served):
+    code = block_of("integrations.md", "gradio_client")
+    for example, here in (("http://127.0.0.1:7860/", served[0]), ("minilm-sst2", served[1].texts[0])):
+        assert example in code
+        code = code.replace(example, here)
+    given = dict(pyglobenc=pyglobenc)
+    exec(compile(code, "integrations.md", "exec"), given)
+    assert [one.method for one in given["attributions"]] == ["globenc", "saliency"]
+    assert given["attributions"][0].text == "A deep and meaningful film."
 
 
 def test_users_at_the_same_time_get_their_own_texts(served, client):
