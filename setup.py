@@ -37,6 +37,7 @@ OPS = (
     "add_relevance",
     "linear_relevance",
     "relevance_attention",
+    "relevance_maps",
     "proximity",
     "exp",
     "table",

@@ -160,24 +160,39 @@ static void linear_product(const py::object& x, const py::object& signed_sums, c
     in_use->linear_product(pointers[0], pointers[1], pointers[2], pointers[3], count, threads);
 }
 
+static void relevance_attention(const py::tuple& tensors, const py::tuple& out, float scaling,
+                                const py::tuple& window, bool additive_mask, bool normalize,
+                                float stabilizer, const py::object& sums, int threads) {
+    RelevanceArgs args;
+    View* const views[] = {&args.q,      &args.k, &args.v,        &args.lse,
+                           &args.grad_o, &args.s, &args.key_mask, &args.r};
+    for (size_t index = 0; index < 8; ++index) *views[index] = view(tensors[index]);
+    View* const results[] = {&args.r_q, &args.r_k, &args.r_v, &args.row_sums, &args.r_out};
+    for (size_t index = 0; index < 5; ++index) *results[index] = view(out[index]);
+    args.scaling = scaling;
+    args.left = window[0].cast<int64_t>();
+    args.right = window[1].cast<int64_t>();
+    args.additive_mask = additive_mask;
+    args.normalize = normalize;
+    args.stabilizer = stabilizer;
+    args.threads = threads < 1 ? 1 : threads;
+    double* const to = static_cast<double*>(view(sums).data);
+    py::gil_scoped_release nogil;
+    in_use->relevance_attention(args, to);
+}
+
 static void relevance_tile(const py::tuple& tensors, int64_t first, float scaling, const py::tuple& window,
-                           bool additive_mask, float stabilizer, const py::object& sums, int threads) {
+                           int threads) {
     RelevanceTile tile;
     View* const views[] = {&tile.dots, &tile.relevance, &tile.gradient, &tile.lse,
                            &tile.map,  &tile.key_mask,  &tile.rows};
     for (size_t index = 0; index < 7; ++index) *views[index] = view(tensors[index]);
     tile.first = first;
     tile.scaling = scaling;
-    tile.stabilizer = stabilizer;
     tile.left = window[0].cast<int64_t>();
     tile.right = window[1].cast<int64_t>();
-    tile.additive_mask = additive_mask;
-    const View to = view(sums);
-    tile.pass = bool(to);
-    std::vector<double> unused(to ? 0 : 2 * size_t(tile.dots.shape[0]));
-    double* const out = to ? static_cast<double*>(to.data) : unused.data();
     py::gil_scoped_release nogil;
-    in_use->relevance_tile(tile, out, threads);
+    in_use->relevance_tile(tile, threads);
 }
 
 static void proximity(const py::object& alpha, const py::object& f, const py::object& y, const py::object& out,
@@ -220,6 +235,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("add_relevance", add_relevance);
     m.def("linear_quotient", linear_quotient);
     m.def("linear_product", linear_product);
+    m.def("relevance_attention", relevance_attention);
     m.def("relevance_tile", relevance_tile);
     m.def("proximity", proximity);
     m.def("exp", exp_of, py::arg("x"), py::arg("out"), py::arg("threads") = 1);

@@ -26,20 +26,36 @@ struct PairArgs {
     int threads = 1;
 };
 
-// A block of queries of relevance_attention against all keys. With `pass`, the kernel also computes what the
-// relevance of q, k and v needs; see csrc/cpu/relevance_attention.cpp.
+// The arguments of relevance_attention, and of relevance_rollout_step, which leaves out r_q, r_k and r_v.
+// RelevanceInputs in pyglobenc/backends/inputs.py describes them.
+struct RelevanceArgs {
+    View q, k, v;        // [B, H, n, dh]
+    View lse;            // [B, H, n]
+    View grad_o;         // [B, H, n, dh] or none
+    View s;              // [B, H, n, dh]
+    View key_mask;       // [B, n] u8 or none
+    View r;              // [B, T, n] or none
+    View r_q, r_k, r_v;  // [B, H, n, dh], 0 at masked keys, or none
+    View row_sums;       // [B, n]
+    View r_out;          // [B, T, n] or none
+    float scaling = 1, stabilizer = 0;
+    int64_t left = -1, right = -1;
+    bool additive_mask = false, normalize = false;
+    int threads = 1;
+};
+
+// A block of queries of relevance_maps against all keys.
 struct RelevanceTile {
-    View dots;       // [B, H, I, n] contiguous, q . k; with `pass`, alpha overwrites it
-    View relevance;  // [B, H, I, n] contiguous, s . v; with `pass`, U overwrites it
+    View dots;       // [B, H, I, n] contiguous, q . k
+    View relevance;  // [B, H, I, n] contiguous, s . v
     View gradient;   // [B, H, I, n] contiguous, grad_o . v, or none
     View lse;        // [B, H, I]
     View map;        // [B, I, n], A
     View key_mask;   // [B, n] u8 or none
     View rows;       // [B, I] i64, the queries; without it they are first, first + 1, ...
     int64_t first = 0;
-    float scaling = 1, stabilizer = 0;
+    float scaling = 1;
     int64_t left = -1, right = -1;
-    bool pass = false, additive_mask = false;
 };
 
 struct Kernels {
@@ -61,7 +77,9 @@ struct Kernels {
                                int threads);
     void (*linear_product)(const float* x, const float* signed_sums, const float* abs_sums, float* out,
                            int64_t count, int threads);
-    void (*relevance_tile)(const RelevanceTile& tile, double* sums, int threads);  // sums [B, 2], added to
+    // sums [B, 2], to which the sums of R_alpha and of t R_alpha / safe(t) are added
+    void (*relevance_attention)(const RelevanceArgs& args, double* sums);
+    void (*relevance_tile)(const RelevanceTile& tile, int threads);
     void (*proximity)(const View& alpha, const View& f, const View& y, const View& out, int threads);
     void (*exp)(const float* x, float* out, int64_t count, int threads);
 };

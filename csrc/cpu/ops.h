@@ -21,7 +21,8 @@ int64_t linear_quotient(const float* r, const float* output, const float* bias, 
 void linear_product(const float* x, const float* signed_sums, const float* abs_sums, float* out,
                     int64_t count, int threads);
 void proximity(const View& alpha, const View& f, const View& y, const View& out, int threads);
-void relevance_tile(const RelevanceTile& tile, double* sums, int threads);
+void relevance_attention(const RelevanceArgs& args, double* sums);
+void relevance_tile(const RelevanceTile& tile, int threads);
 void exp(const float* x, float* out, int64_t count, int threads);
 
 }  // namespace PYGLOBENC_ISA

@@ -114,7 +114,8 @@ struct Queries {
     int32_t* position;  // [blocks, I] -1 past the last query
 };
 
-static void pack_queries(const PairArgs& args, const Example& example, int64_t block, const Queries& out) {
+static inline void pack_queries(const PairArgs& args, const Example& example, int64_t block,
+                                const Queries& out) {
     const int64_t H = args.q.shape[1], dh = args.q.shape[3], width = units(out.unit, dh);
     const int64_t start = block * I, count = example.n_queries - start < I ? example.n_queries - start : I;
     const int64_t slot = example.first_block + block;
@@ -169,7 +170,7 @@ struct Keys {
     float* form;           // [count, form_size(H)]
 };
 
-static void pack_keys(const PairArgs& args, const Example& example, const Keys& keys) {
+static inline void pack_keys(const PairArgs& args, const Example& example, const Keys& keys) {
     const int64_t Hkv = args.k.shape[1], size = form_size(args.q.shape[1]),
                   width = units(keys.unit, args.k.shape[3]);
     const int64_t rows = (keys.count + J - 1) / J * J;

@@ -97,7 +97,7 @@ OP_TABLE: dict[str, OpEntry] = {
     "mapped_square": OpEntry(lambda tensors: [tensors["x"], [tensors["gamma"]] * 2], lambda s: 0),
     "mixing_ratio": OpEntry(_take("q", "k", "v", "o", "lse", "weight"), lambda s: s.tokens * s.d * s.d),
     "proximity": OpEntry(_proximity, lambda s: s.tokens * s.d * (s.d + s.heads * min(s.n, _ROWS))),
-    "relevance_attention": OpEntry(_take(*_RELEVANCE), lambda s: 9 * s.pairs * s.d, True),
+    "relevance_attention": OpEntry(_take(*_RELEVANCE), lambda s: 6 * s.pairs * s.d, True),
     "relevance_maps": OpEntry(_take(*_RELEVANCE), lambda s: 3 * s.pairs * s.d, True),
     "relevance_rollout_step": OpEntry(_take("r", *_RELEVANCE), lambda s: 3 * s.pairs * s.d, True),
     "relevance_product": OpEntry(

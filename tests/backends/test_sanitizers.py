@@ -11,7 +11,8 @@ from pair_cases import KERNELS
 
 ROOT = Path(__file__).parents[2]
 PAIRS = ("pair_norms", "rollout_step", "head_gram", "norm_terms", "exp")
-OPS = (*PAIRS, "clone_relevance", "add_relevance", "linear_relevance", "relevance_attention", "proximity")
+RELEVANCE = ("relevance_attention", "relevance_rollout_step", "clone_relevance", "add_relevance")
+OPS = (*PAIRS, *RELEVANCE, "linear_relevance", "proximity")
 FILES = [f"test_{op}.py" for op in OPS]
 
 # every branch of the kernels, few pairs: blocks and a block + 1, one token, masks, windows, strides, nothing

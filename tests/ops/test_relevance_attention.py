@@ -10,7 +10,7 @@ from pyglobenc.backends.shared.safe_division import safe_divide
 from pyglobenc.ops import relevance_attention, relevance_maps, relevance_rollout_step
 from pyglobenc.ops.attention import attention
 
-# n = 197 takes two blocks of queries
+# n = 197 takes several blocks of queries and tiles of keys; other head widths fill other numbers of vectors.
 CASES = [
     Case(B=60, n=1),
     Case(B=40, n=13, H=5, Hkv=5, dh=3),
@@ -19,6 +19,9 @@ CASES = [
     Case(B=3, n=31, mask="holes"),
     Case(n=33, window=(-1, 0), mask="left"),
     Case(n=49, window=(17, 9)),
+    Case(B=1, n=65, H=2, Hkv=2, dh=24),
+    Case(B=1, n=65, H=2, Hkv=2, dh=44, mask="holes"),
+    Case(B=1, n=130, H=2, Hkv=2, dh=80, window=(17, 9)),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Tiles that the relevance ops of attention share: torch's GEMMs, and one pass of C++ between them."""
+"""Tiles that the ops with a whole map A share: torch's GEMMs, and one pass of C++ between them."""
 
 import math
 from collections.abc import Iterator
@@ -19,31 +19,23 @@ class FusedTile:
 
     Attributes:
         rows, cols: the ranges of the queries and of the keys.
-        alpha: attention probabilities, (B, H, I, J), undefined without sums.
-        u: U of `relevance_attention`, (B, H, I, J), undefined without sums.
         weighted: A, (B, I, J).
     """
 
     rows: slice
     cols: slice
-    alpha: Tensor
-    u: Tensor
     weighted: Tensor
 
 
-def query_tiles(
-    inputs: RelevanceInputs, positions: Tensor | None = None, sums: Tensor | None = None
-) -> Iterator[FusedTile]:
+def query_tiles(inputs: RelevanceInputs, positions: Tensor | None = None) -> Iterator[FusedTile]:
     """Yield the tiles of blocks of queries with the keys that they see.
 
     Args:
         inputs: tensors of the layer.
         positions: the queries, (B, m) int64; None: all.
-        sums: (B, 2) float64. The sums of R_alpha and of t R_alpha / safe(t) are added to it. None: alpha and
-            U are not computed.
 
     Yields:
-        Tiles of I queries. The next tile overwrites alpha and u.
+        Tiles of I queries.
     """
     q, lse, s, grad_o = of_queries(inputs, positions)
     (batch, heads, m, _), n = q.shape, inputs.k.shape[2]
@@ -67,6 +59,6 @@ def query_tiles(
             own = None if positions is None else positions[:, part]
             mask = None if inputs.key_mask is None else inputs.key_mask[:, cols]
             tensors = (dots, relevance, gradient, lse[:, :, part], weighted, mask, own)
-            rules = (inputs.scaling, inputs.window, inputs.additive_mask, inputs.stabilizer)
-            kernels.relevance_tile(tensors, start - cols.start, *rules, sums, torch.get_num_threads())
-        yield FusedTile(part, cols, dots, relevance, weighted)
+            rules = (inputs.scaling, inputs.window)
+            kernels.relevance_tile(tensors, start - cols.start, *rules, torch.get_num_threads())
+        yield FusedTile(part, cols, weighted)

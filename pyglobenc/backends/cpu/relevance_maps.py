@@ -1,4 +1,4 @@
-"""The map A of one layer, a block of queries at a time: csrc/cpu/relevance_attention.cpp."""
+"""The map A of one layer, a block of queries at a time: csrc/cpu/relevance_maps.cpp."""
 
 from torch import Tensor
 

@@ -1,6 +1,6 @@
 """Rows times the map of attention and its gradient, or times its transpose, for a block of queries at a time.
 
-The kernel is in csrc/cpu/relevance_attention.cpp.
+The kernel is in csrc/cpu/relevance_maps.cpp.
 """
 
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""One layer of the rollout of relevance maps, for a block of queries at a time.
+"""One layer of the rollout of relevance maps in one walk over the pairs.
 
 The kernel is in csrc/cpu/relevance_attention.cpp.
 """
@@ -6,10 +6,9 @@ The kernel is in csrc/cpu/relevance_attention.cpp.
 from torch import Tensor
 
 from pyglobenc.backends.cpu._extension import relevance_limits as why_not
-from pyglobenc.backends.cpu._relevance import query_tiles
+from pyglobenc.backends.cpu.relevance_attention import walk
 from pyglobenc.backends.inputs import RelevanceInputs
 from pyglobenc.backends.shared.packing import each_run
-from pyglobenc.backends.shared.relevance_tiles import roll_out
 
 __all__ = ["run", "why_not"]
 
@@ -18,4 +17,4 @@ def run(inputs: RelevanceInputs, r: Tensor) -> Tensor:
     """See `pyglobenc.ops.relevance_rollout_step`: -> (B, T, n)."""
     if inputs.cu_seqlens is not None:
         return each_run(lambda own, rows: (run(own, rows),), inputs, (r,), (2,), (2,))[0]
-    return roll_out(query_tiles(inputs), r, inputs.normalize)
+    return walk(inputs, r, (None, None, None))[1]

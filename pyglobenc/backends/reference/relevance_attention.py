@@ -12,7 +12,7 @@
 (Chefer et al., 2021, eq. 7 and 13, and the matmul rules of the published code.) R' is R_alpha. After BERT's
 additive mask it is c R_alpha t / safe(t), with t = scaling q.k and c the factor of the add rule for the
 example. Since c only multiplies R_q and R_k, it is applied at the end, and one pass over the pairs suffices.
-The pass takes 9 n^2 d multiply-adds and tiles of n*d floats, and stores no (n, n) array.
+The pass takes 6 n^2 d multiply-adds and tiles of n*d floats, and stores no (n, n) array.
 """
 
 from collections.abc import Iterator
