@@ -81,7 +81,12 @@ def _probed(norm: nn.Module, d: int) -> NormParts:
 
 def layer_norm_stats(z: Tensor, eps: float | Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and rstd of a layer norm of z (B, n, d), (B, n, 1) each, in float32 or float64."""
-    z = z.detach().float() if z.dtype in HALF else z.detach()
+    z = z.detach()
+    if z.dtype in HALF and z.device.type == "cpu" and not isinstance(eps, Tensor):
+        # With parameters in float32 the kernel converts z as it reads it, and returns float32.
+        weight = torch.ones(z.shape[-1])
+        return torch.native_layer_norm(z, weight.shape, weight, torch.zeros_like(weight), eps)[1:]
+    z = z.float() if z.dtype in HALF else z
     if isinstance(eps, Tensor):
         variance, mean = torch.var_mean(z, -1, correction=0, keepdim=True)
         return mean, (variance + eps.to(z.dtype)).rsqrt()
