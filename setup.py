@@ -48,6 +48,7 @@ SETS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": AVX512,
     "avx512bf16": [*AVX512, "-mavx512bf16"],
+    "amx": [*AVX512, "-mamx-tile", "-mamx-bf16"],
 }
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"]
 CPU_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wextra"]

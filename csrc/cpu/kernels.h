@@ -85,7 +85,7 @@ struct Kernels {
 };
 
 // A build defines only the tables of the instruction sets that it was made for.
-extern const Kernels kernels_portable, kernels_avx2, kernels_avx512, kernels_avx512bf16;
+extern const Kernels kernels_portable, kernels_avx2, kernels_avx512, kernels_avx512bf16, kernels_amx;
 
 // Allocates memory aligned to cache lines, and throws std::bad_alloc if there is none. It is not inline,
 // because it must be compiled for the oldest machine.

@@ -2,9 +2,8 @@
 // their numbers are converted to float32.
 #pragma once
 
-#include "../common/half.h"
 #include "kernels.h"
-#include "simd.h"
+#include "tiles.h"
 
 namespace pyglobenc {
 namespace PYGLOBENC_ISA {
@@ -20,14 +19,23 @@ static inline float number(const View& v, int64_t a, int64_t b = 0, int64_t c = 
     return static_cast<const float*>(v.data)[at(v, a, b, c, d)];
 }
 
-// The contents of 32 bits of a packed vector: a float, or two unchanged bf16.
-enum class Unit { single, pair };
+// The contents of 32 bits of a packed vector: a float; two unchanged bf16; or two bf16 of the parts that floats
+// are split into for tiles (csrc/cpu/tiles.h), where the first parts of all numbers come first.
+enum class Unit { single, pair, one_part, two_parts, three_parts };
 
+// Returns the unit of scores.
 static inline Unit unit_of(const View& x) {
+    if (TILES)
+        return x.type == Type::bf16  ? Unit::one_part
+               : x.type == Type::f16 ? Unit::two_parts
+                                     : Unit::three_parts;
     return PAIRS && x.type == Type::bf16 ? Unit::pair : Unit::single;
 }
+static constexpr int parts(Unit unit) { return int(unit) - int(Unit::one_part) + 1; }
 static inline int64_t units(Unit unit, int64_t numbers) {
-    return unit == Unit::pair ? (numbers + 1) / 2 : numbers;
+    return unit == Unit::single ? numbers
+           : unit == Unit::pair ? (numbers + 1) / 2
+                                : parts(unit) * tile_width(numbers);
 }
 
 // Copies numbers of x, from element `first` on and `step` elements apart, to the units of out; an odd last
@@ -49,17 +57,62 @@ static inline void take(const View& x, Unit unit, int64_t first, int64_t step, i
         else
             for (int64_t i = 0; i < numbers; ++i) to[i] = in[i * step];
         if (numbers % 2) to[numbers] = 0;
-    } else if (x.type == Type::bf16) {
-        for (int64_t i = 0; i < numbers; ++i) out[i] = widen_bf16(in[i * step]);
-    } else {
-        for (int64_t i = 0; i < numbers; ++i) out[i] = widen_f16(in[i * step]);
+        return;
     }
+    for (int64_t i = 0; i < numbers; i += W) {
+        const bool whole = numbers - i >= W;
+        Halves halves = {};
+        if (whole && step == 1)
+            std::memcpy(&halves, in + i, sizeof halves);
+        else
+            for (int64_t l = 0; l < W && i + l < numbers; ++l) halves[l] = in[(i + l) * step];
+        const Floats wide = x.type == Type::bf16 ? widen_bf16(halves) : widen_f16(halves);
+        if (whole)
+            std::memcpy(out + i, &wide, sizeof wide);
+        else
+            std::memcpy(out + i, &wide, sizeof(float) * (numbers - i));
+    }
+}
+
+// Splits numbers of x, at most 2 * TILE, into parts of 32 bits at out[part * width].
+static inline void take_parts(const View& x, Unit unit, int64_t first, int64_t step, int64_t numbers,
+                              int64_t width, float* out) {
+    float wide[2 * TILE] = {};
+    take(x, Unit::single, first, step, numbers < 2 * TILE ? numbers : 2 * TILE, wide);
+    split(wide, parts(unit), width, out);
+}
+
+// Splits numbers of x into parts [parts, tile_width(numbers)].
+static inline void take_row(const View& x, Unit unit, int64_t first, int64_t step, int64_t numbers,
+                            float* out) {
+    const int64_t width = tile_width(numbers);
+    for (int64_t c = 0; c < width; c += TILE)
+        take_parts(x, unit, first + 2 * c * step, step, numbers - 2 * c, width, out + c);
+}
+
+// Does the same as pack_tokens for numbers that are split.
+static inline void pack_parts(const View& x, Unit unit, const int64_t* first, int64_t count, int64_t step,
+                              int64_t numbers, float* out) {
+    const int64_t width = tile_width(numbers);
+    for (int64_t l = 0; l < I; l += W)
+        for (int64_t c = 0; c < width; c += W) {
+            Floats rows[3][W] = {};
+            for (int64_t r = 0; r < W && l + r < count; ++r)
+                take_parts(x, unit, first[l + r] + 2 * c * step, step, numbers - 2 * c, W * W,
+                           reinterpret_cast<float*>(rows[0] + r));
+            for (int p = 0; p < parts(unit); ++p) {
+                transpose(rows[p]);
+                for (int64_t r = 0; r < W; ++r) store(out + (p * width + c + r) * I + l, rows[p][r]);
+            }
+        }
 }
 
 // Copies the vectors of `count` tokens, at most I, to out [units, I], with 0 beyond the last. Token l starts
 // at element first[l].
 static void pack_tokens(const View& x, Unit unit, const int64_t* first, int64_t count, int64_t step,
                         int64_t numbers, float* out) {
+    if constexpr (TILES)
+        if (unit != Unit::single) return pack_parts(x, unit, first, count, step, numbers, out);
     const int64_t width = units(unit, numbers), each = unit == Unit::pair ? 2 : 1;
     for (int64_t l = 0; l < I; l += W)
         for (int64_t c = 0; c < width; c += W) {
@@ -166,18 +219,19 @@ static void pack_form(const View& gram, int64_t b, int64_t j, float* out) {
 struct Keys {
     Unit unit;
     int64_t first, count;  // number of the block's first key among the example's real keys, and of its keys
-    float* k;              // [Hkv, count rounded up to a multiple of J, units]
+    float* k;              // [Hkv, count rounded up to a multiple of KEYS, units]
     float* form;           // [count, form_size(H)]
 };
 
 static inline void pack_keys(const PairArgs& args, const Example& example, const Keys& keys) {
     const int64_t Hkv = args.k.shape[1], size = form_size(args.q.shape[1]),
                   width = units(keys.unit, args.k.shape[3]);
-    const int64_t rows = (keys.count + J - 1) / J * J;
+    const int64_t rows = (keys.count + KEYS - 1) / KEYS * KEYS;
+    const auto copy = TILES ? take_row : take;
     for (int64_t h = 0; h < Hkv; ++h) {
         float* const k = keys.k + h * rows * width;
         for (int64_t j = 0; j < keys.count; ++j)
-            take(args.k, keys.unit, at(args.k, example.b, h, example.keys[keys.first + j]), args.k.stride[3],
+            copy(args.k, keys.unit, at(args.k, example.b, h, example.keys[keys.first + j]), args.k.stride[3],
                  args.k.shape[3], k + j * width);
         std::memset(k + keys.count * width, 0, sizeof(float) * (rows - keys.count) * width);
     }

@@ -27,17 +27,47 @@ constexpr int W = 4, V = 2, J = 4;
 #endif
 constexpr int I = W * V;  // queries of a block
 
+// Whether products are computed on tile registers, and the keys of a tile of scores.
+#if defined(__AMX_BF16__)
+#define TILES 1
+constexpr int KEYS = 16;
+#else
+#define TILES 0
+constexpr int KEYS = J;
+#endif
+
 // Used before a loop over a register tile. Without early unrolling, the compiler would keep the tile in
 // memory.
 #define UNROLL _Pragma("GCC unroll 8")
 
 typedef float Floats __attribute__((vector_size(W * 4)));
 typedef int32_t Ints __attribute__((vector_size(W * 4)));
+typedef uint16_t Halves __attribute__((vector_size(W * 2)));
 
 // Loads and stores a vector at an address that is aligned to the vector.
 static inline Floats load(const float* p) { return *reinterpret_cast<const Floats*>(p); }
 static inline void store(float* p, Floats x) { *reinterpret_cast<Floats*>(p) = x; }
 static inline Floats splat(float x) { return x - Floats{}; }
+
+// Converts 16-bit floats exactly.
+static inline Floats widen_bf16(Halves x) {
+    return reinterpret_cast<Floats>(__builtin_convertvector(x, Ints) << 16);
+}
+
+static inline Floats widen_f16(Halves x) {
+#if defined(__AVX512F__)
+    return _mm512_cvtph_ps((__m256i)x);
+#else
+    const Ints wide = __builtin_convertvector(x, Ints), bits = (wide & 0x7fff) << 13;
+    // The exponents' biases differ by 112. Infinity and NaN have the largest exponent, also in float32.
+    const Ints normal = bits + (bits >= 0x0f800000 ? Ints{} + (224 << 23) : Ints{} + (112 << 23));
+    // A subnormal number is fraction * 2^-24, which is the last bit of 2^-14 + fraction * 2^-24.
+    const Ints least = Ints{} + (113 << 23);
+    const Floats subnormal = reinterpret_cast<Floats>(bits + least) - reinterpret_cast<Floats>(least);
+    const Floats magnitude = bits < 0x00800000 ? subnormal : reinterpret_cast<Floats>(normal);
+    return reinterpret_cast<Floats>(reinterpret_cast<Ints>(magnitude) | (wide & 0x8000) << 16);
+#endif
+}
 
 static inline float sum(Floats x) {
     // The lanes are added in pairs, so that the order is the same for every vector length.

@@ -1,4 +1,4 @@
-// Computes the norms of a tile of J keys and V vectors of queries, from scores, probabilities and quadratic
+// Computes the norms of a tile of KEYS keys and V vectors of queries, from scores, probabilities and quadratic
 // forms of all heads.
 #pragma once
 
@@ -12,17 +12,34 @@ namespace PYGLOBENC_ISA {
 // function is not inlined, because the compiler keeps the sums in registers only in a separate function.
 template <int VT, Unit UNIT>
 __attribute__((noinline)) static void probabilities(const float* q,       // [width, I]
-                                                    const float* k,       // [J, width]
+                                                    const float* k,       // [KEYS, width]
                                                     const float* offset,  // [I]
                                                     float scale, int64_t width, float* alpha,
                                                     int64_t key_stride) {
+#if TILES
+    constexpr int count = parts(UNIT);
+    tile_products<VT>(q, count, k, count, width / count, alpha, key_stride);
+#else
     Floats acc[J][VT];
     products<J, VT, UNIT>(q, k, width, width, acc);
     UNROLL for (int j = 0; j < J; ++j) UNROLL for (int v = 0; v < VT; ++v)
         store(alpha + j * key_stride + v * W, acc[j][v]);
-    for (int j = 0; j < J; ++j, alpha += key_stride)
+#endif
+    for (int j = 0; j < KEYS; ++j, alpha += key_stride)
         for (int v = 0; v < VT; ++v)
             store(alpha + v * W, exp(load(alpha + v * W) * scale + load(offset + v * W)));
+}
+
+// Returns the function that computes the probabilities from packed vectors of a unit.
+template <int VT>
+static auto probabilities_from(Unit unit) {
+    if constexpr (TILES)
+        return unit == Unit::one_part    ? probabilities<VT, Unit::one_part>
+               : unit == Unit::two_parts ? probabilities<VT, Unit::two_parts>
+                                         : probabilities<VT, Unit::three_parts>;
+    else
+        return unit == Unit::single ? probabilities<VT, Unit::single>
+                                    : probabilities<VT, PAIRS ? Unit::pair : Unit::single>;
 }
 
 // Computes a^T G a of one key for VT vectors of queries. pack_form has written the form.

@@ -10,7 +10,7 @@
 namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
-constexpr int64_t MAX_KEYS = 48 / J * J;  // of a block
+constexpr int64_t MAX_KEYS = 48 / KEYS * KEYS;  // of a block
 constexpr int64_t SCRATCH = 384 * 1024;   // bytes of the second-level cache that a block of keys may use
 constexpr int64_t CHUNK_QUERIES = 8192;   // packed queries of a chunk, unless one example has more
 
@@ -21,7 +21,7 @@ struct NormsTile {
     int64_t query, n_queries;  // number of the block's first query within the example, and of its queries
     int64_t key, count;        // number of the tile's first key within the example, and of its keys
     int64_t offset;            // number of the tile's first key within its block of keys
-    const float* norm;         // [J, I]
+    const float* norm;         // [KEYS, I]
 };
 
 // The examples of a batch, with the positions of their real tokens and of their queries. Padded keys are left
@@ -96,8 +96,8 @@ struct Chunk {
             pairs += e.n_queries * e.n_keys;
             n_keys += e.n_keys;
         }
-        keys = n_keys / (4 * threads) / J * J;
-        keys = keys < J ? J : keys > most_keys ? most_keys : keys;
+        keys = n_keys / (4 * threads) / KEYS * KEYS;
+        keys = keys < KEYS ? KEYS : keys > most_keys ? most_keys : keys;
         for (int64_t b = first; b < last; ++b) tasks += count(examples.example(b));
     }
 
@@ -120,7 +120,7 @@ struct Layout {
         k = aligned(args.k.shape[1] * keys * units(unit_of(args.k), args.k.shape[3]));
         form = aligned(keys * form_size(H));
         alpha = keys * H * I;
-        norm = J * I;
+        norm = KEYS * I;
     }
 
     int64_t total() const { return k + form + alpha + norm + sink; }
@@ -128,8 +128,8 @@ struct Layout {
     static int64_t most_keys(const PairArgs& args, int64_t sink_size) {
         const int64_t H = args.q.shape[1];
         const int64_t one = 4 * (args.k.shape[1] * args.q.shape[3] + form_size(H) + H * I + sink_size);
-        const int64_t keys = SCRATCH / one / J * J;
-        return keys < J ? J : keys > MAX_KEYS ? MAX_KEYS : keys;
+        const int64_t keys = SCRATCH / one / KEYS * KEYS;
+        return keys < KEYS ? KEYS : keys > MAX_KEYS ? MAX_KEYS : keys;
     }
 };
 
@@ -139,7 +139,7 @@ static void visit(const PairArgs& args, const Example& example, const Keys& keys
                   int64_t block, float* alpha, float* norm, float* sink_memory, Sink& sink) {
     const int64_t H = args.q.shape[1], group = H / args.k.shape[1], size = form_size(H),
                   width = units(keys.unit, args.q.shape[3]);
-    const int64_t slot = example.first_block + block, tiles = (keys.count + J - 1) / J;
+    const int64_t slot = example.first_block + block, tiles = (keys.count + KEYS - 1) / KEYS;
     const int64_t n_queries = example.n_queries - block * I < I ? example.n_queries - block * I : I;
     const int32_t* position = queries.position + slot * I;
     const int32_t* key = example.keys + keys.first;
@@ -150,15 +150,14 @@ static void visit(const PairArgs& args, const Example& example, const Keys& keys
         high = position[l] > high ? position[l] : high;
     }
     if (Overlap(args, key[0], key[keys.count - 1], low, high).hidden) return;
-    constexpr Unit most = PAIRS ? Unit::pair : Unit::single;
-    const auto scores = keys.unit == Unit::single ? probabilities<VT, Unit::single> : probabilities<VT, most>;
+    const auto scores = probabilities_from<VT>(keys.unit);
     for (int64_t h = 0; h < H; ++h)
         for (int64_t t = 0; t < tiles; ++t)
-            scores(queries.q + (slot * H + h) * width * I, keys.k + (h / group * tiles + t) * J * width,
-                   queries.offset + (slot * H + h) * I, args.scaling, width, alpha + (t * J * H + h) * I,
+            scores(queries.q + (slot * H + h) * width * I, keys.k + (h / group * tiles + t) * KEYS * width,
+                   queries.offset + (slot * H + h) * I, args.scaling, width, alpha + (t * KEYS * H + h) * I,
                    H * I);
-    for (int64_t j = 0; j < keys.count; j += J) {
-        const int64_t count = keys.count - j < J ? keys.count - j : J;
+    for (int64_t j = 0; j < keys.count; j += KEYS) {
+        const int64_t count = keys.count - j < KEYS ? keys.count - j : KEYS;
         const Overlap overlap(args, key[j], key[j + count - 1], low, high);
         if (overlap.hidden) continue;
         tile_norms<VT>(args, example, overlap, key + j, count, keys.form + j * size, position,
@@ -223,6 +222,7 @@ static void walk(const PairArgs& args, Sink& sink) {
         sink.open(chunk.blocks);
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
+            [[maybe_unused]] const TileRegisters registers;
             float* const mine = scratch + thread() * layout.total();
 #pragma omp for schedule(dynamic)
             for (int64_t slot = 0; slot < chunk.blocks; ++slot) {

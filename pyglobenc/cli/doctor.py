@@ -35,6 +35,7 @@ def run(options: argparse.Namespace) -> int:
             **{name: _version(name) for name in PACKAGES},
             "CPU": _cpu(),
             "features": ", ".join(_features()) or "unknown",
+            "CPU kernels": _instruction_sets(),
             "threads": _threads(),
             "memory": _memory(),
             "GPU": _gpu(),
@@ -75,6 +76,14 @@ def _features() -> list[str]:
     info = _cpuinfo()
     flags = (info.get("flags") or info.get("Features") or "").split()
     return [name for name in FEATURES if name in flags]
+
+
+def _instruction_sets() -> str:
+    try:
+        from pyglobenc.backends.cpu._extension import kernels
+    except ImportError as error:
+        return str(error)
+    return f"of {', '.join(kernels.instruction_sets())}, the first is in use"
 
 
 def _threads() -> str:

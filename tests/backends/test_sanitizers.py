@@ -14,6 +14,7 @@ PAIRS = ("pair_norms", "rollout_step", "head_gram", "norm_terms", "exp")
 RELEVANCE = ("relevance_attention", "relevance_rollout_step", "clone_relevance", "add_relevance")
 OPS = (*PAIRS, *RELEVANCE, "linear_relevance", "proximity")
 FILES = [f"test_{op}.py" for op in OPS]
+ON_TILES = FILES[: len(PAIRS)]
 
 # every branch of the kernels, few pairs: blocks and a block + 1, one token, masks, windows, strides, nothing
 # at all
@@ -30,14 +31,21 @@ def library(compiler: str, name: str) -> str | None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(KERNELS[0].marks), reason="the compiled module is missing")
-def test_no_sanitizer_complains(tmp_path):
+@pytest.mark.parametrize("emulated", [False, True], ids=["native", "tiles"])
+def test_no_sanitizer_complains(tmp_path, emulated):
     compiler = shutil.which("g++")
     runtimes = [library(compiler, name) for name in ("libasan.so", "libubsan.so")] if compiler else [None]
     if None in runtimes:
         pytest.skip("needs g++ with its sanitizers")
-    best = KERNELS[0].values[0].partition("-")[2]
+    here = [kernel.values[0].partition("-")[2] for kernel in KERNELS if not kernel.marks]
+    if emulated and "avx512" not in here:
+        pytest.skip("the kernels on tiles need AVX-512 beside them")
+    # Tiles in plain C++ take the place of a processor that has them.
+    best = "amx" if emulated else next(name for name in here if name != "amx")
     # those give fused multiply-adds
     flags = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -fexpensive-optimizations"
+    if emulated:
+        flags += " -DPYGLOBENC_EMULATE_TILES"
     environment = os.environ | {
         "PYGLOBENC_SETS": best,
         "PYGLOBENC_CXX_FLAGS": flags,
@@ -67,7 +75,7 @@ def test_no_sanitizer_complains(tmp_path):
         f"import sys, pytest, pyglobenc._cpu as m; assert m.__file__ == {str(built[0])!r}; "
         f"sys.exit(pytest.main(sys.argv[1:]))"
     )
-    tests = [str(ROOT / "tests" / "ops" / name) for name in FILES]
+    tests = [str(ROOT / "tests" / "ops" / name) for name in (ON_TILES if emulated else FILES)]
     options = [
         "-q",
         "-x",

@@ -409,6 +409,9 @@ def test_doctor_tries_every_op(doctor):
     )
     for name in "pyglobenc Python torch transformers triton threads features GPU C++ CUDA ninja".split():
         assert name in lines, name
+    module, reason = load("rollout_step", "cpu")
+    used = reason or f"of {', '.join(module.kernels.instruction_sets())}, the first is in use"
+    assert used.removeprefix("cpu is not available: ") in out
     for op in example_inputs.op_names():
         # For every backend of the op, the report shows that it ran or why it didn't.
         for room, cell in zip(backends.ROOMS, lines[op], strict=True):

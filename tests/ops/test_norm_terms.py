@@ -191,3 +191,18 @@ def test_opcheck(dtype):
     v, weight, x, gammas = rounded(arguments(Case(n=6)), dtype)
     torch.library.opcheck(torch.ops.pyglobenc.norm_terms.default, (v, weight, gammas, "auto"))
     torch.library.opcheck(torch.ops.pyglobenc.norm_terms_residual.default, (v, weight, x, gammas, "auto"))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", HALF)
+def test_every_number_in_half_precision(kernel, dtype):
+    v = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)[None, None, :, None]
+    one = torch.ones(1, 1, 1)
+    with running(kernel) as backend:
+        _, cross, _ = norm_terms(v, one, torch.ones(1, 2**16, 1, dtype=dtype), backend=backend)
+    found, v = cross.flatten(), v.flatten().float()
+    # Tiles take numbers that are subnormal in float32 for 0, and some products of infinity are NaN.
+    finite, tiny = v.isfinite(), v.abs() < torch.finfo(torch.float32).tiny
+    assert torch.equal(found[finite & ~tiny], v[finite & ~tiny])
+    assert ((found[tiny] == v[tiny]) | (found[tiny] == 0)).all()
+    assert not found[~finite].isfinite().any()

@@ -15,7 +15,7 @@ from pyglobenc.bench.costs import flatten
 from pyglobenc.ops import gram_weights, head_gram, pair_norms, rollout_step
 from pyglobenc.ops.attention import attention
 
-SETS = ("avx512bf16", "avx512", "avx2", "portable")
+SETS = ("amx", "avx512bf16", "avx512", "avx2", "portable")
 
 
 def cpu_params():
