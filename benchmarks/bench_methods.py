@@ -5,7 +5,8 @@ many passes as they have steps or tokens, and DecompX has a benchmark of its own
 
     pytest benchmarks/bench_methods.py --csv methods
 
-Over backend, n, the model's dtype and batch; "forward" is the model alone. `ratio` is the call's time over
+Over backend, n, the model's dtype and batch; "forward" is the model alone, and "captum" the rival, if it is
+installed. `ratio` is the call's time over
 the forward's, in turn in one process; `peak_mb` is the allocator's peak above the weights and what was kept
 with them. Cases that don't fit into memory are skipped.
 """
@@ -14,22 +15,23 @@ from functools import lru_cache
 
 import pytest
 import torch
-from measure import DEVICE, finished, paired_ratio
+from measure import DEVICE, finished, time_in_turn
 from op_benchmark import BATCHES, DTYPES, LENGTHS, SLOW, peak_mb
 from transformers import BertConfig, BertForSequenceClassification
 
 from pyglobenc.inputs.batching import SHARE, available_bytes
 from pyglobenc.methods.gradients.attribution import GRADIENTS
+from pyglobenc.methods.gradients.backward_rules import RULES
 from pyglobenc.methods.memory import estimate_memory
 from pyglobenc.methods.registry import METHODS
 
-FORWARD, ROUNDS = "forward", 3
+FORWARD, CAPTUM, ROUNDS = "forward", "captum", 3
 # Gradients have no kernels, and so no backends.
-CALLS = [(FORWARD, "")] + [
+CALLS = [(FORWARD, ""), ("Saliency", CAPTUM), ("InputXGradient", CAPTUM)] + [
     (name, backend)
     for name, method in METHODS.items()
     if name not in ("attention-flow", "decompx") and not method.replaces_tokens
-    for backend in (("auto",) if name in GRADIENTS else ("reference", "auto"))
+    for backend in (("auto",) if name in GRADIENTS or name in RULES else ("reference", "auto"))
 ]
 
 
@@ -49,6 +51,10 @@ def build(model, method, backend, batch, n, dtype=None):
     }
     if method == FORWARD:
         return finished(torch.no_grad()(lambda: model(**inputs)))
+    if backend == CAPTUM:
+        embeddings = model.get_input_embeddings()(inputs["input_ids"]).detach()
+        rival = getattr(pytest.importorskip("captum.attr"), method)(lambda x: model(inputs_embeds=x).logits)
+        return finished(lambda: rival.attribute(embeddings, target=0))
     run, targets = (
         METHODS[method].build(model, backend, dtype),
         torch.zeros(batch, dtype=torch.long, device=DEVICE),
@@ -65,15 +71,14 @@ def bench_method(benchmark, method, backend, batch, n, dtype):
     if (DEVICE.type, getattr(torch, dtype)) == SLOW:
         pytest.skip("torch's float16 products run at 1 to 2 GFLOP/s on a CPU")
     model = model_of(dtype)
-    if method != FORWARD:
+    if method in METHODS:
         needed, free = estimate_memory(model, batch=batch, n=n, method=method).peak, available_bytes(DEVICE)
         if free is not None and needed > SHARE * free:
             pytest.skip(f"takes {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
         assert_right(model, method, backend)
     call, forward = build(model, method, backend, batch, n), build(model, FORWARD, "", batch, n)
-    call()
-    benchmark.extra_info.update(paired_ratio(call, forward, ROUNDS), peak_mb=f"{peak_mb(call, DEVICE):.1f}")
-    benchmark.pedantic(call, rounds=ROUNDS, iterations=1)
+    benchmark.extra_info["peak_mb"] = f"{peak_mb(call, DEVICE):.1f}"
+    time_in_turn(benchmark, call, forward, ROUNDS)
 
 
 def assert_right(model, method, backend):

@@ -1,6 +1,6 @@
 """Op `relevance_product`: r A without A; materialised: every head's probabilities and gradient (B, H, n, n).
 
-    pytest benchmarks/bench_relevance_product.py --csv relevance_product
+pytest benchmarks/bench_relevance_product.py --csv relevance_product
 """
 
 import torch

@@ -34,7 +34,8 @@ RELEVANCE = (
     "attention-gradcam",
 )
 GRADIENT_ROLLOUT, INFORMATION_FLOW, DECOMPX = "gradient-rollout", "information-flow", "decompx"
-ESTIMATED = (*ROLLOUTS, INFORMATION_FLOW, *RELEVANCE, GRADIENT_ROLLOUT, *GRADIENTS, *RULES, DECOMPX)
+OF_GRADIENTS = (*GRADIENTS, *RULES, "attcat")
+ESTIMATED = (*ROLLOUTS, INFORMATION_FLOW, *RELEVANCE, GRADIENT_ROLLOUT, *OF_GRADIENTS, DECOMPX)
 # How many tiles of (query, key) pairs the relevance ops hold, and the most numbers in all of them together.
 # The float32 entry is for the CPU kernels, and the float64 entry for the reference.
 TILES = {FLOAT32: (4, 1 << 20), FLOAT64: (8, 3 << 20)}
@@ -120,7 +121,7 @@ def estimate_memory(
         return _relevance(
             s, method, weights, batch, n, element if dtype is None else wide, wide, model.device
         )
-    if method in GRADIENTS or method in RULES:
+    if method in OF_GRADIENTS:
         return _gradients(s, method, weights, batch, n, element if dtype is None else wide)
     if method == GRADIENT_ROLLOUT:
         return _gradient_rollout(s, weights, batch, n, element, wide)
@@ -202,7 +203,7 @@ def _relevance(
 
 
 def _gradients(s: "_Sizes", method: str, weights: int, batch: int, n: int, element: int) -> Estimate:
-    """Estimate a method of `GradientAttribution`: autograd's graph, or the forward pass of copies.
+    """Estimate a method of `GradientAttribution`, or AttCAT: autograd's graph, or copies' forward pass.
 
     The counts were found with the allocator's statistics.
     """
@@ -217,6 +218,9 @@ def _gradients(s: "_Sizes", method: str, weights: int, batch: int, n: int, eleme
         kept = (1 if not rules.probabilities and element >= FLOAT32 else 2) * (s.queries + s.keys)
         graph = s.layers * (kept + s.mlp + s.heads + second)
         rest = max(2 * s.mlp + 3 * s.d, 7 * s.d)
+    elif method == "attcat":
+        # The gradients of all layers' inputs exist together.
+        graph += s.layers * s.d
     elif method == "integrated-gradients":
         tokens *= min(STEPS[-1], max(1, COPIED_TOKENS // tokens))
         rest += 3 * s.d

@@ -159,7 +159,7 @@ def test_other_methods_of_a_class(method, settings, batch, n, dtype):
 @pytest.mark.parametrize(
     "method",
     ["gradient-x-input", "gradient-x-input-norm", "saliency", "integrated-gradients", "occlusion"]
-    + ["gradient-rollout", "attnlrp", "cp-lrp", "gim", "libragrad"],
+    + ["gradient-rollout", "attcat", "attnlrp", "cp-lrp", "gim", "libragrad"],
 )
 @pytest.mark.parametrize(
     "settings, batch, n, dtype", [(BERT, 2, 128, torch.float32), (WIDE, 1, 128, torch.bfloat16)]
