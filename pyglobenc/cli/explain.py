@@ -16,6 +16,7 @@ from pyglobenc.cli.options import (
     dtype_named,
     natural,
     positive,
+    span,
 )
 from pyglobenc.common.files import check_writable, decode, one_line, read_at_most, write_file
 from pyglobenc.explain import explain_each
@@ -73,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="lowest layer of transformer-attribution's rollout (default 0; the published code for images "
         "takes 1 in its tests, that for text the last layer)",
     )
+    _add_spans(parser)
     parser.add_argument(
         "--merge-words", action="store_true", help="show words, with the sum of their tokens' scores"
     )
@@ -82,6 +84,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_arithmetic(parser)
     _add_outputs(parser)
+
+
+def _add_spans(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--target-span",
+        type=span,
+        metavar="START:STOP",
+        help="explain the tokens START to STOP - 1 together (information-flow)",
+    )
+    parser.add_argument(
+        "--reasoning-span",
+        type=span,
+        metavar="START:STOP",
+        help="tokens through which hops go on (information-flow; default: the target's)",
+    )
+    parser.add_argument(
+        "--hops",
+        type=natural,
+        help="number of hops (information-flow; default 1 with --reasoning-span, else 0)",
+    )
 
 
 def _add_outputs(parser: argparse.ArgumentParser) -> None:
@@ -141,6 +163,9 @@ def _explain_each(options: argparse.Namespace, model: Any, tokenizer: Any, texts
         "target",
         "contrast",
         "start_layer",
+        "target_span",
+        "reasoning_span",
+        "hops",
         "merge_words",
         "long",
         "max_length",

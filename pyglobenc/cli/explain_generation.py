@@ -38,7 +38,8 @@ def check(options: argparse.Namespace, texts: Sequence[Text]) -> None:
     if options.generate is not None and options.answer is not None:
         options.error("--generate and --answer exclude each other")
     others = {"pair": False, "target": None, "contrast": None, "merge_words": False, "long": "error"}
-    for name, default in (others | {"stride": None}).items():
+    others |= dict.fromkeys(("stride", "target_span", "reasoning_span", "hops"))
+    for name, default in others.items():
         if getattr(options, name) != default:
             options.error(f"--{name.replace('_', '-')} doesn't go with --generate or --answer")
     if len(texts) != 1:

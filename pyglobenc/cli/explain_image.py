@@ -10,6 +10,7 @@ from pyglobenc.results.images import ImageAttributions
 
 # These options have no meaning for an image.
 TEXT_OPTIONS = ("pair", "html", "json", "save", "model_dtype", "merge_words", "max_length", "stride")
+TEXT_OPTIONS += ("target_span", "reasoning_span", "hops")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -18,9 +19,9 @@ def run(options: argparse.Namespace) -> int:
         options.error("--image explains images, not texts")
     if options.model == "minilm":
         options.error("--image: name an image model with --model")
-    refused = [f"--{name.replace('_', '-')}" for name in TEXT_OPTIONS if getattr(options, name)] + [
-        "--long"
-    ] * (options.long != "error")
+    refused = [
+        f"--{name.replace('_', '-')}" for name in TEXT_OPTIONS if getattr(options, name) not in (None, False)
+    ] + ["--long"] * (options.long != "error")
     if refused:
         options.error(f"--image takes no {' or '.join(refused)}; it writes a picture, --png")
     # There is one file for all images, or one file for each.

@@ -34,6 +34,12 @@ def named(text: str) -> int | str:
     return integer(text) if re.fullmatch("-?[0-9]+", text) else text
 
 
+def span(text: str) -> tuple[int, int]:
+    """Return the positions (start, stop) in an option's text, such as 10:20."""
+    start, stop = text.split(":")
+    return natural(start), natural(stop)
+
+
 def natural(text: str) -> int:
     """Return the integer in an option's text; it must be at least 0."""
     value = integer(text)
@@ -72,6 +78,7 @@ def seconds(text: str) -> float:
 
 
 # argparse names the type in its error messages.
+span.__name__ = "span of positions, such as 10:20"
 integer.__name__, token_or_class.__name__, natural.__name__ = "int", "int or mean", "number of at least 0"
 positive.__name__, threads.__name__, seconds.__name__ = (
     "positive integer",

@@ -33,6 +33,9 @@ def explain(
     target: int | str | None = None,
     contrast: int | str | None = None,
     start_layer: int = 0,
+    target_span: tuple[int, int] | None = None,
+    reasoning_span: tuple[int, int] | None = None,
+    hops: int | None = None,
     merge_words: bool = False,
     long: str = "error",
     max_length: int | None = None,
@@ -63,6 +66,9 @@ def explain(
             and the difference is explained. Methods that explain a position have none.
         start_layer: the lowest layer of the rollout, for methods that have it, as for
             `TransformerAttribution`. Other methods refuse a number above 0.
+        target_span, reasoning_span, hops: as `InformationFlow` takes them, for that method alone. A span is a
+            pair (start, stop) of positions in every text, special tokens counted. target_span takes the place
+            of target. The other methods refuse all three.
         merge_words: pictures show words instead of tokens, with the sum of their tokens' scores. Words are
             the tokenizer's, or are split at white space if the tokenizer doesn't split texts. The result
             keeps the tokens.
@@ -94,6 +100,9 @@ def explain(
         target=target,
         contrast=contrast,
         start_layer=start_layer,
+        target_span=target_span,
+        reasoning_span=reasoning_span,
+        hops=hops,
         merge_words=merge_words,
         long=long,
         max_length=max_length,

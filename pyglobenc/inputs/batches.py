@@ -21,6 +21,7 @@ from pyglobenc.hf.registry import is_decoder
 from pyglobenc.hf.streams.registry import reads_a_source
 from pyglobenc.hf.unwrap import called_module, stock_model
 from pyglobenc.inputs.batching import fitting_batch, in_batches
+from pyglobenc.inputs.options import SPANS, written
 from pyglobenc.inputs.targets import class_named, token_named
 from pyglobenc.inputs.windows import Encoded, join
 from pyglobenc.methods.arguments import accepts, run_model
@@ -93,6 +94,12 @@ def check_target(runner: Runner, encoded: Encoded, name: str) -> None:
             f"explain: target must lie in [0, {n}), the tokens of {name}, or [-{n}, -1] from the end, got "
             f"{target}"
         )
+    for option in SPANS:
+        span = runner.options.spans.get(option)
+        if span is not None and span[1] > n:
+            raise ValueError(
+                f"explain: {option} must lie within the {n} tokens of {name}, got {written(span)}"
+            )
     known, largest = vocabulary(runner.model), max(encoded.inputs["input_ids"])
     if largest >= known:
         raise ValueError(
@@ -124,7 +131,8 @@ class Runner:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: Options):
         self.method = find_method(options.method)
-        self._run = self.method.run("explain", model, options.backend, options.dtype, options.start_layer)
+        arithmetic = (options.backend, options.dtype)
+        self._run = self.method.run("explain", model, *arithmetic, options.start_layer, **options.spans)
         self.called = called_module(model)
         model = stock_model(self.called)
         if model.main_input_name != "input_ids":
@@ -436,6 +444,8 @@ class Runner:
             kind, target, name = (
                 ("mean", 0, "mean") if target is None else (kind, target, text.tokens[target])
             )
+            if self.options.target_span is not None:
+                name = f"tokens {written(self.options.target_span)}"
         scores, log_scale = join(
             len(text.tokens), windows, [row.scores for row in rows], [row.log_scale for row in rows]
         )

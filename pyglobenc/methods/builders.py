@@ -70,8 +70,13 @@ def rollout(name: str, model: PreTrainedModel, backend: str, dtype: torch.dtype 
     return run
 
 
-def information_flow(model: PreTrainedModel, backend: str, dtype: torch.dtype | None) -> Run:
-    """Build `InformationFlow` to one token, or to the mean of all tokens."""
+def information_flow(
+    model: PreTrainedModel, backend: str = "auto", dtype: torch.dtype | None = None, **spans: Any
+) -> Run:
+    """Build `InformationFlow` to one token, to the mean of all tokens, or to a span.
+
+    spans are target_span, which takes the place of the targets, reasoning_span and hops.
+    """
     attribute = InformationFlow(model, backend, dtype)
 
     def run(batch: Mapping[str, Any], targets: Tensor | str | None) -> Rows:
@@ -82,7 +87,7 @@ def information_flow(model: PreTrainedModel, backend: str, dtype: torch.dtype | 
             none = torch.zeros_like(scores[..., 0])
             return Rows(scores, none, targets, find_logits(rows[0].output), error)
         span = torch.stack([targets, targets + 1], 1) if isinstance(targets, Tensor) else targets
-        result = attribute(**batch, target_span=span)
+        result = attribute(**batch, **{"target_span": span} | spans)
         explained = targets if isinstance(targets, Tensor) else result.targets
         none = torch.zeros_like(result.scores[:, 0])
         return Rows(result.scores, none, explained, find_logits(result.output), result.error)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -54,6 +55,7 @@ class Method:
         replaces_tokens: whether a batch of texts also holds replacement and special_tokens_mask, as
             `GradientAttribution` takes them.
         next_token: whether the method explains the next token of a language model as a class.
+        has_spans: whether the method takes target_span, reasoning_span and hops, as `InformationFlow` does.
     """
 
     name: str
@@ -67,22 +69,32 @@ class Method:
     has_start_layer: bool = False
     replaces_tokens: bool = False
     next_token: bool = False
+    has_spans: bool = False
 
     def run(
-        self, who: str, model: PreTrainedModel, backend: str, dtype: torch.dtype | None, start_layer: int = 0
+        self,
+        who: str,
+        model: PreTrainedModel,
+        backend: str,
+        dtype: torch.dtype | None,
+        start_layer: int = 0,
+        **spans: Any,
     ) -> Run:
         """Return the function that computes the `Rows` of a batch.
 
         Raises:
-            ValueError: the method has no start_layer, and one above 0 is given. The message begins with
-                `who`.
+            ValueError: the method has no start_layer, and one above 0 is given, or it has no spans. The
+                message begins with `who`.
         """
+        if spans and not self.has_spans:
+            having = ", ".join(name for name, method in METHODS.items() if method.has_spans)
+            raise ValueError(f"{who}: {', '.join(spans)} belongs to {having}; {self.name} has none")
         if self.has_start_layer:
             return self.build(model, backend, dtype, start_layer=start_layer)
         if start_layer != 0:
             having = ", ".join(name for name, method in METHODS.items() if method.has_start_layer)
             raise ValueError(f"{who}: start_layer belongs to {having}; {self.name} has none")
-        return self.build(model, backend, dtype)
+        return self.build(model, backend, dtype, **spans)
 
 
 def _rollout(name: str, summary: str, defined_for: str, **more: str) -> Method:
@@ -195,6 +207,7 @@ _ENTRIES = (
         "the layers (Ferrando and Voita, 2024)",
         information_flow,
         "decoders",
+        has_spans=True,
     ),
     _relevance(
         "transformer-attribution",

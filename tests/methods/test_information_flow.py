@@ -246,3 +246,78 @@ def test_several_tokens_from_one_forward_pass():
         assert torch.equal(result.targets, positions[:, t])
         for name in ("scores", "pass_scores", "ratios", "layer_scores", "residual", "head_scores"):
             assert_equal(getattr(result, name), getattr(one, name))
+
+
+FLOW = dict(method="information-flow", progress=False)
+
+
+def test_explain_takes_spans():
+    model, tok = build("llama", torch.float32), tokenizer()
+    texts = ["the good film is a deep one", "a film that is good and deep"]
+    spans = dict(target_span=(4, 6), reasoning_span=(1, 4), hops=2)
+    for text, a in zip(texts, pyglobenc.explain(model, tok, texts, **FLOW, **spans), strict=True):
+        exact = InformationFlow(model)(input_ids=torch.tensor([tok(text).input_ids]), **spans)
+        torch.testing.assert_close(torch.as_tensor(a.scores), exact.scores[0])
+        assert a.target_name == "tokens 4:6" and a.target_kind == "mean"
+        assert {name: a.settings[name] for name in spans} == {
+            "target_span": "4:6",
+            "reasoning_span": "1:4",
+            "hops": 2,
+        }
+    # A position may be the target of hops.
+    a = pyglobenc.explain(model, tok, texts[0], **FLOW, target=5, reasoning_span=(1, 4))
+    ids = torch.tensor([a.token_ids])
+    exact = InformationFlow(model)(input_ids=ids, target_span=(5, 6), reasoning_span=(1, 4))
+    torch.testing.assert_close(torch.as_tensor(a.scores), exact.scores[0])
+    assert a.target == 5 and a.target_kind == "token"
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        (
+            dict(target_span=(1, 99)),
+            ValueError,
+            "target_span must lie within the .* tokens of text, got 1:99",
+        ),
+        (dict(reasoning_span=(3, 3)), ValueError, "reasoning_span must have 0 <= start < stop"),
+        (dict(target_span=(-2, 3)), ValueError, "target_span must have 0 <= start < stop"),
+        (dict(target_span=5), TypeError, "target_span must be two integers"),
+        (dict(target_span=(1, True)), TypeError, "target_span must be two integers"),
+        (dict(hops=-1), ValueError, "hops must be at least 0"),
+        (dict(hops=1.5), TypeError, "hops must be an integer"),
+        (dict(target=1, target_span=(1, 2)), ValueError, "target and target_span exclude each other"),
+        (dict(target_span=(1, 2), long="windows"), ValueError, "target_span with long='windows'"),
+        (dict(method="globenc", target_span=(1, 2)), ValueError, "target_span belongs to information-flow"),
+        (dict(method="saliency", hops=0), ValueError, "hops belongs to information-flow; saliency has none"),
+    ],
+)
+def test_explain_refuses_spans(options, error, message):
+    with pytest.raises(error, match=message):
+        pyglobenc.explain(build("llama", torch.float32), tokenizer(), "the good film", **FLOW | options)
+
+
+def test_spans_on_the_command_line(tmp_path, capsys):
+    build("llama", torch.float32).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    out, text = tmp_path / "a.json", "the good film is a deep one"
+    line = "explain --model {} {} --method information-flow --json {} --quiet"
+    command = words(line, tmp_path / "model", text, out)
+    spans = ["--target-span", "4:6", "--reasoning-span", "1:4", "--hops", "2"]
+    assert main([*command, *spans]) == 0
+    model = build("llama", torch.float32)
+    ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path / "model")(text).input_ids])
+    exact = InformationFlow(model)(input_ids=ids, target_span=(4, 6), reasoning_span=(1, 4), hops=2)
+    torch.testing.assert_close(torch.as_tensor(pyglobenc.load(out).scores), exact.scores[0])
+    for wrong, message in (
+        (["--target-span", "4"], "invalid span of positions, such as 10:20 value: '4'"),
+        (["--target-span", "6:4"], "target_span must have 0 <= start < stop"),
+        (["--hops", "1", "--method", "alti"], "hops belongs to information-flow; alti has none"),
+        (["--hops", "1", "--generate", "3"], "--hops doesn't go with --generate"),
+        (["--hops", "1", "--image", "a.png"], "--hops"),
+    ):
+        try:
+            status = main([*command[:3], *([] if "--image" in wrong else [text]), *command[4:-3], *wrong])
+        except SystemExit as stopped:
+            status = stopped.code
+        assert status != 0 and message in capsys.readouterr().err, wrong
