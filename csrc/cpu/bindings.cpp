@@ -55,8 +55,8 @@ static std::vector<const Kernels*> available() {
     add(kernels_amx);
 #endif
 #ifdef PYGLOBENC_HAS_AVX512BF16
-    // Whether vdpbf16ps pays was measured. On AMD's Zen 4, rollout_step of bfloat16 takes two thirds of the time
-    // of float32 with it. On Intel's Sapphire Rapids, scores take twice the time.
+    // Whether vdpbf16ps pays was measured. On AMD's Zen 4, rollout_step of bfloat16 takes two thirds of the
+    // time of float32 with it. On Intel's Sapphire Rapids, scores take twice the time.
     const bool pays = __builtin_cpu_is("amd");
     if (pays) add(kernels_avx512bf16);
 #endif

@@ -35,7 +35,7 @@ struct GramArgs {
 
 // Packs a block of tokens to out: the values [Hkv, dh, I], then x [d, I].
 static void pack_block(const GramArgs& args, int64_t block, float* out) {
-    pack_values(args.v, block, out);
+    pack_values(args.v, Unit::single, block, out);
     if (!args.x) return;
     out += args.v.shape[1] * args.dh() * I;
     const BlockTokens inputs(args.v, block, args.x.stride[0], args.x.stride[1]);

@@ -19,8 +19,8 @@ static inline float number(const View& v, int64_t a, int64_t b = 0, int64_t c = 
     return static_cast<const float*>(v.data)[at(v, a, b, c, d)];
 }
 
-// The contents of 32 bits of a packed vector: a float; two unchanged bf16; or two bf16 of the parts that floats
-// are split into for tiles (csrc/cpu/tiles.h), where the first parts of all numbers come first.
+// The contents of 32 bits of a packed vector: a float; two unchanged bf16; or, for tiles, two bf16 of the
+// parts that floats are split into (csrc/cpu/tiles.h). The first parts of all numbers come first.
 enum class Unit { single, pair, one_part, two_parts, three_parts };
 
 // Returns the unit of scores.
@@ -140,11 +140,11 @@ struct BlockTokens {
     }
 };
 
-// Packs the values of a block of tokens, v (B, Hkv, n, dh), to out [Hkv, dh, I].
-static inline void pack_values(const View& v, int64_t block, float* out) {
+// Packs the values of a block of tokens, v (B, Hkv, n, dh), to out [Hkv, units, I].
+static inline void pack_values(const View& v, Unit unit, int64_t block, float* out) {
     BlockTokens values(v, block, v.stride[0], v.stride[2]);
-    for (int64_t h = 0; h < v.shape[1]; ++h, out += v.shape[3] * I) {
-        pack_tokens(v, Unit::single, values.start, values.count, v.stride[3], v.shape[3], out);
+    for (int64_t h = 0; h < v.shape[1]; ++h, out += units(unit, v.shape[3]) * I) {
+        pack_tokens(v, unit, values.start, values.count, v.stride[3], v.shape[3], out);
         for (int64_t l = 0; l < values.count; ++l) values.start[l] += v.stride[1];
     }
 }

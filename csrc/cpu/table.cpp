@@ -17,8 +17,8 @@ namespace pyglobenc {
 namespace PYGLOBENC_ISA {
 
 #if TILES
-// Returns whether the processor has tile registers with products of bf16, and the system lets this process use
-// them. Linux asks for a request, because the registers enlarge the state of each thread.
+// Returns whether the processor has tile registers with products of bf16, and the system lets this process
+// use them. Linux asks for a request, because the registers enlarge the state of each thread.
 static bool tiles_permitted() {
 #if defined(PYGLOBENC_EMULATE_TILES)
     return true;

@@ -18,7 +18,7 @@ __attribute__((noinline)) static void probabilities(const float* q,       // [wi
                                                     int64_t key_stride) {
 #if TILES
     constexpr int count = parts(UNIT);
-    tile_products<VT>(q, count, k, count, width / count, alpha, key_stride);
+    tile_products<VT>(q, count, k, count, width, width / count, alpha, key_stride);
 #else
     Floats acc[J][VT];
     products<J, VT, UNIT>(q, k, width, width, acc);

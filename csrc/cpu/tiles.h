@@ -1,8 +1,9 @@
 // Defines products of matrices of bf16 on the tile registers of Intel's processors (AMX), and the same
-// registers in plain C++, with which tests run these kernels on any processor.
+// registers in plain C++, with which tests run these kernels on any processor that has AVX-512.
 //
-// A tile has 16 rows of 64 bytes. A float is a sum of up to three bf16, its parts, and a product of two floats
-// is the sum of the products of their parts.
+// A tile has 16 rows of 64 bytes. A float is a sum of up to three bf16, its parts, and a product of two
+// floats is the sum of the products of their parts. Like the instructions' operands, parts below float32's
+// smallest normal number count as 0.
 #pragma once
 
 #include "simd.h"
@@ -16,8 +17,8 @@ constexpr int TILE = 16;  // rows of a tile, and its columns of 32 bits
 static inline int64_t tile_width(int64_t numbers) { return (numbers + 2 * TILE - 1) / (2 * TILE) * TILE; }
 
 // Replaces numbers by sums of `parts` bf16. Part p of numbers 2 c and 2 c + 1 is written to the 32 bits at
-// out[p * step + c]. The remainders are exact, so that bf16 is one part, float16 is two parts exactly, and a
-// float32 is three parts up to 2^-26 of it.
+// out[p * step + c]. The remainders are exact, so that bf16 is one part, float16 is two parts, and
+// float32 is three.
 static inline void split(float* numbers,  // [2 * TILE], overwritten
                          int parts, int64_t step, float* out) {
     for (int p = 0; p < parts; ++p) {
@@ -120,18 +121,18 @@ struct TileRegisters {
 
 #endif
 
-// Computes out[r, i] = sum_c left[c, i] * right[r, c] for 16 rows and VT vectors of tokens. Products of parts
-// a and b with a + b > 2 are left out, since they are below float32's rounding. With 2, or 3, parts on both
-// sides these are 4, or 6, products. A product of VT tiles takes VT instructions for 16 * 16 * VT pairs of
-// tokens and 32 numbers, where a fused multiply-add of 16 lanes takes 512 * VT.
+// Computes out[r, i] = sum_c left[c, i] * right[r, c] for 16 rows and VT vectors of tokens. Rows of right lie
+// right_step apart, and those of out lie `step` apart. Products of parts a and b with a + b > 2 are left out,
+// since they are below float32's rounding. With two parts on both sides there are four products, with three
+// parts there are six. One instruction does the work of 512 fused multiply-adds of 16 lanes: scores of 48
+// keys, 64 queries and dh = 64 take 24 instructions from bfloat16 and 144 from float32, instead of 12,288.
 template <int VT>
 __attribute__((noinline)) static void tile_products(const float* left,  // [left_parts, width, I]
                                                     int left_parts,
                                                     const float* right,  // [TILE, right_parts, width]
-                                                    int right_parts, int64_t width,
-                                                    float* out,  // [TILE, I], rows `step` apart
+                                                    int right_parts, int64_t right_step, int64_t width,
+                                                    float* out,  // [TILE, I]
                                                     int64_t step) {
-    const int64_t row = 4 * right_parts * width;
     // The intrinsics do not tell the compiler that they read memory.
     asm volatile("" ::: "memory");
     TILE_ZERO(0);
@@ -144,7 +145,7 @@ __attribute__((noinline)) static void tile_products(const float* left,  // [left
             if (a + b > 2) continue;
             for (int64_t c = 0; c < width; c += TILE) {
                 const float* const x = left + (a * width + c) * I;
-                TILE_LOAD(4, right + b * width + c, row);
+                TILE_LOAD(4, right + b * width + c, 4 * right_step);
                 TILE_LOAD(5, x, 4 * I);
                 TILE_MULTIPLY(0, 4, 5);
                 if (VT > 1) {
