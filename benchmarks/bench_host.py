@@ -16,7 +16,7 @@ from pyglobenc import GlobEnc, TransformerAttribution
 ON_GPU = DEVICE.type == "cuda"
 ROUNDS, TOKENS = 100, 16
 BACKENDS = ("triton", "cuda") if ON_GPU else ("cpu",)
-CALLS = {"globenc": GlobEnc, "transformer-attribution": TransformerAttribution}
+METHODS = {"globenc": GlobEnc, "transformer-attribution": TransformerAttribution}
 CALLS = [
     ("globenc", {}),
     *(("transformer-attribution", {"reliability": how}) for how in ("off", "estimated", "measured")),
@@ -43,8 +43,8 @@ def model():
 def bench_call(benchmark, model, method, options, backend):
     ids = torch.randint(1000, 30000, (1, TOKENS), device=DEVICE)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    attribute = CALLS[method](model, backend)
-    exact = CALLS[method](model, "reference")(**batch, **options).scores
+    attribute = METHODS[method](model, backend)
+    exact = METHODS[method](model, "reference")(**batch, **options).scores
     torch.testing.assert_close(
         attribute(**batch, **options).scores, exact, rtol=1e-2, atol=1e-2 * float(exact.abs().max())
     )
