@@ -232,7 +232,6 @@ def _count_done(plan: Any) -> int:
 
 
 def _dry_run(options: argparse.Namespace, plan: Any, runner: Any) -> int:
-    from pyglobenc.methods.memory import estimate_memory
     from pyglobenc.scale.corpus.job import batch_shapes
 
     records, shards, done = plan.survey.records, len(plan.survey.parts), _count_done(plan)
@@ -251,12 +250,21 @@ def _dry_run(options: argparse.Namespace, plan: Any, runner: Any) -> int:
         f"{sum(size * n for size, n in batches)} tokens with padding"
     )
     if batches:
-        estimates = [(estimate_memory(runner.model, batch=size, n=n, method=options.method,
-        dtype=runner.options.dtype), size, n)
-                     for size, n in set(batches)]  # fmt: skip
-        worst, size, n = max(estimates, key=lambda one: one[0].peak)
-        print(
-            f"memory: {worst} at the largest batch, {size} x {n} tokens, without what Python and torch "
-            f"need themselves"
-        )
+        print(f"memory: {_memory(runner, options.method, set(batches))}")
     return 0
+
+
+def _memory(runner: Any, method: str, batches: set[tuple[int, int]]) -> str:
+    """Return what the largest of some batches (examples, tokens) takes, or why that isn't known."""
+    from pyglobenc.methods.memory import estimate_memory
+
+    dtype = runner.options.dtype
+    try:
+        estimates = [
+            (estimate_memory(runner.model, batch=size, n=n, method=method, dtype=dtype), size, n)
+            for size, n in batches
+        ]
+    except ValueError as error:
+        return str(error)
+    worst, size, n = max(estimates, key=lambda one: one[0].peak)
+    return f"{worst} at the largest batch, {size} x {n} tokens, without what Python and torch need themselves"
