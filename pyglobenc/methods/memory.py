@@ -154,7 +154,7 @@ def estimate_memory(
         # The tile of probabilities, and two blocks of rows; the numbers a token were counted.
         m = min(n, block_size(s.d, s.heads))
         keys = min(n, keys_at_a_time(batch * s.heads * m, model.device))
-        pairs = batch * m * (s.heads * keys + 2 * n)
+        pairs = batch * (m * s.heads * keys + (m + min(m, n - m)) * n)
         workspace = max(
             tokens * forward, (tokens * 7 * s.d + pairs) * wide + rows + tokens * s.logits * element
         )
@@ -197,7 +197,9 @@ def _relevance(
             tokens * (7 * s.d + 4 * s.mlp), tokens * 7 * s.d + min(tiles * pairs, most)
         ),
         "transformer-attribution-last": max(
-            tokens * (5 * s.d + 4.5 * s.mlp), 5 * pairs if wide == FLOAT64 else 0
+            tokens * (5 * s.d + 4.5 * s.mlp),
+            tokens * (5 * s.d + 2.25 * s.mlp) + 3 * tile,
+            5 * pairs if wide == FLOAT64 else 0,
         ),
         "lrp": max(clamped, tokens * 8 * s.d + 7 * tile + 4 * before),
         "partial-lrp": clamped,

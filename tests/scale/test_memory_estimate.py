@@ -227,7 +227,7 @@ def takes(kind, method):
 
 
 @pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.PrecisionWarning")
-@pytest.mark.parametrize("batch, n", [(2, 100), (1, 196)])
+@pytest.mark.parametrize("batch, n", [(2, 100), (1, 256)])
 @pytest.mark.parametrize(
     "kind, method",
     # numpy computes the flow: see test_flow
