@@ -41,9 +41,9 @@ RELEVANCE = (
 GRADIENT_ROLLOUT, INFORMATION_FLOW, DECOMPX = "gradient-rollout", "information-flow", "decompx"
 CAPTURED = (GRADIENT_ROLLOUT, "attcat")  # autograd's graph of a captured model
 ESTIMATED = (*ROLLOUTS, INFORMATION_FLOW, *RELEVANCE, *CAPTURED, *GRADIENTS, *RULES, DECOMPX)
-# How many tiles of (query, key) pairs the relevance ops hold, and the most numbers in all of them together.
-# The float32 entry is for the CPU kernels, and the float64 entry for the reference.
-TILES = {FLOAT32: (4, 1 << 20), FLOAT64: (8, 3 << 20)}
+# How many tiles of (query, key) pairs the reference of the relevance ops holds in float64, and the most
+# numbers in all of them together. The kernels hold none.
+TILES, MOST = 8, 3 << 20
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def _relevance(
     # The error of a small model is measured by a second run in the same batch.
     if rules and wide == FLOAT32 and measured(matrices * batch * n, device):
         batch *= 2
-    tokens, (tiles, most) = batch * n, TILES[wide]
+    tokens = batch * n
     pairs = batch * s.heads * n * n
     # The sizes of the current tile and of the one before it.
     tile = min(pairs, max(TILE_FLOATS, MIN_QUERIES * batch * s.heads * n))
@@ -194,11 +194,11 @@ def _relevance(
     clamped = tokens * (2 * s.d + 4.5 * s.mlp) + 2 * s.d * s.mlp
     workspace = {
         "transformer-attribution": max(
-            tokens * (7 * s.d + 4 * s.mlp), tokens * 7 * s.d + min(tiles * pairs, most)
+            tokens * (7 * s.d + 4 * s.mlp),
+            tokens * 7 * s.d + (min(TILES * pairs, MOST) if wide == FLOAT64 else 0),
         ),
         "transformer-attribution-last": max(
             tokens * (5 * s.d + 4.5 * s.mlp),
-            tokens * (5 * s.d + 2.25 * s.mlp) + 3 * tile,
             5 * pairs if wide == FLOAT64 else 0,
         ),
         "lrp": max(clamped, tokens * 8 * s.d + 7 * tile + 4 * before),
@@ -247,14 +247,14 @@ def _captured_graph(
     tokens, pairs = batch * n, batch * s.heads * n * n
     # Captured attention keeps a key and a value for each query head beside those of the model.
     graph = s.graph + (2 * s.queries if s.keys < s.queries else 0)
-    # The layers' states are cast to the dtype of the arithmetic. The reference holds tiles of pairs.
-    cast = s.layers * 2 * (s.queries + s.keys) * wide if element < wide else 0
-    tiles = min(2 * pairs, TILES[FLOAT64][1]) if wide == FLOAT64 else 0
+    tiles = min(2 * pairs, MOST) if wide == FLOAT64 else 0
+    # The gradients of all layers' inputs exist together.
+    rest = s.layers * s.d if method == "attcat" else 3 * s.d
     return Estimate(
         weights,
         0,
-        saved=tokens * ((s.layers * graph + s.head) * element + cast),
-        workspace=tokens * (s.backward + 3 * s.d) * element + tiles * wide,
+        saved=tokens * (s.layers * graph + s.head) * element,
+        workspace=tokens * (s.backward + rest) * element + tiles * wide,
         maps=0,
     )
 
@@ -357,9 +357,8 @@ class _Sizes:
         A layer keeps no input for the gradients of its weights. Norms made of single operations keep theirs.
         Attention keeps q, k, v, o and lse, with a key and a value for each query head. Constant
         probabilities need neither v nor o, except in half precision, where a tempered softmax has a second
-        output.
-        An activation keeps the slope of its secant, or what its derivative needs, and a gated product its
-        factors, of which one may be constant.
+        output. An activation keeps the slope of its secant, or what its derivative needs, and a gated product
+        its factors, of which one may be constant.
         """
         rules, turned = RULES[method], self.queries + self.keys
         constant = not rules.probabilities and element >= FLOAT32
