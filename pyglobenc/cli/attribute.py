@@ -12,9 +12,9 @@ from pyglobenc.cli.options import (
     add_model,
     add_target,
     dtype_named,
-    environment_number,
     listed,
     natural,
+    portion,
     positive,
 )
 from pyglobenc.common.characters import printable
@@ -22,16 +22,14 @@ from pyglobenc.common.characters import printable
 NAME = "attribute"
 HELP = "attribute a corpus and write Parquet shards; a stopped job can be resumed"
 SHARD_SIZE = 1000
-# This many tokens stay in a CPU's caches. With 4,096, MiniLM takes a fifth longer on one core.
-CPU_TOKENS, GPU_TOKENS = 1024, 16384
+ENGINES = ("local", "ray")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to its parser."""
     parser.epilog = (
-        "Run the same command again to resume a stopped job. Under torchrun, every rank computes a part of "
-        "the shards. "
-        "The result doesn't depend on the number of ranks."
+        "Run the same command again to resume a stopped job. Several processes may run it at the same time. "
+        "With --engine ray, a Ray cluster computes the same shards."
     )
     _add_files(parser)
     add_model(parser, "minilm", "which is a PyPI package")
@@ -48,9 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="lowest layer of transformer-attribution's rollout (default 0)",
     )
     add_lengths(parser, "leave it out")
-    sizes = f"{CPU_TOKENS} on a CPU, {GPU_TOKENS} on a GPU"
     parser.add_argument(
-        "--batch-tokens", type=positive, help=f"tokens in a batch, padding included (default {sizes})"
+        "--batch-tokens",
+        type=positive,
+        help="tokens in a batch, padding included (default 1024 on a CPU, 16384 on a GPU)",
     )
     packed = (
         "compute batches without padding; scores differ by rounding only (default: where the model "
@@ -60,7 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shard-size", type=positive, default=SHARD_SIZE, help=f"records per shard (default {SHARD_SIZE})"
     )
-    add_arithmetic(parser, device="; under torchrun the rank's")
+    add_arithmetic(parser)
+    _add_engine(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -74,7 +74,8 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
         "--input",
         required=True,
         metavar="FILE",
-        help="the corpus: .txt, .csv, .tsv, .jsonl, .parquet, or a folder saved by datasets",
+        help="the corpus: .txt, .csv, .tsv, .jsonl, .parquet, a folder of Parquet files or one saved by "
+        "datasets; or its address in an object store, such as s3://bucket/corpus.jsonl",
     )
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder for the Parquet shards; created if missing"
@@ -97,132 +98,136 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="local",
+        help="what runs the job: this process (local, default), or Ray: the cluster of RAY_ADDRESS or a new "
+        "one on this machine; the output must then be a folder that all its nodes share",
+    )
+    parser.add_argument(
+        "--concurrency",
+        type=positive,
+        help="processes of --engine ray that hold the model (default: as its GPUs or processors allow)",
+    )
+    parser.add_argument(
+        "--num-gpus",
+        type=portion,
+        help="GPUs for each process of --engine ray, such as 1 or 0.5 (default: 1 if the cluster has GPUs)",
+    )
+
+
 def run(options: argparse.Namespace) -> int:
-    """Run the job, or this rank's part of it, and return the exit status."""
+    """Run the job and return the exit status."""
     from pyglobenc.cli.outputs import check_output_folder
-    from pyglobenc.scale.corpus.job import Plan, most_of_a_text, survey_source, try_settings
+    from pyglobenc.scale.corpus.job import Plan, default_batch_tokens, score_dtype
     from pyglobenc.scale.corpus.records import keep_columns, load_arrow, open_source
 
+    _check_engine(options)
     # Without Arrow nothing could be written, so its absence is reported first.
     load_arrow()
     source = open_source(options.input, options.column, not options.no_header)
     source = keep_columns(source, options.keep, not options.no_header)
-    check_output_folder(options.output, options.model, (options.input, *source.files))
+    check_output_folder(options.output, options.model, source.places())
     if next(source.records(), None) is None:
         raise ValueError(f"{options.input}: holds no record")
-    rank, world = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
-    if not 0 <= rank < world:
-        raise ValueError(f"the environment's RANK must lie in [0, {world}), its WORLD_SIZE, got {rank}")
-    runner = _runner(options)
-    try_settings(runner)
-    options.batch_tokens = options.batch_tokens or (
-        CPU_TOKENS if runner.model.device.type == "cpu" else GPU_TOKENS
-    )
-    source = replace(source, most=most_of_a_text(runner))
-    survey = survey_source(source, options.shard_size)
-    manifest = _manifest(options, source, survey, runner)
-    scores = "float64" if "float64" in (options.dtype, runner.versions["model_dtype"]) else "float32"
+    engine = _engine(options)
+    facts = engine.facts()
+    options.batch_tokens = options.batch_tokens or default_batch_tokens(facts["settings"]["device"])
+    source = replace(source, most=facts["most"])
+    survey = engine.survey(source, options.shard_size)
+    manifest = _manifest(options, source, survey, facts)
     common = {
         "method": options.method,
         "model": manifest["model"]["sha256"],
-        "dtype": scores,
+        "dtype": score_dtype(options.dtype, facts["settings"]["model_dtype"]),
         "settings": manifest["settings"],
     }
     if options.keep:
         common["keep"] = manifest["input"]["keep"]
-    plan = Plan(
-        source, Path(options.output), options.shard_size, options.batch_tokens, common, rank, world, survey
-    )
-    return _dry_run(options, plan, runner) if options.dry_run else _run_job(options, plan, runner, manifest)
+    plan = Plan(source, Path(options.output), options.shard_size, options.batch_tokens, common, survey)
+    if options.dry_run:
+        return _dry_run(options, plan, engine.runner)
+    return _run_job(options, plan, engine, manifest)
 
 
-def _runner(options: argparse.Namespace) -> Any:
-    # These imports take seconds.
+def _check_engine(options: argparse.Namespace) -> None:
+    """Refuse options of the engine that isn't used."""
+    ray = options.engine == "ray"
+    for name in ("device", "dry_run") if ray else ("concurrency", "num_gpus"):
+        if getattr(options, name) not in (None, False):
+            one, other = ENGINES if ray else reversed(ENGINES)
+            options.error(f"--{name.replace('_', '-')} belongs to --engine {one}, not to --engine {other}")
+
+
+def _engine(options: argparse.Namespace) -> Any:
+    from pyglobenc.scale.corpus.job import LocalEngine
+
+    names = ("trust_remote_code", "method", "target", "start_layer", "long", "max_length", "stride")
+    loading = {name: getattr(options, name) for name in ("model", *names, "backend", "packed")}
+    loading |= {name: dtype_named(getattr(options, name)) for name in ("dtype", "model_dtype")}
+    if options.engine == "local":
+        return LocalEngine(loading | {"device": options.device})
+    from pyglobenc.integrations.ray import RayEngine
+
+    return RayEngine(loading, options.concurrency, options.num_gpus)
+
+
+def _manifest(options: argparse.Namespace, source: Any, survey: Any, facts: Any) -> dict[str, Any]:
     import torch
-
-    from pyglobenc.methods.registry import find_method
-    from pyglobenc.models.pretrained import load_pretrained
-    from pyglobenc.scale.corpus.job import make_runner
-
-    device = options.device
-    if device is None and torch.cuda.is_available():
-        device = f"cuda:{environment_number('LOCAL_RANK', 0) % torch.cuda.device_count()}"
-    # Only methods that explain a class need the model's head.
-    head = find_method(options.method).target == "class"
-    model, tokenizer = load_pretrained(
-        options.model, dtype_named(options.model_dtype), device, options.trust_remote_code, head
-    )
-    names = ("method", "target", "start_layer", "long", "max_length", "stride", "backend", "packed")
-    return make_runner(
-        model, tokenizer, dtype=dtype_named(options.dtype), **{name: getattr(options, name) for name in names}
-    )
-
-
-def _manifest(options: argparse.Namespace, source: Any, survey: Any, runner: Any) -> dict[str, Any]:
-    from pyglobenc._version import __version__
-    from pyglobenc.scale.corpus.manifest import model_fingerprint, tokenizer_fingerprint
+    import transformers
 
     names = ("method target start_layer long max_length stride backend dtype batch_tokens shard_size").split()
-    settings = {name: getattr(options, name) for name in names}
-    settings |= {
-        "packed": runner.packed,
-        "model_dtype": runner.versions["model_dtype"],
-        "device": runner.model.device.type,
-    }
-    settings["version"] = __version__
+    settings = {name: getattr(options, name) for name in names} | facts["settings"]
     # None, and not an empty list, is what jobs without kept columns have always stored.
     kept = [one.column for one in source.kept] or None
     read = {"sha256": survey.sha256, "texts": survey.texts, "records": survey.records}
     return {
         "input": read | {"column": source.column, "header": not options.no_header, "keep": kept},
-        "model": {
-            "sha256": model_fingerprint(runner.model),
-            "tokenizer": tokenizer_fingerprint(runner.tokenizer),
-        },
+        "model": facts["model"],
         "settings": settings,
         "info": {"input": options.input, "model": options.model}
-        | {name: runner.versions[name] for name in ("torch", "transformers")},
+        | {"torch": torch.__version__, "transformers": transformers.__version__},
     }
 
 
-def _run_job(options: argparse.Namespace, plan: Any, runner: Any, manifest: dict[str, Any]) -> int:
+def _run_job(options: argparse.Namespace, plan: Any, engine: Any, manifest: dict[str, Any]) -> int:
     from tqdm import tqdm
 
-    from pyglobenc.scale.corpus.job import InputChanged, run_job
     from pyglobenc.scale.corpus.manifest import check_manifest, set_complete
+    from pyglobenc.scale.corpus.reading import InputChanged
 
-    folder, rank, world = plan.folder, plan.rank, plan.world
+    folder, shards = plan.folder, len(plan.survey.parts)
     check_manifest(folder, manifest)
-    if not _all_done(plan):
+    if _count_done(plan) < shards:
         set_complete(folder, False)
-    mine = sum(part.records for part in plan.survey.parts if part.shard % world == rank)
     try:
-        with tqdm(total=mine, desc="attribute", unit=" sentences", disable=options.quiet or rank > 0) as bar:
-            summary = run_job(runner, plan, bar.update)
+        total = plan.survey.records
+        with tqdm(total=total, desc="attribute", unit=" sentences", disable=options.quiet) as bar:
+            summary = engine.run(plan, bar.update)
     except InputChanged:
         set_complete(folder, False)
         raise
-    # The last rank to finish finds all shards done.
-    if _all_done(plan):
-        set_complete(folder, True)
+    # Every shard is looked at once more: its index column and its side file hold each of its records once.
+    done = _count_done(plan)
+    if done < shards:
+        where = "; do all nodes share this folder?" if options.engine == "ray" else ""
+        raise ValueError(f"{folder}: {shards - done} of {shards} shards aren't complete after the job{where}")
+    set_complete(folder, True)
     if not options.quiet:
         rate = (
             f", {summary.attributed / summary.seconds:.3g} sentences a second" if summary.attributed else ""
         )
-        share = f" (rank {rank} of {world})" if world > 1 else ""
         done = f", {summary.before} done before" if summary.before else ""
         left = f", {summary.rejected} left out (see {folder}/_rejected-*.jsonl)" if summary.rejected else ""
-        print(printable(f"{summary.attributed} attributed{done}{left}{rate}{share}"), file=sys.stderr)
+        print(printable(f"{summary.attributed} attributed{done}{left}{rate}"), file=sys.stderr)
     if (
         summary.rejected + summary.before_rejected
         and not summary.attributed + summary.before - summary.before_rejected
     ):
         raise ValueError(f"not one record could be attributed; {folder}/_rejected-*.jsonl gives the reasons")
     return 0
-
-
-def _all_done(plan: Any) -> bool:
-    return _count_done(plan) == len(plan.survey.parts)
 
 
 def _count_done(plan: Any) -> int:

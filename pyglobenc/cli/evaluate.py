@@ -227,7 +227,7 @@ def run(options: argparse.Namespace) -> int:
         if options.split is not None:
             raise ValueError("--split belongs to --format")
         source = open_source(options.input, options.column, not options.no_header)
-        check_output_folder(options.output, options.model, (options.input, *source.files))
+        check_output_folder(options.output, options.model, source.places())
         indices, given = _read(options, source)
     else:
         check_output_folder(options.output, options.model, (options.input,))
@@ -261,7 +261,7 @@ def _read(options: argparse.Namespace, source: Any) -> tuple[list[int], dict[str
 
     columns = {"labels": options.label_column, "answers": options.answer_column}
     readers: dict[str, Iterator[Any]] = {
-        name: open_source(options.input, column, not options.no_header, texts=name == "answers").read()
+        name: open_source(options.input, column, not options.no_header, texts=name == "answers").values()
         for name, column in columns.items()
         if column is not None
     }

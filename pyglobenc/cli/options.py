@@ -77,6 +77,14 @@ def seconds(text: str) -> float:
     return value
 
 
+def portion(text: str) -> float:
+    """Return the number in an option's text: 0, a part of 1, or a whole number."""
+    value = float(text)
+    if not (0 <= value <= LARGEST and (value < 1 or value == int(value))):
+        raise ValueError
+    return value
+
+
 # argparse names the type in its error messages.
 span.__name__ = "span of positions, such as 10:20"
 integer.__name__, token_or_class.__name__, natural.__name__ = "int", "int or mean", "number of at least 0"
@@ -92,22 +100,7 @@ def listed(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-listed.__name__ = "list of names"
-
-
-def environment_number(name: str, default: int) -> int:
-    """Return the integer in an environment variable, or `default` if it isn't set.
-
-    Raises:
-        ValueError: the value is not an integer. The message names the variable.
-    """
-    text = os.environ.get(name)
-    if text is None:
-        return default
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"the environment's {name} must be an integer, got {text[:40]!r}") from None
+listed.__name__, portion.__name__ = "list of names", "number, whole or below 1"
 
 
 def add_model(parser: argparse.ArgumentParser, default: str, what: str) -> None:

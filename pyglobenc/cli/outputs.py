@@ -28,10 +28,13 @@ def check_output_folder(output: str, model: str, inputs: Iterable[str | Path]) -
     """Refuse an output folder that would be mixed with what is read; arguments as for `check_outputs`.
 
     Raises:
-        ValueError: the folder is an input, lies in one or contains one, or lies in the model's folder.
+        ValueError: the folder is an input, lies in one or contains one, lies in the model's folder, or is an
+            address.
         NotADirectoryError: there is a file of that name.
     """
     inputs = list(inputs)
+    if "://" in output:
+        raise ValueError(f"{output}: the output must be a folder; an object store is only read")
     check_outputs([output], model, inputs)
     if os.path.exists(output) and not os.path.isdir(output):
         raise NotADirectoryError(20, "is a file, not a folder", output)

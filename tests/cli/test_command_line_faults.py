@@ -156,17 +156,6 @@ def test_named_faults(run, model, args, status, message):
 
 
 @pytest.mark.parametrize(
-    "name, value", [("RANK", ""), ("RANK", "a\x1b"), ("RANK", "-1"), ("WORLD_SIZE", ""), ("WORLD_SIZE", "0")]
-)
-def test_environment_that_is_no_number(run, model, monkeypatch, name, value):
-    monkeypatch.setenv(name, value)
-    status, _, err = run(
-        "attribute", "--input", "texts.txt", "--output", "out", "--model", str(model), "--quiet"
-    )
-    assert status == 1 and name in err and err.count("\n") == 1
-
-
-@pytest.mark.parametrize(
     "labels",
     [{"0": "\x1b[31m[red]", "5": "x"}, {"0": 0, "1": 1}, {"1": None}, {}, {"0": ["a"], "1": {"b": 2}}],
 )

@@ -4,11 +4,13 @@ import errno
 import fcntl
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,7 @@ from pyglobenc.cli.main import main
 from pyglobenc.common import files
 from pyglobenc.inputs.batching import buckets
 from pyglobenc.methods.memory import estimate_memory
-from pyglobenc.scale.corpus import job, manifest, records, shards
+from pyglobenc.scale.corpus import job, manifest, reading, records, shards
 from pyglobenc.scale.corpus.records import Record, open_source
 
 FAULTS = Path(__file__).parents[1] / "support" / "corpus_faults.py"
@@ -118,15 +120,6 @@ def test_other_methods_explain_a_class(corpus, tmp_path, minilm_is_tiny):
         np.testing.assert_allclose(
             row["scores"], alone.scores, rtol=1e-6, atol=1e-6 * np.abs(alone.scores).max()
         )
-
-
-def test_number_of_ranks_does_not_matter(corpus, tmp_path, minilm_is_tiny, monkeypatch):
-    assert run(corpus, tmp_path / "one") == 0
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    for rank in (2, 0, 1):
-        monkeypatch.setenv("RANK", str(rank))
-        assert run(corpus, tmp_path / "three") == 0
-    assert contents(tmp_path / "one") == contents(tmp_path / "three")
 
 
 def test_windows_and_batches(tmp_path, minilm_is_tiny):
@@ -250,10 +243,93 @@ def test_settings_that_fail_for_every_text_stop_the_job(corpus, tmp_path, minilm
     assert not (tmp_path / "out").exists()
 
 
-def test_a_rank_beyond_the_others_is_refused(corpus, tmp_path, minilm_is_tiny, monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--concurrency", "2"), "--concurrency belongs to --engine ray, not to --engine local"),
+        (("--num-gpus", "0.5"), "--num-gpus belongs to --engine ray, not to --engine local"),
+        (("--engine", "ray", "--device", "cpu"), "--device belongs to --engine local, not to --engine ray"),
+        (("--engine", "ray", "--dry-run"), "--dry-run belongs to --engine local, not to --engine ray"),
+        (("--engine", "ray", "--num-gpus", "1.5"), "invalid number, whole or below 1 value"),
+    ],
+)
+def test_options_of_the_other_engine_are_refused(corpus, tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit, match="2"):
+        run(corpus, tmp_path / "out", *options)
+    assert message in capsys.readouterr().err
+
+
+def test_without_ray_its_engine_is_refused(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert run(corpus, tmp_path / "out", "--engine", "ray") == 1
+    assert "pip install 'ray[data]'" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_an_output_that_does_not_become_whole_is_a_failure(
+    corpus, tmp_path, minilm_is_tiny, monkeypatch, capsys
+):
+    def write_then_damage(folder, part, *rest):
+        shards.write_shard(folder, part, *rest)
+        if part.shard == 1:
+            DAMAGE["cut by a byte"](shards.shard_path(folder, 1), None)
+
+    monkeypatch.setattr(job, "write_shard", write_then_damage)
     assert run(corpus, tmp_path / "out") == 1
-    assert "RANK must lie in [0, 1)" in capsys.readouterr().err
+    assert "1 of 3 shards aren't complete after the job" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / manifest.NAME).read_text())["complete"] is False
+
+
+@pytest.mark.parametrize("size", range(1, 12))
+def test_every_shard_begins_in_one_file(size):
+    counts = [7, 1, 0, 16, 9]
+    ends = [sum(counts[:number]) for number in range(len(counts) + 1)]
+    found = reading.shards_by_file(counts, size)
+    assert [shard for each in found for shard in each] == list(range(-(-ends[-1] // size)))
+    for start, stop, each in zip(ends, ends[1:], found, strict=False):
+        assert all(start <= shard * size < stop for shard in each)
+
+
+@pytest.mark.parametrize("start", range(7))
+def test_reading_begins_anywhere(start, tmp_path):
+    for number, texts in enumerate((["a", "b"], [], ["c"], ["d", "e", "f"])):
+        pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), tmp_path / f"{number}.parquet")
+    source = open_source(tmp_path)
+    for counts in ((), (2,), (2, 0, 1, 3)):
+        found = [(record.index, record.text) for record in source.records(start, counts)]
+        assert found == list(enumerate("abcdef"))[start:]
+    parts = list(reading.survey_source(source, 2).parts)
+    found = list(reading.read_parts(source, 2, (2, 0, 1, 3), parts[1:]))
+    assert [(part.shard, records[0].text) for part, records in found] == [(1, "c"), (2, "e")]
+    for wrong in (replace(parts[1], sha256=""), replace(parts[2], shard=7)):
+        with pytest.raises(reading.InputChanged, match="changed while the job ran") as error:
+            list(reading.read_parts(source, 2, (), [parts[0], wrong]))
+        assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
+
+
+def test_addresses_are_read(tmp_path):
+    upath = pytest.importorskip("upath", reason="needs universal-pathlib")
+    bucket = upath.UPath("memory://bucket/corpus")
+    bucket.mkdir(parents=True, exist_ok=True)
+    for suffix in ("txt", "csv", "jsonl", "parquet"):
+        local = write_as(suffix, tmp_path / "corpus", ["one, film", "", "last"])
+        (bucket / local.name).write_bytes(local.read_bytes())
+        for address in (f"memory://bucket/corpus/{local.name}", local.as_uri()):
+            source = open_source(address)
+            assert list(source.records()) == list(open_source(local).records())
+            assert source.sha256() == open_source(local).sha256()
+            assert (source.places() == []) == address.startswith("memory:")
+    source = open_source("memory://bucket/corpus")
+    assert [path.name for path in source.files] == ["corpus.parquet"] and len(list(source.records())) == 3
+    with pytest.raises(FileNotFoundError, match="memory://bucket/none.txt"):
+        open_source("memory://bucket/none.txt")
+
+
+def test_an_address_needs_its_package_and_is_no_output(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "upath", None)
+    assert run("s3://bucket/corpus.txt", tmp_path / "out") == 1
+    assert "pip install universal-pathlib" in capsys.readouterr().err
+    assert run(corpus, "s3://bucket/out") == 1
+    assert "s3://bucket/out: the output must be a folder" in capsys.readouterr().err
 
 
 def test_nothing_attributed_is_a_failure(tmp_path, minilm_is_tiny, capsys):
@@ -481,17 +557,14 @@ def test_a_shard_that_another_process_computes_is_waited_for(
     assert contents(out) == contents(whole)
 
 
-def test_locks_stay_and_are_the_same_for_any_number_of_ranks(corpus, tmp_path, minilm_is_tiny, monkeypatch):
+def test_locks_stay_and_are_the_same(corpus, tmp_path, minilm_is_tiny):
     out = tmp_path / "out"
     assert run(corpus, out) == 0
     locks = {path.name: path.stat().st_ino for path in out.glob(".lock-*")}
     assert locks.keys() == {".lock-000000", ".lock-000001", ".lock-000002", ".lock-manifest"}
     for path in out.glob("part-*"):
         path.unlink()
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in (0, 1):
-        monkeypatch.setenv("RANK", str(rank))
-        assert run(corpus, out) == 0
+    assert run(corpus, out) == 0
     assert {path.name: path.stat().st_ino for path in out.glob(".lock-*")} == locks
 
 

@@ -6,10 +6,10 @@ A record that can't be read is reported and doesn't stop the job.
 import csv
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +54,11 @@ class Source:
     """A corpus that can be read any number of times.
 
     Attributes:
-        path: the file or folder.
+        path: the file or folder. An address such as s3://bucket/folder gives a `upath.UPath`.
         column: name or number of the column that holds the texts; None for formats without columns.
         files: the files that hold the data.
-        read: function that starts over and yields a text for every record, or an exception with the reason
-            why the record can't be read.
+        read: function of a file that starts over and yields a text for every record of it, or an exception
+            with the reason why the record can't be read.
         most: the most characters a text may have. Longer texts are left out.
         listing: function that returns the files of a folder as they are now; None for a single file.
         kept: sources of other columns of the same file, whose values accompany the texts.
@@ -67,30 +67,82 @@ class Source:
     path: Path
     column: str | None
     files: tuple[Path, ...]
-    read: Callable[[], Iterator[Any]]
+    read: Callable[[Path], Iterator[Any]]
     most: int = MAX_CHARACTERS
     listing: Callable[[], tuple[Path, ...]] | None = None
     kept: tuple["Source", ...] = ()
 
-    def records(self) -> Iterator[Record]:
-        """Yield every record, in input order."""
-        columns = [one.read() for one in self.kept]
+    def values(self, first: int = 0) -> Iterator[Any]:
+        """Yield what `read` yields for each file from file number `first` on."""
+        return chain.from_iterable(map(self.read, self.files[first:]))
+
+    def records(self, start: int = 0, counts: Sequence[int] = ()) -> Iterator[Record]:
+        """Yield the records from number `start` on, in input order.
+
+        Args:
+            start: number of the first record.
+            counts: how many records the first files hold. The files before the one with record `start` are
+                not read.
+        """
+        first, before = 0, 0
+        while first < len(counts) and before + counts[first] <= start:
+            before, first = before + counts[first], first + 1
+        columns = [one.values(first) for one in (self, *self.kept)]
         # Columns of different lengths belong to a file that is being changed, which the job notices.
-        for index, (text, *values) in enumerate(zip(self.read(), *columns, strict=False)):
-            reason = _reason(text, self.most)
-            kept = {one.column: _as_text(value) for one, value in zip(self.kept, values, strict=True)}
-            yield Record(index, None if reason else text, reason, kept)
+        rows = islice(zip(*columns, strict=False), start - before, None)
+        names = [one.column for one in self.kept]
+        for index, (text, *values) in enumerate(rows, start):
+            yield make_record(index, text, dict(zip(names, values, strict=True)), self.most)
+
+    def now(self) -> tuple[Path, ...]:
+        """Return the files as they are now."""
+        return self.listing() if self.listing else self.files
 
     def sha256(self) -> str:
         """Return the SHA-256 of the files' contents and order, as they are now. Names don't count."""
-        total = hashlib.sha256()
-        for path in self.listing() if self.listing else self.files:
-            one = hashlib.sha256()
-            with open(path, "rb") as file:
-                while chunk := file.read(CHUNK):
-                    one.update(chunk)
-            total.update(one.digest())
-        return total.hexdigest()
+        return joined_sha256(map(file_sha256, self.now()))
+
+    def places(self) -> list[Path]:
+        """Return the file or folder, and the files, that an output on this machine must not touch."""
+        return [place for place in (self.path, *self.files) if not is_address(place)]
+
+
+def file_sha256(path: Path) -> bytes:
+    """Return the SHA-256 of a file's content."""
+    one = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            one.update(chunk)
+    return one.digest()
+
+
+def joined_sha256(digests: Iterable[bytes]) -> str:
+    """Return the SHA-256 of several files, from the SHA-256 of each."""
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def is_address(path: Any) -> bool:
+    """Tell whether a path is an address in an object store, such as s3://bucket/folder."""
+    return "://" in str(path)
+
+
+def _place(path: str | Path) -> Path:
+    """Return the path of a local file or folder, or the `upath.UPath` of an address.
+
+    Raises:
+        ImportError: the package that reads addresses isn't installed.
+    """
+    if not is_address(path):
+        return Path(path)
+    try:
+        from upath import UPath
+    except ImportError as error:
+        raise ImportError(
+            f"{path}: addresses need universal-pathlib, which is not installed: pip install "
+            f"universal-pathlib ({error})"
+        ) from error
+    place = UPath(path)
+    return Path(place.path) if place.protocol in ("file", "local") else place
 
 
 def digest(records: list[Record]) -> str:
@@ -104,6 +156,20 @@ def digest(records: list[Record]) -> str:
         total.update(f"{record.index} {-1 if text is None else len(text)}\n".encode())
         total.update(text or b"")
     return total.hexdigest()
+
+
+def make_record(index: int, text: Any, kept: dict[str, Any], most: int) -> Record:
+    """Return the record of a text, or of an exception or other value that is no text.
+
+    Args:
+        index: number of the record.
+        text: the text, or what came in its place.
+        kept: values of other columns by name, of any type.
+        most: the most characters a text may have.
+    """
+    reason = _reason(text, most)
+    values = {name: _as_text(value) for name, value in kept.items()}
+    return Record(index, None if reason else text, reason, values)
 
 
 def _reason(text: Any, most: int) -> str | None:
@@ -144,7 +210,7 @@ def keep_columns(source: Source, names: Iterable[str], header: bool = True) -> S
     kept = []
     for name in dict.fromkeys(names):
         one = open_source(source.path, name, header, texts=False)
-        first = list(islice(one.read(), LOOKED_AT))
+        first = list(islice(one.values(), LOOKED_AT))
         if first and all(isinstance(value, Exception) for value in first):
             raise ValueError(f"{source.path}: can't keep {name!r}: {first[0]}")
         kept.append(one)
@@ -159,7 +225,7 @@ def open_source(
     A folder holds Parquet files, or what `save_to_disk` of `datasets` has written.
 
     Args:
-        path: the file or folder.
+        path: the file or folder, or its address, such as s3://bucket/folder.
         column: name of the column or key that holds the text. None means "text", "sentence" or the only
             column; for JSON the keys of the first object count. Without a header it is a number.
         header: whether the first line of a .csv or .tsv names its columns.
@@ -172,8 +238,9 @@ def open_source(
     Raises:
         ValueError: the format is unknown, there is no such column, or the column doesn't hold texts.
         OSError: the file can't be read.
+        ImportError: the package that reads addresses isn't installed.
     """
-    path = Path(path)
+    path = _place(path)
     if not path.exists():
         raise FileNotFoundError(2, "there is no such file or folder", str(path))
     suffix = path.suffix.lower()
@@ -183,16 +250,16 @@ def open_source(
         raise ValueError(f"{path}: a corpus is read more than once, so it must be a file or a folder")
     if suffix == ".parquet":
         return _table(path, (path,), column, _parquet, texts)
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         if file.read(2) in UTF16:
             raise ValueError(f"{path}: is UTF-16, not UTF-8")
     if suffix in (".txt", ".text", ""):
         if column is not None:
             raise ValueError(f"{path}: a text file has no columns, got {column!r}")
-        return Source(path, None, (path,), lambda: _lines(path))
+        return Source(path, None, (path,), _lines)
     if suffix in (".jsonl", ".ndjson", ".json"):
         key = column or _json_key(path)
-        return Source(path, key, (path,), lambda: (_json_text(line, key) for line in _lines(path)))
+        return Source(path, key, (path,), lambda file: (_json_text(line, key) for line in _lines(file)))
     if suffix in (".csv", ".tsv"):
         return _csv(path, column, header)
     raise ValueError(
@@ -206,7 +273,7 @@ def _lines(path: Path) -> Iterator[str | Exception]:
 
     Bytes that aren't UTF-8 become surrogates, which `_reason` reports.
     """
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(_bounded(file, (b"\n",))):
             if line is None:
                 yield TOO_LONG
@@ -286,8 +353,8 @@ def _csv(path: Path, column: str | None, header: bool) -> Source:
             )
         position = int(column)
 
-    def read() -> Iterator[Any]:
-        for row in islice(_rows(path), int(header), None):
+    def read(file: Path) -> Iterator[Any]:
+        for row in islice(_rows(file), int(header), None):
             if isinstance(row, Exception):
                 yield row
             else:
@@ -313,7 +380,7 @@ def _rows(path: Path) -> Iterator[list[str] | Exception]:
                 too_long.append(TOO_LONG)
             yield line or ""
 
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.reader(lines(file), **_dialect(path))
         while True:
             first = rows.line_num + 1
@@ -328,7 +395,7 @@ def _rows(path: Path) -> Iterator[list[str] | Exception]:
             too_long.clear()
 
 
-def choose_column(path: Path, names: list[str], column: str | None) -> str:
+def choose_column(path: str | Path, names: list[str], column: str | None) -> str:
     """Return the column that was asked for, or the one whose name says that it holds texts.
 
     Raises:
@@ -337,7 +404,7 @@ def choose_column(path: Path, names: list[str], column: str | None) -> str:
     # The first line of a file without column names holds a text.
     other = (
         "; if the first line is a record, give --no-header --column 0"
-        if path.suffix.lower() in (".csv", ".tsv")
+        if str(path).lower().endswith((".csv", ".tsv"))
         else ""
     )
     if column is None:
@@ -402,7 +469,7 @@ def _saved_files(path: Path) -> tuple[Path, ...]:
 
 @contextmanager
 def _parquet(path: Path) -> Iterator[tuple[Any, Callable[[str], Iterable[Any]]]]:
-    with load_arrow().parquet.ParquetFile(path) as file:
+    with path.open("rb") as handle, load_arrow().parquet.ParquetFile(handle) as file:
         yield file.schema_arrow, lambda name: file.iter_batches(STRINGS, columns=[name])
 
 
@@ -410,7 +477,8 @@ def _parquet(path: Path) -> Iterator[tuple[Any, Callable[[str], Iterable[Any]]]]
 def _stream(path: Path) -> Iterator[tuple[Any, Callable[[str], Iterable[Any]]]]:
     arrow = load_arrow()
     # The file isn't mapped into memory: if it were cut while it is read, the process would end.
-    with arrow.OSFile(str(path)) as file, arrow.ipc.open_stream(file) as stream:
+    opened = path.open("rb") if is_address(path) else arrow.OSFile(str(path))
+    with opened as file, arrow.ipc.open_stream(file) as stream:
         yield stream.schema, lambda name: stream
 
 
@@ -433,15 +501,14 @@ def _table(
     with _named(files[0]), contents(files[0]) as (schema, _):
         name = choose_column(path, schema.names, column)
 
-    def read() -> Iterator[Any]:
-        for one in files:
-            with _named(one), contents(one) as (schema, batches):
-                choose_column(one, schema.names, name)
-                if texts:
-                    _check_texts(one, schema.field(schema.names.index(name)))
-                for batch in batches(name):
-                    values = batch.column(batch.schema.names.index(name))
-                    yield from _strings(values) if texts else values.to_pylist()
+    def read(file: Path) -> Iterator[Any]:
+        with _named(file), contents(file) as (schema, batches):
+            choose_column(file, schema.names, name)
+            if texts:
+                check_texts(file, schema.field(schema.names.index(name)))
+            for batch in batches(name):
+                values = batch.column(batch.schema.names.index(name))
+                yield from _strings(values) if texts else values.to_pylist()
 
     return Source(path, name, files, read)
 
@@ -467,7 +534,8 @@ def _strings(column: Any) -> Iterator[Any]:
                 yield scalar.as_py().decode("utf-8", errors="surrogateescape")
 
 
-def _check_texts(path: Path, column: Any) -> None:
+def check_texts(path: str | Path, column: Any) -> None:
+    """Raise ValueError if a column of a table, given by its field, doesn't hold strings."""
     # In a dictionary type, the type of the values counts.
     kind = column.type.value_type if hasattr(column.type, "index_type") else column.type
     if str(kind) not in TEXTS:

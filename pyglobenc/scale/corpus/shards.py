@@ -241,15 +241,19 @@ def _schema(common: dict[str, Any]) -> Any:
     return arrow.schema(list(types.items()))
 
 
-def _parquet_bytes(rows: list[dict[str, Any]], common: dict[str, Any], facts: dict[str, Any]) -> bytes:
+def table_of(rows: list[dict[str, Any]], common: dict[str, Any]) -> Any:
+    """Return the table of some rows, with the columns of a shard; arguments as for `write_shard`."""
     arrow, schema = load_arrow(), _schema(common)
     same = {name: common[name] for name in ("method", "model")}
     columns = [
         arrow.array([(row | same).get(field.name) for row in rows], type=field.type) for field in schema
     ]
-    table = arrow.Table.from_arrays(
-        columns, schema=schema.with_metadata({KEY: json.dumps(facts, sort_keys=True)})
-    )
+    return arrow.Table.from_arrays(columns, schema=schema)
+
+
+def _parquet_bytes(rows: list[dict[str, Any]], common: dict[str, Any], facts: dict[str, Any]) -> bytes:
+    arrow = load_arrow()
+    table = table_of(rows, common).replace_schema_metadata({KEY: json.dumps(facts, sort_keys=True)})
     sink = arrow.BufferOutputStream()
     arrow.parquet.write_table(table, sink, compression="zstd")
     data = sink.getvalue().to_pybytes()
