@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -34,9 +34,11 @@ from pyglobenc.scale.corpus.reading import (
     InputChanged,
     Survey,
     count_records,
+    from_row,
     read_batch,
     shards_by_file,
     survey_shards,
+    to_row,
 )
 from pyglobenc.scale.corpus.records import Source, file_sha256, joined_sha256
 from pyglobenc.scale.corpus.shards import Part
@@ -100,34 +102,33 @@ class RayEngine:
         summary, start = Summary(), time.perf_counter()
         plan = replace(plan, folder=plan.folder.absolute())
         missing = [part for part in plan.survey.parts if not is_done(plan, part, summary, progress)]
-        for row in self._compute(plan, missing) if missing else ():
-            # A shard whose actor was lost after it had been written is found done, and belongs to this run.
-            summary.attributed += row["attributed"] + row["before"] - row["before_rejected"]
-            summary.rejected += row["rejected"] + row["before_rejected"]
-            progress(row["records"])
+        with warnings.catch_warnings():
+            # Ray warns of settings that Ray itself copies.
+            warnings.filterwarnings("ignore", message=r"`\w+` is deprecated")
+            for part, done in self._compute(plan, missing) if missing else ():
+                # A shard that was written by an actor that was then lost belongs to this run.
+                summary.attributed += done.attributed + done.before - done.before_rejected
+                summary.rejected += done.rejected + done.before_rejected
+                progress(part.records)
         if self._sha256(plan.source) != plan.survey.sha256:
             raise InputChanged.of(plan.source)
         summary.seconds = time.perf_counter() - start
         return summary
 
-    def _compute(self, plan: Plan, missing: Sequence[Part]) -> Iterator[dict[str, int]]:
-        """Compute some shards and yield their counts, in any order."""
+    def _compute(self, plan: Plan, missing: Sequence[Part]) -> Iterator[tuple[Part, Summary]]:
+        """Compute some shards and yield each one's part and counts, in any order."""
         data, counts = self.ray.data, self._counts(plan.source)
         wanted = {part.shard: part for part in missing}
         tasks = [
-            {"parts": pickle.dumps([wanted[shard] for shard in shards if shard in wanted])}
+            to_row([wanted[shard] for shard in shards if shard in wanted])
             for shards in shards_by_file(counts, plan.shard_size)
             if not wanted.keys().isdisjoint(shards)
         ]
         # The input may have lost all its records, which `run` notices.
         if not tasks:
             return
-        context = data.DataContext.get_current().copy()
-        context.enable_progress_bars = False
-        # Each shard becomes a block of its own, so that each goes to the next actor that is free.
-        context.target_max_block_size = 1
-        with data.DataContext.current(context), _cause():
-            shards = data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
+        with _one_row_a_block(data):
+            shards = data.from_arrow(tasks).map_batches(
                 read_batch,
                 fn_args=(plan.source, plan.shard_size, counts),
                 batch_size=1,
@@ -144,7 +145,11 @@ class RayEngine:
                 num_gpus=self.num_gpus,
                 compute=data.ActorPoolStrategy(size=self.concurrency),
             )
-            yield from done.iter_rows()
+            for batch in done.iter_batches(batch_size=1):
+                found = from_row(batch)
+                if isinstance(found, Exception):
+                    raise found
+                yield found
 
     def _counts(self, source: Source) -> list[int]:
         """Return the number of records of each file."""
@@ -169,25 +174,32 @@ class RayEngine:
 class _ShardWriter:
     """Callable class for `map_batches`: computes and writes one shard of a job.
 
+    It returns exceptions as rows, because Ray Data would raise them without their type.
+
     Args:
         loading: arguments of `load_runner`.
         facts: what `runner_facts` returned on the worker that tried the settings.
         plan: plan of the job.
-
-    Raises:
-        ValueError: this worker's model or settings are others.
     """
 
     def __init__(self, loading: dict[str, Any], facts: dict[str, Any], plan: Plan):
-        self.runner, self.plan = load_runner(**loading), plan
-        check_facts(self.runner, facts)
+        self.plan, self.error = plan, None
+        try:
+            self.runner = load_runner(**loading)
+            check_facts(self.runner, facts)
+        except Exception as error:
+            self.error = error
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
-        part, records = pickle.loads(batch["shard"][0])
-        summary = Summary()
-        compute_shard(self.runner, self.plan, part, records, True, summary)
-        counts = asdict(summary) | {"records": part.records}
-        return {name: [count] for name, count in counts.items() if name != "seconds"}
+    def __call__(self, batch: dict[str, Any]) -> Any:
+        shard, summary = from_row(batch), Summary()
+        if isinstance(shard, Exception) or self.error:
+            return to_row(self.error or shard)
+        part, records = shard
+        try:
+            compute_shard(self.runner, self.plan, part, records, True, summary)
+        except Exception as error:
+            return to_row(error)
+        return to_row((part, summary))
 
 
 def _facts(loading: dict[str, Any]) -> dict[str, Any]:
@@ -213,15 +225,27 @@ def _start(ray: Any) -> None:
 @contextmanager
 def _cause() -> Iterator[None]:
     """Context in which an error of a worker is raised as the error that it was there."""
-    from ray.exceptions import RayError
+    from ray.exceptions import RayTaskError
 
     try:
         yield
-    except RayError as error:
-        cause: BaseException | None = error
-        while isinstance(cause, RayError):
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        # An actor that failed to start keeps the error's text alone, whose last line is the message.
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        message = lines[-1] if getattr(error, "actor_init_failed", False) else " ".join(lines)
-        raise (cause or RuntimeError(f"Ray: {message}")) from error
+    except RayTaskError as error:
+        raise (error.cause or error) from error
+
+
+@contextmanager
+def _one_row_a_block(data: Any) -> Iterator[None]:
+    """Context in which each row is a block of its own, so that its shard goes to the next actor that is free.
+
+    Ray's progress bars are off.
+    """
+    context = data.DataContext.get_current()
+    names = {"target_max_block_size": 1, "enable_progress_bars": False}
+    before = {name: getattr(context, name) for name in names}
+    try:
+        for name, value in names.items():
+            setattr(context, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(context, name, value)

@@ -114,15 +114,37 @@ def read_parts(
     raise InputChanged.of(source)
 
 
-def read_batch(
-    batch: dict[str, Sequence[bytes]], source: Source, size: int, counts: Sequence[int]
-) -> Iterator[Any]:
-    """Yield what `read_parts` yields as tables of one row, for `ray.data.Dataset.map_batches`.
+def read_batch(batch: dict[str, Any], source: Source, size: int, counts: Sequence[int]) -> Iterator[Any]:
+    """Yield what `read_parts` yields as rows, for `ray.data.Dataset.map_batches`.
 
     Args:
-        batch: one row, whose column `parts` holds the pickled parts.
+        batch: a row with the parts.
         source, size, counts: as for `read_parts`.
+
+    Yields:
+        A row for each shard. If the input can't be read or has changed, the last row holds the exception.
     """
-    for shard in read_parts(source, size, counts, pickle.loads(batch["parts"][0])):
-        arrow = load_arrow()
-        yield arrow.table({"shard": arrow.array([pickle.dumps(shard)], arrow.large_binary())})
+    try:
+        yield from map(to_row, read_parts(source, size, counts, from_row(batch)))
+    except Exception as error:
+        yield to_row(error)
+
+
+def to_row(value: Any) -> Any:
+    """Return a table of one row that holds a value of any type, in which exceptions can travel too.
+
+    Ray Data raises the exceptions of its workers without their type.
+    """
+    arrow = load_arrow()
+    data = pickle.dumps(value)
+    if isinstance(value, Exception):
+        try:
+            pickle.loads(data)
+        except Exception:
+            data = pickle.dumps(RuntimeError(f"{type(value).__name__}: {value}"))
+    return arrow.table({"value": arrow.array([data], arrow.large_binary())})
+
+
+def from_row(batch: dict[str, Any]) -> Any:
+    """Return the value in a row."""
+    return pickle.loads(batch["value"][0])
