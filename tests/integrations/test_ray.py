@@ -167,7 +167,7 @@ def test_either_engine_goes_on_where_the_other_stopped(two_workers, finished, tm
     assert not is_complete(out) and not (out / "part-000006.parquet").exists()
     assert run(finished, out) == 0 and contents(out) == contents(finished / "whole")
     (out / "part-000002.parquet").unlink()
-    (out / "_rejected-000005.jsonl").unlink()
+    (out / "_rejected-000004.jsonl").unlink()
     assert run_on_ray(finished, out) == 0 and contents(out) == contents(finished / "whole")
 
 
