@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from pyglobenc.backends.shared.packing import real_tokens
 from pyglobenc.common.autocast import callers_autocast
+from pyglobenc.common.deferred import may_look
 from pyglobenc.hf import LayerModules, LayerTrace, Trace, capture, find_layers
-from pyglobenc.hf.trace.checks import describe
+from pyglobenc.hf.trace.checks import LINEAR, describe
 from pyglobenc.hf.trace.threads import in_this_thread
 from pyglobenc.hf.unwrap import stock_model
 from pyglobenc.methods.arguments import run_model
@@ -21,6 +22,10 @@ from pyglobenc.methods.packing import Packed, run_packed
 from pyglobenc.methods.precision.float64_forward import WideParameters
 from pyglobenc.methods.precision.reliability import nudge
 from pyglobenc.methods.target import Index, Target, find_target, kept_positions, next_token_position
+
+NORMS = ("attention_norm", "output_norm")
+# Factors of gradients in float16.
+SCALES = (2.0**12, 2.0**6, 1.0)
 
 
 @dataclass
@@ -85,6 +90,7 @@ def record_forward(
     attended: dict[int, Tensor] = {}
     with ExitStack() as stack:
         trace = stack.enter_context(capture(stock, modules=modules, cu_seqlens=cu_seqlens))
+        trace.twice = twice
         record = stack.enter_context(recorded_head(model, stock, trace, leaf=False))
         stack.enter_context(_changed(who, found, twice, cu_seqlens))
         for index, layer in enumerate(found):
@@ -108,12 +114,15 @@ def _changed(
 ) -> Iterator[None]:
     """Context in which the first layer's input is a leaf of the graph, and the second run is perturbed."""
 
+    axis, own = (0, None) if cu_seqlens is None else (1, cu_seqlens[: len(cu_seqlens) // 2 + 1])
+
     def moved(x: Tensor, place: int) -> Tensor:
-        if not twice:
-            return x
-        axis, own = (0, None) if cu_seqlens is None else (1, cu_seqlens[: len(cu_seqlens) // 2 + 1])
-        first, second = x.chunk(2, axis)
-        return torch.cat([first, nudge(second, own, place)], axis)
+        """Perturb the second run in place, outside the graph: it takes the gradients of the first one."""
+        if twice:
+            with torch.no_grad():
+                second = x.narrow(axis, x.shape[axis] // 2, x.shape[axis] // 2)
+                second.copy_(nudge(second, own, place))
+        return x
 
     started = False
 
@@ -126,17 +135,20 @@ def _changed(
         # A user's module may run its encoder under torch.no_grad.
         torch.set_grad_enabled(True)
         x = args[0] if args else kwargs["hidden_states"]
-        x = moved(x, places[module]) if started else moved(x.detach(), places[module]).requires_grad_()
+        x = x if started else x.detach()
+        x = moved(x.clone() if twice else x, places[module])
+        x = x if started else x.requires_grad_()
         started = True
         return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
 
     def change_output(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        return moved(output, places[module])
+        # A Linear's output is new, so it needs no copy.
+        return moved(output if isinstance(module, nn.Linear) else output.clone(), places[module])
 
-    # The second run perturbs the layers' inputs and the branches added to them. The first layer's input also
+    # The second run perturbs the layers' inputs and what their modules return. The first layer's input also
     # starts the graph.
     blocks = [m.block for m in found[: len(found) if twice else 1]]
-    added = [t for m in found for t in (m.output, m.mlp_output)] if twice else []
+    added = [getattr(m, part) for m in found for part in (*LINEAR, *NORMS)] if twice else []
     places = {module: place for place, module in enumerate([*blocks, *added])}
     with ExitStack() as stack:
         for block in dict.fromkeys(blocks):
@@ -216,12 +228,21 @@ def attention_gradients(logit: Tensor, run: Recorded, lowest: int, keep: bool = 
 def _gradients(logit: Tensor, run: Recorded, wanted: list[Tensor], lowest: int, keep: bool) -> list[Tensor]:
     """Return the gradient with respect to one tensor of each layer from `lowest` on.
 
-    The sum of the logits has the same gradients, because no example depends on another one.
+    The sum of the logits has the same gradients, because no example depends on another one. float16 has so
+    few exponents that small gradients would vanish. They are therefore computed times the largest of some
+    powers of 2 for which they stay finite, and returned in float32.
     """
-    options = dict(retain_graph=keep, allow_unused=True)
     grads: Sequence[Tensor | None] = [None] * len(wanted)
+    half = logit.dtype == torch.float16 and may_look()
     if wanted and logit.requires_grad:
-        grads = torch.autograd.grad(logit.sum(), wanted, **options)
+        total = logit.float().sum() if half else logit.sum()
+        for scale in SCALES if half else SCALES[-1:]:
+            more = scale != SCALES[-1]
+            grads = torch.autograd.grad(total * scale, wanted, retain_graph=keep or more, allow_unused=True)
+            if not more or all(grad is None or grad.isfinite().all() for grad in grads):
+                break
+        if half:
+            grads = [None if grad is None else grad.float() / scale for grad in grads]
     if any(grad is None for grad in grads):
         index = lowest + next(i for i, grad in enumerate(grads) if grad is None)
         name = describe(run.trace.called, run.trace.layers[index].modules.block)

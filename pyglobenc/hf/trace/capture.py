@@ -39,10 +39,14 @@ FULL = (torch.float32, torch.float64)
 
 
 class Trace:
-    """The tensors of the last forward pass under `capture`."""
+    """The tensors of the last forward pass under `capture`.
+
+    Attributes:
+        twice: True if the second half of the batch, or of the packed tokens, is perturbed. It isn't checked.
+    """
 
     def __init__(self, called: nn.Module, modules: list[LayerModules]):
-        self.called, self.modules = called, modules
+        self.called, self.modules, self.twice = called, modules, False
         # the layers in which each module plays a part
         self._order: dict[tuple[str, nn.Module], list[int]] = defaultdict(list)
         for index, layer in enumerate(modules):
@@ -140,7 +144,9 @@ class Trace:
                 "its attention ignores transformers' attention interface"
             )
         if not self._checked:
-            check_layers(self.called, self._layers, self.io, self._calls, self._blocks_run, self._mask)
+            check_layers(
+                self.called, self._layers, self.io, self._calls, self._blocks_run, self._mask, self.twice
+            )
             self._checked = True
         return self._layers
 

@@ -147,6 +147,7 @@ def check_layers(
     calls: Mapping[nn.Module, LinearCall | None],
     order: Sequence[int],
     mask: Tensor | None = None,
+    twice: bool = False,
 ) -> None:
     """Check that every layer of a forward pass computed what the attribution decomposes.
 
@@ -160,6 +161,8 @@ def check_layers(
             those of the call.
         order: indices of the layers, in the order in which they ran.
         mask: the attention_mask (B, n) that the model was called with, or None if it is unknown.
+        twice: whether the second half of the examples, or of the packed tokens, was perturbed. The layers
+            are the same for both halves, so only the first half is compared.
 
     Raises:
         ValueError: a layer computed something else; the error names the module.
@@ -179,6 +182,8 @@ def check_layers(
         if real is not None:
             # Padding rows may hold any values.
             holds |= ~real.to(holds.device)
+        if twice:
+            holds = holds.chunk(2, 2 if layers[0].cu_seqlens is None else 3)[0]
 
     def error() -> ValueError:
         which, index = (~holds).flatten(2).any(2).nonzero()[0].tolist()

@@ -6,8 +6,8 @@ error of the forward pass so far. The result is the relative L2 error of the sco
 token is left out, because the published code overwrites it. There are two ways to find the error:
 
 measured: the attribution runs a second time, and the scores are compared. In the second run every layer's
-input and the outputs of its attention and MLP are moved by about one rounding unit of the forward pass. Both
-runs are one batch. For a short input, where Python takes most of the time, this costs little more. For a
+input, and what its Linear modules and norms return, are moved by about one rounding unit of the forward pass.
+Both runs are one batch. For a short input, where Python takes most of the time, this costs little more. For a
 long one it costs twice as much.
 
 estimated: an observer of the relevance pass adds up expected errors, see `relevance_error`.
@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from pyglobenc.backends.shared.launch import HALF
 from pyglobenc.backends.shared.packing import position_of, sequence_sums
 from pyglobenc.common.deferred import may_look
 from pyglobenc.hf.trace.layers import LayerModules
@@ -123,11 +124,16 @@ def nudge(x: Tensor, cu_seqlens: Tensor | None = None, place: int = 0) -> Tensor
     token = (
         torch.arange(x.shape[1], device=x.device) if cu_seqlens is None else position_of(cu_seqlens, x.device)
     )
-    token = token.double()[:, None]
-    feature = torch.arange(x.shape[2], device=x.device, dtype=torch.float64)
-    # The sines of integers have zero mean and no period.
-    pattern = torch.sin(token * 977 + feature + 1 + 7919 * place) * 2**0.5
-    return (x.double() * (1 + pattern * torch.finfo(dtype).eps)).to(x.dtype)
+    token = token.double()[:, None] * 977 + 7919 * place
+    feature = torch.arange(1, x.shape[2] + 1, device=x.device, dtype=torch.float64)
+    # The sines of integers, token + feature, have zero mean and no period.
+    pattern = token.sin() * feature.cos() + token.cos() * feature.sin()
+    # Sums of half precision are kept in float32, so only what is stored is rounded. Other sums round more.
+    unit, most = torch.finfo(dtype), 1 if dtype in HALF else 2**0.5
+    wide = x if x.dtype == torch.float64 else x.float()
+    # Below the smallest normal number the rounding unit is an absolute one.
+    step = wide.abs().clamp_(min=unit.tiny).mul_((pattern * most * unit.eps).to(wide.dtype))
+    return step.add_(wide).to(x.dtype)
 
 
 @contextmanager
