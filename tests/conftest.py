@@ -20,6 +20,7 @@ TOGETHER = (
     "backends/test_kernels_compile.py",
     "cuda/test_compile.py",
     "cuda/",
+    "integrations/test_ray.py",
     "scale/test_distributed.py",
     "test_packaging.py",
 )
