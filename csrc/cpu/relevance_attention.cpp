@@ -194,9 +194,11 @@ struct RelevanceTask {
             Floats passed = relevance;
             if (args.additive_mask) {
                 const Floats score = dot * args.scaling;
-                passed = safe_divide(passed, score, 0) * score;
+                const Floats quotient = safe_divide(relevance, score, 0);
+                passed = quotient * score;
                 total += relevance;
-                added += passed - relevance;
+                // Away from 0 the score is safe(score) - GUARD, and a difference would be rounding alone.
+                added += magnitude(score) > 1e-6f ? quotient * -GUARD : passed - relevance;
             }
             store(alpha_row + l, probability);
             store(u_row + l, safe_divide(passed, dot, args.stabilizer));
