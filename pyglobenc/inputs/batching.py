@@ -54,7 +54,8 @@ def fitting_batch(
         available: bytes that may be used; None for what is free on the model's device.
 
     Returns:
-        A number from 1 to `most`. It is `most` if the free memory isn't known.
+        A number from 1 to `most`. It is `most` if the free memory isn't known, and 1 if no estimate is known
+        for the model.
     """
     if most <= 1:
         # The estimate walks through all modules, which costs time for a short text.
@@ -64,7 +65,11 @@ def fitting_batch(
     if available is None:
         return most
     method = method if method in ESTIMATED else "gradient-x-input"
-    one = estimate_memory(model, batch=1, n=n, method=method, dtype=dtype)
+    try:
+        one = estimate_memory(model, batch=1, n=n, method=method, dtype=dtype)
+    except ValueError as error:
+        log.info("batches of 1: %s", error)
+        return 1
     fit = int((available * SHARE - one.kernels) // (one.saved + one.workspace + one.maps))
     if fit < most:
         log.info(

@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 from pyglobenc.backends.shared.launch import HALF
 from pyglobenc.backends.shared.relevance_tiles import MIN_QUERIES, TILE_FLOATS
 from pyglobenc.hf.limits import patch_size
-from pyglobenc.hf.registry import find_layers
+from pyglobenc.hf.registry import find_layers, is_decoder
 from pyglobenc.hf.trace.norms import is_stock
 from pyglobenc.methods.decompx.absdot import TILE_VECTORS
 from pyglobenc.methods.decompx.decompx import MEMORY
@@ -100,8 +100,7 @@ def estimate_memory(
     """Estimate the peak memory of a call of a method.
 
     The arguments targets, layers and maps only matter for the rollout family. Explaining generated tokens
-    takes the memory of one example, whose n tokens are the prompt and the answer. Gradient rollout takes more
-    for it, because its graph stays whole while the gradients of all layers exist.
+    takes the memory of one example, whose n tokens are the prompt and the answer.
 
     Args:
         model: a transformers model. It may be on torch's meta device, where its weights take no memory.
@@ -117,8 +116,8 @@ def estimate_memory(
         Estimate, in bytes.
 
     Raises:
-        ValueError: no estimate is known for the method, or the model's architecture is unknown or an
-            encoder-decoder.
+        ValueError: no estimate is known for the method, or for the model: its architecture is unknown or an
+            encoder-decoder, or it computes attention itself.
     """
     if method not in ESTIMATED:
         raise ValueError(f"estimate_memory: method must be one of {', '.join(ESTIMATED)}, got {method!r}")
@@ -126,6 +125,11 @@ def estimate_memory(
         raise ValueError(
             f"estimate_memory: no estimate is known for {type(model).__name__}, which has two streams of "
             "tokens"
+        )
+    if find_layers(model)[0].own_scores is not None:
+        raise ValueError(
+            f"estimate_memory: no estimate is known for {type(model).__name__}, which computes attention "
+            "itself and stores scores of every pair of tokens"
         )
     s, element = _Sizes.of(model), torch.empty((), dtype=model.dtype).element_size()
     wide = FLOAT64 if FLOAT64 in (element, dtype and torch.empty((), dtype=dtype).element_size()) else FLOAT32
@@ -151,10 +155,8 @@ def estimate_memory(
     # The maps of all layers exist together with the array that they are stacked into.
     stored = 2 * maps * batch * entries * wide
     if method == ALTI:
-        # The tile of probabilities, and two blocks of rows; the numbers a token were counted.
-        m = min(n, block_size(s.d, s.heads))
-        keys = min(n, keys_at_a_time(batch * s.heads * m, model.device))
-        pairs = batch * (m * s.heads * keys + (m + min(m, n - m)) * n)
+        # The numbers a token were counted.
+        pairs = batch * _alti_pairs(s, batch, n, model)
         workspace = max(
             tokens * forward, (tokens * 7 * s.d + pairs) * wide + rows + tokens * s.logits * element
         )
@@ -168,6 +170,17 @@ def estimate_memory(
         workspace=workspace,
         maps=stored,
     )
+
+
+def _alti_pairs(s: "_Sizes", batch: int, n: int, model: PreTrainedModel) -> int:
+    """Return how many numbers of pairs an example holds: a tile of probabilities, and two blocks of rows."""
+    size, most, before = block_size(s.d, s.heads), 0, 0
+    for start in range(0, n, size):
+        rows = min(size, n - start)
+        seen = start + rows if is_decoder(model) else n
+        tile = min(seen, keys_at_a_time(batch * s.heads * rows, model.device))
+        most, before = max(most, rows * s.heads * tile + rows * seen + before), rows * seen
+    return most
 
 
 def _relevance(

@@ -9,6 +9,7 @@ from allocations import measure_allocations
 from models import randomize
 
 from pyglobenc import DecompX, GlobEnc, InformationFlow, Rollout, TransformerAttribution
+from pyglobenc.inputs.batching import fitting_batch
 from pyglobenc.methods.memory import ESTIMATED, estimate_memory
 from pyglobenc.methods.registry import METHODS, MODELS
 
@@ -227,7 +228,7 @@ def takes(kind, method):
 
 
 @pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.PrecisionWarning")
-@pytest.mark.parametrize("batch, n", [(2, 100), (1, 256)])
+@pytest.mark.parametrize("batch, n", [(2, 100), (1, 196)])
 @pytest.mark.parametrize(
     "kind, method",
     # numpy computes the flow: see test_flow
@@ -243,7 +244,7 @@ def test_other_architectures(kind, method):
     check_call(*of_shape(kind, 2, 144), method)
 
 
-@pytest.mark.parametrize("method", ["gradient-x-input", "attnlrp"])
+@pytest.mark.parametrize("method", ["gradient-x-input", "gradient-rollout", "attcat", "attnlrp"])
 def test_generated_tokens(method):
     """All tokens of an answer are explained on one graph."""
     model, inputs, n = of_shape("llama", 1, 144)
@@ -254,13 +255,19 @@ def test_generated_tokens(method):
     check(estimate, estimate.weights, after.peak)
 
 
-def test_two_streams_are_refused():
-    settings = dict(vocab_size=100, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
-    model = make(settings, "T5", head="ForConditionalGeneration")
-    with pytest.raises(
-        ValueError, match="no estimate is known for T5ForConditionalGeneration, which has two"
-    ):
+@pytest.mark.parametrize(
+    "kind, head, settings, why",
+    [
+        ("T5", "ForConditionalGeneration", dict(vocab_size=100, d_model=64, num_heads=4), "has two streams"),
+        ("MPNet", "Model", BERT, "computes attention itself"),
+        ("DebertaV2", "Model", BERT, "computes attention itself"),
+    ],
+)
+def test_models_without_an_estimate_are_refused(kind, head, settings, why):
+    model = make(settings, kind, head=head)
+    with pytest.raises(ValueError, match=f"no estimate is known for {kind}{head}, which {why}"):
         estimate_memory(model, batch=1, n=8, method="gradient-rollout")
+    assert fitting_batch(model, 8, 64, "gradient-rollout", available=10**12) == 1
 
 
 def test_flow():
