@@ -45,6 +45,10 @@ from pyglobenc.scale.corpus.shards import Part
 
 __all__ = ["Attributor", "RayEngine"]
 
+# How often Ray computes a shard again after it lost the worker. A shard that ends every worker, as where its
+# texts take more memory than there is, would otherwise be tried for ever.
+RETRIES = 5
+
 
 class RayEngine:
     """Computes a job on a Ray cluster, whose nodes share the folder of the output.
@@ -143,13 +147,15 @@ class RayEngine:
                 batch_size=1,
                 num_cpus=1,
                 num_gpus=self.num_gpus,
+                max_task_retries=RETRIES,
                 compute=data.ActorPoolStrategy(size=self.concurrency),
             )
-            for batch in done.iter_batches(batch_size=1):
-                found = from_row(batch)
-                if isinstance(found, Exception):
-                    raise found
-                yield found
+            with _lost(self.ray):
+                for batch in done.iter_batches(batch_size=1):
+                    found = from_row(batch)
+                    if isinstance(found, Exception):
+                        raise found
+                    yield found
 
     def _counts(self, source: Source) -> list[int]:
         """Return the number of records of each file."""
@@ -231,6 +237,18 @@ def _cause() -> Iterator[None]:
         yield
     except RayTaskError as error:
         raise (error.cause or error) from error
+
+
+@contextmanager
+def _lost(ray: Any) -> Iterator[None]:
+    """Context in which a shard whose workers were all lost ends the job, with an error that says so."""
+    try:
+        yield
+    except ray.exceptions.RayActorError as error:
+        raise RuntimeError(
+            f"Ray lost the worker of one shard {RETRIES + 1} times; its memory may be too small: try fewer "
+            "--batch-tokens, or a lower --concurrency"
+        ) from error
 
 
 @contextmanager

@@ -128,6 +128,19 @@ def test_a_killed_worker_loses_and_doubles_nothing(two_workers, finished, tmp_pa
 
 
 @pytest.mark.slow
+def test_a_shard_that_ends_every_worker_ends_the_job(two_workers, finished, tmp_path, monkeypatch, capsys):
+    class Dying(engine._ShardWriter):
+        def __call__(self, batch):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(engine, "_ShardWriter", Dying)
+    monkeypatch.setattr(engine, "RETRIES", 1)
+    assert run_on_ray(finished, tmp_path / "out") == 1
+    assert "Ray lost the worker of one shard 2 times" in capsys.readouterr().err
+    assert not is_complete(tmp_path / "out")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: "-".join(map(str, moment)))
 def test_killed_at_other_moments(two_workers, finished, tmp_path, monkeypatch, moment):
     check_killed(finished, tmp_path, monkeypatch, moment)
