@@ -39,7 +39,10 @@ def two_workers():
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
         # Workers don't import tests.
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+        handler = signal.getsignal(signal.SIGTERM)
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        # Ray's handler would end the process of tests that send themselves a signal.
+        signal.signal(signal.SIGTERM, handler)
         try:
             yield
         finally:
