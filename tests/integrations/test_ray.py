@@ -28,8 +28,8 @@ FILES = [(0, 7), (7, 8), (8, 8), (8, 24), (24, len(TEXTS))]
 # A job writes the side file of a shard and then the shard, each with one fsync and one replace. There are 7
 # shards with 6 side files.
 MOMENTS = list(product(("before", "after"), ("fsync", "replace"), (1, 2, 4, 6, 7)))
-# Each takes a quarter of a minute or more, so all of them run only if they are asked for. In this one the side
-# file of a shard is there and the shard is not.
+# They take long, so all of them run only on request. Otherwise the worker dies where a shard's side file is
+# there and the shard is not.
 MOMENTS = MOMENTS if os.environ.get("PYGLOBENC_ALL_KILLS") else [("before", "replace", 4)]
 
 
