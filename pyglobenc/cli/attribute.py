@@ -209,7 +209,7 @@ def _run_job(options: argparse.Namespace, plan: Any, engine: Any, manifest: dict
     except InputChanged:
         set_complete(folder, False)
         raise
-    # Every shard is looked at once more: its index column and its side file hold each of its records once.
+    # Every byte of every shard and side file is compared with its SHA-256 once more.
     done = _count_done(plan)
     if done < shards:
         where = "; do all nodes share this folder?" if options.engine == "ray" else ""
