@@ -1,6 +1,13 @@
 """The set-up of every test: a fixed seed, new memory filled with NaN, and Triton interpreted on a CPU."""
 
 import os
+import sys
+
+# Many tests start processes that import torch and transformers. Without files of bytecode, each process would
+# compile all that it imports, which takes longer than most tests.
+if sys.dont_write_bytecode:
+    sys.dont_write_bytecode = False
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import torch
 

@@ -9,17 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from browser import PATIENCE, chromium
+from code_blocks import block_of
+from folders import image_folder, text_folder
+from PIL import Image
 
-pytest.importorskip("gradio", reason="Gradio is not installed: pip install 'pyglobenc[demo]'")
-
-from browser import PATIENCE, chromium  # noqa: E402
-from code_blocks import block_of  # noqa: E402
-from folders import image_folder, text_folder  # noqa: E402
-from PIL import Image  # noqa: E402
-
-import pyglobenc  # noqa: E402
-from pyglobenc.demo.models import Models  # noqa: E402
-from pyglobenc.demo.page import LAUNCH, build  # noqa: E402
+import pyglobenc
+from pyglobenc.demo.models import Models
 
 pytestmark = pytest.mark.slow
 
@@ -29,6 +25,10 @@ MARKUP = "the <b>good</b> film <img src=x onerror=alert(1)> ${alert(2)} {{film}}
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """The address of a public page with a text and an image model, and the folder of its files."""
+    # Gradio takes seconds to import, so a run without these tests does not import it.
+    pytest.importorskip("gradio", reason="Gradio is not installed: pip install 'pyglobenc[demo]'")
+    from pyglobenc.demo.page import LAUNCH, build
+
     folder = tmp_path_factory.mktemp("served")
     before = os.environ.get("GRADIO_TEMP_DIR")
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "files")

@@ -13,13 +13,9 @@ import pytest
 import tiny
 
 from pyglobenc.cli.main import main
+from pyglobenc.integrations import ray as engine
 from pyglobenc.scale.corpus import manifest
 from pyglobenc.scale.corpus.reading import from_row, to_row
-
-ray = pytest.importorskip("ray", reason="needs Ray Data: pip install 'ray[data]'")
-pytest.importorskip("ray.data", reason="needs Ray Data: pip install 'ray[data]'")
-
-from pyglobenc.integrations import ray as engine  # noqa: E402
 
 SHARD = 5
 TEXTS = ["the film", "", "good " * 60, "a deep film", "the good", "film", "deep", "a", "", "the", "x"] * 3
@@ -35,6 +31,9 @@ MOMENTS = MOMENTS if os.environ.get("PYGLOBENC_ALL_KILLS") else [("before", "rep
 
 @pytest.fixture(scope="module")
 def two_workers():
+    # Ray takes seconds to import, so a process that runs other tests does not import it.
+    ray = pytest.importorskip("ray", reason="needs Ray Data: pip install 'ray[data]'")
+    pytest.importorskip("ray.data", reason="needs Ray Data: pip install 'ray[data]'")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
@@ -45,7 +44,7 @@ def two_workers():
         # Ray's handler would end the process of tests that send themselves a signal.
         signal.signal(signal.SIGTERM, handler)
         try:
-            yield
+            yield ray
         finally:
             ray.shutdown()
 
@@ -238,11 +237,11 @@ def test_exceptions_travel_as_rows(error):
 def test_attributor_in_map_batches(two_workers, finished):
     arguments = dict(model=str(finished / "model"), keep=["id"])
     rows = [{"index": 7 * i, "id": i, "text": text, "label": 1} for i, text in enumerate(TEXTS)]
-    found = ray.data.from_items(rows).map_batches(
+    found = two_workers.data.from_items(rows).map_batches(
         engine.Attributor,
         fn_constructor_kwargs=arguments,
         batch_size=8,
-        compute=ray.data.ActorPoolStrategy(size=1),
+        compute=two_workers.data.ActorPoolStrategy(size=1),
     )
     found = {row["index"]: row for row in found.take_all()}
     whole = {row["index"]: row for row in pq.read_table(finished / "whole").to_pylist()}
