@@ -52,7 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--whole", action="store_true", help="take the whole file or standard input as one text"
     )
     parser.add_argument(
-        "--image", nargs="+", metavar="FILE", help="explain images; --model must be an image model"
+        "--image",
+        nargs="+",
+        metavar="FILE",
+        help="explain images; --model must be an image model. With texts, which come before --image, explain "
+        "their similarity with one image; --model must be CLIP",
     )
     parser.add_argument(
         "--max-pixels",
@@ -63,7 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, "minilm", "which is a PyPI package")
     explain_generation.add_arguments(parser)
     default = (
-        "default globenc, for image classifiers transformer-attribution, with --generate gradient-x-input"
+        "default globenc, for image classifiers transformer-attribution, with --generate gradient-x-input, "
+        "for texts with an image gradient-rollout"
     )
     parser.add_argument("--method", help=f"attribution method ({default}); 'help' lists them")
     add_target(parser, names=True)
@@ -124,8 +129,9 @@ def run(options: argparse.Namespace) -> int:
     """Explain the texts or images, and return the exit status."""
     if options.method == "help":
         return methods.run(options)
+    compared = explain_image.compared(options)
     _check_names(options)
-    if options.image is not None:
+    if options.image is not None and not compared:
         return explain_image.run(options)
     answers = explain_generation.wanted(options)
     options.method = options.method or ("gradient-x-input" if answers else "globenc")
@@ -140,7 +146,13 @@ def run(options: argparse.Namespace) -> int:
 
     # Standard input may be a file, which must not be written over.
     read = () if options.text else (0,) if options.file in (None, "-") else (options.file,)
-    check_outputs((path for path, _ in _outputs(options)), options.model, read)
+    check_outputs((path for path, _ in _outputs(options)), options.model, (*read, *(options.image or ())))
+    if compared:
+        result = explain_image.compare(options, texts)
+        _write(options, result, picture=not options.quiet)
+        if not options.quiet and options.json != "-":
+            explain_image.report(options.image, [result.image], [options.png])
+        return 0
     if options.method not in METHODS:
         options.error(f"--method: must be one of {', '.join(METHODS)}, got {options.method!r}")
     # Only methods that explain a class, and generation, need the model's head.

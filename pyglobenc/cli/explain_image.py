@@ -1,22 +1,29 @@
-"""`pyglobenc explain --image` takes images and writes pictures with an overlay for each explained class."""
+"""`pyglobenc explain --image` takes images and writes pictures with an overlay for each explained class.
+
+With a text, it explains how similar a model such as CLIP finds the text and the image.
+"""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from pyglobenc.cli.options import dtype_named
 from pyglobenc.common.characters import printable
 from pyglobenc.common.files import check_writable
-from pyglobenc.results.images import ImageAttributions
+from pyglobenc.explain.similarity import COMPARING, compare_with_image
+from pyglobenc.results.images import ComparedAttributions, ImageAttribution
 
 # These options have no meaning for an image.
 TEXT_OPTIONS = ("pair", "html", "json", "save", "model_dtype", "merge_words", "max_length", "stride")
 TEXT_OPTIONS += ("target_span", "reasoning_span", "hops")
+# These options, with their defaults, have no meaning for the similarity of a text and an image.
+OTHERS = {"pair": False, "start_layer": 0, "chat": False}
+OTHERS |= dict.fromkeys(("target", "contrast", "stride", "target_span", "reasoning_span", "hops"))
+OTHERS |= dict.fromkeys(("generate", "answer", "model_dtype"))
 
 
 def run(options: argparse.Namespace) -> int:
     """Explain the images, and return the exit status."""
-    if options.text or options.file is not None or options.whole:
-        options.error("--image explains images, not texts")
     if options.model == "minilm":
         options.error("--image: name an image model with --model")
     refused = [
@@ -25,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
     if refused:
         options.error(f"--image takes no {' or '.join(refused)}; it writes a picture, --png")
     # There is one file for all images, or one file for each.
-    files = [options.png] if options.png else [f"{Path(name).stem}.attribution.png" for name in options.image]
+    files = [options.png] if options.png else [_picture(name) for name in options.image]
     if len(set(files)) < len(files):
         options.error(
             "--image: two images have the same name, so their pictures would have the same name too; name "
@@ -65,11 +72,55 @@ def run(options: argparse.Namespace) -> int:
     for file, result in zip(files, [results] if options.png else results, strict=True):
         result.to_png(file)
     if not options.quiet:
-        _print(options.image, results, files)
+        report(options.image, results, files)
     return 0
 
 
-def _print(names: list[str], results: ImageAttributions, files: list[str]) -> None:
+def compared(options: argparse.Namespace) -> bool:
+    """Return whether the user gave both texts and an image, and check the options that go with both."""
+    if options.image is None or not (options.text or options.file is not None or options.whole):
+        return False
+    if len(options.image) > 1:
+        options.error(f"--image: texts are compared with one image, got {len(options.image)}")
+    if options.model == "minilm":
+        options.error("--image: name a model of texts and images, such as CLIP, with --model")
+    for name, default in OTHERS.items():
+        if getattr(options, name) != default:
+            options.error(f"--{name.replace('_', '-')} doesn't go with a text and --image")
+    if options.long == "windows":
+        options.error("--long: a whole text is compared with the image; truncate it")
+    if options.method not in (None, COMPARING):
+        options.error(
+            f"--method: the similarity of a text and an image is explained by {COMPARING} alone, got "
+            f"{options.method!r}"
+        )
+    options.method, options.png = COMPARING, options.png or _picture(options.image[0])
+    return True
+
+
+def compare(options: argparse.Namespace, texts: list[str]) -> ComparedAttributions:
+    """Return the attributions of texts and of the image that they are compared with."""
+    from pyglobenc.inputs.images import open_image
+    from pyglobenc.models.pretrained import load_image_model
+
+    image = open_image(options.image[0], options.max_pixels)
+    model, processor = load_image_model(
+        options.model, options.device, False, options.trust_remote_code, text=True
+    )
+    names = ("merge_words", "long", "max_length", "backend")
+    chosen = {name: getattr(options, name) for name in names} | {"dtype": dtype_named(options.dtype)}
+    found = compare_with_image(model, processor, texts, image, options.max_pixels, **chosen)
+    for attribution in found:
+        attribution.model = options.model
+    return found
+
+
+def _picture(name: str) -> str:
+    """Return the name of an image's picture, if the user names none."""
+    return f"{Path(name).stem}.attribution.png"
+
+
+def report(names: list[str], results: Sequence[ImageAttribution], files: list[str]) -> None:
     """Print what was explained of each image, and the names of the pictures."""
     for name, result in zip(names, results, strict=True):
         label = "; ".join(

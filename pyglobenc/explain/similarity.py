@@ -1,20 +1,29 @@
-"""The function `explain_similarity` explains the cosine similarity of two texts' embeddings."""
+"""Explains the similarity of two texts, or of texts and an image."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pyglobenc.common.arguments import known_arguments
-from pyglobenc.explain.texts import explain
+from pyglobenc.explain.texts import check_texts, explain
+from pyglobenc.inputs.options import Options
 from pyglobenc.inputs.pipelines import takes_pipelines
-from pyglobenc.results import Attributions
+from pyglobenc.inputs.windows import Encoded, encode
+from pyglobenc.results import Attribution, Attributions
+from pyglobenc.results.images import ComparedAttributions, ImageAttribution
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from PIL.Image import Image
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+    from pyglobenc.methods.cross.attribution import CrossAttribution
 
 WHO, NAME = "explain_similarity", "cosine similarity"
+# The method that compares texts with an image. Titles of its pictures show so many characters of a text.
+COMPARING, TITLE = "gradient-rollout", 32
 
 
 class SimilarityAttributions(Attributions):
@@ -98,3 +107,83 @@ def explain_similarity(
         a.settings["pooling"] = "the model's own" if pooling is None else pooling
         found.append(a)
     return found
+
+
+def compare_with_image(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    texts: Sequence[str],
+    image: Image,
+    max_pixels: int,
+    **options: Any,
+) -> ComparedAttributions:
+    """Compute how much each token of a text and each patch of an image contribute to their similarity.
+
+    Args:
+        model: CLIP, as for `CrossAttribution`.
+        processor: its processor, with a tokenizer and an image processor.
+        texts: the texts. Each is compared with the image alone.
+        image, max_pixels: a PIL image, and the largest number of its pixels, as for `explain_image`.
+        options: merge_words, long, max_length, backend and dtype, as for `explain`; long can't be "windows".
+
+    Returns:
+        ComparedAttributions with one attribution for each text: the `scores` (n,) of `CrossAttribution`. Its
+        image has a map (rows, columns) for each text: the `source_scores` of the patches.
+
+    Raises:
+        TypeError, ValueError: the model doesn't compare texts with images, the processor lacks a part, or as
+            for `explain` and `explain_image`.
+    """
+    # Importing transformers takes seconds.
+    from pyglobenc.hf.streams.registry import compares
+    from pyglobenc.inputs.batches import check_tokenizer, longest
+    from pyglobenc.inputs.images import colours, model_pixels, patch_scores
+    from pyglobenc.methods.cross.attribution import CrossAttribution
+
+    if not compares(model):
+        raise ValueError(f"explain: {type(model).__name__} doesn't compare a text with an image; CLIP does")
+    for part in ("tokenizer", "image_processor"):
+        if not hasattr(processor, part):
+            raise ValueError(f"explain: the processor of {type(model).__name__} has no {part}")
+    chosen = Options(COMPARING, **options)
+    if chosen.long == "windows":
+        raise ValueError("explain: an image is compared with a whole text; long must be error or truncate")
+    tokenizer, vision = processor.tokenizer, model.vision_model
+    check_tokenizer(tokenizer)
+    limit = longest(model.text_model, tokenizer, chosen.max_length)
+    encoded = [
+        encode(tokenizer, text, name, limit, chosen.long)
+        for text, name in zip(texts, check_texts(texts), strict=True)
+    ]
+    pixels = model_pixels(vision, processor.image_processor, image, max_pixels)
+    method = CrossAttribution(model, chosen.backend, chosen.dtype)
+    found = ComparedAttributions()
+    found.image = ImageAttribution(colours(pixels), {}, {}, probabilities=None, predicted=None)
+    for index, text in enumerate(encoded):
+        a, source_scores = _compared(method, text, pixels, chosen)
+        found.append(a)
+        patches = patch_scores(source_scores, pixels.shape[1:], vision)
+        found.image.scores[index] = patches.double().cpu().numpy()
+        title = a.text if len(a.text) <= TITLE else f"{a.text[:TITLE]}..."
+        found.image.labels[index] = f"{title} ({a.predictions[0][1]:.4g})"
+    return found
+
+
+def _compared(
+    method: CrossAttribution, text: Encoded, pixels: Tensor, options: Options
+) -> tuple[Attribution, Tensor]:
+    """Return a text's attribution and the scores (m,) of the tokens of an image (channels, height, width)."""
+    import torch
+
+    from pyglobenc.inputs.batches import versions
+
+    model = method.model
+    batch = {name: torch.tensor([column], device=model.device) for name, column in text.inputs.items()}
+    result = method(**batch, pixel_values=pixels[None])
+    scores, ids = result.scores[0].cpu().numpy(), text.inputs["input_ids"]
+    fields = dict(word_ids=text.word_ids, offsets=text.offsets, cut=text.cut, merge_words=options.merge_words)
+    fields |= dict(target=0, target_name="similarity", target_kind="class")
+    fields |= dict(method=options.method, model=model.name_or_path or type(model).__name__)
+    fields |= dict(predictions=[("similarity", float(result.logit))])
+    fields |= dict(settings=options.record() | versions(model))
+    return Attribution(text.text, text.tokens, ids, text.special, scores, **fields), result.source_scores[0]

@@ -18,7 +18,7 @@ from pyglobenc.backends.shared.launch import HALF
 from pyglobenc.hf.labels import class_count, class_name, predict
 from pyglobenc.hf.limits import max_tokens, padding_id, vocabulary
 from pyglobenc.hf.registry import is_decoder
-from pyglobenc.hf.streams.registry import reads_a_source
+from pyglobenc.hf.streams.registry import reads_a_source, refuse_comparison
 from pyglobenc.hf.unwrap import called_module, stock_model
 from pyglobenc.inputs.batching import fitting_batch, in_batches
 from pyglobenc.inputs.options import SPANS, written
@@ -71,6 +71,26 @@ def longest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: i
     if limit is not None and asked > limit:
         raise ValueError(f"explain: max_length must be at most {limit}, which the model takes, got {asked}")
     return asked
+
+
+def versions(model: PreTrainedModel) -> dict[str, str]:
+    """Return what an attribution records of its model and of the libraries."""
+    found = {"model_dtype": str(model.dtype).split(".")[-1], "device": str(model.device)}
+    return found | {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise TypeError or ValueError unless this is a tokenizer of transformers with a vocabulary."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"explain: tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}"
+        )
+    # transformers makes a tokenizer of special tokens alone if the tokenizer's files are missing.
+    special = set(tokenizer.all_special_tokens)
+    # The length is compared first, because reading the whole vocabulary takes longer than the forward
+    # pass of a short text.
+    if len(tokenizer) <= len(special) and special.issuperset(tokenizer.get_vocab()):
+        raise ValueError("explain: the tokenizer has no vocabulary; were its files saved with the model?")
 
 
 def check_target(runner: Runner, encoded: Encoded, name: str) -> None:
@@ -131,6 +151,7 @@ class Runner:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: Options):
         self.method = find_method(options.method)
+        refuse_comparison("explain", called_module(model))
         arithmetic = (options.backend, options.dtype)
         self._run = self.method.run("explain", model, *arithmetic, options.start_layer, **options.spans)
         self.called = called_module(model)
@@ -162,16 +183,7 @@ class Runner:
                 "position=), methods with a token target, such as globenc, explain its tokens, and gradient "
                 "methods a language model's next token, or the token at its mask"
             )
-        if not isinstance(tokenizer, PreTrainedTokenizerBase):
-            raise TypeError(
-                f"explain: tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}"
-            )
-        # transformers makes a tokenizer of special tokens alone if the tokenizer's files are missing.
-        special = set(tokenizer.all_special_tokens)
-        # The length is compared first, because reading the whole vocabulary takes longer than the forward
-        # pass of a short text.
-        if len(tokenizer) <= len(special) and special.issuperset(tokenizer.get_vocab()):
-            raise ValueError("explain: the tokenizer has no vocabulary; were its files saved with the model?")
+        check_tokenizer(tokenizer)
         if options.merge_words and not tokenizer.is_fast:
             raise ValueError(
                 f"explain: merge_words needs a fast tokenizer, which knows its words; got "
@@ -203,8 +215,7 @@ class Runner:
             padding_id(self.model) is not None and accepts(self.called, "attention_mask")
         )
         self.model_name = model.name_or_path or type(model).__name__
-        self.versions = {"model_dtype": str(model.dtype).split(".")[-1], "device": str(model.device)}
-        self.versions |= {"torch": torch.__version__, "transformers": transformers.__version__}
+        self.versions = versions(model)
 
     def _meant(self, name: str) -> int | str | None:
         """Return the class or the token's id that the option `name`, target or contrast, means.

@@ -85,6 +85,7 @@ def explain_image(
     # These imports take seconds.
     import torch
 
+    from pyglobenc.hf.streams.registry import refuse_comparison
     from pyglobenc.hf.unwrap import called_module, stock_model
     from pyglobenc.methods.builders import relevance
     from pyglobenc.methods.registry import find_method
@@ -92,6 +93,7 @@ def explain_image(
     called = called_module(model)
     inner = stock_model(called)
     own_head = called is not inner
+    refuse_comparison("explain_image", inner)
     if inner.main_input_name != "pixel_values":
         raise ValueError(f"explain_image: {type(inner).__name__} takes {inner.main_input_name}, not images")
     if method is None:
@@ -285,7 +287,7 @@ def _explained(
     stock, out = stock_model(model), []
     for index, image in enumerate(pixels):
         own = range(index * count, (index + 1) * count)
-        scores = {names[row]: _grid(rows.scores[row], image.shape[1:], stock) for row in own}
+        scores = {names[row]: patch_scores(rows.scores[row], image.shape[1:], stock) for row in own}
         found = {} if error is None else {names[row]: error[row] for row in own}
         out.append(_attribution(stock, image, logits[own[0]], scores, kind == "class", found))
     return out
@@ -310,7 +312,7 @@ def _attribution(
         return f"{class_name(model.config, target)} ({number})"
 
     return ImageAttribution(
-        image=_shown(pixels),
+        image=colours(pixels),
         scores={target: grid.detach().double().cpu().numpy() for target, grid in scores.items()},
         labels={target: label(target) for target in scores},
         probabilities=None if chances is None else chances.numpy(),
@@ -320,7 +322,7 @@ def _attribution(
     )
 
 
-def _grid(scores: torch.Tensor, size: Sequence[int], model: PreTrainedModel) -> torch.Tensor:
+def patch_scores(scores: torch.Tensor, size: Sequence[int], model: PreTrainedModel) -> torch.Tensor:
     """Return the scores of one image as a map (rows, columns).
 
     Args:
@@ -337,7 +339,7 @@ def _grid(scores: torch.Tensor, size: Sequence[int], model: PreTrainedModel) -> 
     return scores[-rows * columns :].view(rows, columns)
 
 
-def _shown(pixels: torch.Tensor) -> np.ndarray:
+def colours(pixels: torch.Tensor) -> np.ndarray:
     """Return the model's input (channels, height, width) as (height, width, 3) colours in [0, 1]."""
     shown = pixels.float().cpu()
     low, high = shown.min(), shown.max()

@@ -17,11 +17,13 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoProcessor,
     AutoTokenizer,
     BaseImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 from transformers.utils import logging
 
@@ -242,17 +244,22 @@ def _class_count(weights: dict[str, torch.Tensor]) -> dict[str, int]:
 
 
 def load_image_model(
-    name: str, device: str | None = None, head: bool | None = None, trust_remote_code: bool = False
-) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    name: str,
+    device: str | None = None,
+    head: bool | None = None,
+    trust_remote_code: bool = False,
+    text: bool = False,
+) -> tuple[PreTrainedModel, BaseImageProcessor | ProcessorMixin]:
     """Load an image model, in evaluation mode, and its image processor.
 
     Args:
         name, device, trust_remote_code: as for `load_pretrained`.
         head: True loads an image classifier with all its weights. False loads the encoder alone. None loads a
             classifier if the checkpoint is one, else the encoder.
+        text: the model reads texts too, as CLIP does; load the processor of both.
 
     Returns:
-        The model and its image processor.
+        The model and its image processor, or its processor of texts and images.
 
     Raises:
         ValueError: the model doesn't exist, it can't be loaded, or its checkpoint lacks weights.
@@ -270,7 +277,8 @@ def load_image_model(
             model, info = load.from_pretrained(
                 folder, config=config, trust_remote_code=trust_remote_code, **REPORTED
             )
-            processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            reader = AutoProcessor if text else AutoImageProcessor
+            processor = reader.from_pretrained(folder, trust_remote_code=trust_remote_code)
             _check_weights(info, (key for key in info["missing_keys"] if head or UNUSED not in key))
         return model.to(device).eval(), processor
     # Files of unknown origin may cause errors of any kind.

@@ -8,6 +8,7 @@ from pyglobenc.viz.common import RGB, caption, check_columns, color, ink, remain
 from pyglobenc.viz.units import Scored, Unit
 
 TOP = 10
+HEADING = "<h1>Token attribution</h1>"
 
 STYLE = """
 .globenc { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 60rem;
@@ -18,6 +19,7 @@ STYLE = """
 .globenc dl div { display: flex; gap: .4rem; }
 .globenc dt { color: #666; white-space: nowrap; }
 .globenc dd { margin: 0; font-weight: 600; }
+.globenc img { max-width: 100%; }
 .globenc .text { white-space: pre-wrap; line-height: 2; font-size: 1.125rem; margin: 0 0 1rem; }
 .globenc .text span { padding: .15em .1em; border-radius: .2em; unicode-bidi: isolate; }
 .globenc .text .special { font-size: .8em; border: 1px dashed #777; }
@@ -55,7 +57,7 @@ def page(attributions: Sequence[Scored], merge_words: bool | None = None, column
     Raises:
         TypeError, ValueError: columns is no integer of at least 1.
     """
-    return document(fragment(attributions, merge_words, columns, "<h1>Token attribution</h1>"))
+    return document(fragment(attributions, merge_words, columns, HEADING))
 
 
 def document(body: str) -> str:

@@ -69,7 +69,7 @@ def test_refusals(folder, cat, tmp_path, capsys):
     out = tmp_path / "a.png"
     assert main(words("explain --image {} --model {} --target 3 --png {}", cat, folder, out)) == 1
     assert "target must lie in [0, 3)" in capsys.readouterr().err
-    wrongs = "text", "--method norms", "--start-layer -1", "--target most", "--html a.html", "--merge-words"
+    wrongs = "--pair", "--method norms", "--start-layer -1", "--target most", "--html a.html", "--merge-words"
     for wrong in (*wrongs, "--long windows", f"--png {cat}"):
         with pytest.raises(SystemExit):
             main(words("explain --image {} --model {} " + wrong, cat, folder))

@@ -47,10 +47,29 @@ def find_streams(model: nn.Module) -> Streams:
 
 def reads_a_source(model: nn.Module) -> bool:
     """Return whether a model is an encoder-decoder of a known architecture that reads token ids."""
+    return _kind(model) == "cross" and model.main_input_name == "input_ids"
+
+
+def compares(model: nn.Module) -> bool:
+    """Return whether a model compares texts with images, as CLIP does."""
+    return _kind(model) == "similarity"
+
+
+def refuse_comparison(who: str, model: nn.Module) -> None:
+    """Raise ValueError if a model compares texts with images, where `who` has only one of them."""
+    if compares(model):
+        raise ValueError(
+            f"{who}: {type(model).__name__} compares a text with an image and needs both: "
+            "pyglobenc.CrossAttribution takes them, and on the command line give the text and --image"
+        )
+
+
+def _kind(model: nn.Module) -> str | None:
+    """Return how a model's two streams meet; None for a model without two known streams."""
     try:
-        return find_streams(model).kind == "cross" and model.main_input_name == "input_ids"
+        return find_streams(model).kind
     except (TypeError, ValueError):
-        return False
+        return None
 
 
 def start_token(model: PreTrainedModel) -> int | None:
