@@ -7,6 +7,7 @@ import pytest
 import torch
 from pair_cases import spread_all
 from product_cases import CASES, DEVICE, Case, check, layer, rows
+from sweeps import in_parts
 
 from pyglobenc.ops import relevance_product
 
@@ -16,8 +17,9 @@ def backend():
     return "triton"
 
 
-def test_is_as_good_as_torch(backend):
-    check(backend, CASES)
+@pytest.mark.parametrize("cases", in_parts(CASES, [CASES[i] for i in (0, 1, 2, 6, 8)]))
+def test_is_as_good_as_torch(cases, backend):
+    check(backend, cases)
 
 
 def test_padding_is_never_read(backend):

@@ -5,11 +5,13 @@ The CUDA backend takes these tests over in cuda/test_values.py.
 """
 
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
 from numerics import pooled
 from pair_cases import spread
+from sweeps import sweep
 from test_kernels_pairs import factor
 
 from pyglobenc.ops import gram_weights, head_gram, head_norms, mapped_square, proximity
@@ -57,7 +59,7 @@ def gram_inputs(shape, dtype):
     return v.to(dtype), kernel, x.to(dtype), cross_kernel
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("dtype", sweep([torch.float32, *HALF], [torch.float32, torch.bfloat16]), ids=str)
 def test_head_gram(dtype, backend):
     with pooled(factor(backend)) as compare:
         for shape in SHAPES:
@@ -103,8 +105,13 @@ def check_square(backend, x, gammas, compare):
 
 
 # odd widths and, last, more than a lane keeps of a row
-@pytest.mark.parametrize("norms", [0, 1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize(
+    "dtype, norms",
+    sweep(
+        product((torch.float32, *HALF), range(3)), list(zip((torch.float32, *HALF), range(3), strict=True))
+    ),
+    ids=str,
+)
 def test_mapped_square(dtype, norms, backend):
     with pooled() as compare:
         for shape in ((3, 1, 2), (2, 300, 24), (2, 70, 35), (1, 200, 768), (1, 113, 1029)):

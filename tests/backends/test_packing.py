@@ -4,6 +4,7 @@ import pytest
 import torch
 from numerics import pooled, until_enough
 from pair_cases import KERNELS, Case, doubled, factor, layer, pair_args, product, running
+from sweeps import slow, sweep
 
 from pyglobenc.backends.inputs import PairInputs
 from pyglobenc.backends.shared.score_mods import SoftCap
@@ -16,7 +17,7 @@ CASES = [
     (Case(H=3, Hkv=3, dh=5), (1,), 50),
     (Case(), (1, 1, 1, 2, 1), 20),
     (Case(H=6, Hkv=2), (7, 7, 33, 5, 5, 5, 18), 1),
-    (Case(norms=1), (64, 65, 3), 3),
+    (Case(norms=1), (64, 65, 3), 6),
     (Case(H=12, Hkv=12, dh=64, d=96), (41, 70, 9), 1),
     (Case(H=5, Hkv=1, residual=False, norms=0), (90, 1, 30), 17),
     (Case(window=(-1, 0)), (20, 20, 45), 1),
@@ -117,10 +118,18 @@ def test_cu_seqlens_are_checked():
         attention(*torch.zeros(3, 2, 1, 10, 4), cu_seqlens=cu_seqlens)
 
 
-@pytest.mark.parametrize("kernel", [*KERNELS, "triton"])
-def test_kernel_is_as_good_as_torch(kernel):
+@pytest.mark.parametrize(
+    "kernel, cases",
+    [
+        *(pytest.param(*kernel.values, CASES, marks=kernel.marks) for kernel in KERNELS),
+        ("triton", CASES[1:9:2]),
+        slow("triton", CASES),
+    ],
+    ids=lambda value: value if isinstance(value, str) else str(len(value)),
+)
+def test_kernel_is_as_good_as_torch(kernel, cases):
     with pooled(factor(kernel)) as compare:
-        for case in CASES:
+        for case in cases:
             check_kernel(kernel, *pack(*case)[1:], compare)
 
 
@@ -211,10 +220,17 @@ def check(op, backend, draw, **options):
             compare(*values)
 
 
+OPTIONS = [{}, dict(additive_mask=True, normalize=True), dict(window=(6, 3), stabilizer=1e-3)]
+
+
 @pytest.mark.parametrize(
-    "options", [{}, dict(additive_mask=True, normalize=True), dict(window=(6, 3), stabilizer=1e-3)], ids=str
+    "lengths, count, options",
+    sweep(
+        [(*case, options) for case in RELEVANCE for options in OPTIONS],
+        [(*case, options) for case, options in zip(RELEVANCE, OPTIONS, strict=True)],
+    ),
+    ids=str,
 )
-@pytest.mark.parametrize("lengths, count", RELEVANCE, ids=str)
 @pytest.mark.parametrize("backend", ["reference", *KERNELS])
 def test_relevance_is_each_sequence_alone(backend, lengths, count, options):
     def draw():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from numerics import until_enough
+from sweeps import slow, sweep
 from test_packing import AXES_OF, of_sequences, packed_together, relevance_args
 
 from pyglobenc.ops import add_relevance, relevance_attention, relevance_rollout_step
@@ -49,8 +50,14 @@ def assert_as_good(op, draw, lengths, **options):
             compare(*values)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("lengths, count", LENGTHS, ids=str)
+@pytest.mark.parametrize(
+    "lengths, count, options",
+    sweep(
+        [(*case, options) for case in LENGTHS for options in OPTIONS],
+        [(*case, OPTIONS[i % 3]) for i, case in enumerate(LENGTHS)],
+    ),
+    ids=str,
+)
 def test_relevance_of_a_sequence(lengths, count, options):
     alone = relevance_args(lengths, count)[0]
     assert_the_same(relevance_attention, alone, lengths, **options)
@@ -58,7 +65,7 @@ def test_relevance_of_a_sequence(lengths, count, options):
     assert_the_same(relevance_rollout_step, alone, lengths, **options)
 
 
-@pytest.mark.parametrize("lengths, count", LENGTHS, ids=str)
+@pytest.mark.parametrize("lengths, count", sweep(LENGTHS, LENGTHS[1:3]), ids=str)
 def test_factor_of_the_additive_mask(lengths, count):
     alone = relevance_args(lengths, count)[0]
     each = zip(*(run(relevance_attention, one, additive_mask=True) for one in alone), strict=True)
@@ -73,7 +80,9 @@ def test_wide_heads():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, dict(additive_mask=True, normalize=True), dict(window=(6, 3), stabilizer=1e-3)], ids=str
+    "options",
+    [slow({}), dict(additive_mask=True, normalize=True), slow(dict(window=(6, 3), stabilizer=1e-3))],
+    ids=str,
 )
 def test_relevance_is_as_good_as_torch(options):
     assert_as_good(relevance_attention, lambda: relevance_args((64, 65, 3), 8)[0], (64, 65, 3), **options)
@@ -88,7 +97,7 @@ def test_sums_of_a_sequence_are_its_own(lengths, options):
 
 
 # the second of more tiles than blocks
-@pytest.mark.parametrize("lengths, d", [((33, 1, 64), 70), ((3, 258, 2), 1024)], ids=str)
+@pytest.mark.parametrize("lengths, d", [((33, 1, 64), 70), slow((3, 258, 2), 1024)], ids=str)
 def test_add_is_as_good_as_torch(lengths, d):
     # sums whose terms don't cancel: with random signs both errors are those of a few pairs near 0
     assert_as_good(

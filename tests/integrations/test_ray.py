@@ -199,6 +199,7 @@ def test_a_folder_that_is_not_shared_is_noticed(two_workers, finished, tmp_path,
     assert not is_complete(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_before_the_output_is_made(two_workers, finished, tmp_path, capsys):
     out = tmp_path / "out"
     for options, message in (
@@ -213,7 +214,7 @@ def test_what_does_not_fit_is_refused_before_the_output_is_made(two_workers, fin
     assert "which is read" in capsys.readouterr().err
 
 
-def test_a_worker_with_another_model_is_refused(two_workers, finished, tmp_path):
+def test_a_worker_with_another_model_is_refused(finished):
     loading = {"model": str(finished / "model"), "device": "cpu"}
     facts = engine._facts(loading)
     assert engine._ShardWriter(loading, facts, None).error is None
@@ -234,6 +235,7 @@ def test_exceptions_travel_as_rows(error):
     assert str(error) in str(found) and type(found) in (OSError, RuntimeError)
 
 
+@pytest.mark.slow
 def test_attributor_in_map_batches(two_workers, finished):
     arguments = dict(model=str(finished / "model"), keep=["id"])
     rows = [{"index": 7 * i, "id": i, "text": text, "label": 1} for i, text in enumerate(TEXTS)]

@@ -1,17 +1,23 @@
 """Builds the CUDA kernels for the CPU, where one thread runs all threads of a block: csrc/common/fibers.h."""
 
+import hashlib
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-COMMON, CUDA = (Path(__file__).parents[2] / "csrc" / name for name in ("common", "cuda"))
+ROOT = Path(__file__).parents[2]
+COMMON, CUDA = (ROOT / "csrc" / name for name in ("common", "cuda"))
+# Compiling takes half a minute, so a library is kept until one of its sources changes.
+KEPT = ROOT / "build" / "emulator"
 # longjmp between stacks is not an unwinding, as fortified builds take it to be
 FLAGS = "-std=c++17 -fPIC -U_FORTIFY_SOURCE -Wall -Wextra -Wno-unknown-pragmas -DPYGLOBENC_EMULATED".split()
 # kernels tell of every access to memory: csrc/common/races.h
@@ -52,10 +58,36 @@ def link(sources: list[Path], folder: Path) -> Path:
     return path
 
 
+def key() -> str:
+    """Return a digest of everything that the emulated module is built from."""
+    compiler = subprocess.run(["g++", "--version"], capture_output=True, text=True).stdout
+    digest = hashlib.sha256(f"{compiler} {version('pybind11')} {sys.version} {FLAGS} {KINDS}".encode())
+    for path in sorted(path for folder in (COMMON, CUDA) for path in folder.iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def keep(library: Path, path: Path) -> None:
+    """Copy a library to `path` and delete the ones of other sources there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Another process may look for the library at the same time, so it appears complete.
+    part = path.with_suffix(f".{os.getpid()}")
+    shutil.copy(library, part)
+    part.rename(path)
+    for other in path.parent.glob("*.so"):
+        if other != path:
+            other.unlink(missing_ok=True)
+
+
 def build(folder: Path) -> ModuleType:
-    """Return the emulated module pyglobenc._cuda."""
-    # If several objects define a function, the linker takes the first one, so the fastest comes first.
-    path = link([COMMON / "races.cpp", CUDA / "bindings.cpp", *sorted(CUDA.glob("*.cu"))], folder)
+    """Return the emulated module pyglobenc._cuda, compiled unless one of the same sources is kept."""
+    pytest.importorskip("pybind11", reason="the emulator's module needs pybind11")
+    path = KEPT / f"{key()}.so" if shutil.which("g++") else folder
+    if not path.is_file():
+        # If several objects define a function, the linker takes the first one, so the fastest comes first.
+        library = link([COMMON / "races.cpp", CUDA / "bindings.cpp", *sorted(CUDA.glob("*.cu"))], folder)
+        keep(library, path)
+        path = library
     spec = importlib.util.spec_from_file_location("_cuda", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

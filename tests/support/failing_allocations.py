@@ -17,10 +17,8 @@ from pathlib import Path
 
 import torch
 from fuzz import ops_of, small_tensors
-from models import build, random_batch
 from pytest import MonkeyPatch
 
-from pyglobenc import GlobEnc, TransformerAttribution
 from pyglobenc.backends.cpu._extension import kernels
 from pyglobenc.bench.costs import flatten
 from pyglobenc.bench.op_table import OP_TABLE
@@ -72,6 +70,11 @@ def op_calls() -> dict[str, Callable[[], list[torch.Tensor]]]:
 
 
 def model_calls() -> dict[str, Callable[[], list[torch.Tensor]]]:
+    # Calls of ops need no transformers, whose import takes longer than they do.
+    from models import build, random_batch
+
+    from pyglobenc import GlobEnc, TransformerAttribution
+
     def call(method: type, name: str) -> Callable[[], list[torch.Tensor]]:
         attribute = method(build(name, torch.float32))
         batch = random_batch(attribute.model, 2, 9, pads=[0, 3])
