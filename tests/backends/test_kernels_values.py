@@ -59,7 +59,8 @@ def gram_inputs(shape, dtype):
     return v.to(dtype), kernel, x.to(dtype), cross_kernel
 
 
-@pytest.mark.parametrize("dtype", sweep([torch.float32, *HALF], [torch.float32, torch.bfloat16]), ids=str)
+# The others run in test_strided too.
+@pytest.mark.parametrize("dtype", sweep([torch.float32, *HALF], [torch.float32]), ids=str)
 def test_head_gram(dtype, backend):
     with pooled(factor(backend)) as compare:
         for shape in SHAPES:

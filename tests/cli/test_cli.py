@@ -351,6 +351,7 @@ def test_real_model_in_a_process_of_its_own(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_process_of_its_own(model, tmp_path):
     path = tmp_path / "a.json"
     # A shell starts background jobs with this signal ignored.

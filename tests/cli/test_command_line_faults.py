@@ -14,6 +14,7 @@ import sys
 
 import pytest
 from command_line import FULL, Input
+from sweeps import slow
 from tiny import classifier, tokenizer
 
 from pyglobenc.cli import bench, doctor
@@ -241,12 +242,12 @@ def test_damaged_models(run, model, tmp_path, part):
 # standard output.
 STREAMS = [
     ("--help >&-", 0),
-    (f"--help >{FULL}", 0),
-    ("--help 2>&-", 0),
-    ("explain a --nonsense 2>&-", 2),
+    slow(f"--help >{FULL}", 0),
+    slow("--help 2>&-", 0),
+    slow("explain a --nonsense 2>&-", 2),
     (f"explain a --nonsense 2>{FULL}", 2),
-    ("explain --whole <&-", 2),
-    ("explain a --model MODEL --json - >&- 2>&-", 1),
+    slow("explain --whole <&-", 2),
+    slow("explain a --model MODEL --json - >&- 2>&-", 1),
     ("explain a --model MODEL --json a.json --save b.safetensors >&- 2>&- <&-", 0),
 ]
 

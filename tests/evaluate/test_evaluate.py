@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from functools import cache
+from itertools import product
 from math import ceil, log
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import tiny
 import torch
 import transformers
 from models import build, randomize
+from sweeps import sweep
 
 import pyglobenc
 from pyglobenc.evaluate import forwards
@@ -114,8 +116,13 @@ def assert_equals_plain_loop(table, model, tokenizer, remove, words=False, own=N
                 np.testing.assert_allclose(value, expected.get(metric, np.nan), atol=1e-9, err_msg=metric)
 
 
-@pytest.mark.parametrize("remove", ["mask", "delete", "pad"])
-@pytest.mark.parametrize("model", [tiny.classifier, roberta])
+@pytest.mark.parametrize(
+    "model, remove",
+    sweep(
+        product((tiny.classifier, roberta), ("mask", "delete", "pad")),
+        [(tiny.classifier, "mask"), (roberta, "delete"), (tiny.classifier, "pad")],
+    ),
+)
 def test_equals_a_plain_loop(model, remove):
     table = evaluate(model=model(), remove=remove, batch_tokens=64)
     assert_equals_plain_loop(table, model(), tiny.tokenizer(), remove)
@@ -196,7 +203,7 @@ def timeless(table):
 
 
 def test_the_seed_reproduces_the_table():
-    changes = dict(methods="all", metrics="all", seed=5)
+    changes = dict(texts=TEXTS[:3], methods="all", metrics="all", seed=5)
     table = evaluate(**changes)
     assert str(timeless(table)) == str(timeless(evaluate(**changes)))
     # In double precision the size of a batch changes the last digits alone.
@@ -353,7 +360,8 @@ evaluate(tiny.classifier(), tiny.tokenizer(), {texts!r}, output={folder!r}, **{s
 """
 
 
-@pytest.mark.parametrize("steps", [2, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [2, 6])
 def test_killed_and_restarted_gives_the_same_table(tmp_path, monkeypatch, steps):
     portion = 1500
     monkeypatch.setattr(run_module, "PORTION", portion)

@@ -9,8 +9,9 @@ import pytest
 import torch
 import transformers
 from chefer import direct, relative
-from models import ARCHITECTURES, IMAGES, OWN_SCORES, PRE_NORM, SMALL, build, random_batch
+from models import ARCHITECTURES, EACH, IMAGES, OWN_SCORES, PRE_NORM, SMALL, build, random_batch
 from published import Float64Throughout, published_maps, published_rollout
+from sweeps import slow, sweep
 from torch import nn
 
 from pyglobenc import GlobEnc, GradientRollout, TransformerAttribution, capture
@@ -18,15 +19,10 @@ from pyglobenc.hf import find_layers
 from pyglobenc.hf.trace.attention import Mask
 from pyglobenc.methods.rollout.baselines import ROLLOUTS, Rollout
 
-# one of each binding, and those of the same modules, which are left to the sweep
-EACH = (
-    "bert-classifier distilbert albert albert-groups mpnet deberta-v3 modernbert gpt2 mistral gemma3 vit "
-    "dinov2 beit"
-).split()
-
 
 def all_of(names):
-    return [name if name in EACH else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    names = list(names)
+    return sweep(names, [name for name in EACH if name in names])
 
 
 EVERY = all_of([*ARCHITECTURES, *PRE_NORM, *IMAGES])
@@ -34,6 +30,9 @@ POST_NORM = all_of(ARCHITECTURES)
 CHUNKING = (
     "bert bert-classifier roberta xlm-roberta camembert electra distilbert albert albert-groups"
 ).split()
+
+
+PARTS = ("attention", "block", "output", "output_norm")
 
 
 class Adapter(nn.Module):
@@ -345,12 +344,14 @@ def test_a_layer_that_sees_padding_is_refused(name):
         GlobEnc(model)(**random_batch(model, batch=2, n=7, pads=[2, 0]), targets=[0])
 
 
-@pytest.mark.parametrize("part", ["attention", "block", "output", "output_norm"])
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("name", ["bert", "mpnet", "deberta-v3", "gpt2", "gemma3", "vit"])
-def test_compiled_modules(name, part):
+# Inductor compiles C++ for seconds.
+@pytest.mark.parametrize("backend", ["eager", slow("inductor")])
+def test_compiled_modules(backend, name, part):
     model, plain = build(name), build(name)
     module = getattr(find_layers(model)[1], part)
-    replace(model, module, torch.compile(module))
+    replace(model, module, torch.compile(module, backend=backend))
     assert_exact(model, plain, random_batch(model, batch=2, n=7, pads=[0, 2]))
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from allocations import measure_allocations
 from models import build, random_batch
+from sweeps import slow
 
 from pyglobenc import GlobEnc
 
@@ -32,7 +33,7 @@ def test_row_mode_is_linear(name):
     assert large.peak <= 2.1 * small.peak
 
 
-@pytest.mark.parametrize("name", ["mpnet", "deberta-v3"])
+@pytest.mark.parametrize("name", ["mpnet", slow("deberta-v3")])
 def test_nothing_larger_than_the_forward_pass_makes(name):
     """These models make (H, n, n) scores themselves."""
     (small, forward_small), (large, forward) = used(name, N), used(name, 2 * N)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from devices import Devices
 from models import build, random_batch
+from sweeps import slow
 
 from pyglobenc import GlobEnc, TransformerAttribution
 from pyglobenc.hf.unwrap import stock_model
@@ -73,7 +74,7 @@ def test_virtual_tokens_are_refused():
         GlobEnc(model)
 
 
-@pytest.mark.parametrize("how", ["wrapped", "in place", "layers"])
+@pytest.mark.parametrize("how", ["wrapped", slow("in place"), "layers"])
 def test_compiled_models(how):
     model = build("bert-classifier")
     batch = random_batch(model, 2, 9, pads=[0, 3])

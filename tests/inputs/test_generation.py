@@ -7,6 +7,7 @@ import pytest
 import torch
 from allocations import measure_allocations
 from models import build
+from sweeps import slow
 from tiny import VOCABULARY, by_bytes, classifier, tokenizer
 
 from pyglobenc import explain_generation
@@ -222,7 +223,7 @@ def test_the_model_is_left_as_it_was(mode, monkeypatch):
     assert state() == before
 
 
-@pytest.mark.parametrize("method", ["gradient-x-input", "gradient-rollout"])
+@pytest.mark.parametrize("method", [slow("gradient-x-input"), "gradient-rollout"])
 def test_memory_of_more_tokens_is_that_of_their_scores(method):
     """Every backward pass runs on one graph, and one gradient exists at a time."""
     model, tok = language_model("llama", torch.float32, max_position_embeddings=400), tokenizer()

@@ -44,7 +44,7 @@ def digits():
     model = ViTForImageClassification(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     train = torch.arange(len(images) - 300)
-    for _ in range(10):
+    for _ in range(6):
         for rows in train[torch.randperm(len(train))].split(64):
             loss = model(pixel_values=images[rows], labels=labels[rows]).loss
             optimizer.zero_grad()

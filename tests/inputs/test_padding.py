@@ -1,11 +1,13 @@
 """Texts in batches, packed or in windows get the same labels, probabilities and scores as each text alone."""
 
 from functools import cache
+from itertools import cycle, product
 
 import pytest
 import torch
 import transformers
 from models import ARCHITECTURES, PRE_NORM, randomize
+from sweeps import sweep
 from tiny import tokenizer
 
 from pyglobenc import GlobEnc, explain
@@ -56,8 +58,10 @@ def check(found, texts, model, close):
         torch.testing.assert_close(torch.tensor(a["scores"]), scores, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("padding", PADDING.values(), ids=PADDING)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind, padding",
+    sweep(product(KINDS, PADDING.values()), zip(KINDS, cycle(PADDING.values()), strict=False)),
+)
 def test_batches_and_packed_texts(kind, padding):
     model, close = classifier(kind, padding), ROUNDED.get(kind, {})
     check([vars(a) for a in explain(model, tok(), TEXTS, batch_size=4, progress=False)], TEXTS, model, close)

@@ -5,8 +5,9 @@ import torch
 from allocations import measure_allocations
 from attention_parts import parts
 from command_line import words
-from models import ARCHITECTURES, IMAGES, PRE_NORM, build, random_batch
+from models import ARCHITECTURES, EACH, IMAGES, PRE_NORM, build, random_batch
 from published import Float64Throughout
+from sweeps import sweep
 from tiny import tokenizer
 from transformers import AutoTokenizer
 
@@ -60,7 +61,7 @@ def values(result):
 
 
 @pytest.mark.usefixtures("float64_throughout")
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", sweep(ALL, EACH))
 def test_every_architecture_equals_the_equations(name):
     model = build(name)
     for side in ("right",) if name in IMAGES else ("right", "left"):

@@ -4,8 +4,9 @@ import pytest
 import torch
 import transformers
 from allocations import measure_allocations
-from models import ARCHITECTURES, CAUSAL, IMAGES, PRE_NORM, build, classifier, random_batch
+from models import ARCHITECTURES, CAUSAL, EACH, IMAGES, PRE_NORM, build, classifier, random_batch
 from published import Float64Throughout
+from sweeps import sweep
 from tiny import tokenizer
 from torch import nn
 
@@ -50,7 +51,7 @@ def assert_equal(out: torch.Tensor, exact: torch.Tensor, tolerance: float = 1e-9
     assert (out - exact).abs().max() <= tolerance * exact.abs().max()
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", sweep(ALL, EACH))
 def test_every_architecture_equals_the_equation_in_batches_and_alone(name):
     model = classifier(name, "last" if name in CAUSAL else "first")
     pads = [0, 4, 7]

@@ -1,6 +1,7 @@
 """AttnLRP, CP-LRP, GIM and LibraGrad against the papers' rules, by two computations of their own."""
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle, product
 
 import pytest
 import tiny
@@ -12,6 +13,7 @@ from numerics import assert_as_good_as_torch
 from published import Float64Throughout
 from relevance_by_operations import token_relevance
 from ruled_graph import ruled_scores
+from sweeps import slow, sweep
 from torch import nn
 
 import pyglobenc
@@ -40,8 +42,18 @@ def test_equals_relevance_by_operations(name, method):
     assert_equal(result.scores, exact[:, 1:] if name == "vit" else exact)
 
 
-@pytest.mark.parametrize("method", RULES)
-@pytest.mark.parametrize("name", [*ARCHITECTURES, *PRE_NORM, *IMAGES])
+EVERY = [*ARCHITECTURES, *PRE_NORM, *IMAGES]
+
+
+def in_turn(names, methods):
+    """Return (name, method) for every name, with one method after the other."""
+    return list(zip(names, cycle(methods), strict=False))
+
+
+@pytest.mark.parametrize(
+    "name, method",
+    sweep(product(EVERY, RULES), [*in_turn(EVERY, RULES), *product(("bert", "llama"), RULES)]),
+)
 def test_every_architecture_equals_hooks_on_the_eager_graph(name, method):
     model = classifier(name, "last" if name in CAUSAL else "first")
     for side in ("left", "right") if name not in IMAGES else ("right",):
@@ -101,8 +113,13 @@ def test_padded_and_several_logits_are_what_each_gives_alone(name, method):
         assert_equal(several.scores[:, 1, 5:], torch.zeros(2, 3))
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "gemma2"])
-@pytest.mark.parametrize("method", RULES)
+@pytest.mark.parametrize(
+    "name, method",
+    sweep(
+        product(("bert", "llama", "gpt2", "gemma2"), RULES),
+        in_turn(("bert", "llama", "gpt2", "gemma2"), RULES),
+    ),
+)
 def test_low_precision_is_as_good_as_the_eager_graph(name, method):
     exact, ours, theirs = [], [], []
     for dtype, out in ((torch.float64, exact), (torch.bfloat16, ours)):
@@ -340,7 +357,9 @@ def test_refusals():
         GradientAttribution(model, "attn-lrp")
 
 
-@pytest.mark.parametrize("name, method", [("llama", "attnlrp"), ("gemma2", "attnlrp"), ("gemma2", "gim")])
+@pytest.mark.parametrize(
+    "name, method", [("llama", "attnlrp"), slow("gemma2", "attnlrp"), slow("gemma2", "gim")]
+)
 def test_no_array_is_quadratic(name, method):
     n, tile = 2304, 64
     settings = dict(max_position_embeddings=n)

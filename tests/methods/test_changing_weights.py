@@ -5,10 +5,12 @@ refused where they count.
 import copy
 import importlib.util
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
-from models import ARCHITECTURES, IMAGES, PRE_NORM, build, random_batch
+from models import ARCHITECTURES, EACH, IMAGES, PRE_NORM, build, random_batch
+from sweeps import sweep
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -126,7 +128,7 @@ def check_changes(model, makers, batch):
             last = now
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", sweep(EVERY, [*EACH, "bert", "llama"]))
 def test_rollouts_see_every_change(name):
     model = build(name, torch.float32)
     norms = (
@@ -137,7 +139,7 @@ def test_rollouts_see_every_change(name):
     check_changes(model, (GlobEnc, *norms), random_batch(model, 1, 7))
 
 
-@pytest.mark.parametrize("name", EXPLAINED)
+@pytest.mark.parametrize("name", sweep(EXPLAINED, ["bert-classifier", "vit"]))
 @pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.PrecisionWarning")
 def test_transformer_attribution_sees_every_change(name):
     model = build(name, torch.float32)
@@ -214,7 +216,7 @@ def check_not_finite(model, makers, batch):
     assert refused > len(outer_parameters(model)) / 4
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", sweep(EVERY, [*EACH, "bert"]))
 def test_rollouts_refuse_what_is_no_number(name):
     model = build(name, torch.float32)
     others = (
@@ -225,9 +227,14 @@ def test_rollouts_refuse_what_is_no_number(name):
     check_not_finite(model, (GlobEnc, *others), random_batch(model, 1, 7))
 
 
-@pytest.mark.parametrize("name", EXPLAINED)
-@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize(
+    "backend, name",
+    sweep(
+        product(("reference", "auto"), EXPLAINED),
+        [("auto", "bert-classifier"), ("reference", "distilbert"), ("auto", "vit")],
+    ),
+)
 @pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.PrecisionWarning")
-def test_transformer_attribution_refuses_what_is_no_number(name, backend):
+def test_transformer_attribution_refuses_what_is_no_number(backend, name):
     model = build(name, torch.float32)
     check_not_finite(model, (lambda m: TransformerAttribution(m, backend),), random_batch(model, 1, 7))

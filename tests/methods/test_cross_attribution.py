@@ -4,6 +4,7 @@ import pytest
 import torch
 from allocations import measure_allocations
 from published import Float64Throughout
+from sweeps import slow
 from two_streams import (
     ALL,
     CLASSIFIERS,
@@ -406,7 +407,7 @@ def test_refusals():
         CrossAttribution(image)(**sources(image, 2), pixel_values=torch.rand(1, 3, 12, 12).double())
 
 
-@pytest.mark.parametrize("name", ["bart", "t5"])
+@pytest.mark.parametrize("name", ["bart", slow("t5")])
 def test_no_array_is_quadratic(name):
     # Above 2,048 tokens a graph stores no probabilities.
     n, heads, tile = 2112, 4, 1 << 18

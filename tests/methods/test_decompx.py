@@ -1,6 +1,7 @@
 """DecompX equals the equations on all decomposed vectors; see `decompx.direct` in tests/support."""
 
 from functools import cache
+from itertools import cycle, product
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from allocations import measure_allocations
 from decompx import direct
 from models import SMALL, build, random_batch, randomize
 from published import Float64Throughout
+from sweeps import sweep
 from tiny import classifier as tiny
 from tiny import tokenizer
 from torch import nn
@@ -87,9 +89,13 @@ def test_classifiers_equal_the_equations(name, bias, small_tiles):
     assert_equal(contrast, (exact[..., 0] - exact[..., 1]) * sign, bias)
 
 
-@pytest.mark.parametrize("bias", BIASES)
-@pytest.mark.parametrize("reads", ["first", "last", "mean"])
-@pytest.mark.parametrize("name", ENCODERS)
+READS = ("first", "last", "mean")
+
+
+@pytest.mark.parametrize(
+    "name, reads, bias",
+    sweep(product(ENCODERS, READS, BIASES), zip(cycle(ENCODERS), cycle(READS), [*BIASES] * 3, strict=False)),
+)
 def test_your_own_heads_equal_the_equations(name, reads, bias, small_tiles):
     model = classifier(name, reads)
     side = "left" if name == "bert" else "right"

@@ -2,10 +2,13 @@
 device.
 """
 
+from itertools import product
+
 import pytest
 import torch
 from devices import HOST, Devices
 from models import build, random_batch
+from sweeps import sweep
 
 from pyglobenc import DecompX, GlobEnc, TransformerAttribution
 from pyglobenc.hf import find_layers
@@ -106,8 +109,14 @@ def test_packed_sequences():
     equal(packed[1].output.logits, alone.output.logits)
 
 
-@pytest.mark.parametrize("variant", ["transformer_attribution", "last_layer", "full", "lrp"])
-@pytest.mark.parametrize("rest", [HOST, ONE, TWO], ids=str)
+@pytest.mark.parametrize(
+    "rest, variant",
+    sweep(
+        product((HOST, ONE, TWO), ("transformer_attribution", "last_layer", "full", "lrp")),
+        [(HOST, "transformer_attribution"), (ONE, "last_layer"), (TWO, "lrp")],
+    ),
+    ids=str,
+)
 def test_packed_relevance(rest, variant):
     devices, model = scattered("bert-classifier", rest)
     options = dict(
@@ -128,8 +137,14 @@ def test_packed_relevance(rest, variant):
 
 @pytest.mark.parametrize(
     "name, rest, given, variant",
-    [(*place, "transformer_attribution") for place in EVERYWHERE[1:]]
-    + [(name, *LAYOUTS[0], variant) for name in ("bert-classifier", "vit") for variant in VARIANTS],
+    [
+        *((*place, "transformer_attribution") for place in EVERYWHERE[1:]),
+        *(("bert-classifier", *LAYOUTS[0], variant) for variant in VARIANTS),
+        *sweep(
+            [("vit", *LAYOUTS[0], variant) for variant in VARIANTS],
+            [("vit", *LAYOUTS[0], "transformer_attribution")],
+        ),
+    ],
 )
 def test_transformer_attribution(name, rest, given, variant):
     devices, model = scattered(name, rest)

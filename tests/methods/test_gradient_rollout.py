@@ -4,8 +4,9 @@ import pytest
 import torch
 import transformers
 from allocations import measure_allocations
-from models import ARCHITECTURES, CAUSAL, IMAGES, PRE_NORM, Classifier, build, classifier, random_batch
+from models import ARCHITECTURES, CAUSAL, EACH, IMAGES, PRE_NORM, Classifier, build, classifier, random_batch
 from published import Float64Throughout
+from sweeps import slow, sweep
 
 from pyglobenc.backends.reference import attention as reference_attention
 from pyglobenc.methods.gradients.gradient_rollout import GradientRollout
@@ -49,7 +50,7 @@ def assert_equal(out: torch.Tensor, exact: torch.Tensor, tolerance: float = 1e-9
     assert (out - exact).abs().max() <= tolerance * exact.abs().max()
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", sweep(ALL, EACH))
 def test_every_architecture_equals_the_equations(name):
     reads = "last" if name in CAUSAL else "first"
     model = classifier(name, reads)
@@ -162,7 +163,7 @@ def test_refusals():
         GradientRollout(masked)(**batch)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["gemma3", slow("llama"), slow("gemma2")])
 def test_memory_is_linear_in_the_number_of_tokens(name, monkeypatch):
     # Shorter texts than the real limit allows take less time.
     monkeypatch.setattr(reference_attention, "STORED", 512)

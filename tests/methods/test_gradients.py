@@ -1,10 +1,13 @@
 """Gradient methods and occlusion against direct computations, one text and one copy at a time."""
 
+from itertools import cycle, product
+
 import numpy as np
 import pytest
 import torch
 import transformers
 from models import DECODER, build, random_batch, randomize
+from sweeps import sweep
 from tiny import classifier, tokenizer
 from torch import nn
 
@@ -102,8 +105,16 @@ def direct_scores(method, model, batch, special):
     return scores
 
 
-@pytest.mark.parametrize("method", GRADIENTS)
-@pytest.mark.parametrize("name", [*CLASSIFIERS, *LANGUAGE])
+@pytest.mark.parametrize(
+    "name, method",
+    sweep(
+        product((*CLASSIFIERS, *LANGUAGE), GRADIENTS),
+        [
+            *product(("bert-classifier", "llama"), GRADIENTS),
+            *zip((*CLASSIFIERS, *LANGUAGE), cycle(GRADIENTS), strict=False),
+        ],
+    ),
+)
 @pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.PrecisionWarning")
 def test_equals_direct_computation_in_a_padded_batch(name, method):
     model = model_of(name)

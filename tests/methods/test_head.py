@@ -2,12 +2,15 @@
 refused by name.
 """
 
+from itertools import product
+
 import pytest
 import torch
 import transformers
 from chefer import direct, relative
 from models import DECODER, EAGER_ALONE, IMAGE, PRE_NORM, SMALL, build, random_batch, randomize
 from published import published_maps, published_rollout
+from sweeps import sweep
 from tiny import tokenizer
 from torch import nn
 
@@ -179,8 +182,13 @@ POOLS = {
 }
 
 
-@pytest.mark.parametrize("pool", POOLS)
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize(
+    "name, pool",
+    sweep(
+        product(ENCODERS, POOLS),
+        [*product(("bert",), POOLS), *zip(ENCODERS, POOLS, strict=False)],
+    ),
+)
 def test_a_module_around_an_encoder(name, pool):
     settings = {
         "first": dict(returns="tuple"),
@@ -382,8 +390,19 @@ def test_other_heads_are_refused_by_name(kind):
         assert torch.equal(GlobEnc(model)(**batch, targets=[3]).scores, expected)
 
 
-@pytest.mark.parametrize("method", ["globenc", "attention-rollout", "transformer-attribution", "lrp"])
-@pytest.mark.parametrize("pool", ["first", "last", "mean"])
+@pytest.mark.parametrize(
+    "pool, method",
+    sweep(
+        product(
+            ("first", "last", "mean"), ("globenc", "attention-rollout", "transformer-attribution", "lrp")
+        ),
+        [
+            *product(("mean",), ("globenc", "transformer-attribution", "lrp")),
+            ("first", "attention-rollout"),
+            ("last", "globenc"),
+        ],
+    ),
+)
 def test_explain_takes_modules_around_an_encoder(pool, method):
     model = Wrapped("bert", POOLS[pool])
     texts = ["the good film is deep, filming.", "a film"]
@@ -604,9 +623,18 @@ def test_a_head_whose_gradient_vanishes():
         GlobEnc(model)(**batch)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "modernbert", "deberta-v3", "albert", "mpnet"])
-@pytest.mark.parametrize("pool", ["first", "last", "mean"])
-def test_rows_of_other_architectures(name, pool):
+@pytest.mark.parametrize(
+    "pool, name",
+    sweep(
+        product(("first", "last", "mean"), ("llama", "gpt2", "modernbert", "deberta-v3", "albert", "mpnet")),
+        [
+            *(("mean", name) for name in ("gpt2", "modernbert", "deberta-v3", "albert")),
+            ("last", "llama"),
+            ("first", "mpnet"),
+        ],
+    ),
+)
+def test_rows_of_other_architectures(pool, name):
     """GlobEnc follows any head, through a last norm too; that norm is no part of a layer."""
 
     class Around(nn.Module):
@@ -631,9 +659,14 @@ def test_rows_of_other_architectures(name, pool):
         assert (found.targets is None) == (pool == "mean")
 
 
+MODES = ("bfloat16", "float16", "float32", "autocast", "float32-head", "widened")
+
+
 @pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.PrecisionWarning")
-@pytest.mark.parametrize("mode", ["bfloat16", "float16", "float32", "autocast", "float32-head", "widened"])
-@pytest.mark.parametrize("pool", ["first", "mean"])
+@pytest.mark.parametrize(
+    "pool, mode",
+    sweep(product(("first", "mean"), MODES), list(zip(("first", "mean") * 3, MODES, strict=True))),
+)
 def test_heads_in_every_precision(pool, mode):
     """Rounding neither hides a head that has no rule, nor makes one of a head that has."""
 

@@ -8,8 +8,9 @@ import torch
 from allocations import measure_allocations
 from attention_parts import parts
 from command_line import words
-from models import ARCHITECTURES, CAUSAL, IMAGES, PRE_NORM, build, random_batch
+from models import ARCHITECTURES, CAUSAL, EACH, IMAGES, PRE_NORM, build, random_batch
 from published import Float64Throughout
+from sweeps import sweep
 from tiny import tokenizer
 from transformers import AutoTokenizer
 
@@ -50,7 +51,7 @@ def float64_throughout():
 
 
 @pytest.mark.usefixtures("float64_throughout")
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", sweep(ALL, EACH))
 def test_every_architecture_equals_the_equations(name):
     model = build(name)
     for side in ("right",) if name in IMAGES else ("right", "left"):

@@ -1,19 +1,28 @@
 """Several logits of each example from one forward pass: each row is what its logit gives alone."""
 
+from itertools import product
+
 import pytest
 import torch
 from models import build, random_batch
+from sweeps import sweep
 
 from pyglobenc import GradientAttribution, GradientRollout, TransformerAttribution
 from pyglobenc.methods.gradients.attribution import GRADIENTS, REPLACING
 
 LANGUAGE = ("gpt2", "llama", "mistral", "qwen2", "qwen3-moe", "phi3", "gemma2", "gemma3")
+METHODS = (*GRADIENTS, "gradient-rollout")
 POSITIONS = torch.tensor([[3, 5, 8], [6, 2, 4]])
 TARGETS = torch.tensor([[7, 9, 11], [12, 13, 14]])
 
 
-@pytest.mark.parametrize("method", [*GRADIENTS, "gradient-rollout"])
-@pytest.mark.parametrize("name", LANGUAGE)
+@pytest.mark.parametrize(
+    "name, method",
+    sweep(
+        product(LANGUAGE, METHODS),
+        [*product(("llama",), METHODS), *zip(LANGUAGE * 2, [*METHODS, *METHODS], strict=False)],
+    ),
+)
 @pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.PrecisionWarning")
 @pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.NoRelevanceWarning")
 def test_each_row_is_that_of_the_text_up_to_its_token(name, method):

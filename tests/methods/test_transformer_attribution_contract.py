@@ -10,6 +10,7 @@ from chefer import chefer_golden, relative
 from models import IMAGE, SMALL, build, random_batch
 from numerics import assert_as_good_as_torch
 from scipy.stats import spearmanr
+from sweeps import slow
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -73,7 +74,8 @@ def used(n, **call):
 @pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.PrecisionWarning")
 @pytest.mark.parametrize(
     "variant",
-    ["transformer_attribution", "rollout", "last_layer_ablation", "attention_rollout", "attn_gradcam"],
+    ["transformer_attribution", *map(slow, ("rollout", "last_layer_ablation", "attn_gradcam"))]
+    + ["attention_rollout"],
 )
 def test_row_mode_is_linear(variant):
     small, large = (used(n, variant=variant, reliability="estimated") for n in (800, 1600))
@@ -103,10 +105,11 @@ def random_case(seed):
 
 
 @pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.PrecisionWarning")
-def test_reliability_tells_good_from_bad(monkeypatch):
+@pytest.mark.parametrize("seeds", [range(50), slow(range(50, 150))], ids=str)
+def test_reliability_tells_good_from_bad(monkeypatch, seeds):
     limits, true = {"measured": math.inf, "estimated": 0}, []
     said = {method: [] for method in limits}
-    for seed in range(100):
+    for seed in seeds:
         model, batch = random_case(seed)
         for method, below in limits.items():
             monkeypatch.setattr(reliability, "MEASURED_BELOW", {"cpu": below})
@@ -146,7 +149,7 @@ def outliers(seed, dtype):
 
 
 @pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.PrecisionWarning")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, slow(torch.float16)], ids=str)
 def test_error_of_any_precision(dtype):
     """The median of true over said lies within a factor of 4, and at most a tenth of errors above four times
     the limit aren't said.

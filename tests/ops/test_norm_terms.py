@@ -3,6 +3,7 @@ import torch
 from direct import stage_matrix
 from numerics import assert_as_good_as_torch, until_enough
 from pair_cases import KERNELS, Case, assert_threads_change_nothing, factor, layer, running, spread
+from sweeps import sweep
 
 from pyglobenc.ops import gram_weights, head_gram, mapped_square, norm_terms
 
@@ -88,8 +89,9 @@ def test_equals_the_form_with_constants(case):
         torch.testing.assert_close(out, other)
 
 
+# The last case has the sizes of BERT-base.
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", sweep(CASES, CASES[:-1]), ids=str)
 def test_kernel_is_as_good_as_torch(case, kernel):
     check(kernel, case, torch.float32)
 

@@ -1,10 +1,13 @@
 """The relevance ops of attention: `relevance_attention`, `relevance_rollout_step`, `relevance_maps`."""
 
+from itertools import cycle, product
+
 import pytest
 import torch
 from numerics import until_enough
 from pair_cases import KERNELS, Case, doubled, factor, running
 from relevance_cases import exact_map, inputs
+from sweeps import sweep
 
 from pyglobenc.backends.shared.safe_division import safe_divide
 from pyglobenc.ops import relevance_attention, relevance_maps, relevance_rollout_step
@@ -25,6 +28,7 @@ CASES = [
 ]
 
 
+OPTIONS = [{}, dict(additive_mask=True, normalize=True), dict(stabilizer=1e-3)]
 # n = 65 takes two blocks of queries in the reference
 EXACT = [Case(n=1), Case(n=9), Case(n=8, mask="holes"), Case(n=8, window=(3, 0)), Case(n=65, mask="right")]
 
@@ -69,9 +73,10 @@ def test_reference_is_the_definition(normalize, additive_mask, gradient, case):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(
-    "options", [{}, dict(additive_mask=True, normalize=True), dict(stabilizer=1e-3)], ids=str
+    "case, options",
+    sweep(product(CASES, OPTIONS), zip(CASES, cycle(OPTIONS), strict=False)),
+    ids=str,
 )
-@pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel_is_as_good_as_torch(case, options, kernel):
     for compare in until_enough(factor(kernel)):
         args = inputs(case)

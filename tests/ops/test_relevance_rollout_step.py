@@ -3,6 +3,7 @@ import torch
 from numerics import until_enough
 from pair_cases import Case
 from relevance_cases import inputs
+from sweeps import slow
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pyglobenc.backends.shared.score_mods import SoftCap
@@ -59,7 +60,7 @@ def layer(n, heads, kv_heads, window, pads=0, score_mod=None, dtype=torch.float3
     "backend, window",
     [("cpu", (-1, -1)), ("cpu", (-1, 0)), ("cpu", (5, 0)), ("cpu", (4, 7)), ("triton", (5, 0))],
 )
-@pytest.mark.parametrize("kv_heads, pads", [(4, 0), (2, 3)])
+@pytest.mark.parametrize("kv_heads, pads", [slow(4, 0), (2, 3)])
 def test_attention_times_its_gradient(kv_heads, pads, backend, window):
     for compare in until_enough():
         t, settings = layer(37, 4, kv_heads, window, pads)

@@ -1,12 +1,14 @@
 """The memory estimate against what torch's allocator sees."""
 
 import tracemalloc
+from itertools import product
 
 import pytest
 import torch
 import transformers
 from allocations import measure_allocations
 from models import randomize
+from sweeps import slow, sweep
 
 from pyglobenc import DecompX, GlobEnc, InformationFlow, Rollout, TransformerAttribution
 from pyglobenc.inputs.batching import fitting_batch
@@ -145,14 +147,14 @@ def test_other_architecture_padding_targets_and_layers():
     "settings, batch, n, dtype",
     [
         (BERT, 1, 512, torch.float32),
-        (BERT, 1, 1024, torch.float32),
+        slow(BERT, 1, 1024, torch.float32),
         (BERT, 8, 64, torch.float32),
-        (DEEP, 1, 300, torch.float32),
+        slow(DEEP, 1, 300, torch.float32),
         (WIDE, 2, 256, torch.float32),
-        (BERT, 2, 200, torch.float64),
+        slow(BERT, 2, 200, torch.float64),
         (BERT, 2, 200, torch.bfloat16),
         # too large for a second run
-        (BERT | dict(hidden_size=768, intermediate_size=3072), 1, 256, torch.float32),
+        slow(BERT | dict(hidden_size=768, intermediate_size=3072), 1, 256, torch.float32),
     ],
 )
 def test_transformer_attribution(settings, batch, n, dtype):
@@ -167,7 +169,11 @@ def test_transformer_attribution(settings, batch, n, dtype):
 )
 @pytest.mark.parametrize(
     "settings, batch, n, dtype",
-    [(BERT, 1, 512, torch.float32), (WIDE, 2, 256, torch.float32), (BERT, 2, 200, torch.bfloat16)],
+    [
+        slow(BERT, 1, 512, torch.float32),
+        slow(WIDE, 2, 256, torch.float32),
+        (BERT, 2, 200, torch.bfloat16),
+    ],
 )
 def test_other_methods_of_a_class(method, settings, batch, n, dtype):
     model = make(settings, "Bert", dtype, "ForSequenceClassification")
@@ -178,23 +184,20 @@ def test_other_methods_of_a_class(method, settings, batch, n, dtype):
 
 @pytest.mark.parametrize(
     "method",
-    ["gradient-x-input", "gradient-x-input-norm", "saliency", "integrated-gradients", "occlusion"]
-    + ["gradient-rollout", "attcat", "attnlrp", "cp-lrp", "gim", "libragrad"],
-)
-@pytest.mark.parametrize(
-    "settings, batch, n, dtype", [(BERT, 2, 128, torch.float32), (WIDE, 1, 128, torch.bfloat16)]
+    ["gradient-x-input", slow("gradient-x-input-norm"), "saliency", slow("integrated-gradients")]
+    + [slow("occlusion"), "gradient-rollout", "attcat", "attnlrp", slow("cp-lrp"), "gim", slow("libragrad")],
 )
 @pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.PrecisionWarning")
-def test_gradients(method, settings, batch, n, dtype):
-    model = make(settings, "Bert", dtype, "ForSequenceClassification")
-    run, target = METHODS[method].build(model, "auto", None), torch.zeros(batch, dtype=torch.long)
-    found = measured(lambda **inputs: run(inputs, target), model, batch, n)
-    check(estimate_memory(model, batch=batch, n=n, method=method), *found)
+def test_gradients_in_bfloat16(method):
+    model = make(WIDE, "Bert", torch.bfloat16, "ForSequenceClassification")
+    run, target = METHODS[method].build(model, "auto", None), torch.zeros(1, dtype=torch.long)
+    found = measured(lambda **inputs: run(inputs, target), model, 1, 128)
+    check(estimate_memory(model, batch=1, n=128, method=method), *found)
 
 
 @pytest.mark.parametrize(
     "settings, batch, n, dtype",
-    [(BERT, 2, 200, torch.float32), (WIDE, 2, 100, torch.float32), (BERT, 2, 200, torch.bfloat16)],
+    [slow(BERT, 2, 200, torch.float32), (WIDE, 2, 100, torch.float32), slow(BERT, 2, 200, torch.bfloat16)],
 )
 @pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.PrecisionWarning")
 def test_decompx(settings, batch, n, dtype):
@@ -228,7 +231,7 @@ def takes(kind, method):
 
 
 @pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.PrecisionWarning")
-@pytest.mark.parametrize("batch, n", [(2, 100), (1, 196)])
+@pytest.mark.parametrize("batch, n", [(2, 100), slow(1, 196)])
 @pytest.mark.parametrize(
     "kind, method",
     # numpy computes the flow: see test_flow
@@ -238,8 +241,16 @@ def test_every_method(kind, method, batch, n):
     check_call(*of_shape(kind, batch, n), method)
 
 
-@pytest.mark.parametrize("method", ["globenc", "gradient-rollout", "saliency", "attnlrp", "cp-lrp", "gim"])
-@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize(
+    "kind, method",
+    sweep(
+        product(OTHERS, ("globenc", "gradient-rollout", "saliency", "attnlrp", "cp-lrp", "gim")),
+        [
+            *product(OTHERS, ("globenc",)),
+            *zip(OTHERS, ("gradient-rollout", "saliency", "attnlrp", "cp-lrp", "gim"), strict=True),
+        ],
+    ),
+)
 def test_other_architectures(kind, method):
     check_call(*of_shape(kind, 2, 144), method)
 

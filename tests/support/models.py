@@ -116,6 +116,11 @@ IMAGES = {
         IMAGE | dict(use_shared_relative_position_bias=True, layer_scale_init_value=0.0),
     ),
 }
+# One model of each binding, without those that are built from the same modules.
+EACH = (
+    "bert-classifier distilbert albert albert-groups mpnet deberta-v3 modernbert gpt2 mistral gemma3 vit "
+    "dinov2 beit"
+).split()
 # transformers has no sdpa attention for these models.
 EAGER_ALONE = ("gemma2", "mpnet", *DEBERTAS)
 OWN_SCORES = ("mpnet", *DEBERTAS)

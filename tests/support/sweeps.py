@@ -10,9 +10,9 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-def sweep(cases: Iterable, default: Sequence) -> list:
+def sweep(cases: Iterable, default: Iterable) -> list:
     """Return cases for `pytest.mark.parametrize`: those in `default` run always, the others are slow."""
-    cases = list(cases)
+    cases, default = list(cases), list(default)
     missing = [case for case in default if case not in cases]
     assert not missing, f"no cases of the sweep: {missing}"
     return [
