@@ -36,9 +36,11 @@ OPS = (
     "clone_relevance",
     "add_relevance",
     "linear_relevance",
+    "matmul",
     "relevance_attention",
     "relevance_maps",
     "proximity",
+    "projection",
     "exp",
     "table",
 )

@@ -173,6 +173,13 @@ static void linear_product(const py::object& x, const py::object& signed_sums, c
     in_use->linear_product(pointers[0], pointers[1], pointers[2], pointers[3], count, threads);
 }
 
+static bool matmul(const py::object& a, bool absolute_a, const py::object& b, bool absolute_b,
+                   const py::object& out, int threads) {
+    const View views[] = {view(a), view(b), view(out)};
+    py::gil_scoped_release nogil;
+    return in_use->matmul(views[0], absolute_a, views[1], absolute_b, views[2], threads < 1 ? 1 : threads);
+}
+
 static void relevance_attention(const py::tuple& tensors, const py::tuple& out, float scaling,
                                 const py::tuple& window, bool additive_mask, bool normalize,
                                 float stabilizer, const py::object& sums, int threads) {
@@ -215,6 +222,12 @@ static void proximity(const py::object& alpha, const py::object& f, const py::ob
     in_use->proximity(views[0], views[1], views[2], views[3], threads < 1 ? 1 : threads);
 }
 
+static void project(const py::object& t, const py::object& u, const py::object& out, int threads) {
+    const View views[] = {view(t), view(u), view(out)};
+    py::gil_scoped_release nogil;
+    in_use->project(views[0], views[1], views[2], threads < 1 ? 1 : threads);
+}
+
 static void exp_of(const py::object& x, const py::object& out, int threads) {
     const int64_t count = view(x).shape[0];
     const float* const from = floats(x);
@@ -248,8 +261,10 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("add_relevance", add_relevance);
     m.def("linear_quotient", linear_quotient);
     m.def("linear_product", linear_product);
+    m.def("matmul", matmul);
     m.def("relevance_attention", relevance_attention);
     m.def("relevance_tile", relevance_tile);
     m.def("proximity", proximity);
+    m.def("project", project);
     m.def("exp", exp_of, py::arg("x"), py::arg("out"), py::arg("threads") = 1);
 }

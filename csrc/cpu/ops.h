@@ -20,6 +20,8 @@ int64_t linear_quotient(const float* r, const float* output, const float* bias, 
                         float least, int64_t rows, int64_t width, float* s, uint8_t* dead, int threads);
 void linear_product(const float* x, const float* signed_sums, const float* abs_sums, float* out,
                     int64_t count, int threads);
+bool matmul(const View& a, bool absolute_a, const View& b, bool absolute_b, const View& out, int threads);
+void project(const View& t, const View& u, const View& out, int threads);
 void proximity(const View& alpha, const View& f, const View& y, const View& out, int threads);
 void relevance_attention(const RelevanceArgs& args, double* sums);
 void relevance_tile(const RelevanceTile& tile, int threads);

@@ -59,8 +59,8 @@ namespace isa = PYGLOBENC_ISA;
 const Kernels JOIN(kernels_, PYGLOBENC_ISA) = {
     TEXT(PYGLOBENC_ISA),  isa::supported,      isa::pair_norms,      isa::rollout_step,
     isa::head_gram,       isa::norm_terms,     isa::clone_relevance, isa::add_relevance,
-    isa::linear_quotient, isa::linear_product, isa::relevance_attention, isa::relevance_tile,
-    isa::proximity, isa::exp,
+    isa::linear_quotient, isa::linear_product, isa::matmul, isa::relevance_attention, isa::relevance_tile,
+    isa::proximity, isa::project, isa::exp,
 };
 
 }  // namespace pyglobenc

@@ -16,28 +16,28 @@ constexpr int TILE = 16;  // rows of a tile, and its columns of 32 bits
 // Returns the columns of 32 bits of a row of numbers: two bf16 each, and whole tiles.
 static inline int64_t tile_width(int64_t numbers) { return (numbers + 2 * TILE - 1) / (2 * TILE) * TILE; }
 
-// Replaces numbers by sums of `parts` bf16. Part p of numbers 2 c and 2 c + 1 is written to the 32 bits at
-// out[p * step + c]. The remainders are exact, so that bf16 is one part, float16 is two parts, and
-// float32 is three.
-static inline void split(float* numbers,  // [2 * TILE], overwritten
+// Returns the bf16 nearest to each number, as the upper half of a float, and subtracts it from the number. The
+// remainders are exact, so that bf16 is one part, float16 is two parts, and float32 is three.
+static inline Ints take_part(Floats& rest) {
+    const Ints bits = reinterpret_cast<Ints>(rest);
+    // The largest numbers would be rounded to infinity, and NaN to any number.
+    const Ints rounded = (bits & 0x7fffffff) < 0x7f7f8000 ? bits + 0x7fff + (bits >> 16 & 1) : bits;
+    const Ints part = rounded & ~0xffff;
+    rest -= reinterpret_cast<Floats>(part);
+    return part;
+}
+
+// Splits numbers into sums of `parts` bf16. Part p of numbers 2 c and 2 c + 1 is written to the 32 bits at
+// out[p * step + c].
+static inline void split(const float* numbers,  // [2 * TILE]
                          int parts, int64_t step, float* out) {
-    for (int p = 0; p < parts; ++p) {
-        uint32_t words[TILE];
-        for (int c = 0; c < TILE; ++c) {
-            uint32_t pair[2];
-            for (int half = 0; half < 2; ++half) {
-                uint32_t bits, rounded;
-                std::memcpy(&bits, numbers + 2 * c + half, sizeof bits);
-                // The largest numbers would be rounded to infinity, and NaN to any number.
-                rounded = (bits & 0x7fffffffu) < 0x7f7f8000u ? bits + 0x7fffu + (bits >> 16 & 1u) : bits;
-                pair[half] = rounded & 0xffff0000u;
-                float part;
-                std::memcpy(&part, pair + half, sizeof part);
-                numbers[2 * c + half] -= part;
-            }
-            words[c] = pair[0] >> 16 | pair[1];
+    for (int i = 0; i < 2 * TILE; i += W) {
+        Floats rest;
+        std::memcpy(&rest, numbers + i, sizeof rest);
+        for (int p = 0; p < parts; ++p) {
+            const Halves words = __builtin_convertvector(take_part(rest) >> 16, Halves);
+            std::memcpy(reinterpret_cast<uint16_t*>(out + p * step) + i, &words, sizeof words);
         }
-        std::memcpy(out + p * step, words, sizeof words);
     }
 }
 

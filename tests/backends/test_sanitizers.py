@@ -12,9 +12,9 @@ from pair_cases import KERNELS
 ROOT = Path(__file__).parents[2]
 PAIRS = ("pair_norms", "rollout_step", "head_gram", "norm_terms", "exp")
 RELEVANCE = ("relevance_attention", "relevance_rollout_step", "clone_relevance", "add_relevance")
-OPS = (*PAIRS, *RELEVANCE, "linear_relevance", "proximity")
+OPS = (*PAIRS, *RELEVANCE, "linear_relevance", "projection", "proximity")
 FILES = [f"test_{op}.py" for op in OPS]
-ON_TILES = FILES[: len(PAIRS)]
+ON_TILES = [f"test_{op}.py" for op in (*PAIRS, "linear_relevance", "matmul")]
 
 # every branch of the kernels, few pairs: blocks and a block + 1, one token, masks, windows, strides, nothing
 # at all

@@ -32,6 +32,8 @@ CASES = [
     (40, 96, 200, 0.0),
     (40, 96, 200, 0.005),
     (40, 96, 200, 0.5),
+    # more rows than are packed at a time, and several panels of columns
+    (520, 70, 140, 0.005),
 ]
 
 
@@ -64,6 +66,20 @@ def test_kernel_is_as_good_as_torch(case, known, kernel):
         turned = linear_relevance(r.mT.contiguous().mT, x, weight, **options, backend=backend)
     assert_as_good_as_torch(out, exact, torch_out, factor(kernel))
     assert torch.equal(out, turned)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weights_of_half_precision_rows(dtype, kernel):
+    r, x, weight, _ = inputs(40, 96, 200)
+    weight = weight.to(dtype)
+    exact, plain = (
+        linear_relevance(r.to(wide), x.to(wide), weight, backend="reference")
+        for wide in (torch.float64, torch.float32)
+    )
+    with running(kernel) as backend:
+        out = linear_relevance(r, x, weight, backend=backend)
+    assert_as_good_as_torch(out, exact, plain, factor(kernel))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

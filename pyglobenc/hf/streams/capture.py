@@ -73,13 +73,13 @@ class StreamsTrace:
         self._points: dict[tuple[nn.Module, str], list[Projection]] = defaultdict(list)
 
     def keep(self, module: nn.Module, side: str, t: Tensor, weight: Tensor | None = None) -> None:
-        """Keep the projection of a module's tensor (B, n, d); each call of the module adds one."""
+        """Keep the projection of a module's tensor, (B, n, d) or (B, H, n, dh); each call adds one."""
         self._points[module, side].append(self.directions.project(t, length=True, weight=weight))
 
     def record(self, module: nn.Module, tensors: dict[str, Any]) -> None:
         """Keep the tensors of one call of an attention module."""
         self._attended[module].append(AttentionTrace(**{"graph": tensors["o"]} | tensors))
-        self.keep(module, "attended", tensors["o"].transpose(1, 2).flatten(2))
+        self.keep(module, "attended", tensors["o"])
 
     def last(self, module: nn.Module) -> AttentionTrace:
         """Return the tensors of an attention module's last call."""

@@ -134,9 +134,8 @@ class _Once:
     def __call__(self, t: Tensor) -> Projection:
         """Return the projection of t, (B, n, d), or (B, H, n, dh) by head."""
         if id(t) not in self._kept:
-            tokens = t if t.dim() == 3 else t.transpose(1, 2).flatten(2)
             # The tensor is kept too: another one may get its id once it is gone.
-            self._kept[id(t)] = t, self._directions.project(tokens, length=True)
+            self._kept[id(t)] = t, self._directions.project(t, length=True)
         return self._kept[id(t)][1]
 
 

@@ -5,7 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyglobenc.backends.dispatch import load
 from pyglobenc.backends.shared.launch import HALF
+
+# One pass over a tensor on the CPU, where torch takes three; None without the compiled module.
+KERNEL = load("projection", "cpu")[0]
 
 
 class Projection(NamedTuple):
@@ -44,17 +48,25 @@ class Directions(dict[tuple[int, torch.dtype, torch.device], Tensor]):
         """Project a tensor on the direction.
 
         Args:
-            t: (B, n, d), floating point.
+            t: (B, n, d), or (B, H, n, dh) by head with d = H * dh, floating point.
             length: also compute the L2 norms of the tokens.
             weight: (d,); t is projected on weight * u instead of u.
 
         Returns:
             Projection, with product and length (B, n) in float32 or float64.
         """
-        self.eps, t = max(self.eps, torch.finfo(t.dtype).eps), wide(t)
-        u = self.of(t)
-        product = t @ (u if weight is None else u * weight.to(t.dtype))
-        return Projection(product, torch.linalg.vector_norm(t, dim=-1) if length else None)
+        self.eps = max(self.eps, torch.finfo(t.dtype).eps)
+        d, dtype = t.shape[-1] if t.dim() == 3 else t.shape[1] * t.shape[3], self._arithmetic(t.dtype)
+        u = self[d, dtype, t.device]
+        u = u if weight is None else u * weight.detach().to(dtype)
+        if KERNEL is not None and not KERNEL.why_not(t, u):
+            return Projection(*KERNEL.run(t, u, length))
+        t = wide(t if t.dim() == 3 else t.transpose(1, 2).flatten(2))
+        return Projection(t @ u, torch.linalg.vector_norm(t, dim=-1) if length else None)
+
+    @staticmethod
+    def _arithmetic(dtype: torch.dtype) -> torch.dtype:
+        return torch.float32 if dtype in HALF else dtype
 
 
 def wide(t: Tensor) -> Tensor:
