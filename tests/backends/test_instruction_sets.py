@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
-from pair_cases import KERNELS, SETS
+import torch
+from pair_cases import KERNELS, SETS, Case, pair_args
 
 from pyglobenc.backends.dispatch import load
+from pyglobenc.ops import pair_norms
 
 pytestmark = pytest.mark.skipif(bool(KERNELS[0].marks), reason="the compiled module is missing")
 
@@ -29,6 +31,17 @@ def test_products_of_bfloat16_are_chosen_where_they_pay(kernels):
         pytest.skip("needs a processor with products of bfloat16")
     pays = "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
     assert (here.index("avx512bf16") < here.index("avx512")) == pays
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_float32_takes_no_tiles(kernels, dtype):
+    if not {"amx", "avx512"} <= set(kernels.instruction_sets()):
+        pytest.skip("needs a processor with tile registers")
+    given, found = pair_args(Case(n=65, dh=32, dtype=dtype)), []
+    for name in ("amx", "avx512"):
+        kernels.use(name)
+        found.append(pair_norms(**given, backend="cpu"))
+    assert torch.equal(*found) == (dtype == torch.float32)
 
 
 def test_every_set_of_this_machine_can_be_asked_for(kernels):
