@@ -16,17 +16,19 @@ namespace PYGLOBENC_ISA {
 
 constexpr int64_t CELL = TILE * TILE;  // 32-bit words of a tile
 constexpr int64_t SUM = 2 * TILE;      // terms that one tile holds of a sum
-constexpr int64_t DEPTH = 4;           // tiles along the sum that are multiplied before the next columns,
-constexpr int64_t BF16_DEPTH = 12;     // and those of a right matrix of bf16, which has one part
+// Tiles along the sum that are multiplied before the next columns. A right matrix of bf16 has one part.
+constexpr int64_t DEPTH = 4, BF16_DEPTH = 12;
+// The most rows that are packed at a time, and the most columns of a panel.
 constexpr int64_t MAX_ROWS = 1024, MAX_PANEL = 128;
 constexpr int MAX_PARTS = 3;
 static_assert(DEPTH * MAX_PARTS == BF16_DEPTH);
-// The exponents of the largest entries whose parts and products keep their digits. Parts below float32's
-// smallest normal number would count as 0, and sums of larger numbers could overflow.
+// The bits of the smallest and of the largest power of two that a column's largest entry may have. Parts below
+// float32's smallest normal number would count as 0, and sums of larger numbers could overflow.
 constexpr int32_t LEAST = (127 - 100) << 23, MOST = (127 + 100) << 23;
 
 static inline Ints magnitude_bits(Floats x) { return reinterpret_cast<Ints>(x) & 0x7fffffff; }
 
+// Loads fewer than W numbers, or numbers of any type.
 __attribute__((noinline)) static Floats few(const View& x, int64_t first, int64_t count) {
     Floats out = {};
     if (count > 0) take(x, Unit::single, first, 1, count < W ? count : W, reinterpret_cast<float*>(&out));
@@ -248,25 +250,61 @@ __attribute__((noinline)) static void multiply(const float* left,  // [2 tiles o
     TILE_STORE(3, sums + down + CELL, 4 * TILE);
 }
 
+// Multiplies all rows by one panel of columns, into sums [tiles of rows, tiles of columns, TILE, TILE]. right is
+// scratch memory. Returns false if a column's entries are too small, too large or not finite.
+static bool multiply_panel(const Left& left, const float* packed, int left_parts, const Right& columns,
+                           float* right, float* sums) {
+    const int64_t tiles = columns.tiles();
+    Ints top[MAX_PANEL / TILE] = {};
+    for (int64_t step = 0; step < left.steps(); step += columns.depth()) {
+        const int64_t rest = left.steps() - step, count = rest < columns.depth() ? rest : columns.depth();
+        const int right_parts = pack_right(columns, step, count, right, top);
+        const auto add = left_parts > 1 ? right_parts > 1 ? multiply<3, 3> : multiply<3, 1>
+                         : right_parts > 1 ? multiply<1, 3>
+                                           : multiply<1, 1>;
+        for (int64_t row = 0; row < left.tiles(); row += 2)
+            for (int64_t column = 0; column < tiles; column += 2)
+                add(packed + row * left.tile_size() + step * MAX_PARTS * CELL, left.tile_size(),
+                    right + column * CELL, columns.step_size(), tiles * CELL, count, step == 0,
+                    sums + (row * tiles + column) * CELL, tiles * CELL);
+    }
+    for (int64_t tile = 0; tile < tiles; ++tile)
+        for (int l = 0; l < W; ++l)
+            if (top[tile][l] && (top[tile][l] < LEAST || top[tile][l] > MOST)) return false;
+    return true;
+}
+
+// Writes the sums of a panel, times the rows' factors `back`, to out, whose rows lie `width` apart.
+static void write_panel(const Left& left, const float* back, const Right& columns, const float* sums,
+                        int64_t width, float* out) {
+    for (int64_t row = 0; row < left.rows; ++row)
+        for (int64_t n = 0; n < columns.columns; n += TILE) {
+            const int64_t tile = row / TILE * columns.tiles() + n / TILE, lanes = columns.columns - n;
+            const Floats scaled = load(sums + tile * CELL + row % TILE * TILE) * back[row];
+            float* const to = out + row * width + n;
+            if (lanes >= TILE)
+                _mm512_storeu_ps(to, scaled);
+            else
+                std::memcpy(to, &scaled, sizeof(float) * lanes);
+        }
+}
+
 bool matmul(const View& a, bool absolute_a, const View& b, bool absolute_b, const View& out, int threads) {
-    const int64_t sum = a.shape[1], width = b.shape[1], copies = out.shape[0],
-                  shared = width / (2 * threads) / 32 * 32;
-    const int64_t panel = shared < 32 ? 32 : shared < MAX_PANEL ? shared : MAX_PANEL;
-    const int64_t panels = (width + panel - 1) / panel, tiles = panel / TILE;
-    const int64_t most = a.shape[0] < MAX_ROWS ? a.shape[0] : MAX_ROWS;
-    const Left whole{a, absolute_a, 0, most};
-    const int64_t steps = whole.steps(), left_size = whole.tiles() * whole.tile_size(),
-                  scales = aligned(whole.tiles() * TILE), right_size = BF16_DEPTH * tiles * CELL,
-                  sums_size = whole.tiles() * tiles * CELL;
-    if (a.shape[0] * sum * width == 0) return false;
+    const int64_t rows = a.shape[0], width = b.shape[1], share = width / (2 * threads) / 32 * 32,
+                  panel = share < 32 ? 32 : share < MAX_PANEL ? share : MAX_PANEL,
+                  panels = (width + panel - 1) / panel;
+    const Left largest{a, absolute_a, 0, rows < MAX_ROWS ? rows : MAX_ROWS};
+    const int64_t left_size = largest.tiles() * largest.tile_size(), scales = aligned(largest.tiles() * TILE),
+                  right_size = BF16_DEPTH * (panel / TILE) * CELL,
+                  sums_size = largest.tiles() * (panel / TILE) * CELL;
+    if (rows * a.shape[1] * width == 0) return false;
     const Memory memory(4 * (left_size + scales + threads * (right_size + sums_size)));
     float* const packed = memory.as<float>();
     float* const back = packed + left_size;
     float* const scratch = back + scales;
     std::atomic<bool> fits{true};
-    for (int64_t start = 0; start < a.shape[0] && fits; start += MAX_ROWS) {
-        const int64_t rest = a.shape[0] - start;
-        const Left left{a, absolute_a, start, rest < MAX_ROWS ? rest : MAX_ROWS};
+    for (int64_t start = 0; start < rows && fits; start += MAX_ROWS) {
+        const Left left{a, absolute_a, start, rows - start < MAX_ROWS ? rows - start : MAX_ROWS};
         std::atomic<int> parts{1};
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
@@ -279,43 +317,16 @@ bool matmul(const View& a, bool absolute_a, const View& b, bool absolute_b, cons
                 for (int now = parts; now < here && !parts.compare_exchange_weak(now, here);) {
                 }
             }
-            float* const own = scratch + thread() * (right_size + sums_size);
-            float* const sums = own + right_size;
+            float* const right = scratch + thread() * (right_size + sums_size);
+            float* const sums = right + right_size;
 #pragma omp for schedule(dynamic)
-            for (int64_t item = 0; item < copies * panels; ++item) {
+            for (int64_t item = 0; item < out.shape[0] * panels; ++item) {
                 if (!fits) continue;
-                const int64_t copy = item / panels, first = item % panels * panel;
-                const Right right{b, absolute_b || copy, first, width - first < panel ? width - first : panel};
-                Ints top[MAX_PANEL / TILE] = {};
-                for (int64_t step = 0; step < steps; step += right.depth()) {
-                    const int64_t count = steps - step < right.depth() ? steps - step : right.depth();
-                    const int right_parts = pack_right(right, step, count, own, top);
-                    const auto add = parts > 1 ? right_parts > 1 ? multiply<3, 3> : multiply<3, 1>
-                                     : right_parts > 1 ? multiply<1, 3>
-                                                       : multiply<1, 1>;
-                    for (int64_t row = 0; row < left.tiles(); row += 2)
-                        for (int64_t column = 0; column < right.tiles(); column += 2)
-                            add(packed + row * left.tile_size() + step * MAX_PARTS * CELL, left.tile_size(),
-                                own + column * CELL, right.step_size(), right.tiles() * CELL, count,
-                                step == 0,
-                                sums + (row * right.tiles() + column) * CELL, right.tiles() * CELL);
-                }
-                for (int64_t tile = 0; tile < right.tiles(); ++tile)
-                    for (int l = 0; l < W; ++l)
-                        if (top[tile][l] && (top[tile][l] < LEAST || top[tile][l] > MOST)) fits = false;
-                for (int64_t row = 0; row < left.rows; ++row)
-                    for (int64_t n = 0; n < right.columns; n += TILE) {
-                        const float* const from =
-                            sums + (row / TILE * right.tiles() + n / TILE) * CELL + row % TILE * TILE;
-                        float* const to = 
-                            static_cast<float*>(out.data) + (copy * a.shape[0] + start + row) * width + first + n;
-                        const int64_t rest_of = right.columns - n, lanes = rest_of < TILE ? rest_of : TILE;
-                        const Floats scaled = load(from) * back[row];
-                        if (lanes == TILE)
-                            _mm512_storeu_ps(to, scaled);
-                        else
-                            std::memcpy(to, &scaled, sizeof(float) * lanes);
-                    }
+                const int64_t copy = item / panels, first = item % panels * panel, rest = width - first;
+                const Right columns{b, absolute_b || copy, first, rest < panel ? rest : panel};
+                if (!multiply_panel(left, packed, parts, columns, right, sums)) fits = false;
+                write_panel(left, back, columns, sums, width,
+                            static_cast<float*>(out.data) + (copy * rows + start) * width + first);
             }
         }
     }
