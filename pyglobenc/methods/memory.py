@@ -149,7 +149,7 @@ def estimate_memory(
     state = wide if dtype == torch.float64 else element
     forward = s.forward * element
     # The output of a language model, its logits, exists during the rollout.
-    rollout = (_rollout_numbers(s, method) + (2 * s.d if element < wide else 0)) * wide + s.logits * element
+    rollout = (_rollout_numbers(s, method) + (s.d if element < wide else 0)) * wide + s.logits * element
     rows = 3 * batch * targets * n * (s.layers if layers else 1) * wide
     workspace, entries = max(tokens * forward, tokens * rollout + rows), s.layers * n * n
     # The maps of all layers exist together with the array that they are stacked into.

@@ -22,6 +22,6 @@ def run(t: Tensor, u: Tensor, length: bool) -> tuple[Tensor, Tensor | None]:
         length: whether the norms are wanted.
     """
     t = t.unsqueeze(2) if t.dim() == 3 else t.transpose(1, 2)
-    out = torch.empty(2 if length else 1, *t.shape[:2], dtype=torch.float32, device="cpu")
+    out = t.new_empty(2 if length else 1, *t.shape[:2], dtype=torch.float32)
     kernels.project(t, u, out, torch.get_num_threads())
     return out[0], out[1] if length else None
