@@ -4,6 +4,8 @@ The passes are in csrc/cpu/linear_relevance.cpp. Nearly dead outputs are left ou
 in the reference.
 """
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -32,9 +34,9 @@ def run(
 ) -> Tensor:
     """See `pyglobenc.ops.linear_relevance`: -> (B, n, d_in)."""
     r, x = r.contiguous(), x.contiguous()
-    if not may_look():
-        return clamped_relevance(r, x, weight.to(x.dtype))
     products = Products(weight, abs_weight, x.dtype)
+    if not may_look():
+        return clamped_relevance(r, x, products.signed)
     bound = products.bound(x)
     if output is None:
         output, bias = products.forward(x), None
@@ -46,11 +48,11 @@ def run(
         args = (r, output.contiguous(), bias, bound, DEAD[x.dtype], s, dead)
         count = kernels.linear_quotient(*args, torch.get_num_threads())
     if count > MAX_DEAD * dead.numel():
-        return clamped_relevance(r, x, weight.to(x.dtype))
+        return clamped_relevance(r, x, products.signed)
     signed, absolute = products.backward(s)
     kernels.linear_product(x, signed, absolute, signed, x.numel(), torch.get_num_threads())
     if count:
-        add_single_outputs(signed, dead, r, x, weight.to(x.dtype))
+        add_single_outputs(signed, dead, r, x, products.signed)
     return signed
 
 
@@ -63,28 +65,30 @@ class Products:
     def __init__(self, weight: Tensor, abs_weight: Tensor | None, dtype: torch.dtype):
         self.weight, self.abs_weight, self.dtype = weight, abs_weight, dtype
 
+    @cached_property
+    def signed(self) -> Tensor:
+        """W (d_out, d_in) in the dtype of the products, converted once."""
+        return self.weight.to(self.dtype)
+
+    @cached_property
+    def absolute(self) -> Tensor:
+        """|W| (d_out, d_in) in the dtype of the products."""
+        return self.signed.abs() if self.abs_weight is None else self.abs_weight.to(self.dtype)
+
     def bound(self, x: Tensor) -> Tensor:
         """Return |x| |W|^T, (B, n, d_out)."""
         out = self._tiles(x, self.weight.T, 1, absolute=True)
-        return x.abs() @ self._absolute().T if out is None else out[0]
+        return x.abs() @ self.absolute.T if out is None else out[0]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T, (B, n, d_out)."""
         out = self._tiles(x, self.weight.T, 1)
-        return x @ self._signed().T if out is None else out[0]
+        return x @ self.signed.T if out is None else out[0]
 
     def backward(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """Return s W and s |W|, (B, n, d_in) each."""
         out = self._tiles(s, self.weight, 2)
-        return (s @ self._signed(), s @ self._absolute()) if out is None else (out[0], out[1])
-
-    def _signed(self) -> Tensor:
-        return self.weight.to(self.dtype)
-
-    def _absolute(self) -> Tensor:
-        if self.abs_weight is None:
-            self.abs_weight = self._signed().abs()
-        return self.abs_weight.to(self.dtype)
+        return (s @ self.signed, s @ self.absolute) if out is None else (out[0], out[1])
 
     def _tiles(self, a: Tensor, b: Tensor, copies: int, absolute: bool = False) -> Tensor | None:
         """Return a b, and a |b| as a second copy, (copies, B, n, columns); None if tiles don't suit them."""
