@@ -41,13 +41,6 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def cat(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "cat.png")
-    return str(tmp_path / "cat.png")
-
-
-@pytest.fixture
 def run(folder, cat, tmp_path, monkeypatch, capsys):
     """Return a function that runs `pyglobenc explain` with an image in an empty folder.
 
