@@ -19,7 +19,7 @@ IMPORT_BERT = """
 import sys
 sys.path.insert(0, "")
 from transformers import BertConfig, BertModel
-BertModel(BertConfig(num_hidden_layers=1))
+BertModel(BertConfig(num_hidden_layers=1, vocab_size=9))
 """
 
 

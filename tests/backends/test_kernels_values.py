@@ -67,7 +67,8 @@ def test_head_gram(dtype, backend):
             args = gram_inputs(shape, dtype)
             gram, _ = check(backend, head_gram, args, compare)
             assert torch.equal(gram, gram.mT)
-            assert torch.equal(head_gram(*args[:2], backend=backend)[0], gram)
+            if shape[-2] < 100:
+                assert torch.equal(head_gram(*args[:2], backend=backend)[0], gram)
 
 
 def test_head_norms(backend):
@@ -76,7 +77,7 @@ def test_head_norms(backend):
             check(backend, head_norms, inputs(*shape)[:2], compare)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("dtype", sweep([torch.float32, *HALF], [torch.float32, torch.bfloat16]), ids=str)
 def test_heads_of_one_feature(dtype, backend):
     """Results are products of three numbers, not sums. Such a product is off by 11 times 2^-24 at worst: each
     split takes 2, low times low 4, what is cut off 2, and the last rounding 1. torch's is off by 2 at worst,
@@ -109,7 +110,9 @@ def check_square(backend, x, gammas, compare):
 @pytest.mark.parametrize(
     "dtype, norms",
     sweep(
-        product((torch.float32, *HALF), range(3)), list(zip((torch.float32, *HALF), range(3), strict=True))
+        # two norms in float32 are in test_mapped_square_of_what_lies_apart
+        product((torch.float32, *HALF), range(3)),
+        [(torch.float32, 0), (torch.bfloat16, 1)],
     ),
     ids=str,
 )
@@ -123,10 +126,10 @@ def test_mapped_square(dtype, norms, backend):
 
 def test_mapped_square_of_what_lies_apart(backend):
     with pooled() as compare:
-        x, gammas = (torch.randn(2, 500, 24, 2), torch.rand(24, 2))
+        x, gammas = (torch.randn(2, 250, 24, 2), torch.rand(24, 2))
         check_square(backend, x.to(DEVICE)[..., 0], gammas.to(DEVICE).unbind(-1), compare)
         # rows that start in the middle of 16 bytes
-        x, gamma = (torch.randn(2, 500, 25), torch.rand(25))
+        x, gamma = (torch.randn(2, 250, 25), torch.rand(25))
         check_square(backend, x.to(DEVICE)[..., 1:], [gamma.to(DEVICE)[1:]], compare)
 
 

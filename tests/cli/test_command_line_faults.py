@@ -248,7 +248,7 @@ STREAMS = [
     (f"explain a --nonsense 2>{FULL}", 2),
     slow("explain --whole <&-", 2),
     slow("explain a --model MODEL --json - >&- 2>&-", 1),
-    ("explain a --model MODEL --json a.json --save b.safetensors >&- 2>&- <&-", 0),
+    slow("explain a --model MODEL --json a.json --save b.safetensors >&- 2>&- <&-", 0),
 ]
 
 

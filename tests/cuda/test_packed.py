@@ -59,7 +59,7 @@ def assert_as_good(op, draw, lengths, **options):
     ids=str,
 )
 def test_relevance_of_a_sequence(lengths, count, options):
-    alone = relevance_args(lengths, count)[0]
+    alone = relevance_args(lengths, count, heads=2 if len(lengths) > 3 else 1)[0]
     assert_the_same(relevance_attention, alone, lengths, **options)
     options = {name: value for name, value in options.items() if name != "stabilizer"}
     assert_the_same(relevance_rollout_step, alone, lengths, **options)
@@ -76,7 +76,7 @@ def test_factor_of_the_additive_mask(lengths, count):
 
 
 def test_wide_heads():
-    assert_the_same(relevance_attention, relevance_args((9, 1, 20), 1, dh=136)[0], (9, 1, 20))
+    assert_the_same(relevance_attention, relevance_args((9, 1), 1, dh=136)[0], (9, 1))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,8 @@ def test_wide_heads():
     ids=str,
 )
 def test_relevance_is_as_good_as_torch(options):
-    assert_as_good(relevance_attention, lambda: relevance_args((64, 65, 3), 8)[0], (64, 65, 3), **options)
+    lengths = (32, 33, 3)
+    assert_as_good(relevance_attention, lambda: relevance_args(lengths, 8, heads=1)[0], lengths, **options)
 
 
 @pytest.mark.parametrize("options", [{}, dict(stabilizer=1e-3), dict(rescale=False)], ids=str)

@@ -53,7 +53,7 @@ SHAPES = [
     Case(B=1, n=70, H=16, Hkv=16, dh=64, d=96, mask="right"),
     Case(B=1, n=61, H=32, Hkv=8, dh=128, d=64, dtype=torch.bfloat16, mask="holes"),
     Case(B=1, n=40, H=17, Hkv=17, dh=40, d=64, window=(12, 0), dtype=torch.float16),
-    Case(B=1, n=90, H=4, Hkv=4, dh=256, d=64, dtype=torch.bfloat16),
+    Case(B=1, n=66, H=4, Hkv=4, dh=256, d=64, dtype=torch.bfloat16),
     Case(B=1, n=35, H=24, Hkv=24, dh=128, d=64),
 ]
 
@@ -64,7 +64,7 @@ def test_shapes(cases, backend):
         for case in cases:
             args = moved(pair_args(case))
             check_norms(backend, args, compare)
-            check_step(backend, rows_of(case, 7)[0], args, compare)
+            check_step(backend, rows_of(case, 8)[0], args, compare)
 
 
 def test_packed_sequences(backend):
@@ -153,8 +153,8 @@ def test_tf32_where_the_caller_allows_it(monkeypatch):
 
 def test_globenc_of_a_model():
     model = build("bert").float().to(DEVICE)
-    ids = torch.randint(5, 97, (3, 33), device=DEVICE)
-    mask = torch.arange(33, device=DEVICE) < torch.tensor([[33], [20], [7]], device=DEVICE)
+    ids = torch.randint(5, 97, (3, 19), device=DEVICE)
+    mask = torch.arange(19, device=DEVICE) < torch.tensor([[19], [12], [7]], device=DEVICE)
     out, expected = (
         GlobEnc(model, backend=name)(input_ids=ids, attention_mask=mask.long())
         for name in ("cuda", "reference")

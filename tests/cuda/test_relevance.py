@@ -43,8 +43,8 @@ def backend():
 # see no key, windows that end on the first row of a tile
 MORE = [
     Case(B=1, H=1, n=129, dh=64, T=2),
-    Case(B=1, n=65, dh=80, mask="holes", additive=True, normalize=True),
-    Case(n=34, dh=5, window=(4, 11)),
+    Case(B=1, H=1, n=65, dh=80, mask="holes", additive=True, normalize=True),
+    Case(B=1, n=34, dh=5, window=(4, 11)),
     Case(n=33, window=(-1, 0), mask="left"),
     Case(B=1, H=1, n=100, window=(17, 33)),
     Case(B=1, H=1, n=19, dh=260),

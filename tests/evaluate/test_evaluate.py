@@ -120,7 +120,8 @@ def assert_equals_plain_loop(table, model, tokenizer, remove, words=False, own=N
     "model, remove",
     sweep(
         product((tiny.classifier, roberta), ("mask", "delete", "pad")),
-        [(tiny.classifier, "mask"), (roberta, "delete"), (tiny.classifier, "pad")],
+        # test_words_are_removed_whole masks
+        [(roberta, "delete"), (tiny.classifier, "pad")],
     ),
 )
 def test_equals_a_plain_loop(model, remove):
@@ -203,7 +204,7 @@ def timeless(table):
 
 
 def test_the_seed_reproduces_the_table():
-    changes = dict(texts=TEXTS[:3], methods="all", metrics="all", seed=5)
+    changes = dict(texts=TEXTS[:2], methods="all", metrics="all", seed=5)
     table = evaluate(**changes)
     assert str(timeless(table)) == str(timeless(evaluate(**changes)))
     # In double precision the size of a batch changes the last digits alone.

@@ -354,7 +354,7 @@ def test_one_pass_holds_a_few_numbers_a_token_and_absdot_some_a_pair(monkeypatch
     assert used.largest <= 4 * max(tile, units * n) and used.peak <= 4 * (4 * tile + n * units * 20)
     # The probabilities of two layers, the shares of three, and tiles of 512 vectors.
     monkeypatch.setattr(absdot, "TILE_VECTORS", vectors := 512)
-    n = 256
+    n = 192
     batch, explain = random_batch(model, batch=1, n=n), DecompX(model, memory=0)
     used = measure_allocations(lambda: explain(**batch))
     assert used.largest <= 4 * max(5 * n * n, vectors * units)

@@ -18,6 +18,8 @@ from pyglobenc.methods.rollout.baselines import ROLLOUTS, Rollout
 ONE, TWO = torch.device("cpu:1"), torch.device("cpu:2")
 # where embeddings and head lie, and where the batch does; in the first no two neighbours lie together
 LAYOUTS = [(HOST, ONE), (ONE, ONE), (TWO, HOST)]
+# one of each kind beside transformer_attribution, and LRP
+SEVERAL = ("last_layer_attn", "second_layer", "full", "lrp", "attention_rollout", "attn_gradcam")
 EVERYWHERE = [("bert-classifier", *layout) for layout in LAYOUTS]
 
 
@@ -139,7 +141,10 @@ def test_packed_relevance(rest, variant):
     "name, rest, given, variant",
     [
         *((*place, "transformer_attribution") for place in EVERYWHERE[1:]),
-        *(("bert-classifier", *LAYOUTS[0], variant) for variant in VARIANTS),
+        *sweep(
+            [("bert-classifier", *LAYOUTS[0], variant) for variant in VARIANTS],
+            [("bert-classifier", *LAYOUTS[0], variant) for variant in SEVERAL],
+        ),
         *sweep(
             [("vit", *LAYOUTS[0], variant) for variant in VARIANTS],
             [("vit", *LAYOUTS[0], "transformer_attribution")],

@@ -28,6 +28,7 @@ CLASSIFIERS = (
     "modernbert",
     "llama-classifier",
 )
+NAMES = [name for name in (*CLASSIFIERS, *LANGUAGE) if name != "qwen3-moe"]
 
 
 def model_of(name):
@@ -110,8 +111,11 @@ def direct_scores(method, model, batch, special):
     sweep(
         product((*CLASSIFIERS, *LANGUAGE), GRADIENTS),
         [
-            *product(("bert-classifier", "llama"), GRADIENTS),
-            *zip((*CLASSIFIERS, *LANGUAGE), cycle(GRADIENTS), strict=False),
+            *product(("bert-classifier",), GRADIENTS),
+            ("llama", "integrated-gradients"),
+            *zip(NAMES, cycle(GRADIENTS), strict=False),
+            # It takes all steps of the integral, for seconds.
+            ("qwen3-moe", "occlusion"),
         ],
     ),
 )

@@ -105,7 +105,7 @@ def random_case(seed):
 
 
 @pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.PrecisionWarning")
-@pytest.mark.parametrize("seeds", [range(50), slow(range(50, 150))], ids=str)
+@pytest.mark.parametrize("seeds", [range(25), slow(range(50)), slow(range(50, 150))], ids=str)
 def test_reliability_tells_good_from_bad(monkeypatch, seeds):
     limits, true = {"measured": math.inf, "estimated": 0}, []
     said = {method: [] for method in limits}
@@ -149,13 +149,18 @@ def outliers(seed, dtype):
 
 
 @pytest.mark.filterwarnings("ignore::pyglobenc.methods.precision.reliability.PrecisionWarning")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, slow(torch.float16)], ids=str)
-def test_error_of_any_precision(dtype):
+@pytest.mark.parametrize(
+    "dtype, seeds",
+    [(torch.float32, 16), (torch.bfloat16, 16)]
+    + [slow(dtype, 32) for dtype in (torch.float32, torch.bfloat16, torch.float16)],
+    ids=str,
+)
+def test_error_of_any_precision(dtype, seeds):
     """The median of true over said lies within a factor of 4, and at most a tenth of errors above four times
     the limit aren't said.
     """
     said, true = {"measured": [], "estimated": []}, []
-    for seed in range(32):
+    for seed in range(seeds):
         model, batch = outliers(seed, dtype)
         exact = TransformerAttribution(model, dtype=torch.float64)(
             **batch, target=0, reliability="off"
@@ -168,7 +173,7 @@ def test_error_of_any_precision(dtype):
     for errors in map(torch.tensor, said.values()):
         assert errors.isfinite().all() and (errors > 0).all()
         assert 0.25 <= (true / errors).median() <= 4
-        assert ((true > 4e-2) & (errors < 1e-2)).sum() <= 3
+        assert ((true > 4e-2) & (errors < 1e-2)).sum() <= seeds // 10
 
 
 @pytest.mark.parametrize("factor", [2.0**-12, 2.0**8])

@@ -1,5 +1,6 @@
 """Row mode over ranks: gloo processes against one process."""
 
+import itertools
 import multiprocessing
 import os
 from contextlib import nullcontext
@@ -11,6 +12,7 @@ import torch.multiprocessing as mp
 from models import build, random_batch
 from numerics import SEED, assert_as_good_as_torch, with_scale
 from published import Float64Throughout
+from sweeps import sweep
 
 from pyglobenc import GlobEnc
 from pyglobenc.ops.attention import attention
@@ -38,6 +40,12 @@ CASES = [
     *(("modernbert", torch.float64, None, dict(local_attention=size)) for size in (10, 18, 40)),
 ]
 WORLDS = (2, 4)
+# Every stage, dtype and architecture; windows of one token, of 15 and 9 tokens, and of both sides. The tests
+# below this sweep read cases 0 and 1.
+PLACES = list(itertools.product(WORLDS, range(len(CASES))))
+EACH = [(2, 0), (4, 0), (2, 1), (4, 1), (4, 2), (2, 3), (4, 4), (2, 5), (2, 7), (4, 8), (4, 9), (2, 11)]
+EACH += [(4, 13), (2, 15)]
+IDS = ["-".join(map(str, (world, *CASES[number]))) for world, number in PLACES]
 RESULTS = ("scores", "log_scale", "layer_scores", "layer_log_scale")
 
 
@@ -126,7 +134,7 @@ def windows(model):
     return [(limit, 0 if causal else limit) for limit in limits]
 
 
-def worker(rank, folder):
+def worker(rank, folder, places):
     """One of four processes, of which the first two are a group of their own too."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=max(WORLDS))
@@ -134,7 +142,8 @@ def worker(rank, folder):
         group = dist.new_group(range(world))
         if rank >= world:
             continue
-        for number, case in enumerate(CASES):
+        for number in (number for size, number in places if size == world):
+            case = CASES[number]
             model, arguments = call(case)
             with (
                 pytest.MonkeyPatch.context() as patch,
@@ -154,37 +163,42 @@ def worker(rank, folder):
 
 
 @pytest.fixture(scope="module")
-def every_output(tmp_path_factory):
-    """Results by number of ranks: of every case those of every rank."""
+def every_output(request, tmp_path_factory):
+    """Results of every rank by number of ranks and of the case, for the cases of the tests that run."""
+    wanted = {
+        (item.callspec.params["world"], item.callspec.params["number"])
+        for item in request.session.items
+        if item.path == request.path and item.name.startswith(("test_ranks_agree", "test_each_rank_receives"))
+    }
+    places = sorted(wanted | {place for place in EACH if place[1] < 2})
     folder = tmp_path_factory.mktemp("ranks")
     # The ranks are forked from one process that has imported everything, since imports take most of the time.
     multiprocessing.set_forkserver_preload(["models", "numerics", "published", "pyglobenc.scale.distributed"])
-    mp.start_processes(worker, (str(folder),), nprocs=max(WORLDS), start_method="forkserver")
-    cases = range(len(CASES))
+    mp.start_processes(worker, (str(folder), places), nprocs=max(WORLDS), start_method="forkserver")
     return {
-        world: [
-            [torch.load(folder / f"{number}-{rank}-{world}.pt") for rank in range(world)] for number in cases
-        ]
-        for world in WORLDS
+        (world, number): [torch.load(folder / f"{number}-{rank}-{world}.pt") for rank in range(world)]
+        for world, number in places
     }
 
 
 @pytest.fixture(params=WORLDS)
 def outputs(request, every_output):
-    return every_output[request.param]
+    """Results of the first two cases, of every rank."""
+    return [every_output[request.param, number] for number in (0, 1)]
 
 
-@pytest.mark.parametrize("number", range(len(CASES)), ids=["-".join(map(str, case)) for case in CASES])
-def test_ranks_agree_with_one_process(outputs, number):
+@pytest.mark.parametrize("world, number", sweep(PLACES, EACH), ids=IDS)
+def test_ranks_agree_with_one_process(every_output, world, number):
+    outputs = every_output[world, number]
     model, arguments = call(CASES[number])
     alone = GlobEnc(model)(**arguments)
     with Float64Throughout():
         exact = GlobEnc(model.double())(**arguments)
-    for rank in outputs[number]:
-        assert all(torch.equal(rank[name], outputs[number][0][name]) for name in RESULTS), (
+    for rank in outputs:
+        assert all(torch.equal(rank[name], outputs[0][name]) for name in RESULTS), (
             "every rank has the same result"
         )
-    ours = outputs[number][0]
+    ours = outputs[0]
     if ours["scores"].dtype == torch.float32:
         for scores, scale in (("scores", "log_scale"), ("layer_scores", "layer_log_scale")):
             exact_scale = getattr(exact, scale)
@@ -201,10 +215,10 @@ def test_ranks_agree_with_one_process(outputs, number):
         ).eps * best.abs().max()
 
 
-@pytest.mark.parametrize("number", range(len(CASES)))
-def test_each_rank_receives_the_tokens_that_its_queries_see(outputs, number):
-    model, world = call(CASES[number])[0], len(outputs[0])
-    for rank, found in enumerate(outputs[number]):
+@pytest.mark.parametrize("world, number", sweep(PLACES, EACH), ids=IDS)
+def test_each_rank_receives_the_tokens_that_its_queries_see(every_output, world, number):
+    model = call(CASES[number])[0]
+    for rank, found in enumerate(every_output[world, number]):
         assert found["bytes"] == received_by(model, rank, world)
 
 

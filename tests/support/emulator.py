@@ -20,7 +20,7 @@ COMMON, CUDA = (ROOT / "csrc" / name for name in ("common", "cuda"))
 KEPT = ROOT / "build" / "emulator"
 # longjmp between stacks is not an unwinding, as fortified builds take it to be
 FLAGS = "-std=c++17 -fPIC -U_FORTIFY_SOURCE -Wall -Wextra -Wno-unknown-pragmas -DPYGLOBENC_EMULATED".split()
-# a file that is included may use an anonymous namespace here: no two of `joined` define the same type
+# The files of `joined` include kernels whose types use anonymous namespaces. No two files define one type.
 FLAGS += ["-Wno-subobject-linkage"]
 # kernels tell of every access to memory: csrc/common/races.h
 KINDS = {".cu": ["-O1", "-fsanitize=thread"], ".cpp": ["-O0"], "races.cpp": ["-O2"]}
@@ -61,9 +61,9 @@ def link(sources: list[Path], folder: Path) -> Path:
 
 
 def joined(folder: Path) -> list[Path]:
-    """Return two files that include all kernels: their templates and headers are compiled twice, not 13 times.
+    """Return two files that include all kernels, so that what they share is compiled twice and not 13 times.
 
-    The kernels are in two files, since some of each half have helpers of the same name.
+    There are two files since some kernels of either have helpers of one name.
     """
     halves = {"globenc.cu": [], "relevance.cu": []}
     for path in sorted(CUDA.glob("*.cu")):
