@@ -39,10 +39,12 @@ def doubled(args):
     return v.double(), weight.double(), x.double(), [gamma.double() for gamma in gammas]
 
 
-def check(kernel, case, dtype):
+def check(kernel, case, dtype, change=lambda weight: weight):
     """The error rule for v and x in a dtype, and that G is symmetric and the same without x."""
     for compare in until_enough(factor(kernel)):
-        v, weight, x, gammas = args = rounded(arguments(case), dtype)
+        v, weight, x, gammas = rounded(arguments(case), dtype)
+        weight = change(weight)
+        args = v, weight, x, gammas
         with running(kernel) as backend:
             out = norm_terms(*args, backend=backend)
             alone = norm_terms(v, weight, None, gammas, backend=backend)
@@ -128,6 +130,16 @@ def test_vectors_that_cancel(rank, kernel):
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_values_in_half_precision(dtype, kernel):
     check(kernel, Case(n=65, H=6, Hkv=2, dh=17, d=102), dtype)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("mean", [0, 0.5, 50])
+@pytest.mark.parametrize("norms", [0, 1, 2])
+def test_weights_of_half_precision(norms, mean, dtype, kernel):
+    """Numbers that are exact in a few bits, also where LayerNorm subtracts most of what they add up to."""
+    case = Case(B=1, n=70, H=4, Hkv=2, dh=17, d=70, norms=norms)
+    check(kernel, case, dtype, lambda weight: (weight + mean * weight.std()).to(dtype).float())
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
