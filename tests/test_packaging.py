@@ -38,6 +38,8 @@ def test_kernels_folder_never_is_a_package():
         assert path.stem not in ("triton", "torch")
 
 
+# The real model of cli/test_cli.py starts there too.
+@pytest.mark.slow
 def test_transformers_imports_from_the_repository_root():
     python(IMPORT_BERT, ROOT)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +26,7 @@ from pyglobenc.inputs.batches import Runner
 from pyglobenc.methods.registry import METHODS
 from pyglobenc.models import pretrained
 
+ROOT = Path(__file__).parents[2]
 LONG = "film " * 60
 
 
@@ -337,10 +339,11 @@ def command(*args, **options):
 
 
 def test_real_model_in_a_process_of_its_own(tmp_path):
+    """It starts in the repository's root, where transformers finds our folder of the name "kernels"."""
     minilm()
     text = "A deep and meaningful film \U0001f389."
     files = tmp_path / "a.html", tmp_path / "a.json"
-    process = command(*words("explain {} --merge-words --html {} --json {}", text, *files))
+    process = command(*words("explain {} --merge-words --html {} --json {}", text, *files), cwd=ROOT)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0 and err == "" and text.replace("\U0001f389.", "") in out
     a = pyglobenc.load(tmp_path / "a.json")
