@@ -2,6 +2,7 @@
 
 import hashlib
 from copy import deepcopy
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -85,19 +86,22 @@ def test_evaluate_correlates_scores_of_random_models():
     classes = [
         int(model(**tokens(text, truncation=False, return_tensors="pt")).logits.argmax()) for text in TEXTS
     ]
+
+    def scores(one, text, method, target):
+        found = pyglobenc.explain(
+            one, tokens, text, method, target=target, dtype=torch.float64, progress=False
+        )
+        return found.scores[~np.array(found.special)]
+
+    of_the_model = cache(partial(scores, model))
     for number, (_, changed) in enumerate(randomised(model, 0), 1):
         # Nothing is known about a new copy from the steps before.
         copy = deepcopy(changed)
         for method in METHODS[:3]:
             target = classes if method.startswith("transformer") else [None] * len(TEXTS)
             for index, (text, own) in enumerate(zip(TEXTS, target, strict=True)):
-                rows = []
-                for one in (model, copy):
-                    found = pyglobenc.explain(
-                        one, tokens, text, method, target=own, dtype=torch.float64, progress=False
-                    )
-                    rows.append(found.scores[~np.array(found.special)])
-                expected = spearmanr(*rows).statistic
+                given = (text, method, own)
+                expected = spearmanr(of_the_model(*given), scores(copy, *given)).statistic
                 value = table.per_text[method, f"sanity.{number}"][index]
                 assert value == pytest.approx(expected, abs=1e-6), (method, number, text)
     assert number == 5
