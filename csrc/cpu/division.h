@@ -33,21 +33,6 @@ static inline double safe_divide(double a, double b) {
     return a / (den == 0 ? 1e-9 : den);
 }
 
-static inline Floats magnitude(Floats x) {
-    return reinterpret_cast<Floats>(reinterpret_cast<Ints>(x) & 0x7fffffff);
-}
-
-// Loads up to W floats; the remaining lanes are 0.
-static inline Floats load_some(const float* p, int64_t count) {
-    Floats out = {};
-    std::memcpy(&out, p, sizeof(float) * (count < W ? count : W));
-    return out;
-}
-
-static inline void store_some(float* p, Floats x, int64_t count) {
-    std::memcpy(p, &x, sizeof(float) * (count < W ? count : W));
-}
-
 // Calls body(i, count) for each vector of [first, last). The vector starts at i and has `count` lanes, which
 // is a compile-time constant for whole vectors.
 template <class Body>

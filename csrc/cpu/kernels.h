@@ -77,14 +77,16 @@ struct Kernels {
                                int threads);
     void (*linear_product)(const float* x, const float* signed_sums, const float* abs_sums, float* out,
                            int64_t count, int threads);
-    // Writes a b to out [1 or 2, rows, columns], or returns false. Element 1 of out is a |b|. a [rows, sum] and
-    // b [sum, columns] are float32 or half precision, and may be taken by their absolute values.
-    bool (*matmul)(const View& a, bool absolute_a, const View& b, bool absolute_b, const View& out, int threads);
+    // Writes a b to out [1 or 2, rows, columns], or returns false. Element 1 of out is a |b|. a [rows, sum]
+    // and b [sum, columns] are float32 or half precision, and may be taken by their absolute values.
+    bool (*matmul)(const View& a, bool absolute_a, const View& b, bool absolute_b, const View& out,
+                   int threads);
     // sums [B, 2], to which the sums of R_alpha and of t R_alpha / safe(t) are added
     void (*relevance_attention)(const RelevanceArgs& args, double* sums);
     void (*relevance_tile)(const RelevanceTile& tile, int threads);
     void (*proximity)(const View& alpha, const View& f, const View& y, const View& out, int threads);
-    // Writes the products of t [B, n, H, dh] with u [H * dh] to out [1 or 2, B, n], and L2 norms to its element 1.
+    // Writes the products of t [B, n, H, dh] with u [H * dh] to element 0 of out [1 or 2, B, n], and the L2
+    // norms to element 1.
     void (*project)(const View& t, const View& u, const View& out, int threads);
     void (*exp)(const float* x, float* out, int64_t count, int threads);
 };

@@ -22,31 +22,18 @@ constexpr int64_t DEPTH = 4, BF16_DEPTH = 12;
 constexpr int64_t MAX_ROWS = 1024, MAX_PANEL = 128;
 constexpr int MAX_PARTS = 3;
 static_assert(DEPTH * MAX_PARTS == BF16_DEPTH);
-// The bits of the smallest and of the largest power of two that a column's largest entry may have. Parts below
-// float32's smallest normal number would count as 0, and sums of larger numbers could overflow.
+// The bits of the smallest and of the largest power of two that a column's largest entry may have. Parts
+// below float32's smallest normal number would count as 0, and sums of larger numbers could overflow.
 constexpr int32_t LEAST = (127 - 100) << 23, MOST = (127 + 100) << 23;
 
-static inline Ints magnitude_bits(Floats x) { return reinterpret_cast<Ints>(x) & 0x7fffffff; }
-
-// Loads fewer than W numbers, or numbers of any type.
-__attribute__((noinline)) static Floats few(const View& x, int64_t first, int64_t count) {
-    Floats out = {};
-    if (count > 0) take(x, Unit::single, first, 1, count < W ? count : W, reinterpret_cast<float*>(&out));
-    return out;
+// Loads up to W contiguous numbers as floats; the remaining lanes are 0. Fewer than W are rare.
+__attribute__((noinline)) static Floats load_few(const View& x, int64_t first, int64_t count) {
+    return count > 0 ? load_some(x, first, count) : Floats{};
 }
 
-// Loads up to W contiguous numbers as floats; the remaining lanes are 0.
 static inline Floats some(const View& x, int64_t first, int64_t count, bool absolute) {
-    Floats out;
-    if (x.type == Type::f32 && count >= W)
-        out = _mm512_loadu_ps(static_cast<const float*>(x.data) + first);
-    else if (x.type == Type::bf16 && count >= W) {
-        Halves halves;
-        std::memcpy(&halves, static_cast<const uint16_t*>(x.data) + first, sizeof halves);
-        out = widen_bf16(halves);
-    } else
-        out = few(x, first, count);
-    return absolute ? reinterpret_cast<Floats>(magnitude_bits(out)) : out;
+    const Floats out = count >= W ? load_some(x, first, W) : load_few(x, first, count);
+    return absolute ? magnitude(out) : out;
 }
 
 // Fetches numbers into the caches. A panel's rows lie far apart, which the processor does not foresee.
@@ -193,10 +180,11 @@ static int pack_right(const Right& right, int64_t step, int64_t steps, float* ou
     return parts_in(found);
 }
 
-// Adds the product of two tiles of rows and two tiles of columns to sums, four tiles. LP and RP are the numbers
-// of parts. Products of parts a and b with a + b > 2 are left out. In this order, few tiles are loaded twice.
+// Adds the product of two tiles of rows and two tiles of columns to sums, four tiles. LP and RP are the
+// numbers of parts. Products of parts a and b with a + b > 2 are left out. In this order, few tiles are loaded
+// twice.
 template <int LP, int RP>
-__attribute__((noinline)) static void multiply(const float* left,  // [2 tiles of rows, steps, MAX_PARTS] tiles
+__attribute__((noinline)) static void multiply(const float* left,  // [2 rows, steps, MAX_PARTS] of tiles
                                                int64_t left_tile,
                                                const float* right,  // [steps, parts, columns] tiles
                                                int64_t right_step, int64_t right_part, int64_t steps,

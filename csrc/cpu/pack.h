@@ -19,6 +19,15 @@ static inline float number(const View& v, int64_t a, int64_t b = 0, int64_t c = 
     return static_cast<const float*>(v.data)[at(v, a, b, c, d)];
 }
 
+// Loads up to W contiguous numbers of any type as floats; the remaining lanes are 0.
+static inline Floats load_some(const View& x, int64_t first, int64_t count) {
+    if (x.type == Type::f32) return load_some(static_cast<const float*>(x.data) + first, count);
+    Halves halves = {};
+    std::memcpy(&halves, static_cast<const uint16_t*>(x.data) + first,
+                sizeof(uint16_t) * (count < W ? count : W));
+    return x.type == Type::bf16 ? widen_bf16(halves) : widen_f16(halves);
+}
+
 // The contents of 32 bits of a packed vector: a float; two unchanged bf16; or, for tiles, two bf16 of the
 // parts that floats are split into (csrc/cpu/tiles.h). The first parts of all numbers come first.
 enum class Unit { single, pair, one_part, two_parts, three_parts };

@@ -12,34 +12,18 @@ namespace PYGLOBENC_ISA {
 // With fewer numbers, a second thread takes longer to start than to read its share.
 constexpr int64_t FEW = int64_t(1) << 18;
 
-// Loads up to W contiguous numbers as floats; the remaining lanes are 0.
-template <class T, class Widen>
-static inline Floats load_wide(const T* p, int64_t count, const Widen& widen) {
-    if constexpr (sizeof(T) == sizeof(float)) {
-        return load_some(p, count);
-    } else {
-        Halves halves = {};
-        std::memcpy(&halves, p, sizeof(T) * (count < W ? count : W));
-        return widen(halves);
-    }
-}
-
-template <class T, class Widen>
-static void project_token(const T* token, const View& t, const float* u, bool length, float* product,
-                          float* norm, const Widen& widen) {
+static void project_token(const View& t, int64_t first, const float* u, bool length, float* product,
+                          float* norm) {
     const int64_t heads = t.shape[2], dh = t.shape[3];
     // Two sums, because an addition waits for the one before it.
     Floats dot[2] = {}, square[2] = {};
-    for (int64_t h = 0; h < heads; ++h) {
-        const T* const x = token + h * t.stride[2];
-        const float* const w = u + h * dh;
+    for (int64_t h = 0; h < heads; ++h)
         vectors(0, dh, [&](int64_t c, int64_t lanes) {
-            const Floats value = load_wide(x + c, lanes, widen);
+            const Floats value = load_some(t, first + h * t.stride[2] + c, lanes);
             const int64_t odd = c / W % 2;
-            dot[odd] += value * load_some(w + c, lanes);
+            dot[odd] += value * load_some(u + h * dh + c, lanes);
             if (length) square[odd] += value * value;
         });
-    }
     *product = sum(dot[0] + dot[1]);
     if (length) *norm = std::sqrt(sum(square[0] + square[1]));
 }
@@ -51,18 +35,9 @@ void project(const View& t, const View& u, const View& out, int threads) {
     const float* const direction = static_cast<const float*>(u.data);
     threads = tokens * t.shape[2] * t.shape[3] < FEW ? 1 : threads;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t token = 0; token < tokens; ++token) {
-        const int64_t first = at(t, token / n, token % n);
-        float *const product = products + token, *const norm = products + tokens + token;
-        if (t.type == Type::f32)
-            project_token(static_cast<const float*>(t.data) + first, t, direction, length, product, norm, 0);
-        else if (t.type == Type::bf16)
-            project_token(static_cast<const uint16_t*>(t.data) + first, t, direction, length, product, norm,
-                          widen_bf16);
-        else
-            project_token(static_cast<const uint16_t*>(t.data) + first, t, direction, length, product, norm,
-                          widen_f16);
-    }
+    for (int64_t token = 0; token < tokens; ++token)
+        project_token(t, at(t, token / n, token % n), direction, length, products + token,
+                      products + tokens + token);
 }
 
 }  // namespace PYGLOBENC_ISA

@@ -49,6 +49,20 @@ static inline Floats load(const float* p) { return *reinterpret_cast<const Float
 static inline void store(float* p, Floats x) { *reinterpret_cast<Floats*>(p) = x; }
 static inline Floats splat(float x) { return x - Floats{}; }
 
+// Loads up to W floats; the remaining lanes are 0.
+static inline Floats load_some(const float* p, int64_t count) {
+    Floats out = {};
+    std::memcpy(&out, p, sizeof(float) * (count < W ? count : W));
+    return out;
+}
+
+static inline void store_some(float* p, Floats x, int64_t count) {
+    std::memcpy(p, &x, sizeof(float) * (count < W ? count : W));
+}
+
+static inline Ints magnitude_bits(Floats x) { return reinterpret_cast<Ints>(x) & 0x7fffffff; }
+static inline Floats magnitude(Floats x) { return reinterpret_cast<Floats>(magnitude_bits(x)); }
+
 // Converts 16-bit floats exactly.
 static inline Floats widen_bf16(Halves x) {
     return reinterpret_cast<Floats>(__builtin_convertvector(x, Ints) << 16);
