@@ -269,11 +269,7 @@ static void write_panel(const Left& left, const float* back, const Right& column
         for (int64_t n = 0; n < columns.columns; n += TILE) {
             const int64_t tile = row / TILE * columns.tiles() + n / TILE, lanes = columns.columns - n;
             const Floats scaled = load(sums + tile * CELL + row % TILE * TILE) * back[row];
-            float* const to = out + row * width + n;
-            if (lanes >= TILE)
-                _mm512_storeu_ps(to, scaled);
-            else
-                std::memcpy(to, &scaled, sizeof(float) * lanes);
+            store_some(out + row * width + n, scaled, lanes);
         }
 }
 
